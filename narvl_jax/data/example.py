@@ -1,0 +1,56 @@
+"""The one schema that every source delivers and every task reads.
+
+A source yields `Record`s (raw, with the ground truth); a task turns a record
+into a model example, a dict of fixed-shape NumPy arrays:
+
+| key          | shape    | dtype   | meaning                                  |
+| ------------ | -------- | ------- | ---------------------------------------- |
+| image        | [H,W,3]  | uint8   | resized picture, normalised on device    |
+| image_mask   | []       | bool    | False: no picture                        |
+| text         | [T]      | int32   | source ids, right padded with pad        |
+| labels       | [L]      | int32   | target ids, right padded with pad        |
+| label_length | []       | int32   | number of labels                         |
+| confidence   | []       | float32 | weight of the target, 1 but for VQA      |
+| task         | []       | int32   | index into `TASKS`                       |
+| index        | []       | int64   | position of the record in its source     |
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+TASKS = ("caption", "vqa", "grounding", "entailment")
+
+Box = tuple[float, float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """One request with its ground truth.
+
+  Attributes:
+    id: name of the record, unique within its source and split.
+    task: one of `TASKS`.
+    image: encoded JPEG/PNG bytes, or uint8 [H, W, 3].
+    prompt: question (VQA), referring expression (grounding), hypothesis
+      (entailment); unused by captions.
+    answers: valid answers with their scores in (0, 1]. Captions: every
+      reference with 1. Entailment: one of "yes", "no", "maybe" with 1. Empty
+      when the truth is unknown or the task is grounding.
+    box: grounding only: x0, y0, x1, y1 in pixels of the original image.
+    premise: entailment only: caption of the picture, may be empty.
+    objects: VQA only: names of detected objects; None leaves the object
+      prompt out altogether.
+    kind: sub-category for reports, such as "count" or "attribute".
+  """
+
+  id: str
+  task: str
+  image: bytes | np.ndarray
+  prompt: str = ""
+  answers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  box: Box | None = None
+  premise: str = ""
+  objects: tuple[str, ...] | None = None
+  kind: str = ""

@@ -1,0 +1,21 @@
+"""Mistakes of the user, told in one line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+  """A mistake that the user can mend.
+
+  The message is one line: what was wrong, the value seen, the nearest valid
+  value and the flag to change. Entry points print it and exit with code 2.
+  """
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+  """Returns ' Did you mean "x"?' or the list of options if none is near."""
+  options = sorted(options)
+  near = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
+  if near:
+    return " Did you mean " + " or ".join(f'"{x}"' for x in near) + "?"
+  return " Valid: " + ", ".join(options) + "."
