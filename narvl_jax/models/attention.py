@@ -1,0 +1,136 @@
+"""Multi-head attention with additive biases, as the reference computes it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from narvl_jax.models.sizes import ModelConfig
+
+INIT_STDDEV = 0.02
+
+
+def normal_init(*names: str | None) -> nn.initializers.Initializer:
+  """Normal(0, 0.02) with logical axis names, one per dimension."""
+  return nn.with_logical_partitioning(
+    nn.initializers.normal(INIT_STDDEV), names
+  )
+
+
+def zeros_init(*names: str | None) -> nn.initializers.Initializer:
+  """Zeros with logical axis names, one per dimension."""
+  return nn.with_logical_partitioning(nn.initializers.zeros, names)
+
+
+def ones_init(*names: str | None) -> nn.initializers.Initializer:
+  """Ones with logical axis names, one per dimension."""
+  return nn.with_logical_partitioning(nn.initializers.ones, names)
+
+
+def layer_norm(config: ModelConfig, name: str, axis: str = "norm") -> nn.Module:
+  """LayerNorm with the reference's epsilon and statistics in float32."""
+  return nn.LayerNorm(
+    epsilon=1e-5,
+    dtype=config.dtype,
+    use_fast_variance=False,
+    scale_init=ones_init(axis),
+    bias_init=zeros_init(axis),
+    name=name,
+  )
+
+
+class Projection(nn.Module):
+  """Linear maps from D to `num` sets of H heads of width d, with bias."""
+
+  config: ModelConfig
+  num: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+    """Maps [..., D] to `num` arrays [..., H, d] by one matrix product."""
+    cfg = self.config
+    shape = (self.num, cfg.num_heads, cfg.head_width)
+    kernel = self.param(
+      "kernel",
+      normal_init("embed", None, "heads", "head_width"),
+      (x.shape[-1], *shape),
+    )
+    bias = self.param("bias", zeros_init(None, "heads", "head_width"), shape)
+    y = jnp.einsum(
+      "...e,enhd->...nhd",
+      x.astype(cfg.dtype),
+      kernel.astype(cfg.dtype),
+    )
+    y += bias.astype(cfg.dtype)
+    return tuple(y[..., i, :, :] for i in range(self.num))
+
+
+def attention_scale(config: ModelConfig) -> float:
+  """(2 d)^-1/2: content and position logits share the usual variance."""
+  return (2 * config.head_width) ** -0.5
+
+
+class PositionBias(nn.Module):
+  """Attention bias from pairs of absolute positions (untied from content)."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Returns the bias [H, Q, K] of positions [Q, D] and [K, D]."""
+    (q,) = Projection(self.config, 1, name="query")(queries)
+    (k,) = Projection(self.config, 1, name="key")(keys)
+    return jnp.einsum("qhd,khd->hqk", q * attention_scale(self.config), k)
+
+
+class Attention(nn.Module):
+  """Self- or cross-attention with a learned gain per head.
+
+  Equations: reference specification of unify_multihead_attention; the query
+  is scaled after its bias, and each head's output is multiplied by `c_attn`
+  before the output projection.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    memory: jax.Array | None,
+    bias: jax.Array,
+    key_mask: jax.Array | None,
+  ) -> jax.Array:
+    """Attends from x to memory.
+
+    Args:
+      x: queries [B, Q, D].
+      memory: [B, K, D]; None attends to x itself.
+      bias: additive logits [H, Q, K], shared by the batch.
+      key_mask: bool [B, K], True where the key is valid, or None.
+
+    Returns:
+      [B, Q, D].
+    """
+    cfg = self.config
+    if memory is None:
+      q, k, v = Projection(cfg, 3, name="qkv")(x)
+    else:
+      (q,) = Projection(cfg, 1, name="q")(x)
+      k, v = Projection(cfg, 2, name="kv")(memory)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q * attention_scale(cfg), k)
+    logits = logits.astype(jnp.float32) + bias.astype(jnp.float32)
+    if key_mask is not None:
+      lowest = jnp.finfo(jnp.float32).min
+      logits = jnp.where(key_mask[:, None, None, :], logits, lowest)
+    weights = jax.nn.softmax(logits).astype(cfg.dtype)
+    out = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+    gain = self.param("c_attn", ones_init("heads"), (cfg.num_heads,))
+    out *= gain.astype(cfg.dtype)[:, None]
+    kernel = self.param(
+      "out_kernel",
+      normal_init("heads", "head_width", "embed"),
+      (cfg.num_heads, cfg.head_width, cfg.width),
+    )
+    out_bias = self.param("out_bias", zeros_init("norm"), (cfg.width,))
+    out = jnp.einsum("bqhd,hde->bqe", out, kernel.astype(cfg.dtype))
+    return out + out_bias.astype(cfg.dtype)

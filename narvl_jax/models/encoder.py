@@ -1,0 +1,236 @@
+"""Image and text into one sequence through one transformer (OFA encoder)."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from narvl_jax.errors import UserError
+from narvl_jax.models import positions
+from narvl_jax.models.attention import (
+  PositionBias,
+  layer_norm,
+  normal_init,
+  zeros_init,
+)
+from narvl_jax.models.resnet import ResNet
+from narvl_jax.models.sizes import ModelConfig
+from narvl_jax.models.transformer import (
+  EncoderLayer,
+  drop_path_rates,
+  scan_layers,
+)
+
+
+class EncoderOutput(NamedTuple):
+  """What the decoders read.
+
+  Attributes:
+    out: [B, S, D] tokens, image first; padded positions hold no meaning.
+    mask: bool [B, S], True where a token is valid.
+    positions: [S, D] layer-normed absolute positions.
+    image_features: [B, h, w, C] feature map of the image encoder.
+  """
+
+  out: jax.Array
+  mask: jax.Array
+  positions: jax.Array
+  image_features: jax.Array
+
+
+def normalize_image(image: jax.Array) -> jax.Array:
+  """Maps uint8 pixels to [-1, 1] as the reference does; floats pass."""
+  if image.dtype == jnp.uint8:
+    return image.astype(jnp.float32) / 127.5 - 1.0
+  return image
+
+
+class PatchEncoder(nn.Module):
+  """Features of square patches by a two-layer perceptron.
+
+  Beyond the reference: two matrix products that a CPU runs at full speed,
+  where a convolutional trunk would dominate the step of a small model.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, image: jax.Array) -> jax.Array:
+    """Maps [B, H, W, 3] to features [B, H / p, W / p, 2 * D]."""
+    cfg, p = self.config, self.config.patch_size
+    b, height, width, c = image.shape
+    x = image.astype(cfg.dtype).reshape(b, height // p, p, width // p, p, c)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(
+      b, height // p, width // p, p * p * c
+    )
+    dense = {
+      "dtype": cfg.dtype,
+      "kernel_init": nn.with_logical_partitioning(
+        nn.initializers.lecun_normal(), ("patch", "mlp")
+      ),
+      "bias_init": zeros_init("mlp"),
+    }
+    x = nn.Dense(2 * cfg.width, name="fc1", **dense)(x)
+    return nn.gelu(x)
+
+
+class Encoder(nn.Module):
+  """Embeds image and text, adds position biases, runs the layers."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    image: jax.Array,
+    text: jax.Array,
+    embedding: jax.Array,
+    image_mask: jax.Array,
+    train: bool,
+  ) -> EncoderOutput:
+    """Encodes a batch.
+
+    Args:
+      image: [B, H, W, 3], float in [-1, 1] or uint8.
+      text: int32 [B, T] source ids, right padded with `pad_id`.
+      embedding: the tied token table [V, D].
+      image_mask: bool [B]; False hides the picture of a sample.
+      train: dropout, stochastic depth and batch statistics are on.
+    """
+    cfg = self.config
+    check_image_size(cfg, image.shape[1], image.shape[2])
+    image = normalize_image(image)
+    if cfg.image_encoder == "resnet":
+      features = ResNet(cfg, name="resnet")(image, train)
+    else:
+      features = PatchEncoder(cfg, name="patches")(image)
+    b, h, w, c = features.shape
+    image_pos, text_pos = self._positions(h, w, text.shape[1])
+    x = self._embed(
+      features.reshape(b, h * w, c),
+      embedding[text].astype(cfg.dtype),
+      image_pos,
+      text_pos,
+      train,
+    )
+    mask = jnp.concatenate(
+      [
+        jnp.broadcast_to(image_mask[:, None], (b, h * w)),
+        text != cfg.pad_id,
+      ],
+      axis=1,
+    )
+    x = jnp.where(mask[..., None], x, 0)
+    normed = jnp.concatenate(
+      [
+        layer_norm(cfg, "image_pos_ln")(image_pos),
+        layer_norm(cfg, "pos_ln")(text_pos),
+      ]
+    )
+    shared = {
+      "position_bias": PositionBias(cfg, name="position_bias")(normed, normed),
+      "key_mask": mask,
+      "image_buckets": positions.image_buckets(h, w, cfg.image_bucket_size),
+      "token_buckets": positions.token_buckets(
+        text.shape[1], cfg.token_bucket_size
+      ),
+    }
+    layers = scan_layers(
+      EncoderLayer,
+      cfg,
+      depth=cfg.encoder_layers,
+      train=train,
+      name="layers",
+    )
+    x, _ = layers(x, self._per_layer(), shared)
+    out = layer_norm(cfg, "layer_norm")(x)
+    return EncoderOutput(out, mask, normed, features)
+
+  def _embed(
+    self,
+    features: jax.Array,
+    tokens: jax.Array,
+    image_pos: jax.Array,
+    text_pos: jax.Array,
+    train: bool,
+  ) -> jax.Array:
+    """Content of the sequence [B, I + T, D], image first."""
+    cfg = self.config
+    kernel = self.param(
+      "image_proj_kernel",
+      normal_init("conv_out", "embed"),
+      (features.shape[-1], cfg.width),
+    )
+    bias = self.param("image_proj_bias", zeros_init("norm"), (cfg.width,))
+    types = self.param(
+      "type_embedding", normal_init(None, "embed"), (2, cfg.width)
+    ).astype(cfg.dtype)
+    x = features @ kernel.astype(cfg.dtype) + bias.astype(cfg.dtype)
+    if cfg.entangle_positions:
+      x += image_pos
+      tokens += text_pos
+    x = layer_norm(cfg, "patch_layernorm_embedding")(x + types[1])
+    tokens = layer_norm(cfg, "layernorm_embedding")(tokens + types[0])
+    dropout = nn.Dropout(cfg.dropout, deterministic=not train)
+    return jnp.concatenate([dropout(x), dropout(tokens)], axis=1)
+
+  def _positions(
+    self, h: int, w: int, length: int
+  ) -> tuple[jax.Array, jax.Array]:
+    """Absolute positions of the grid [h * w, D] and the text [T, D]."""
+    cfg = self.config
+    if length > cfg.max_text_positions:
+      raise UserError(
+        f"text of {length} tokens exceeds model.max_text_positions="
+        f"{cfg.max_text_positions} (--config.data.max_text_length)"
+      )
+    text = self.param(
+      "embed_positions",
+      normal_init(None, "embed"),
+      (cfg.max_text_positions, cfg.width),
+    )
+    image = self.param(
+      "embed_image_positions",
+      normal_init(None, "embed"),
+      (positions.num_image_positions(cfg.image_bucket_size), cfg.width),
+    )
+    ids = positions.image_position_ids(h, w, cfg.image_bucket_size)
+    return image[ids].astype(cfg.dtype), text[:length].astype(cfg.dtype)
+
+  def _per_layer(self) -> dict[str, jax.Array]:
+    """Relative tables and stochastic depth of every layer."""
+    cfg = self.config
+    token_rows = positions.num_token_buckets(cfg.token_bucket_size)
+    image_rows = positions.num_image_buckets(cfg.image_bucket_size)
+    names = ("layers", None, "heads")
+    return {
+      "token_table": self.param(
+        "token_rel_pos_table",
+        normal_init(*names),
+        (cfg.encoder_layers, token_rows, cfg.num_heads),
+      ),
+      "image_table": self.param(
+        "image_rel_pos_table",
+        normal_init(*names),
+        (cfg.encoder_layers, image_rows, cfg.num_heads),
+      ),
+      "drop_path": drop_path_rates(cfg.encoder_drop_path, cfg.encoder_layers),
+    }
+
+
+def check_image_size(config: ModelConfig, height: int, width: int) -> None:
+  """Raises UserError unless a picture gives a grid that the tables cover."""
+  stride, largest = config.image_stride, config.image_bucket_size
+  for side in (height, width):
+    if (
+      side < stride
+      or side > stride * largest
+      or (config.image_encoder == "patches" and side % stride)
+    ):
+      near = min(max(round(side / stride), 1), largest) * stride
+      raise UserError(
+        f"image of {height}x{width} pixels does not fit a grid of "
+        f"{stride}-pixel tokens of at most {largest} a side; nearest side: "
+        f"{near} (--config.data.image_size)"
+      )

@@ -1,0 +1,68 @@
+"""Relative position buckets and image position ids of the reference."""
+
+import functools
+import math
+
+import numpy as np
+
+
+@functools.lru_cache(maxsize=64)
+def token_buckets(
+  length: int, bucket_size: int = 256, max_position: int = 1024
+) -> np.ndarray:
+  """Buckets of relative token distances, int32 [length, length].
+
+  Distances up to half the bucket size have a bucket each, larger ones share
+  buckets that grow logarithmically. Row: query, column: key. Values lie in
+  0 .. 2 * bucket_size - 2.
+  """
+  distance = np.arange(length)[:, None] - np.arange(length)[None, :]
+  exact = bucket_size // 2
+  magnitude = np.abs(distance)
+  log_part = np.ceil(
+    np.log(np.maximum(magnitude, 1) / exact)
+    / math.log((max_position - 1) / exact)
+    * (exact - 1)
+  )
+  far = np.sign(distance) * (log_part.astype(np.int64) + exact)
+  near_or_far = np.where(magnitude <= exact, distance, far)
+  return (near_or_far + bucket_size - 1).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=64)
+def image_position_ids(
+  height: int, width: int, bucket_size: int = 42
+) -> np.ndarray:
+  """Ids 1 + column + bucket_size * row of a token grid, int32 [h * w]."""
+  rows, columns = np.divmod(np.arange(height * width), width)
+  return (1 + columns + bucket_size * rows).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=64)
+def image_buckets(height: int, width: int, bucket_size: int = 42) -> np.ndarray:
+  """Buckets of relative image positions, int32 [h * w, h * w].
+
+  bucket = (row_q - row_k + n - 1) * (2 n - 1) + (column_q - column_k + n - 1)
+  with n = bucket_size; the three last rows of the table belong to a special
+  id 0 that only image generation uses.
+  """
+  rows, columns = np.divmod(np.arange(height * width), width)
+  side = 2 * bucket_size - 1
+  row = rows[:, None] - rows[None, :] + bucket_size - 1
+  column = columns[:, None] - columns[None, :] + bucket_size - 1
+  return (row * side + column).astype(np.int32)
+
+
+def num_token_buckets(bucket_size: int) -> int:
+  """Rows of a relative token table."""
+  return 2 * bucket_size - 1
+
+
+def num_image_buckets(bucket_size: int) -> int:
+  """Rows of a relative image table, the three unused ones included."""
+  return (2 * bucket_size - 1) ** 2 + 3
+
+
+def num_image_positions(bucket_size: int) -> int:
+  """Rows of the absolute image position table; row 0 is never used."""
+  return bucket_size**2 + 1

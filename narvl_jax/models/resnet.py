@@ -1,0 +1,144 @@
+"""ResNet v1.5 trunk, cut after the third stage (reference image encoder)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from narvl_jax.models.sizes import ModelConfig
+
+_EPSILON = 1e-5
+_MOMENTUM = 0.1
+
+_conv_init = nn.with_logical_partitioning(
+  nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+  ("conv_height", "conv_width", "conv_in", "conv_out"),
+)
+
+
+class BatchNorm(nn.Module):
+  """Batch normalisation with PyTorch's running statistics.
+
+  Normalises with the biased variance and updates the running variance with
+  the unbiased one, as PyTorch does (Flax's layer uses the biased one for
+  both). Under a sharded batch the statistics are those of the global batch.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Normalises [B, H, W, C] over all axes but the last."""
+    channels = x.shape[-1]
+    scale = self.param(
+      "scale",
+      nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+      (channels,),
+    )
+    bias = self.param(
+      "bias",
+      nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+      (channels,),
+    )
+    mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+    var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+    if train and self.config.batch_norm == "batch":
+      wide = x.astype(jnp.float32)
+      batch_mean = wide.mean((0, 1, 2))
+      batch_var = jnp.square(wide - batch_mean).mean((0, 1, 2))
+      if not self.is_initializing():
+        count = x.size // channels
+        unbiased = batch_var * (count / max(count - 1, 1))
+        mean.value += _MOMENTUM * (batch_mean - mean.value)
+        var.value += _MOMENTUM * (unbiased - var.value)
+    else:
+      batch_mean, batch_var = mean.value, var.value
+    factor = scale * jax.lax.rsqrt(batch_var + _EPSILON)
+    shift = bias - batch_mean * factor
+    return x * factor.astype(x.dtype) + shift.astype(x.dtype)
+
+
+class Conv(nn.Module):
+  """Convolution without bias and with explicit symmetric padding.
+
+  "SAME" would pad even sizes by (0, 1) at stride 2 and shift the features
+  against PyTorch's.
+  """
+
+  config: ModelConfig
+  features: int
+  size: int = 1
+  stride: int = 1
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, H, W, C] to [B, H / stride, W / stride, features]."""
+    kernel = self.param(
+      "kernel",
+      _conv_init,
+      (self.size, self.size, x.shape[-1], self.features),
+    )
+    padding = self.size // 2
+    return jax.lax.conv_general_dilated(
+      x,
+      kernel.astype(x.dtype),
+      (self.stride, self.stride),
+      [(padding, padding)] * 2,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+class Bottleneck(nn.Module):
+  """1x1, 3x3 (strided), 1x1 convolutions with a residual connection."""
+
+  config: ModelConfig
+  features: int
+  stride: int = 1
+  train: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+    """Maps [B, H, W, C] to [B, H / stride, W / stride, 4 * features]."""
+    cfg, train, out = self.config, self.train, 4 * self.features
+    h = Conv(cfg, self.features, name="conv1")(x)
+    h = nn.relu(BatchNorm(cfg, name="bn1")(h, train))
+    h = Conv(cfg, self.features, 3, self.stride, name="conv2")(h)
+    h = nn.relu(BatchNorm(cfg, name="bn2")(h, train))
+    h = Conv(cfg, out, name="conv3")(h)
+    h = BatchNorm(cfg, name="bn3")(h, train)
+    if x.shape != h.shape:
+      x = Conv(cfg, out, 1, self.stride, name="downsample_conv")(x)
+      x = BatchNorm(cfg, name="downsample_bn")(x, train)
+    return nn.relu(x + h), None
+
+
+class ResNet(nn.Module):
+  """Stem and three bottleneck stages with total stride 16."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, image: jax.Array, train: bool) -> jax.Array:
+    """Maps an image [B, H, W, 3] in [-1, 1] to features [B, H/16, W/16, C].
+
+    The blocks of a stage after the first are identical and run as one scan,
+    so the program does not grow with the depth.
+    """
+    cfg = self.config
+    x = Conv(cfg, cfg.resnet_width, 7, 2, name="conv1")(image.astype(cfg.dtype))
+    x = nn.relu(BatchNorm(cfg, name="bn1")(x, train))
+    x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
+    for stage, blocks in enumerate(cfg.resnet_blocks):
+      features = cfg.resnet_width * 2**stage
+      stride = 1 if stage == 0 else 2
+      name = f"layer{stage + 1}"
+      x, _ = Bottleneck(cfg, features, stride, train, name=f"{name}_first")(x)
+      if blocks > 1:
+        rest = nn.scan(
+          Bottleneck,
+          variable_axes={"params": 0, "batch_stats": 0},
+          split_rngs={"params": True},
+          length=blocks - 1,
+          metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = rest(cfg, features, 1, train, name=f"{name}_rest")(x, None)
+    return x

@@ -1,0 +1,207 @@
+"""Architecture sizes of NARVL and the configuration that the modules read."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from narvl_jax.errors import UserError, did_you_mean
+
+REMAT_POLICIES = ("none", "dots", "full")
+BATCH_NORM_MODES = ("frozen", "batch")
+IMAGE_ENCODERS = ("resnet", "patches")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Everything that determines the parameters and the forward pass.
+
+  The named sizes reproduce the reference (arXiv 2403.02249, official code);
+  fields that depart from it are marked "beyond the reference" and are off in
+  those sizes.
+
+  Attributes:
+    width: model width D.
+    mlp_width: hidden width F of the feed-forward blocks.
+    num_heads: attention heads H; D must divide by it.
+    encoder_layers: encoder depth.
+    decoder_layers: decoder depth.
+    resnet_blocks: bottleneck blocks in each of the three stages.
+    resnet_width: channels of the stem; the trunk ends in 16 times as many.
+    num_queries: learnable queries N, the length of the CTC input.
+    vocab_size: number of classes V, blank included.
+    vocab_multiple: the tied table is padded to a multiple of this.
+    pad_id: id of padding in the text.
+    max_text_positions: rows of each token position table.
+    token_bucket_size: relative token distances have 2 * size - 1 buckets.
+    image_bucket_size: largest image grid side, in tokens of 16 pixels.
+    dropout: dropout rate of embeddings and residual branches.
+    encoder_drop_path: stochastic depth of the last encoder layer.
+    decoder_drop_path: stochastic depth of the last decoder layer.
+    batch_norm: "batch" normalises with statistics of the global batch in
+      training (reference), "frozen" always with the running ones.
+    remat: what the backward pass recomputes: "none", "dots" (all but matrix
+      products with weights), "full" (each layer from its input).
+    scan_unroll: layers that one iteration of the layer scan runs.
+    dtype: compute type of activations; parameters stay float32.
+    image_encoder: "resnet" (reference), or "patches": flattened patches
+      through a two-layer perceptron, for small runs on a CPU (beyond the
+      reference).
+    patch_size: pixels a side of a patch; "patches" only.
+    entangle_positions: add the absolute positions to the token content, too,
+      not only to the attention logits (beyond the reference, whose scripts
+      disable it; needed to learn coordinates from scratch).
+  """
+
+  width: int
+  mlp_width: int
+  num_heads: int
+  encoder_layers: int
+  decoder_layers: int
+  resnet_blocks: tuple[int, int, int]
+  resnet_width: int = 64
+  num_queries: int = 20
+  vocab_size: int = 59458
+  vocab_multiple: int = 128
+  pad_id: int = 1
+  max_text_positions: int = 1026
+  token_bucket_size: int = 256
+  image_bucket_size: int = 42
+  dropout: float = 0.1
+  encoder_drop_path: float = 0.0
+  decoder_drop_path: float = 0.0
+  batch_norm: str = "batch"
+  remat: str = "none"
+  scan_unroll: int = 1
+  dtype: Any = jnp.float32
+  image_encoder: str = "resnet"
+  patch_size: int = 8
+  entangle_positions: bool = False
+
+  def __post_init__(self) -> None:
+    """Checks what can be checked without an input."""
+    if self.width % self.num_heads:
+      raise UserError(
+        f"model.width={self.width} does not divide by "
+        f"model.num_heads={self.num_heads}; nearest width: "
+        f"{max(1, round(self.width / self.num_heads)) * self.num_heads} "
+        "(--config.model.width)"
+      )
+    for name, choices in (
+      ("remat", REMAT_POLICIES),
+      ("batch_norm", BATCH_NORM_MODES),
+      ("image_encoder", IMAGE_ENCODERS),
+    ):
+      value = getattr(self, name)
+      if value not in choices:
+        raise UserError(
+          f'model.{name}="{value}" is unknown.{did_you_mean(value, choices)}'
+          f" (--config.model.{name})"
+        )
+    for name in ("num_queries", "vocab_size", "encoder_layers"):
+      if getattr(self, name) < 1:
+        raise UserError(
+          f"model.{name}={getattr(self, name)} must be at least 1 "
+          f"(--config.model.{name})"
+        )
+
+  @property
+  def head_width(self) -> int:
+    """Width d of one attention head."""
+    return self.width // self.num_heads
+
+  @property
+  def padded_vocab_size(self) -> int:
+    """Rows of the tied table; rows from `vocab_size` on are never predicted."""
+    return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+  @property
+  def image_stride(self) -> int:
+    """Pixels a side that one image token stands for."""
+    return 16 if self.image_encoder == "resnet" else self.patch_size
+
+
+# The named sizes are those of the official code; `micro` is ours, for tests
+# and small data.
+_SIZES: dict[str, dict[str, Any]] = {
+  "micro": {
+    "width": 64,
+    "mlp_width": 128,
+    "num_heads": 4,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "resnet_blocks": (1, 1, 1),
+    "resnet_width": 16,
+    "max_text_positions": 130,
+    "image_bucket_size": 16,
+  },
+  "tiny": {
+    "width": 256,
+    "mlp_width": 1024,
+    "num_heads": 4,
+    "encoder_layers": 4,
+    "decoder_layers": 4,
+    "resnet_blocks": (3, 4, 6),
+  },
+  "medium": {
+    "width": 512,
+    "mlp_width": 2048,
+    "num_heads": 8,
+    "encoder_layers": 4,
+    "decoder_layers": 4,
+    "resnet_blocks": (3, 4, 23),
+  },
+  "base": {
+    "width": 768,
+    "mlp_width": 3072,
+    "num_heads": 12,
+    "encoder_layers": 6,
+    "decoder_layers": 6,
+    "resnet_blocks": (3, 4, 23),
+  },
+  "large": {
+    "width": 1024,
+    "mlp_width": 4096,
+    "num_heads": 16,
+    "encoder_layers": 12,
+    "decoder_layers": 12,
+    "resnet_blocks": (3, 8, 36),
+  },
+  "huge": {
+    "width": 1280,
+    "mlp_width": 5120,
+    "num_heads": 16,
+    "encoder_layers": 24,
+    "decoder_layers": 12,
+    "resnet_blocks": (3, 8, 36),
+  },
+}
+
+SIZES = tuple(_SIZES)
+
+
+def model_config(size: str, **overrides: Any) -> ModelConfig:
+  """Returns the configuration of a named size with some fields replaced.
+
+  Args:
+    size: one of `SIZES`.
+    **overrides: fields of `ModelConfig`.
+
+  Raises:
+    UserError: unknown size or field, or values that do not fit together.
+  """
+  if size not in _SIZES:
+    raise UserError(
+      f'model.size="{size}" is unknown.{did_you_mean(size, _SIZES)}'
+      " (--config.model.size)"
+    )
+  fields = {f.name for f in dataclasses.fields(ModelConfig)}
+  for name in overrides:
+    if name not in fields:
+      raise UserError(
+        f"model.{name} is not a setting of the model."
+        f"{did_you_mean(name, fields)} (--config.model.{name})"
+      )
+  merged = {**_SIZES[size], **overrides}
+  merged["resnet_blocks"] = tuple(merged["resnet_blocks"])
+  return ModelConfig(**merged)

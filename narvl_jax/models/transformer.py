@@ -1,0 +1,186 @@
+"""Pre-norm transformer layers of encoder and decoders, scanned over depth."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from narvl_jax.models.attention import (
+  Attention,
+  layer_norm,
+  normal_init,
+  zeros_init,
+)
+from narvl_jax.models.sizes import ModelConfig
+
+
+class FeedForward(nn.Module):
+  """Linear, exact GELU, LayerNorm, linear."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, S, D] to [B, S, D]."""
+    cfg = self.config
+    w1 = self.param(
+      "fc1_kernel", normal_init("embed", "mlp"), (cfg.width, cfg.mlp_width)
+    )
+    b1 = self.param("fc1_bias", zeros_init("mlp"), (cfg.mlp_width,))
+    w2 = self.param(
+      "fc2_kernel", normal_init("mlp", "embed"), (cfg.mlp_width, cfg.width)
+    )
+    b2 = self.param("fc2_bias", zeros_init("norm"), (cfg.width,))
+    h = x.astype(cfg.dtype) @ w1.astype(cfg.dtype) + b1.astype(cfg.dtype)
+    # The error function in bfloat16 would lose most of its digits.
+    h = jax.nn.gelu(h.astype(jnp.float32), approximate=False)
+    h = layer_norm(cfg, "ffn_layernorm", "mlp")(h.astype(cfg.dtype))
+    return h @ w2.astype(cfg.dtype) + b2.astype(cfg.dtype)
+
+
+class Branch(nn.Module):
+  """Dropout and stochastic depth of one residual branch."""
+
+  config: ModelConfig
+  drop_path: float
+  train: bool
+
+  @nn.compact
+  def __call__(self, h: jax.Array, rate: jax.Array) -> jax.Array:
+    """Drops elements, then whole samples with probability `rate`.
+
+    `drop_path` is the largest rate of the stack: zero skips the draw.
+    """
+    h = nn.Dropout(self.config.dropout, deterministic=not self.train)(h)
+    if not self.train or not self.drop_path:
+      return h
+    keep = jax.random.bernoulli(
+      self.make_rng("dropout"), 1 - rate, (h.shape[0],) + (1,) * (h.ndim - 1)
+    )
+    return jnp.where(keep, h / (1 - rate).astype(h.dtype), 0)
+
+
+class EncoderLayer(nn.Module):
+  """Self-attention and feed-forward block with the extra norms."""
+
+  config: ModelConfig
+  train: bool
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, per_layer: dict[str, Any], shared: dict[str, Any]
+  ) -> tuple[jax.Array, None]:
+    """Maps [B, S, D] to [B, S, D].
+
+    Args:
+      x: tokens, image first.
+      per_layer: "token_table" [511, H] and "image_table" [6892, H] of
+        relative biases, "drop_path" scalar.
+      shared: "position_bias" [H, S, S], "key_mask" [B, S], and the static
+        bucket arrays "token_buckets" [T, T] and "image_buckets" [I, I].
+
+    Returns:
+      The tokens and None (the scan's per-layer output).
+    """
+    cfg, rate = self.config, per_layer["drop_path"]
+    branch = Branch(cfg, cfg.encoder_drop_path, self.train)
+    bias = shared["position_bias"]
+    image, text = shared["image_buckets"], shared["token_buckets"]
+    split = image.shape[0]
+    bias = bias.at[:, :split, :split].add(
+      _relative_bias(per_layer["image_table"], image, bias.dtype)
+    )
+    bias = bias.at[:, split:, split:].add(
+      _relative_bias(per_layer["token_table"], text, bias.dtype)
+    )
+    h = layer_norm(cfg, "self_attn_layer_norm")(x)
+    h = Attention(cfg, name="self_attn")(h, None, bias, shared["key_mask"])
+    x = x + branch(layer_norm(cfg, "attn_ln")(h), rate)
+    h = layer_norm(cfg, "final_layer_norm")(x)
+    return x + branch(FeedForward(cfg, name="ffn")(h), rate), None
+
+
+class DecoderLayer(nn.Module):
+  """Self-attention, cross-attention and feed-forward block."""
+
+  config: ModelConfig
+  train: bool
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, per_layer: dict[str, Any], shared: dict[str, Any]
+  ) -> tuple[jax.Array, None]:
+    """Maps [B, N, D] to [B, N, D].
+
+    Args:
+      x: decoder states.
+      per_layer: "token_table" [511, H], "drop_path" scalar.
+      shared: "self_bias" [H, N, N], "cross_bias" [H, N, S], "buckets"
+        [N, N], "memory" [B, S, D], "memory_mask" [B, S], "self_mask"
+        [B, N] or None.
+
+    Returns:
+      The states, and the states again as the scan's per-layer output.
+    """
+    cfg, rate = self.config, per_layer["drop_path"]
+    branch = Branch(cfg, cfg.decoder_drop_path, self.train)
+    bias = shared["self_bias"]
+    bias += _relative_bias(
+      per_layer["token_table"], shared["buckets"], bias.dtype
+    )
+    h = layer_norm(cfg, "self_attn_layer_norm")(x)
+    h = Attention(cfg, name="self_attn")(h, None, bias, shared["self_mask"])
+    x = x + branch(layer_norm(cfg, "self_attn_ln")(h), rate)
+    h = layer_norm(cfg, "encoder_attn_layer_norm")(x)
+    h = Attention(cfg, name="encoder_attn")(
+      h, shared["memory"], shared["cross_bias"], shared["memory_mask"]
+    )
+    x = x + branch(layer_norm(cfg, "cross_attn_ln")(h), rate)
+    h = layer_norm(cfg, "final_layer_norm")(x)
+    return x + branch(FeedForward(cfg, name="ffn")(h), rate), None
+
+
+def _relative_bias(
+  table: jax.Array, buckets: jax.Array, dtype: Any
+) -> jax.Array:
+  """Looks the buckets [Q, K] up in a table [R, H]: [H, Q, K]."""
+  return table.astype(dtype)[buckets].transpose(2, 0, 1)
+
+
+_POLICIES = {
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def scan_layers(
+  layer: type[nn.Module],
+  config: ModelConfig,
+  *,
+  depth: int,
+  train: bool,
+  name: str,
+) -> nn.Module:
+  """Stacks `depth` layers as one scan; parameters get a leading axis.
+
+  Call the result with (x, per_layer, shared): arrays of `per_layer` carry a
+  leading axis of size `depth`, `shared` goes to every layer unchanged.
+  """
+  if config.remat != "none":
+    layer = nn.remat(layer, policy=_POLICIES[config.remat], prevent_cse=False)
+  stack = nn.scan(
+    layer,
+    variable_axes={"params": 0},
+    split_rngs={"params": True, "dropout": True},
+    in_axes=(0, nn.broadcast),
+    length=depth,
+    unroll=min(config.scan_unroll, depth),
+    metadata_params={nn.PARTITION_NAME: "layers"},
+  )
+  return stack(config, train, name=name)
+
+
+def drop_path_rates(rate: float, depth: int) -> jax.Array:
+  """Rates growing linearly from 0 at the first layer: float32 [depth]."""
+  return jnp.linspace(0.0, rate, depth, dtype=jnp.float32)
