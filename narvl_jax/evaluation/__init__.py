@@ -1,0 +1,1 @@
+"""Evaluation: scores of the four tasks, reports and pictures."""

@@ -1,0 +1,46 @@
+"""Scores of grounding: Acc@0.5 and the mean IoU."""
+
+from narvl_jax.data.example import Box, Record
+
+_THRESHOLD = 0.5
+_EPSILON = 1e-6
+
+
+def box_iou(predicted: Box, target: Box) -> float:
+  """Returns the intersection over union of two boxes, in [0, 1).
+
+  Args:
+    predicted: x0, y0, x1, y1 in pixels; may be empty or turned inside out,
+      which no box intersects.
+    target: likewise.
+  """
+  width = min(predicted[2], target[2]) - max(predicted[0], target[0])
+  height = min(predicted[3], target[3]) - max(predicted[1], target[1])
+  if width <= 0 or height <= 0:
+    return 0.0
+  intersection = width * height
+  union = _area(predicted) + _area(target) - intersection
+  return intersection / (union + _EPSILON)
+
+
+def _area(box: Box) -> float:
+  return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def score(prediction: Box, record: Record) -> dict[str, float] | None:
+  """Compares a box with the truth, both in pixels of the original image.
+
+  Boxes keep their full precision; nothing is rounded to half precision.
+
+  Args:
+    prediction: x0, y0, x1, y1; all zero if no box could be read.
+    record: `box` holds the true box.
+
+  Returns:
+    acc@0.5 (0 or 1) and mean_iou (the example's share of it); None if the
+    truth is unknown.
+  """
+  if record.box is None:
+    return None
+  iou = box_iou(prediction, record.box)
+  return {"acc@0.5": float(iou >= _THRESHOLD), "mean_iou": iou}

@@ -1,0 +1,98 @@
+"""What an evaluation leaves behind: a table, JSON files, a picture grid."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Report = dict[str, Any]
+Prediction = dict[str, Any]
+
+
+def format_table(report: Report) -> str:
+  """Returns the report as text: a line per task and one per question kind.
+
+  Metrics are printed in percent, with the number of examples they rest on.
+  """
+  rows = [("task", "kind", "examples", "metrics")]
+  for task, metrics in report["tasks"].items():
+    count = str(report["counts"][task])
+    rows.append((task, "all", count, _format_metrics(metrics)))
+    for kind, entry in report["kinds"].get(task, {}).items():
+      count = str(entry["examples"])
+      metrics = {k: v for k, v in entry.items() if k != "examples"}
+      rows.append(("", kind, count, _format_metrics(metrics)))
+  widths = [max(len(row[i]) for row in rows) for i in range(3)]
+  lines = [
+    f"{task:<{widths[0]}}  {kind:<{widths[1]}}  {count:>{widths[2]}}  {metrics}"
+    for task, kind, count, metrics in rows
+  ]
+  lines.insert(1, "-" * max(map(len, lines)))
+  step = "" if report["step"] is None else f", step {report['step']}"
+  head = f"{report['split']}{step}, {report['examples']} examples"
+  return "\n".join([head, "", *(line.rstrip() for line in lines)])
+
+
+def _format_metrics(metrics: Mapping[str, float]) -> str:
+  if not metrics:
+    return "no ground truth"
+  return "  ".join(f"{k} {100 * v:5.1f} %" for k, v in metrics.items())
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+  """Writes JSON so that readers see the old or the new file, never a part."""
+  text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+  _write_text(pathlib.Path(path), text)
+
+
+def write_predictions(
+  path: str | os.PathLike[str], predictions: Iterable[Prediction]
+) -> None:
+  """Writes one JSON object a line, all or nothing."""
+  lines = (
+    json.dumps(prediction, ensure_ascii=False, allow_nan=False) + "\n"
+    for prediction in predictions
+  )
+  _write_text(pathlib.Path(path), "".join(lines))
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # The process id keeps two writers from sharing a temporary file.
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with open(temporary, "w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def format_answer(answer: str | Sequence[float] | None) -> str:
+  """Returns an answer for people; boxes with whole pixels."""
+  if answer is None:
+    return "unknown"
+  if isinstance(answer, str):
+    return answer if answer else "(empty)"
+  return ", ".join(f"{x:.0f}" for x in answer)
+
+
+def select_examples(
+  predictions: Sequence[Prediction], per_task: int
+) -> list[Prediction]:
+  """Picks examples of every task, spread evenly over its kinds and order."""
+  by_task: dict[str, dict[str, list[Prediction]]] = {}
+  for prediction in predictions:
+    kinds = by_task.setdefault(prediction["task"], {})
+    kinds.setdefault(prediction["kind"], []).append(prediction)
+  chosen = []
+  for kinds in by_task.values():
+    # One of each kind in turn, so that rare kinds are seen too.
+    groups = list(kinds.values())
+    longest = max(map(len, groups))
+    turns = [g[i] for i in range(longest) for g in groups if i < len(g)]
+    chosen += turns[:per_task]
+  return chosen

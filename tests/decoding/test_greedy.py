@@ -1,0 +1,141 @@
+"""Greedy decoding against enumeration of every path."""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from narvl_jax import decoding
+
+PAD, BLANK, CLASSES, QUERIES = 1, 4, 5, 4
+
+
+def _collapse(path: tuple[int, ...], merge: bool) -> tuple[int, ...]:
+  """The definition, one token at a time."""
+  if merge:
+    path = tuple(token for token, _ in itertools.groupby(path))
+  return tuple(token for token in path if token not in (BLANK, PAD))
+
+
+def _decode(logits, merge, forbidden=None) -> dict[str, np.ndarray]:
+  decoded = decoding.greedy_decode(
+    jnp.asarray(logits),
+    jnp.asarray(merge),
+    blank_id=BLANK,
+    pad_id=PAD,
+    forbidden=forbidden,
+  )
+  return jax.tree.map(np.asarray, decoded)
+
+
+@pytest.fixture(scope="module")
+def logits() -> np.ndarray:
+  rng = np.random.default_rng(0)
+  return rng.normal(0, 2, (16, QUERIES, CLASSES)).astype(np.float32)
+
+
+def test_merged_answer_has_the_sum_over_all_its_alignments(logits):
+  logits[..., PAD] = -30  # An answer holds no pad.
+  decoded = _decode(logits, [True] * len(logits))
+  probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  longer = 0
+  for i, p in enumerate(probs):
+    answer = tuple(decoded["ids"][i, : decoded["lengths"][i]])
+    assert answer == _collapse(tuple(p.argmax(-1)), merge=True)
+    assert set(decoded["ids"][i, decoded["lengths"][i] :]) <= {PAD}
+    expected = sum(
+      np.prod([p[n, c] for n, c in enumerate(path)])
+      for path in itertools.product(range(CLASSES), repeat=QUERIES)
+      if _collapse(path, merge=True) == answer
+    )
+    np.testing.assert_allclose(decoded["probability"][i], expected, rtol=1e-5)
+    longer += expected > 1.01 * np.prod(p.max(-1))
+  assert longer > 5  # Some answers have more than one alignment.
+
+
+def test_unmerged_answer_has_the_probability_of_its_only_path(logits):
+  decoded = _decode(logits, [False] * len(logits))
+  probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  np.testing.assert_allclose(
+    decoded["probability"], probs.max(-1).prod(-1), rtol=1e-5
+  )
+  for i, p in enumerate(probs):
+    answer = tuple(decoded["ids"][i, : decoded["lengths"][i]])
+    assert answer == _collapse(tuple(p.argmax(-1)), merge=False)
+
+
+def test_merging_is_chosen_row_by_row():
+  path = np.array([2, 2, BLANK, 2])
+  logits = np.tile(10 * np.eye(CLASSES, dtype=np.float32)[path], (2, 1, 1))
+  decoded = _decode(logits, [True, False])
+  np.testing.assert_array_equal(decoded["lengths"], [2, 3])
+  np.testing.assert_array_equal(decoded["ids"], [[2, 2, 1, 1], [2, 2, 2, 1]])
+  assert (decoded["probability"] > 0.99).all()
+
+
+def test_all_blank_is_the_empty_answer():
+  logits = np.zeros((1, QUERIES, CLASSES), np.float32)
+  logits[..., BLANK] = 3
+  decoded = _decode(logits, [True])
+  assert decoded["lengths"] == [0]
+  blank = np.exp(3) / (np.exp(3) + CLASSES - 1)
+  np.testing.assert_allclose(decoded["probability"], [blank**4], rtol=1e-5)
+
+
+def test_forbidden_classes_lose_their_mass(logits):
+  forbidden = np.array([True, True, False, False, False])
+  merge = np.arange(len(logits)) % 2 == 0
+  masked = _decode(logits, merge, forbidden)
+  assert not np.isin(masked["ids"], [0]).any()
+  # The rest is a distribution of its own, as if the classes did not exist.
+  gone = np.where(forbidden, -80.0, logits).astype(np.float32)
+  expected = _decode(gone, merge)
+  np.testing.assert_array_equal(masked["ids"], expected["ids"])
+  np.testing.assert_allclose(
+    masked["probability"], expected["probability"], rtol=1e-5
+  )
+  assert np.isin(_decode(logits, merge)["ids"], [0]).any()
+
+
+class _Lookup(nn.Module):
+  """Answers with the rows of a table; image and mask shift the logits."""
+
+  scale: float = 1.0
+
+  @nn.compact
+  def __call__(self, image, text, *, image_mask, train):
+    assert not train
+    table = self.param("table", nn.initializers.normal(), (8, CLASSES))
+    shift = jnp.where(image_mask, jnp.mean(image, (1, 2, 3)), 0.0)
+    return self.scale * table[text] + shift[:, None, None], {}
+
+
+def test_predict_step_runs_the_model_without_training():
+  model = _Lookup()
+  table = 9 * np.eye(8, CLASSES, dtype=np.float32)
+  step = decoding.make_predict_step(model, blank_id=BLANK, pad_id=PAD)
+  decoded = step(
+    {"params": {"table": table}},
+    np.zeros((2, 4, 4, 3), np.float32),
+    np.array([[2, 2, 4, 3], [4, 2, 2, 4]]),
+    np.ones(2, bool),
+    np.array([True, False]),
+  )
+  np.testing.assert_array_equal(decoded["ids"], [[2, 3, 1, 1], [2, 2, 1, 1]])
+
+
+def test_equal_models_share_one_predict_step():
+  forbidden = np.zeros(CLASSES, bool)
+
+  def make(scale, mask):
+    return decoding.make_predict_step(
+      _Lookup(scale), blank_id=BLANK, pad_id=PAD, forbidden=mask
+    )
+
+  assert make(1.0, forbidden) is make(1.0, forbidden.copy())
+  assert make(1.0, forbidden) is not make(2.0, forbidden)
+  assert make(1.0, forbidden) is not make(1.0, None)
+  assert make(1.0, forbidden) is not make(1.0, ~forbidden)

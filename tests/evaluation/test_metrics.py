@@ -1,0 +1,107 @@
+"""The score of one example, task by task."""
+
+import numpy as np
+import pytest
+
+from narvl_jax.data.example import Record
+from narvl_jax.evaluation import caption, entailment, grounding, vqa
+
+
+def _record(task: str, **fields) -> Record:
+  return Record("r0", task, np.zeros((8, 8, 3), np.uint8), **fields)
+
+
+@pytest.mark.parametrize(
+  ("prediction", "exact", "f1"),
+  [
+    ("a red square", 1.0, 1.0),
+    (" a  red\tsquare. ", 1.0, 1.0),
+    ("A red square", 0.0, 4 / 6),
+    ("a blue square", 0.0, 4 / 6),
+    ("a red red square", 0.0, 6 / 7),
+    ("", 0.0, 0.0),
+    # The second reference is the nearer one.
+    ("two things here", 0.0, 4 / 5),
+  ],
+)
+def test_caption_takes_the_best_reference(prediction, exact, f1):
+  record = _record("caption", answers={"a red, square.": 1, "two things": 1})
+  scores = caption.score(prediction, record)
+  assert scores == pytest.approx({"exact_match": exact, "token_f1": f1})
+
+
+def test_caption_of_nothing_matches_nothing_only():
+  record = _record("caption", answers={"...": 1.0})
+  assert caption.score("", record) == {"exact_match": 1.0, "token_f1": 1.0}
+  assert caption.score("a", record) == {"exact_match": 0.0, "token_f1": 0.0}
+
+
+def test_vqa_looks_up_the_soft_score():
+  record = _record("vqa", answers={"red": 1.0, "dark red": 0.3})
+  assert vqa.score("red", record) == {"accuracy": 1.0}
+  assert vqa.score(" dark red ", record) == {"accuracy": 0.3}
+  assert vqa.score("blue", record) == {"accuracy": 0.0}
+
+
+def test_entailment_is_right_or_wrong():
+  record = _record("entailment", answers={"maybe": 1.0})
+  assert entailment.score("maybe", record) == {"accuracy": 1.0}
+  assert entailment.score("yes", record) == {"accuracy": 0.0}
+
+
+@pytest.mark.parametrize(
+  ("predicted", "target", "iou"),
+  [
+    ((0, 0, 10, 10), (0, 0, 10, 10), 1.0),
+    ((0, 0, 10, 10), (5, 0, 15, 10), 1 / 3),
+    ((0, 0, 10, 10), (2, 3, 7, 8), 0.25),
+    # Touching, apart, empty and turned inside out.
+    ((0, 0, 10, 10), (10, 0, 20, 10), 0.0),
+    ((0, 0, 10, 10), (20, 20, 30, 30), 0.0),
+    ((0, 0, 0, 0), (0, 0, 10, 10), 0.0),
+    ((10, 10, 0, 0), (0, 0, 10, 10), 0.0),
+  ],
+)
+def test_iou_by_hand(predicted, target, iou):
+  assert grounding.box_iou(predicted, target) == pytest.approx(iou, abs=1e-6)
+  assert grounding.box_iou(target, predicted) == pytest.approx(iou, abs=1e-6)
+
+
+def test_iou_matches_counted_pixels():
+  rng = np.random.default_rng(0)
+  for _ in range(50):
+    masks = np.zeros((2, 40, 40), bool)
+    boxes = []
+    for mask in masks:
+      x0, y0 = rng.integers(0, 30, 2)
+      x1, y1 = rng.integers((x0 + 1, y0 + 1), 41)
+      mask[y0:y1, x0:x1] = True
+      boxes.append(tuple(map(float, (x0, y0, x1, y1))))
+    expected = (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum()
+    assert grounding.box_iou(*boxes) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("x1", "accuracy"), [(5.01, 1.0), (4.99, 0.0)])
+def test_grounding_threshold_is_one_half(x1, accuracy):
+  record = _record("grounding", box=(0.0, 0.0, 10.0, 10.0))
+  scores = grounding.score((0.0, 0.0, x1, 10.0), record)
+  assert scores is not None
+  assert scores["acc@0.5"] == accuracy
+  assert scores["mean_iou"] == pytest.approx(x1 / 10, abs=1e-6)
+
+
+def test_grounding_keeps_full_precision():
+  # Half precision would round both edges to 1000.5 and call the box perfect.
+  record = _record("grounding", box=(1000.0, 0.0, 1000.4, 1.0))
+  scores = grounding.score((1000.0, 0.0, 1000.6, 1.0), record)
+  assert scores is not None
+  assert scores["mean_iou"] == pytest.approx(2 / 3, abs=1e-4)
+
+
+@pytest.mark.parametrize("module", [caption, vqa, entailment])
+def test_unknown_truth_has_no_score(module):
+  assert module.score("yes", _record("vqa")) is None
+
+
+def test_unknown_box_has_no_score():
+  assert grounding.score((0.0, 0.0, 1.0, 1.0), _record("grounding")) is None

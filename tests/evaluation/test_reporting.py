@@ -1,0 +1,103 @@
+"""The table, the files and the choice of examples."""
+
+import json
+import os
+
+import pytest
+
+from narvl_jax.evaluation import reporting
+
+REPORT = {
+  "split": "test",
+  "step": 7,
+  "examples": 13,
+  "tasks": {
+    "vqa": {"accuracy": 0.5},
+    "grounding": {"acc@0.5": 0.25, "mean_iou": 0.125},
+    "caption": {},
+  },
+  "counts": {"vqa": 4, "grounding": 8, "caption": 1},
+  "kinds": {
+    "vqa": {
+      "colour": {"accuracy": 1.0, "examples": 1},
+      "count": {"accuracy": 1 / 3, "examples": 3},
+    }
+  },
+}
+
+
+def test_table_has_a_line_per_task_and_kind():
+  assert reporting.format_table(REPORT).splitlines() == [
+    "test, step 7, 13 examples",
+    "",
+    "task       kind    examples  metrics",
+    "-" * 62,
+    "vqa        all            4  accuracy  50.0 %",
+    "           colour         1  accuracy 100.0 %",
+    "           count          3  accuracy  33.3 %",
+    "grounding  all            8  acc@0.5  25.0 %  mean_iou  12.5 %",
+    "caption    all            1  no ground truth",
+  ]
+
+
+def test_json_replaces_the_old_file_at_once(tmp_path, monkeypatch):
+  path = tmp_path / "evaluation.json"
+  reporting.write_json(path, {"step": 1})
+  seen = []
+  replace = os.replace
+
+  def watched(source, target):
+    seen.append(json.loads(path.read_text()))
+    replace(source, target)
+
+  monkeypatch.setattr(os, "replace", watched)
+  reporting.write_json(path, {"step": 2})
+  assert seen == [{"step": 1}]
+  assert json.loads(path.read_text()) == {"step": 2}
+  assert os.listdir(tmp_path) == ["evaluation.json"]
+
+
+def test_failure_leaves_the_old_file_and_no_rubbish(tmp_path):
+  path = tmp_path / "predictions.jsonl"
+  reporting.write_predictions(path, [{"id": "a"}])
+
+  with pytest.raises(ValueError, match="JSON"):
+    reporting.write_predictions(path, [{"id": "b"}, {"p": float("nan")}])
+  assert path.read_text() == '{"id": "a"}\n'
+  assert os.listdir(tmp_path) == ["predictions.jsonl"]
+
+
+def test_predictions_are_one_object_a_line(tmp_path):
+  path = tmp_path / "new" / "test.jsonl"
+  predictions = [{"id": "a", "prompt": "two\nlines, ünïcode"}, {"id": "b"}]
+  reporting.write_predictions(path, predictions)
+  lines = path.read_text(encoding="utf-8").splitlines()
+  assert [json.loads(line) for line in lines] == predictions
+  assert "ünïcode" in lines[0]
+
+
+@pytest.mark.parametrize(
+  ("answer", "text"),
+  [
+    ("red", "red"),
+    ("", "(empty)"),
+    (None, "unknown"),
+    ([1.2, 3.0, 10.6, 20.0], "1, 3, 11, 20"),
+  ],
+)
+def test_answers_for_people(answer, text):
+  assert reporting.format_answer(answer) == text
+
+
+def test_examples_cover_every_task_and_kind():
+  kinds = ["common"] * 20 + ["rare"] * 2
+  predictions = [
+    {"id": f"{task}{i}", "task": task, "kind": kind}
+    for task in ("vqa", "caption")
+    for i, kind in enumerate(kinds)
+  ]
+  chosen = reporting.select_examples(predictions, 5)
+  assert [x["id"] for x in chosen] == [
+    *("vqa0", "vqa20", "vqa1", "vqa21", "vqa2"),
+    *("caption0", "caption20", "caption1", "caption21", "caption2"),
+  ]
