@@ -1,0 +1,66 @@
+"""Short descriptions of objects, shared by the tasks."""
+
+from collections.abc import Iterable, Sequence
+
+from narvl_jax.data.sources.shapes import words
+from narvl_jax.data.sources.shapes.scene import SceneObject
+
+# Attributes that a description names, in the order in which they are said.
+ORDER = ("size", "texture", "color", "shape")
+
+# Descriptions from short to long.
+SHORTEST_FIRST = (
+  ("shape",),
+  ("color",),
+  ("color", "shape"),
+  ("size", "shape"),
+  ("texture", "shape"),
+  ("size", "color", "shape"),
+  ("texture", "color", "shape"),
+  ("size", "texture", "color", "shape"),
+)
+
+
+def say(item: SceneObject, attributes: Sequence[str]) -> str:
+  """Names the attributes: "large red circle", "small object"."""
+  text = " ".join(getattr(item, name) for name in attributes)
+  return text if attributes[-1] == "shape" else text + " object"
+
+
+def is_unique(
+  item: SceneObject, objects: Iterable[SceneObject], attributes: Sequence[str]
+) -> bool:
+  """Whether no other object has the same values of the attributes."""
+  for other in objects:
+    if other is item:
+      continue
+    for name in attributes:
+      if getattr(other, name) != getattr(item, name):
+        break
+    else:
+      return False
+  return True
+
+
+def describe(
+  item: SceneObject,
+  objects: Sequence[SceneObject],
+  candidates: Iterable[Sequence[str]] = SHORTEST_FIRST,
+) -> str | None:
+  """The first candidate description that only this object meets."""
+  for attributes in candidates:
+    if is_unique(item, objects, attributes):
+      return say(item, attributes)
+  return None
+
+
+def is_on(side: str, item: SceneObject, anchor: SceneObject) -> bool:
+  """Whether the item lies on a side of the anchor, by their centres."""
+  axis, sign = words.SIDES[side]
+  return sign * (item.center(axis) - anchor.center(axis)) > 0
+
+
+def distance(side: str, item: SceneObject, anchor: SceneObject) -> float:
+  """How far apart two centres are along the axis of a side, in pixels."""
+  axis = words.SIDES[side][0]
+  return abs(item.center(axis) - anchor.center(axis))

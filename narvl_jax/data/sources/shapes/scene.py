@@ -1,0 +1,241 @@
+"""Objects, scenes and the random draws that make them."""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+from narvl_jax.data.example import Box
+from narvl_jax.data.sources.shapes import words
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(slots=True)
+class SceneObject:
+  """One object; the attributes are words, lengths are in pixels.
+
+  Attributes:
+    size: "small" or "large".
+    texture: one of `words.TEXTURES`.
+    color: one of `words.COLORS`; empty for the grey screen.
+    shape: one of `words.SHAPES`, or "screen".
+    side: width and height of the tight box, whole pixels.
+    x: left edge, a multiple of a quarter pixel.
+    y: upper edge, likewise.
+    variant: which of the slightly different shades of its colour it has.
+  """
+
+  size: str
+  texture: str
+  color: str
+  shape: str
+  side: int
+  x: float = 0.0
+  y: float = 0.0
+  variant: int = 0
+
+  @property
+  def box(self) -> Box:
+    """The tight box x0, y0, x1, y1."""
+    return self.x, self.y, self.x + self.side, self.y + self.side
+
+  def center(self, axis: int) -> float:
+    """The centre on an axis, 0 = x and 1 = y."""
+    return (self.y if axis else self.x) + self.side / 2
+
+
+@dataclasses.dataclass(slots=True)
+class Scene:
+  """A picture to draw: objects in drawing order, later ones on top."""
+
+  objects: list[SceneObject]
+  screen: SceneObject | None
+  background: tuple[int, int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+  """What a difficulty and an image size allow.
+
+  Attributes:
+    image_size: side of the square picture in pixels.
+    max_objects: largest number of objects.
+    textures: textures in use.
+    sides: relations in use, keys of `words.SIDES`.
+    overlap: whether objects may cover each other.
+    small: whole-pixel sides of small objects.
+    large: likewise of large ones.
+    gap: smallest distance of two objects' centres along x.
+    held_out: every scene has a held-out combination.
+  """
+
+  image_size: int
+  max_objects: int
+  textures: tuple[str, ...]
+  sides: tuple[str, ...]
+  overlap: bool
+  small: tuple[int, ...]
+  large: tuple[int, ...]
+  gap: float
+  held_out: bool
+
+
+def make_level(difficulty: str, image_size: int, held_out: bool) -> Level:
+  """Builds the level of difficulty "easy" or "full"."""
+  full = difficulty == "full"
+
+  def lengths(low: float, high: float) -> tuple[int, ...]:
+    first, last = round(low * image_size / 48), round(high * image_size / 48)
+    count = min(4, last - first + 1)
+    return tuple(
+      first + round(i * (last - first) / max(1, count - 1))
+      for i in range(count)
+    )
+
+  return Level(
+    image_size=image_size,
+    max_objects=5 if full else 3,
+    textures=words.TEXTURES if full else words.TEXTURES[:1],
+    sides=tuple(words.SIDES)[: 4 if full else 2],
+    overlap=full,
+    small=lengths(11, 13),
+    large=lengths(18, 21),
+    gap=image_size * (2 if full else 3) / 48,
+    held_out=held_out,
+  )
+
+
+class Draws:
+  """Random draws of one record.
+
+  Only `random.Random.random` is used: its sequence for a given integer seed
+  is the same in every Python version, that of the other methods is not.
+  """
+
+  __slots__ = ("level", "random")
+
+  def __init__(self, key: int, level: Level):
+    self.random = random.Random(key).random
+    self.level = level
+
+  def below(self, limit: int) -> int:
+    """A whole number in [0, limit)."""
+    return int(self.random() * limit)
+
+  def pick(self, options: Sequence[T]) -> T:
+    """One of the options."""
+    return options[int(self.random() * len(options))]
+
+  def chance(self, probability: float) -> bool:
+    """True with the given probability."""
+    return self.random() < probability
+
+  def shuffled(self, items: Sequence[T]) -> list[T]:
+    """The items in random order."""
+    out = list(items)
+    for i in range(len(out) - 1, 0, -1):
+      j = int(self.random() * (i + 1))
+      out[i], out[j] = out[j], out[i]
+    return out
+
+  def combination(
+    self,
+    pool: Sequence[tuple[str, str]] = words.SEEN,
+    *,
+    color: str = "",
+    shape: str = "",
+    not_color: str = "",
+    not_shape: str = "",
+  ) -> tuple[str, str]:
+    """A (colour, shape) of the pool that meets the conditions."""
+    while True:
+      found = pool[int(self.random() * len(pool))]
+      if (
+        (not color or found[0] == color)
+        and (not shape or found[1] == shape)
+        and found[0] != not_color
+        and found[1] != not_shape
+      ):
+        return found
+
+  def object(
+    self, combination: tuple[str, str], size: str = "", texture: str = ""
+  ) -> SceneObject:
+    """An object of that colour and shape, without a place yet."""
+    level = self.level
+    size = size or words.SIZES[int(self.random() * 2)]
+    lengths = level.small if size == "small" else level.large
+    if not texture:
+      texture = level.textures[int(self.random() * len(level.textures))]
+    return SceneObject(
+      size,
+      texture,
+      combination[0],
+      combination[1],
+      lengths[int(self.random() * len(lengths))],
+      variant=int(self.random() * 16),
+    )
+
+  def focus(self, **conditions: str) -> SceneObject:
+    """The object that a request is about: held-out in a held-out scene."""
+    pool = words.HELD_OUT if self.level.held_out else words.SEEN
+    return self.object(self.combination(pool, **conditions))
+
+  def number_of_objects(self) -> int:
+    """How many objects the scene has, uniformly."""
+    return 1 + int(self.random() * self.level.max_objects)
+
+  def companions(self, focus: SceneObject, count: int) -> list[SceneObject]:
+    """Objects that often share the colour or the shape of the focus."""
+    out = []
+    for _ in range(count):
+      share = self.random()
+      if share < 0.3:
+        combination = self.combination(color=focus.color)
+      elif share < 0.6:
+        combination = self.combination(shape=focus.shape)
+      else:
+        combination = self.combination()
+      out.append(self.object(combination))
+    return out
+
+  def screen(self) -> SceneObject:
+    """A grey panel that may hide a further object."""
+    return SceneObject("large", "solid", "", "screen", self.level.large[-1])
+
+  def background(self) -> tuple[int, int, int, int]:
+    """Tile, offsets and brightness of the background."""
+    draw = self.random
+    return (
+      int(draw() * 16),
+      int(draw() * 32),
+      int(draw() * 32),
+      int(draw() * 32),
+    )
+
+
+@dataclasses.dataclass(slots=True)
+class Draft:
+  """A record before its picture is drawn; the names are those of `Record`."""
+
+  scene: Scene
+  kind: str
+  prompt: str = ""
+  answer: str = ""
+  box: Box | None = None
+
+
+def draft(
+  draws: Draws,
+  objects: list[SceneObject],
+  kind: str,
+  prompt: str = "",
+  answer: str = "",
+  *,
+  box: Box | None = None,
+  screen: SceneObject | None = None,
+) -> Draft:
+  """Closes a draft: adds the background to the placed objects."""
+  scene = Scene(objects, screen, draws.background())
+  return Draft(scene, kind, prompt, answer, box)

@@ -1,0 +1,132 @@
+"""The procedural source `shapes`: records drawn from (split, seed, index)."""
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.sources.shapes import (
+  caption,
+  drawing,
+  entailment,
+  grounding,
+  vqa,
+)
+from narvl_jax.data.sources.shapes.scene import Draft, Draws, make_level
+from narvl_jax.errors import UserError, did_you_mean
+
+# First key and number of records of each split; the ranges do not meet.
+RANGES = {
+  "train": (0, 2**31),
+  "validation": (2**32, 4000),
+  "test": (2**33, 4000),
+  "held_out": (2**34, 4000),
+}
+DIFFICULTIES = ("easy", "full")
+IMAGE_SIZES = (32, 512)
+
+_COMPOSE = {
+  "caption": caption.compose,
+  "vqa": vqa.compose,
+  "grounding": grounding.compose,
+  "entailment": entailment.compose,
+}
+
+
+class ShapesSource(Sequence[Record]):
+  """Scenes of 1-5 objects with text about them, made when asked for.
+
+  Record `i` depends on nothing but (task, split, seed, i) and the options.
+  Its random numbers come from one whole number, in which the seed, the task
+  and the split's range of keys each have bits of their own. So no two splits
+  or seeds share a scene.
+
+  Attributes:
+    task: one of `TASKS`.
+    split: "train" (2**31 records), "validation", "test" or "held_out" (4000
+      each). Scenes of "held_out" have a combination of `words.HELD_OUT`,
+      which no text or picture of the other splits has.
+    seed: another seed gives other records of the same distribution.
+    image_size: side of the square pictures in pixels.
+    difficulty: "easy" (1-3 solid objects apart from each other) or "full"
+      (1-5, textures, overlap, more relations).
+  """
+
+  def __init__(
+    self,
+    *,
+    task: str,
+    split: str,
+    seed: int = 0,
+    image_size: int = 48,
+    difficulty: str = "easy",
+  ):
+    """Checks the options.
+
+    Raises:
+      UserError: unknown task, split or difficulty; bad image size or seed.
+    """
+    for name, value, options in (
+      ("task", task, TASKS),
+      ("split", split, RANGES),
+      ("difficulty", difficulty, DIFFICULTIES),
+    ):
+      if value not in options:
+        raise UserError(
+          f'shapes: unknown {name} "{value}".'
+          f"{did_you_mean(str(value), options)} Set {name}=."
+        )
+    low, high = IMAGE_SIZES
+    if not isinstance(image_size, int) or not low <= image_size <= high:
+      raise UserError(
+        f"shapes: image_size must be a whole number from {low} to {high}, "
+        f"got {image_size!r}. Set options.image_size."
+      )
+    if not isinstance(seed, int) or seed < 0:
+      raise UserError(
+        f"shapes: seed must be a whole number from 0, got {seed!r}. Set seed=."
+      )
+    self.task, self.split, self.seed = task, split, seed
+    self.image_size, self.difficulty = image_size, difficulty
+    self._level = make_level(difficulty, image_size, split == "held_out")
+    self._first, self._count = RANGES[split]
+    self._base = (seed << 40) + (TASKS.index(task) << 36) + self._first
+    self._compose = _COMPOSE[task]
+
+  def __len__(self) -> int:
+    return self._count
+
+  @overload
+  def __getitem__(self, index: int) -> Record: ...
+  @overload
+  def __getitem__(self, index: slice) -> Sequence[Record]: ...
+  def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(self._count))]
+    index = operator.index(index)
+    draft = self.draft(index)
+    index %= self._count
+    return Record(
+      id=f"shapes-{self.split}-{index}",
+      task=self.task,
+      image=drawing.render(draft.scene, self.image_size),
+      prompt=draft.prompt,
+      answers={draft.answer: 1.0} if draft.answer else {},
+      box=draft.box,
+      kind=draft.kind,
+    )
+
+  def draft(self, index: int) -> Draft:
+    """The scene and the text of a record, without the picture."""
+    if not -self._count <= index < self._count:
+      raise IndexError(f"shapes has {self._count} records, got {index}")
+    key = self._base + index % self._count
+    return self._compose(Draws(key, self._level))
+
+  def texts(self, limit: int) -> Iterator[str]:
+    """Prompts and answers of the first records, to train a tokenizer."""
+    for index in range(min(limit, self._count)):
+      draft = self.draft(index)
+      for text in (draft.prompt, draft.answer):
+        if text:
+          yield text
