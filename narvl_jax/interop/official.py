@@ -1,0 +1,225 @@
+"""Weights of the official PyTorch code, to and from the parameter tree."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from narvl_jax.errors import UserError
+from narvl_jax.interop.key_map import IGNORED, TABLE_KEY, TIED_KEYS, key_map
+from narvl_jax.models import NARVL, ModelConfig
+
+
+def variables_from_official(
+  state: Mapping[str, np.ndarray], config: ModelConfig
+) -> dict[str, Any]:
+  """Converts an official NARVL state dict to variables of `NARVL(config)`.
+
+  Integer buffers and the decoder tables that only image generation reads are
+  ignored. Rows that pad the tied table are zero.
+
+  Args:
+    state: official key -> array of any float dtype.
+    config: the model that the weights are for; `image_encoder="resnet"`.
+
+  Returns:
+    {"params", "batch_stats"}: nested dicts of float32 NumPy arrays without
+    logical axis names.
+
+  Raises:
+    UserError: a key is missing, left over or of another shape, or the tied
+      tables differ.
+  """
+  leaves = key_map(config)
+  _check_state(state, config)
+  flat = {}
+  for leaf in leaves:
+    layers = [
+      _to_ours(
+        leaf.transform,
+        [np.asarray(state[key], np.float32) for key in keys],
+        config,
+      )
+      for keys in leaf.keys
+    ]
+    flat[leaf.path] = np.stack(layers) if leaf.stacked else layers[0]
+  return flax.traverse_util.unflatten_dict(flat)
+
+
+def official_from_variables(
+  variables: Mapping[str, Any], config: ModelConfig
+) -> dict[str, Any]:
+  """Converts variables of `NARVL(config)` to the official keys and layouts.
+
+  The reverse of `variables_from_official`, bit by bit. Since every transform
+  is a permutation, gradients convert in the same way. Integer buffers and the
+  decoder tables that the parallel decoder lacks are not made up; the tied
+  table appears under its three names.
+
+  Args:
+    variables: {"params"} and optionally {"batch_stats"}, unboxed.
+    config: the model that the variables belong to.
+
+  Returns:
+    Official key -> array, of the dtypes and the kind given.
+  """
+  flat: dict[tuple[str, ...], Any]
+  flat = flax.traverse_util.flatten_dict(dict(variables))  # pyright: ignore
+  state = {}
+  for leaf in key_map(config):
+    if leaf.path[0] not in variables:
+      continue
+    value = flat[leaf.path]
+    for layer, keys in enumerate(leaf.keys):
+      part = value[layer] if leaf.stacked else value
+      state |= zip(
+        keys, _to_official(leaf.transform, part, config), strict=True
+      )
+  state |= {key: state[TABLE_KEY] for key in TIED_KEYS}
+  return state
+
+
+def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Returns official key -> shape of every tensor that `config` reads."""
+
+  def init() -> dict[str, Any]:
+    image = jnp.zeros((1, 16, 16, 3))
+    text = jnp.zeros((1, 1), jnp.int32)
+    variables = NARVL(config).init(jax.random.key(0), image, text)
+    return official_from_variables(nn.meta.unbox(variables), config)
+
+  return {key: x.shape for key, x in jax.eval_shape(init).items()}
+
+
+def _to_ours(
+  transform: str, parts: Sequence[np.ndarray], config: ModelConfig
+) -> np.ndarray:
+  """Lays official tensors of one layer out as we do; see `_to_official`."""
+  heads, width = config.num_heads, config.head_width
+  if transform == "fused_kernel":  # n times [H d, D] -> [D, n, H, d]
+    stack = np.stack(parts)
+    n, _, d = stack.shape
+    return stack.transpose(2, 0, 1).reshape(d, n, heads, width)
+  if transform == "fused_bias":  # n times [H d] -> [n, H, d]
+    return np.stack(parts).reshape(len(parts), heads, width)
+  (x,) = parts
+  match transform:
+    case "same":
+      return x
+    case "transpose":  # [out, in] -> [in, out]
+      return x.T
+    case "conv":  # OIHW -> HWIO
+      return x.transpose(2, 3, 1, 0)
+    case "merged_heads":  # [D, H d] -> [H, d, D]
+      return x.T.reshape(heads, width, -1)
+    case "vocabulary":  # [V, D] -> [padded V, D]
+      return np.pad(x, ((0, config.padded_vocab_size - len(x)), (0, 0)))
+  raise AssertionError(transform)
+
+
+def _to_official(transform: str, x: Any, config: ModelConfig) -> list[Any]:
+  """Inverse of `_to_ours`; methods only, so `x` may be NumPy's or JAX's."""
+  match transform:
+    case "fused_kernel":
+      d, n, heads, width = x.shape
+      return list(x.transpose(1, 2, 3, 0).reshape(n, heads * width, d))
+    case "fused_bias":
+      return list(x.reshape(len(x), -1))
+    case "same":
+      return [x]
+    case "transpose":
+      return [x.T]
+    case "conv":
+      return [x.transpose(3, 2, 0, 1)]
+    case "merged_heads":
+      return [x.reshape(-1, x.shape[-1]).T]
+    case "vocabulary":
+      return [x[: config.vocab_size]]
+  raise AssertionError(transform)
+
+
+def _check_state(state: Mapping[str, np.ndarray], config: ModelConfig) -> None:
+  """Raises UserError unless `state` is what `config` reads."""
+  shapes = official_shapes(config)
+  hint = _hint(state, config)
+  missing = [k for k in shapes if k not in state and k not in TIED_KEYS]
+  if missing:
+    raise UserError(
+      f"official weights lack {len(missing)} of {len(shapes)} tensors: "
+      f"{_some(missing)}{hint}"
+    )
+  for key, shape in shapes.items():
+    if key in state and np.shape(state[key]) != shape:
+      raise UserError(
+        f"official weight {key} has shape {list(np.shape(state[key]))}, the "
+        f"configuration makes {list(shape)}{hint}"
+      )
+  left = [k for k in state if k not in shapes and not IGNORED.fullmatch(k)]
+  if left:
+    raise UserError(
+      f"official weights hold {len(left)} unknown tensors: {_some(left)}{hint}"
+    )
+  for key in TIED_KEYS:
+    if key in state and not np.array_equal(state[key], state[TABLE_KEY]):
+      raise UserError(
+        f"official weight {key} differs from {TABLE_KEY}; the model ties them"
+      )
+
+
+def _some(keys: Sequence[str]) -> str:
+  """The first few names of a list."""
+  return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
+
+
+def _hint(state: Mapping[str, np.ndarray], config: ModelConfig) -> str:
+  """Names the settings by which the tensors differ from the configuration."""
+  flags = [
+    f"--config.model.{name}={_text(value)}"
+    for name, value in _settings(state).items()
+    if value != getattr(config, name)
+  ]
+  return f"; nearest configuration: {' '.join(flags)}" if flags else ""
+
+
+def _text(value: Any) -> str:
+  """A value as it is written on a command line."""
+  return str(value).replace(" ", "")
+
+
+def _settings(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """Fields of `ModelConfig` that the shapes in a state dict show."""
+
+  def rows(key: str, axis: int = 0) -> int | None:
+    shape = np.shape(state.get(key, ()))
+    return shape[axis] if len(shape) > axis else None
+
+  def count(prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    found = (pattern.match(key) for key in state)
+    return len({match[1] for match in found if match})
+
+  image_positions = rows("encoder.embed_image_positions.weight")
+  token_buckets = rows("encoder.token_rel_pos_table_list.0.weight")
+  trunk = "encoder.embed_images"
+  blocks = tuple(count(f"{trunk}.layer{i}") for i in (1, 2, 3))
+  found = {
+    "width": rows(TABLE_KEY, 1),
+    "mlp_width": rows("encoder.layers.0.fc1.weight"),
+    "num_heads": rows("encoder.layers.0.self_attn.c_attn"),
+    "encoder_layers": count("encoder.layers"),
+    "decoder_layers": count("decoder.layers"),
+    "resnet_blocks": blocks if all(blocks) else None,
+    "resnet_width": rows(f"{trunk}.conv1.weight"),
+    "num_queries": rows("decoder.query_embed.weight"),
+    "vocab_size": rows(TABLE_KEY),
+    "max_text_positions": rows("encoder.embed_positions.weight"),
+    "image_bucket_size": image_positions and math.isqrt(image_positions - 1),
+    "token_bucket_size": token_buckets and (token_buckets + 1) // 2,
+  }
+  return {name: value for name, value in found.items() if value}
