@@ -1,15 +1,18 @@
 """ResNet v1.5 trunk, cut after the third stage (reference image encoder)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from narvl_jax.models.attention import ones_init, zeros_init
 from narvl_jax.models.sizes import ModelConfig
 
 _EPSILON = 1e-5
 _MOMENTUM = 0.1
 
-_conv_init = nn.with_logical_partitioning(
+_conv_init: nn.initializers.Initializer = nn.with_logical_partitioning(
   nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
   ("conv_height", "conv_width", "conv_in", "conv_out"),
 )
@@ -29,16 +32,8 @@ class BatchNorm(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Normalises [B, H, W, C] over all axes but the last."""
     channels = x.shape[-1]
-    scale = self.param(
-      "scale",
-      nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-      (channels,),
-    )
-    bias = self.param(
-      "bias",
-      nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
-      (channels,),
-    )
+    scale = self.param("scale", ones_init("norm"), (channels,))
+    bias = self.param("bias", zeros_init("norm"), (channels,))
     mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
     var = self.variable("batch_stats", "var", jnp.ones, (channels,))
     if train and self.config.batch_norm == "batch":
@@ -126,7 +121,8 @@ class ResNet(nn.Module):
     cfg = self.config
     x = Conv(cfg, cfg.resnet_width, 7, 2, name="conv1")(image.astype(cfg.dtype))
     x = nn.relu(BatchNorm(cfg, name="bn1")(x, train))
-    x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
+    padding: Any = [(1, 1), (1, 1)]  # Flax annotates it as str only.
+    x = nn.max_pool(x, (3, 3), (2, 2), padding)
     for stage, blocks in enumerate(cfg.resnet_blocks):
       features = cfg.resnet_width * 2**stage
       stride = 1 if stage == 0 else 2

@@ -169,11 +169,12 @@ def scan_layers(
   """
   if config.remat != "none":
     layer = nn.remat(layer, policy=_POLICIES[config.remat], prevent_cse=False)
+  in_axes: Any = (0, nn.broadcast)  # Flax annotates it as int only.
   stack = nn.scan(
     layer,
     variable_axes={"params": 0},
     split_rngs={"params": True, "dropout": True},
-    in_axes=(0, nn.broadcast),
+    in_axes=in_axes,
     length=depth,
     unroll=min(config.scan_unroll, depth),
     metadata_params={nn.PARTITION_NAME: "layers"},
