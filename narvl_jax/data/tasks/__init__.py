@@ -1,0 +1,78 @@
+"""The tasks: raw record to model example, model output to answer."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.tasks.base import Encoded as Encoded
+from narvl_jax.data.tasks.base import Task as Task
+from narvl_jax.data.tasks.base import check_num_queries as check_num_queries
+from narvl_jax.data.tasks.base import parse_settings
+from narvl_jax.data.tasks.caption import CaptionTask
+from narvl_jax.data.tasks.entailment import EntailmentTask
+from narvl_jax.data.tasks.grounding import GroundingTask
+from narvl_jax.data.tasks.vqa import VqaTask
+from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.errors import UserError, did_you_mean
+
+_CLASSES: dict[str, type[Task[Any]]] = {
+  task.name: task
+  for task in (CaptionTask, VqaTask, GroundingTask, EntailmentTask)
+}
+
+
+def make_task(
+  name: str,
+  vocabulary: Vocabulary,
+  settings: Mapping[str, Any] | None = None,
+) -> Task[Any]:
+  """Returns a task.
+
+  Args:
+    name: one of `TASKS`.
+    vocabulary: of the run.
+    settings: those that differ from `default_settings(name)`.
+
+  Raises:
+    UserError: the name, a setting's name or a value is wrong.
+  """
+  return _make(name, vocabulary, settings)
+
+
+def default_settings(name: str) -> dict[str, Any]:
+  """Returns the settings of a task and their defaults."""
+  return dataclasses.asdict(_task_class(name).settings_class())
+
+
+def vocabulary_texts(
+  name: str,
+  settings: Mapping[str, Any] | None,
+  records: Sequence[Record],
+) -> Iterator[str]:
+  """Yields every text of `records` that the task encodes.
+
+  `Vocabulary.train` learns from these.
+  """
+  task = _make(name, None, settings)
+  for i in range(len(records)):
+    yield from task.texts(records[i])
+
+
+def _make(
+  name: str,
+  vocabulary: Vocabulary | None,
+  settings: Mapping[str, Any] | None,
+) -> Task[Any]:
+  task_class = _task_class(name)
+  parsed = parse_settings(name, task_class.settings_class, settings or {})
+  return task_class(vocabulary, parsed)
+
+
+def _task_class(name: str) -> type[Task[Any]]:
+  if name not in _CLASSES:
+    raise UserError(
+      f'there is no task "{name}".{did_you_mean(name, TASKS)} Change --task'
+      " or the task in --config.data"
+    )
+  return _CLASSES[name]

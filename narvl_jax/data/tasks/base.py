@@ -1,0 +1,268 @@
+"""What the tasks share: settings, cleaning of text, encoding of a record."""
+
+import dataclasses
+import itertools
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from narvl_jax.data.example import Box, Record
+from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.errors import UserError, did_you_mean
+
+# Sources whose ids are kept; questions repeat over pictures.
+_CACHE_SIZE = 1 << 15
+_LEADING = ",.!?*#:;~"
+_SPACES = re.compile(r"\s{2,}")
+_FORMATTER = string.Formatter()
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class Encoded(NamedTuple):
+  """Ids of one example, not padded.
+
+  Attributes:
+    text_ids: source: bos, text, eos.
+    label_ids: target, eos last if the task has it; empty without a target.
+    confidence: weight of the target in (0, 1].
+  """
+
+  text_ids: list[int]
+  label_ids: list[int]
+  confidence: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Settings that every task has.
+
+  Attributes:
+    eos: targets end with eos, which costs one query.
+    merge_repeats: decoding merges equal neighbours before it drops blanks.
+    allow_empty: accept an empty prompt, as the reference does.
+  """
+
+  eos: bool = True
+  merge_repeats: bool = True
+  allow_empty: bool = False
+
+
+S = TypeVar("S", bound=Settings)
+
+
+class Task(Generic[S]):
+  """Turns records into ids and ids into answers.
+
+  Attributes:
+    name: one of `TASKS`.
+    settings: the settings in force.
+    merge_repeats: see `Settings`.
+  """
+
+  name: ClassVar[str]
+  settings_class: ClassVar[type[Settings]]
+
+  def __init__(self, vocabulary: Vocabulary | None, settings: S) -> None:
+    """Without a vocabulary only `texts` may be called."""
+    self._vocabulary = vocabulary
+    self.settings = settings
+    self.merge_repeats = settings.merge_repeats
+    self._sources: dict[Any, list[int]] = {}
+
+  @property
+  def vocabulary(self) -> Vocabulary:
+    """The vocabulary of the run."""
+    assert self._vocabulary is not None
+    return self._vocabulary
+
+  def encode(self, record: Record, *, with_target: bool = True) -> Encoded:
+    """Returns the ids of a record.
+
+    Args:
+      record: a record of this task.
+      with_target: False leaves `label_ids` empty and the truth unread.
+
+    Raises:
+      UserError: the prompt is empty, or the record lacks a usable target.
+    """
+    vocabulary = self.vocabulary
+    key = self._source_key(record)
+    text_ids = self._sources.get(key)
+    if text_ids is None:
+      text_ids = [vocabulary.bos_id]
+      for text in self._source_texts(record):
+        text_ids += vocabulary.encode(text)
+      text_ids.append(vocabulary.eos_id)
+      if len(self._sources) >= _CACHE_SIZE:
+        self._sources.clear()
+      self._sources[key] = text_ids
+    if not with_target:
+      return Encoded(text_ids.copy(), [])
+    label_ids, confidence = self._target(record)
+    if self.settings.eos:
+      label_ids.append(vocabulary.eos_id)
+    if not label_ids:
+      raise UserError(
+        f'{self.name} record "{record.id}" has an empty target; set'
+        f" --config.tasks.{self.name}.eos=True to train on it"
+      )
+    return Encoded(text_ids.copy(), label_ids, confidence)
+
+  def texts(self, record: Record) -> list[str]:
+    """Returns every text of a record that gets encoded, source and targets."""
+    return [*self._source_texts(record), *self._target_texts(record)]
+
+  def decode(
+    self, ids: Sequence[int], original_size: tuple[int, int]
+  ) -> str | Box:
+    """Returns the answer that predicted ids stand for.
+
+    Args:
+      ids: collapsed: repeats merged if `merge_repeats`, blanks dropped.
+      original_size: (width, height) of the picture in pixels.
+    """
+    raise NotImplementedError
+
+  def _source_key(self, record: Record) -> Any:
+    """Returns what the source depends on; hashable."""
+    raise NotImplementedError
+
+  def _source_texts(self, record: Record) -> list[str]:
+    """Returns the texts whose ids, one after another, are the source."""
+    raise NotImplementedError
+
+  def _target_texts(self, record: Record) -> list[str]:
+    """Returns the texts of all valid targets."""
+    raise NotImplementedError
+
+  def _target(self, record: Record) -> tuple[list[int], float]:
+    """Returns the target's ids without eos, and its confidence."""
+    raise NotImplementedError
+
+  def _require_prompt(self, text: str, record: Record) -> str:
+    if not text and not self.settings.allow_empty:
+      raise UserError(
+        f'the prompt of {self.name} record "{record.id}" is empty (given:'
+        f' "{record.prompt}"); pass some words with --prompt'
+      )
+    return text
+
+  def _best_answer(self, record: Record) -> tuple[str, float]:
+    """Returns the answer of the highest score, the first of equals."""
+    if not record.answers:
+      raise UserError(f'{self.name} record "{record.id}" has no answer')
+    answer = max(record.answers, key=record.answers.__getitem__)
+    return answer, float(record.answers[answer])
+
+
+def parse_settings(
+  name: str, settings_class: type[S], values: Mapping[str, Any]
+) -> S:
+  """Returns checked settings.
+
+  Raises:
+    UserError: a key is unknown or a value has the wrong type.
+  """
+  fields = {f.name: f for f in dataclasses.fields(settings_class)}
+  for key, value in values.items():
+    flag = f"--config.tasks.{name}.{key}"
+    if key not in fields:
+      raise UserError(
+        f'task "{name}" has no setting "{key}".{did_you_mean(key, fields)}'
+        f" Change {flag}"
+      )
+    default = fields[key].default
+    if type(value) is not type(default):
+      raise UserError(
+        f"{flag} is {value!r}, a {type(value).__name__}; it must be a"
+        f" {type(default).__name__} such as {default!r}"
+      )
+    if isinstance(default, int) and value < 0:
+      raise UserError(f"{flag} is {value}; it must be 0 (no limit) or more")
+    if isinstance(default, str):
+      _check_template(flag, value, default)
+  return settings_class(**values)
+
+
+def _check_template(flag: str, value: str, default: str) -> None:
+  """Checks that a prompt has as many places as its default."""
+
+  def places(template: str) -> list[str]:
+    return [
+      field for _, field, *_ in _FORMATTER.parse(template) if field is not None
+    ]
+
+  try:
+    seen = places(value)
+  except ValueError as e:
+    raise UserError(
+      f'{flag} is "{value}": {e}; the default is "{default}"'
+    ) from e
+  if seen != places(default):
+    raise UserError(
+      f'{flag} is "{value}" with {len(seen)} places {{}}; it must have'
+      f' {len(places(default))} like the default "{default}"'
+    )
+
+
+def limit_words(text: str, max_words: int) -> str:
+  """Returns the first `max_words` space-separated words; 0 is no limit."""
+  if not max_words:
+    return text
+  return " ".join(text.split(" ")[:max_words])
+
+
+def clean_question(text: str, max_words: int = 0) -> str:
+  """Lower-cases a question and tidies its punctuation and spaces."""
+  return _clean(text.lower().lstrip(_LEADING), max_words)
+
+
+def clean_caption(text: str, max_words: int = 0) -> str:
+  """As `clean_question`, and `<person>` becomes `person`."""
+  return _clean(
+    text.lower().lstrip(_LEADING), max_words, ("<person>", "person")
+  )
+
+
+def _clean(
+  text: str, max_words: int, replaced: tuple[str, str] = ("", "")
+) -> str:
+  text = text.replace("-", " ").replace("/", " ")
+  if replaced[0]:
+    text = text.replace(*replaced)
+  text = _SPACES.sub(" ", text).rstrip("\n").strip(" ")
+  return limit_words(text, max_words)
+
+
+def delete_punctuation(text: str) -> str:
+  """Deletes ASCII punctuation and the spaces at both ends."""
+  return text.translate(_NO_PUNCTUATION).strip()
+
+
+def required_queries(label_ids: Sequence[int]) -> int:
+  """Returns how many queries a target needs: one each, a blank per repeat."""
+  repeats = sum(a == b for a, b in itertools.pairwise(label_ids))
+  return len(label_ids) + repeats
+
+
+def check_num_queries(
+  samples: Mapping[str, Sequence[Encoded]], num_queries: int
+) -> None:
+  """Checks that each task has targets that fit on the queries.
+
+  Args:
+    samples: some encoded records of each task.
+    num_queries: number of queries of the model.
+
+  Raises:
+    UserError: even the shortest target of a task needs more queries.
+  """
+  for name, encoded in samples.items():
+    needed = [required_queries(e.label_ids) for e in encoded if e.label_ids]
+    if needed and num_queries < min(needed):
+      raise UserError(
+        f'num_queries is {num_queries}, but the shortest target of "{name}"'
+        f" needs {min(needed)} (the longest seen {max(needed)}); set"
+        f" --config.model.num_queries={max(needed)}"
+      )

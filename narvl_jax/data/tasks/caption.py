@@ -1,0 +1,58 @@
+"""Captions: a picture to a sentence."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from narvl_jax.data.example import Record
+from narvl_jax.data.tasks import base
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionSettings(base.Settings):
+  """Settings of captioning.
+
+  Attributes:
+    prompt: the request, the same for every picture.
+    max_target_words: words of the target that are kept; 0 keeps all.
+  """
+
+  prompt: str = "what does the image describe?"
+  max_target_words: int = 20
+
+
+class CaptionTask(base.Task[CaptionSettings]):
+  """A fixed prompt; the target is the first reference without punctuation."""
+
+  name = "caption"
+  settings_class = CaptionSettings
+
+  def decode(self, ids: Sequence[int], original_size: tuple[int, int]) -> str:
+    """Returns the caption without ASCII punctuation."""
+    del original_size
+    return base.delete_punctuation(self.vocabulary.decode(ids))
+
+  def _source_key(self, record: Record) -> Any:
+    del record
+
+  def _source_texts(self, record: Record) -> list[str]:
+    del record
+    return [" " + self.settings.prompt]
+
+  def _target_texts(self, record: Record) -> list[str]:
+    return [" " + self._target_caption(answer) for answer in record.answers]
+
+  def _target(self, record: Record) -> tuple[list[int], float]:
+    caption, confidence = self._best_answer(record)
+    text = self._target_caption(caption)
+    ids = self.vocabulary.encode(" " + text) if text else []
+    return ids, confidence
+
+  def _target_caption(self, caption: str) -> str:
+    words = base.delete_punctuation(caption).split()
+    return " ".join(words[: self.settings.max_target_words or None])
+
+
+def clean_reference(caption: str) -> str:
+  """Returns a reference as metrics compare it: no punctuation, one line."""
+  return base.delete_punctuation(" ".join(caption.split()))

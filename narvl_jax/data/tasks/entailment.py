@@ -1,0 +1,93 @@
+"""Visual entailment: does a picture (and its caption) imply a sentence?"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from narvl_jax.data.example import Record
+from narvl_jax.data.tasks import base
+from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.errors import UserError, did_you_mean
+
+ANSWERS = ("yes", "no", "maybe")
+# Labels as data sets write them.
+ANSWER_OF_LABEL = {
+  "entailment": "yes",
+  "contradiction": "no",
+  "neutral": "maybe",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EntailmentSettings(base.Settings):
+  """Settings of entailment.
+
+  Attributes:
+    prompt: holds the hypothesis.
+    premise_prompt: holds the premise and the hypothesis.
+    add_caption: use the premise; a record without one has `prompt` anyway.
+    max_source_words: words that are kept of each text; 0 keeps all.
+  """
+
+  merge_repeats: bool = False
+  prompt: str = 'does the image describe " {} "?'
+  premise_prompt: str = 'can image and text1 " {} " imply text2 " {} "?'
+  add_caption: bool = True
+  max_source_words: int = 80
+
+
+class EntailmentTask(base.Task[EntailmentSettings]):
+  """A hypothesis and maybe a premise; the target is yes, no or maybe."""
+
+  name = "entailment"
+  settings_class = EntailmentSettings
+
+  def __init__(
+    self, vocabulary: Vocabulary | None, settings: EntailmentSettings
+  ) -> None:
+    super().__init__(vocabulary, settings)
+    if vocabulary is not None:
+      # One each in any sensible vocabulary, as in the reference.
+      self._answer_length = max(
+        len(vocabulary.encode(" " + answer)) for answer in ANSWERS
+      )
+
+  def decode(self, ids: Sequence[int], original_size: tuple[int, int]) -> str:
+    """Returns the first symbol without spaces."""
+    del original_size
+    vocabulary = self.vocabulary
+    silent = (
+      vocabulary.bos_id,
+      vocabulary.pad_id,
+      vocabulary.eos_id,
+      vocabulary.blank_id,
+    )
+    symbols = [i for i in ids if i not in silent]
+    answer = vocabulary.decode(symbols[: self._answer_length])
+    return answer.replace(" ", "")
+
+  def _source_key(self, record: Record) -> Any:
+    return record.prompt, record.premise
+
+  def _source_texts(self, record: Record) -> list[str]:
+    settings = self.settings
+    limit = settings.max_source_words
+    hypothesis = base.clean_caption(record.prompt, limit)
+    self._require_prompt(hypothesis, record)
+    if settings.add_caption and record.premise:
+      premise = base.clean_caption(record.premise, limit)
+      return [" " + settings.premise_prompt.format(premise, hypothesis)]
+    return [" " + settings.prompt.format(hypothesis)]
+
+  def _target_texts(self, record: Record) -> list[str]:
+    del record
+    return [" " + answer for answer in ANSWERS]
+
+  def _target(self, record: Record) -> tuple[list[int], float]:
+    answer, confidence = self._best_answer(record)
+    if answer not in ANSWERS:
+      raise UserError(
+        f'entailment record "{record.id}" has the answer "{answer}".'
+        f"{did_you_mean(answer, ANSWERS)}"
+      )
+    return self.vocabulary.encode(" " + answer), confidence

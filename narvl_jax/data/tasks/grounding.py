@@ -1,0 +1,93 @@
+"""Visual grounding: a picture and an expression to a box."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from narvl_jax.data import images
+from narvl_jax.data.example import Box, Record
+from narvl_jax.data.tasks import base
+from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundingSettings(base.Settings):
+  """Settings of grounding.
+
+  Attributes:
+    prompt: holds the expression.
+    max_source_words: words of the expression that are kept; 0 keeps all.
+    clamp: move coordinates outside the picture to its border; otherwise they
+      become unk, as in the reference.
+  """
+
+  # With as many queries as labels equal neighbours must survive.
+  merge_repeats: bool = False
+  prompt: str = 'which region does the text " {} " describe?'
+  max_source_words: int = 128
+  clamp: bool = True
+
+
+class GroundingTask(base.Task[GroundingSettings]):
+  """An expression; the target is four bins: x0, y0, x1, y1."""
+
+  name = "grounding"
+  settings_class = GroundingSettings
+
+  def __init__(
+    self, vocabulary: Vocabulary | None, settings: GroundingSettings
+  ) -> None:
+    super().__init__(vocabulary, settings)
+    if vocabulary is not None and vocabulary.num_bins < 2:
+      raise UserError(
+        f"grounding needs coordinate bins, the vocabulary has"
+        f" {vocabulary.num_bins}; set --config.vocabulary.num_bins=64"
+      )
+
+  def decode(self, ids: Sequence[int], original_size: tuple[int, int]) -> Box:
+    """Returns the box in pixels, all zero unless there are exactly 4 bins."""
+    first, count = self.vocabulary.bin_start, self.vocabulary.num_bins
+    bins = [i - first for i in ids if first <= i < first + count]
+    if len(bins) != 4:
+      return (0.0, 0.0, 0.0, 0.0)
+    width, height = original_size
+    x0, y0, x1, y1 = (k / (count - 1) for k in bins)
+    return (x0 * width, y0 * height, x1 * width, y1 * height)
+
+  def _source_key(self, record: Record) -> Any:
+    return record.prompt
+
+  def _source_texts(self, record: Record) -> list[str]:
+    settings = self.settings
+    text = base.clean_caption(record.prompt, settings.max_source_words)
+    self._require_prompt(text, record)
+    return [" " + settings.prompt.format(text)]
+
+  def _target_texts(self, record: Record) -> list[str]:
+    del record
+    return []
+
+  def _target(self, record: Record) -> tuple[list[int], float]:
+    box = record.box
+    if box is None:
+      raise UserError(f'grounding record "{record.id}" has no box')
+    sound = len(box) == 4 and all(math.isfinite(c) for c in box)
+    if not sound or box[2] < box[0] or box[3] < box[1]:
+      raise UserError(
+        f'grounding record "{record.id}" has the box {tuple(box)}; it must be'
+        " x0, y0, x1, y1 in pixels with x0 <= x1 and y0 <= y1"
+      )
+    width, height = images.original_size(record.image)
+    # In float32, as the reference: exact ties between two bins depend on it.
+    scale = np.float32(1) / np.asarray([width, height] * 2, np.float32)
+    top = self.vocabulary.num_bins - 1
+    bins = np.rint(np.asarray(box, np.float32) * scale * np.float32(top))
+    if self.settings.clamp:
+      bins = np.clip(bins, 0, top)
+    first, unk_id = self.vocabulary.bin_start, self.vocabulary.unk_id
+    ids = [first + int(k) if 0 <= k <= top else unk_id for k in bins.tolist()]
+    return ids, 1.0

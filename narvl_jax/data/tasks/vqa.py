@@ -1,0 +1,67 @@
+"""Visual question answering: a picture and a question to an answer."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from narvl_jax.data.example import Record
+from narvl_jax.data.tasks import base
+
+
+@dataclasses.dataclass(frozen=True)
+class VqaSettings(base.Settings):
+  """Settings of question answering.
+
+  Attributes:
+    prompt: holds the question.
+    max_source_words: words of the question that are kept; 0 keeps all.
+    max_target_words: words of the answer that are kept; 0 keeps all.
+    add_object: append the names of detected objects, if the record has any
+      such field.
+    object_prompt: holds the names.
+    max_objects: names that are kept; 0 keeps all.
+  """
+
+  prompt: str = "{}"
+  max_source_words: int = 80
+  max_target_words: int = 0
+  add_object: bool = True
+  object_prompt: str = "object: {}"
+  max_objects: int = 30
+
+
+class VqaTask(base.Task[VqaSettings]):
+  """Question and object names; the target is the best-scored answer."""
+
+  name = "vqa"
+  settings_class = VqaSettings
+
+  def decode(self, ids: Sequence[int], original_size: tuple[int, int]) -> str:
+    """Returns the answer."""
+    del original_size
+    return self.vocabulary.decode(ids).strip()
+
+  def _source_key(self, record: Record) -> Any:
+    return record.prompt, record.objects
+
+  def _source_texts(self, record: Record) -> list[str]:
+    settings = self.settings
+    question = base.clean_question(record.prompt, settings.max_source_words)
+    self._require_prompt(question, record)
+    if not question.endswith("?"):
+      question += "?"
+    texts = [" " + settings.prompt.format(question)]
+    if settings.add_object and record.objects is not None:
+      names = " ".join(record.objects[: settings.max_objects or None])
+      texts.append(" " + settings.object_prompt.format(names))
+    return texts
+
+  def _target_texts(self, record: Record) -> list[str]:
+    return [" " + self._limited(answer) for answer in record.answers]
+
+  def _target(self, record: Record) -> tuple[list[int], float]:
+    answer, confidence = self._best_answer(record)
+    return self.vocabulary.encode(" " + self._limited(answer)), confidence
+
+  def _limited(self, answer: str) -> str:
+    return base.limit_words(answer, self.settings.max_target_words)

@@ -1,0 +1,367 @@
+"""Text to ids and back: specials, BPE, mask, image codes, bins, blank.
+
+The order of ids is that of the reference model, for every source:
+
+| ids              | symbols                                             |
+| ---------------- | --------------------------------------------------- |
+| 0 1 2 3          | `<s>` `<pad>` `</s>` `<unk>`                        |
+| 4 ...            | base symbols: byte-level BPE tokens                 |
+| mask_id          | `<mask>`                                            |
+| code_start ...   | `<code_0>` ... , image codes                        |
+| bin_start ...    | `<bin_0>` ... , coordinates                         |
+| size - 1         | the blank of the Query-CTC loss                     |
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from narvl_jax.data import vocabulary_training
+from narvl_jax.errors import UserError
+
+SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+MASK = "<mask>"
+BLANK = "<<BLANK>>"
+_TOKENIZER_FILE = "tokenizer.json"
+_SYMBOLS_FILE = "vocabulary.json"
+_FORMAT = 1
+# Texts whose ids are kept; captions and questions of a data set repeat.
+_CACHE_SIZE = 1 << 16
+
+PathLike = str | os.PathLike[str]
+
+
+class Vocabulary:
+  """Maps text to ids and ids to text; immutable.
+
+  Attributes:
+    size: number of ids, blank included.
+    bos_id: 0. pad_id: 1. eos_id: 2. unk_id: 3.
+    mask_id: id of `<mask>`.
+    num_codes: number of image codes. code_start: id of the first one.
+    num_bins: number of coordinate bins. bin_start: id of the first one.
+    blank_id: size - 1.
+    forbidden: bool [size], ids that no answer can hold: bos, pad, unk, mask,
+      codes and the fillers of the official dictionary.
+  """
+
+  bos_id, pad_id, eos_id, unk_id = range(4)
+
+  def __init__(
+    self,
+    tokenizer: tokenizers.Tokenizer,
+    base: Sequence[str],
+    *,
+    num_codes: int,
+    num_bins: int,
+    expansions: Mapping[str, Sequence[int]] | None = None,
+  ) -> None:
+    """Builds the id table; see the constructors `from_*`, `train`, `load`.
+
+    Args:
+      tokenizer: byte-level BPE; its own ids are private to this class.
+      base: tokens that have an id of their own, in the order of their ids.
+        A name that is no token of `tokenizer` fills its place, unused.
+      num_codes: number of image codes.
+      num_bins: number of coordinate bins.
+      expansions: ids that stand for a token without an id of its own; a token
+        in neither `base` nor here becomes unk.
+    """
+    for name, value in (("num_codes", num_codes), ("num_bins", num_bins)):
+      if value < 0:
+        raise UserError(
+          f"{name} is {value}; it must be 0 or more: set"
+          f" --config.vocabulary.{name}"
+        )
+    self._tokenizer = tokenizer
+    self._base = tuple(base)
+    self._expansions = {k: list(v) for k, v in (expansions or {}).items()}
+    self.num_codes = num_codes
+    self.num_bins = num_bins
+    self.mask_id = len(SPECIALS) + len(self._base)
+    self.code_start = self.mask_id + 1
+    self.bin_start = self.code_start + num_codes
+    self.blank_id = self.bin_start + num_bins
+    self.size = self.blank_id + 1
+    tokens = tokenizer.get_vocab(with_added_tokens=False)
+    self._symbols = (
+      *SPECIALS,
+      *self._base,
+      MASK,
+      *(f"<code_{i}>" for i in range(num_codes)),
+      *(f"<bin_{i}>" for i in range(num_bins)),
+      BLANK,
+    )
+    first = len(SPECIALS)
+    fillers = [
+      first + i for i, name in enumerate(self._base) if name not in tokens
+    ]
+    dropped = {self.bos_id, self.pad_id, self.eos_id, self.blank_id, *fillers}
+    self._pieces = [
+      None if i in dropped else symbol for i, symbol in enumerate(self._symbols)
+    ]
+    own = {name: [first + i] for i, name in enumerate(self._base)}
+    self._ids_of_token: list[list[int]] = [
+      [self.unk_id] for _ in range(max(tokens.values(), default=-1) + 1)
+    ]
+    for token, token_id in tokens.items():
+      ids = own.get(token) or self._expansions.get(token)
+      if ids:
+        self._ids_of_token[token_id] = ids
+    self.forbidden = np.zeros(self.size, bool)
+    self.forbidden[[self.bos_id, self.pad_id, self.unk_id, self.mask_id]] = True
+    self.forbidden[self.code_start : self.bin_start] = True
+    self.forbidden[fillers] = True
+    self.forbidden.setflags(write=False)
+    self._cache: dict[str, list[int]] = {}
+
+  @classmethod
+  def from_official(
+    cls,
+    dict_path: PathLike,
+    encoder_path: PathLike,
+    bpe_path: PathLike,
+    num_codes: int = 8192,
+    num_bins: int = 1000,
+  ) -> "Vocabulary":
+    """Reads `dict.txt`, `encoder.json` and `vocab.bpe` of the reference.
+
+    Raises:
+      UserError: a file is missing or does not hold what its name says.
+    """
+    encoder = _read_json_object(encoder_path)
+    token_of_id = {str(index): token for token, index in encoder.items()}
+    base = []
+    for number, line in enumerate(_read_text(dict_path).splitlines(), 1):
+      symbol, _, count = line.rpartition(" ")
+      if not symbol or not count.isdigit():
+        raise UserError(
+          f'{dict_path} line {number} is "{line[:40]}", not "SYMBOL COUNT";'
+          " set --config.vocabulary.path to the folder of the official files"
+        )
+      base.append(token_of_id.get(symbol, symbol))
+    tokenizer = _byte_level_bpe(encoder, bpe_path)
+    return cls(tokenizer, base, num_codes=num_codes, num_bins=num_bins)
+
+  @classmethod
+  def from_huggingface(
+    cls,
+    vocab_path: PathLike,
+    merges_path: PathLike,
+    num_codes: int = 8192,
+    num_bins: int = 1000,
+  ) -> "Vocabulary":
+    """Reads `vocab.json` and `merges.txt` of a byte-level BPE tokenizer.
+
+    Base symbols keep the order of `vocab.json`; specials, codes and bins that
+    the file lists are left out of the base, since they have ids here anyway.
+
+    Raises:
+      UserError: a file is missing or does not hold what its name says.
+    """
+    vocab = _read_json_object(vocab_path)
+    known = re.compile(r"<(s|pad|/s|unk|mask|(code|bin)_\d+|<BLANK>)>")
+    base = [
+      token
+      for token in sorted(vocab, key=vocab.__getitem__)
+      if not known.fullmatch(token)
+    ]
+    tokenizer = _byte_level_bpe(vocab, merges_path)
+    return cls(tokenizer, base, num_codes=num_codes, num_bins=num_bins)
+
+  @classmethod
+  def train(
+    cls,
+    texts: Iterable[str],
+    size: int,
+    num_codes: int = 0,
+    num_bins: int = 64,
+  ) -> "Vocabulary":
+    """Learns byte-level BPE from `texts` in which frequent words are whole.
+
+    Tokens that no text ends up with are intermediate products of merging and
+    get no id. Where they do turn up in a new text they are split until every
+    part has an id. Characters that `texts` lack become unk, a run of them one
+    unk: the full alphabet of 256 bytes would dwarf a small vocabulary.
+
+    Args:
+      texts: with their leading space, as tasks encode them.
+      size: largest number of ids, everything included. It may come out
+        smaller, when there are not that many different words.
+      num_codes: number of image codes.
+      num_bins: number of coordinate bins.
+
+    Raises:
+      UserError: `size` leaves no room for the characters in `texts`.
+    """
+    fixed = len(SPECIALS) + 1 + num_codes + num_bins + 1
+    tokenizer, base, parts = vocabulary_training.train_bpe(
+      texts, budget=size - fixed, fixed=fixed
+    )
+    own = {token: len(SPECIALS) + i for i, token in enumerate(base)}
+
+    def expand(token: str) -> list[int]:
+      if token in own:
+        return [own[token]]
+      left, right = parts[token]
+      return expand(left) + expand(right)
+
+    expansions = {token: expand(token) for token in parts if token not in own}
+    return cls(
+      tokenizer,
+      base,
+      num_codes=num_codes,
+      num_bins=num_bins,
+      expansions=expansions,
+    )
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of `text`, without bos and eos."""
+    ids = self._cache.get(text)
+    if ids is None:
+      table = self._ids_of_token
+      ids = [
+        i for token in self._tokenizer.encode(text).ids for i in table[token]
+      ]
+      if len(self._cache) >= _CACHE_SIZE:
+        self._cache.clear()
+      self._cache[text] = ids
+    return ids.copy()
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of `ids`.
+
+    bos, pad, eos, blank, the fillers of the official dictionary and ids
+    outside [0, size) vanish; unk, mask, codes and bins stay as symbols such
+    as `<bin_3>`. Bytes that are no UTF-8 become U+FFFD.
+    """
+    pieces = self._pieces
+    kept = (pieces[i] for i in ids if 0 <= i < self.size)
+    return _decoder().decode([piece for piece in kept if piece is not None])
+
+  def symbol(self, index: int) -> str:
+    """Returns the name of an id, such as `<s>`, `Ġred` or `<bin_3>`."""
+    return self._symbols[index]
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """SHA-256 (hex) of everything that ids depend on."""
+    model = json.loads(self._tokenizer.to_str())["model"]
+    content = {
+      "symbols": self._symbols,
+      "expansions": sorted(self._expansions.items()),
+      "merges": model["merges"],
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+  def save(self, folder: PathLike) -> None:
+    """Writes `tokenizer.json` and `vocabulary.json` into `folder`."""
+    path = pathlib.Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    content = {
+      "format": _FORMAT,
+      "fingerprint": self.fingerprint,
+      "num_codes": self.num_codes,
+      "num_bins": self.num_bins,
+      "base": self._base,
+      "expansions": self._expansions,
+    }
+    texts = {
+      _TOKENIZER_FILE: self._tokenizer.to_str(pretty=True),
+      _SYMBOLS_FILE: json.dumps(content, indent=1, ensure_ascii=False),
+    }
+    for name, text in texts.items():
+      # Whole or not at all: a run may be stopped at any moment.
+      part = path / f"{name}.{os.getpid()}.part"
+      part.write_text(text, encoding="utf-8")
+      part.replace(path / name)
+
+  @classmethod
+  def load(cls, folder: PathLike) -> "Vocabulary":
+    """Reads what `save` wrote.
+
+    Raises:
+      UserError: a file is missing or was changed since.
+    """
+    path = pathlib.Path(folder)
+    content = _read_json_object(path / _SYMBOLS_FILE)
+    text = _read_text(path / _TOKENIZER_FILE)
+    try:
+      vocabulary = cls(
+        tokenizers.Tokenizer.from_str(text),
+        content["base"],
+        num_codes=content["num_codes"],
+        num_bins=content["num_bins"],
+        expansions=content["expansions"],
+      )
+    except Exception as e:  # The library raises plain Exception.
+      raise UserError(f"{path} holds no vocabulary of this program: {e}") from e
+    if vocabulary.fingerprint != content["fingerprint"]:
+      raise UserError(
+        f"the vocabulary in {path} was changed after it was saved: its"
+        f" fingerprint is {vocabulary.fingerprint[:12]}, not"
+        f" {str(content['fingerprint'])[:12]}; restore its files"
+      )
+    return vocabulary
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {**self.__dict__, "_cache": {}}
+
+
+@functools.cache
+def _decoder() -> tokenizers.decoders.ByteLevel:
+  return tokenizers.decoders.ByteLevel()
+
+
+def _byte_level_bpe(
+  vocab: Mapping[str, int], merges_path: PathLike
+) -> tokenizers.Tokenizer:
+  """Returns GPT-2's tokenizer over `vocab` with the merges of a file."""
+  merges = []
+  for number, line in enumerate(_read_text(merges_path).split("\n"), 1):
+    if not line or line.startswith("#version"):
+      continue
+    pair = tuple(line.split(" "))
+    if len(pair) != 2:
+      raise UserError(
+        f'{merges_path} line {number} is "{line[:40]}", not two tokens; set'
+        " --config.vocabulary.path to the folder of the tokenizer's files"
+      )
+    merges.append(pair)
+  try:
+    return vocabulary_training.byte_level(vocab, merges)
+  except Exception as e:  # The library raises plain Exception.
+    raise UserError(f"{merges_path} does not fit its vocabulary: {e}") from e
+
+
+def _read_text(path: PathLike) -> str:
+  try:
+    return pathlib.Path(path).read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as e:
+    raise UserError(
+      f"cannot read the vocabulary file {path}: {e}; set"
+      " --config.vocabulary.path"
+    ) from e
+
+
+def _read_json_object(path: PathLike) -> dict[str, Any]:
+  try:
+    content = json.loads(_read_text(path))
+  except json.JSONDecodeError as e:
+    raise UserError(
+      f"{path} is not JSON: {e}; set --config.vocabulary.path"
+    ) from e
+  if not isinstance(content, dict):
+    raise UserError(
+      f"{path} holds a {type(content).__name__}, not a JSON object; set"
+      " --config.vocabulary.path"
+    )
+  return content
