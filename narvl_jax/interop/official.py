@@ -1,5 +1,6 @@
 """Weights of the official PyTorch code, to and from the parameter tree."""
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -87,6 +88,12 @@ def official_from_variables(
 
 def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Returns official key -> shape of every tensor that `config` reads."""
+  return dict(_shapes(config))
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Traces the initialisation; a second or two."""
 
   def init() -> dict[str, Any]:
     image = jnp.zeros((1, 16, 16, 3))

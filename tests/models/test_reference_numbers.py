@@ -1,0 +1,169 @@
+"""Outputs of the official code at size tiny, fp32, for the hashed weights.
+
+The expected values carry six significant digits.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from narvl_jax.interop import official_shapes, variables_from_official
+from narvl_jax.models import NARVL, model_config
+from narvl_jax.models.resnet import ResNet
+from narvl_jax.query_ctc import query_ctc_objective
+from tests.models import reference_fill
+
+CONFIG = model_config("tiny", num_queries=5, vocab_size=59458)
+TEXT = np.array(
+  [[0, 100, 2000, 30000, 45, 7, 2], [0, 61, 50263, 9, 2, 1, 1]], np.int32
+)
+IDS = [0, 1, 2, 3, 1000, 59457]
+Outputs = tuple[np.ndarray, dict[str, np.ndarray]]
+
+
+def close(actual: Any, *expected: float) -> None:
+  """Compares up to float error and the rounding of the printed values."""
+  np.testing.assert_allclose(np.ravel(actual), expected, rtol=5e-6, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+  """Two pictures of 64x96 pixels, NHWC."""
+  x = reference_fill.noise("image", 2 * 3 * 64 * 96).astype(np.float32)
+  return x.reshape(2, 3, 64, 96).transpose(0, 2, 3, 1)
+
+
+@pytest.fixture(scope="module")
+def variables() -> dict[str, Any]:
+  state = reference_fill.fill(official_shapes(CONFIG))
+  return jax.device_put(variables_from_official(state, CONFIG))
+
+
+@pytest.fixture(scope="module")
+def outputs(image: np.ndarray, variables: dict[str, Any]) -> list[Outputs]:
+  """Outputs with both pictures, and with the second one masked."""
+  apply = jax.jit(
+    lambda v, mask: NARVL(CONFIG).apply(v, image, TEXT, image_mask=mask)
+  )
+  masks = np.array([[True, True], [True, False]])
+  return [jax.device_get(apply(variables, mask)) for mask in masks]
+
+
+def test_fill() -> None:
+  close(
+    reference_fill.noise("image", 5),
+    *(0.259275342, -0.541095107, 0.835554051, -0.194595634, -0.212100425),
+  )
+  close(
+    reference_fill.noise(reference_fill.TABLE, 3),
+    *(-0.819504042, 0.081519555, 0.960407909),
+  )
+
+
+def test_resnet(outputs: list[Outputs]) -> None:
+  features = outputs[0][1]["image_features"]
+  assert features.shape == (2, 4, 6, 1024)
+  close(features[0, 0, 0, :4], 17.6404, 1.67251, 4.39589, 21.3343)
+  close(features[1, 3, 5, 1020:], 18.1373, 8.9738, 1.23646, 6.0551)
+  close(features.mean(dtype=np.float64), 12.9575)
+  close(np.square(features).mean(dtype=np.float64), 366.983)
+
+
+@pytest.mark.parametrize(
+  ("sample", "position", "expected"),
+  [
+    (0, 0, (1.55761, -0.520257, -1.1679, 0.556383, -1.19833)),
+    (0, 23, (0.796167, -0.766097, -0.739854, 0.71015, -0.678101)),
+    (0, 30, (1.18459, -0.234071, -1.21017, 0.409458, 0.0922007)),
+    (1, 28, (1.22879, -0.519601, -1.18344, 0.574231, 0.224482)),
+  ],
+)
+def test_encoder(
+  outputs: list[Outputs],
+  sample: int,
+  position: int,
+  expected: tuple[float, ...],
+) -> None:
+  close(outputs[0][1]["encoder_out"][sample, position, :5], *expected)
+
+
+def test_encoder_mask(outputs: list[Outputs]) -> None:
+  valid = outputs[0][1]["encoder_mask"].sum(1)
+  np.testing.assert_array_equal(valid, [24 + 7, 24 + 5])
+
+
+def test_logits(outputs: list[Outputs]) -> None:
+  logits = outputs[0][0]
+  assert logits.shape == (2, 5, 59458)
+  assert logits.dtype == np.float32
+  close(
+    logits[0, 0, IDS],
+    *(1.90406, 3.37591, 3.59539, -2.4831, 0.494805, -4.63762),
+  )
+  close(
+    logits[1, 4, IDS],
+    *(3.00971, 1.44246, 4.08361, -2.23597, 0.238365, -1.08374),
+  )
+  close(logits[0, 2, 58457:58461], 0.309644, 5.64923, 1.41104, 3.14553)
+  close(logits.mean(dtype=np.float64), 0.0218829)
+  close(np.square(logits).mean(dtype=np.float64), 21.5470)
+
+
+def test_arg_max(outputs: list[Outputs]) -> None:
+  np.testing.assert_array_equal(
+    outputs[0][0].argmax(-1),
+    [[21961, 55571, 51558, 57586, 6014], [16390, 55571, 49702, 57586, 34908]],
+  )
+  top = np.sort(outputs[0][0], axis=-1)
+  assert (top[..., -1] - top[..., -2]).min() == pytest.approx(0.162, abs=1e-3)
+
+
+def test_hidden_picture(outputs: list[Outputs]) -> None:
+  (full, _), (masked, _) = outputs
+  close(
+    masked[1, 4, IDS],
+    *(5.49928, -2.0481, 2.29151, -8.95079, 3.15939, 4.70664),
+  )
+  np.testing.assert_allclose(masked[0], full[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("confidence", "smoothing", "expected"),
+  [
+    ((1.0, 1.0), 0.0, 26.9748),
+    ((1.0, 1.0), 0.1, 26.3574),
+    ((1.0, 0.6), 0.0, 20.3875),
+    ((1.0, 0.6), 0.1, 20.0126),
+  ],
+)
+def test_loss(
+  outputs: list[Outputs],
+  confidence: tuple[float, float],
+  smoothing: float,
+  expected: float,
+) -> None:
+  loss, _ = query_ctc_objective(
+    jnp.asarray(outputs[0][0]),
+    jnp.array([[58500, 58700, 59000, 59400, 2], [5, 5, 2, 1, 1]]),
+    jnp.array([5, 3]),
+    blank_id=59457,
+    label_smoothing=smoothing,
+    confidence=jnp.array(confidence),
+    confidence_mode="temper",
+  )
+  close(loss, expected)
+
+
+def test_batch_statistics(image: np.ndarray, variables: dict[str, Any]) -> None:
+  trunk = {k: v["encoder"]["resnet"] for k, v in variables.items()}
+  features, updates = jax.jit(
+    lambda v: ResNet(CONFIG).apply(v, image, True, mutable=["batch_stats"])
+  )(trunk)
+  close(features[0, 0, 0, :4], 1.91295, 2.44938, 0, 0)
+  close(np.square(features).mean(dtype=np.float64), 4.85957)
+  running = updates["batch_stats"]["bn1"]
+  close(running["mean"][:4], -0.0236713, -0.0614112, -0.0629448, -0.0573241)
+  close(running["var"][:4], 1.09925, 0.956433, 1.2383, 1.00784)
