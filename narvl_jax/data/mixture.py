@@ -1,0 +1,217 @@
+"""Which record comes when: a mixture of sources as a function of position."""
+
+import bisect
+import functools
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from narvl_jax.errors import UserError
+
+# Weights are rounded to this many parts of their sum.
+_PARTS = 1_000_000
+# Records of a source up to which an epoch's permutation is held in memory.
+_MAX_PERMUTED = 1 << 24
+
+WeightSchedule = float | Sequence[tuple[int, float]]
+
+
+class Entry(NamedTuple):
+  """One source of a mixture.
+
+  Attributes:
+    source: random access to records, `len` and `[]`.
+    task: name of the task that reads it.
+    weight: its share, relative to the other entries; or [(from_step, weight),
+      ...], from step 0 on, for a share that changes during training.
+    name: unique in the mixture; its order of records depends on it.
+  """
+
+  source: Any
+  task: str
+  weight: WeightSchedule
+  name: str
+
+
+class Mixture:
+  """Step -> record numbers of the batch; an endless sequence for grain.
+
+  Record i of entry k has the number i + the lengths of the entries before k.
+  Entries are interleaved evenly: any stretch of the sequence holds each entry
+  in proportion to its weight, to within a record or two. An entry's records
+  come without gaps, also across changes of weight: every record once, then
+  every record again in a new order that depends on the seed, the epoch and
+  the entry's name only.
+  """
+
+  def __init__(
+    self,
+    entries: Sequence[Entry],
+    *,
+    batch_size: int,
+    seed: int,
+    host_index: int = 0,
+    host_count: int = 1,
+  ) -> None:
+    """Builds the mixture.
+
+    Args:
+      entries: at least one.
+      batch_size: of all hosts together; weights change between batches.
+      seed: of the order.
+      host_index: which host this is; it has an equal run of rows in every
+        global batch.
+      host_count: number of hosts.
+
+    Raises:
+      UserError: weights, sources or batch size make no sense.
+    """
+    if batch_size < 1 or batch_size % host_count:
+      nearest = max(1, math.ceil(batch_size / host_count)) * host_count
+      raise UserError(
+        f"batch size {batch_size} does not divide by {host_count} hosts; set"
+        f" --config.train.batch_size={nearest}"
+      )
+    self._batch_size = batch_size
+    self._rows = batch_size // host_count
+    self._first_row = host_index * self._rows
+    self._orders = []
+    first = 0
+    for entry in entries:
+      self._orders.append(_order(entry, first, seed))
+      first += len(entry.source)
+    schedules = [_schedule(entry) for entry in entries]
+    steps = sorted({step for schedule in schedules for step, _ in schedule})
+    self._starts = [step * batch_size for step in steps]
+    self._parts = [_parts(schedules, entries, step) for step in steps]
+    # How many records of each entry the phases before have used.
+    self._used = [[0] * len(entries)]
+    for i in range(1, len(steps)):
+      length = self._starts[i] - self._starts[i - 1]
+      counts = _counts(length, self._parts[i - 1])
+      before = self._used[-1]
+      self._used.append([a + b for a, b in zip(before, counts, strict=True)])
+
+  def __len__(self) -> int:
+    return 1 << 48  # Endless; grain needs some number.
+
+  def __getitem__(self, index: int) -> list[int]:
+    first = index * self._batch_size + self._first_row
+    # Phases begin with a batch, so one holds for all of it.
+    phase = bisect.bisect_right(self._starts, first) - 1
+    start, used = self._starts[phase], self._used[phase]
+    numbers = []
+    for position in range(first - start, first - start + self._rows):
+      entry, key = _locate(position, self._parts[phase])
+      numbers.append(self._orders[entry][used[entry] + key])
+    return numbers
+
+
+class _Permutations:
+  """Position -> record number: a new permutation in every epoch."""
+
+  def __init__(self, first: int, count: int, words: Sequence[int]) -> None:
+    self._first = first
+    self._count = count
+    self._words = tuple(words)
+    # Two: threads work ahead of each other, into the next epoch.
+    self._epoch = functools.lru_cache(maxsize=2)(self._permutation)
+
+  def __getitem__(self, position: int) -> int:
+    epoch, i = divmod(position, self._count)
+    return self._first + int(self._epoch(epoch)[i])
+
+  def _permutation(self, epoch: int) -> np.ndarray:
+    rng = np.random.default_rng([*self._words, epoch])
+    return rng.permutation(np.arange(self._count, dtype=np.int32))
+
+
+def _order(entry: Entry, first: int, seed: int) -> Any:
+  """Returns the endless order of an entry's record numbers."""
+  count = len(entry.source)
+  if count < 1:
+    raise UserError(
+      f'the source of "{entry.name}" has no record; check'
+      f" --config.data.train.{entry.name}"
+    )
+  words = [seed % 2**32, zlib.crc32(entry.name.encode())]
+  if count <= _MAX_PERMUTED:
+    return _Permutations(first, count, words)
+  # Needs no memory, but ten times the time of all else here.
+  own_seed = int(np.random.SeedSequence(words).generate_state(1)[0])
+  numbers = grain.MapDataset.range(first, first + count)
+  return numbers.shuffle(seed=own_seed).repeat(None)
+
+
+def _schedule(entry: Entry) -> list[tuple[int, float]]:
+  """Returns [(from_step, weight), ...] after checks."""
+  flag = f"--config.data.train.{entry.name}.weight"
+  weight = entry.weight
+  schedule = (
+    [(0, float(weight))]
+    if isinstance(weight, int | float)
+    else [(int(step), float(value)) for step, value in weight]
+  )
+  steps = [step for step, _ in schedule]
+  if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+    raise UserError(
+      f"{flag} starts at the steps {steps}; they must rise from 0, as in"
+      " ((0, 1.0), (1000, 0.5))"
+    )
+  for _, value in schedule:
+    if not math.isfinite(value) or value < 0:
+      raise UserError(f"{flag} is {value}; it must be 0 or more")
+  return schedule
+
+
+def _parts(
+  schedules: Sequence[Sequence[tuple[int, float]]],
+  entries: Sequence[Entry],
+  step: int,
+) -> list[int]:
+  """Returns the weights at a step as integers."""
+  weights = [
+    next(value for start, value in reversed(schedule) if start <= step)
+    for schedule in schedules
+  ]
+  total = sum(weights)
+  if total <= 0:
+    names = ", ".join(entry.name for entry in entries)
+    raise UserError(
+      f"from step {step} on no data has a weight above 0; set"
+      f" --config.data.train.NAME.weight of one of: {names}"
+    )
+  return [math.ceil(weight / total * _PARTS) for weight in weights]
+
+
+def _counts(position: int, parts: Sequence[int]) -> list[int]:
+  """Returns how many of the first `position` records each entry has.
+
+  Each entry in turn takes its share of what the entries before it left;
+  integer arithmetic keeps every count monotone and the sum exact.
+  """
+  counts = []
+  left, rest = position, sum(parts)
+  for part in parts:
+    kept = left * (rest - part) // rest if rest else 0
+    counts.append(left - kept)
+    left, rest = kept, rest - part
+  return counts
+
+
+def _locate(position: int, parts: Sequence[int]) -> tuple[int, int]:
+  """Returns the entry at `position` and its number within the entry."""
+  left, after, rest = position, position + 1, sum(parts)
+  for entry, part in enumerate(parts):
+    if not part:
+      continue
+    kept = left * (rest - part) // rest
+    kept_after = after * (rest - part) // rest
+    if after - kept_after > left - kept:
+      return entry, left - kept
+    left, after, rest = kept, kept_after, rest - part
+  raise AssertionError(f"no entry at {position} of {parts}")
