@@ -1,0 +1,266 @@
+"""An experiment: config, vocabulary, tasks and model that belong together."""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.linen import meta
+from ml_collections import ConfigDict
+
+from narvl_jax.config import validate
+from narvl_jax.data.example import Record
+from narvl_jax.data.sources import load_source
+from narvl_jax.data.tasks import (
+  Task,
+  check_num_queries,
+  make_task,
+  vocabulary_texts,
+)
+from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.errors import UserError
+from narvl_jax.models import NARVL, ModelConfig, model_config
+from narvl_jax.training import workdir as workdir_lib
+from narvl_jax.training.checkpoints import Checkpoints, choose_step
+from narvl_jax.training.optimizer import assign_rules, flatten, split_frozen
+from narvl_jax.training.train_state import abstract_variables
+
+VOCABULARY_FOLDER = "vocabulary"
+# Records of each source that a trained vocabulary has seen.
+_VOCABULARY_RECORDS = 4000
+# Records of each source whose targets are held against the queries.
+_CHECKED_RECORDS = 64
+
+# A source, the name of its task, its share, and its name.
+MixtureEntry = tuple[Sequence[Record], str, Any, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What training, evaluation and prediction share.
+
+  Attributes:
+    config: every setting.
+    vocabulary: text to ids and back.
+    tasks: name -> task.
+    model_config: the resolved architecture.
+    model: the network.
+  """
+
+  config: ConfigDict
+  vocabulary: Vocabulary
+  tasks: dict[str, Task[Any]]
+  model_config: ModelConfig
+  model: NARVL
+
+  def save(self, workdir: str | os.PathLike[str]) -> None:
+    """Writes vocabulary and config, from which `restore` builds it again."""
+    folder = pathlib.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    self.vocabulary.save(folder / VOCABULARY_FOLDER)
+    # Last: a folder with a config is a run.
+    workdir_lib.write_config(folder, self.config)
+
+  def abstract_variables(self) -> Any:
+    """Returns the shapes of the variables, boxed with logical axis names."""
+    data = self.config.data
+    return abstract_variables(
+      self.model, tuple(data.image_size), data.max_text_length
+    )
+
+
+def build(
+  config: ConfigDict, workdir: str | os.PathLike[str] | None = None
+) -> Experiment:
+  """Builds an experiment; writes nothing (see `Experiment.save`).
+
+  Args:
+    config: checked here.
+    workdir: if it has a vocabulary that one is used, so that a resumed run
+      does not depend on what it was made from.
+
+  Raises:
+    UserError: the config, or something that it names, is wrong.
+  """
+  validate(config)
+  if workdir is not None and workdir_lib.is_run(pathlib.Path(workdir)):
+    vocabulary = Vocabulary.load(pathlib.Path(workdir) / VOCABULARY_FOLDER)
+  else:
+    vocabulary = make_vocabulary(config)
+  tasks = {
+    name: make_task(name, vocabulary, dict(settings))
+    for name, settings in config.tasks.items()
+  }
+  architecture = resolve_model_config(config, vocabulary)
+  return Experiment(
+    config=config,
+    vocabulary=vocabulary,
+    tasks=tasks,
+    model_config=architecture,
+    model=NARVL(architecture),
+  )
+
+
+def restore(
+  workdir: str | os.PathLike[str], checkpoint: str | int = "best"
+) -> tuple[Experiment, dict[str, Any], int]:
+  """Reads a trained experiment.
+
+  Args:
+    workdir: folder of the run.
+    checkpoint: "best" (by the evaluations during training), "last", or a
+      step.
+
+  Returns:
+    The experiment, its variables (moving averages if the run has them), on
+    the first device, and the step of the checkpoint.
+
+  Raises:
+    UserError: there is no run or no such checkpoint.
+  """
+  folder = pathlib.Path(workdir)
+  config = workdir_lib.read_config(folder)
+  experiment = build(config, folder)
+  shapes = meta.unbox(experiment.abstract_variables())
+  shapes = {"batch_stats": {}, **shapes}
+  ema = None
+  if config.optimizer.ema_decay:
+    paths = list(flatten(shapes["params"]))
+    rules = assign_rules(config.optimizer.rules, paths)
+    trained, _ = split_frozen(shapes["params"], rules)
+    ema = {"params": trained, "batch_stats": shapes["batch_stats"]}
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def placed(tree: Any) -> Any:
+    return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=device
+      ),
+      tree,
+    )
+
+  with Checkpoints(folder) as checkpoints:
+    step = choose_step(checkpoints, checkpoint)
+    variables = checkpoints.restore_variables(
+      step, placed(shapes), None if ema is None else placed(ema)
+    )
+  return experiment, variables, step
+
+
+def resolve_model_config(
+  config: ConfigDict, vocabulary: Vocabulary
+) -> ModelConfig:
+  """Returns the architecture: the named size and what the config overrides.
+
+  Raises:
+    UserError: settings that do not fit together.
+  """
+  overrides = {
+    name: value
+    for name, value in config.model.items()
+    if name not in ("size", "dtype") and value is not None
+  }
+  return model_config(
+    config.model.size,
+    vocab_size=vocabulary.size,
+    pad_id=vocabulary.pad_id,
+    dtype=compute_dtype(config.model.dtype),
+    **overrides,
+  )
+
+
+def compute_dtype(name: str) -> Any:
+  """Returns the type of activations; "auto" is bfloat16 but on a CPU."""
+  if name == "auto":
+    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return jnp.dtype(name)
+
+
+def make_vocabulary(config: ConfigDict) -> Vocabulary:
+  """Reads or trains the vocabulary that a config asks for.
+
+  Raises:
+    UserError: its files are missing, or its size is too small.
+  """
+  settings = config.vocabulary
+  counts = {"num_codes": settings.num_codes, "num_bins": settings.num_bins}
+  if settings.source == "train":
+    return Vocabulary.train(_texts(config), settings.size, **counts)
+  folder = pathlib.Path(settings.path)
+  if settings.source == "official":
+    files = [folder / x for x in ("dict.txt", "encoder.json", "vocab.bpe")]
+    return Vocabulary.from_official(*files, **counts)
+  files = [folder / x for x in ("vocab.json", "merges.txt")]
+  return Vocabulary.from_huggingface(*files, **counts)
+
+
+def _texts(config: ConfigDict) -> Iterator[str]:
+  for source, task, _, _ in load_mixture(config):
+    count = min(len(source), _VOCABULARY_RECORDS)
+    # Spread over the source, which may be sorted.
+    records = _Strided(source, len(source) // count, count)
+    yield from vocabulary_texts(task, dict(config.tasks[task]), records)
+
+
+def load_mixture(config: ConfigDict) -> list[MixtureEntry]:
+  """Opens the sources of `data.train`.
+
+  Raises:
+    UserError: a source, a split or an option does not exist.
+  """
+  return [
+    (
+      load_source(
+        entry.source,
+        task=entry.task,
+        split=entry.get("split", "train"),
+        **dict(entry.get("options", {})),
+      ),
+      entry.task,
+      entry.get("weight", 1.0),
+      name,
+    )
+    for name, entry in config.data.train.items()
+  ]
+
+
+def check_targets(
+  experiment: Experiment, mixture: Sequence[MixtureEntry]
+) -> None:
+  """Checks some targets of each source against queries and label length.
+
+  Raises:
+    UserError: not even the shortest target of a task fits.
+  """
+  limit = experiment.config.data.max_label_length
+  for source, task, _, name in mixture:
+    records = (source[i] for i in range(min(len(source), _CHECKED_RECORDS)))
+    encoded = [
+      experiment.tasks[task].encode(record)
+      for record in itertools.islice(records, _CHECKED_RECORDS)
+    ]
+    check_num_queries({task: encoded}, experiment.model_config.num_queries)
+    shortest = min(len(example.label_ids) for example in encoded)
+    if shortest > limit:
+      raise UserError(
+        f"data.max_label_length={limit} is shorter than every target of"
+        f' "{name}", which has {shortest} or more labels:'
+        f" --config.data.max_label_length={shortest}"
+      )
+
+
+class _Strided(Sequence[Record]):
+  """Every n-th record of a source."""
+
+  def __init__(self, source: Sequence[Record], stride: int, count: int) -> None:
+    self._source, self._stride, self._count = source, stride, count
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, index: Any) -> Any:
+    return self._source[index * self._stride]

@@ -1,0 +1,310 @@
+"""Trains one model on the tasks of a config.
+
+python -m narvl_jax.train --config=configs/shapes.py --workdir=runs/shapes
+
+Every key of the config has a flag, --config.optimizer.learning_rate=3e-4. The
+same command resumes a run that was stopped. `--dry_run` prints shapes,
+parameters and memory and writes nothing.
+"""
+
+import time
+
+_START = time.monotonic()
+
+# The imports are part of the time that a user waits, so the clock runs.
+# ruff: noqa: E402
+import contextlib
+import pathlib
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags
+
+from narvl_jax import cli
+from narvl_jax import experiment as experiment_lib
+from narvl_jax.data.pipeline import BadRecords, train_batches
+from narvl_jax.errors import UserError
+from narvl_jax.evaluation.evaluator import evaluate_tasks
+from narvl_jax.evaluation.reporting import format_table
+from narvl_jax.evaluation.results import write_results
+from narvl_jax.parallel import make_mesh
+from narvl_jax.parallel.mesh import describe
+from narvl_jax.training import workdir as workdir_lib
+from narvl_jax.training.checkpoints import Checkpoints, restore_target
+from narvl_jax.training.interrupt import StopRequest
+from narvl_jax.training.ledger import Ledger
+from narvl_jax.training.loop import Loop
+from narvl_jax.training.metrics import MetricsWriter, format_bytes
+from narvl_jax.training.prefetch import DevicePrefetcher
+from narvl_jax.training.score import check_best_metric, flat_metrics, score_of
+from narvl_jax.training.setup import Setup, build_setup, describe_parallelism
+from narvl_jax.training.train_state import TrainState, evaluation_variables
+
+
+def train(
+  config: Any,
+  workdir: pathlib.Path,
+  *,
+  dry_run: bool = False,
+  ledger: Ledger | None = None,
+) -> dict[str, Any] | None:
+  """Trains, or goes on training, and evaluates at the end.
+
+  Args:
+    config: see `narvl_jax.config.default_config`.
+    workdir: the run folder.
+    dry_run: stop before anything is written or trained.
+    ledger: of the time since the start of the process.
+
+  Returns:
+    The report of the final evaluation; None after a dry run and when told to
+    stop early.
+
+  Raises:
+    UserError: the config is wrong, or the folder holds another run.
+  """
+  ledger = ledger or Ledger()
+  say = _Announcer(ledger)
+
+  with ledger.stage("init"):
+    say(f"run folder {workdir}")
+    resumes = workdir_lib.check(workdir, config)
+    mesh = make_mesh(config.mesh.data)
+    say(f"mesh {describe(mesh)}")
+    experiment = experiment_lib.build(config, workdir)
+    say(
+      f"vocabulary {experiment.vocabulary.size} ids,"
+      f" tasks {', '.join(experiment.tasks)}"
+    )
+    mixture = experiment_lib.load_mixture(config)
+    experiment_lib.check_targets(experiment, mixture)
+    check_best_metric(config.evaluation.best_metric, list(experiment.tasks))
+    for source, task, _, name in mixture:
+      say(f"source {name}: {len(source)} examples for {task}")
+    setup = build_setup(experiment, mesh)
+    _describe_model(setup, say)
+  if dry_run:
+    _dry_run(setup, ledger, say)
+    return None
+
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(mesh))
+    with ledger.stage("init"):
+      if not resumes:
+        experiment.save(workdir)
+      checkpoints = stack.enter_context(
+        Checkpoints(workdir, keep_last=config.train.keep_last)
+      )
+      state, first_step = _first_state(setup, checkpoints, say)
+      workdir_lib.write_environment(workdir, first_step)
+      writer = stack.enter_context(MetricsWriter(workdir, first_step))
+
+    if first_step < config.train.steps:
+      stop = stack.enter_context(StopRequest())
+      state = _fit(
+        setup,
+        state,
+        first_step,
+        mixture,
+        checkpoints,
+        writer,
+        ledger,
+        stop,
+        say,
+      )
+      if stop.signal_number is not None and state.step < config.train.steps:
+        checkpoints.close()
+        print(f"stopped at step {int(state.step)}; {_how_to_resume()}")
+        sys.exit(128 + stop.signal_number)
+    with ledger.stage("evaluation"):
+      report = _final_evaluation(experiment, state, workdir, writer, say)
+    with ledger.stage("checkpoint"):
+      checkpoints.wait()
+  say("done; where the time went:")
+  print(ledger.table(), flush=True)
+  return report
+
+
+def _describe_model(setup: Setup, say: "_Announcer") -> None:
+  frozen = setup.num_frozen
+  say(
+    f"model {setup.num_parameters:,} parameters, {frozen:,} of them frozen;"
+    f" state {format_bytes(setup.state_bytes_per_device)} per device"
+  )
+  say(describe_parallelism(setup))
+
+
+def _dry_run(setup: Setup, ledger: Ledger, say: "_Announcer") -> None:
+  """Prints what can be known without training."""
+  print("batch:")
+  for name, spec in setup.batch.items():
+    shape = "x".join(map(str, spec.shape))
+    print(f"  {name:<13} {shape} {spec.dtype}")
+  print(setup.parameter_table())
+  say("compiling the step")
+  with jax.set_mesh(setup.mesh), ledger.stage("compile"):
+    compiled = setup.compile_step()
+  memory = compiled.memory_analysis()
+  arguments = format_bytes(memory.argument_size_in_bytes)
+  temporaries = format_bytes(memory.temp_size_in_bytes)
+  say(f"memory per device: arguments {arguments}, temporaries {temporaries}")
+  say(f"{setup.step_flops():.3g} FLOPs per step; dry run, nothing was written")
+
+
+def _first_state(
+  setup: Setup, checkpoints: Checkpoints, say: "_Announcer"
+) -> tuple[TrainState, int]:
+  """Returns the newest state of the run, or a fresh one, and its step."""
+  step = checkpoints.last_step
+  if step is not None:
+    target = restore_target(setup.abstract_state, setup.shardings)
+    state = checkpoints.restore(step, target)
+    say(f"resumed from the checkpoint of step {step}")
+    return state, step
+  seed = setup.experiment.config.seed
+  state = jax.block_until_ready(setup.init(jax.random.key(seed)))
+  say(f"initialised with seed {seed}")
+  return state, 0
+
+
+def _fit(
+  setup: Setup,
+  state: TrainState,
+  first_step: int,
+  mixture: Sequence[experiment_lib.MixtureEntry],
+  checkpoints: Checkpoints,
+  writer: MetricsWriter,
+  ledger: Ledger,
+  stop: StopRequest,
+  say: "_Announcer",
+) -> TrainState:
+  """Starts the data, compiles the step and runs the loop."""
+  experiment = setup.experiment
+  config = experiment.config
+  # Before the compilation, which leaves time to fill the buffers.
+  host_batches = train_batches(
+    mixture,
+    experiment.tasks,
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    start_step=first_step,
+    image_size=tuple(config.data.image_size),
+    max_text_length=config.data.max_text_length,
+    max_label_length=config.data.max_label_length,
+    num_threads=config.data.num_threads,
+    prefetch=config.data.prefetch,
+    bad_records=BadRecords(config.data.max_bad_fraction),
+  )
+  with (
+    contextlib.closing(host_batches),
+    DevicePrefetcher(host_batches, setup.mesh, tuple(setup.batch)) as batches,
+  ):
+    say("compiling the step")
+    with ledger.stage("compile"):
+      step = setup.compile_step()
+    say(f"compiled in {ledger.seconds()['compile']:.1f} s")
+
+    def evaluate(
+      state: TrainState, step: int
+    ) -> tuple[dict[str, float], float]:
+      report, _ = evaluate_tasks(
+        experiment,
+        evaluation_variables(state),
+        split=config.train.eval_split,
+        max_examples=config.train.eval_examples,
+        batch_size=config.evaluation.batch_size,
+        step=step,
+      )
+      metrics = flat_metrics(report)
+      score = score_of(report, config.evaluation.best_metric)
+      shown = "  ".join(f"{k} {100 * v:.1f} %" for k, v in metrics.items())
+      say(f"step {step} {config.train.eval_split}: {shown}")
+      return metrics, score
+
+    loop = Loop(
+      setup, step, batches, writer, checkpoints, evaluate, ledger, stop
+    )
+    return loop.run(state)
+
+
+def _final_evaluation(
+  experiment: experiment_lib.Experiment,
+  state: TrainState,
+  workdir: pathlib.Path,
+  writer: MetricsWriter,
+  say: "_Announcer",
+) -> dict[str, Any]:
+  settings = experiment.config.evaluation
+  step = int(state.step)
+  say(f"evaluating step {step} on all of {settings.split}")
+  report, predictions = evaluate_tasks(
+    experiment,
+    evaluation_variables(state),
+    split=settings.split,
+    batch_size=settings.batch_size,
+    step=step,
+  )
+  print(format_table(report), flush=True)
+  write_results(experiment, workdir, report, predictions)
+  writer.write(step, flat_metrics(report))
+  return report
+
+
+class _Announcer:
+  """Prints a line with the seconds since the start."""
+
+  def __init__(self, ledger: Ledger) -> None:
+    self._ledger = ledger
+
+  def __call__(self, text: str) -> None:
+    print(f"[{self._ledger.elapsed():7.1f}s] {text}", flush=True)
+
+
+def _how_to_resume() -> str:
+  return "run the same command again to resume"
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  cli.define_config_flag()
+  flags.DEFINE_string("workdir", None, "Folder of the run.")
+  flags.DEFINE_bool(
+    "dry_run", False, "Print shapes, parameters and memory, then stop."
+  )
+  flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry point; on failure the last line says what to do."""
+  del argv
+  settings = flags.FLAGS
+  workdir = pathlib.Path(settings.workdir)
+  try:
+    train(
+      settings.config,
+      workdir,
+      dry_run=settings.dry_run,
+      ledger=Ledger(start=_START),
+    )
+  except UserError:
+    raise
+  except KeyboardInterrupt:
+    print(f"interrupted; {_how_to_resume()}", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
+  except Exception as error:
+    traceback.print_exc()
+    print(
+      f"failed: {type(error).__name__}; what was saved in {workdir} is"
+      f" intact; mend the cause, then {_how_to_resume()}",
+      file=sys.stderr,
+    )
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)

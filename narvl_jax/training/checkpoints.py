@@ -1,0 +1,216 @@
+"""Checkpoints, written in the background; the last and the best are kept."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+
+from narvl_jax.errors import UserError
+from narvl_jax.training.train_state import (
+  TrainState,
+  averaged_variables,
+)
+
+FOLDER = "checkpoints"
+_SCORE = "score"
+
+
+class Checkpoints:
+  """The checkpoints in `WORKDIR/checkpoints/STEP`.
+
+  A checkpoint has the items `params` (parameters and running statistics),
+  `optimizer` (its state and the step) and, if the run has them, `ema`.
+  A step with a score is kept while it is the best, besides the last ones.
+  """
+
+  def __init__(
+    self, workdir: str | os.PathLike[str], *, keep_last: int | None = None
+  ) -> None:
+    """Opens the folder.
+
+    Args:
+      workdir: the run folder.
+      keep_last: number of newest checkpoints to keep; None opens the folder
+        for reading only.
+    """
+    # Orbax takes a second to import: those who only train pay for it late.
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import checkpoint_managers
+
+    self._ocp = ocp
+    folder = pathlib.Path(workdir).resolve() / FOLDER
+    writes = keep_last is not None
+    policy = None
+    if writes:
+      policy = checkpoint_managers.AnyPreservationPolicy(
+        [
+          checkpoint_managers.LatestN(keep_last),
+          checkpoint_managers.BestN(
+            get_metric_fn=lambda metrics: metrics[_SCORE],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+          ),
+        ]
+      )
+    self._manager = ocp.CheckpointManager(
+      folder,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policy,
+        best_fn=lambda metrics: metrics[_SCORE],
+        create=writes,
+        read_only=not writes,
+      ),
+      item_handlers={
+        name: ocp.StandardCheckpointHandler()
+        for name in ("params", "optimizer", "ema")
+      },
+    )
+
+  @property
+  def last_step(self) -> int | None:
+    """The newest step, None if there is none."""
+    return self._manager.latest_step()
+
+  @property
+  def best_step(self) -> int | None:
+    """The step with the best score, None if none has one."""
+    step = self._manager.best_step()
+    if step is None or self._manager.metrics(step) is None:
+      return None
+    return step
+
+  def steps(self) -> list[int]:
+    """Returns the steps on disk in order."""
+    return sorted(self._manager.all_steps())
+
+  def save(
+    self, step: int, state: TrainState, *, score: float | None = None
+  ) -> None:
+    """Copies the state and writes it in the background.
+
+    Args:
+      step: number of updates, the name of the checkpoint.
+      state: may be donated as soon as this returns.
+      score: of the evaluation at this step, higher is better; None if there
+        was none.
+    """
+    save = self._ocp.args.StandardSave
+    items = {
+      "params": save(
+        {"params": state.params, "batch_stats": state.batch_stats}
+      ),
+      "optimizer": save({"step": state.step, "opt_state": state.opt_state}),
+    }
+    if state.ema is not None:
+      items["ema"] = save(state.ema)
+    self._manager.save(
+      step,
+      args=self._ocp.args.Composite(**items),
+      metrics=None if score is None else {_SCORE: score},
+      force=True,
+    )
+
+  def restore(self, step: int, target: TrainState) -> TrainState:
+    """Reads a whole state.
+
+    Args:
+      step: one of `steps()`.
+      target: shapes, dtypes and shardings of the state
+        (`jax.ShapeDtypeStruct`s).
+    """
+    restore = self._ocp.args.StandardRestore
+    items = {
+      "params": restore(
+        {"params": target.params, "batch_stats": target.batch_stats}
+      ),
+      "optimizer": restore(
+        {"step": target.step, "opt_state": target.opt_state}
+      ),
+    }
+    if target.ema is not None:
+      items["ema"] = restore(target.ema)
+    read = self._manager.restore(step, args=self._ocp.args.Composite(**items))
+    return TrainState(
+      step=read["optimizer"]["step"],
+      params=read["params"]["params"],
+      batch_stats=read["params"]["batch_stats"],
+      opt_state=read["optimizer"]["opt_state"],
+      ema=read["ema"] if target.ema is not None else None,
+    )
+
+  def restore_variables(
+    self, step: int, target: Mapping[str, Any], ema: Mapping[str, Any] | None
+  ) -> dict[str, Any]:
+    """Reads the variables to evaluate, averaged ones if the run has them.
+
+    Args:
+      step: one of `steps()`.
+      target: shapes of {"params", "batch_stats"}.
+      ema: shapes of {"params", "batch_stats"} of the averages, or None.
+    """
+    restore = self._ocp.args.StandardRestore
+    items = {"params": restore(dict(target))}
+    if ema is not None:
+      items["ema"] = restore(dict(ema))
+    read = self._manager.restore(step, args=self._ocp.args.Composite(**items))
+    if ema is None:
+      return read["params"]
+    return averaged_variables(read["params"]["params"], read["ema"])
+
+  def wait(self) -> None:
+    """Blocks until everything saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Finishes what is being written and closes the folder."""
+    self._manager.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+
+def choose_step(checkpoints: Checkpoints, wanted: str | int) -> int:
+  """Returns the step that "best", "last" or a number stands for.
+
+  "best" is the last one while no checkpoint has a score.
+
+  Raises:
+    UserError: the run has no such checkpoint.
+  """
+  steps = checkpoints.steps()
+  if not steps:
+    raise UserError(
+      "this run has no checkpoint yet; train it first, or give another"
+      " --workdir"
+    )
+  if wanted == "last":
+    return steps[-1]
+  if wanted == "best":
+    best = checkpoints.best_step
+    return steps[-1] if best is None else best
+  try:
+    number = int(wanted)
+  except ValueError:
+    number = -1
+  if number not in steps:
+    raise UserError(
+      f'no checkpoint "{wanted}"; this run has'
+      f" {', '.join(map(str, steps))}, or say best or last (--checkpoint)"
+    )
+  return number
+
+
+def restore_target(abstract: Any, shardings: Any) -> Any:
+  """Returns the shapes of a tree with the shardings to restore it to."""
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    abstract,
+    shardings,
+  )

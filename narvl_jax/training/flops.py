@@ -1,0 +1,63 @@
+"""Floating-point operations of a step, and what devices can do at most."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+# Dense bf16 peak of one device, FLOP/s, as published by the makers.
+PEAK_FLOPS = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5": 459e12,
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,
+  "NVIDIA A100-SXM4-40GB": 312e12,
+  "NVIDIA A100-SXM4-80GB": 312e12,
+  "NVIDIA H100 80GB HBM3": 989e12,
+  "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """Returns the bf16 peak of a device in FLOP/s, None if it is not known."""
+  return PEAK_FLOPS.get(device.device_kind)
+
+
+def matmul_flops(function: Callable[..., Any], *args: Any) -> float:
+  """Counts the operations of matrix products and convolutions.
+
+  A product of [m, k] and [k, n] counts 2 m k n. Bodies of scans count once
+  per iteration, which the compiler's own cost analysis leaves out.
+
+  Args:
+    function: traced, not run.
+    *args: arrays or `jax.ShapeDtypeStruct`s.
+  """
+  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: core.Jaxpr) -> float:
+  total = 0.0
+  for equation in jaxpr.eqns:
+    name = equation.primitive.name
+    if name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      left = equation.invars[0].aval.shape
+      depth = math.prod(left[axis] for axis in contracted)
+      total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+    elif name == "conv_general_dilated":
+      kernel = equation.invars[1].aval.shape
+      spec = equation.params["dimension_numbers"].rhs_spec
+      per_output = math.prod(kernel) / kernel[spec[0]]
+      total += 2.0 * per_output * math.prod(equation.outvars[0].aval.shape)
+    repeats = equation.params.get("length", 1) if name == "scan" else 1
+    for value in equation.params.values():
+      for inner in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(inner, core.ClosedJaxpr):
+          total += repeats * _count(inner.jaxpr)
+        elif isinstance(inner, core.Jaxpr):
+          total += repeats * _count(inner)
+  return total

@@ -1,0 +1,99 @@
+"""Batches moved to the devices ahead of their use."""
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from narvl_jax.parallel import shard_batch
+
+_END = object()
+
+
+class DevicePrefetcher:
+  """Takes host batches from an iterator and places them on the mesh.
+
+  A thread does both, so that neither making nor copying a batch keeps the
+  devices waiting as long as batches are made faster than they are used.
+  """
+
+  def __init__(
+    self,
+    batches: Iterator[Mapping[str, np.ndarray]],
+    mesh: Mesh,
+    names: tuple[str, ...],
+    depth: int = 2,
+  ) -> None:
+    """Starts the thread.
+
+    Args:
+      batches: host batches, arrays [B, ...].
+      mesh: where they go.
+      names: the arrays to move; others stay behind.
+      depth: number of batches that wait on the devices.
+    """
+    self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
+    self._stop = threading.Event()
+    self._thread = threading.Thread(
+      target=self._fill, args=(batches, mesh, names), daemon=True
+    )
+    self._thread.start()
+
+  @property
+  def ready(self) -> bool:
+    """Whether `get` returns at once."""
+    return not self._queue.empty()
+
+  def get(self) -> dict[str, jax.Array]:
+    """Returns the next batch, waiting for it if need be.
+
+    Raises:
+      StopIteration: there are no more batches.
+      Exception: whatever the iterator raised.
+    """
+    item = self._queue.get()
+    if item is _END:
+      raise StopIteration
+    if isinstance(item, BaseException):
+      raise item
+    return item
+
+  def close(self) -> None:
+    """Ends the thread."""
+    self._stop.set()
+    while not self._queue.empty():
+      self._queue.get_nowait()
+    self._thread.join(timeout=10)
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def _fill(
+    self,
+    batches: Iterator[Mapping[str, np.ndarray]],
+    mesh: Mesh,
+    names: tuple[str, ...],
+  ) -> None:
+    try:
+      for batch in batches:
+        self._put(shard_batch({name: batch[name] for name in names}, mesh))
+        if self._stop.is_set():
+          return
+      self._put(_END)
+    except Exception as error:
+      self._put(error)
+
+  def _put(self, item: Any) -> None:
+    while not self._stop.is_set():
+      try:
+        self._queue.put(item, timeout=0.2)
+      except queue.Full:
+        continue
+      return

@@ -1,0 +1,147 @@
+"""Everything that an update reads and writes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax.linen import meta
+from jax.sharding import Mesh
+
+from narvl_jax.parallel import replicated, tree_shardings
+from narvl_jax.training.optimizer import (
+  ParameterRule,
+  Params,
+  flatten,
+  merge,
+  split_frozen,
+)
+
+
+@flax.struct.dataclass
+class TrainState:
+  """State of a run after `step` updates.
+
+  Attributes:
+    step: int32 scalar.
+    params: nested float32 parameters.
+    batch_stats: running statistics of BatchNorm, empty if there are none.
+    opt_state: state of the optimizer for the trained parameters.
+    ema: moving averages {"params": trained parameters, "batch_stats"}, or
+      None.
+  """
+
+  step: jax.Array
+  params: Params
+  batch_stats: Params
+  opt_state: Any
+  ema: Params | None
+
+
+def abstract_variables(
+  model: nn.Module, image_size: tuple[int, int], text_length: int
+) -> Any:
+  """Returns shapes of the variables, still boxed with their axis names."""
+  return jax.eval_shape(_initializer(model, image_size, text_length), _KEY_SPEC)
+
+
+def make_init(
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  rules: Mapping[str, ParameterRule],
+  *,
+  image_size: tuple[int, int],
+  text_length: int,
+  ema: bool,
+) -> Callable[[jax.Array], TrainState]:
+  """Returns a function key -> state before the first update."""
+  initialize = _initializer(model, image_size, text_length)
+
+  def init(key: jax.Array) -> TrainState:
+    variables = meta.unbox(initialize(key))
+    params = variables["params"]
+    batch_stats = variables.get("batch_stats", {})
+    trained, _ = split_frozen(params, rules)
+    averages = {"params": trained, "batch_stats": batch_stats}
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      batch_stats=batch_stats,
+      opt_state=optimizer.init(trained),
+      # Copies: two leaves in one buffer could not both be donated.
+      ema=jax.tree.map(jnp.copy, averages) if ema else None,
+    )
+
+  return init
+
+
+def evaluation_variables(state: TrainState) -> dict[str, Any]:
+  """Returns the variables to evaluate: averaged ones if the run has them."""
+  if state.ema is None:
+    return {"params": state.params, "batch_stats": state.batch_stats}
+  return averaged_variables(state.params, state.ema)
+
+
+def averaged_variables(params: Params, ema: Params) -> dict[str, Any]:
+  """Returns the moving averages, and the parameters that have none."""
+  return {
+    "params": merge(params, ema["params"]),
+    "batch_stats": ema["batch_stats"],
+  }
+
+
+def state_shardings(abstract: TrainState, boxed: Any, mesh: Mesh) -> TrainState:
+  """Returns the sharding of every leaf of the state.
+
+  Args:
+    abstract: shapes of the state.
+    boxed: shapes of the variables with their logical axis names.
+    mesh: the device mesh.
+
+  Returns:
+    A `TrainState` of `NamedSharding`s: moments and averages lie where their
+    parameter lies, everything else is replicated.
+  """
+  shardings = tree_shardings(boxed, mesh)
+  of_path = flatten(shardings["params"])
+
+  def like_parameter(path: tuple[Any, ...], leaf: Any) -> Any:
+    names = [str(getattr(key, "key", "")) for key in path]
+    # A moment lies at <field of the optimizer state>/<path of the parameter>.
+    for start in range(len(names)):
+      sharding = of_path.get("/".join(names[start:]))
+      if sharding is not None and leaf.ndim:
+        return sharding
+    return replicated(mesh)
+
+  return jax.tree_util.tree_map_with_path(like_parameter, abstract)
+
+
+def bytes_per_device(abstract: Any, shardings: Any) -> int:
+  """Returns the bytes that one device holds of a tree of arrays."""
+
+  def size(leaf: Any, sharding: jax.sharding.Sharding) -> int:
+    shape = sharding.shard_shape(leaf.shape)
+    count = 1
+    for side in shape:
+      count *= side
+    return count * leaf.dtype.itemsize
+
+  return sum(jax.tree.leaves(jax.tree.map(size, abstract, shardings)))
+
+
+_KEY_SPEC = jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _initializer(
+  model: nn.Module, image_size: tuple[int, int], text_length: int
+) -> Callable[[jax.Array], Any]:
+  def initialize(key: jax.Array) -> Any:
+    image = jnp.zeros((1, *image_size, 3), jnp.uint8)
+    text = jnp.ones((1, text_length), jnp.int32)
+    return model.init(key, image, text)
+
+  return initialize

@@ -1,0 +1,234 @@
+"""One update: forward, loss, gradient, optimizer, moving averages."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from narvl_jax.query_ctc import query_ctc_loss, query_ctc_objective
+from narvl_jax.training.optimizer import (
+  ParameterRule,
+  Params,
+  ema_decay_at,
+  merge,
+  split_frozen,
+)
+from narvl_jax.training.train_state import TrainState
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+  """Settings of an update that are fixed when it is compiled.
+
+  Attributes:
+    seed: seed of dropout.
+    task_names: names by the task index of a batch.
+    blank_id: id of blank.
+    vocab_size: number of classes.
+    label_smoothing: in [0, 1).
+    confidence_mode: "weight" or "temper".
+    accumulation_steps: micro-batches in an update.
+    ema_decay: decay of the moving averages, 0 for none.
+    ema_warmup: see `ema_decay_at`.
+  """
+
+  seed: int
+  task_names: tuple[str, ...]
+  blank_id: int
+  vocab_size: int
+  label_smoothing: float = 0.0
+  confidence_mode: str = "weight"
+  accumulation_steps: int = 1
+  ema_decay: float = 0.0
+  ema_warmup: bool = True
+
+
+def batch_spec(
+  batch_size: int,
+  image_size: tuple[int, int],
+  text_length: int,
+  label_length: int,
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns shape and dtype of every array that an update reads."""
+  shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+    "image": ((*image_size, 3), np.uint8),
+    "image_mask": ((), np.bool_),
+    "text": ((text_length,), np.int32),
+    "labels": ((label_length,), np.int32),
+    "label_length": ((), np.int32),
+    "confidence": ((), np.float32),
+    "task": ((), np.int32),
+  }
+  return {
+    name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+    for name, (shape, dtype) in shapes.items()
+  }
+
+
+def make_train_step(
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  rules: Mapping[str, ParameterRule],
+  config: StepConfig,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns the function (state, batch) -> (new state, metrics).
+
+  The batch holds the arrays of `batch_spec`. With accumulation its rows are
+  dealt out to micro-batches; their gradients are weighted by their examples,
+  so the update is that of the whole batch. BatchNorm normalises within each
+  micro-batch and updates its statistics one after the other.
+
+  Metrics are float32 scalars: loss, nll, infeasible_fraction, examples,
+  grad_norm (before clipping), learning_rate, and nll/TASK, which is nan for a
+  task that the batch lacks.
+  """
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    trained, frozen = split_frozen(state.params, rules)
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+    def loss_of(
+      trained: Params, batch_stats: Params, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Params, Metrics]]:
+      variables = {
+        "params": merge(trained, frozen),
+        "batch_stats": batch_stats,
+      }
+      return _forward(model, config, variables, batch, key)
+
+    gradient, batch_stats, metrics = _gradient(
+      loss_of, config.accumulation_steps, trained, state.batch_stats, batch, key
+    )
+    updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
+    trained = optax.apply_updates(trained, updates)
+    metrics["grad_norm"] = optax.global_norm(gradient)
+    metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+
+    ema = state.ema
+    if ema is not None:
+      decay = ema_decay_at(state.step, config.ema_decay, config.ema_warmup)
+      ema = jax.tree.map(
+        lambda old, new: old + (1.0 - decay) * (new - old),
+        ema,
+        {"params": trained, "batch_stats": batch_stats},
+      )
+    new_state = state.replace(
+      step=state.step + 1,
+      params=merge(trained, frozen),
+      batch_stats=batch_stats,
+      opt_state=opt_state,
+      ema=ema,
+    )
+    return new_state, metrics
+
+  return train_step
+
+
+def _forward(
+  model: nn.Module,
+  config: StepConfig,
+  variables: Params,
+  batch: Batch,
+  key: jax.Array,
+) -> tuple[jax.Array, tuple[Params, Metrics]]:
+  """Returns the loss, the new running statistics and the metrics."""
+  (logits, _), updated = model.apply(
+    variables,
+    batch["image"],
+    batch["text"],
+    image_mask=batch["image_mask"],
+    train=True,
+    rngs={"dropout": key},
+    mutable=["batch_stats"],
+  )
+  loss, metrics = query_ctc_objective(
+    logits,
+    batch["labels"],
+    batch["label_length"],
+    blank_id=config.blank_id,
+    vocab_size=config.vocab_size,
+    label_smoothing=config.label_smoothing,
+    confidence=batch["confidence"],
+    confidence_mode=config.confidence_mode,
+  )
+  nll = query_ctc_loss(
+    jax.lax.stop_gradient(logits),
+    batch["labels"],
+    batch["label_length"],
+    blank_id=config.blank_id,
+    vocab_size=config.vocab_size,
+  ) / jnp.maximum(batch["label_length"], 1)
+  for index, name in enumerate(config.task_names):
+    here = batch["task"] == index
+    metrics[f"sum/{name}"] = jnp.sum(jnp.where(here, nll, 0.0))
+    metrics[f"count/{name}"] = jnp.sum(here.astype(jnp.float32))
+  return loss, (updated.get("batch_stats", {}), metrics)
+
+
+def _gradient(
+  loss_of: Callable[..., tuple[jax.Array, tuple[Params, Metrics]]],
+  accumulation_steps: int,
+  trained: Params,
+  batch_stats: Params,
+  batch: Batch,
+  key: jax.Array,
+) -> tuple[Params, Params, Metrics]:
+  """Returns gradient, running statistics and metrics of the whole batch."""
+  value_and_grad = jax.grad(loss_of, has_aux=True)
+  if accumulation_steps == 1:
+    gradient, (batch_stats, metrics) = value_and_grad(
+      trained, batch_stats, batch, key
+    )
+    return gradient, batch_stats, _finish(metrics)
+
+  # Every device keeps its own rows: row i goes to micro-batch i modulo steps.
+  micro_batches = jax.tree.map(
+    lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1),
+    dict(batch),
+  )
+
+  def accumulate(
+    carry: tuple[Params, Params], inputs: tuple[Batch, jax.Array]
+  ) -> tuple[tuple[Params, Params], Metrics]:
+    total, batch_stats = carry
+    micro_batch, index = inputs
+    gradient, (batch_stats, metrics) = value_and_grad(
+      trained, batch_stats, micro_batch, jax.random.fold_in(key, index)
+    )
+    weight = metrics["examples"]
+    total = jax.tree.map(lambda t, g: t + weight * g, total, gradient)
+    return (total, batch_stats), metrics
+
+  (total, batch_stats), stacked = jax.lax.scan(
+    accumulate,
+    (jax.tree.map(jnp.zeros_like, trained), batch_stats),
+    (micro_batches, jnp.arange(accumulation_steps)),
+  )
+  examples = jnp.maximum(jnp.sum(stacked["examples"]), 1.0)
+  gradient = jax.tree.map(lambda t: t / examples, total)
+  metrics = {
+    name: jnp.sum(value)
+    if name == "examples" or "/" in name
+    else jnp.sum(value * stacked["examples"]) / examples
+    for name, value in stacked.items()
+  }
+  return gradient, batch_stats, _finish(metrics)
+
+
+def _finish(metrics: Metrics) -> Metrics:
+  """Turns sums and counts per task into means."""
+  done = {name: value for name, value in metrics.items() if "/" not in name}
+  for name, total in metrics.items():
+    if name.startswith("sum/"):
+      task = name.removeprefix("sum/")
+      done[f"nll/{task}"] = total / metrics[f"count/{task}"]
+  return done

@@ -1,0 +1,173 @@
+"""The run folder: which run it holds and what may be done with it."""
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from narvl_jax.config import from_json, to_json
+from narvl_jax.errors import UserError
+
+CONFIG_FILE = "config.json"
+ENVIRONMENT_FILE = "environment.json"
+
+_PACKAGES = (
+  "narvl_jax",
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "numpy",
+)
+
+
+def is_run(workdir: pathlib.Path) -> bool:
+  """Returns whether the folder holds a run."""
+  return (workdir / CONFIG_FILE).exists()
+
+
+def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
+  """Returns whether the folder holds a run of exactly this config.
+
+  Raises:
+    UserError: it is a file, or it holds a run with another config.
+  """
+  if workdir.exists() and not workdir.is_dir():
+    raise UserError(f"--workdir={workdir} is a file, not a folder")
+  if not is_run(workdir):
+    return False
+  path = workdir / CONFIG_FILE
+  # Through `from_json`, so that settings that came later do not differ.
+  old = to_json(from_json(_read(path)))
+  difference = diff(old, to_json(config))
+  if not difference:
+    return True
+  shown = "; ".join(
+    f"{key}: {before} -> {after}"
+    for key, (before, after) in sorted(difference.items())[:8]
+  )
+  if len(difference) > 8:
+    shown += f"; and {len(difference) - 8} more"
+  advice = "use another --workdir, or the config of this run to resume it"
+  if "train.steps" in difference:
+    advice += " (the schedule follows train.steps, so it cannot be extended)"
+  raise UserError(
+    f"--workdir={workdir} holds a run with another config: {shown}; {advice}"
+  )
+
+
+def diff(
+  old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> dict[str, tuple[str, str]]:
+  """Returns {dotted key: (old value, new value)} of the leaves that differ."""
+  found = {}
+  for key in {**old, **new}:
+    before, after = old.get(key), new.get(key)
+    path = f"{prefix}{key}"
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+      found |= diff(before, after, f"{path}.")
+    elif key not in old:
+      found[path] = ("(absent)", json.dumps(after))
+    elif key not in new:
+      found[path] = (json.dumps(before), "(absent)")
+    elif before != after:
+      found[path] = (json.dumps(before), json.dumps(after))
+  return found
+
+
+def write_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Writes `config.json`, which makes the folder a run folder."""
+  _write(workdir / CONFIG_FILE, to_json(config))
+
+
+def read_config(workdir: pathlib.Path) -> Any:
+  """Returns the config of a run.
+
+  Raises:
+    UserError: the folder holds no run.
+  """
+  if not is_run(workdir):
+    raise UserError(
+      f"--workdir={workdir} holds no run: there is no {CONFIG_FILE}"
+    )
+  return from_json(_read(workdir / CONFIG_FILE))
+
+
+def write_environment(workdir: pathlib.Path, resumed_step: int) -> None:
+  """Writes `environment.json`: this start, and the earlier ones of the run."""
+  path = workdir / ENVIRONMENT_FILE
+  previous = []
+  if path.exists():
+    last = _read(path)
+    previous = [*last.pop("previous", []), last]
+  _write(path, {**environment(), "step": resumed_step, "previous": previous})
+
+
+def environment() -> dict[str, Any]:
+  """Returns versions, devices, command line and commit of this process."""
+  versions = {"python": platform.python_version()}
+  for package in _PACKAGES:
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[package] = "unknown"
+  devices = jax.devices()
+  return {
+    "started": datetime.datetime.now(datetime.UTC).isoformat(
+      timespec="seconds"
+    ),
+    "command": sys.argv,
+    "versions": versions,
+    "platform": platform.platform(),
+    "devices": {
+      "backend": jax.default_backend(),
+      "kind": devices[0].device_kind,
+      "count": len(devices),
+      "processes": jax.process_count(),
+    },
+    "commit": _commit(),
+  }
+
+
+def _commit() -> str | None:
+  """Returns the commit of the code, with `+` if it was changed since."""
+  folder = pathlib.Path(__file__).parent
+  git = ["git", "-C", str(folder)]
+  try:
+    head = subprocess.run(
+      [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    changed = subprocess.run(
+      [*git, "status", "--porcelain", "--untracked-files=no"],
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return head + ("+" if changed else "")
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, json.JSONDecodeError) as error:
+    raise UserError(
+      f"{path} cannot be read ({error}); use another --workdir"
+    ) from error
+
+
+def _write(path: pathlib.Path, value: Any) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.tmp")
+  temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+  temporary.replace(path)
