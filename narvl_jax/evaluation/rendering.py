@@ -135,7 +135,7 @@ def prediction_grid(
 
 def box_overlay(
   image: np.ndarray,
-  predicted_box: Box,
+  predicted_box: Box | None,
   *,
   target_box: Box | None = None,
   caption: str = "",
@@ -147,8 +147,8 @@ def box_overlay(
 
   Args:
     image: uint8 [H, W, 3].
-    predicted_box: in pixels of `image`.
-    target_box: in pixels of `image`.
+    predicted_box: in pixels of `image`; None if there is none.
+    target_box: likewise.
     caption: text below the picture.
 
   Returns:
@@ -208,11 +208,11 @@ def _fit(picture: Image.Image, side: int) -> Image.Image:
   factor = side / max(picture.size)
   if factor >= 2:
     factor = int(factor)
-  size = tuple(max(1, round(x * factor)) for x in picture.size)
+  width, height = (max(1, round(x * factor)) for x in picture.size)
   sampling = (
     Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.LANCZOS
   )
-  return picture.resize(size, sampling)
+  return picture.resize((width, height), sampling)
 
 
 def _paste_picture(

@@ -1,10 +1,13 @@
 """What an evaluation leaves behind: a table, JSON files, a picture grid."""
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from narvl_jax.errors import UserError
 
 Report = dict[str, Any]
 Prediction = dict[str, Any]
@@ -58,15 +61,28 @@ def write_predictions(
 
 
 def _write_text(path: pathlib.Path, text: str) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
+  with replacing(path) as temporary:
+    temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives a file to write that takes the place of `path` when it is done.
+
+  Makes the folder if need be. If the body fails, `path` stays as it was.
+
+  Raises:
+    UserError: the folder or the file cannot be written.
+  """
   # The process id keeps two writers from sharing a temporary file.
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    with open(temporary, "w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield temporary
     os.replace(temporary, path)
+  except OSError as error:
+    reason = error.strerror or str(error)
+    raise UserError(f'cannot write "{path}": {reason}') from error
   finally:
     temporary.unlink(missing_ok=True)
 

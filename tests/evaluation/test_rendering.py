@@ -89,7 +89,7 @@ def test_target_is_dashed_and_prediction_is_solid():
   image = np.zeros((64, 64, 3), np.uint8)
   box = (8.0, 8.0, 56.0, 56.0)
   solid = rendering.box_overlay(image, box)
-  dashed = rendering.box_overlay(image, (0.0,) * 4, target_box=box)
+  dashed = rendering.box_overlay(image, (0.0, 0.0, 0.0, 0.0), target_box=box)
   n_solid = len(_pixels_of(solid.crop((0, 0, 512, 512)), (214, 69, 0)))
   n_dashed = len(_pixels_of(dashed.crop((0, 0, 512, 512)), (0, 98, 204)))
   assert 0.4 * n_solid < n_dashed < 0.7 * n_solid

@@ -1,0 +1,99 @@
+"""Scores a trained run on every task of its config.
+
+python -m narvl_jax.evaluate --workdir=runs/shapes [--split=test]
+    [--checkpoint=best|last|STEP] [--max_examples=N] [--batch_size=B]
+
+Prints a table and writes into the run folder: evaluation.json,
+predictions/SPLIT.jsonl and predictions/SPLIT.png.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+
+from absl import flags
+
+from narvl_jax import cli
+from narvl_jax import experiment as experiment_lib
+from narvl_jax.errors import UserError
+from narvl_jax.evaluation import evaluator, reporting, results
+
+
+def evaluate(
+  workdir: str | os.PathLike[str],
+  *,
+  split: str | None = None,
+  checkpoint: str | int = "best",
+  max_examples: int | None = None,
+  batch_size: int | None = None,
+) -> reporting.Report:
+  """Evaluates a checkpoint, prints the table and writes the results.
+
+  Args:
+    workdir: run folder.
+    split: of the data sets; `config.evaluation.split` if None.
+    checkpoint: "best", "last" or a step.
+    max_examples: at most this many of every data set, all if None.
+    batch_size: `config.evaluation.batch_size` if None.
+
+  Returns:
+    The report, see `evaluator.evaluate_tasks`.
+
+  Raises:
+    UserError: no such run, checkpoint or split, or a number below 1.
+  """
+  for flag, value in (
+    ("max_examples", max_examples),
+    ("batch_size", batch_size),
+  ):
+    if value is not None and value < 1:
+      raise UserError(f"--{flag}={value} is below 1; nearest valid: --{flag}=1")
+  experiment, variables, step = experiment_lib.restore(workdir, checkpoint)
+  settings = experiment.config.evaluation
+  start = time.monotonic()
+  report, predictions = evaluator.evaluate_tasks(
+    experiment,
+    variables,
+    split=settings.split if split is None else split,
+    max_examples=max_examples,
+    batch_size=settings.batch_size if batch_size is None else batch_size,
+    step=step,
+  )
+  seconds = time.monotonic() - start
+  print(reporting.format_table(report))
+  print(f"\n{report['examples'] / seconds:.0f} examples/s, {seconds:.1f} s")
+  for path in results.write_results(experiment, workdir, report, predictions):
+    print(f"wrote {path}")
+  return report
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("workdir", None, "Folder of the run.")
+  flags.DEFINE_string("split", None, "Split; evaluation.split by default.")
+  flags.DEFINE_string("checkpoint", "best", "best, last or a step.")
+  flags.DEFINE_integer(
+    "max_examples", None, "At most this many of every data set."
+  )
+  flags.DEFINE_integer(
+    "batch_size", None, "Batch size; evaluation.batch_size by default."
+  )
+  flags.mark_flag_as_required("workdir")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry point."""
+  del argv
+  settings = flags.FLAGS
+  evaluate(
+    settings.workdir,
+    split=settings.split,
+    checkpoint=settings.checkpoint,
+    max_examples=settings.max_examples,
+    batch_size=settings.batch_size,
+  )
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)

@@ -1,0 +1,187 @@
+"""Scores a model on data sets of every task."""
+
+import collections
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from narvl_jax.data import sources
+from narvl_jax.data.example import Box, Record
+from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.evaluation import caption, entailment, grounding, vqa
+from narvl_jax.evaluation.predictor import Answer, Predictor
+from narvl_jax.evaluation.reporting import Prediction, Report
+
+if TYPE_CHECKING:
+  from narvl_jax.experiment import Experiment
+
+# (answer, record) -> metric -> score in [0, 1], the task's main metric first.
+SCORERS: Mapping[str, Callable[[Any, Record], dict[str, float] | None]] = {
+  "caption": caption.score,
+  "vqa": vqa.score,
+  "grounding": grounding.score,
+  "entailment": entailment.score,
+}
+
+
+def evaluate_tasks(
+  experiment: "Experiment",
+  variables: Any,
+  *,
+  split: str,
+  max_examples: int | None = None,
+  batch_size: int,
+  step: int | None = None,
+) -> tuple[Report, list[Prediction]]:
+  """Answers every data set of `config.data.evaluation` and scores the answers.
+
+  All tasks share one compiled predict step, and so do later calls with the
+  same model and batch size.
+
+  Args:
+    experiment: model, vocabulary, tasks and config of the run.
+    variables: of the model; the batch is split over their mesh, if any.
+    split: such as "validation" or "test".
+    max_examples: at most this many of every data set, spread evenly over it.
+    batch_size: rounded up to a multiple of the devices that share a batch.
+    step: training step of `variables`, for the report.
+
+  Returns:
+    The report and one prediction per example. The report has split, step,
+    examples, `tasks` (task -> metric -> mean in [0, 1]), `counts` (task ->
+    examples), `kinds` (task -> kind -> metrics and examples) and `datasets`
+    (name -> task, metrics and examples). Records without ground truth count
+    as examples and have no score; bad records count as neither.
+
+  Raises:
+    UserError: a data set, `split` or too many records are at fault.
+  """
+  predictor = Predictor(experiment, variables)
+  predictions: list[Prediction] = []
+  for name, entry in experiment.config.data.evaluation.items():
+    source = load_dataset(experiment, name, split)
+    indices = spread(len(source), max_examples)
+    for answer in predictor.answers(
+      _Subset(source, indices), entry.task, batch_size=batch_size
+    ):
+      place = {"dataset": name, "index": int(indices[answer.index])}
+      predictions.append(describe(answer) | place)
+  return summarise(predictions, split=split, step=step), predictions
+
+
+def load_dataset(
+  experiment: "Experiment", name: str, split: str
+) -> Sequence[Record]:
+  """Opens a data set of `config.data.evaluation`.
+
+  Raises:
+    UserError: if it has no such name or split.
+  """
+  entries = experiment.config.data.evaluation
+  if name not in entries:
+    raise UserError(
+      f'data.evaluation has no "{name}".{did_you_mean(name, entries.keys())}'
+    )
+  entry = entries[name]
+  options = dict(entry.get("options", {}))
+  return sources.load_source(
+    entry.source, task=entry.task, split=split, **options
+  )
+
+
+def describe(answer: Answer) -> Prediction:
+  """Returns an answer and its scores as what JSON can hold.
+
+  `scores` are the example's metrics, None without ground truth; `correct`
+  says whether the main one is at least one half. `target` is the best answer
+  or the box, `answers` are all valid ones with their scores.
+  """
+  record = answer.record
+  scores = SCORERS[record.task](answer.value, record)
+  target: str | Box | None = record.box
+  if record.task != "grounding" and record.answers:
+    target = max(record.answers, key=record.answers.__getitem__)
+  return {
+    "id": record.id,
+    "task": record.task,
+    "kind": record.kind,
+    "prompt": record.prompt,
+    "prediction": _plain(answer.value),
+    "target": _plain(target),
+    "probability": answer.probability,
+    "correct": None if scores is None else next(iter(scores.values())) >= 0.5,
+    "scores": scores,
+    "answers": {k: float(v) for k, v in record.answers.items()},
+  }
+
+
+def summarise(
+  predictions: Sequence[Prediction], *, split: str, step: int | None = None
+) -> Report:
+  """Averages predictions into the report that `evaluate_tasks` describes."""
+  tasks = _group(predictions, "task")
+  return {
+    "split": split,
+    "step": step,
+    "examples": len(predictions),
+    "tasks": {task: _means(group) for task, group in tasks.items()},
+    "counts": {task: len(group) for task, group in tasks.items()},
+    "kinds": {
+      task: {
+        kind: _means(members) | {"examples": len(members)}
+        for kind, members in sorted(_group(group, "kind").items())
+        if kind
+      }
+      for task, group in tasks.items()
+    },
+    "datasets": {
+      name: {"task": group[0]["task"], "examples": len(group)} | _means(group)
+      for name, group in _group(predictions, "dataset").items()
+    },
+  }
+
+
+def spread(size: int, limit: int | None) -> np.ndarray:
+  """Returns at most `limit` indices, evenly spread over `range(size)`."""
+  count = size if limit is None else min(size, limit)
+  return np.arange(count) * size // max(count, 1)
+
+
+class _Subset(Sequence[Record]):
+  """Some records of a source, by position."""
+
+  def __init__(self, source: Sequence[Record], indices: np.ndarray) -> None:
+    self._source, self._indices = source, indices
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: Any) -> Any:
+    return self._source[int(self._indices[index])]
+
+
+def _plain(answer: str | Box | None) -> str | list[float] | None:
+  if answer is None or isinstance(answer, str):
+    return answer
+  return [float(x) for x in answer]
+
+
+def _group(
+  predictions: Sequence[Prediction], key: str
+) -> dict[str, list[Prediction]]:
+  groups = collections.defaultdict(list)
+  for prediction in predictions:
+    groups[prediction[key]].append(prediction)
+  return dict(groups)
+
+
+def _means(predictions: Sequence[Prediction]) -> dict[str, float]:
+  """Returns the mean of every metric over the predictions with a score."""
+  scored = [p["scores"] for p in predictions if p["scores"] is not None]
+  if not scored:
+    return {}
+  return {
+    metric: float(np.mean([scores[metric] for scores in scored]))
+    for metric in scored[0]
+  }

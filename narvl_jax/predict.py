@@ -1,0 +1,278 @@
+"""Asks a trained run about one picture.
+
+python -m narvl_jax.predict --workdir=runs/shapes --image=photo.jpg \
+    --task=vqa --prompt="what color is the circle?"
+
+Prints the answer and its probability; for grounding the box in pixels of the
+picture, and writes the picture with the box (--overlay=FILE.png). Captions
+need no prompt. `--example=INDEX` instead of `--image` takes picture and prompt
+from the run's own test data, saves the picture, and prints the truth, too.
+`--json` prints one JSON object.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from narvl_jax import cli
+from narvl_jax import experiment as experiment_lib
+from narvl_jax.data import images
+from narvl_jax.data.example import Record
+from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.evaluation import evaluator, rendering, reporting, results
+from narvl_jax.evaluation.predictor import Answer, Predictor
+
+Outcome = dict[str, Any]
+
+
+def predict(
+  workdir: str | os.PathLike[str],
+  *,
+  task: str | None = None,
+  image: str | os.PathLike[str] | None = None,
+  example: int | None = None,
+  prompt: str | None = None,
+  premise: str | None = None,
+  overlay: str | os.PathLike[str] | None = None,
+  checkpoint: str | int = "best",
+) -> Outcome:
+  """Answers one request; exactly one of `image` and `example` is given.
+
+  Args:
+    workdir: run folder.
+    task: one of the run's tasks; may be left out if there is only one.
+    image: JPEG or PNG file.
+    example: index of a record of the run's test data.
+    prompt: question, expression or hypothesis; with `example` its own prompt
+      by default. Captions ignore it.
+    premise: entailment only: what else is known about the picture.
+    overlay: grounding only: PNG to write; by default in the run folder.
+    checkpoint: "best", "last" or a step.
+
+  Returns:
+    step, task, image (path), prompt, answer (text; grounding: box in pixels of
+    the picture, None if the model gave no box), probability; with `example`
+    also truth; for grounding also overlay (path).
+
+  Raises:
+    UserError: run, picture, task or prompt is wrong or missing.
+  """
+  if (image is None) == (example is None):
+    raise UserError(
+      "give a picture: either --image=FILE or --example=INDEX of the test data"
+    )
+  # Before the run is restored, which takes seconds.
+  pixels = None if image is None else read_picture(image)
+  experiment, variables, step = experiment_lib.restore(workdir, checkpoint)
+  name = _choose_task(list(experiment.tasks), task)
+  folder = pathlib.Path(workdir) / "predictions"
+  if image is not None and pixels is not None:
+    path = pathlib.Path(image)
+    record = Record(path.name, name, pixels)
+  else:
+    path = folder / f"example_{name}_{example}.png"
+    record = _load_example(experiment, name, example or 0)
+    results.write_image(path, Image.fromarray(_pixels(record)))
+  if prompt is not None or premise is not None:
+    record = _with_text(record, prompt, premise)
+  if name == "caption":
+    record = dataclasses.replace(record, prompt="")
+  _check_length(record, experiment.tasks[name].settings)
+  answer = Predictor(experiment, variables).answer(record)
+
+  outcome: Outcome = {
+    "step": step,
+    "task": name,
+    "image": str(path),
+    "prompt": record.prompt,
+    **_plain_answer(answer),
+  }
+  if name == "grounding":
+    target = folder / f"overlay_{path.stem}.png"
+    target = target if overlay is None else pathlib.Path(overlay)
+    outcome["overlay"] = str(_write_overlay(target, answer))
+  return outcome
+
+
+def read_picture(path: str | os.PathLike[str]) -> np.ndarray:
+  """Returns a picture file as uint8 [H, W, 3], in its own size.
+
+  Raises:
+    UserError: the file is missing, or no complete picture.
+  """
+  data = images.read_image_file(path)
+  try:
+    width, height = images.original_size(data)
+    return images.prepare_image(data, (height, width))
+  except UserError as error:
+    raise UserError(f'--image="{os.fspath(path)}": {error}') from error
+
+
+def format_outcome(outcome: Outcome) -> str:
+  """Returns what `predict` found as lines for people."""
+  answer, grounded = outcome["answer"], outcome["task"] == "grounding"
+  if grounded:
+    shown = "none, the model gave no complete box"
+    if answer is not None:
+      shown = f"{_format_box(answer)} (x0, y0, x1, y1 in pixels)"
+  else:
+    shown = reporting.format_answer(answer)
+  rows = [
+    ("image", outcome["image"]),
+    ("prompt", outcome["prompt"]),
+    ("box" if grounded else outcome["task"], shown),
+    ("probability", f"{100 * outcome['probability']:.1f} %"),
+  ]
+  truth = outcome.get("truth")
+  if truth is not None:
+    rows.append(("truth", _format_box(truth) if grounded else truth))
+  if "overlay" in outcome:
+    rows.append(("overlay", outcome["overlay"]))
+  return "\n".join(f"{key + ':':<13}{value}" for key, value in rows if value)
+
+
+def _choose_task(tasks: Sequence[str], wanted: str | None) -> str:
+  if wanted is None and len(tasks) == 1:
+    return tasks[0]
+  if wanted is None or wanted not in tasks:
+    seen = "no task was given" if wanted is None else f'unknown task "{wanted}"'
+    hint = did_you_mean(wanted or "", tasks)
+    raise UserError(f"{seen}.{hint} Set --task={tasks[0]}")
+  return wanted
+
+
+def _load_example(
+  experiment: experiment_lib.Experiment, task: str, index: int
+) -> Record:
+  """Returns a record of the test data with its picture decoded."""
+  config = experiment.config
+  split = config.evaluation.split
+  names = [k for k, v in config.data.evaluation.items() if v.task == task]
+  if not names:
+    raise UserError(
+      f'this run has no {split} data for "{task}"; pass a picture with --image'
+    )
+  source = evaluator.load_dataset(experiment, names[0], split)
+  if not 0 <= index < len(source):
+    nearest = min(max(index, 0), len(source) - 1)
+    raise UserError(
+      f"--example={index} is outside of the {len(source)} records of"
+      f' {split} data "{names[0]}"; nearest valid: --example={nearest}'
+    )
+  record = source[index]
+  width, height = images.original_size(record.image)
+  pixels = images.prepare_image(record.image, (height, width))
+  return dataclasses.replace(record, image=pixels)
+
+
+def _with_text(
+  record: Record, prompt: str | None, premise: str | None
+) -> Record:
+  """Returns the same picture with another request, of unknown truth."""
+  return dataclasses.replace(
+    record,
+    prompt=record.prompt if prompt is None else prompt,
+    premise=record.premise if premise is None else premise,
+    answers={},
+    box=None,
+  )
+
+
+def _check_length(record: Record, settings: Any) -> None:
+  """Refuses words that the task would cut off silently."""
+  limit = getattr(settings, "max_source_words", 0)
+  for flag in ("prompt", "premise"):
+    words = len(getattr(record, flag).split())
+    if limit and words > limit:
+      raise UserError(
+        f"--{flag} has {words} words, the run reads at most {limit}; shorten"
+        f" it, or train with --config.tasks.{record.task}.max_source_words="
+        f"{words}"
+      )
+
+
+def _plain_answer(answer: Answer) -> Outcome:
+  """Returns answer, probability and, if known, truth as JSON can hold them."""
+  described = evaluator.describe(answer)
+  # All zero stands for "no box" where every answer must be some box.
+  no_box = answer.record.task == "grounding" and not any(answer.value)
+  plain = {
+    "answer": None if no_box else described["prediction"],
+    "probability": answer.probability,
+  }
+  if described["target"] is not None:
+    plain["truth"] = described["target"]
+  return plain
+
+
+def _write_overlay(path: pathlib.Path, answer: Answer) -> pathlib.Path:
+  assert not isinstance(answer.value, str)
+  record, box = answer.record, answer.value
+  shown = _format_box(box) if any(box) else "no box"
+  picture = rendering.box_overlay(
+    _pixels(record),
+    box if any(box) else None,
+    target_box=record.box,
+    caption=f"{record.prompt}: {shown} ({100 * answer.probability:.0f} %)",
+  )
+  return results.write_image(path, picture)
+
+
+def _pixels(record: Record) -> np.ndarray:
+  """Returns the picture of a record that is known to be decoded."""
+  assert isinstance(record.image, np.ndarray)
+  return record.image
+
+
+def _format_box(box: Sequence[float]) -> str:
+  return ", ".join(f"{x:.1f}" for x in box)
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("workdir", None, "Folder of the run.")
+  flags.DEFINE_string("checkpoint", "best", "best, last or a step.")
+  flags.DEFINE_string("image", None, "JPEG or PNG file.")
+  flags.DEFINE_integer(
+    "example", None, "Instead of --image: index of a record of the test data."
+  )
+  flags.DEFINE_string("task", None, "One of the run's tasks.")
+  flags.DEFINE_string("prompt", None, "Question, expression or hypothesis.")
+  flags.DEFINE_string(
+    "premise", None, "Entailment: a caption that is known to be true."
+  )
+  flags.DEFINE_string("overlay", None, "Grounding: PNG file to write.")
+  flags.DEFINE_bool("json", False, "Print one JSON object.")
+  flags.mark_flag_as_required("workdir")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry point."""
+  del argv
+  settings = flags.FLAGS
+  outcome = predict(
+    settings.workdir,
+    task=settings.task,
+    image=settings.image,
+    example=settings.example,
+    prompt=settings.prompt,
+    premise=settings.premise,
+    overlay=settings.overlay,
+    checkpoint=settings.checkpoint,
+  )
+  if settings.json:
+    print(json.dumps(outcome, ensure_ascii=False))
+  else:
+    print(format_outcome(outcome))
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)
