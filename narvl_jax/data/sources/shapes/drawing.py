@@ -87,8 +87,7 @@ def _mask(
 
   Returns:
     Float32 [side + 1, 3 * (side + 1)] each: share of the background that is
-    kept, share of the object's colour, and light or dark added by the
-    texture (None for solid objects).
+    kept, share of the object's colour, and white that is added (or None).
   """
   steps = 8 if side <= 40 else 4
   grid = (np.arange((side + 1) * steps) + 0.5) / steps
@@ -102,23 +101,17 @@ def _mask(
     return np.repeat(mean, 3, axis=1).astype(np.float32)
 
   alpha = pixels(fine)
-  if texture == "solid" and shape != "screen":
-    return 1 - alpha, alpha, None
-  pattern, value = _pattern(shape, texture, u, v)
-  ink = pixels(fine & pattern)
-  return 1 - alpha, alpha - ink, value * ink
-
-
-def _pattern(
-  shape: str, texture: str, u: np.ndarray, v: np.ndarray
-) -> tuple[np.ndarray, float]:
-  """Where a texture replaces the colour, and by which grey value."""
   if shape == "screen":
     frame = np.minimum(np.minimum(u, 1 - u), np.minimum(v, 1 - v)) < 0.08
-    return frame, 80.0
-  if texture == "striped":
-    return (v * 3.5 % 1 > 0.5) | (u < -1), 245.0
-  return (u * 3.5 % 1 > 0.45) & (v * 3.5 % 1 > 0.45), 10.0
+    return 1 - alpha, alpha - 0.4 * pixels(fine & frame), None
+  if texture == "striped":  # three bars of a darker shade
+    bars = np.abs(v * 3 % 1 - 0.5) < 0.25
+    return 1 - alpha, alpha - 0.65 * pixels(fine & bars), None
+  if texture == "dotted":  # three rows of three dots of a lighter shade
+    dots = (np.abs(u * 3 % 1 - 0.5) < 0.27) & (np.abs(v * 3 % 1 - 0.5) < 0.27)
+    ink = 0.75 * pixels(fine & dots)
+    return 1 - alpha, alpha - ink, 250 * ink
+  return 1 - alpha, alpha, None
 
 
 def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:

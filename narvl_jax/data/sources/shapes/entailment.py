@@ -16,19 +16,26 @@ from narvl_jax.data.sources.shapes.scene import (
   SceneObject,
   draft,
 )
-from narvl_jax.data.sources.shapes.vqa import absent_combination, with_count
+from narvl_jax.data.sources.shapes.vqa import (
+  absent_combination,
+  several,
+  with_count,
+)
 
-KINDS = ("existence", "color", "size", "count", "relation")
+KINDS = ("existence", "color", "size", "count", "relation", "texture")
 LABELS = ("yes", "no", "maybe")
 
 
 def compose(draws: Draws) -> Draft:
   """One scene with a hypothesis and its label."""
-  kinds = (_existence, _color, _size, _count, _relation)
-  kind = kinds[draws.below(5)]
+  textured = len(draws.level.textures) > 1
+  kind = draws.pick(KINDS if textured else KINDS[:5])
   label = draws.pick(LABELS)
   while True:
-    found = kind(draws, label)
+    if kind in ("size", "texture"):
+      found = _trait(draws, label, kind)
+    else:
+      found = _COMPOSE[kind](draws, label)
     if found is not None:
       return found
 
@@ -43,9 +50,21 @@ def _finish(
 ) -> Draft | None:
   panel = draws.screen() if screen else None
   objects = draws.shuffled(objects)
-  if not place(draws, objects if panel is None else [*objects, panel]):
+  if not _place(draws, objects, panel):
     return None
   return draft(draws, objects, kind, hypothesis, label, screen=panel)
+
+
+def _place(
+  draws: Draws, objects: list[SceneObject], panel: SceneObject | None
+) -> bool:
+  if panel is None:
+    return place(draws, objects)
+  everything = [panel, *objects]
+  if not place(draws, everything):
+    return False
+  objects[:] = [item for item in everything if item is not panel]
+  return True
 
 
 def _objects(draws: Draws, screen: bool) -> list[SceneObject]:
@@ -69,7 +88,7 @@ def _existence(draws: Draws, label: str) -> Draft | None:
 
 
 def _color(draws: Draws, label: str) -> Draft | None:
-  """ "the circle is red"."""
+  """Such as "the circle is red"."""
   screen = label == "maybe" or draws.chance(0.5)
   objects = _objects(draws, screen)
   focus = objects[0]
@@ -86,84 +105,72 @@ def _color(draws: Draws, label: str) -> Draft | None:
   return _finish(draws, objects, screen, "color", hypothesis, label)
 
 
-def _size(draws: Draws, label: str) -> Draft | None:
-  """ "the circle is large", "the red circle is large"."""
+def _trait(draws: Draws, label: str, trait: str) -> Draft | None:
+  """Such as "the circle is large" or "the red circle is striped"."""
   screen = label == "maybe" or draws.chance(0.5)
   objects = _objects(draws, screen)
+  value = draws.pick(words.SIZES if trait == "size" else draws.level.textures)
+  attributes = draws.pick((("shape",), ("color", "shape")))
   focus = objects[0]
-  size = draws.pick(words.SIZES)
-  pair = (focus.color, focus.shape)
   if label == "maybe":
     pair = absent_combination(draws, focus, objects)
     if pair is None:
       return None
-  both = draws.chance(0.5)
-  seen = [
-    item
-    for item in objects
-    if item.shape == pair[1] and (not both or item.color == pair[0])
-  ]
-  if len(seen) != (label != "maybe"):
+    focus = draws.object(pair)
+  elif (getattr(focus, trait) == value) != (label == "yes"):
     return None
-  if seen and (seen[0].size == size) != (label == "yes"):
+  if not phrases.is_unique(focus, objects, attributes):
     return None
-  name = f"{pair[0]} {pair[1]}" if both else pair[1]
-  hypothesis = f"the {name} is {size}"
-  return _finish(draws, objects, screen, "size", hypothesis, label)
+  hypothesis = f"the {phrases.say(focus, attributes)} is {value}"
+  return _finish(draws, objects, screen, trait, hypothesis, label)
 
 
 def _count(draws: Draws, label: str) -> Draft | None:
-  """ "there are 2 circles": exactly so many, hidden ones included."""
+  """Such as "there are 2 circles": exactly, hidden ones included."""
   limit = draws.level.max_objects
   stated = 2 + draws.below(limit - 1)
-  # More than stated are seen: false, whatever the screen hides.
   screen = label == "maybe"
-  if label == "yes":
-    number = stated
-  elif label == "maybe":
+  number = stated
+  if label == "maybe":
     number = stated - 1
-  else:
-    number = stated + draws.pick((-1, 1))
-    if number > limit:
-      return None
-    screen = number > stated and number < limit and draws.chance(0.5)
-  total = number + draws.below(limit - screen - number + 1)
-  attribute = "shape" if draws.chance(0.5) else "color"
+  elif label == "no":
+    number = stated + draws.pick((-1, 1) if stated < limit else (-1,))
+    # More than stated are seen: false, whatever the screen hides.
+    screen = number > stated and draws.chance(0.5)
+  total = number + draws.below(max(1, limit - screen - number + 1))
+  attribute = draws.pick(("shape", "color"))
   objects, value = with_count(draws, attribute, number, total)
-  noun = words.PLURALS[value] if attribute == "shape" else value + " objects"
-  hypothesis = f"there are {stated} {noun}"
+  if total + screen > limit:
+    for item in objects:
+      draws.shrink(item)
+  hypothesis = f"there are {stated} {several(attribute, value)}"
   return _finish(draws, objects, screen, "count", hypothesis, label)
 
 
 def _relation(draws: Draws, label: str) -> Draft | None:
-  """ "the red circle is left of the star"."""
+  """Such as "the red circle is left of the blue star"."""
   level = draws.level
   screen = label == "maybe" or draws.chance(0.5)
   objects = _objects(draws, screen)
   focus = objects[0]
   if label == "maybe":
-    pair = absent_combination(draws, focus, objects)
-    other = None if pair is None else draws.object(pair)
-    panel = other
+    # Named like a companion, so that the words look like the other labels'.
+    other = draws.companions(focus, 1)[0]
+    named = [*objects, other]
   elif len(objects) > 1:
-    other = objects[1]
+    other, named = objects[1], objects
   else:
     return None
-  if other is None:
-    return None
-  # Every pair is named in full, seen or not.
   full = ("color", "shape")
-  named = [*objects, other] if label == "maybe" else objects
   if not all(phrases.is_unique(item, named, full) for item in (focus, other)):
     return None
   panel = draws.screen() if screen else None
   objects = draws.shuffled(objects)
-  if not place(draws, objects if panel is None else [*objects, panel]):
+  if not _place(draws, objects, panel):
     return None
   names = phrases.say(focus, full), phrases.say(other, full)
   # An unseen object can only be behind the screen.
-  where = panel if label == "maybe" and panel is not None else other
-  first, second = focus, where
+  first, second = focus, panel if label == "maybe" and panel else other
   if draws.chance(0.5):
     first, second, names = second, first, names[::-1]
   for side in draws.shuffled(level.sides):
@@ -174,3 +181,11 @@ def _relation(draws: Draws, label: str) -> Draft | None:
       hypothesis = f"the {names[0]} is {side} the {names[1]}"
       return draft(draws, objects, "relation", hypothesis, label, screen=panel)
   return None
+
+
+_COMPOSE = {
+  "existence": _existence,
+  "color": _color,
+  "count": _count,
+  "relation": _relation,
+}

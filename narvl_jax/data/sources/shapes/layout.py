@@ -5,6 +5,7 @@ Without overlap: a random tree splits the picture into cells, one per object
 random places, rejected where too much of an object would be covered.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,20 +21,24 @@ _TRIES = 200
 def place(draws: Draws, objects: list[SceneObject]) -> bool:
   """Sets x and y of the objects; False when no room was found.
 
+  With overlap the objects are also put in drawing order.
+
   Centres of any two objects differ by at least `level.gap` along x, so that
   the order from left to right is clear (a screen is not counted).
   """
   level = draws.level
-  attempt = _overlapping if level.overlap else _apart
   for _ in range(_TRIES):
-    if attempt(draws, objects) and _ordered(objects, level.gap):
+    if level.overlap:
+      if _overlapping(draws, objects):
+        return True
+    elif _apart(draws, objects) and _ordered(objects, level.gap):
       return True
   return False
 
 
 def _ordered(objects: list[SceneObject], gap: float) -> bool:
   centers = sorted(o.x + o.side / 2 for o in objects if o.shape != "screen")
-  return all(b - a >= gap for a, b in zip(centers, centers[1:], strict=False))
+  return all(b - a >= gap for a, b in itertools.pairwise(centers))
 
 
 def _apart(draws: Draws, objects: list[SceneObject]) -> bool:
@@ -92,19 +97,31 @@ def _assign(
 
 
 def _overlapping(draws: Draws, objects: list[SceneObject]) -> bool:
-  draw, size = draws.random, draws.level.image_size
+  """Tries places one by one; large objects come first, so lie below."""
+  draw, size, gap = draws.random, draws.level.image_size, draws.level.gap
+  objects.sort(key=_by_side)
   covered = [0.0] * len(objects)
   for i, item in enumerate(objects):
-    for _ in range(20):
-      item.x = int(4 * (1 + draw() * (size - item.side - 2))) / 4
-      item.y = int(4 * (1 + draw() * (size - item.side - 2))) / 4
-      shares = _cover(item, objects[:i], covered)
-      if shares is not None:
-        covered[:i] = shares
-        break
+    room = size - item.side - 2
+    for _ in range(40):
+      item.x = int(4 * (1 + draw() * room)) / 4
+      center = item.x + item.side / 2
+      for other in objects[:i]:
+        if abs(other.x + other.side / 2 - center) < gap:
+          break
+      else:
+        item.y = int(4 * (1 + draw() * room)) / 4
+        shares = _cover(item, objects[:i], covered)
+        if shares is not None:
+          covered[:i] = shares
+          break
     else:
       return False
   return True
+
+
+def _by_side(item: SceneObject) -> int:
+  return -item.side
 
 
 def _cover(
@@ -112,20 +129,19 @@ def _cover(
 ) -> list[float] | None:
   """Covered parts of the objects below, or None if one is too large."""
   shares = []
-  for other, before in zip(below, covered, strict=False):
-    width = min(item.x + item.side, other.x + other.side) - max(item.x, other.x)
-    height = min(item.y + item.side, other.y + other.side) - max(
-      item.y, other.y
-    )
-    if width > 0 and height > 0:
-      if other.shape == "screen" or item.shape == "screen":
-        return None
-      area = width * height
-      share = before + area / other.side**2
-      union = item.side**2 + other.side**2 - area
-      if share > MAX_COVERED or area > MAX_IOU * union:
-        return None
-      shares.append(share)
-    else:
-      shares.append(before)
+  x, y, side = item.x, item.y, item.side
+  for other, share in zip(below, covered, strict=False):
+    width = min(x + side, other.x + other.side) - max(x, other.x)
+    if width > 0:
+      height = min(y + side, other.y + other.side) - max(y, other.y)
+      if height > 0:
+        # Nothing may cover a screen; edges within one colour are unclear.
+        if other.shape == "screen" or other.color == item.color:
+          return None
+        area = width * height
+        share += area / other.side**2
+        union = side**2 + other.side**2 - area
+        if share > MAX_COVERED or area > MAX_IOU * union:
+          return None
+    shares.append(share)
   return shares

@@ -67,6 +67,7 @@ class Level:
     small: whole-pixel sides of small objects.
     large: likewise of large ones.
     gap: smallest distance of two objects' centres along x.
+    large_share: probability that an object is large, unless it is asked for.
     held_out: every scene has a held-out combination.
   """
 
@@ -78,6 +79,7 @@ class Level:
   small: tuple[int, ...]
   large: tuple[int, ...]
   gap: float
+  large_share: float
   held_out: bool
 
 
@@ -102,6 +104,7 @@ def make_level(difficulty: str, image_size: int, held_out: bool) -> Level:
     small=lengths(11, 13),
     large=lengths(18, 21),
     gap=image_size * (2 if full else 3) / 48,
+    large_share=0.25 if full else 0.5,
     held_out=held_out,
   )
 
@@ -115,7 +118,7 @@ class Draws:
 
   __slots__ = ("level", "random")
 
-  def __init__(self, key: int, level: Level):
+  def __init__(self, key: int, level: Level) -> None:
     self.random = random.Random(key).random
     self.level = level
 
@@ -164,7 +167,7 @@ class Draws:
   ) -> SceneObject:
     """An object of that colour and shape, without a place yet."""
     level = self.level
-    size = size or words.SIZES[int(self.random() * 2)]
+    size = size or words.SIZES[self.random() < level.large_share]
     lengths = level.small if size == "small" else level.large
     if not texture:
       texture = level.textures[int(self.random() * len(level.textures))]
@@ -177,10 +180,23 @@ class Draws:
       variant=int(self.random() * 16),
     )
 
-  def focus(self, **conditions: str) -> SceneObject:
+  def focus(self) -> SceneObject:
     """The object that a request is about: held-out in a held-out scene."""
     pool = words.HELD_OUT if self.level.held_out else words.SEEN
-    return self.object(self.combination(pool, **conditions))
+    size = words.SIZES[int(self.random() * 2)]
+    return self.object(self.combination(pool), size)
+
+  def alike(self, attribute: str, value: str) -> SceneObject:
+    """An object with the given colour or shape."""
+    if attribute == "color":
+      return self.object(self.combination(color=value))
+    return self.object(self.combination(shape=value))
+
+  def unlike(self, attribute: str, value: str) -> SceneObject:
+    """An object of any other colour or shape."""
+    if attribute == "color":
+      return self.object(self.combination(not_color=value))
+    return self.object(self.combination(not_shape=value))
 
   def number_of_objects(self) -> int:
     """How many objects the scene has, uniformly."""
@@ -199,6 +215,10 @@ class Draws:
         combination = self.combination()
       out.append(self.object(combination))
     return out
+
+  def shrink(self, item: SceneObject) -> None:
+    """Makes an object small."""
+    item.size, item.side = "small", self.pick(self.level.small)
 
   def screen(self) -> SceneObject:
     """A grey panel that may hide a further object."""

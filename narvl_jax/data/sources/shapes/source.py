@@ -60,7 +60,7 @@ class ShapesSource(Sequence[Record]):
     seed: int = 0,
     image_size: int = 48,
     difficulty: str = "easy",
-  ):
+  ) -> None:
     """Checks the options.
 
     Raises:

@@ -1,4 +1,23 @@
-"""Questions with answers that the words alone do not give away."""
+"""Questions whose answers the words alone do not give away.
+
+| kind       | such as                                    | answers         |
+| ---------- | ------------------------------------------ | --------------- |
+| count      | how many red objects are there?            | 0..3, full 0..5 |
+| attribute  | what color is the star?                    | attribute words |
+| existence  | is there a red circle?                     | yes, no         |
+| comparison | are there more circles than squares?       | yes, no         |
+|            | is the circle larger than the star?        | yes, no         |
+| relation   | is the red circle left of the star?        | yes, no         |
+|            | what shape is left of the star? (easy)     | shapes          |
+|            | what is above the star? (full)             | "red circle"    |
+
+Kinds are equally frequent, as are the answers of each form of question. A
+"no" about existence is a near miss: where possible the colour and the shape
+are both there, on different objects. The most frequent answer to each
+question, learnt from 50,000 texts alone, is right for PRIORS of 20,000 others.
+"""
+
+from collections.abc import Callable
 
 from narvl_jax.data.sources.shapes import phrases, words
 from narvl_jax.data.sources.shapes.layout import place
@@ -17,13 +36,13 @@ _YES_NO = {True: "yes", False: "no"}
 
 def compose(draws: Draws) -> Draft:
   """One scene with a question and its answer."""
-  kinds = (_count, _attribute, _existence, _comparison, _relation)
-  kind = kinds[draws.below(5)]
+  kind = draws.pick(KINDS)
+  form = draws.pick(_FORMS[kind])
   truth = draws.chance(0.5)
-  # Kind and truth are drawn before, so that scenes without room for their
+  # Form and truth are drawn before, so that scenes without room for their
   # objects do not shift their shares.
   while True:
-    found = kind(draws, truth)
+    found = form(draws, truth)
     if found is not None:
       return found
 
@@ -53,34 +72,43 @@ def with_count(
   """
   focus = draws.focus()
   value = getattr(focus, attribute)
-  objects = [focus]
   if number == 0:
-    options = words.SHAPES if attribute == "shape" else words.COLORS
-    value = draws.pick([option for option in options if option != value])
+    value = draws.pick([v for v in _values(attribute) if v != value])
+  objects = [focus]
   for _ in range(number - 1):
-    objects.append(draws.object(draws.combination(**{attribute: value})))
+    objects.append(draws.alike(attribute, value))
   while len(objects) < total:
-    other = draws.combination(**{f"not_{attribute}": value})
-    objects.append(draws.object(other))
+    objects.append(draws.unlike(attribute, value))
   return objects, value
 
 
-def _count(draws: Draws, truth: bool) -> Draft | None:
+def _values(attribute: str) -> tuple[str, ...]:
+  return words.SHAPES if attribute == "shape" else words.COLORS
+
+
+def several(attribute: str, value: str) -> str:
+  """The plural: "circles", "red objects"."""
+  return words.PLURALS[value] if attribute == "shape" else value + " objects"
+
+
+def _count_all(draws: Draws, truth: bool) -> Draft | None:
+  del truth
+  focus = draws.focus()
+  number = draws.number_of_objects()
+  objects = [focus, *draws.companions(focus, number - 1)]
+  return _finish(
+    draws, objects, "count", "how many objects are there?", str(number)
+  )
+
+
+def _count_some(draws: Draws, truth: bool) -> Draft | None:
   del truth
   limit = draws.level.max_objects
-  choice = draws.below(5)
-  if choice == 0:
-    focus = draws.focus()
-    number = draws.number_of_objects()
-    objects = [focus, *draws.companions(focus, number - 1)]
-    question = "how many objects are there?"
-  else:
-    attribute = "shape" if choice <= 2 else "color"
-    number = draws.below(limit + 1)
-    total = max(1, number) + draws.below(limit - max(1, number) + 1)
-    objects, value = with_count(draws, attribute, number, total)
-    noun = words.PLURALS[value] if choice <= 2 else value + " objects"
-    question = f"how many {noun} are there?"
+  attribute = draws.pick(("shape", "color"))
+  number = draws.below(limit + 1)
+  total = max(1, number) + draws.below(limit - max(1, number) + 1)
+  objects, value = with_count(draws, attribute, number, total)
+  question = f"how many {several(attribute, value)} are there?"
   return _finish(draws, objects, "count", question, str(number))
 
 
@@ -88,18 +116,16 @@ def _attribute(draws: Draws, truth: bool) -> Draft | None:
   del truth
   focus = draws.focus()
   objects = [focus, *draws.companions(focus, draws.number_of_objects() - 1)]
-  asked = draws.pick(
-    ("color", "shape", "size", "texture")[: 4 if draws.level.overlap else 3]
-  )
+  options = ("color", "shape", "size", "texture")
+  asked = draws.pick(options if len(draws.level.textures) > 1 else options[:3])
   if asked == "color":
     candidates = (("shape",), ("size", "shape"))
   elif asked == "shape":
     candidates = (("color",), ("size", "color"))
+  elif draws.chance(0.5):
+    candidates = (("shape",), ("color",), ("color", "shape"))
   else:
-    candidates = (("shape",), ("color",))
-    if draws.chance(0.5):
-      candidates = (("color",), ("shape",))
-    candidates = (*candidates, ("color", "shape"))
+    candidates = (("color",), ("shape",), ("color", "shape"))
   name = describe(focus, objects, candidates)
   question = name and f"what {asked} is the {name}?"
   return _finish(draws, objects, "attribute", question, getattr(focus, asked))
@@ -133,119 +159,139 @@ def absent_combination(
   return None if pair in present else pair
 
 
-def _existence(draws: Draws, truth: bool) -> Draft | None:
+def _existence_of_one(draws: Draws, truth: bool) -> Draft | None:
+  """Such as "is there a circle?" or "is there a red object?"."""
   total = draws.number_of_objects()
-  if draws.chance(0.2):
-    attribute = "shape" if draws.chance(0.5) else "color"
-    number = 1 + draws.below(total) if truth else 0
-    objects, value = with_count(draws, attribute, number, total)
-    noun = value if attribute == "shape" else value + " object"
-    question = f"is there a {noun}?"
-  else:
-    focus = draws.focus()
-    objects = [focus, *draws.companions(focus, total - 1)]
-    pair = (focus.color, focus.shape)
-    if not truth:
-      pair = absent_combination(draws, focus, objects)
-    question = pair and f"is there a {pair[0]} {pair[1]}?"
+  attribute = draws.pick(("shape", "color"))
+  number = 1 + draws.below(total) if truth else 0
+  objects, value = with_count(draws, attribute, number, total)
+  noun = value if attribute == "shape" else value + " object"
+  question = f"is there a {noun}?"
   return _finish(draws, objects, "existence", question, _YES_NO[truth])
 
 
-def _comparison(draws: Draws, truth: bool) -> Draft | None:
-  if draws.chance(0.5):
-    return _more(draws, truth)
+def _existence_of_both(draws: Draws, truth: bool) -> Draft | None:
+  """Such as "is there a red circle?"."""
   focus = draws.focus()
-  large = draws.chance(0.5)
-  sizes = ("large", "small") if large else ("small", "large")
-  first = draws.object((focus.color, focus.shape), sizes[0])
-  pair = draws.combination(not_shape=focus.shape)
-  second = draws.object(pair, sizes[1])
-  objects = [first, second]
+  objects = [focus, *draws.companions(focus, draws.number_of_objects() - 1)]
+  pair = (focus.color, focus.shape)
+  if not truth:
+    pair = absent_combination(draws, focus, objects)
+  question = pair and f"is there a {pair[0]} {pair[1]}?"
+  return _finish(draws, objects, "existence", question, _YES_NO[truth])
+
+
+def _larger(draws: Draws, truth: bool) -> Draft | None:
+  """Such as "is the circle larger than the star?"."""
+  focus = draws.focus()
+  small = focus.size == "small"
+  other = draws.object(
+    draws.combination(not_shape=focus.shape), "large" if small else "small"
+  )
+  objects = [focus, other]
   for _ in range(draws.below(draws.level.max_objects - 1)):
     objects.append(draws.object(draws.combination()))
-  names = describe(first, objects), describe(second, objects)
+  names = describe(focus, objects), describe(other, objects)
   if None in names:
     return None
-  word = "larger" if large == truth else "smaller"
+  word = "smaller" if small == truth else "larger"
+  if draws.chance(0.5):
+    names, word = names[::-1], "larger" if word == "smaller" else "smaller"
   question = f"is the {names[0]} {word} than the {names[1]}?"
   return _finish(draws, objects, "comparison", question, _YES_NO[truth])
 
 
 def _more(draws: Draws, truth: bool) -> Draft | None:
-  """ "are there more circles than squares?"; a tie is a "no"."""
+  """Such as "are there more circles than squares?"; a tie is a no."""
   limit = draws.level.max_objects
-  focus = draws.focus()
-  attribute = "shape" if draws.chance(0.5) else "color"
-  value = getattr(focus, attribute)
-  options = words.SHAPES if attribute == "shape" else words.COLORS
-  other = draws.pick([option for option in options if option != value])
+  attribute = draws.pick(("shape", "color"))
   while True:
     counts = 1 + draws.below(limit), draws.below(limit)
     if sum(counts) <= limit and (counts[0] != counts[1] or not truth):
       break
-  rest = draws.below(limit - sum(counts) + 1)
+  focus = draws.focus()
+  value = getattr(focus, attribute)
+  other = draws.pick([v for v in _values(attribute) if v != value])
   objects = [focus]
   for _ in range(counts[0] - 1):
-    objects.append(draws.object(draws.combination(**{attribute: value})))
+    objects.append(draws.alike(attribute, value))
   for _ in range(counts[1]):
-    objects.append(draws.object(draws.combination(**{attribute: other})))
-  for _ in range(rest):
-    pair = draws.combination(**{f"not_{attribute}": value})
-    if pair[attribute == "shape"] == other:
+    objects.append(draws.alike(attribute, other))
+  for _ in range(draws.below(limit - sum(counts) + 1)):
+    item = draws.unlike(attribute, value)
+    if getattr(item, attribute) == other:
       return None
-    objects.append(draws.object(pair))
+    objects.append(item)
   # The question names the values in the order that makes it true or false.
+  first, second = several(attribute, value), several(attribute, other)
   if (counts[0] > counts[1]) != truth:
-    value, other = other, value
-  if attribute == "shape":
-    nouns = words.PLURALS[value], words.PLURALS[other]
-  else:
-    nouns = value + " objects", other + " objects"
-  question = f"are there more {nouns[0]} than {nouns[1]}?"
+    first, second = second, first
+  question = f"are there more {first} than {second}?"
   return _finish(draws, objects, "comparison", question, _YES_NO[truth])
 
 
-def _relation(draws: Draws, truth: bool) -> Draft | None:
-  level = draws.level
-  side = draws.pick(level.sides)
+def _related(
+  draws: Draws,
+) -> tuple[list[SceneObject], list[SceneObject], list[str]] | None:
+  """A placed scene and two of its objects with their names."""
   focus = draws.focus()
-  total = 2 + draws.below(level.max_objects - 1)
+  total = 2 + draws.below(draws.level.max_objects - 1)
   objects = [focus, *draws.companions(focus, total - 1)]
-  other = objects[1]
+  pair = [focus, objects[1]]
   candidates = phrases.SHORTEST_FIRST
   if draws.chance(0.5):
-    candidates = (("color", "shape"), *candidates[3:])
-  names = describe(focus, objects, candidates), describe(other, objects)
+    candidates = phrases.SHORTEST_FIRST[2:]
+  names = [name for o in pair if (name := describe(o, objects, candidates))]
   objects = draws.shuffled(objects)
-  if None in names or not place(draws, objects):
+  if len(names) < 2 or not place(draws, objects):
     return None
+  return objects, pair, names
+
+
+def _is_on_side(draws: Draws, truth: bool) -> Draft | None:
+  """Such as "is the red circle left of the star?"."""
+  found = _related(draws)
+  if found is None:
+    return None
+  objects, pair, names = found
   if draws.chance(0.5):
-    if draws.chance(0.5):
-      focus, other, names = other, focus, names[::-1]
-    # The question that is true or false of this picture.
-    for side in draws.shuffled(level.sides):
-      if (
-        phrases.is_on(side, focus, other) == truth
-        and phrases.distance(side, focus, other) >= level.gap
-      ):
-        question = f"is the {names[0]} {side} the {names[1]}?"
-        return draft(draws, objects, "relation", question, _YES_NO[truth])
+    pair, names = pair[::-1], names[::-1]
+  for side in draws.shuffled(draws.level.sides):
+    if (
+      phrases.is_on(side, *pair) == truth
+      and phrases.distance(side, *pair) >= draws.level.gap
+    ):
+      question = f"is the {names[0]} {side} the {names[1]}?"
+      return draft(draws, objects, "relation", question, _YES_NO[truth])
+  return None
+
+
+def _what_is_on_side(draws: Draws, truth: bool) -> Draft | None:
+  """Such as "what shape is left of the star?"; one object is there."""
+  del truth
+  found = _related(draws)
+  if found is None:
     return None
-  on_side = [
-    item
-    for item in objects
-    if item is not other and phrases.is_on(side, item, other)
-  ]
-  if on_side != [focus] or any(
-    phrases.distance(side, item, other) < level.gap
-    for item in objects
-    if item is not other
-  ):
+  objects, (focus, anchor), names = found
+  side = draws.pick(draws.level.sides)
+  others = [item for item in objects if item is not anchor]
+  if [item for item in others if phrases.is_on(side, item, anchor)] != [focus]:
     return None
-  if level.overlap:
+  if any(phrases.distance(side, o, anchor) < draws.level.gap for o in others):
+    return None
+  if draws.level.overlap:
     question = f"what is {side} the {names[1]}?"
     answer = f"{focus.color} {focus.shape}"
   else:
     question = f"what shape is {side} the {names[1]}?"
     answer = focus.shape
   return draft(draws, objects, "relation", question, answer)
+
+
+_FORMS: dict[str, tuple[Callable[[Draws, bool], Draft | None], ...]] = {
+  "count": (_count_all, *[_count_some] * 4),
+  "attribute": (_attribute,),
+  "existence": (_existence_of_one, *[_existence_of_both] * 4),
+  "comparison": (_larger, _more),
+  "relation": (_is_on_side, _what_is_on_side),
+}
