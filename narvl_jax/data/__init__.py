@@ -1,0 +1,1 @@
+"""Data: sources, vocabulary, tasks, pictures and the pipeline of batches."""

@@ -16,6 +16,8 @@ from narvl_jax.errors import UserError
 _PARTS = 1_000_000
 # Records of a source up to which an epoch's permutation is held in memory.
 _MAX_PERMUTED = 1 << 24
+# Records that grain can shuffle.
+_MAX_SHUFFLED = 1 << 32
 
 WeightSchedule = float | Sequence[tuple[int, float]]
 
@@ -141,7 +143,12 @@ def _order(entry: Entry, first: int, seed: int) -> Any:
   words = [seed % 2**32, zlib.crc32(entry.name.encode())]
   if count <= _MAX_PERMUTED:
     return _Permutations(first, count, words)
-  # Needs no memory, but ten times the time of all else here.
+  if count > _MAX_SHUFFLED:
+    raise UserError(
+      f'the source of "{entry.name}" has {count} records; the limit is'
+      f" {_MAX_SHUFFLED}: split --config.data.train.{entry.name}"
+    )
+  # Needs no memory, but more time than all else here.
   own_seed = int(np.random.SeedSequence(words).generate_state(1)[0])
   numbers = grain.MapDataset.range(first, first + count)
   return numbers.shuffle(seed=own_seed).repeat(None)

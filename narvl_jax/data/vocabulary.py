@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from narvl_jax.data import vocabulary_training
+from narvl_jax.data import vocabulary_files, vocabulary_training
 from narvl_jax.errors import UserError
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
@@ -35,8 +35,6 @@ _SYMBOLS_FILE = "vocabulary.json"
 _FORMAT = 1
 # Texts whose ids are kept; captions and questions of a data set repeat.
 _CACHE_SIZE = 1 << 16
-
-PathLike = str | os.PathLike[str]
 
 
 class Vocabulary:
@@ -126,9 +124,9 @@ class Vocabulary:
   @classmethod
   def from_official(
     cls,
-    dict_path: PathLike,
-    encoder_path: PathLike,
-    bpe_path: PathLike,
+    dict_path: vocabulary_files.PathLike,
+    encoder_path: vocabulary_files.PathLike,
+    bpe_path: vocabulary_files.PathLike,
     num_codes: int = 8192,
     num_bins: int = 1000,
   ) -> "Vocabulary":
@@ -137,10 +135,12 @@ class Vocabulary:
     Raises:
       UserError: a file is missing or does not hold what its name says.
     """
-    encoder = _read_json_object(encoder_path)
+    encoder = vocabulary_files.read_json_object(encoder_path)
     token_of_id = {str(index): token for token, index in encoder.items()}
     base = []
-    for number, line in enumerate(_read_text(dict_path).splitlines(), 1):
+    for number, line in enumerate(
+      vocabulary_files.read_text(dict_path).splitlines(), 1
+    ):
       symbol, _, count = line.rpartition(" ")
       if not symbol or not count.isdigit():
         raise UserError(
@@ -148,14 +148,14 @@ class Vocabulary:
           " set --config.vocabulary.path to the folder of the official files"
         )
       base.append(token_of_id.get(symbol, symbol))
-    tokenizer = _byte_level_bpe(encoder, bpe_path)
+    tokenizer = vocabulary_files.byte_level_bpe(encoder, bpe_path)
     return cls(tokenizer, base, num_codes=num_codes, num_bins=num_bins)
 
   @classmethod
   def from_huggingface(
     cls,
-    vocab_path: PathLike,
-    merges_path: PathLike,
+    vocab_path: vocabulary_files.PathLike,
+    merges_path: vocabulary_files.PathLike,
     num_codes: int = 8192,
     num_bins: int = 1000,
   ) -> "Vocabulary":
@@ -167,14 +167,14 @@ class Vocabulary:
     Raises:
       UserError: a file is missing or does not hold what its name says.
     """
-    vocab = _read_json_object(vocab_path)
+    vocab = vocabulary_files.read_json_object(vocab_path)
     known = re.compile(r"<(s|pad|/s|unk|mask|(code|bin)_\d+|<BLANK>)>")
     base = [
       token
       for token in sorted(vocab, key=vocab.__getitem__)
       if not known.fullmatch(token)
     ]
-    tokenizer = _byte_level_bpe(vocab, merges_path)
+    tokenizer = vocabulary_files.byte_level_bpe(vocab, merges_path)
     return cls(tokenizer, base, num_codes=num_codes, num_bins=num_bins)
 
   @classmethod
@@ -262,7 +262,7 @@ class Vocabulary:
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-  def save(self, folder: PathLike) -> None:
+  def save(self, folder: vocabulary_files.PathLike) -> None:
     """Writes `tokenizer.json` and `vocabulary.json` into `folder`."""
     path = pathlib.Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -285,15 +285,15 @@ class Vocabulary:
       part.replace(path / name)
 
   @classmethod
-  def load(cls, folder: PathLike) -> "Vocabulary":
+  def load(cls, folder: vocabulary_files.PathLike) -> "Vocabulary":
     """Reads what `save` wrote.
 
     Raises:
       UserError: a file is missing or was changed since.
     """
     path = pathlib.Path(folder)
-    content = _read_json_object(path / _SYMBOLS_FILE)
-    text = _read_text(path / _TOKENIZER_FILE)
+    content = vocabulary_files.read_json_object(path / _SYMBOLS_FILE)
+    text = vocabulary_files.read_text(path / _TOKENIZER_FILE)
     try:
       vocabulary = cls(
         tokenizers.Tokenizer.from_str(text),
@@ -319,49 +319,3 @@ class Vocabulary:
 @functools.cache
 def _decoder() -> tokenizers.decoders.ByteLevel:
   return tokenizers.decoders.ByteLevel()
-
-
-def _byte_level_bpe(
-  vocab: Mapping[str, int], merges_path: PathLike
-) -> tokenizers.Tokenizer:
-  """Returns GPT-2's tokenizer over `vocab` with the merges of a file."""
-  merges = []
-  for number, line in enumerate(_read_text(merges_path).split("\n"), 1):
-    if not line or line.startswith("#version"):
-      continue
-    pair = tuple(line.split(" "))
-    if len(pair) != 2:
-      raise UserError(
-        f'{merges_path} line {number} is "{line[:40]}", not two tokens; set'
-        " --config.vocabulary.path to the folder of the tokenizer's files"
-      )
-    merges.append(pair)
-  try:
-    return vocabulary_training.byte_level(vocab, merges)
-  except Exception as e:  # The library raises plain Exception.
-    raise UserError(f"{merges_path} does not fit its vocabulary: {e}") from e
-
-
-def _read_text(path: PathLike) -> str:
-  try:
-    return pathlib.Path(path).read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as e:
-    raise UserError(
-      f"cannot read the vocabulary file {path}: {e}; set"
-      " --config.vocabulary.path"
-    ) from e
-
-
-def _read_json_object(path: PathLike) -> dict[str, Any]:
-  try:
-    content = json.loads(_read_text(path))
-  except json.JSONDecodeError as e:
-    raise UserError(
-      f"{path} is not JSON: {e}; set --config.vocabulary.path"
-    ) from e
-  if not isinstance(content, dict):
-    raise UserError(
-      f"{path} holds a {type(content).__name__}, not a JSON object; set"
-      " --config.vocabulary.path"
-    )
-  return content

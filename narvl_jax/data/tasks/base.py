@@ -144,7 +144,7 @@ class Task(Generic[S]):
     if not text and not self.settings.allow_empty:
       raise UserError(
         f'the prompt of {self.name} record "{record.id}" is empty (given:'
-        f' "{record.prompt}"); pass some words with --prompt'
+        f" {record.prompt!r}); pass some words with --prompt"
       )
     return text
 

@@ -87,7 +87,7 @@ class EntailmentTask(base.Task[EntailmentSettings]):
     answer, confidence = self._best_answer(record)
     if answer not in ANSWERS:
       raise UserError(
-        f'entailment record "{record.id}" has the answer "{answer}".'
+        f'entailment record "{record.id}" has the answer {answer!r}.'
         f"{did_you_mean(answer, ANSWERS)}"
       )
     return self.vocabulary.encode(" " + answer), confidence

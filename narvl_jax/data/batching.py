@@ -1,0 +1,164 @@
+"""Records to rows of fixed-shape arrays, and the account of bad records."""
+
+import threading
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from narvl_jax.data import images
+from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.tasks import Task
+from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.errors import UserError
+
+# What reading a damaged record raises; anything else is a defect of ours.
+BAD_RECORD_ERRORS = (ValueError, OSError, LookupError)
+
+Batch = dict[str, np.ndarray]
+AnyTask = Task[Any]
+
+
+class BadRecords:
+  """Counts the bad records of a run and stops it when there are too many.
+
+  Attributes:
+    max_fraction: of the records of a source that may be bad.
+  """
+
+  def __init__(self, max_fraction: float = 0.01) -> None:
+    self.max_fraction = max_fraction
+    self._seen: dict[str, set[int]] = {}
+    self._lock = threading.Lock()
+
+  @property
+  def count(self) -> int:
+    """Number of different bad records met so far."""
+    with self._lock:
+      return sum(len(seen) for seen in self._seen.values())
+
+  def report(
+    self, name: str, index: int, total: int, record_id: str, error: Exception
+  ) -> None:
+    """Takes note of a bad record.
+
+    Args:
+      name: of the entry.
+      index: of the record in its source.
+      total: number of records of the source.
+      record_id: of the record, if it could be read.
+      error: what is wrong with it.
+
+    Raises:
+      UserError: more than `max_fraction` of the source is bad.
+    """
+    with self._lock:
+      seen = self._seen.setdefault(name, set())
+      if index in seen:
+        return
+      seen.add(index)
+      bad = len(seen)
+    logging.warning(
+      'skipped bad record %d "%s" of %s: %s', index, record_id, name, error
+    )
+    if bad > self.max_fraction * total:
+      raise UserError(
+        f"{bad} of {total} records of {name} are bad, more than"
+        f" {self.max_fraction:.2%}; the last is record {index}"
+        f' "{record_id}": {error}. Mend the data or set'
+        " --config.data.max_bad_fraction"
+      )
+
+
+class Batcher:
+  """Writes records into arrays of one fixed shape."""
+
+  def __init__(
+    self,
+    image_size: tuple[int, int],
+    max_text_length: int,
+    max_label_length: int,
+  ) -> None:
+    """Fixes the shapes: image (height, width) in pixels, lengths in tokens."""
+    self._image_size = image_size
+    self._max_text_length = max_text_length
+    self._max_label_length = max_label_length
+
+  def empty(self, rows: int) -> Batch:
+    """Returns arrays for `rows` examples, filled with padding."""
+    height, width = self._image_size
+    return {
+      "image": np.zeros((rows, height, width, 3), np.uint8),
+      "image_mask": np.ones(rows, bool),
+      "text": np.full(
+        (rows, self._max_text_length), Vocabulary.pad_id, np.int32
+      ),
+      "labels": np.full(
+        (rows, self._max_label_length), Vocabulary.pad_id, np.int32
+      ),
+      "label_length": np.zeros(rows, np.int32),
+      "confidence": np.ones(rows, np.float32),
+      "task": np.zeros(rows, np.int32),
+      "index": np.zeros(rows, np.int64),
+    }
+
+  def write(
+    self,
+    batch: Batch,
+    row: int,
+    record: Record,
+    task: AnyTask,
+    *,
+    index: int = 0,
+    target: str = "required",
+  ) -> None:
+    """Writes one record into a row that `empty` made; all of it or nothing.
+
+    Args:
+      batch: arrays of `empty`.
+      row: which row.
+      record: the record.
+      task: its task.
+      index: position of the record in its source.
+      target: "required", "optional" (left out if the record has no target or
+        one that is too long) or "none".
+
+    Raises:
+      UserError: the record is bad.
+    """
+    text, labels, confidence = self._encode(record, task, target)
+    image = images.prepare_image(record.image, self._image_size)
+    batch["image"][row] = image
+    batch["text"][row, : len(text)] = text
+    batch["labels"][row, : len(labels)] = labels
+    batch["label_length"][row] = len(labels)
+    batch["confidence"][row] = confidence
+    batch["task"][row] = TASKS.index(task.name)
+    batch["index"][row] = index
+
+  def _encode(
+    self, record: Record, task: AnyTask, target: str
+  ) -> tuple[list[int], list[int], float]:
+    try:
+      encoded = task.encode(record, with_target=target != "none")
+      self._check_labels(len(encoded.label_ids), record, task)
+    except UserError:
+      if target != "optional":
+        raise
+      encoded = task.encode(record, with_target=False)
+    length = len(encoded.text_ids)
+    if length > self._max_text_length:
+      raise UserError(
+        f'the prompt of {task.name} record "{record.id}" has {length} tokens'
+        f" with bos and eos, the limit is {self._max_text_length}; shorten it"
+        f" or train with --config.data.max_text_length={length}"
+      )
+    return encoded.text_ids, encoded.label_ids, encoded.confidence
+
+  def _check_labels(self, length: int, record: Record, task: AnyTask) -> None:
+    if length > self._max_label_length:
+      raise UserError(
+        f'the target of {task.name} record "{record.id}" has {length} labels,'
+        f" the limit is {self._max_label_length}; set"
+        f" --config.data.max_label_length={length}"
+      )

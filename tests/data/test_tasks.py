@@ -1,0 +1,346 @@
+"""Tasks: prompts, targets, settings, answers, mistakes."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from narvl_jax.data import tasks
+from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.errors import UserError
+
+SIZE = (200, 100)
+PICTURE = np.zeros((100, 200, 3), np.uint8)
+RECORDS = {
+  "caption": Record(
+    "c1", "caption", PICTURE, answers={"A red, RED dog!": 1.0, "cat": 1.0}
+  ),
+  "vqa": Record(
+    "v1",
+    "vqa",
+    PICTURE,
+    prompt="What COLOR is it",
+    answers={"blue": 0.3, "red": 1.0, "green": 1.0},
+    objects=("dog", "cat"),
+  ),
+  "grounding": Record(
+    "g1", "grounding", PICTURE, prompt="The dog", box=(0, 25, 100, 100)
+  ),
+  "entailment": Record(
+    "e1",
+    "entailment",
+    PICTURE,
+    prompt="A dog",
+    premise="A cat",
+    answers={"maybe": 1.0},
+  ),
+}
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+  texts = [
+    text
+    for name in TASKS
+    for text in tasks.vocabulary_texts(name, {}, [RECORDS[name]] * 5)
+  ]
+  return Vocabulary.train([*texts, " dog cat ?"] * 2, 300, num_bins=11)
+
+
+def _change(name: str, **changes: Any) -> Record:
+  return dataclasses.replace(RECORDS[name], **changes)
+
+
+@pytest.mark.parametrize(
+  ("name", "source", "target"),
+  [
+    ("caption", " what does the image describe?", " A red RED dog"),
+    ("vqa", " what color is it? object: dog cat", " red"),
+    (
+      "grounding",
+      ' which region does the text " the dog " describe?',
+      "<bin_0><bin_2><bin_5><bin_10>",
+    ),
+    (
+      "entailment",
+      ' can image and text1 " a cat " imply text2 " a dog "?',
+      " maybe",
+    ),
+  ],
+)
+def test_encode(
+  vocabulary: Vocabulary, name: str, source: str, target: str
+) -> None:
+  task = tasks.make_task(name, vocabulary)
+  encoded = task.encode(RECORDS[name])
+  assert encoded.text_ids[0] == vocabulary.bos_id
+  assert encoded.text_ids[-1] == vocabulary.eos_id
+  assert vocabulary.decode(encoded.text_ids) == source
+  assert encoded.label_ids[-1] == vocabulary.eos_id
+  assert vocabulary.decode(encoded.label_ids) == target
+  assert vocabulary.unk_id not in encoded.text_ids + encoded.label_ids
+  assert encoded.confidence == 1.0
+  # The first time fills caches, the second reads them.
+  assert task.encode(RECORDS[name]) == encoded
+  without = tasks.make_task(name, vocabulary, {"eos": False})
+  assert without.encode(RECORDS[name]).label_ids == encoded.label_ids[:-1]
+  untold = task.encode(RECORDS[name], with_target=False)
+  assert untold == (encoded.text_ids, [], 1.0)
+
+
+def test_encoded_ids_are_the_callers_own(vocabulary: Vocabulary) -> None:
+  task = tasks.make_task("vqa", vocabulary)
+  first = task.encode(RECORDS["vqa"])
+  first.text_ids.clear()
+  assert len(task.encode(RECORDS["vqa"]).text_ids) > 5
+
+
+def test_defaults() -> None:
+  merging = {
+    name: tasks.default_settings(name)["merge_repeats"] for name in TASKS
+  }
+  assert merging == {
+    "caption": True,
+    "vqa": True,
+    "grounding": False,
+    "entailment": False,
+  }
+  assert all(tasks.default_settings(name)["eos"] for name in TASKS)
+  assert tasks.default_settings("vqa")["max_source_words"] == 80
+  assert tasks.default_settings("vqa")["max_objects"] == 30
+  assert tasks.default_settings("grounding")["max_source_words"] == 128
+  assert tasks.default_settings("caption")["max_target_words"] == 20
+
+
+def test_merge_repeats_is_a_setting(vocabulary: Vocabulary) -> None:
+  assert tasks.make_task("vqa", vocabulary).merge_repeats
+  task = tasks.make_task("vqa", vocabulary, {"merge_repeats": False})
+  assert not task.merge_repeats
+
+
+def _source(vocabulary: Vocabulary, record: Record, **settings: Any) -> str:
+  task = tasks.make_task(record.task, vocabulary, settings)
+  return vocabulary.decode(task.encode(record).text_ids)
+
+
+def _target(vocabulary: Vocabulary, record: Record, **settings: Any) -> str:
+  task = tasks.make_task(record.task, vocabulary, settings)
+  return vocabulary.decode(task.encode(record).label_ids)
+
+
+def test_vqa_settings(vocabulary: Vocabulary) -> None:
+  record = RECORDS["vqa"]
+  assert _source(vocabulary, record, add_object=False) == " what color is it?"
+  assert _source(vocabulary, record, max_objects=1).endswith(" object: dog")
+  assert _source(vocabulary, record, max_source_words=2) == (
+    " what color? object: dog cat"
+  )
+  none = _change("vqa", objects=None, prompt="is it red?")
+  assert _source(vocabulary, none) == " is it red?"
+  empty = _change("vqa", objects=())
+  assert _source(vocabulary, empty) == " what color is it? object: "
+  text = _source(vocabulary, none, prompt="the text {} a", object_prompt="{}")
+  assert text == " the text is it red? a"
+  long = _change("vqa", answers={"red red dog": 1.0})
+  assert _target(vocabulary, long, max_target_words=2) == " red red"
+  assert _target(vocabulary, long) == " red red dog"
+
+
+def test_vqa_takes_the_best_answer(vocabulary: Vocabulary) -> None:
+  task = tasks.make_task("vqa", vocabulary)
+  record = _change("vqa", answers={"it": 0.3, "dog": 0.6, "cat": 0.6})
+  encoded = task.encode(record)
+  assert vocabulary.decode(encoded.label_ids) == " dog"
+  assert encoded.confidence == 0.6
+
+
+def test_caption_settings(vocabulary: Vocabulary) -> None:
+  record = RECORDS["caption"]
+  assert _target(vocabulary, record, max_target_words=2) == " A red"
+  assert _source(vocabulary, record, prompt="describe") == " describe"
+  long = _change("caption", answers={"red " * 30: 1.0})
+  assert _target(vocabulary, long) == " red" * 20
+  assert _target(vocabulary, long, max_target_words=0) == " red" * 30
+
+
+def test_entailment_premise(vocabulary: Vocabulary) -> None:
+  plain = ' does the image describe " a dog "?'
+  record = RECORDS["entailment"]
+  texts = Vocabulary.train([plain + " maybe yes no"] * 2, 200)
+  assert _source(texts, record, add_caption=False) == plain
+  assert _source(texts, _change("entailment", premise="")) == plain
+  short = _source(vocabulary, record, premise_prompt="{} {}", prompt="{}")
+  assert short == " a cat a dog"
+
+
+def test_grounding_bins(vocabulary: Vocabulary) -> None:
+  # 11 bins on 200 x 100 pixels: 20 and 10 pixels apart.
+  box = _change("grounding", box=(29.9, 30.1, 34.9, 95.1))
+  assert _target(vocabulary, box) == "<bin_1><bin_3><bin_2><bin_10>"
+  # Halves go to the even neighbour: 2.5 and 7.5.
+  picture = np.zeros((64, 128, 3), np.uint8)
+  ties = _change("grounding", image=picture, box=(32, 16, 96, 48))
+  assert _target(vocabulary, ties) == "<bin_2><bin_2><bin_8><bin_8>"
+
+
+def test_grounding_outside(vocabulary: Vocabulary) -> None:
+  record = _change("grounding", box=(-50, 10, 250, 120))
+  assert _target(vocabulary, record) == "<bin_0><bin_1><bin_10><bin_10>"
+  unclamped = _target(vocabulary, record, clamp=False)
+  assert unclamped == "<unk><bin_1><unk><unk>"
+
+
+def test_grounding_decode(vocabulary: Vocabulary) -> None:
+  task = tasks.make_task("grounding", vocabulary)
+  first = vocabulary.bin_start
+  box = [first, first + 5, first + 10, first + 10]
+  assert task.decode([*box, vocabulary.eos_id], SIZE) == (0, 50, 200, 100)
+  assert task.decode([4, *box, first + 11], SIZE) == (0, 50, 200, 100)
+  zero = (0, 0, 0, 0)
+  assert task.decode(box[:3], SIZE) == zero
+  assert task.decode([*box, first], SIZE) == zero
+  assert task.decode([], SIZE) == zero
+
+
+@pytest.mark.parametrize("record", RECORDS.values(), ids=str)
+def test_decode_inverts_encode(vocabulary: Vocabulary, record: Record) -> None:
+  answers = {
+    "caption": "A red RED dog",
+    "vqa": "red",
+    "grounding": (0, 20, 100, 100),
+    "entailment": "maybe",
+  }
+  task = tasks.make_task(record.task, vocabulary)
+  ids = task.encode(record).label_ids
+  assert task.decode(ids, SIZE) == answers[record.task]
+
+
+def test_entailment_takes_the_first_symbol(vocabulary: Vocabulary) -> None:
+  task = tasks.make_task("entailment", vocabulary)
+  yes, no = vocabulary.encode(" yes"), vocabulary.encode(" no")
+  silent = [0, 1, 2, vocabulary.blank_id]
+  assert task.decode([*silent, *yes, *no], SIZE) == "yes"
+  assert task.decode([], SIZE) == ""
+
+
+def test_entailment_with_split_answers() -> None:
+  letters = Vocabulary.train([" yes no maybe"], 15, num_bins=0)
+  task = tasks.make_task("entailment", letters)
+  assert len(letters.encode(" maybe")) == 6
+  assert task.decode(letters.encode(" maybe"), SIZE) == "maybe"
+
+
+def test_vocabulary_texts_are_what_is_encoded() -> None:
+  texts = {
+    name: list(tasks.vocabulary_texts(name, None, [RECORDS[name]]))
+    for name in TASKS
+  }
+  assert texts["caption"] == [
+    " what does the image describe?",
+    " A red RED dog",
+    " cat",
+  ]
+  assert texts["vqa"][:2] == [" what color is it?", " object: dog cat"]
+  assert texts["vqa"][2:] == [" blue", " red", " green"]
+  assert len(texts["grounding"]) == 1
+  assert texts["entailment"][1:] == [" yes", " no", " maybe"]
+
+
+# Mistakes.
+
+
+def test_unknown_task(vocabulary: Vocabulary) -> None:
+  with pytest.raises(UserError, match=r'no task "vqq"\. Did you mean "vqa"'):
+    tasks.make_task("vqq", vocabulary)
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"max_source_word": 3}, 'Did you mean "max_source_words"'),
+    ({"eos": "no"}, "eos is 'no', a str; it must be a bool"),
+    ({"max_source_words": True}, "must be a int such as 80"),
+    ({"max_source_words": -1}, r"is -1; it must be 0 \(no limit\)"),
+    ({"prompt": "question"}, "with 0 places {}; it must have 1"),
+    ({"prompt": "{} {}"}, "with 2 places {}; it must have 1"),
+    ({"prompt": "{"}, 'tasks.vqa.prompt is "{"'),
+    ({"object_prompt": "{name}"}, 'like the default "object: {}"'),
+  ],
+)
+def test_bad_settings(
+  vocabulary: Vocabulary, settings: dict[str, Any], message: str
+) -> None:
+  with pytest.raises(UserError, match=message):
+    tasks.make_task("vqa", vocabulary, settings)
+
+
+@pytest.mark.parametrize("name", ["vqa", "grounding", "entailment"])
+@pytest.mark.parametrize("prompt", ["", "  \n", "!?"])
+def test_empty_prompt(vocabulary: Vocabulary, name: str, prompt: str) -> None:
+  record = _change(name, prompt=prompt)
+  with pytest.raises(UserError, match=r"prompt of .* is empty .*--prompt"):
+    tasks.make_task(name, vocabulary).encode(record, with_target=False)
+  task = tasks.make_task(name, vocabulary, {"allow_empty": True})
+  if prompt != "!?":
+    assert len(task.encode(record, with_target=False).text_ids) > 2
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "message"),
+  [
+    ("vqa", {"answers": {}}, 'vqa record "v1" has no answer'),
+    ("caption", {"answers": {}}, 'caption record "c1" has no answer'),
+    (
+      "entailment",
+      {"answers": {"mayb": 1.0}},
+      "has the answer 'mayb'. Did you mean .maybe",
+    ),
+    ("grounding", {"box": None}, 'grounding record "g1" has no box'),
+    ("grounding", {"box": (9, 0, 5, 5)}, "has the box .9, 0, 5, 5.; it"),
+    ("grounding", {"box": (0, 9, 5, 5)}, "x0 <= x1 and y0 <= y1"),
+    ("grounding", {"box": (0, 0, float("nan"), 5)}, "has the box"),
+    ("grounding", {"box": (0, 0, 5)}, "has the box"),
+  ],
+)
+def test_bad_targets(
+  vocabulary: Vocabulary, name: str, changes: dict[str, Any], message: str
+) -> None:
+  with pytest.raises(UserError, match=message):
+    tasks.make_task(name, vocabulary).encode(_change(name, **changes))
+
+
+def test_empty_target(vocabulary: Vocabulary) -> None:
+  record = _change("caption", answers={"?!": 1.0})
+  encoded = tasks.make_task("caption", vocabulary).encode(record)
+  assert encoded.label_ids == [vocabulary.eos_id]
+  task = tasks.make_task("caption", vocabulary, {"eos": False})
+  with pytest.raises(UserError, match=r"empty target; set .*eos=True"):
+    task.encode(record)
+
+
+def test_grounding_without_bins() -> None:
+  few = Vocabulary.train([" a"], 100, num_bins=1)
+  with pytest.raises(UserError, match=r"has 1; set .*num_bins=64"):
+    tasks.make_task("grounding", few)
+
+
+def test_too_few_queries() -> None:
+  def encoded(*targets: list[int]) -> list[tasks.Encoded]:
+    return [tasks.Encoded([0, 2], target) for target in targets]
+
+  samples = {
+    "vqa": encoded([5, 2], [5, 6, 7, 2]),
+    # Equal neighbours need a blank between them.
+    "grounding": encoded([9, 9, 9, 8, 2], [9, 8, 9, 9, 2], []),
+  }
+  tasks.check_num_queries(samples, 6)
+  message = (
+    'num_queries is 5, but the shortest target of "grounding" needs 6'
+    r" \(the longest seen 7\); set --config.model.num_queries=7"
+  )
+  with pytest.raises(UserError, match=message):
+    tasks.check_num_queries(samples, 5)
+  with pytest.raises(UserError, match='shortest target of "vqa" needs 2'):
+    tasks.check_num_queries(samples, 1)

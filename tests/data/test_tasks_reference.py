@@ -1,0 +1,159 @@
+"""Tasks against rows that the official code produced."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from narvl_jax.data import tasks
+from narvl_jax.data.example import Record
+from narvl_jax.data.tasks import base, caption, entailment
+from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.query_ctc import collapse
+
+SIZE = (200, 100)
+
+
+@pytest.fixture(scope="module")
+def official(shared_files: pathlib.Path) -> Vocabulary:
+  folder = shared_files / "bpe"
+  return Vocabulary.from_official(
+    folder / "dict.txt", folder / "encoder.json", folder / "vocab.bpe"
+  )
+
+
+@pytest.fixture(scope="module")
+def reference(shared_files: pathlib.Path) -> dict[str, Any]:
+  path = shared_files / "fixtures" / "text_pipeline.json"
+  return json.loads(path.read_text())
+
+
+def _record(task: str, **fields: Any) -> Record:
+  return Record("1", task, fields.pop("image", b""), **fields)
+
+
+def test_cleaning_as_reference(reference: dict[str, Any]) -> None:
+  for text, limit, cleaned in reference["pre_question"]:
+    assert base.clean_question(text, limit or 0) == cleaned
+  for text, limit, cleaned in reference["pre_caption"]:
+    assert base.clean_caption(text, limit or 0) == cleaned
+
+
+def test_grounding_as_reference(
+  official: Vocabulary, reference: dict[str, Any]
+) -> None:
+  task = tasks.make_task("grounding", official, {"allow_empty": True})
+  for row in reference["refcoco"]:
+    width, height = row["image_size"]
+    record = _record(
+      "grounding",
+      image=np.zeros((height, width, 3), np.uint8),
+      prompt=row["text"],
+      box=tuple(row["box"]),
+    )
+    encoded = task.encode(record)
+    assert encoded == (row["source"], row["target"], 1.0)
+
+
+def test_vqa_as_reference(
+  official: Vocabulary, reference: dict[str, Any]
+) -> None:
+  task = tasks.make_task("vqa", official)
+  rows = [r for r in reference["vqa"] if r["prompt_type"] == "none"]
+  assert rows
+  for row in rows:
+    question, answers, objects = row["row"]
+    pairs = [item.split("|!+") for item in answers.split("&&")]
+    record = _record(
+      "vqa",
+      prompt=question,
+      answers={answer: float(score) for score, answer in pairs},
+      objects=tuple(objects.split("&&")),
+    )
+    encoded = task.encode(record)
+    assert encoded[:2] == (row["source"], row["target"])
+    assert encoded.confidence == pytest.approx(row["conf"][0])
+
+
+def test_caption_as_reference(
+  official: Vocabulary, reference: dict[str, Any]
+) -> None:
+  task = tasks.make_task("caption", official)
+  for row in reference["caption"]:
+    record = _record("caption", answers={row["caption"]: 1.0})
+    encoded = task.encode(record)
+    assert encoded.text_ids == row["source"]
+    if row["split"] == "train":
+      assert encoded.label_ids == row["target"]
+    else:
+      cleaned = caption.clean_reference(row["caption"])
+      assert " " + cleaned == row["target_text"]
+
+
+def test_entailment_as_reference(
+  official: Vocabulary, reference: dict[str, Any]
+) -> None:
+  for row in reference["snli_ve"]:
+    settings = {"add_caption": row["add_caption"]}
+    task = tasks.make_task("entailment", official, settings)
+    hypothesis, premise, label = row["row"]
+    record = _record(
+      "entailment",
+      prompt=hypothesis,
+      premise=premise,
+      answers={entailment.ANSWER_OF_LABEL[label]: 1.0},
+    )
+    assert task.encode(record)[:2] == (row["source"], row["target"])
+
+
+def _collapsed(
+  vocabulary: Vocabulary, ids: list[int], merge: bool
+) -> list[int]:
+  packed, length = collapse(
+    jnp.asarray([ids], jnp.int32),
+    blank_id=vocabulary.blank_id,
+    pad_id=vocabulary.pad_id,
+    merge_repeats=merge,
+  )
+  return np.asarray(packed)[0, : int(length[0])].tolist()
+
+
+def test_collapse_and_text_as_reference(
+  official: Vocabulary, reference: dict[str, Any]
+) -> None:
+  symbols = {"257": " a", "287": " in", "<unk>": "<unk>"}
+  for row in reference["collapse"][:-1]:
+    ids = _collapsed(official, row["in"], merge=True)
+    text = "".join(symbols[symbol] for symbol in row["string"].split())
+    assert official.decode(ids) == text
+
+
+def test_answers_as_reference(
+  official: Vocabulary, reference: dict[str, Any]
+) -> None:
+  for name, key, answers in (
+    ("vqa", "eval_vqa", "answers"),
+    ("entailment", "eval_snli_ve", "answers"),
+    ("caption", "eval_caption", "captions"),
+  ):
+    task = tasks.make_task(name, official)
+    rows = reference[key]
+    for ids, answer in zip(rows["hyps"], rows[answers], strict=True):
+      assert task.decode(ids, SIZE) == answer
+
+
+def test_boxes_as_reference(
+  official: Vocabulary, reference: dict[str, Any]
+) -> None:
+  rows = reference["eval_refcoco"]
+  size = (round(512 / rows["w_ratio"]), round(512 / rows["h_ratio"]))
+  names = {official.symbol(i): i for i in range(official.size)}
+  task = tasks.make_task("grounding", official)
+  for symbols, box in zip(
+    rows["hyps_as_bins_or_tokens"], rows["boxes"], strict=True
+  ):
+    ids = [names.get(symbol, 10) for symbol in symbols]
+    assert task.decode(ids, size) == pytest.approx(box, rel=1e-6)
