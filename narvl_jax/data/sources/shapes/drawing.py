@@ -33,13 +33,9 @@ def _blend(canvas: np.ndarray, item: SceneObject) -> None:
   x, y = int(item.x), int(item.y)
   phase = int(4 * (item.x - x)), int(4 * (item.y - y))
   keep, paint, ink = _mask(item.shape, item.texture, item.side, *phase)
+  # Layouts keep a margin, so that the window never leaves the picture.
   height, width = keep.shape
   part = canvas[y : y + height, 3 * x : 3 * x + width]
-  # The mask may hang over the edge by the one pixel that is empty there.
-  if part.shape != keep.shape:
-    height, width = part.shape
-    keep, paint = keep[:height, :width], paint[:height, :width]
-    ink = ink if ink is None else ink[:height, :width]
   np.multiply(part, keep, out=part)
   part += paint * _rows(width)[_shade(item)]
   if ink is not None:

@@ -70,7 +70,9 @@ def _place(
 def _objects(draws: Draws, screen: bool) -> list[SceneObject]:
   """The focus and companions, with room left for the screen."""
   focus = draws.focus()
-  limit = draws.level.max_objects - screen
+  limit = draws.level.max_objects
+  if screen:
+    limit -= 2 if draws.level.overlap else 1
   return [focus, *draws.companions(focus, draws.below(limit))]
 
 
@@ -140,7 +142,7 @@ def _count(draws: Draws, label: str) -> Draft | None:
   total = number + draws.below(max(1, limit - screen - number + 1))
   attribute = draws.pick(("shape", "color"))
   objects, value = with_count(draws, attribute, number, total)
-  if total + screen > limit:
+  if screen and total + 1 >= limit:
     for item in objects:
       draws.shrink(item)
   hypothesis = f"there are {stated} {several(attribute, value)}"

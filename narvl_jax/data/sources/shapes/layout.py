@@ -100,20 +100,25 @@ def _overlapping(draws: Draws, objects: list[SceneObject]) -> bool:
   """Tries places one by one; large objects come first, so lie below."""
   draw, size, gap = draws.random, draws.level.image_size, draws.level.gap
   objects.sort(key=_by_side)
-  covered = [0.0] * len(objects)
-  for i, item in enumerate(objects):
-    room = size - item.side - 2
-    for _ in range(40):
-      item.x = int(4 * (1 + draw() * room)) / 4
-      center = item.x + item.side / 2
-      for other in objects[:i]:
-        if abs(other.x + other.side / 2 - center) < gap:
+  below: list[tuple[float, float, float, float, str]] = []
+  covered: list[float] = []
+  for item in objects:
+    side = item.side
+    room = size - side - 2
+    for _ in range(16):
+      x = int(4 * (1 + draw() * room)) / 4
+      center = 2 * x + side
+      for other in below:
+        if -2 * gap < other[0] + other[2] - center < 2 * gap:
           break
       else:
-        item.y = int(4 * (1 + draw() * room)) / 4
-        shares = _cover(item, objects[:i], covered)
+        y = int(4 * (1 + draw() * room)) / 4
+        box = (x, y, x + side, y + side, item.color)
+        shares = _cover(box, below, covered)
         if shares is not None:
-          covered[:i] = shares
+          covered = [*shares, 0.0]
+          below.append(box)
+          item.x, item.y = x, y
           break
     else:
       return False
@@ -125,23 +130,25 @@ def _by_side(item: SceneObject) -> int:
 
 
 def _cover(
-  item: SceneObject, below: list[SceneObject], covered: list[float]
+  box: tuple[float, float, float, float, str],
+  below: list[tuple[float, float, float, float, str]],
+  covered: list[float],
 ) -> list[float] | None:
-  """Covered parts of the objects below, or None if one is too large."""
+  """Covered parts of the boxes below, or None if one is too large."""
+  x0, y0, x1, y1, color = box
   shares = []
-  x, y, side = item.x, item.y, item.side
-  for other, share in zip(below, covered, strict=False):
-    width = min(x + side, other.x + other.side) - max(x, other.x)
-    if width > 0:
-      height = min(y + side, other.y + other.side) - max(y, other.y)
-      if height > 0:
-        # Nothing may cover a screen; edges within one colour are unclear.
-        if other.shape == "screen" or other.color == item.color:
-          return None
-        area = width * height
-        share += area / other.side**2
-        union = side**2 + other.side**2 - area
-        if share > MAX_COVERED or area > MAX_IOU * union:
-          return None
+  for (left, top, right, bottom, other), share in zip(
+    below, covered, strict=True
+  ):
+    if left < x1 and x0 < right and top < y1 and y0 < bottom:
+      # Nothing may cover a screen; edges within one colour are unclear.
+      if not other or other == color:
+        return None
+      area = (min(x1, right) - max(x0, left)) * (min(y1, bottom) - max(y0, top))
+      whole = (right - left) * (bottom - top)
+      share += area / whole
+      union = (x1 - x0) * (y1 - y0) + whole - area
+      if share > MAX_COVERED or area > MAX_IOU * union:
+        return None
     shares.append(share)
   return shares

@@ -1,0 +1,141 @@
+"""The published easy-VQA data set, read from its PyPI package.
+
+5,000 pictures of 64x64 pixels with one shape each; 38,575 training and 9,673
+test questions with 13 answers (https://github.com/vzhou842/easy-VQA, MIT).
+The package has no validation split. Here a tenth of the training pictures,
+with all their questions, is set aside for it: those whose ids have the largest
+SHA-256. The test split is the published one and serves for nothing else.
+"""
+
+import functools
+import hashlib
+import importlib
+import operator
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+from narvl_jax.data.example import Record
+from narvl_jax.errors import UserError, did_you_mean
+
+SPLITS = ("train", "validation", "test")
+VALIDATION_IMAGES = 400
+
+
+class EasyVQASource(Sequence[Record]):
+  """Questions about single shapes; kinds color, shape, existence, absence.
+
+  Pictures are PNG bytes, read from disk at first use and then kept.
+
+  Attributes:
+    task: "vqa".
+    split: "train" (34,788 questions), "validation" (3,787) or "test" (9,673).
+    full_train: the train split includes the validation pictures.
+  """
+
+  def __init__(
+    self, *, task: str, split: str, seed: int = 0, full_train: bool = False
+  ) -> None:
+    """Reads the questions; the seed has no effect.
+
+    Raises:
+      UserError: another task than vqa, an unknown split, `full_train` with
+        another split than train, or the package is not installed.
+    """
+    del seed
+    if task != "vqa":
+      raise UserError(
+        f'easy_vqa has questions only, not task "{task}". '
+        "Set data.train.NAME.task=vqa."
+      )
+    if split not in SPLITS:
+      raise UserError(
+        f'easy_vqa: unknown split "{split}".{did_you_mean(split, SPLITS)} '
+        "Set split=."
+      )
+    if full_train and split != "train":
+      raise UserError(
+        f'easy_vqa: full_train=True is for split "train", got "{split}". '
+        "Drop options.full_train."
+      )
+    self.task, self.split, self.full_train = task, split, full_train
+    published = "test" if split == "test" else "train"
+    questions, self._paths, self._images = _load(published)
+    if split == "test" or full_train:
+      self._rows = questions
+    else:
+      aside = _validation_images(frozenset(self._paths))
+      self._rows = [
+        row for row in questions if (row[3] in aside) == (split == "validation")
+      ]
+    self._prefix = f"easy_vqa-{published}"
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  @overload
+  def __getitem__(self, index: int) -> Record: ...
+  @overload
+  def __getitem__(self, index: slice) -> Sequence[Record]: ...
+  def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(len(self)))]
+    number, question, answer, image_id = self._rows[operator.index(index)]
+    image = self._images.get(image_id)
+    if image is None:
+      image = self._images[image_id] = self._paths[image_id].read_bytes()
+    return Record(
+      id=f"{self._prefix}-{number}",
+      task="vqa",
+      image=image,
+      prompt=question,
+      answers={answer: 1.0},
+      kind=kind(question, answer),
+    )
+
+  def texts(self, limit: int) -> Iterator[str]:
+    """Questions and answers of the first records, to train a tokenizer."""
+    for _, question, answer, _ in self._rows[:limit]:
+      yield question
+      yield answer
+
+
+def kind(question: str, answer: str) -> str:
+  """What a question asks for: color, shape, existence or absence."""
+  words = question.split()
+  if answer in ("yes", "no"):
+    return "absence" if "not" in words or "no" in words else "existence"
+  return "color" if "color" in words else "shape"
+
+
+_Row = tuple[int, str, str, int]
+
+
+@functools.cache
+def _load(
+  published: str,
+) -> tuple[list[_Row], dict[int, pathlib.Path], dict[int, bytes]]:
+  """Rows (number, question, answer, image id), files, and read files."""
+  try:
+    package = importlib.import_module("easy_vqa")
+  except ImportError as error:
+    raise UserError(
+      "The source easy_vqa needs the package easy-vqa, which is not "
+      'installed. Run: pip install "narvl_jax[easy-vqa]"'
+    ) from error
+  if published == "test":
+    columns = package.get_test_questions()
+    paths = package.get_test_image_paths()
+  else:
+    columns = package.get_train_questions()
+    paths = package.get_train_image_paths()
+  rows = [(i, *row) for i, row in enumerate(zip(*columns, strict=True))]
+  return rows, {i: pathlib.Path(path) for i, path in paths.items()}, {}
+
+
+@functools.cache
+def _validation_images(ids: frozenset[int]) -> frozenset[int]:
+  def digest(image_id: int) -> str:
+    return hashlib.sha256(str(image_id).encode()).hexdigest()
+
+  return frozenset(sorted(ids, key=digest)[-VALIDATION_IMAGES:])
