@@ -10,6 +10,7 @@ predictions/SPLIT.jsonl and predictions/SPLIT.png.
 import os
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -49,7 +50,7 @@ def evaluate(
     if value is not None and value < 1:
       raise UserError(f"--{flag}={value} is below 1; nearest valid: --{flag}=1")
   experiment, variables, step = experiment_lib.restore(workdir, checkpoint)
-  settings = experiment.config.evaluation
+  settings: Any = experiment.config.evaluation
   start = time.monotonic()
   report, predictions = evaluator.evaluate_tasks(
     experiment,

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from narvl_jax.data.example import Record
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import evaluator, rendering, reporting, results
 from narvl_jax.evaluation.predictor import Answer, Predictor
+from narvl_jax.training import workdir as workdir_lib
 
 Outcome = dict[str, Any]
 
@@ -68,25 +69,26 @@ def predict(
     raise UserError(
       "give a picture: either --image=FILE or --example=INDEX of the test data"
     )
-  # Before the run is restored, which takes seconds.
-  pixels = None if image is None else read_picture(image)
-  experiment, variables, step = experiment_lib.restore(workdir, checkpoint)
-  name = _choose_task(list(experiment.tasks), task)
+  # What can be wrong is checked before the weights are read.
   folder = pathlib.Path(workdir) / "predictions"
-  if image is not None and pixels is not None:
+  config = workdir_lib.read_config(pathlib.Path(workdir))
+  name = _choose_task(list(config.tasks), task)
+  if image is not None:
     path = pathlib.Path(image)
-    record = Record(path.name, name, pixels)
+    record = Record(path.name, name, read_picture(path))
   else:
     path = folder / f"example_{name}_{example}.png"
-    record = _load_example(experiment, name, example or 0)
-    results.write_image(path, Image.fromarray(_pixels(record)))
+    record = _load_example(config, name, example or 0)
   if prompt is not None or premise is not None:
     record = _with_text(record, prompt, premise)
   if name == "caption":
     record = dataclasses.replace(record, prompt="")
-  _check_length(record, experiment.tasks[name].settings)
+  _check_length(record, config.tasks[name])
+  experiment, variables, step = experiment_lib.restore(workdir, checkpoint)
   answer = Predictor(experiment, variables).answer(record)
 
+  if image is None:
+    results.write_image(path, Image.fromarray(_pixels(record)))
   outcome: Outcome = {
     "step": step,
     "task": name,
@@ -144,22 +146,19 @@ def _choose_task(tasks: Sequence[str], wanted: str | None) -> str:
   if wanted is None or wanted not in tasks:
     seen = "no task was given" if wanted is None else f'unknown task "{wanted}"'
     hint = did_you_mean(wanted or "", tasks)
-    raise UserError(f"{seen}.{hint} Set --task={tasks[0]}")
+    raise UserError(f"{seen}.{hint} Set --task.")
   return wanted
 
 
-def _load_example(
-  experiment: experiment_lib.Experiment, task: str, index: int
-) -> Record:
+def _load_example(config: Any, task: str, index: int) -> Record:
   """Returns a record of the test data with its picture decoded."""
-  config = experiment.config
   split = config.evaluation.split
   names = [k for k, v in config.data.evaluation.items() if v.task == task]
   if not names:
     raise UserError(
       f'this run has no {split} data for "{task}"; pass a picture with --image'
     )
-  source = evaluator.load_dataset(experiment, names[0], split)
+  source = evaluator.load_dataset(config, names[0], split)
   if not 0 <= index < len(source):
     nearest = min(max(index, 0), len(source) - 1)
     raise UserError(
@@ -185,9 +184,9 @@ def _with_text(
   )
 
 
-def _check_length(record: Record, settings: Any) -> None:
+def _check_length(record: Record, settings: Mapping[str, Any]) -> None:
   """Refuses words that the task would cut off silently."""
-  limit = getattr(settings, "max_source_words", 0)
+  limit = settings.get("max_source_words", 0)
   for flag in ("prompt", "premise"):
     words = len(getattr(record, flag).split())
     if limit and words > limit:

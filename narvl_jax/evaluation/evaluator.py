@@ -57,10 +57,11 @@ def evaluate_tasks(
   Raises:
     UserError: a data set, `split` or too many records are at fault.
   """
+  config: Any = experiment.config
   predictor = Predictor(experiment, variables)
   predictions: list[Prediction] = []
-  for name, entry in experiment.config.data.evaluation.items():
-    source = load_dataset(experiment, name, split)
+  for name, entry in config.data.evaluation.items():
+    source = load_dataset(config, name, split)
     indices = spread(len(source), max_examples)
     for answer in predictor.answers(
       _Subset(source, indices), entry.task, batch_size=batch_size
@@ -70,15 +71,13 @@ def evaluate_tasks(
   return summarise(predictions, split=split, step=step), predictions
 
 
-def load_dataset(
-  experiment: "Experiment", name: str, split: str
-) -> Sequence[Record]:
+def load_dataset(config: Any, name: str, split: str) -> Sequence[Record]:
   """Opens a data set of `config.data.evaluation`.
 
   Raises:
     UserError: if it has no such name or split.
   """
-  entries = experiment.config.data.evaluation
+  entries = config.data.evaluation
   if name not in entries:
     raise UserError(
       f'data.evaluation has no "{name}".{did_you_mean(name, entries.keys())}'

@@ -45,10 +45,11 @@ class Predictor:
   def __init__(self, experiment: "Experiment", variables: Any) -> None:
     """Takes the variables of `experiment.model`, unboxed."""
     self._experiment = experiment
+    self._config: Any = experiment.config
     self._variables = variables
     self._mesh = _mesh_of(variables)
     vocabulary = experiment.vocabulary
-    mask_specials = experiment.config.evaluation.mask_specials
+    mask_specials = self._config.evaluation.mask_specials
     self._step = make_predict_step(
       experiment.model,
       blank_id=vocabulary.blank_id,
@@ -82,7 +83,7 @@ class Predictor:
     Raises:
       UserError: the source is empty or too many of its records are bad.
     """
-    data = self._experiment.config.data
+    data = self._config.data
     task = self._experiment.tasks[task_name]
     batches = pipeline.eval_batches(
       source,
@@ -105,7 +106,7 @@ class Predictor:
       yield from self._finish(*previous, task)
 
   def _shapes(self) -> dict[str, Any]:
-    data = self._experiment.config.data
+    data = self._config.data
     return {
       "image_size": tuple(data.image_size),
       "max_text_length": data.max_text_length,

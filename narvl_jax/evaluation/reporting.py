@@ -84,7 +84,9 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     reason = error.strerror or str(error)
     raise UserError(f'cannot write "{path}": {reason}') from error
   finally:
-    temporary.unlink(missing_ok=True)
+    # It is gone if all went well, and may never have been made.
+    with contextlib.suppress(OSError):
+      temporary.unlink()
 
 
 def format_answer(answer: str | Sequence[float] | None) -> str:

@@ -67,7 +67,7 @@ def prediction_panels(
   for prediction in reporting.select_examples(predictions, per_task):
     name = prediction["dataset"]
     if name not in datasets:
-      datasets[name] = evaluator.load_dataset(experiment, name, split)
+      datasets[name] = evaluator.load_dataset(experiment.config, name, split)
     image = datasets[name][prediction["index"]].image
     panels.append(make_panel(prediction, image))
   return panels

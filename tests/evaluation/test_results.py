@@ -1,0 +1,61 @@
+"""Panels and files made from predictions."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from narvl_jax.errors import UserError
+from narvl_jax.evaluation import evaluator, reporting, results
+from tests.evaluation import tiny_run
+
+
+@pytest.fixture(scope="module")
+def evaluated() -> tuple[reporting.Report, list[reporting.Prediction]]:
+  experiment, variables = tiny_run.tiny_model()
+  return evaluator.evaluate_tasks(
+    experiment, variables, split="test", max_examples=12, batch_size=16, step=7
+  )
+
+
+def test_panels_show_the_pictures_of_their_predictions(evaluated):
+  experiment, _ = tiny_run.tiny_model()
+  _, predictions = evaluated
+  panels = results.prediction_panels(experiment, "test", predictions, 3)
+  chosen = reporting.select_examples(predictions, 3)
+  assert len(panels) == 12
+  for panel, prediction in zip(panels, chosen, strict=True):
+    source = evaluator.load_dataset(
+      experiment.config, prediction["dataset"], "test"
+    )
+    record = source[prediction["index"]]
+    np.testing.assert_array_equal(panel.image, record.image)
+    assert panel.prompt == record.prompt
+    assert panel.title == f"{record.task} / {record.kind}"
+    assert panel.target_box == record.box
+
+
+def test_files_hold_the_report_and_every_prediction(evaluated, tmp_path):
+  experiment, _ = tiny_run.tiny_model()
+  report, predictions = evaluated
+  paths = results.write_results(experiment, tmp_path, report, predictions)
+  assert [str(path.relative_to(tmp_path)) for path in paths] == [
+    "evaluation.json",
+    "predictions/test.jsonl",
+    "predictions/test.png",
+  ]
+  assert json.loads(paths[0].read_text()) == report
+  lines = paths[1].read_text().splitlines()
+  assert [json.loads(line) for line in lines] == predictions
+  with Image.open(paths[2]) as grid:
+    assert grid.width > 5 * 256
+    assert grid.height > 8 * 256
+
+
+def test_folder_that_cannot_be_written(evaluated, tmp_path):
+  experiment, _ = tiny_run.tiny_model()
+  (tmp_path / "predictions").write_text("a file is in the way")
+  with pytest.raises(UserError, match=r'cannot write ".*test\.jsonl": '):
+    results.write_results(experiment, tmp_path, *evaluated)
+  assert not (tmp_path / "evaluation.json").exists()

@@ -1,0 +1,100 @@
+"""`python -m narvl_jax.evaluate`, from run folder to files."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from narvl_jax.errors import UserError
+from narvl_jax.evaluate import evaluate
+from tests.evaluation import tiny_run
+
+
+@pytest.fixture
+def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
+  return tiny_run.copy_run(tmp_path / "run")
+
+
+def test_evaluation_json_has_the_published_schema(workdir, capsys):
+  report = evaluate(workdir, max_examples=8)
+  written = json.loads((workdir / "evaluation.json").read_text())
+  assert written == report
+  assert written["split"] == "test"
+  assert written["step"] == tiny_run.STEP
+  assert written["examples"] == 32
+  assert {task: list(x) for task, x in written["tasks"].items()} == {
+    "caption": ["exact_match", "token_f1"],
+    "entailment": ["accuracy"],
+    "grounding": ["acc@0.5", "mean_iou"],
+    "vqa": ["accuracy"],
+  }
+  lines = (workdir / "predictions" / "test.jsonl").read_text().splitlines()
+  assert len(lines) == 32
+  output = capsys.readouterr().out
+  assert f"test, step {tiny_run.STEP}, 32 examples" in output
+  assert "grounding" in output
+  assert "wrote " in output
+
+
+def test_split_is_chosen_by_flag(workdir):
+  report = evaluate(
+    workdir, split="held_out", checkpoint="last", max_examples=3, batch_size=5
+  )
+  assert report["split"] == "held_out"
+  assert report["examples"] == 12
+  assert (workdir / "predictions" / "held_out.png").exists()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"split": "tset"}, r'unknown split "tset".*Did you mean "test"'),
+    ({"checkpoint": "8"}, r'no checkpoint "8".*7'),
+    ({"checkpoint": "bset"}, r'no checkpoint "bset"'),
+    ({"max_examples": 0}, r"--max_examples=0 .* --max_examples=1"),
+    ({"batch_size": -1}, r"--batch_size=-1 .* --batch_size=1"),
+  ],
+)
+def test_wrong_arguments_write_nothing(workdir, arguments, message):
+  with pytest.raises(UserError, match=message):
+    evaluate(workdir, **arguments)
+  assert not (workdir / "evaluation.json").exists()
+  assert not (workdir / "predictions").exists()
+
+
+def test_folder_without_a_run(tmp_path):
+  with pytest.raises(UserError, match=r"nowhere holds no run"):
+    evaluate(tmp_path / "nowhere")
+  assert not (tmp_path / "nowhere").exists()
+
+
+def test_run_without_a_checkpoint(workdir):
+  shutil.rmtree(workdir / "checkpoints")
+  with pytest.raises(UserError, match=r"no checkpoint yet"):
+    evaluate(workdir)
+
+
+@pytest.mark.parametrize(
+  ("flags", "line"),
+  [
+    (["--workdir=nowhere"], "--workdir=nowhere holds no run"),
+    (["--workdir=a", "--splt=test"], 'Did you mean "split"?'),
+    ([], "--workdir is required"),
+  ],
+)
+def test_command_ends_in_one_line(tmp_path, flags, line):
+  result = subprocess.run(
+    [sys.executable, "-m", "narvl_jax.evaluate", *flags],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode == 2
+  assert result.stdout == ""
+  assert len(result.stderr.splitlines()) == 1
+  assert result.stderr.startswith("error: ")
+  assert line in result.stderr
