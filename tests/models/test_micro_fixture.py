@@ -1,0 +1,352 @@
+"""A small NARVL against recorded outputs and gradients of the official code.
+
+The recorded files hold outputs only; the weights come from names and shapes.
+The official run had dropout and stochastic depth switched off.
+"""
+
+import functools
+import importlib.util
+import json
+import pathlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from narvl_jax.interop import (
+  official_from_variables,
+  official_shapes,
+  variables_from_official,
+)
+from narvl_jax.models import NARVL, model_config
+from narvl_jax.query_ctc import collapse, query_ctc_objective
+
+CONFIG = model_config(
+  "micro",
+  resnet_width=64,
+  max_text_positions=1026,
+  image_bucket_size=42,
+  num_queries=5,
+  vocab_size=253,
+  dropout=0.0,
+)
+MODEL = NARVL(CONFIG)
+BLANK, PAD = 252, 1
+LEARNING_RATES = (5e-5, 5e-5, 4.736842105263158e-05)
+# The recorded gradients of two tables are these rows.
+GRADIENT_ROWS = {
+  "encoder.embed_image_positions.weight": range(8),
+  "encoder.image_rel_pos_table_list.0.weight": range(3443, 3450),
+}
+
+State = dict[str, np.ndarray]
+
+
+class Recorded(NamedTuple):
+  """The recorded arrays, their description and the official weights."""
+
+  arrays: dict[str, np.ndarray]
+  about: dict[str, Any]
+  state: State
+
+
+class Step(NamedTuple):
+  """Loss, batch statistics and gradient in the official layout."""
+
+  loss: float
+  stats: State
+  gradient: State
+
+
+def inputs(recorded: Recorded) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Pictures NHWC, text and picture mask."""
+  return (
+    jnp.asarray(recorded.arrays["patch_images"].transpose(0, 2, 3, 1)),
+    jnp.asarray(recorded.arrays["src_tokens"], jnp.int32),
+    jnp.asarray(recorded.arrays["patch_masks"]),
+  )
+
+
+@functools.partial(jax.jit, static_argnames="smoothing")
+def objective(
+  logits: jax.Array,
+  labels: jax.Array,
+  confidence: jax.Array,
+  smoothing: float,
+) -> jax.Array:
+  loss, _ = query_ctc_objective(
+    logits,
+    labels,
+    jnp.sum(labels != PAD, axis=1),
+    blank_id=BLANK,
+    label_smoothing=smoothing,
+    confidence=confidence,
+    confidence_mode="temper",
+  )
+  return loss
+
+
+def make_step(recorded: Recorded, *, train: bool) -> Callable[[State], Step]:
+  """Returns a function of official weights: target "full", smoothing 0.1."""
+  image, text, mask = inputs(recorded)
+  labels = jnp.asarray(recorded.arrays["target_full"])
+
+  # Compiling takes longer than the few runs.
+  @functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+  )
+  def compute(params: Any, stats: Any) -> Any:
+    def loss(params: Any) -> tuple[jax.Array, Any]:
+      (logits, _), updates = MODEL.apply(
+        {"params": params, "batch_stats": stats},
+        image,
+        text,
+        image_mask=mask,
+        train=train,
+        mutable=["batch_stats"],
+      )
+      return objective(logits, labels, jnp.ones(3), 0.1), updates
+
+    (value, updates), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return value, updates["batch_stats"], grads
+
+  def run(state: State) -> Step:
+    variables = variables_from_official(state, CONFIG)
+    value, stats, grads = jax.device_get(
+      compute(variables["params"], variables["batch_stats"])
+    )
+    new = {"params": variables["params"], "batch_stats": stats}
+    stats = official_from_variables(new, CONFIG)
+    gradient = official_from_variables({"params": grads}, CONFIG)
+    return Step(
+      float(value),
+      {key: value for key, value in stats.items() if "running" in key},
+      gradient,
+    )
+
+  return run
+
+
+def import_file(path: pathlib.Path) -> ModuleType:
+  """Imports a Python file that is not part of a package."""
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  assert spec is not None
+  assert spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture(scope="module")
+def recorded(shared_files: pathlib.Path) -> Recorded:
+  folder = shared_files / "fixtures"
+  about = json.loads((folder / "micro_nar.json").read_text())
+  recipe = import_file(folder / "recipe.py")
+  state = recipe.fill(
+    official_shapes(CONFIG), about["recipe_base"], about["pulls"]
+  )
+  with np.load(folder / "micro_nar.npz") as arrays:
+    return Recorded(dict(arrays), about, state)
+
+
+@pytest.fixture(scope="module")
+def outputs(recorded: Recorded) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  image, text, mask = inputs(recorded)
+  variables = variables_from_official(recorded.state, CONFIG)
+  apply = jax.jit(lambda v: MODEL.apply(v, image, text, image_mask=mask))
+  return jax.device_get(apply(variables))
+
+
+@pytest.fixture(scope="module")
+def train_step(recorded: Recorded) -> Callable[[State], Step]:
+  return make_step(recorded, train=True)
+
+
+def test_weights(recorded: Recorded) -> None:
+  for name, value in recorded.state.items():
+    shape, _, (total, squares, norm) = recorded.about["state_dict"][name]
+    wide = value.astype(np.float64)
+    assert list(value.shape) == shape, name
+    np.testing.assert_allclose(
+      [wide.sum(), np.abs(wide).sum(), np.linalg.norm(wide)],
+      [total, squares, norm],
+      rtol=1e-9,
+      atol=1e-9,
+      err_msg=name,
+    )
+
+
+def test_outputs(
+  recorded: Recorded, outputs: tuple[np.ndarray, dict[str, np.ndarray]]
+) -> None:
+  arrays, (logits, aux) = recorded.arrays, outputs
+  valid = ~arrays["encoder_padding_mask"]
+  np.testing.assert_array_equal(aux["encoder_mask"], valid)
+  positions = np.broadcast_to(
+    aux["position_embeddings"], arrays["position_embeddings"].shape
+  )
+  for name, actual, expected in (
+    (
+      "image_features",
+      aux["image_features"].transpose(0, 3, 1, 2),
+      arrays["image_features"],
+    ),
+    ("encoder_out", aux["encoder_out"][valid], arrays["encoder_out"][valid]),
+    ("position_embeddings", positions, arrays["position_embeddings"]),
+    ("decoder_out", aux["decoder_out"], arrays["decoder_features"]),
+    ("logits", logits, arrays["logits"]),
+  ):
+    np.testing.assert_allclose(
+      actual, expected, rtol=0, atol=1e-4, err_msg=name
+    )
+
+
+def test_greedy(
+  recorded: Recorded, outputs: tuple[np.ndarray, dict[str, np.ndarray]]
+) -> None:
+  arrays = recorded.arrays
+  log_probs = jax.nn.log_softmax(outputs[0])
+  ids = log_probs.argmax(-1)
+  sure = arrays["greedy_margin"] > 1e-3
+  assert sure.mean() > 0.5
+  np.testing.assert_array_equal(ids[sure], arrays["greedy"][sure])
+  np.testing.assert_allclose(
+    log_probs.max(-1), arrays["greedy_logprob"], atol=1e-4
+  )
+
+
+@pytest.mark.parametrize("mode", ["plain", "collapse"])
+def test_collapse(
+  recorded: Recorded,
+  outputs: tuple[np.ndarray, dict[str, np.ndarray]],
+  mode: str,
+) -> None:
+  ids, lengths = collapse(
+    jnp.asarray(outputs[0].argmax(-1)),
+    blank_id=BLANK,
+    pad_id=PAD,
+    merge_repeats=mode == "collapse",
+  )
+  for row, length, official in zip(
+    ids, lengths, recorded.about["generate"][mode], strict=True
+  ):
+    # The official code drops blanks only when it makes the text.
+    expected = [i for i in official["tokens"] if i != BLANK]
+    assert row[:length].tolist() == expected
+
+
+def test_losses(
+  recorded: Recorded, outputs: tuple[np.ndarray, dict[str, np.ndarray]]
+) -> None:
+  for row in recorded.about["losses"]:
+    target, smoothing, mode, expected, *_ = row
+    confidence = recorded.arrays["conf"] if mode == "conf" else np.ones(3)
+    labels = recorded.arrays[f"target_{target}"]
+    loss = objective(
+      *map(jnp.asarray, (outputs[0], labels, confidence)), smoothing
+    )
+    assert float(loss) == pytest.approx(expected, abs=1e-4), row
+
+
+def test_gradients(recorded: Recorded) -> None:
+  arrays, case = recorded.arrays, "full_0.1_none"
+  gradient = make_step(recorded, train=False)(recorded.state).gradient
+  norms = dict(
+    zip(arrays[f"{case}/grad_names"], arrays[f"{case}/grad_norms"], strict=True)
+  )
+  for name, norm in norms.items():
+    if name not in gradient:
+      assert np.isnan(norm), name  # The official code has no gradient either.
+      continue
+    # Biases of keys have a gradient of zero up to rounding.
+    assert np.linalg.norm(gradient[name]) == pytest.approx(
+      norm, rel=1e-4, abs=1e-6
+    ), name
+  rows = GRADIENT_ROWS | {
+    "encoder.embed_tokens.weight": arrays[f"{case}/embed_rows"]
+  }
+  compared = 0
+  for key, expected in arrays.items():
+    if not key.startswith((f"{case}/grad/", f"{case}/grad_rows/")):
+      continue
+    name = key.rsplit("/", 1)[-1]
+    actual = gradient[name]
+    if "/grad_rows/" in key:
+      actual = actual[np.asarray(rows[name])]
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(
+      actual, expected, rtol=0, atol=max(1e-4 * scale, 1e-7), err_msg=name
+    )
+    compared += 1
+  assert compared == 33
+
+
+def test_one_training_step(
+  recorded: Recorded, train_step: Callable[[State], Step]
+) -> None:
+  step = train_step(recorded.state)
+  _, loss, norm, *_ = recorded.about["train_steps"]["rows"][0]
+  assert step.loss == pytest.approx(loss, abs=1e-4)
+  assert global_norm(step.gradient) == pytest.approx(norm, rel=1e-5)
+  expected = {
+    key.removeprefix("train1/"): value
+    for key, value in recorded.arrays.items()
+    if key.startswith("train1/")
+  }
+  assert expected
+  for name, value in expected.items():
+    np.testing.assert_allclose(
+      step.stats[name], value, rtol=1e-5, atol=1e-6, err_msg=name
+    )
+
+
+def test_three_updates(
+  recorded: Recorded, train_step: Callable[[State], Step]
+) -> None:
+  """Adam as the reference writes it, on official names and layouts."""
+  state = dict(recorded.state)
+  m = {key: np.zeros_like(value) for key, value in state.items()}
+  v = {key: np.zeros_like(value) for key, value in state.items()}
+  rows = recorded.about["train_steps"]["rows"]
+  for (t, loss, norm, lr, _), rate in zip(rows, LEARNING_RATES, strict=True):
+    assert lr == pytest.approx(rate)
+    step = train_step(state)
+    assert step.loss == pytest.approx(loss, abs=1e-4)
+    assert global_norm(step.gradient) == pytest.approx(norm, rel=1e-4)
+    state |= step.stats
+    clip = min(1.0, 1.0 / global_norm(step.gradient))
+    correction = np.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+    for key, gradient in step.gradient.items():
+      m[key] = 0.9 * m[key] + 0.1 * clip * gradient
+      v[key] = 0.999 * v[key] + 0.001 * np.square(clip * gradient)
+      update = correction * m[key] / (np.sqrt(v[key]) + 1e-8)
+      state[key] = state[key] - lr * (update + 0.01 * state[key])
+  travelled = sum(LEARNING_RATES)
+  for key, value in recorded.arrays.items():
+    if key.startswith("train3/"):
+      np.testing.assert_allclose(
+        state[key.removeprefix("train3/")],
+        value,
+        rtol=0,
+        atol=0.01 * travelled,
+        err_msg=key,
+      )
+  for name, (total, *_) in recorded.about["train_steps"]["params"].items():
+    if name in state:
+      value = state[name].astype(np.float64)
+      tolerance = 0.01 * travelled * value.size
+      assert value.sum() == pytest.approx(total, abs=tolerance), name
+
+
+def global_norm(gradient: State) -> float:
+  """Norm over all parameters, the tied table counted once."""
+  squares = [
+    np.square(value, dtype=np.float64).sum()
+    for key, value in gradient.items()
+    if not key.startswith(("decoder.embed_tokens", "decoder.output_proj"))
+  ]
+  return float(np.sqrt(sum(squares)))
