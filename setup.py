@@ -5,44 +5,44 @@ import pathlib
 import setuptools
 
 setuptools.setup(
-    name="narvl_jax",
-    version="0.1.0",
-    description=(
-        "NARVL in JAX and Flax: vision-language answers in one parallel "
-        "decoder pass, trained with the Query-CTC loss"
-    ),
-    long_description=pathlib.Path(__file__)
-    .with_name("README.md")
-    .read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    license_files=["LICENSE"],
-    packages=setuptools.find_packages(include=["narvl_jax", "narvl_jax.*"]),
-    python_requires=">=3.11",
-    install_requires=[
-        "absl-py>=2.1,<3",
-        "flax>=0.12,<0.13",
-        "grain>=0.2.14,<0.3",
-        "jax>=0.10,<0.13",
-        "ml-collections>=1.1,<2",
-        "numpy>=2.0,<3",
-        "optax>=0.2.5,<0.3",
-        "orbax-checkpoint>=0.12,<0.13",
-        "pillow>=11,<14",
-        "tensorboardX>=2.6.2,<3",
-        "tensorflow-datasets>=4.9.8,<5",
-        "tokenizers>=0.21,<1",
+  name="narvl_jax",
+  version="0.1.0",
+  description=(
+    "NARVL in JAX and Flax: vision-language answers in one parallel "
+    "decoder pass, trained with the Query-CTC loss"
+  ),
+  long_description=pathlib.Path(__file__)
+  .with_name("README.md")
+  .read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  license_files=["LICENSE"],
+  packages=setuptools.find_packages(include=["narvl_jax", "narvl_jax.*"]),
+  python_requires=">=3.11",
+  install_requires=[
+    "absl-py>=2.1,<3",
+    "flax>=0.12,<0.13",
+    "grain>=0.2.14,<0.3",
+    "jax>=0.10,<0.13",
+    "ml-collections>=1.1,<2",
+    "numpy>=2.0,<3",
+    "optax>=0.2.5,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",
+    "pillow>=11,<14",
+    "tensorboardX>=2.6.2,<3",
+    "tensorflow-datasets>=4.9.8,<5",
+    "tokenizers>=0.21,<1",
+  ],
+  extras_require={
+    "test": [
+      "easy-vqa==1.0",
+      "hypothesis>=6.100,<7",
+      "pyright==1.1.414",
+      "pytest>=9,<10",
+      "ruff==0.17.6",
     ],
-    extras_require={
-        "test": [
-            "easy-vqa==1.0",
-            "hypothesis>=6.100,<7",
-            "pyright==1.1.414",
-            "pytest>=9,<10",
-            "ruff==0.17.6",
-        ],
-        "easy-vqa": ["easy-vqa==1.0"],
-        "parity": ["torch>=2.6,<3"],
-        "aot": ["jax[tpu]>=0.10,<0.13"],
-    },
+    "easy-vqa": ["easy-vqa==1.0"],
+    "parity": ["torch>=2.6,<3"],
+    "aot": ["jax[tpu]>=0.10,<0.13"],
+  },
 )

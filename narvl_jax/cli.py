@@ -101,7 +101,11 @@ def _flag_message(error: Exception) -> str:
     return f'unknown flag "--{name}".{did_you_mean(name, own)}'
   if "whilst parsing config file" in text:
     last = text.strip().splitlines()[-1]
-    return re.sub(r"^[\w.]*(Error|Exception): ", "", last)
+    if "UserError: " in last:
+      return last.split("UserError: ", 1)[1]
+    places = re.findall(r'File "([^"]+)", line (\d+), in get_config', text)
+    where = "{}, line {}: ".format(*places[-1]) if places else ""
+    return where + last
   match = re.match(r"flag --([\w.]+)=(.*?): (.*)", text, re.DOTALL)
   if match and match.group(2) == "None":
     return f"flag --{match.group(1)} is required"

@@ -210,6 +210,8 @@ def _check_sections(config: ConfigDict) -> None:
   """Checks the parts that a config file names itself."""
   for name in config.tasks:
     _one_of("tasks", name, TASKS)
+    for key in config.tasks[name]:
+      _one_of(f"tasks.{name}", key, default_settings(name))
   if not len(config.tasks):
     raise UserError("tasks is empty; name at least one of " + ", ".join(TASKS))
   for section, schema in (

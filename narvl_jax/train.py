@@ -26,6 +26,7 @@ from absl import flags
 
 from narvl_jax import cli
 from narvl_jax import experiment as experiment_lib
+from narvl_jax.config import validate
 from narvl_jax.data.pipeline import BadRecords, train_batches
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import evaluate_tasks
@@ -72,6 +73,7 @@ def train(
 
   with ledger.stage("init"):
     say(f"run folder {workdir}")
+    validate(config)
     resumes = workdir_lib.check(workdir, config)
     mesh = make_mesh(config.mesh.data)
     say(f"mesh {describe(mesh)}")

@@ -1,19 +1,23 @@
 """Multi-head attention with additive biases, as the reference computes it."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from narvl_jax.models.sizes import ModelConfig
 
+# Of linear maps and tables of the reference.
 INIT_STDDEV = 0.02
+_EPSILON = 1e-5  # of LayerNorm, as in the reference
 
 
-def normal_init(*names: str | None) -> nn.initializers.Initializer:
-  """Normal(0, 0.02) with logical axis names, one per dimension."""
-  return nn.with_logical_partitioning(
-    nn.initializers.normal(INIT_STDDEV), names
-  )
+def normal_init(
+  *names: str | None, stddev: float = INIT_STDDEV
+) -> nn.initializers.Initializer:
+  """Normal(0, stddev) with logical axis names, one per dimension."""
+  return nn.with_logical_partitioning(nn.initializers.normal(stddev), names)
 
 
 def zeros_init(*names: str | None) -> nn.initializers.Initializer:
@@ -26,16 +30,32 @@ def ones_init(*names: str | None) -> nn.initializers.Initializer:
   return nn.with_logical_partitioning(nn.initializers.ones, names)
 
 
+class LayerNorm(nn.Module):
+  """LayerNorm over the last axis, statistics in float32.
+
+  Scale and bias come last, so that only the normalised input is kept for the
+  backward pass (flax's layer folds the scale into the factor first, which
+  XLA then materialises in full size).
+  """
+
+  dtype: Any
+  axis: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Normalises [..., C]."""
+    shape = x.shape[-1:]
+    scale = self.param("scale", ones_init(self.axis), shape)
+    bias = self.param("bias", zeros_init(self.axis), shape)
+    x = x.astype(jnp.float32)
+    x -= x.mean(-1, keepdims=True)
+    x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + _EPSILON)
+    return (x * scale + bias).astype(self.dtype)
+
+
 def layer_norm(config: ModelConfig, name: str, axis: str = "norm") -> nn.Module:
-  """LayerNorm with the reference's epsilon and statistics in float32."""
-  return nn.LayerNorm(
-    epsilon=1e-5,
-    dtype=config.dtype,
-    use_fast_variance=False,
-    scale_init=ones_init(axis),
-    bias_init=zeros_init(axis),
-    name=name,
-  )
+  """A `LayerNorm` in the compute type of the model."""
+  return LayerNorm(config.dtype, axis, name=name)
 
 
 class Projection(nn.Module):
@@ -51,7 +71,7 @@ class Projection(nn.Module):
     shape = (self.num, cfg.num_heads, cfg.head_width)
     kernel = self.param(
       "kernel",
-      normal_init("embed", None, "heads", "head_width"),
+      normal_init("embed", None, "heads", "head_width", stddev=cfg.init_stddev),
       (x.shape[-1], *shape),
     )
     bias = self.param("bias", zeros_init(None, "heads", "head_width"), shape)
@@ -128,7 +148,7 @@ class Attention(nn.Module):
     out *= gain.astype(cfg.dtype)[:, None]
     kernel = self.param(
       "out_kernel",
-      normal_init("heads", "head_width", "embed"),
+      normal_init("heads", "head_width", "embed", stddev=cfg.init_stddev),
       (cfg.num_heads, cfg.head_width, cfg.width),
     )
     out_bias = self.param("out_bias", zeros_init("norm"), (cfg.width,))

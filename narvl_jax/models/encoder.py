@@ -159,7 +159,7 @@ class Encoder(nn.Module):
     cfg = self.config
     kernel = self.param(
       "image_proj_kernel",
-      normal_init("conv_out", "embed"),
+      normal_init("conv_out", "embed", stddev=cfg.init_stddev),
       (features.shape[-1], cfg.width),
     )
     bias = self.param("image_proj_bias", zeros_init("norm"), (cfg.width,))

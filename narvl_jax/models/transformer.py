@@ -25,11 +25,15 @@ class FeedForward(nn.Module):
     """Maps [B, S, D] to [B, S, D]."""
     cfg = self.config
     w1 = self.param(
-      "fc1_kernel", normal_init("embed", "mlp"), (cfg.width, cfg.mlp_width)
+      "fc1_kernel",
+      normal_init("embed", "mlp", stddev=cfg.init_stddev),
+      (cfg.width, cfg.mlp_width),
     )
     b1 = self.param("fc1_bias", zeros_init("mlp"), (cfg.mlp_width,))
     w2 = self.param(
-      "fc2_kernel", normal_init("mlp", "embed"), (cfg.mlp_width, cfg.width)
+      "fc2_kernel",
+      normal_init("mlp", "embed", stddev=cfg.init_stddev),
+      (cfg.mlp_width, cfg.width),
     )
     b2 = self.param("fc2_bias", zeros_init("norm"), (cfg.width,))
     h = x.astype(cfg.dtype) @ w1.astype(cfg.dtype) + b1.astype(cfg.dtype)

@@ -50,8 +50,7 @@ def query_ctc_loss(
   Raises:
     UserError: `blank_id`, `vocab_size` or `label_smoothing` out of range.
 
-  Source: Graves et al. 2006, equations 6-8 and 16; NARVL (arXiv 2403.02249),
-  section 3.3.
+  Source: Graves et al. 2006, section 4; NARVL (arXiv 2403.02249).
   """
   size = _check(logits, labels, blank_id, vocab_size, label_smoothing)
   ones = jnp.ones(logits.shape[:1], jnp.float32)
@@ -154,9 +153,9 @@ def query_ctc_objective(
       all True.
 
   Returns:
-    The objective (float32 scalar) and float32 scalars: `loss` (the same),
-    `nll` (mean nll per label), `infeasible_fraction`, `examples` (sum of the
-    mask).
+    The objective (float32 scalar) and a dict: the float32 scalars `loss` (the
+    same), `nll` (mean nll per label), `infeasible_fraction` and `examples`
+    (sum of the mask), and `nll_per_example`, float32 [B].
 
   Raises:
     UserError: an argument out of range or an unknown `confidence_mode`.
@@ -186,6 +185,7 @@ def query_ctc_objective(
     "nll": mean(nll),
     "infeasible_fraction": mean(infeasible.astype(jnp.float32)),
     "examples": examples,
+    "nll_per_example": nll,
   }
   return loss, jax.lax.stop_gradient(metrics)
 

@@ -1,5 +1,6 @@
 """Checkpoints, written in the background; the last and the best are kept."""
 
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -15,6 +16,11 @@ from narvl_jax.training.train_state import (
 
 FOLDER = "checkpoints"
 _SCORE = "score"
+
+
+def _rank(metrics: Mapping[str, Any]) -> float:
+  score = metrics[_SCORE]
+  return -math.inf if score is None else score
 
 
 class Checkpoints:
@@ -77,9 +83,10 @@ class Checkpoints:
   def best_step(self) -> int | None:
     """The step with the best score, None if none has one."""
     step = self._manager.best_step()
-    if step is None or self._manager.metrics(step) is None:
+    if step is None:
       return None
-    return step
+    scored = (self._manager.metrics(step) or {}).get(_SCORE) is not None
+    return step if scored else None
 
   def steps(self) -> list[int]:
     """Returns the steps on disk in order."""

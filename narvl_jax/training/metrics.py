@@ -14,8 +14,7 @@ import numpy as np
 class MetricsWriter:
   """Writes one JSON object a step to `metrics.jsonl`, and to TensorBoard.
 
-  What is written for a step is one line, complete when the next step is
-  written or at `flush`.
+  Whatever is written for a step, and whenever, ends up in its one line.
   """
 
   def __init__(
@@ -33,34 +32,43 @@ class MetricsWriter:
 
     workdir = pathlib.Path(workdir)
     path = workdir / "metrics.jsonl"
-    truncate(path, resumed_step)
-    self._file = path.open("a", encoding="utf-8")
+    lines = _lines_until(path, resumed_step)
+    self._step = resumed_step
+    self._values: dict[str, float | None] = {}
+    if lines and lines[-1]["step"] == resumed_step:
+      self._values = {k: v for k, v in lines.pop().items() if k != "step"}
+    self._changed = bool(self._values)
+    _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
+    self._file = path.open("r+", encoding="utf-8")
+    # Where the line of the current step starts.
+    self._offset = self._file.seek(0, os.SEEK_END)
     self._board = tensorboardX.SummaryWriter(
       str(workdir / "tensorboard"), purge_step=resumed_step + 1
     )
-    self._pending: dict[str, float] = {}
-    self._step = resumed_step
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Adds values to the line of `step`; those not finite become null."""
     if step != self._step:
       self.flush()
-      self._step = step
+      self._offset = self._file.seek(0, os.SEEK_END)
+      self._step, self._values = step, {}
     for name, value in values.items():
-      self._pending[name] = float(value)
-      if math.isfinite(value):
+      finite = math.isfinite(value)
+      self._values[name] = float(value) if finite else None
+      if finite:
         self._board.add_scalar(name, float(value), step)
+    self._changed = True
 
   def flush(self) -> None:
-    """Completes the line of the current step."""
-    if self._pending:
-      line = {
-        name: value if math.isfinite(value) else None
-        for name, value in self._pending.items()
-      }
-      self._file.write(json.dumps({"step": self._step, **line}) + "\n")
-      self._pending = {}
+    """Puts the line of the current step on disk."""
+    if not self._changed:
+      return
+    self._file.seek(self._offset)
+    line = {"step": self._step, **self._values}
+    self._file.write(json.dumps(line) + "\n")
+    self._file.truncate()
     self._file.flush()
+    self._changed = False
 
   def close(self) -> None:
     """Flushes and closes the files."""
@@ -75,20 +83,24 @@ class MetricsWriter:
     self.close()
 
 
-def truncate(path: pathlib.Path, last_step: int) -> None:
-  """Removes lines after `last_step`, and a last line that was cut short."""
-  if not path.exists():
-    return
-  kept = []
-  for line in path.read_text(encoding="utf-8").splitlines():
-    try:
-      if json.loads(line)["step"] <= last_step:
-        kept.append(line + "\n")
-    except (json.JSONDecodeError, KeyError):
-      continue
+def _lines_until(path: pathlib.Path, last_step: int) -> list[dict[str, Any]]:
+  """Returns the lines up to a step; one that was cut short is left out."""
+  lines = []
+  if path.exists():
+    for text in path.read_text(encoding="utf-8").splitlines():
+      try:
+        line = json.loads(text)
+      except json.JSONDecodeError:
+        continue
+      if line["step"] <= last_step:
+        lines.append(line)
+  return lines
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
   temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text("".join(kept), encoding="utf-8")
-  os.replace(temporary, path)
+  temporary.write_text(text, encoding="utf-8")
+  temporary.replace(path)
 
 
 def mean_metrics(

@@ -73,7 +73,7 @@ def _objects(draws: Draws, screen: bool) -> list[SceneObject]:
   limit = draws.level.max_objects
   if screen:
     limit -= 2 if draws.level.overlap else 1
-  return [focus, *draws.companions(focus, draws.below(limit))]
+  return [focus, *draws.others(focus, draws.below(limit))]
 
 
 def _existence(draws: Draws, label: str) -> Draft | None:

@@ -119,7 +119,9 @@ class Draws:
   __slots__ = ("level", "random")
 
   def __init__(self, key: int, level: Level) -> None:
-    self.random = random.Random(key).random
+    # The seeding repeats short keys, so that keys of different lengths can
+    # start the same sequence; with a fixed top bit all are equally long.
+    self.random = random.Random(key + (1 << 128)).random
     self.level = level
 
   def below(self, limit: int) -> int:
@@ -215,6 +217,12 @@ class Draws:
         combination = self.combination()
       out.append(self.object(combination))
     return out
+
+  def others(self, focus: SceneObject, count: int) -> list[SceneObject]:
+    """Companions in a third of the scenes, else objects of any kind."""
+    if self.random() < 1 / 3:
+      return self.companions(focus, count)
+    return [self.object(self.combination()) for _ in range(count)]
 
   def shrink(self, item: SceneObject) -> None:
     """Makes an object small."""

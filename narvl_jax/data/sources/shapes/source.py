@@ -77,14 +77,15 @@ class ShapesSource(Sequence[Record]):
           f"{did_you_mean(str(value), options)} Set {name}=."
         )
     low, high = IMAGE_SIZES
-    if not isinstance(image_size, int) or not low <= image_size <= high:
+    if type(image_size) is not int or not low <= image_size <= high:
       raise UserError(
         f"shapes: image_size must be a whole number from {low} to {high}, "
         f"got {image_size!r}. Set options.image_size."
       )
-    if not isinstance(seed, int) or seed < 0:
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
       raise UserError(
-        f"shapes: seed must be a whole number from 0, got {seed!r}. Set seed=."
+        "shapes: seed must be a whole number from 0 to 2**64 - 1, got "
+        f"{seed!r}. Set seed=."
       )
     self.task, self.split, self.seed = task, split, seed
     self.image_size, self.difficulty = image_size, difficulty
@@ -116,12 +117,15 @@ class ShapesSource(Sequence[Record]):
       kind=draft.kind,
     )
 
-  def draft(self, index: int) -> Draft:
-    """The scene and the text of a record, without the picture."""
+  def key(self, index: int) -> int:
+    """The whole number that all random numbers of a record come from."""
     if not -self._count <= index < self._count:
       raise IndexError(f"shapes has {self._count} records, got {index}")
-    key = self._base + index % self._count
-    return self._compose(Draws(key, self._level))
+    return self._base + index % self._count
+
+  def draft(self, index: int) -> Draft:
+    """The scene and the text of a record, without the picture."""
+    return self._compose(Draws(self.key(index), self._level))
 
   def texts(self, limit: int) -> Iterator[str]:
     """Prompts and answers of the first records, to train a tokenizer."""

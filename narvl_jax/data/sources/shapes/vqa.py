@@ -136,19 +136,22 @@ def absent_combination(
 ) -> tuple[str, str] | None:
   """A colour and shape that no object has, though each is there if possible.
 
-  In a held-out scene it is another held-out combination.
+  In a held-out scene it is another held-out combination, and up to two of the
+  objects (without a place yet) are changed to have its colour or its shape.
   """
-  present = {(item.color, item.shape) for item in objects}
-  if draws.level.held_out:
-    options = [pair for pair in words.HELD_OUT if pair not in present]
-    return draws.pick(options)
   others = [item for item in objects if item is not focus]
+  if draws.level.held_out:
+    pair = draws.pick(
+      [p for p in words.HELD_OUT if p != (focus.color, focus.shape)]
+    )
+    wanted = draws.shuffled(({"color": pair[0]}, {"shape": pair[1]}))
+    for other, condition in zip(others, wanted, strict=False):
+      other.color, other.shape = draws.combination(words.SEEN, **condition)
+    return pair
+  present = {(item.color, item.shape) for item in objects}
   for other in draws.shuffled(others):
     for pair in draws.shuffled(
-      (
-        (focus.color, other.shape),
-        (other.color, focus.shape),
-      )
+      ((focus.color, other.shape), (other.color, focus.shape))
     ):
       if pair not in present and pair in words.SEEN:
         return pair
@@ -173,7 +176,7 @@ def _existence_of_one(draws: Draws, truth: bool) -> Draft | None:
 def _existence_of_both(draws: Draws, truth: bool) -> Draft | None:
   """Such as "is there a red circle?"."""
   focus = draws.focus()
-  objects = [focus, *draws.companions(focus, draws.number_of_objects() - 1)]
+  objects = [focus, *draws.others(focus, draws.number_of_objects() - 1)]
   pair = (focus.color, focus.shape)
   if not truth:
     pair = absent_combination(draws, focus, objects)

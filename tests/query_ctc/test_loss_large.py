@@ -1,0 +1,192 @@
+"""The loss at the full vocabulary: agreement, memory, sharding."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from narvl_jax.query_ctc import compact, query_ctc_loss, query_ctc_objective
+
+N, L, V = 20, 16, 59458
+BLANK = V - 1
+LENGTHS = [16, 9, 0, 4]
+
+
+@pytest.fixture(scope="module")
+def batch():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(4, N, V)).astype(np.float32) * 2
+  labels = rng.integers(3, BLANK, size=(4, L))
+  labels[0, 1] = labels[0, 0]
+  labels[1, :9] = labels[1, [0, 1, 0, 0, 2, 2, 3, 0, 3]]
+  return jnp.asarray(logits), jnp.asarray(labels), jnp.array(LENGTHS)
+
+
+def loss_and_gradient(loss_fn, logits, *args):
+  def total(z):
+    losses = loss_fn(z, *args)
+    return losses.sum(), losses
+
+  (_, losses), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(
+    logits
+  )
+  return np.asarray(losses), np.asarray(gradient)
+
+
+def test_agrees_with_ctc_over_all_classes(batch):
+  def plain(logits, labels, lengths):
+    return optax.ctc_loss(
+      logits,
+      jnp.zeros(logits.shape[:2]),
+      labels,
+      (jnp.arange(L) >= lengths[:, None]).astype(jnp.float32),
+      blank_id=BLANK,
+    )
+
+  ours = functools.partial(query_ctc_loss, blank_id=BLANK)
+  losses, gradient = loss_and_gradient(ours, *batch)
+  expected, expected_gradient = loss_and_gradient(plain, *batch)
+  np.testing.assert_allclose(losses, expected, rtol=1e-5)
+  largest = np.abs(expected_gradient).max()
+  np.testing.assert_allclose(
+    gradient, expected_gradient, rtol=0, atol=1e-5 * largest
+  )
+  # Most classes are far smaller than the largest gradient; the softmax part
+  # of each must hold on its own.
+  common = np.quantile(np.abs(expected_gradient), 0.5)
+  here = np.abs(expected_gradient) >= common
+  np.testing.assert_allclose(gradient[here], expected_gradient[here], rtol=1e-4)
+
+
+def test_agrees_with_torch(batch):
+  torch = pytest.importorskip(
+    "torch", reason="torch is not installed (extra `parity`)"
+  )
+  logits, labels, lengths = batch
+  z = torch.tensor(np.asarray(logits), dtype=torch.float64, requires_grad=True)
+  expected = torch.nn.functional.ctc_loss(
+    torch.log_softmax(z, -1).transpose(0, 1),
+    torch.tensor(np.asarray(labels)),
+    torch.full((4,), N),
+    torch.tensor(np.asarray(lengths)),
+    blank=BLANK,
+    reduction="none",
+    zero_infinity=True,
+  )
+  expected.sum().backward()
+  ours = functools.partial(query_ctc_loss, blank_id=BLANK)
+  losses, gradient = loss_and_gradient(ours, *batch)
+  np.testing.assert_allclose(losses, expected.detach().numpy(), rtol=1e-5)
+  np.testing.assert_allclose(gradient, z.grad.numpy(), atol=1e-5)
+
+
+def compiled(*, batch_size=16, sharding=None, donate=False, dtype="float32"):
+  def loss(logits, labels, lengths):
+    return query_ctc_objective(
+      logits,
+      labels,
+      lengths,
+      blank_id=V - 8,
+      vocab_size=V - 4,
+      label_smoothing=0.1,
+    )[0]
+
+  def shape(*dims, dtype="int32"):
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+
+  step = jax.jit(
+    jax.value_and_grad(loss), donate_argnums=(0,) if donate else ()
+  )
+  return step.lower(
+    shape(batch_size, N, V, dtype=dtype),
+    shape(batch_size, L),
+    shape(batch_size),
+  ).compile()
+
+
+def test_needs_no_second_array_of_the_size_of_the_logits():
+  size = 16 * N * V * 4
+  memory = compiled().memory_analysis()
+  assert memory.output_size_in_bytes < 1.01 * size
+  assert memory.temp_size_in_bytes < 0.05 * size
+
+
+def test_gradient_may_take_the_place_of_the_logits():
+  size = 16 * N * V * 4
+  memory = compiled(donate=True).memory_analysis()
+  assert memory.alias_size_in_bytes >= size
+  assert memory.temp_size_in_bytes < 0.1 * size
+
+
+def test_half_precision_makes_no_float32_copy():
+  float32_size = 16 * N * V * 4
+  memory = compiled(dtype="bfloat16").memory_analysis()
+  assert memory.output_size_in_bytes < 0.51 * float32_size
+  assert memory.temp_size_in_bytes < 0.55 * float32_size
+
+
+def test_batch_shards_without_moving_logits():
+  devices = jax.devices()
+  if len(devices) < 8:
+    pytest.skip("needs 8 devices")
+  mesh = jax.make_mesh((8,), ("data",), devices=devices[:8])
+  sharding = NamedSharding(mesh, PartitionSpec("data"))
+  text = compiled(sharding=sharding).as_text()
+  assert "all-gather" not in text
+  assert "all-to-all" not in text
+  assert "collective-permute" not in text
+  for dims in re.findall(r"\w+\[([\d,]*)\][^=]* all-reduce", text):
+    assert np.prod([int(d) for d in dims.split(",") if d]) <= 16
+  assert f"f32[2,{N},{V}]" in text
+  assert f"f32[16,{N},{V}]" not in text
+
+
+def test_sharded_batch_gives_the_same_numbers():
+  devices = jax.devices()
+  if len(devices) < 8:
+    pytest.skip("needs 8 devices")
+  mesh = jax.make_mesh((8,), ("data",), devices=devices[:8])
+  sharding = NamedSharding(mesh, PartitionSpec("data"))
+  rng = np.random.default_rng(0)
+  logits = jnp.asarray(rng.normal(size=(16, 6, 50)), jnp.float32)
+  labels = jnp.asarray(rng.integers(0, 49, size=(16, 4)))
+  lengths = jnp.asarray(rng.integers(0, 5, size=16))
+
+  @jax.jit
+  def run(logits, labels, lengths):
+    return jax.value_and_grad(
+      lambda z: query_ctc_objective(
+        z, labels, lengths, blank_id=49, label_smoothing=0.1
+      )[0]
+    )(logits)
+
+  value, gradient = run(
+    *(jax.device_put(x, sharding) for x in (logits, labels, lengths))
+  )
+  assert gradient.sharding.is_equivalent_to(sharding, 3)
+  expected, expected_gradient = run(logits, labels, lengths)
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+  np.testing.assert_allclose(gradient, expected_gradient, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_accelerators_compute_the_same_in_one_piece(dtype):
+  """The CPU takes other paths than the accelerators; they must agree."""
+  logits = (jax.random.normal(jax.random.key(0), (3, 5, 40)) * 3).astype(dtype)
+  columns = jnp.array([[39, 3, 3], [39, 7, 8], [39, 39, 39]])
+  for size in (40, 37):
+    one_piece = compact._summarize(logits, columns, vocab_size=size)
+    by_query = compact._summarize_by_query(logits, columns, vocab_size=size)
+    for a, b in zip(one_piece, by_query, strict=True):
+      assert a.dtype == b.dtype == jnp.float32
+      np.testing.assert_allclose(a, b, rtol=1e-5)
+  values = jnp.arange(15.0).reshape(3, 5, 1).repeat(3, -1).astype(dtype)
+  np.testing.assert_array_equal(
+    compact._write(logits, columns, values),
+    compact._write_bits(logits, columns, values),
+  )
