@@ -17,6 +17,7 @@ SHORTEST_FIRST = (
   ("texture", "shape"),
   ("size", "color", "shape"),
   ("texture", "color", "shape"),
+  ("size", "texture", "shape"),
   ("size", "texture", "color", "shape"),
 )
 
