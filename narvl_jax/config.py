@@ -1,8 +1,9 @@
 """The default experiment, and the check of a config against it."""
 
 import dataclasses
+import math
 import numbers
-from typing import Any
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict, config_dict
 
@@ -10,6 +11,11 @@ from narvl_jax.data.example import TASKS
 from narvl_jax.data.tasks import default_settings
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.models import ModelConfig
+from narvl_jax.query_ctc.loss import CONFIDENCE_MODES
+
+OPTIMIZERS = ("adamw", "muon")
+# A ConfigDict, whose keys no type checker knows.
+Config: TypeAlias = Any
 
 VOCABULARY_SOURCES = ("train", "official", "huggingface")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -21,7 +27,7 @@ _EVALUATION_KEYS = ("source", "task", "options")
 _TRAIN_KEYS = (*_EVALUATION_KEYS, "weight", "split")
 
 
-def default_config(*tasks: str) -> ConfigDict:
+def default_config(*tasks: str) -> Config:
   """Returns every setting with its default.
 
   A leaf under `model` that is None keeps the value of the named size. A config
@@ -31,7 +37,7 @@ def default_config(*tasks: str) -> ConfigDict:
   Args:
     *tasks: names of the tasks of the run.
   """
-  config = ConfigDict()
+  config: Config = ConfigDict()
   config.seed = 0
   config.model = _model_defaults()
   config.vocabulary = ConfigDict(
@@ -61,6 +67,7 @@ def default_config(*tasks: str) -> ConfigDict:
   config.loss = ConfigDict({"label_smoothing": 0.0, "confidence": "weight"})
   config.optimizer = ConfigDict(
     {
+      "name": "adamw",
       "learning_rate": 1e-3,
       "schedule": "cosine",
       "warmup_steps": 0,
@@ -113,7 +120,7 @@ def train_source(
   weight: float | tuple[tuple[int, float], ...] = 1.0,
   split: str = "train",
   **options: Any,
-) -> ConfigDict:
+) -> Config:
   """Returns an entry of `data.train`.
 
   Args:
@@ -135,13 +142,13 @@ def train_source(
   )
 
 
-def evaluation_source(source: str, task: str, **options: Any) -> ConfigDict:
+def evaluation_source(source: str, task: str, **options: Any) -> Config:
   """Returns an entry of `data.evaluation`; see `train_source`."""
   return ConfigDict({"source": source, "task": task, "options": options})
 
 
-def _model_defaults() -> ConfigDict:
-  model = ConfigDict({"size": "micro"})
+def _model_defaults() -> Config:
+  model: Config = ConfigDict({"size": "micro"})
   for field in dataclasses.fields(ModelConfig):
     if field.name in _FROM_VOCABULARY or field.name == "dtype":
       continue
@@ -151,7 +158,7 @@ def _model_defaults() -> ConfigDict:
   return model
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: Config) -> None:
   """Checks the keys, types and ranges of a config.
 
   Raises:
@@ -162,7 +169,7 @@ def validate(config: ConfigDict) -> None:
   _check_values(config)
 
 
-def _check_tree(config: Any, schema: ConfigDict, prefix: str) -> None:
+def _check_tree(config: Any, schema: Config, prefix: str) -> None:
   """Compares keys and types; sections that the schema leaves empty are open."""
   for key in config:
     path = f"{prefix}{key}"
@@ -206,7 +213,7 @@ def _has_type(value: Any, kind: type) -> bool:
   return isinstance(value, kind)
 
 
-def _check_sections(config: ConfigDict) -> None:
+def _check_sections(config: Config) -> None:
   """Checks the parts that a config file names itself."""
   for name in config.tasks:
     _one_of("tasks", name, TASKS)
@@ -240,6 +247,7 @@ def _one_of(key: str, value: str, options: Any) -> None:
 
 # key -> (lowest value, highest value); None is no limit.
 _RANGES: dict[str, tuple[float, float | None]] = {
+  "seed": (0, 2**32 - 1),
   "vocabulary.size": (1, None),
   "vocabulary.num_bins": (0, None),
   "vocabulary.num_codes": (0, None),
@@ -253,6 +261,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
   "optimizer.weight_decay": (0, None),
   "optimizer.b1": (0, 0.99999),
   "optimizer.b2": (0, 0.9999999),
+  "optimizer.eps": (1e-16, None),
   "optimizer.clip_norm": (0, None),
   "optimizer.ema_decay": (0, 0.9999999),
   "train.steps": (1, None),
@@ -267,16 +276,22 @@ _RANGES: dict[str, tuple[float, float | None]] = {
 }
 
 
-def _check_values(config: ConfigDict) -> None:
+def _check_values(config: Config) -> None:
   """Checks ranges and choices that do not depend on data or devices."""
   for path, (low, high) in _RANGES.items():
-    section, key = path.split(".")
-    value = config[section][key]
-    if value < low or (high is not None and value > high):
-      limits = f"at least {low}" + ("" if high is None else f", at most {high}")
-      raise UserError(f"{path}={value} must be {limits}: --config.{path}={low}")
+    value = config
+    for key in path.split("."):
+      value = value[key]
+    top = math.inf if high is None else high
+    if low <= value <= top and math.isfinite(value):
+      continue
+    limits = f"at least {low}" + ("" if high is None else f", at most {high}")
+    near = high if high is not None and value > high else low
+    raise UserError(f"{path}={value} must be {limits}: --config.{path}={near}")
   _one_of("vocabulary.source", config.vocabulary.source, VOCABULARY_SOURCES)
+  _one_of("optimizer.name", config.optimizer.name, OPTIMIZERS)
   _one_of("model.dtype", config.model.dtype, DTYPES)
+  _one_of("loss.confidence", config.loss.confidence, CONFIDENCE_MODES)
   size = config.data.image_size
   if len(size) != 2 or not all(isinstance(x, int) and x > 0 for x in size):
     raise UserError(
@@ -296,11 +311,11 @@ def to_json(config: Any) -> Any:
   return config
 
 
-def from_json(values: dict[str, Any]) -> ConfigDict:
+def from_json(values: dict[str, Any]) -> Config:
   """Reads what `to_json` wrote; settings that it lacks get their default."""
   config = default_config()
 
-  def fill(section: ConfigDict, values: dict[str, Any]) -> None:
+  def fill(section: Config, values: dict[str, Any]) -> None:
     for key, value in values.items():
       if isinstance(value, dict) and isinstance(section.get(key), ConfigDict):
         fill(section[key], value)

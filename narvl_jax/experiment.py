@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.linen import meta
-from ml_collections import ConfigDict
 
-from narvl_jax.config import validate
+from narvl_jax.config import Config, validate
 from narvl_jax.data.example import Record
+from narvl_jax.data.mixture import Entry, Mixture
 from narvl_jax.data.sources import load_source
 from narvl_jax.data.tasks import (
   Task,
@@ -23,10 +23,12 @@ from narvl_jax.data.tasks import (
 )
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
+from narvl_jax.evaluation.evaluator import load_dataset
 from narvl_jax.models import NARVL, ModelConfig, model_config
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import Checkpoints, choose_step
 from narvl_jax.training.optimizer import assign_rules, flatten, split_frozen
+from narvl_jax.training.score import check_best_metric
 from narvl_jax.training.train_state import abstract_variables
 
 VOCABULARY_FOLDER = "vocabulary"
@@ -51,7 +53,7 @@ class Experiment:
     model: the network.
   """
 
-  config: ConfigDict
+  config: Config
   vocabulary: Vocabulary
   tasks: dict[str, Task[Any]]
   model_config: ModelConfig
@@ -74,7 +76,7 @@ class Experiment:
 
 
 def build(
-  config: ConfigDict, workdir: str | os.PathLike[str] | None = None
+  config: Config, workdir: str | os.PathLike[str] | None = None
 ) -> Experiment:
   """Builds an experiment; writes nothing (see `Experiment.save`).
 
@@ -151,9 +153,7 @@ def restore(
   return experiment, variables, step
 
 
-def resolve_model_config(
-  config: ConfigDict, vocabulary: Vocabulary
-) -> ModelConfig:
+def resolve_model_config(config: Config, vocabulary: Vocabulary) -> ModelConfig:
   """Returns the architecture: the named size and what the config overrides.
 
   Raises:
@@ -180,7 +180,7 @@ def compute_dtype(name: str) -> Any:
   return jnp.dtype(name)
 
 
-def make_vocabulary(config: ConfigDict) -> Vocabulary:
+def make_vocabulary(config: Config) -> Vocabulary:
   """Reads or trains the vocabulary that a config asks for.
 
   Raises:
@@ -192,13 +192,18 @@ def make_vocabulary(config: ConfigDict) -> Vocabulary:
     return Vocabulary.train(_texts(config), settings.size, **counts)
   folder = pathlib.Path(settings.path)
   if settings.source == "official":
-    files = [folder / x for x in ("dict.txt", "encoder.json", "vocab.bpe")]
-    return Vocabulary.from_official(*files, **counts)
-  files = [folder / x for x in ("vocab.json", "merges.txt")]
-  return Vocabulary.from_huggingface(*files, **counts)
+    return Vocabulary.from_official(
+      folder / "dict.txt",
+      folder / "encoder.json",
+      folder / "vocab.bpe",
+      **counts,
+    )
+  return Vocabulary.from_huggingface(
+    folder / "vocab.json", folder / "merges.txt", **counts
+  )
 
 
-def _texts(config: ConfigDict) -> Iterator[str]:
+def _texts(config: Config) -> Iterator[str]:
   for source, task, _, _ in load_mixture(config):
     count = min(len(source), _VOCABULARY_RECORDS)
     # Spread over the source, which may be sorted.
@@ -206,7 +211,7 @@ def _texts(config: ConfigDict) -> Iterator[str]:
     yield from vocabulary_texts(task, dict(config.tasks[task]), records)
 
 
-def load_mixture(config: ConfigDict) -> list[MixtureEntry]:
+def load_mixture(config: Config) -> list[MixtureEntry]:
   """Opens the sources of `data.train`.
 
   Raises:
@@ -226,6 +231,45 @@ def load_mixture(config: ConfigDict) -> list[MixtureEntry]:
     )
     for name, entry in config.data.train.items()
   ]
+
+
+def check_mixture(
+  experiment: Experiment, mixture: Sequence[MixtureEntry]
+) -> None:
+  """Checks the weights of the sources, before anything is written.
+
+  Raises:
+    UserError: the mixture makes no sense.
+  """
+  config = experiment.config
+  Mixture(
+    [Entry(*entry) for entry in mixture],
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+  )
+
+
+def check_evaluation(config: Config) -> None:
+  """Opens what will be evaluated, which may be hours later.
+
+  Raises:
+    UserError: a source, a split or an option does not exist, or
+      `evaluation.best_metric` will not be measured.
+  """
+  settings = {"evaluation.split": config.evaluation.split}
+  if config.train.eval_every:
+    settings["train.eval_split"] = config.train.eval_split
+  for key, split in settings.items():
+    for name in config.data.evaluation:
+      try:
+        load_dataset(config, name, split)
+      except UserError as error:
+        raise UserError(
+          f'data.evaluation.{name} with {key}="{split}": {error}'
+          f" (--config.{key})"
+        ) from error
+  tasks = [entry.task for entry in config.data.evaluation.values()]
+  check_best_metric(config.evaluation.best_metric, tasks)
 
 
 def check_targets(

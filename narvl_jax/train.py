@@ -36,12 +36,16 @@ from narvl_jax.parallel import make_mesh
 from narvl_jax.parallel.mesh import describe
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import Checkpoints, restore_target
-from narvl_jax.training.interrupt import StopRequest
+from narvl_jax.training.interrupt import (
+  StopRequest,
+  Terminated,
+  termination_raises,
+)
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.loop import Loop
 from narvl_jax.training.metrics import MetricsWriter, format_bytes
 from narvl_jax.training.prefetch import DevicePrefetcher
-from narvl_jax.training.score import check_best_metric, flat_metrics, score_of
+from narvl_jax.training.score import flat_metrics, score_of
 from narvl_jax.training.setup import Setup, build_setup, describe_parallelism
 from narvl_jax.training.train_state import TrainState, evaluation_variables
 
@@ -83,8 +87,9 @@ def train(
       f" tasks {', '.join(experiment.tasks)}"
     )
     mixture = experiment_lib.load_mixture(config)
+    experiment_lib.check_mixture(experiment, mixture)
     experiment_lib.check_targets(experiment, mixture)
-    check_best_metric(config.evaluation.best_metric, list(experiment.tasks))
+    experiment_lib.check_evaluation(config)
     for source, task, _, name in mixture:
       say(f"source {name}: {len(source)} examples for {task}")
     setup = build_setup(experiment, mesh)
@@ -106,21 +111,23 @@ def train(
       writer = stack.enter_context(MetricsWriter(workdir, first_step))
 
     if first_step < config.train.steps:
-      stop = stack.enter_context(StopRequest())
-      state = _fit(
-        setup,
-        state,
-        first_step,
-        mixture,
-        checkpoints,
-        writer,
-        ledger,
-        stop,
-        say,
-      )
+      with StopRequest() as stop:
+        state = _fit(
+          setup,
+          state,
+          first_step,
+          mixture,
+          checkpoints,
+          writer,
+          ledger,
+          stop,
+          say,
+        )
       if stop.signal_number is not None and state.step < config.train.steps:
         checkpoints.close()
-        print(f"stopped at step {int(state.step)}; {_how_to_resume()}")
+        print(
+          f"stopped at step {int(state.step)}; {_how_to_resume()}", flush=True
+        )
         sys.exit(128 + stop.signal_number)
     with ledger.stage("evaluation"):
       report = _final_evaluation(experiment, state, workdir, writer, say)
@@ -150,7 +157,7 @@ def _dry_run(setup: Setup, ledger: Ledger, say: "_Announcer") -> None:
   say("compiling the step")
   with jax.set_mesh(setup.mesh), ledger.stage("compile"):
     compiled = setup.compile_step()
-  memory = compiled.memory_analysis()
+  memory: Any = compiled.memory_analysis()
   arguments = format_bytes(memory.argument_size_in_bytes)
   temporaries = format_bytes(memory.temp_size_in_bytes)
   say(f"memory per device: arguments {arguments}, temporaries {temporaries}")
@@ -188,7 +195,7 @@ def _fit(
   experiment = setup.experiment
   config = experiment.config
   # Before the compilation, which leaves time to fill the buffers.
-  host_batches = train_batches(
+  host_batches: Any = train_batches(
     mixture,
     experiment.tasks,
     batch_size=config.train.batch_size,
@@ -212,7 +219,7 @@ def _fit(
 
     def evaluate(
       state: TrainState, step: int
-    ) -> tuple[dict[str, float], float]:
+    ) -> tuple[dict[str, float], float | None]:
       report, _ = evaluate_tasks(
         experiment,
         evaluation_variables(state),
@@ -286,17 +293,21 @@ def main(argv: Sequence[str]) -> None:
   settings = flags.FLAGS
   workdir = pathlib.Path(settings.workdir)
   try:
-    train(
-      settings.config,
-      workdir,
-      dry_run=settings.dry_run,
-      ledger=Ledger(start=_START),
-    )
+    with termination_raises():
+      train(
+        settings.config,
+        workdir,
+        dry_run=settings.dry_run,
+        ledger=Ledger(start=_START),
+      )
   except UserError:
     raise
-  except KeyboardInterrupt:
-    print(f"interrupted; {_how_to_resume()}", file=sys.stderr)
-    sys.exit(128 + signal.SIGINT)
+  except KeyboardInterrupt as interrupt:
+    number = signal.SIGINT
+    if isinstance(interrupt, Terminated):
+      number = signal.SIGTERM
+    print(f"{number.name}: stopped; {_how_to_resume()}", file=sys.stderr)
+    sys.exit(128 + number)
   except Exception as error:
     traceback.print_exc()
     print(

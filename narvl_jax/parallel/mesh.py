@@ -1,6 +1,7 @@
 """The device mesh: axes `data`, `fsdp` and `tensor`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -10,9 +11,7 @@ from narvl_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(
-  data: int = -1, *, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(data: int = -1, *, devices: Sequence[Any] | None = None) -> Mesh:
   """Builds the mesh of all axes in `AXES`; only `data` is wider than one.
 
   Args:

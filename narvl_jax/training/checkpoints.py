@@ -19,6 +19,7 @@ _SCORE = "score"
 
 
 def _rank(metrics: Mapping[str, Any]) -> float:
+  """Returns what the best checkpoint has most of; unscored ones come last."""
   score = metrics[_SCORE]
   return -math.inf if score is None else score
 
@@ -46,6 +47,7 @@ class Checkpoints:
     from orbax.checkpoint import checkpoint_managers
 
     self._ocp = ocp
+    self._saved: int | None = None
     folder = pathlib.Path(workdir).resolve() / FOLDER
     writes = keep_last is not None
     policy = None
@@ -54,7 +56,7 @@ class Checkpoints:
         [
           checkpoint_managers.LatestN(keep_last),
           checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: metrics[_SCORE],
+            get_metric_fn=_rank,
             n=1,
             keep_checkpoints_without_metrics=False,
           ),
@@ -64,7 +66,7 @@ class Checkpoints:
       folder,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policy,
-        best_fn=lambda metrics: metrics[_SCORE],
+        best_fn=_rank,
         create=writes,
         read_only=not writes,
       ),
@@ -115,9 +117,19 @@ class Checkpoints:
     self._manager.save(
       step,
       args=self._ocp.args.Composite(**items),
-      metrics=None if score is None else {_SCORE: score},
+      # Orbax warns about every checkpoint without metrics.
+      metrics={_SCORE: score},
       force=True,
     )
+    self._saved = step
+
+  @property
+  def progress(self) -> str:
+    """Which step this process saved last, and whether it is on disk yet."""
+    if self._saved is None:
+      return "none"
+    saving = self._manager.is_saving_in_progress()
+    return f"{'saving' if saving else 'saved'} {self._saved}"
 
   def restore(self, step: int, target: TrainState) -> TrainState:
     """Reads a whole state.

@@ -21,7 +21,7 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: Any) -> float | None:
   """Returns the bf16 peak of a device in FLOP/s, None if it is not known."""
   return PEAK_FLOPS.get(device.device_kind)
 
@@ -45,14 +45,14 @@ def _count(jaxpr: core.Jaxpr) -> float:
     name = equation.primitive.name
     if name == "dot_general":
       (contracted, _), _ = equation.params["dimension_numbers"]
-      left = equation.invars[0].aval.shape
+      left = _shape(equation.invars[0])
       depth = math.prod(left[axis] for axis in contracted)
-      total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+      total += 2.0 * depth * math.prod(_shape(equation.outvars[0]))
     elif name == "conv_general_dilated":
-      kernel = equation.invars[1].aval.shape
+      kernel = _shape(equation.invars[1])
       spec = equation.params["dimension_numbers"].rhs_spec
       per_output = math.prod(kernel) / kernel[spec[0]]
-      total += 2.0 * per_output * math.prod(equation.outvars[0].aval.shape)
+      total += 2.0 * per_output * math.prod(_shape(equation.outvars[0]))
     repeats = equation.params.get("length", 1) if name == "scan" else 1
     for value in equation.params.values():
       for inner in value if isinstance(value, (tuple, list)) else (value,):
@@ -61,3 +61,7 @@ def _count(jaxpr: core.Jaxpr) -> float:
         elif isinstance(inner, core.Jaxpr):
           total += repeats * _count(inner)
   return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+  return variable.aval.shape

@@ -1,14 +1,22 @@
-"""Stopping a run between two steps."""
+"""Stopping a run: between two steps where it trains, else at once."""
 
+import contextlib
+import os
 import signal
+import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
+
+
+class Terminated(KeyboardInterrupt):
+  """SIGTERM, where a run has nothing to finish first."""
 
 
 class StopRequest:
   """Remembers Ctrl-C or SIGTERM, so that a run ends with a checkpoint.
 
-  The first signal sets `signal_number`; a second Ctrl-C interrupts at once.
+  The first signal sets `signal_number`; a second one interrupts at once.
   """
 
   def __init__(self) -> None:
@@ -16,8 +24,10 @@ class StopRequest:
     self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> Self:
-    for number in (signal.SIGINT, signal.SIGTERM):
-      self._previous[number] = signal.signal(number, self._handle)
+    # Python hands signals to the main thread only.
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGINT, signal.SIGTERM):
+        self._previous[number] = signal.signal(number, self._handle)
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -30,4 +40,20 @@ class StopRequest:
       raise KeyboardInterrupt
     self.signal_number = number
     name = signal.Signals(number).name
-    print(f"{name}: stopping after this step; once more to stop at once")
+    text = f"{name}: stopping after this step; once more to stop at once\n"
+    # Not `print`: the signal may have come in the middle of another one.
+    os.write(2, text.encode())
+
+
+@contextlib.contextmanager
+def termination_raises() -> Iterator[None]:
+  """Raises `Terminated` on SIGTERM, which by default ends without a word."""
+
+  def handle(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+  previous = signal.signal(signal.SIGTERM, handle)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, previous)

@@ -1,8 +1,9 @@
 """Where the time of a run went."""
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 
 class Ledger:
@@ -54,14 +55,21 @@ class Ledger:
     return dict(self._seconds)
 
   def table(self) -> str:
-    """Returns a line per stage, with seconds and the share of the total."""
+    """Returns a line per stage, with seconds and the share of the total.
+
+    The shares add up to 100.0 as they are printed.
+    """
     seconds = self.seconds()
-    total = sum(seconds.values())
     other = seconds.pop(self.OTHER, 0.0)
-    rows = [*seconds.items(), (self.OTHER, other), ("total", total)]
+    rows = {**seconds, self.OTHER: other}
+    shares = _rounded_shares(list(rows.values()))
+    total = ("total", sum(rows.values()), 1000)
     return "\n".join(
-      f"  {name:<12} {value:9.1f} s {100 * value / total:6.1f} %"
-      for name, value in rows
+      f"  {name:<12} {value:9.1f} s {share / 10:6.1f} %"
+      for name, value, share in [
+        *zip(rows, rows.values(), shares, strict=True),
+        total,
+      ]
     )
 
   def _charge(self) -> None:
@@ -69,3 +77,15 @@ class Ledger:
     name = self._stack[-1]
     self._seconds[name] = self._seconds.get(name, 0.0) + now - self._mark
     self._mark = now
+
+
+def _rounded_shares(values: Sequence[float]) -> list[int]:
+  """Returns the shares in thousandths, rounded so that they add up to 1000."""
+  total = sum(values) or 1.0
+  exact = [1000 * value / total for value in values]
+  shares = [math.floor(share) for share in exact]
+  # The largest remainders are rounded up.
+  by_remainder = sorted(range(len(values)), key=lambda i: shares[i] - exact[i])
+  for i in by_remainder[: 1000 - sum(shares)]:
+    shares[i] += 1
+  return shares

@@ -26,8 +26,8 @@ from narvl_jax.training.train_state import TrainState
 _MAX_AHEAD = 2
 
 Metrics = dict[str, jax.Array]
-# State and step -> metrics to write, and the score of the state.
-Evaluate = Callable[[TrainState, int], tuple[dict[str, float], float]]
+# State and step -> metrics to write, and the score of the state, if any.
+Evaluate = Callable[[TrainState, int], tuple[dict[str, float], float | None]]
 
 
 @dataclasses.dataclass
@@ -60,11 +60,12 @@ class Loop:
     A checkpoint is saved at the step where it ends.
 
     Raises:
-      UserError: the loss is no longer finite.
+      UserError: the loss or the gradient is no longer finite. Such a state
+        is never saved.
     """
     config = self.setup.experiment.config.train
     first = int(state.step)
-    progress = _Progress(self.setup, self.ledger, first)
+    progress = _Progress(self.setup, self.ledger, self.checkpoints, first)
     running: collections.deque[Metrics] = collections.deque()
     for step in range(first + 1, config.steps + 1):
       batch = self._next_batch(running)
@@ -82,6 +83,8 @@ class Loop:
       with self.ledger.stage("step"):
         jax.block_until_ready(running)
         running.clear()
+        # Before a broken state could be saved in the place of a good one.
+        progress.check_finite(self.writer)
         progress.report(self.writer, force=last)
       self._evaluate_and_save(state, step, last)
       if last:
@@ -109,7 +112,9 @@ class Loop:
     config = self.setup.experiment.config.train
     finished = step == config.steps
     score = None
-    if config.eval_every and (finished or step % config.eval_every == 0):
+    due = config.eval_every and (finished or step % config.eval_every == 0)
+    # A run that was told to stop has little time, and a state to save.
+    if due and (finished or not last):
       with self.ledger.stage("evaluation"):
         metrics, score = self.evaluate(state, step)
       self.writer.write(step, metrics)
@@ -124,10 +129,13 @@ class Loop:
 class _Progress:
   """Averages metrics between two reports and says how fast a run is."""
 
-  def __init__(self, setup: Setup, ledger: Ledger, first: int) -> None:
+  def __init__(
+    self, setup: Setup, ledger: Ledger, checkpoints: Checkpoints, first: int
+  ) -> None:
     config = setup.experiment.config.train
     self._config = config
     self._ledger = ledger
+    self._checkpoints = checkpoints
     self._devices = setup.mesh.size
     self._first = self._reported = self._step = first
     self._steps: list[Metrics] = []
@@ -148,11 +156,12 @@ class _Progress:
     """Writes and prints if the interval is full.
 
     Raises:
-      UserError: the loss is not finite.
+      UserError: the loss or the gradient is not finite.
     """
     due = self._step % self._config.log_every == 0
     if not self._steps or not (due or force):
       return
+    self.check_finite(writer)
     values = mean_metrics(self._steps)
     count = len(self._steps)
     self._steps = []
@@ -161,13 +170,28 @@ class _Progress:
       self._step, {f"train/{name}": value for name, value in values.items()}
     )
     print(self._line(values), flush=True)
-    if not math.isfinite(values["loss"]):
-      writer.flush()
-      raise UserError(
-        f"the loss is {values['loss']} at step {self._step}; lower"
-        " --config.optimizer.learning_rate or lengthen"
-        " --config.optimizer.warmup_steps, in another --workdir"
-      )
+
+  def check_finite(self, writer: MetricsWriter) -> None:
+    """Checks the steps since the last report.
+
+    Raises:
+      UserError: naming the first step whose loss or gradient is not finite;
+        the metrics of that step are then on disk.
+    """
+    first = self._step - len(self._steps) + 1
+    for step, metrics in enumerate(self._steps, first):
+      for name, words in (("loss", "loss"), ("grad_norm", "gradient norm")):
+        value = float(metrics[name])
+        if math.isfinite(value):
+          continue
+        values = mean_metrics([metrics])
+        writer.write(step, {f"train/{key}": x for key, x in values.items()})
+        writer.flush()
+        raise UserError(
+          f"the {words} is {value} at step {step}; lower"
+          " --config.optimizer.learning_rate or lengthen"
+          " --config.optimizer.warmup_steps, in another --workdir"
+        )
 
   def _speed(self, count: int) -> dict[str, float]:
     seconds = self._ledger.seconds()
@@ -205,5 +229,6 @@ class _Progress:
       parts.append(f"MFU {100 * values['mfu']:.1f} %")
     if values["infeasible_fraction"]:
       parts.append(f"infeasible {100 * values['infeasible_fraction']:.1f} %")
+    parts.append(f"checkpoint {self._checkpoints.progress}")
     parts.append(f"ETA {format_duration(left)}")
     return "  ".join(parts)

@@ -28,7 +28,7 @@ def check_best_metric(best_metric: str, tasks: Iterable[str]) -> None:
 
   Args:
     best_metric: "mean" or TASK/METRIC.
-    tasks: those of the run.
+    tasks: those that the run evaluates.
 
   Raises:
     UserError: the run will not measure it.
@@ -42,16 +42,21 @@ def check_best_metric(best_metric: str, tasks: Iterable[str]) -> None:
     )
 
 
-def score_of(report: Mapping[str, Any], best_metric: str) -> float:
+def score_of(report: Mapping[str, Any], best_metric: str) -> float | None:
   """Returns the score of an evaluation, higher is better.
 
   Args:
     report: of `evaluate_tasks`.
     best_metric: "mean" of the main metrics of all tasks, or TASK/METRIC.
+
+  Returns:
+    The score; None if no example of the tasks in question has ground truth.
   """
   tasks = report["tasks"]
   if best_metric != "mean":
     task, name = best_metric.split("/")
-    return tasks[task][name]
-  values = [tasks[task][METRICS[task][0]] for task in tasks]
-  return sum(values) / len(values)
+    return tasks[task].get(name)
+  values = [
+    metrics[METRICS[task][0]] for task, metrics in tasks.items() if metrics
+  ]
+  return sum(values) / len(values) if values else None

@@ -109,7 +109,7 @@ def make_train_step(
       loss_of, config.accumulation_steps, trained, state.batch_stats, batch, key
     )
     updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
-    trained = optax.apply_updates(trained, updates)
+    trained: Any = optax.apply_updates(trained, updates)
     metrics["grad_norm"] = optax.global_norm(gradient)
     metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
 
@@ -121,7 +121,8 @@ def make_train_step(
         ema,
         {"params": trained, "batch_stats": batch_stats},
       )
-    new_state = state.replace(
+    new_state = dataclasses.replace(
+      state,
       step=state.step + 1,
       params=merge(trained, frozen),
       batch_stats=batch_stats,
@@ -141,7 +142,7 @@ def _forward(
   key: jax.Array,
 ) -> tuple[jax.Array, tuple[Params, Metrics]]:
   """Returns the loss, the new running statistics and the metrics."""
-  (logits, _), updated = model.apply(
+  outputs: Any = model.apply(
     variables,
     batch["image"],
     batch["text"],
@@ -150,6 +151,7 @@ def _forward(
     rngs={"dropout": key},
     mutable=["batch_stats"],
   )
+  (logits, _), updated = outputs
   loss, metrics = query_ctc_objective(
     logits,
     batch["labels"],

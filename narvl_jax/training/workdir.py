@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -39,11 +40,17 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
   """Returns whether the folder holds a run of exactly this config.
 
   Raises:
-    UserError: it is a file, or it holds a run with another config.
+    UserError: it cannot be written, it holds a run with another config, or
+      what it holds cannot be told.
   """
-  if workdir.exists() and not workdir.is_dir():
-    raise UserError(f"--workdir={workdir} is a file, not a folder")
+  _check_folder(workdir)
   if not is_run(workdir):
+    # They would be taken for checkpoints of the new run.
+    if any((workdir / "checkpoints").glob("*")):
+      raise UserError(
+        f"--workdir={workdir} holds checkpoints but no {CONFIG_FILE}, so what"
+        " they belong to is not known; use another --workdir"
+      )
     return False
   path = workdir / CONFIG_FILE
   # Through `from_json`, so that settings that came later do not differ.
@@ -63,6 +70,21 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
   raise UserError(
     f"--workdir={workdir} holds a run with another config: {shown}; {advice}"
   )
+
+
+def _check_folder(workdir: pathlib.Path) -> None:
+  """Checks that the folder exists or can be made."""
+  place = workdir.absolute()
+  while not os.path.lexists(place):
+    place = place.parent
+  if not place.is_dir():
+    what = "is" if place == workdir.absolute() else f"is below {place},"
+    raise UserError(f"--workdir={workdir} {what} a file, not a folder")
+  if not os.access(place, os.W_OK | os.X_OK):
+    raise UserError(
+      f"--workdir={workdir} cannot be written: no permission for {place};"
+      " use another --workdir"
+    )
 
 
 def diff(
@@ -159,8 +181,12 @@ def _commit() -> str | None:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, json.JSONDecodeError) as error:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+      raise ValueError("it is not a JSON object")
+    return values
+  # ValueError: no JSON, or not even text.
+  except (OSError, ValueError) as error:
     raise UserError(
       f"{path} cannot be read ({error}); use another --workdir"
     ) from error

@@ -1,11 +1,14 @@
 """The smallest experiment that exercises everything: used by many tests."""
 
-from ml_collections import ConfigDict
+from narvl_jax.config import (
+  Config,
+  default_config,
+  evaluation_source,
+  train_source,
+)
 
-from narvl_jax.config import default_config, evaluation_source, train_source
 
-
-def tiny_config() -> ConfigDict:
+def tiny_config() -> Config:
   """Returns a config that trains in a moment on two tasks."""
   config = default_config("vqa", "grounding")
   for task in ("vqa", "grounding"):

@@ -1,0 +1,83 @@
+"""Batches on the devices ahead of their use."""
+
+import itertools
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from narvl_jax.parallel import batch_sharding, make_mesh
+from narvl_jax.training.prefetch import DevicePrefetcher
+
+
+def _batch(i: int) -> dict[str, np.ndarray]:
+  rows = np.arange(8 * i, 8 * i + 8, dtype=np.int32)
+  return {"rows": rows, "host only": rows}
+
+
+def _endless(made: list[int]):
+  for i in itertools.count():
+    made.append(i)
+    yield _batch(i)
+
+
+def test_batches_come_in_order_and_lie_on_the_mesh():
+  mesh = make_mesh()
+  with DevicePrefetcher(_endless([]), mesh, ("rows",)) as batches:
+    for i in range(5):
+      batch = batches.get()
+      assert list(batch) == ["rows"]
+      assert batch["rows"].sharding == batch_sharding(mesh)
+      assert [len(s.data) for s in batch["rows"].addressable_shards] == [1] * 8
+      np.testing.assert_array_equal(batch["rows"], _batch(i)["rows"])
+
+
+def test_works_ahead_but_not_without_limit():
+  made: list[int] = []
+  with DevicePrefetcher(
+    _endless(made), make_mesh(), ("rows",), depth=2
+  ) as batches:
+    batches.get()
+    while not batches.ready:
+      time.sleep(0.001)
+    batches.get()
+    # Taken two, two wait, one is made and waits for a place.
+    assert len(made) <= 5
+
+
+def test_end_of_the_batches():
+  with DevicePrefetcher(iter([_batch(0)]), make_mesh(), ("rows",)) as batches:
+    batches.get()
+    with pytest.raises(StopIteration):
+      batches.get()
+
+
+def test_errors_travel_to_the_user_of_the_batches():
+  def failing():
+    yield _batch(0)
+    raise OSError("the disk is gone")
+
+  with DevicePrefetcher(failing(), make_mesh(), ("rows",)) as batches:
+    assert isinstance(batches.get()["rows"], jax.Array)
+    with pytest.raises(OSError, match="the disk is gone"):
+      batches.get()
+
+
+def test_missing_array_is_an_error_too():
+  with (
+    DevicePrefetcher(iter([_batch(0)]), make_mesh(), ("image",)) as batches,
+    pytest.raises(KeyError, match="image"),
+  ):
+    batches.get()
+
+
+def test_close_ends_the_thread_though_the_queue_is_full():
+  before = threading.active_count()
+  batches = DevicePrefetcher(_endless([]), make_mesh(), ("rows",), depth=1)
+  while not batches.ready:
+    time.sleep(0.001)
+  assert threading.active_count() == before + 1
+  batches.close()
+  assert threading.active_count() == before
