@@ -24,6 +24,8 @@ def token_buckets(
     / math.log((max_position - 1) / exact)
     * (exact - 1)
   )
+  # Distances from `max_position` on share the last bucket.
+  log_part = np.minimum(log_part, exact - 1)
   far = np.sign(distance) * (log_part.astype(np.int64) + exact)
   near_or_far = np.where(magnitude <= exact, distance, far)
   return (near_or_far + bucket_size - 1).astype(np.int32)

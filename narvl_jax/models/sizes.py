@@ -11,6 +11,22 @@ REMAT_POLICIES = ("none", "dots", "full")
 BATCH_NORM_MODES = ("frozen", "batch")
 IMAGE_ENCODERS = ("resnet", "patches")
 
+_COUNTS = (
+  "width",
+  "mlp_width",
+  "num_heads",
+  "encoder_layers",
+  "decoder_layers",
+  "resnet_width",
+  "num_queries",
+  "vocab_size",
+  "vocab_multiple",
+  "max_text_positions",
+  "image_bucket_size",
+  "scan_unroll",
+  "patch_size",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -84,6 +100,7 @@ class ModelConfig:
 
   def __post_init__(self) -> None:
     """Checks what can be checked without an input."""
+    self._check_numbers()
     if self.width % self.num_heads:
       raise UserError(
         f"model.width={self.width} does not divide by "
@@ -102,12 +119,32 @@ class ModelConfig:
           f'model.{name}="{value}" is unknown.{did_you_mean(value, choices)}'
           f" (--config.model.{name})"
         )
-    for name in ("num_queries", "vocab_size", "encoder_layers"):
+
+  def _check_numbers(self) -> None:
+    """Raises UserError for a count below 1 or a rate outside [0, 1)."""
+    for name in _COUNTS:
       if getattr(self, name) < 1:
         raise UserError(
           f"model.{name}={getattr(self, name)} must be at least 1 "
           f"(--config.model.{name})"
         )
+    for name in ("dropout", "encoder_drop_path", "decoder_drop_path"):
+      if not 0 <= getattr(self, name) < 1:
+        raise UserError(
+          f"model.{name}={getattr(self, name)} must be in [0, 1) "
+          f"(--config.model.{name})"
+        )
+    if len(self.resnet_blocks) != 3 or min(self.resnet_blocks) < 1:
+      raise UserError(
+        f"model.resnet_blocks={self.resnet_blocks} must be three numbers of "
+        "at least 1 (--config.model.resnet_blocks)"
+      )
+    if self.num_queries > self.max_text_positions:
+      raise UserError(
+        f"model.num_queries={self.num_queries} exceeds "
+        f"model.max_text_positions={self.max_text_positions} "
+        "(--config.model.num_queries)"
+      )
 
   @property
   def head_width(self) -> int:

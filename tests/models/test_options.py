@@ -1,0 +1,268 @@
+"""Options that change the program or the training, not the promise."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from narvl_jax.errors import UserError
+from narvl_jax.models import NARVL, ModelConfig, model_config
+from narvl_jax.models.resnet import ResNet
+from narvl_jax.models.transformer import Branch, drop_path_rates
+from tests.models import small
+from tests.models.small import CONFIG
+
+
+def change(**fields: Any) -> ModelConfig:
+  return dataclasses.replace(CONFIG, **fields)
+
+
+# Programs of the same function.
+
+
+def assert_same_gradient(config: ModelConfig) -> None:
+  """Compares with the plain program; the order of sums may differ."""
+  value, gradient = small.gradient()
+  other_value, other_gradient = small.gradient(config)
+  assert other_value == pytest.approx(value, rel=1e-6)
+  for a, b in zip(
+    *map(jax.tree.leaves, (gradient, other_gradient)), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max() + 1e-7)
+
+
+def products(config: ModelConfig) -> int:
+  """Matrix products in the program of the gradient."""
+  program = jax.make_jaxpr(jax.grad(lambda v: small.loss(config, v)))(
+    small.shapes()
+  )
+  return str(program).count("dot_general[")
+
+
+@pytest.mark.parametrize("policy", ["dots", "full"])
+def test_remat_gives_the_same_gradient(policy: str) -> None:
+  assert_same_gradient(change(remat=policy))
+
+
+def test_remat_recomputes_what_its_name_says() -> None:
+  none, dots, full = (
+    products(change(remat=policy)) for policy in ("none", "dots", "full")
+  )
+  # "dots" keeps the products with weights, not those of two activations.
+  assert none < dots < full
+
+
+@pytest.mark.parametrize("unroll", [2, 5])
+def test_unrolling_gives_the_same_gradient(unroll: int) -> None:
+  config = change(scan_unroll=unroll)
+  if unroll > CONFIG.encoder_layers:  # As many as there are.
+    assert str(program(config)) == str(program(change(scan_unroll=2)))
+  else:
+    assert str(program(config)) != str(program(CONFIG))
+    assert_same_gradient(config)
+
+
+def program(config: ModelConfig) -> Any:
+  return jax.make_jaxpr(lambda v: small.loss(config, v))(small.shapes())
+
+
+def test_a_deeper_model_is_no_longer_program() -> None:
+  lengths = set()
+  for depth in (2, 7):
+    config = change(encoder_layers=depth, decoder_layers=depth)
+    function = lambda v, config=config: small.loss(config, v)  # noqa: E731
+    lengths.add(len(jax.make_jaxpr(function)(small.shapes(config)).eqns))
+  assert len(lengths) == 1
+
+
+def test_bfloat16_is_close_to_float32() -> None:
+  config = change(dtype=jnp.bfloat16)
+  inputs = small.variables(), small.image(), small.text()
+  exact, _ = small.apply(CONFIG, *inputs)
+  logits, _ = small.apply(config, *inputs)
+  error = np.abs(logits - exact)
+  assert 0 < error.mean() < 0.02 * np.abs(exact).mean()
+  value, gradient = small.gradient()
+  other_value, other_gradient = small.gradient(config)
+  assert other_value == pytest.approx(value, rel=0.01)
+  a, b = (
+    np.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
+    for tree in (gradient, other_gradient)
+  )
+  assert b.dtype == np.float32
+  assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.995
+
+
+# Noise in training.
+
+
+def train(config: ModelConfig, key: int) -> np.ndarray:
+  """Logits in training mode; compiled once for each config."""
+  return np.asarray(train_program(config)(jax.random.key(key)))
+
+
+def train_program(config: ModelConfig) -> Any:
+  if config not in _PROGRAMS:
+    values, image, text = small.variables(), small.image(), small.text()
+    _PROGRAMS[config] = jax.jit(
+      lambda key: NARVL(config).apply(  # pyright: ignore
+        values, image, text, train=True, rngs={"dropout": key}
+      )[0],
+      compiler_options=small.FAST_COMPILE,
+    )
+  return _PROGRAMS[config]
+
+
+_PROGRAMS: dict[ModelConfig, Any] = {}
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"dropout": 0.2},
+    {"encoder_drop_path": 0.5},
+    {"decoder_drop_path": 0.5},
+  ],
+  ids=lambda fields: next(iter(fields)),
+)
+def test_noise_is_for_training_only(fields: dict[str, float]) -> None:
+  config = change(**fields)
+  inputs = small.variables(), small.image(), small.text()
+  quiet, _ = small.apply(CONFIG, *inputs)
+  evaluation, _ = small.apply(config, *inputs)
+  np.testing.assert_array_equal(evaluation, quiet)
+  first = train(config, 0)
+  np.testing.assert_array_equal(first, train(config, 0))
+  outcomes = [train(config, key) for key in range(8)]
+  assert max(np.abs(other - first).max() for other in outcomes) > 0.01
+  assert max(np.abs(other - quiet).max() for other in outcomes) > 0.01
+
+
+def test_training_without_noise_is_evaluation() -> None:
+  inputs = small.variables(), small.image(), small.text()
+  quiet, _ = small.apply(CONFIG, *inputs)
+  np.testing.assert_allclose(train(CONFIG, 0), quiet, rtol=0, atol=1e-5)
+
+
+def test_stochastic_depth_drops_whole_samples() -> None:
+  branch = Branch(CONFIG, drop_path=0.25, train=True)
+  h = jnp.ones((4000, 3, 2))
+  out = np.asarray(
+    branch.apply({}, h, jnp.float32(0.25), rngs={"dropout": jax.random.key(0)})
+  )
+  kept = out[:, 0, 0] > 0
+  np.testing.assert_allclose(
+    out, np.where(kept[:, None, None], h / 0.75, 0), rtol=1e-6
+  )
+  assert kept.mean() == pytest.approx(0.75, abs=0.03)
+  same = branch.apply(
+    {}, h, jnp.float32(0), rngs={"dropout": jax.random.key(0)}
+  )
+  np.testing.assert_array_equal(same, h)
+
+
+def test_rates_of_stochastic_depth_grow_with_the_depth() -> None:
+  np.testing.assert_allclose(drop_path_rates(0.3, 4), [0, 0.1, 0.2, 0.3])
+  np.testing.assert_array_equal(drop_path_rates(0.3, 1), [0])
+
+
+# Image encoders.
+
+RESNET = change(image_encoder="resnet", resnet_width=4, resnet_blocks=(1, 2, 1))
+
+
+def run_resnet(mode: str, train: bool) -> tuple[np.ndarray, Any, Any]:
+  """Features, statistics before and after."""
+  config = dataclasses.replace(RESNET, batch_norm=mode)
+  values = {
+    collection: tree["encoder"]["resnet"]
+    for collection, tree in small.variables(config).items()
+  }
+  function = jax.jit(
+    lambda v, x: ResNet(config).apply(v, x, train, mutable=["batch_stats"]),
+    compiler_options=small.FAST_COMPILE,
+  )
+  features, updates = function(values, small.image(2, 32, 32))
+  return features, values["batch_stats"], updates["batch_stats"]
+
+
+def test_batch_norm_modes() -> None:
+  evaluation, *_ = run_resnet("batch", train=False)
+  frozen, before, after = run_resnet("frozen", train=True)
+  np.testing.assert_allclose(frozen, evaluation, rtol=1e-6, atol=1e-6)
+  for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True):
+    np.testing.assert_array_equal(a, b)
+  batch, before, after = run_resnet("batch", train=True)
+  assert np.abs(batch - evaluation).max() > 0.1
+  for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True):
+    assert (a != b).all()
+
+
+def test_patches_see_their_own_pixels() -> None:
+  values, text = small.variables(), small.text()
+  image = small.image()
+  changed = image.at[:, 8:, 16:].set(0.5)  # The last of 2 x 3 patches.
+  a, b = (small.apply(CONFIG, values, x, text)[1] for x in (image, changed))
+  differs = (a["image_features"] != b["image_features"]).any((0, 3))
+  assert differs.tolist() == [[False] * 3, [False, False, True]]
+
+
+@pytest.mark.parametrize(
+  ("config", "size", "message"),
+  [
+    (CONFIG, (16, 20), r"16x20 pixels .* 8-pixel tokens.*: 16 .*image_size"),
+    (CONFIG, (4, 16), "of 4x16 pixels does not fit .* nearest side: 8 "),
+    (CONFIG, (16, 72), "at most 8 a side; nearest side: 64 "),
+    (RESNET, (15, 32), "15x32 pixels .* of 16-pixel .* nearest side: 16 "),
+    (RESNET, (32, 130), "nearest side: 128 "),
+  ],
+)
+def test_pictures_that_do_not_fit(
+  config: ModelConfig, size: tuple[int, int], message: str
+) -> None:
+  with pytest.raises(UserError, match=message):
+    jax.eval_shape(
+      lambda v, x: NARVL(config).apply(v, x, small.text()),
+      small.shapes(config),
+      small.image(small.B, *size),
+    )
+
+
+def test_text_longer_than_the_table() -> None:
+  message = r"text of 25 tokens exceeds model.max_text_positions=24 \(--config"
+  with pytest.raises(UserError, match=message):
+    jax.eval_shape(
+      lambda v: NARVL(CONFIG).apply(v, small.image(), small.text(25)),
+      small.shapes(),
+    )
+
+
+def test_entangled_positions() -> None:
+  """They add the position tables to the content and nothing else."""
+  config = change(entangle_positions=True)
+  assert small.shapes(config) == small.shapes()
+  values = small.variables()
+  inputs = small.image(), small.text()
+  plain, _ = small.apply(CONFIG, values, *inputs)
+  entangled, _ = small.apply(config, values, *inputs)
+  assert np.abs(plain - entangled).max() > 0.01
+  encoder = dict(values["params"]["encoder"])
+  for name in ("embed_positions", "embed_image_positions"):
+    encoder[name] = np.zeros_like(encoder[name])
+  values = {"params": {**values["params"], "encoder": encoder}}
+  plain, _ = small.apply(CONFIG, values, *inputs)
+  entangled, _ = small.apply(config, values, *inputs)
+  np.testing.assert_allclose(plain, entangled, rtol=0, atol=1e-6)
+
+
+def test_named_sizes_are_those_of_the_reference() -> None:
+  for size in ("tiny", "medium", "base", "large", "huge"):
+    config = model_config(size)
+    assert config.image_encoder == "resnet"
+    assert not config.entangle_positions
+    assert config.init_stddev == 0.02
+    assert config.batch_norm == "batch"
+    assert config.dropout == 0.1
