@@ -67,8 +67,8 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policy,
         best_fn=_rank,
+        # Not `read_only`, about which orbax warns: it writes only in `save`.
         create=writes,
-        read_only=not writes,
       ),
       item_handlers={
         name: ocp.StandardCheckpointHandler()

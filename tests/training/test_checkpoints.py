@@ -1,0 +1,211 @@
+"""What is kept, what is read back, and which step a name stands for."""
+
+import logging
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import logging as absl_logging
+
+from narvl_jax.errors import UserError
+from narvl_jax.parallel import make_mesh, replicated
+from narvl_jax.training.checkpoints import (
+  Checkpoints,
+  choose_step,
+  restore_target,
+)
+from narvl_jax.training.train_state import TrainState
+
+
+def _state(step: int, *, ema: bool = True) -> TrainState:
+  rng = np.random.default_rng(step)
+
+  def random(*shape: int) -> jax.Array:
+    return jnp.asarray(rng.normal(size=shape).astype(np.float32))
+
+  params = {"encoder": {"kernel": random(3, 4), "bias": random(4)}}
+  trained = {"encoder": {"kernel": params["encoder"]["kernel"]}}
+  optimizer = optax.adam(1e-3)
+  stats = {"norm": {"mean": random(4)}}
+  averages = {
+    "params": {"encoder": {"kernel": random(3, 4)}},
+    "batch_stats": {"norm": {"mean": random(4)}},
+  }
+  return TrainState(
+    step=jnp.int32(step),
+    params=params,
+    batch_stats=stats,
+    opt_state=jax.tree.map(lambda x: x + 1, optimizer.init(trained)),
+    ema=averages if ema else None,
+  )
+
+
+def _target(state: TrainState) -> TrainState:
+  abstract = jax.eval_shape(lambda: state)
+  where = replicated(make_mesh())
+  return restore_target(abstract, jax.tree.map(lambda _: where, abstract))
+
+
+def _assert_equal(a: object, b: object) -> None:
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def _save_all(
+  folder: pathlib.Path, scores: dict[int, float | None], keep_last: int = 2
+) -> list[int]:
+  state = _state(1)
+  with Checkpoints(folder, keep_last=keep_last) as checkpoints:
+    for step, score in scores.items():
+      checkpoints.save(step, state, score=score)
+      # As a run would: the next step donates the state.
+    checkpoints.wait()
+    return checkpoints.steps()
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+  """Messages that orbax logs at the level of warnings."""
+  messages: list[str] = []
+
+  class Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+      messages.append(record.getMessage())
+
+  handler = Handler(logging.WARNING)
+  logger = absl_logging.get_absl_logger()
+  logger.addHandler(handler)
+  yield messages
+  logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+  ("scores", "kept", "best"),
+  [
+    # The last ones, whatever happens.
+    ({1: None, 2: None, 3: None, 4: None}, [3, 4], None),
+    # The best survives those that follow without a score.
+    ({1: 0.2, 2: 0.7, 3: None, 4: None, 5: None}, [2, 4, 5], 2),
+    # A worse one does not survive.
+    ({1: 0.2, 2: 0.1, 3: 0.9, 4: 0.3, 5: 0.4}, [3, 4, 5], 3),
+    # A score of zero is better than none.
+    ({1: 0.0, 2: None, 3: None, 4: None}, [1, 3, 4], 1),
+    ({1: None, 2: None, 3: None, 4: -1.0}, [3, 4], 4),
+    # The later of two that are equal.
+    ({1: 0.5, 2: 0.5, 3: 0.1, 4: 0.1}, [2, 3, 4], 2),
+  ],
+)
+def test_last_and_best_are_kept(tmp_path, warnings, scores, kept, best):
+  assert _save_all(tmp_path, scores) == kept
+  on_disk = sorted(int(x.name) for x in (tmp_path / "checkpoints").iterdir())
+  assert on_disk == kept
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.best_step == best
+    assert checkpoints.last_step == kept[-1]
+    assert choose_step(checkpoints, "best") == (best or kept[-1])
+    assert choose_step(checkpoints, "last") == kept[-1]
+  # Orbax tells who checkpoints faster than this disk; nothing else.
+  assert [x for x in warnings if "previous save" not in x] == []
+
+
+def test_best_of_an_earlier_process_is_kept(tmp_path):
+  _save_all(tmp_path, {1: 0.9, 2: 0.1})
+  assert _save_all(tmp_path, {3: 0.2, 4: None, 5: 0.3}) == [1, 4, 5]
+
+
+def test_number_of_last_ones(tmp_path):
+  scores = dict.fromkeys(range(1, 6))
+  assert _save_all(tmp_path, scores, keep_last=3) == [3, 4, 5]
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_state_comes_back_exactly(tmp_path, ema):
+  state = _state(7, ema=ema)
+  with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+    checkpoints.save(7, state)
+  with Checkpoints(tmp_path) as checkpoints:
+    restored = checkpoints.restore(7, _target(state))
+  _assert_equal(restored, state)
+  assert restored.step.dtype == jnp.int32
+  for leaf in jax.tree.leaves(restored):
+    assert leaf.sharding == replicated(make_mesh())
+
+
+def test_state_may_be_donated_as_soon_as_it_is_saved(tmp_path):
+  where = replicated(make_mesh())
+  state = jax.device_put(_state(7), where)
+  expected = jax.device_get(state)
+  grow = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+  with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+    checkpoints.save(7, state)
+    grow(state)
+    checkpoints.wait()
+    restored = checkpoints.restore(7, _target(_state(7)))
+  _assert_equal(jax.device_get(restored), expected)
+
+
+def test_variables_to_evaluate(tmp_path):
+  state = _state(7)
+  with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+    checkpoints.save(7, state)
+  target = _target(state)
+  variables = {"params": target.params, "batch_stats": target.batch_stats}
+  with Checkpoints(tmp_path) as checkpoints:
+    plain = checkpoints.restore_variables(7, variables, None)
+    averaged = checkpoints.restore_variables(7, variables, target.ema)
+  _assert_equal(
+    plain, {"params": state.params, "batch_stats": state.batch_stats}
+  )
+  assert state.ema is not None
+  # Parameters without an average, the frozen ones, stand in for it.
+  assert averaged["params"]["encoder"].keys() == {"kernel", "bias"}
+  _assert_equal(
+    averaged["params"]["encoder"]["kernel"],
+    state.ema["params"]["encoder"]["kernel"],
+  )
+  _assert_equal(
+    averaged["params"]["encoder"]["bias"], state.params["encoder"]["bias"]
+  )
+  _assert_equal(averaged["batch_stats"], state.ema["batch_stats"])
+
+
+def test_progress(tmp_path):
+  with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+    assert checkpoints.progress == "none"
+    checkpoints.save(3, _state(3))
+    assert checkpoints.progress in ("saving 3", "saved 3")
+    checkpoints.wait()
+    assert checkpoints.progress == "saved 3"
+
+
+def test_opening_to_read_creates_nothing(tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.last_step is None
+    assert checkpoints.best_step is None
+    assert checkpoints.steps() == []
+    with pytest.raises(UserError, match=r"no checkpoint yet; train it first"):
+      choose_step(checkpoints, "best")
+  assert not list(tmp_path.iterdir())
+
+
+def test_choosing_a_step(tmp_path):
+  _save_all(tmp_path, {3: 0.5, 6: 0.4})
+  with Checkpoints(tmp_path) as checkpoints:
+    assert choose_step(checkpoints, 3) == choose_step(checkpoints, "3") == 3
+    assert choose_step(checkpoints, "best") == 3
+    for wanted in ("bset", "4", 4, "-1"):
+      with pytest.raises(
+        UserError,
+        match=rf'no checkpoint "{wanted}"; this run has 3, 6, or say best or',
+      ):
+        choose_step(checkpoints, wanted)
+
+
+def test_closing_twice_is_harmless(tmp_path):
+  with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+    checkpoints.save(1, _state(1))
+    checkpoints.close()
