@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,11 @@ import pytest
 from narvl_jax.errors import UserError
 from narvl_jax.models import NARVL, ModelConfig, model_config
 from narvl_jax.models.resnet import ResNet
-from narvl_jax.models.transformer import Branch, drop_path_rates
+from narvl_jax.models.transformer import (
+  Branch,
+  drop_path_rates,
+  scan_layers,
+)
 from tests.models import small
 from tests.models.small import CONFIG
 
@@ -266,3 +271,23 @@ def test_named_sizes_are_those_of_the_reference() -> None:
     assert config.init_stddev == 0.02
     assert config.batch_norm == "batch"
     assert config.dropout == 0.1
+
+
+class Draw(nn.Module):
+  """A layer that returns its random number and its parameter."""
+
+  config: ModelConfig
+  train: bool
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *_: Any) -> tuple[jax.Array, Any]:
+    value = self.param("value", nn.initializers.normal(1.0), ())
+    return x, (jax.random.bits(self.make_rng("dropout")), value)
+
+
+def test_layers_draw_for_themselves() -> None:
+  stack = scan_layers(Draw, CONFIG, depth=5, train=True, name="layers")
+  keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+  (_, values), _ = stack.init_with_output(keys, 0.0, {}, {})
+  for numbers in values:
+    assert len(np.unique(np.asarray(numbers))) == 5
