@@ -110,7 +110,7 @@ def make_train_step(
     )
     updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
     trained: Any = optax.apply_updates(trained, updates)
-    metrics["grad_norm"] = optax.global_norm(gradient)
+    metrics["grad_norm"] = optax.tree.norm(gradient)
     metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
 
     ema = state.ema
