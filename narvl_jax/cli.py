@@ -61,9 +61,9 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     return remaining
   except (flags.Error, UserError) as error:
     fail(_flag_message(error))
-  except (KeyError, AttributeError, TypeError, OSError) as error:
-    # config_flags lets these escape: an override without such a key, or a
-    # get_config() that sets one.
+  except Exception as error:
+    # config_flags lets these escape: an override without such a key, or what
+    # a config file raises.
     fail(_unknown_key(argv) or _config_file_message(error))
 
 
@@ -100,18 +100,38 @@ def _flag_message(error: Exception) -> str:
     own = [key for key in flags.FLAGS if flags.FLAGS[key].short_name != key]
     return f'unknown flag "--{name}".{did_you_mean(name, own)}'
   if "whilst parsing config file" in text:
-    last = text.strip().splitlines()[-1]
+    last = _end_of_traceback(text)
     if "UserError: " in last:
       return last.split("UserError: ", 1)[1]
     places = re.findall(r'File "([^"]+)", line (\d+), in get_config', text)
     where = "{}, line {}: ".format(*places[-1]) if places else ""
-    return where + last
+    return where + _without_fields(last)
   match = re.match(r"flag --([\w.]+)=(.*?): (.*)", text, re.DOTALL)
   if match and match.group(2) == "None":
     return f"flag --{match.group(1)} is required"
   if match:
     return f'--{match.group(1)}="{match.group(2)}": {match.group(3)}'
   return text
+
+
+def _end_of_traceback(text: str) -> str:
+  """Returns the error that a printed traceback ends in, which has no indent."""
+  lines = text.strip().splitlines()
+  frames = [i for i, line in enumerate(lines) if line.startswith("  File ")]
+  for i in range(frames[-1] if frames else 0, len(lines)):
+    if not lines[i].startswith(" "):
+      return "\n".join(lines[i:])
+  return lines[-1]
+
+
+def _without_fields(text: str) -> str:
+  """Cuts the list of all keys out of what a locked ConfigDict says."""
+  missing = re.search(r'Key "(\w+)" does not exist', text)
+  if missing is None:
+    return text
+  near = re.search(r'Did you mean "(\w+)"', text)
+  hint = f' Did you mean "{near.group(1)}"?' if near else ""
+  return f'no key "{missing.group(1)}".{hint}'
 
 
 def _unknown_key(argv: Sequence[str]) -> str | None:
@@ -168,10 +188,14 @@ def _config_file_message(error: Exception) -> str:
     path = os.path.abspath(value.split(":", 1)[0])
     if name != "config":
       continue
+    kind = type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename:
+      return f"{error.filename}, line {error.lineno}: {kind}: {error.msg}"
     for frame in reversed(frames):
       if os.path.abspath(frame.filename) == path:
         text = error.args[0] if error.args else error
-        return f"{value}, line {frame.lineno}: {type(error).__name__}: {text}"
+        text = _without_fields(f"{kind}: {text}")
+        return f"{value}, line {frame.lineno}: {text}"
     if isinstance(error, OSError):
       return _missing_file(value)
   raise error
