@@ -1,0 +1,1 @@
+"""Measurements: `python -m narvl_jax.benchmarks.NAME [--json=PATH]`."""

@@ -6,7 +6,6 @@ from narvl_jax.query_ctc.loss import (
   CONFIDENCE_MODES,
   query_ctc_loss,
   query_ctc_objective,
-  query_ctc_per_example,
 )
 
 __all__ = [
@@ -15,5 +14,4 @@ __all__ = [
   "feasible",
   "query_ctc_loss",
   "query_ctc_objective",
-  "query_ctc_per_example",
 ]

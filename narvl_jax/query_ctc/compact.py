@@ -9,6 +9,8 @@ Letters: b batch, n queries, l labels, k = L+1 compact classes, v vocabulary.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,12 @@ import optax
 
 # What optax takes for the logarithm of zero; -inf would give 0 * inf.
 _LOG_ZERO = -1e5
+
+# A sum of plain exponentials is as exact as one of shifted ones if no term is
+# above exp(_LARGE), so that it is finite, and it is above _SMALL, so that what
+# underflowed does not matter.
+_LARGE = 60.0
+_SMALL = 1e-20
 
 
 def feasible(
@@ -82,14 +90,18 @@ def _forward(
     default=functools.partial(_summarize, vocab_size=vocab_size),
   )
   compact = gathered - lse[:, :, None]
+  valid = jnp.arange(labels.shape[1]) < label_lengths[:, None]
   # Examples do not interact: the gradient of the sum holds each one's own.
   nll, pull_back = jax.vjp(
-    lambda x: _compact_ctc(x, first, labels, label_lengths, temper), compact
+    lambda x: _compact_ctc(x, first, valid, temper), compact
   )
-  (compact_grad,) = pull_back(jnp.ones_like(nll))
-  mean = temper * jnp.mean(total / vocab_size - lse, axis=1)
+  (occupancy,) = pull_back(-jnp.ones_like(nll))
+  # The sum over the classes is `temper` but for rounding.
+  occupancy /= jnp.maximum(jnp.sum(occupancy, axis=-1, keepdims=True), 1e-6)
   ok = feasible(labels, label_lengths, logits.shape[1])
-  residuals = (logits, lse, compact, compact_grad, columns, first, temper, ok)
+  nll = jnp.where(ok, nll, 0.0)
+  mean = temper * jnp.mean(total / vocab_size - lse, axis=1)
+  residuals = (logits, lse, compact, occupancy, columns, first, temper, ok)
   return (nll, mean), residuals
 
 
@@ -105,7 +117,7 @@ def _backward(
   d nll / dz = c (softmax - g) and d mean / dz = c (1 / V - softmax) / N.
   """
   del blank_id
-  logits, lse, compact, compact_grad, columns, first, temper, ok = residuals
+  logits, lse, compact, occupancy, columns, first, temper, ok = residuals
   nll_bar, mean_bar = cotangents
   _, n, v = logits.shape
   nll_bar = jnp.where(ok, nll_bar, 0.0)[:, None, None]
@@ -118,15 +130,9 @@ def _backward(
     grad = jnp.where(jnp.arange(v) < vocab_size, grad, 0.0)
   # Written over the pass above, not added to it: one rounding, and columns of
   # equal id all carry the value of the first.
-  special = scale * jnp.exp(compact) + offset + nll_bar * compact_grad
+  special = scale * jnp.exp(compact) + offset - nll_bar * temper * occupancy
   special = jnp.take_along_axis(special, first[:, None, :], axis=-1)
-  grad = jax.lax.platform_dependent(
-    grad.astype(logits.dtype),
-    columns,
-    special.astype(logits.dtype),
-    cpu=_write_bits,
-    default=_write,
-  )
+  grad = _write(grad.astype(logits.dtype), columns, special)
   return grad, None, None, None
 
 
@@ -155,122 +161,132 @@ def _columns(
 
 
 def _summarize(
-  logits: jax.Array, columns: jax.Array, *, vocab_size: int
+  logits: jax.Array,
+  columns: jax.Array,
+  *,
+  vocab_size: int,
+  reduce: Callable[..., jax.Array] = jax.nn.logsumexp,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """All that the loss needs to know of the logits.
 
   Args:
-    logits: [B, ..., V].
+    logits: [B, N, V].
     columns: int32 [B, L+1].
     vocab_size: number of true classes.
+    reduce: what to take of fp32 [B, N, V] over `axis`.
 
   Returns:
-    logsumexp and sum over the true classes [B, ...] and the logits at the
-    columns [B, ..., L+1], fp32.
+    logsumexp (or `reduce`) and sum over the true classes [B, N] and the
+    logits at the columns [B, N, L+1], fp32.
   """
-  v = logits.shape[-1]
-  true_class = jnp.arange(v) < vocab_size
-
-  def masked(x: jax.Array, fill: float) -> jax.Array:
-    return x if vocab_size == v else jnp.where(true_class, x, fill)
-
-  # The maximum is exact in the dtype of the logits.
-  top = jnp.max(masked(logits, -jnp.inf), axis=-1).astype(jnp.float32)
-  z = logits.astype(jnp.float32)
-  shifted = masked(z, -jnp.inf) - top[..., None]
-  # The select is always true but for NaN. It keeps the exponential in XLA's
-  # own parallel loop; the CPU's library for sums would store it for all rows.
-  mass = jnp.sum(jnp.where(shifted <= 0, jnp.exp(shifted), jnp.nan), axis=-1)
-  gathered = jax.vmap(lambda z, c: z[..., c])(logits, columns)
-  total = jnp.sum(masked(z, 0.0), axis=-1)
-  return top + jnp.log(mass), total, gathered.astype(jnp.float32)
+  z = _true_classes(logits, vocab_size, -jnp.inf)
+  total = jnp.sum(_true_classes(logits, vocab_size, 0.0), axis=-1)
+  gathered = jax.vmap(lambda x, c: x[:, c])(logits, columns)
+  return reduce(z, axis=-1), total, gathered.astype(jnp.float32)
 
 
 def _summarize_by_query(
   logits: jax.Array, columns: jax.Array, *, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`_summarize` of [B, N, V], one query at a time.
+  """`_summarize`, one query at a time.
 
   On a CPU the exponentials are stored before they are summed; those of one
   query stay in the cache. Reading everything inside the loop also lets the
   gradient take the memory of the logits.
   """
 
-  def one_query(
-    carry: None, query: jax.Array
-  ) -> tuple[None, tuple[jax.Array, ...]]:
-    row = jax.lax.dynamic_index_in_dim(bits, query, 1, keepdims=False)
-    row = _from_bits(row, logits.dtype)
-    return carry, _summarize(row, columns, vocab_size=vocab_size)
+  def scan(of_query: Callable[[jax.Array], Any]) -> Any:
+    def step(_: None, query: jax.Array) -> tuple[None, Any]:
+      row = jax.lax.dynamic_index_in_dim(bits, query, 1)
+      return None, of_query(row.view(logits.dtype))
 
-  bits = _to_bits(logits)
-  _, (lse, total, gathered) = jax.lax.scan(
-    one_query, None, jnp.arange(logits.shape[1])
+    bits = _as_bits(logits)
+    _, out = jax.lax.scan(step, None, jnp.arange(logits.shape[1]))
+    return jax.tree.map(lambda x: x[:, :, 0].swapaxes(0, 1), out)
+
+  def safe() -> jax.Array:
+    return scan(
+      lambda row: jax.nn.logsumexp(
+        _true_classes(row, vocab_size, -jnp.inf), axis=-1
+      )
+    )
+
+  # Finding the maximum first takes as long as all the rest, and is seldom
+  # needed.
+  mass, total, gathered = scan(
+    functools.partial(
+      _summarize, columns=columns, vocab_size=vocab_size, reduce=_sum_exp
+    )
   )
-  return lse.T, total.T, gathered.swapaxes(0, 1)
+  lse = jax.lax.cond(jnp.all(mass > _SMALL), lambda: jnp.log(mass), safe)
+  return lse, total, gathered
+
+
+def _sum_exp(z: jax.Array, axis: int) -> jax.Array:
+  """Sum of exp(z); NaN if a term is above exp(_LARGE).
+
+  The select also keeps the exponential in XLA's own parallel loop on a CPU,
+  whose library for sums would be slower.
+  """
+  return jnp.sum(jnp.where(z <= _LARGE, jnp.exp(z), jnp.nan), axis=axis)
+
+
+def _true_classes(x: jax.Array, vocab_size: int, fill: float) -> jax.Array:
+  """Returns x [..., V] in fp32, with `fill` in the padding of the table."""
+  x = x.astype(jnp.float32)
+  if vocab_size == x.shape[-1]:
+    return x
+  return jnp.where(jnp.arange(x.shape[-1]) < vocab_size, x, fill)
 
 
 def _write(x: jax.Array, columns: jax.Array, values: jax.Array) -> jax.Array:
   """Writes values [B, N, L+1] into x [B, N, V] at columns [B, L+1]."""
-  return jax.vmap(lambda x, c, y: x.at[:, c].set(y))(x, columns, values)
+  bits = jax.vmap(lambda x, c, y: x.at[:, c].set(y))(
+    _as_bits(x), columns, _as_bits(values.astype(x.dtype))
+  )
+  return bits.view(x.dtype)
 
 
-def _write_bits(
-  x: jax.Array, columns: jax.Array, values: jax.Array
-) -> jax.Array:
-  return _from_bits(_write(_to_bits(x), columns, _to_bits(values)), x.dtype)
-
-
-def _to_bits(x: jax.Array) -> jax.Array:
+def _as_bits(x: jax.Array) -> jax.Array:
   """Half-precision floats as integers, to be moved but not computed with.
 
   XLA's CPU backend slices and scatters half-precision arrays by way of a
   float32 copy of the whole.
   """
-  return jax.lax.bitcast_convert_type(x, jnp.uint16) if _half(x.dtype) else x
-
-
-def _from_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  return jax.lax.bitcast_convert_type(x, dtype) if _half(dtype) else x
-
-
-def _half(dtype: jnp.dtype) -> bool:
-  return jnp.dtype(dtype).itemsize == 2
+  return x.view(jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
 def _compact_ctc(
-  log_probs: jax.Array,
-  first: jax.Array,
-  labels: jax.Array,
-  label_lengths: jax.Array,
-  temper: jax.Array,
+  log_probs: jax.Array, first: jax.Array, valid: jax.Array, temper: jax.Array
 ) -> jax.Array:
-  """CTC of the gathered log-probabilities, zero where infeasible.
+  """CTC of the gathered log-probabilities.
 
   `optax.ctc_loss` normalises over the classes it is given. Taking that
   normaliser out again accounts for the mass of all other classes, and for
-  tempered log-probabilities, which do not sum to one.
+  tempered log-probabilities, which do not sum to one. Its gradient nearly
+  cancels in the same way; one more class of constant weight 1, which no label
+  uses, keeps the part that cancels as small as the probabilities themselves.
 
   Args:
     log_probs: [B, N, L+1], blank first.
     first: int32 [B, L+1], see `_columns`.
-    labels: [B, L].
-    label_lengths: [B].
+    valid: bool [B, L], False for padding.
     temper: [B].
 
   Returns:
-    nll, float32 [B].
+    nll, float32 [B]; without meaning where infeasible.
   """
-  k = log_probs.shape[-1]
-  unique = (first == jnp.arange(k))[:, None, :]
+  unique = first == jnp.arange(first.shape[1])
   scores = jnp.maximum(temper[:, None, None] * log_probs, _LOG_ZERO)
-  scores = jnp.where(unique, scores, _LOG_ZERO)
-  paddings = (jnp.arange(k - 1) >= label_lengths[:, None]).astype(jnp.float32)
+  scores = jnp.where(unique[:, None, :], scores, _LOG_ZERO)
+  scores = jnp.pad(scores, ((0, 0), (0, 0), (0, 1)))
   # optax looks labels up by a product with one-hot rows, which accelerators
   # would round to bfloat16 or TF32.
   with jax.default_matmul_precision("highest"):
     nll = optax.ctc_loss(
-      scores, jnp.zeros(scores.shape[:2]), first[:, 1:], paddings
+      scores,
+      jnp.zeros(scores.shape[:2]),
+      first[:, 1:],
+      1.0 - valid.astype(jnp.float32),
     )
-  nll = nll - jnp.sum(jax.nn.logsumexp(scores, axis=-1), axis=1)
-  return jnp.where(feasible(labels, label_lengths, scores.shape[1]), nll, 0.0)
+  return nll - jnp.sum(jax.nn.logsumexp(scores, axis=-1), axis=1)

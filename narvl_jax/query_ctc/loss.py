@@ -60,67 +60,6 @@ def query_ctc_loss(
   return _smooth(nll, mean_log_prob, label_smoothing)
 
 
-def query_ctc_per_example(
-  logits: jax.Array,
-  labels: jax.Array,
-  label_lengths: jax.Array,
-  *,
-  blank_id: int,
-  vocab_size: int | None = None,
-  label_smoothing: float = 0.0,
-  confidence: jax.Array | None = None,
-  confidence_mode: str = "weight",
-) -> tuple[jax.Array, jax.Array]:
-  """What each example adds to the training objective, and its nll per label.
-
-  The nll is divided by the target length (at least 1) and smoothed as in
-  `query_ctc_loss`. `confidence` c of a target acts in one of two ways:
-
-    weight: c multiplies the loss of the example.
-    temper: c multiplies the log-probabilities before the alignments are
-      summed, and they are not renormalised, as the official code does. The
-      value is the official one; the gradient is that of the value, whereas
-      PyTorch's CTC returns another one wherever c is not 1.
-
-  No gradient flows into `confidence`.
-
-  Args:
-    logits: [B, N, V], unnormalised, any float dtype.
-    labels: [B, L] integers, right padded with any id.
-    label_lengths: [B] integers.
-    blank_id: id of the blank class.
-    vocab_size: number of true classes, None for all V.
-    label_smoothing: in [0, 1).
-    confidence: [B] in (0, 1], None for 1.
-    confidence_mode: one of `CONFIDENCE_MODES`.
-
-  Returns:
-    losses, float32 [B], and nll, float32 [B]: per label, without smoothing
-    and, in mode "weight", without confidence. Zero where infeasible, but for
-    the smoothing.
-
-  Raises:
-    UserError: an argument out of range or an unknown `confidence_mode`.
-  """
-  size = _check(logits, labels, blank_id, vocab_size, label_smoothing)
-  if confidence_mode not in CONFIDENCE_MODES:
-    raise UserError(
-      f'unknown confidence mode "{confidence_mode}".'
-      f"{did_you_mean(confidence_mode, CONFIDENCE_MODES)}"
-      " Set --config.loss.confidence"
-    )
-  ones = jnp.ones(logits.shape[:1], jnp.float32)
-  confidence = ones if confidence is None else confidence.astype(jnp.float32)
-  temper = confidence if confidence_mode == "temper" else ones
-  weight = confidence if confidence_mode == "weight" else ones
-  nll, mean_log_prob = ctc_terms(
-    logits, labels, label_lengths, temper, blank_id, size
-  )
-  nll = nll / jnp.maximum(label_lengths, 1)
-  losses = _smooth(nll, mean_log_prob, label_smoothing)
-  return jax.lax.stop_gradient(weight) * losses, nll
-
-
 def query_ctc_objective(
   logits: jax.Array,
   labels: jax.Array,
@@ -135,51 +74,72 @@ def query_ctc_objective(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Training objective of a batch and what to log about it.
 
-  The mean of `query_ctc_per_example` over the examples with `example_mask`;
-  infeasible targets count as zero but stay in the divisor. To weight
-  micro-batches in gradient accumulation, multiply the gradient by
-  `metrics["examples"]`, add up, and divide by the summed `examples`.
+  The nll of an example is divided by its target length (at least 1) and
+  smoothed as in `query_ctc_loss`; the objective is the mean over the examples
+  with `example_mask`. Infeasible targets have zero nll but stay in the
+  divisor, and are counted. To weight micro-batches in gradient accumulation,
+  multiply the gradient by `metrics["examples"]`, add up, and divide by the
+  summed `examples`.
+
+  `confidence` c of a target acts in one of two ways:
+
+    weight: c multiplies the loss of the example.
+    temper: c multiplies the log-probabilities before the alignments are
+      summed, and they are not renormalised, as the official code does. The
+      value is the official one; the gradient is that of the value, whereas
+      PyTorch's CTC returns another one wherever c is not 1.
+
+  No gradient flows into `confidence`.
 
   Args:
-    logits: as in `query_ctc_per_example`, like the arguments that follow.
-    labels: see there.
-    label_lengths: see there.
-    blank_id: see there.
-    vocab_size: see there.
-    label_smoothing: see there.
-    confidence: see there.
-    confidence_mode: see there.
+    logits: [B, N, V], unnormalised, any float dtype.
+    labels: [B, L] integers, right padded with any id; blank is not a label.
+    label_lengths: [B] integers, 0 for an empty target.
+    blank_id: id of the blank class.
+    vocab_size: number of true classes, None for all V.
+    label_smoothing: in [0, 1).
+    confidence: [B] in (0, 1], None for 1.
+    confidence_mode: one of `CONFIDENCE_MODES`.
     example_mask: [B] bool, False for rows that only fill the batch; None for
       all True.
 
   Returns:
-    The objective (float32 scalar) and a dict: the float32 scalars `loss` (the
-    same), `nll` (mean nll per label), `infeasible_fraction` and `examples`
-    (sum of the mask), and `nll_per_example`, float32 [B].
+    The objective (float32 scalar) and a dict without gradient: the float32
+    scalars `loss` (the same), `nll` (the mean over examples of the nll per
+    label, without smoothing and, in mode "weight", without confidence),
+    `infeasible_fraction` and `examples` (sum of the mask), and
+    `nll_per_example`, float32 [B], the terms of `nll`.
 
   Raises:
     UserError: an argument out of range or an unknown `confidence_mode`.
+
+  Source: the official criterion (value in mode "temper"); NARVL
+  (arXiv 2403.02249).
   """
-  losses, nll = query_ctc_per_example(
-    logits,
-    labels,
-    label_lengths,
-    blank_id=blank_id,
-    vocab_size=vocab_size,
-    label_smoothing=label_smoothing,
-    confidence=confidence,
-    confidence_mode=confidence_mode,
-  )
-  infeasible = ~feasible(labels, label_lengths, logits.shape[1])
-  if example_mask is None:
-    example_mask = jnp.ones(logits.shape[:1], jnp.float32)
-  mask = example_mask.astype(jnp.float32)
+  size = _check(logits, labels, blank_id, vocab_size, label_smoothing)
+  if confidence_mode not in CONFIDENCE_MODES:
+    raise UserError(
+      f'unknown confidence mode "{confidence_mode}".'
+      f"{did_you_mean(confidence_mode, CONFIDENCE_MODES)}"
+      " Set --config.loss.confidence"
+    )
+  ones = jnp.ones(logits.shape[:1], jnp.float32)
+  confidence = ones if confidence is None else confidence.astype(jnp.float32)
+  temper = confidence if confidence_mode == "temper" else ones
+  weight = confidence if confidence_mode == "weight" else ones
+  mask = ones if example_mask is None else example_mask.astype(jnp.float32)
   examples = jnp.sum(mask)
 
   def mean(x: jax.Array) -> jax.Array:
     return jnp.sum(mask * x) / jnp.maximum(examples, 1.0)
 
-  loss = mean(losses)
+  nll, mean_log_prob = ctc_terms(
+    logits, labels, label_lengths, temper, blank_id, size
+  )
+  nll = nll / jnp.maximum(label_lengths, 1)
+  losses = _smooth(nll, mean_log_prob, label_smoothing)
+  loss = mean(jax.lax.stop_gradient(weight) * losses)
+  infeasible = ~feasible(labels, label_lengths, logits.shape[1])
   metrics = {
     "loss": loss,
     "nll": mean(nll),

@@ -1,0 +1,135 @@
+"""What the benchmarks share: interleaved timing, a table, a JSON file."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from narvl_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """Times of one candidate.
+
+  Attributes:
+    seconds: wall time of a call, one entry per round.
+    cpu_share: CPU time of this process over wall time; far below the number
+      of threads at work when other programs hold the cores.
+  """
+
+  seconds: np.ndarray
+  cpu_share: float
+
+
+def measure(
+  candidates: Mapping[str, Callable[[], Any]], *, rounds: int, calls: int = 3
+) -> dict[str, Timing]:
+  """Times candidates in turn, so that a busy machine slows all of them.
+
+  A round runs every candidate once unmeasured, as memory that another one
+  has just given back costs more to get, and then `calls` times; its figure
+  is the mean of these. The order is reversed in every other round.
+
+  Args:
+    candidates: name -> function of no arguments; results are waited for.
+    rounds: at least 1.
+    calls: measured calls per round, at least 1.
+
+  Returns:
+    Name -> times, in the order given.
+  """
+  for run in candidates.values():
+    jax.block_until_ready(run())
+  wall = {name: np.zeros(rounds) for name in candidates}
+  cpu = dict.fromkeys(candidates, 0.0)
+  for i in range(rounds):
+    for name, run in list(candidates.items())[:: -1 if i % 2 else 1]:
+      jax.block_until_ready(run())
+      cpu_start, start = time.process_time(), time.perf_counter()
+      for _ in range(calls):
+        jax.block_until_ready(run())
+      wall[name][i] = (time.perf_counter() - start) / calls
+      cpu[name] += (time.process_time() - cpu_start) / calls
+  return {
+    name: Timing(wall[name], cpu[name] / max(wall[name].sum(), 1e-9))
+    for name in candidates
+  }
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+  """Returns the median, the minimum and the maximum."""
+  return {
+    "median": float(np.median(values)),
+    "min": float(np.min(values)),
+    "max": float(np.max(values)),
+  }
+
+
+def format_spread(values: Mapping[str, float], digits: int = 1) -> str:
+  """Returns "median (min..max)"."""
+  median, low, high = (
+    f"{values[key]:.{digits}f}" for key in ("median", "min", "max")
+  )
+  return f"{median} ({low}..{high})"
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+  """Aligns rows of text; the first row is the heading."""
+  widths = [
+    max(len(cell) for cell in column) for column in zip(*rows, strict=True)
+  ]
+  lines = [
+    "  ".join(
+      cell.rjust(width) if i else cell.ljust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  ]
+  lines.insert(1, "-" * max(len(line) for line in lines))
+  return "\n".join(lines)
+
+
+def environment() -> dict[str, Any]:
+  """Returns the versions and the hardware that the times depend on."""
+  return {
+    "jax": jax.__version__,
+    "python": platform.python_version(),
+    "device": jax.devices()[0].device_kind,
+    "cpus": len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity")
+    else os.cpu_count(),
+  }
+
+
+def check_json_path(path: str | None) -> None:
+  """Finds out before the measurement whether its result can be saved.
+
+  Raises:
+    UserError: the folder is missing or cannot be written, or the path is one.
+  """
+  if path is None:
+    return
+  target = pathlib.Path(path)
+  if target.is_dir():
+    raise UserError(f'"{path}" is a folder; give a file (--json=PATH)')
+  if not target.parent.is_dir():
+    raise UserError(f'no folder "{target.parent}" (--json=PATH)')
+  if not os.access(target.parent, os.W_OK):
+    raise UserError(f'cannot write to folder "{target.parent}" (--json=PATH)')
+
+
+def write_json(path: str | None, report: Mapping[str, Any]) -> None:
+  """Writes a report in one step; does nothing without a path."""
+  if path is None:
+    return
+  temporary = pathlib.Path(f"{path}.{os.getpid()}.tmp")
+  temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+  temporary.replace(path)
