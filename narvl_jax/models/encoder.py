@@ -226,7 +226,7 @@ def check_image_size(config: ModelConfig, height: int, width: int) -> None:
     if (
       side < stride
       or side > stride * largest
-      or (config.image_encoder == "patches" and side % stride)
+      or (config.image_encoder != "resnet" and side % stride)
     ):
       near = min(max(round(side / stride), 1), largest) * stride
       raise UserError(

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 
 from narvl_jax.models import NARVL, ModelConfig, model_config
+from narvl_jax.models.sizes import IMAGE_ENCODERS
 from tests.models import small
 from tests.models.small import CONFIG, IMAGE_TOKENS, B, N, T, V
 
 S = IMAGE_TOKENS + T
-RESNET = dataclasses.replace(CONFIG, image_encoder="resnet", resnet_width=8)
+CONFIGS = [
+  dataclasses.replace(CONFIG, image_encoder=name, resnet_width=8)
+  for name in IMAGE_ENCODERS
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +36,13 @@ def outputs(variables: small.Variables) -> Any:
 
 @pytest.mark.newest
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("config", [CONFIG, RESNET], ids=["patches", "resnet"])
+@pytest.mark.parametrize("config", CONFIGS, ids=IMAGE_ENCODERS)
 def test_shapes_and_types_of_the_outputs(
   config: ModelConfig, dtype: Any
 ) -> None:
   config = dataclasses.replace(config, dtype=dtype)
   rows, columns, channels = (
-    (2, 3, 64) if config.image_encoder == "patches" else (3, 4, 128)
+    (3, 4, 128) if config.image_encoder == "resnet" else (2, 3, 64)
   )
   image = small.image(B, 3 * 16, 4 * 16) if channels == 128 else small.image()
   logits, aux = jax.eval_shape(
@@ -58,7 +62,7 @@ def test_shapes_and_types_of_the_outputs(
   }
 
 
-@pytest.mark.parametrize("config", [CONFIG, RESNET], ids=["patches", "resnet"])
+@pytest.mark.parametrize("config", CONFIGS, ids=IMAGE_ENCODERS)
 def test_parameters_are_float32_in_any_compute_type(
   config: ModelConfig,
 ) -> None:
