@@ -1,5 +1,6 @@
 """Checkpoints, written in the background; the last and the best are kept."""
 
+import functools
 import math
 import os
 import pathlib
@@ -16,12 +17,29 @@ from narvl_jax.training.train_state import (
 
 FOLDER = "checkpoints"
 _SCORE = "score"
+# Smallest part of a replicated array that a device writes.
+_MIN_SLICE_BYTES = 4 << 20
 
 
 def _rank(metrics: Mapping[str, Any]) -> float:
   """Returns what the best checkpoint has most of; unscored ones come last."""
   score = metrics[_SCORE]
   return -math.inf if score is None else score
+
+
+@functools.cache
+def _split_only_large_arrays() -> None:
+  """Has Orbax write a replicated array from one device unless it is large.
+
+  It else splits every array over all replicas, for which it compiles one
+  slice for each device and shape: a minute at the first save on a CPU.
+  """
+  from orbax.checkpoint import type_handlers
+
+  handler = type_handlers.ArrayHandler(
+    min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES
+  )
+  type_handlers.register_type_handler(jax.Array, handler, override=True)
 
 
 class Checkpoints:
@@ -46,6 +64,7 @@ class Checkpoints:
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers
 
+    _split_only_large_arrays()
     self._ocp = ocp
     self._saved: int | None = None
     folder = pathlib.Path(workdir).resolve() / FOLDER

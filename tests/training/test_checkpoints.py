@@ -1,5 +1,6 @@
 """What is kept, what is read back, and which step a name stands for."""
 
+import dataclasses
 import logging
 import pathlib
 from collections.abc import Iterator
@@ -171,6 +172,25 @@ def test_variables_to_evaluate(tmp_path):
     averaged["params"]["encoder"]["bias"], state.params["encoder"]["bias"]
   )
   _assert_equal(averaged["batch_stats"], state.ema["batch_stats"])
+
+
+def test_saving_compiles_nothing(tmp_path):
+  compiled = []
+
+  def listen(name: str, *_: object, **__: object) -> None:
+    if name == "/jax/core/compile/backend_compile_duration":
+      compiled.append(name)
+
+  # Every device could write a part of it.
+  params = {"kernel": jnp.ones((8, 24))}
+  state = dataclasses.replace(_state(1, ema=False), params=params)
+  state = jax.device_put(state, replicated(make_mesh()))
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+    checkpoints.save(1, state)
+  jax.jit(lambda x: x + 12345)(1)
+  # The listener works, and there was nothing before.
+  assert len(compiled) == 1
 
 
 def test_progress(tmp_path):
