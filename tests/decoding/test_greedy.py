@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from narvl_jax import decoding
+from narvl_jax.models import NARVL, model_config
 
 PAD, BLANK, CLASSES, QUERIES = 1, 4, 5, 4
 
@@ -125,6 +126,68 @@ def test_predict_step_runs_the_model_without_training():
     np.array([True, False]),
   )
   np.testing.assert_array_equal(decoded["ids"], [[2, 3, 1, 1], [2, 2, 1, 1]])
+
+
+def test_rows_that_only_pad_the_table_are_never_predicted():
+  config = model_config(
+    "tiny",
+    vocab_size=CLASSES,
+    num_queries=QUERIES,
+    width=32,
+    mlp_width=32,
+    encoder_layers=1,
+    decoder_layers=1,
+    resnet_blocks=(1, 1, 1),
+  )
+  model = NARVL(config)
+  step = decoding.make_predict_step(model, blank_id=BLANK, pad_id=PAD)
+  inputs = (
+    np.zeros((2, 32, 32, 3), np.float32),
+    np.array([[0, 3, 2], [0, 2, 1]]),
+    np.ones(2, bool),
+    np.zeros(2, bool),
+  )
+  shapes = nn.unbox(
+    jax.eval_shape(
+      lambda key: model.init(key, *inputs[:2], image_mask=inputs[2]),
+      jax.random.key(0),
+    )
+  )
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(
+    lambda x: jnp.asarray(rng.uniform(0.1, 0.3, x.shape), x.dtype), shapes
+  )
+  table = variables["params"]["embed_tokens"]
+  assert len(table) > CLASSES
+  expected = step(variables, *inputs)
+  # With one of the two signs, such rows would win at every query.
+  for huge in (1e3, -1e3):
+    moved = table.at[CLASSES:].set(huge)
+    variables["params"]["embed_tokens"] = moved
+    decoded = step(variables, *inputs)
+    assert np.all(decoded["ids"] < CLASSES)
+    np.testing.assert_array_equal(decoded["ids"], expected["ids"])
+    np.testing.assert_array_equal(
+      decoded["probability"], expected["probability"]
+    )
+
+
+def test_decoding_runs_inside_the_jitted_step():
+  step = decoding.make_predict_step(_Lookup(), blank_id=BLANK, pad_id=PAD)
+  lowered = step.lower(
+    {"params": {"table": jax.ShapeDtypeStruct((8, CLASSES), jnp.float32)}},
+    jax.ShapeDtypeStruct((2, 4, 4, 3), jnp.float32),
+    jax.ShapeDtypeStruct((2, QUERIES), jnp.int32),
+    jax.ShapeDtypeStruct((2,), bool),
+    jax.ShapeDtypeStruct((2,), bool),
+  )
+  # All that leaves the device is the answer; no [B, N, V].
+  shapes = jax.tree.map(lambda x: (x.shape, x.dtype), lowered.out_info)
+  assert shapes == {
+    "ids": ((2, QUERIES), jnp.int32),
+    "lengths": ((2,), jnp.int32),
+    "probability": ((2,), jnp.float32),
+  }
 
 
 def test_equal_models_share_one_predict_step():

@@ -15,7 +15,6 @@ from narvl_jax.query_ctc import (
   feasible,
   query_ctc_loss,
   query_ctc_objective,
-  query_ctc_per_example,
 )
 from tests.query_ctc import reference
 
@@ -43,20 +42,22 @@ def batch_of(targets, width=L, pad=1):
 def losses_and_gradients(
   logits, labels, lengths, confidence, *, label_smoothing=0.0, mode="temper"
 ):
-  def total(z):
-    losses, _ = query_ctc_per_example(
-      z,
-      labels,
-      lengths,
+  """Objective of every example on its own."""
+
+  def objective(z, y, length, c):
+    return query_ctc_objective(
+      z[None],
+      y[None],
+      length[None],
       blank_id=BLANK,
       label_smoothing=label_smoothing,
-      confidence=confidence,
+      confidence=c[None],
       confidence_mode=mode,
-    )
-    return losses.sum(), losses
+    )[0]
 
-  (_, losses), gradient = jax.value_and_grad(total, has_aux=True)(logits)
-  return losses, gradient
+  return jax.vmap(jax.value_and_grad(objective))(
+    logits, labels, lengths, confidence
+  )
 
 
 @pytest.mark.parametrize("mode", ["weight", "temper"])
@@ -144,10 +145,12 @@ def test_padding_of_the_table_takes_no_part():
   wide = jnp.concatenate([logits, jnp.full((3, N, 2), 80.0)], axis=-1)
 
   def run(z, **kwargs):
-    return jax.value_and_grad(
-      lambda z: query_ctc_loss(
-        z, labels, lengths, blank_id=BLANK, label_smoothing=0.2, **kwargs
-      ).sum()
+    return jax.jit(
+      jax.value_and_grad(
+        lambda z: query_ctc_loss(
+          z, labels, lengths, blank_id=BLANK, label_smoothing=0.2, **kwargs
+        ).sum()
+      )
     )(z)
 
   value, gradient = run(wide, vocab_size=V)
@@ -181,8 +184,9 @@ def test_vmap_gives_the_same():
   logits = jax.random.normal(jax.random.key(0), (2, 3, N, V))
   labels, lengths = batch_of([[0, 1], [2, 2], [1]])
   loss = functools.partial(query_ctc_loss, blank_id=BLANK)
-  both = jax.vmap(lambda z: loss(z, labels, lengths))(logits)
-  each = jnp.stack([loss(z, labels, lengths) for z in logits])
+  both = jax.jit(jax.vmap(lambda z: loss(z, labels, lengths)))(logits)
+  one = jax.jit(lambda z: loss(z, labels, lengths))
+  each = jnp.stack([one(z) for z in logits])
   np.testing.assert_allclose(both, each, rtol=1e-6)
 
 
@@ -199,29 +203,28 @@ class TestReferenceNumbers:
     z = 2 * np.sin(1.3 * (40 * b + 8 * t + v))
     return jnp.asarray(z, jnp.float32)
 
-  def objective(self, logits, **kwargs):
-    return query_ctc_objective(
-      logits,
-      self.labels,
-      self.lengths,
-      blank_id=7,
-      confidence_mode="temper",
-      **kwargs,
-    )
+  def objective(self, logits, label_smoothing=0.0, **kwargs):
+    return jax.jit(
+      functools.partial(
+        query_ctc_objective,
+        blank_id=7,
+        confidence_mode="temper",
+        label_smoothing=label_smoothing,
+      )
+    )(logits, self.labels, self.lengths, **kwargs)
 
   def test_each_example(self):
-    losses = query_ctc_loss(self.logits, self.labels, self.lengths, blank_id=7)
-    np.testing.assert_allclose(losses, [8.38431, 7.80081, 0.0], rtol=1e-6)
-    _, nll = query_ctc_per_example(
-      self.logits,
-      self.labels,
-      self.lengths,
-      blank_id=7,
-      confidence=self.confidence,
-      confidence_mode="temper",
+    losses = jax.jit(functools.partial(query_ctc_loss, blank_id=7))(
+      self.logits, self.labels, self.lengths
     )
+    np.testing.assert_allclose(losses, [8.38431, 7.80081, 0.0], rtol=1e-6)
+    mean_log_prob = reference.log_softmax(np.asarray(self.logits)).mean()
+    np.testing.assert_allclose(mean_log_prob, -2.87513, rtol=2e-6)
+    _, metrics = self.objective(self.logits, confidence=self.confidence)
     np.testing.assert_allclose(
-      nll * self.lengths, [8.38431, 4.14347, 0.0], rtol=2e-6
+      metrics["nll_per_example"] * self.lengths,
+      [8.38431, 4.14347, 0.0],
+      rtol=2e-6,
     )
 
   @pytest.mark.parametrize(
@@ -279,15 +282,86 @@ class TestReferenceNumbers:
     assert not np.any(ours[2])
 
 
-def test_confidence_weighs_the_whole_example():
+def test_batch_is_the_mean_of_its_examples():
+  logits = jax.random.normal(jax.random.key(0), (3, N, V))
+  labels, lengths = batch_of([[0, 1], [1, 1, 1], [2]])
+  confidence = jnp.array([0.5, 0.7, 1.0])
+  kwargs = {"label_smoothing": 0.1, "mode": "weight"}
+  each, gradients = losses_and_gradients(
+    logits, labels, lengths, confidence, **kwargs
+  )
+
+  @jax.jit
+  def batch_objective(z):
+    return query_ctc_objective(
+      z,
+      labels,
+      lengths,
+      blank_id=BLANK,
+      label_smoothing=0.1,
+      confidence=confidence,
+      example_mask=jnp.array([True, True, False]),
+    )
+
+  (loss, metrics), gradient = jax.value_and_grad(batch_objective, has_aux=True)(
+    logits
+  )
+  np.testing.assert_allclose(loss, each[:2].mean(), rtol=1e-6)
+  np.testing.assert_allclose(gradient[:2], gradients[:2] / 2, atol=1e-7)
+  assert not np.any(gradient[2])
+  # Of every row, masked or not; without smoothing and confidence.
+  per_label = query_ctc_loss(logits, labels, lengths, blank_id=BLANK) / lengths
+  np.testing.assert_allclose(metrics["nll_per_example"], per_label, rtol=1e-6)
+  np.testing.assert_allclose(metrics["nll"], per_label[:2].mean(), rtol=1e-6)
+  np.testing.assert_allclose(metrics["infeasible_fraction"], 0.5)
+
+
+def test_confidence_and_metrics_have_no_gradient():
   logits = jax.random.normal(jax.random.key(0), (2, N, V))
   labels, lengths = batch_of([[0, 1], [2]])
-  kwargs = {"blank_id": BLANK, "label_smoothing": 0.1}
-  plain, _ = query_ctc_per_example(logits, labels, lengths, **kwargs)
-  weighted, _ = query_ctc_per_example(
-    logits, labels, lengths, confidence=jnp.array([0.5, 1.0]), **kwargs
-  )
-  np.testing.assert_allclose(weighted, plain * jnp.array([0.5, 1.0]))
+
+  @functools.partial(jax.jit, static_argnames="mode")
+  @functools.partial(jax.jacrev, argnums=(0, 1))
+  def jacobian(z, confidence, mode):
+    loss, metrics = query_ctc_objective(
+      z,
+      labels,
+      lengths,
+      blank_id=BLANK,
+      confidence=confidence,
+      confidence_mode=mode,
+    )
+    return loss, metrics
+
+  for mode in ("weight", "temper"):
+    loss, metrics = jacobian(logits, jnp.array([0.5, 1.0]), mode)
+    assert np.any(loss[0])
+    assert not np.any(loss[1])
+    assert not any(np.any(x) for x in jax.tree.leaves(metrics))
+
+
+@jax.jit
+def objective_and_gradient(logits, labels, lengths):
+  return jax.value_and_grad(
+    lambda z: query_ctc_objective(z, labels, lengths, blank_id=BLANK)[0]
+  )(logits)
+
+
+@pytest.mark.parametrize("shift", [-300.0, -80.0, 61.0, 90.0, 300.0])
+def test_a_shift_of_the_logits_changes_nothing(shift):
+  """Plain exponentials overflow and underflow; the loss must not."""
+  rng = np.random.default_rng(0)
+  # Multiples of 2**-8 survive the shift exactly.
+  logits = np.round(rng.normal(size=(3, N, V)) * 512).astype(np.float32) / 256
+  labels, lengths = batch_of([[0, 1], [2, 2], []])
+  expected, expected_gradient = objective_and_gradient(logits, labels, lengths)
+  # One query alone is enough to spoil a shortcut for the whole batch.
+  for where in (np.s_[:], np.s_[1, 2]):
+    moved = logits.copy()
+    moved[where] += shift
+    loss, gradient = objective_and_gradient(moved, labels, lengths)
+    np.testing.assert_allclose(loss, expected, atol=5e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=5e-5)
 
 
 def test_micro_batches_add_up_to_the_batch():
