@@ -2,19 +2,25 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
-from ml_collections import ConfigDict
 
 from narvl_jax import config as config_lib
-from narvl_jax.config import default_config, from_json, to_json, validate
+from narvl_jax.config import (
+  Config,
+  default_config,
+  from_json,
+  to_json,
+  validate,
+)
 from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
 from narvl_jax.models import ModelConfig, model_config
 from tests.training.tiny import tiny_config
 
 
-def _set(config: ConfigDict, path: str, value: object) -> None:
+def _set(config: Config, path: str, value: object) -> None:
   *sections, key = path.split(".")
   node = config
   for section in sections:
@@ -63,7 +69,7 @@ def test_empty_model_settings_accept_their_type_only():
 def test_each_range(path):
   low, high = config_lib._RANGES[path]
   config = tiny_config()
-  kind = type(_get(config, path))
+  kind: Any = type(_get(config, path))
   for value in (low, high):
     if value is not None:
       _set(config, path, kind(value))
@@ -81,7 +87,7 @@ def test_each_range(path):
       validate(config)
 
 
-def _get(config: ConfigDict, path: str) -> object:
+def _get(config: Config, path: str) -> Any:
   for key in path.split("."):
     config = config[key]
   return config

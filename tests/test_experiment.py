@@ -1,7 +1,9 @@
 """An experiment from a config, and from a run folder."""
 
+import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +89,7 @@ def _mixture(config: Config) -> list[experiment_lib.MixtureEntry]:
 def test_mixture_is_that_of_the_config():
   config = tiny_config()
   config.data.train.vqa.weight = 3.0
-  entries = {name: rest for *rest, name in _mixture(config)}
+  entries: dict[str, Any] = {name: rest for *rest, name in _mixture(config)}
   assert {name: rest[1:] for name, rest in entries.items()} == {
     "grounding": ["grounding", 1.0],
     "vqa": ["vqa", 3.0],
@@ -100,7 +102,7 @@ def test_queries_and_labels_for_the_shortest_target(built):
   config = tiny_config()
   mixture = _mixture(config)
   experiment_lib.check_targets(built, mixture)
-  small = experiment_lib.dataclasses.replace
+  small = dataclasses.replace
   few = small(built, model_config=small(built.model_config, num_queries=4))
   with pytest.raises(
     UserError, match=r'num_queries is 4, .*"grounding" needs 5 .*num_queries='

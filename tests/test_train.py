@@ -62,8 +62,9 @@ class Runner:
     self._evaluate = train_lib.evaluate_tasks
     jax.monitoring.register_event_duration_secs_listener(self._count)
 
-  def _count(self, name: str, *_: Any, **__: Any) -> None:
-    self.counter += name == _COMPILATION
+  def _count(self, event: str, duration_secs: float, **_: Any) -> None:
+    del duration_secs
+    self.counter += event == _COMPILATION
 
   def evaluate(self, *args: Any, **settings: Any) -> Any:
     before = self.counter

@@ -1,5 +1,7 @@
 """Where parameters and batches lie."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,7 @@ def test_batches_are_split_along_their_first_axis():
 
 
 def test_parameters_are_replicated_unless_a_rule_splits_them():
-  def init() -> dict[str, jax.Array]:
+  def init() -> dict[str, Any]:
     split = nn.with_logical_partitioning(jnp.zeros, ("batch", "embed"))
     whole = nn.with_logical_partitioning(jnp.zeros, ("vocab", "embed"))
     return {

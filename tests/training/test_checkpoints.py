@@ -177,9 +177,9 @@ def test_variables_to_evaluate(tmp_path):
 def test_saving_compiles_nothing(tmp_path):
   compiled = []
 
-  def listen(name: str, *_: object, **__: object) -> None:
-    if name == "/jax/core/compile/backend_compile_duration":
-      compiled.append(name)
+  def listen(event: str, duration_secs: float, **_: object) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append(duration_secs)
 
   # Every device could write a part of it.
   params = {"kernel": jnp.ones((8, 24))}

@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import struct
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -88,11 +89,12 @@ def test_what_is_not_finite_becomes_null(tmp_path):
 def _scalars(workdir: pathlib.Path) -> list[tuple[str, int, float]]:
   """Reads the event files: length, its checksum, event, its checksum."""
   found = []
+  messages: Any = event_pb2
   for path in sorted((workdir / "tensorboard").iterdir()):
     data = path.read_bytes()
     while data:
       (length,) = struct.unpack("<Q", data[:8])
-      event = event_pb2.Event.FromString(data[12 : 12 + length])
+      event = messages.Event.FromString(data[12 : 12 + length])
       data = data[16 + length :]
       found += [
         (value.tag, event.step, value.simple_value)

@@ -1,5 +1,7 @@
 """Rules, schedules and the optimizer against formulas written out."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +104,7 @@ class TestRules:
 
 
 def _values(name: str, warmup: int, steps: int) -> list[float]:
-  schedule = make_schedule(
+  schedule: Any = make_schedule(
     learning_rate=2.0, schedule=name, warmup_steps=warmup, steps=steps
   )
   return [float(schedule(jnp.int32(step))) for step in range(steps + 1)]
@@ -188,7 +190,7 @@ def _train(rules: dict, gradients: list, **settings) -> dict:
   optimizer = make_optimizer(
     settings.pop("schedule", schedule), rules, **{**DEFAULTS, **settings}
   )
-  params = _params()
+  params: Any = _params()
   state = optimizer.init(params)
   for gradient in gradients:
     updates, state = optimizer.update(gradient, state, params)
@@ -247,6 +249,7 @@ class TestUpdates:
       optimizer = make_optimizer(
         optax.constant_schedule(1.0), rules, **{**DEFAULTS, "clip_norm": clip}
       )
+      state: Any
       _, state = optimizer.update(
         gradient, optimizer.init(_params()), _params()
       )

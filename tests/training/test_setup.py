@@ -1,5 +1,7 @@
 """What is known of a run before an array exists: no test compiles here."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,11 +32,12 @@ def test_state_lies_where_its_parameters_lie():
   boxed = jax.eval_shape(variables)
   params = nn.meta.unbox(boxed)["params"]
   stats = nn.meta.unbox(boxed)["batch_stats"]
+  scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
   abstract = TrainState(
-    step=jax.ShapeDtypeStruct((), jnp.int32),
+    step=scalar,
     params=params,
     batch_stats=stats,
-    opt_state=({"mu": params, "count": jax.ShapeDtypeStruct((), jnp.int32)},),
+    opt_state=({"mu": params, "count": scalar},),
     ema={"params": params, "batch_stats": stats},
   )
   mesh = make_mesh()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from narvl_jax.training.optimizer import flatten
 from tests.training import stand_in
 
 
-def _assert_close(a: object, b: object, **tolerance: float) -> None:
+def _assert_close(a: object, b: object, **tolerance: Any) -> None:
   assert jax.tree.structure(a) == jax.tree.structure(b)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
@@ -23,7 +24,8 @@ def _assert_close(a: object, b: object, **tolerance: float) -> None:
 def _reference_gradient() -> tuple[float, dict]:
   """Loss and gradient of the first batch, without any of the machinery."""
   run = stand_in.setup()
-  state, batch = stand_in.initial_state(run), stand_in.host_batch(0)
+  state = stand_in.initial_state(run)
+  batch: Any = stand_in.host_batch(0)
 
   def loss(params: dict) -> jax.Array:
     logits, _ = run.experiment.model.apply(
