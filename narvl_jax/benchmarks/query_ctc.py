@@ -148,8 +148,8 @@ def _jax_candidate(
   memory = compiled.memory_analysis()
   return _Candidate(
     lambda: compiled(logits, targets),
-    memory.temp_size_in_bytes,
-    memory.output_size_in_bytes,
+    memory.temp_size_in_bytes if memory else None,
+    memory.output_size_in_bytes if memory else None,
   )
 
 
@@ -250,8 +250,13 @@ def main(argv: Sequence[str]) -> None:
   """Entry point."""
   del argv
   settings = flags.FLAGS
-  names = [field.name for field in dataclasses.fields(Sizes)]
-  sizes = Sizes(**{name: settings[name].value for name in names})
+  sizes = Sizes(
+    settings.batch,
+    settings.num_queries,
+    settings.labels,
+    settings.vocab_size,
+    settings.dtype,
+  )
   timing.check_json_path(settings.json)
   report = benchmark(sizes, rounds=settings.rounds)
   print(format_report(report), flush=True)

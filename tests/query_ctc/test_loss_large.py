@@ -121,18 +121,21 @@ QUERY_BYTES = 16 * V * 4
 
 def test_needs_no_second_array_of_the_size_of_the_logits():
   memory = compiled().memory_analysis()
+  assert memory is not None
   assert memory.output_size_in_bytes < 1.01 * N * QUERY_BYTES
   assert memory.temp_size_in_bytes < 2 * QUERY_BYTES
 
 
 def test_gradient_may_take_the_place_of_the_logits():
   memory = compiled(donate=True).memory_analysis()
+  assert memory is not None
   assert memory.alias_size_in_bytes >= N * QUERY_BYTES
   assert memory.temp_size_in_bytes < 4 * QUERY_BYTES
 
 
 def test_half_precision_makes_no_float32_copy():
   memory = compiled(dtype="bfloat16").memory_analysis()
+  assert memory is not None
   assert memory.output_size_in_bytes < 0.51 * N * QUERY_BYTES
   assert memory.temp_size_in_bytes < 0.55 * N * QUERY_BYTES
 
