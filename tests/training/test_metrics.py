@@ -46,7 +46,10 @@ def test_flushed_line_takes_what_comes_later(tmp_path):
     writer.flush()
     writer.flush()
     assert _lines(tmp_path) == [{"step": 3, "loss": 1.5, "accuracy": 0.5}]
-    writer.write(3, {"loss": 7.0})
+    # Shorter than what it replaces.
+    writer.write(3, {"loss": 7.0, "accuracy": 0.0625})
+    writer.flush()
+    writer.write(3, {"accuracy": 0.5})
   assert _lines(tmp_path) == [{"step": 3, "loss": 7.0, "accuracy": 0.5}]
 
 

@@ -24,7 +24,7 @@ def tiny_config() -> Config:
       "num_heads": 2,
       "encoder_layers": 1,
       "decoder_layers": 1,
-      "image_encoder": "patches",
+      "image_encoder": "conv",
       "patch_size": 16,
       "image_bucket_size": 4,
       "token_bucket_size": 16,
