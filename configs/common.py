@@ -27,6 +27,7 @@ __all__ = [
   "choose_variant",
   "default_config",
   "evaluation_source",
+  "from_scratch",
   "train_source",
   "update",
 ]
@@ -55,3 +56,42 @@ def update(config: ConfigDict, values: Mapping[str, Any]) -> None:
   """Sets several keys, `{"train.steps": 100}`; each must exist."""
   with config.unlocked():
     config.update_from_flattened_dict(dict(values))
+
+
+def from_scratch(config: ConfigDict, *, width: int) -> None:
+  """Sets what a small model needs that starts from random weights.
+
+  What was found to matter, by the examples that the easy `shapes` needed (see
+  `configs/shapes.py` for the figures): Muon instead of AdamW, positions in the
+  content of the image tokens, convolutions instead of flat patches, linear
+  maps that start at width ** -0.5, and targets without eos.
+
+  Args:
+    config: is changed.
+    width: model width D.
+  """
+  update(
+    config,
+    {
+      "model.width": width,
+      "model.mlp_width": 2 * width,
+      "model.num_heads": 4,
+      "model.image_encoder": "conv",
+      "model.patch_size": 8,
+      "model.entangle_positions": True,
+      "model.init_stddev": width**-0.5,
+      "model.dropout": 0.0,
+      # Tables as long as is needed.
+      "model.max_text_positions": 32,
+      "model.token_bucket_size": 32,
+      "model.image_bucket_size": 8,
+      "model.vocab_multiple": 8,
+      "data.max_text_length": 16,
+      "optimizer.name": "muon",
+      "optimizer.learning_rate": 3e-3,
+      "optimizer.warmup_steps": 50,
+      "optimizer.b2": 0.98,
+    },
+  )
+  for task in config.tasks.values():
+    task.eos = False

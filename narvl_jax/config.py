@@ -103,6 +103,8 @@ def default_config(*tasks: str) -> Config:
     {
       "split": "test",
       "batch_size": 128,
+      # At most this many of every source; 0: all.
+      "max_examples": 0,
       "mask_specials": True,
       # Decides which checkpoint is best: "mean" of the tasks' main scores, or
       # TASK/METRIC.
@@ -273,6 +275,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
   "train.checkpoint_every": (0, None),
   "train.keep_last": (1, None),
   "evaluation.batch_size": (1, None),
+  "evaluation.max_examples": (0, None),
 }
 
 

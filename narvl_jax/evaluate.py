@@ -34,7 +34,8 @@ def evaluate(
     workdir: run folder.
     split: of the data sets; `config.evaluation.split` if None.
     checkpoint: "best", "last" or a step.
-    max_examples: at most this many of every data set, all if None.
+    max_examples: at most this many of every data set;
+      `config.evaluation.max_examples` if None.
     batch_size: `config.evaluation.batch_size` if None.
 
   Returns:
@@ -51,6 +52,8 @@ def evaluate(
       raise UserError(f"--{flag}={value} is below 1; nearest valid: --{flag}=1")
   experiment, variables, step = experiment_lib.restore(workdir, checkpoint)
   settings: Any = experiment.config.evaluation
+  if max_examples is None:
+    max_examples = settings.max_examples or None
   start = time.monotonic()
   report, predictions = evaluator.evaluate_tasks(
     experiment,
@@ -74,7 +77,9 @@ def define_flags() -> None:
   flags.DEFINE_string("split", None, "Split; evaluation.split by default.")
   flags.DEFINE_string("checkpoint", "best", "best, last or a step.")
   flags.DEFINE_integer(
-    "max_examples", None, "At most this many of every data set."
+    "max_examples",
+    None,
+    "At most this many of every data set; evaluation.max_examples by default.",
   )
   flags.DEFINE_integer(
     "batch_size", None, "Batch size; evaluation.batch_size by default."

@@ -249,11 +249,14 @@ def _final_evaluation(
 ) -> dict[str, Any]:
   settings = experiment.config.evaluation
   step = int(state.step)
-  say(f"evaluating step {step} on all of {settings.split}")
+  limit = settings.max_examples
+  extent = f"at most {limit} a source" if limit else "all"
+  say(f"evaluating step {step} on {settings.split}, {extent}")
   report, predictions = evaluate_tasks(
     experiment,
     evaluation_variables(state),
     split=settings.split,
+    max_examples=limit or None,
     batch_size=settings.batch_size,
     step=step,
   )

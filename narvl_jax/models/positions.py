@@ -68,3 +68,30 @@ def num_image_buckets(bucket_size: int) -> int:
 def num_image_positions(bucket_size: int) -> int:
   """Rows of the absolute image position table; row 0 is never used."""
   return bucket_size**2 + 1
+
+
+def sinusoids(count: int, width: int) -> np.ndarray:
+  """Sines and cosines of the positions 0 .. count - 1: float32 [count, width].
+
+  The wavelengths grow geometrically from four positions to twice the count, so
+  that neighbours are alike and all positions differ.
+  """
+  half = (width + 1) // 2
+  wavelength = np.geomspace(4.0, max(2.0 * count, 8.0), half)
+  angle = 2 * np.pi * np.arange(count)[:, None] / wavelength
+  table = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+  return table[:, :width].astype(np.float32)
+
+
+def image_sinusoids(bucket_size: int, width: int) -> np.ndarray:
+  """Rows of the image position table: `sinusoids` of row and of column.
+
+  Returns:
+    float32 [bucket_size ** 2 + 1, width]; row 0 is zero, half of the others
+    tells the row of the grid and half the column.
+  """
+  rows, columns = np.divmod(np.arange(bucket_size**2), bucket_size)
+  vertical = sinusoids(bucket_size, width // 2)[rows]
+  horizontal = sinusoids(bucket_size, width - width // 2)[columns]
+  grid = np.concatenate([vertical, horizontal], axis=1)
+  return np.concatenate([np.zeros((1, width), np.float32), grid])

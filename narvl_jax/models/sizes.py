@@ -9,7 +9,7 @@ from narvl_jax.errors import UserError, did_you_mean
 
 REMAT_POLICIES = ("none", "dots", "full")
 BATCH_NORM_MODES = ("frozen", "batch")
-IMAGE_ENCODERS = ("resnet", "patches")
+IMAGE_ENCODERS = ("resnet", "conv")
 
 _COUNTS = (
   "width",
@@ -63,13 +63,13 @@ class ModelConfig:
       reference's 0.02 leaves a narrow model with uniform attention and
       almost linear feed-forward blocks, width ** -0.5 does not.
     dtype: compute type of activations; parameters stay float32.
-    image_encoder: "resnet" (reference), or "patches": flattened patches
-      through a two-layer perceptron, for small runs on a CPU (beyond the
-      reference).
-    patch_size: pixels a side of a patch; "patches" only.
+    image_encoder: "resnet" (reference), or "conv": three convolutions, for
+      small runs on a CPU (beyond the reference).
+    patch_size: pixels a side that one token of "conv" stands for; even.
     entangle_positions: add the absolute positions to the token content, too,
-      not only to the attention logits (beyond the reference, whose scripts
-      disable it; needed to learn coordinates from scratch).
+      not only to the attention logits, and start those of the image as sines
+      and cosines (beyond the reference, whose scripts disable it; needed to
+      learn coordinates from scratch).
   """
 
   width: int
@@ -134,6 +134,11 @@ class ModelConfig:
           f"model.{name}={getattr(self, name)} must be in [0, 1) "
           f"(--config.model.{name})"
         )
+    if self.image_encoder == "conv" and self.patch_size % 2:
+      raise UserError(
+        f"model.patch_size={self.patch_size} must be even, such as "
+        f"{self.patch_size + 1} (--config.model.patch_size)"
+      )
     if len(self.resnet_blocks) != 3 or min(self.resnet_blocks) < 1:
       raise UserError(
         f"model.resnet_blocks={self.resnet_blocks} must be three numbers of "

@@ -23,6 +23,7 @@ from narvl_jax.training.optimizer import (
   flatten,
   make_optimizer,
   make_schedule,
+  matrix_axes,
 )
 from narvl_jax.training.train_state import (
   TrainState,
@@ -152,6 +153,7 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
     b2=optim.b2,
     eps=optim.eps,
     clip_norm=optim.clip_norm,
+    matrices=matrix_axes(boxed["params"]) if optim.name == "muon" else None,
   )
   init = make_init(
     experiment.model,

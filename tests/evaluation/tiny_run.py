@@ -29,7 +29,7 @@ MODEL = {
   "encoder_layers": 1,
   "decoder_layers": 1,
   "num_queries": 8,
-  "image_encoder": "patches",
+  "image_encoder": "conv",
   "patch_size": 8,
   "max_text_positions": 64,
 }

@@ -217,7 +217,7 @@ def test_another_architecture_is_told_by_its_flags(
 
 
 def test_only_the_official_image_encoder() -> None:
-  message = r'need model.image_encoder="resnet", not "patches" \(--config'
+  message = r'need model.image_encoder="resnet", not "conv" \(--config'
   with pytest.raises(UserError, match=message):
     variables_from_official({}, small.CONFIG)
   with pytest.raises(UserError, match=message):

@@ -22,7 +22,7 @@ CONFIG = model_config(
   max_text_positions=24,
   token_bucket_size=16,
   image_bucket_size=8,
-  image_encoder="patches",
+  image_encoder="conv",
   patch_size=8,
   dropout=0.0,
 )

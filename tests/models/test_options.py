@@ -197,13 +197,14 @@ def test_batch_norm_modes() -> None:
     assert (a != b).all()
 
 
-def test_patches_see_their_own_pixels() -> None:
+def test_tokens_see_their_own_pixels_and_a_margin() -> None:
   values, text = small.variables(), small.text()
   image = small.image()
-  changed = image.at[:, 8:, 16:].set(0.5)  # The last of 2 x 3 patches.
+  # The margin is 12 pixels, less 4 on the right: the second token ends at 20.
+  changed = image.at[:, :, 20:].set(0.5)
   a, b = (small.apply(CONFIG, values, x, text)[1] for x in (image, changed))
   differs = (a["image_features"] != b["image_features"]).any((0, 3))
-  assert differs.tolist() == [[False] * 3, [False, False, True]]
+  assert differs.tolist() == [[False, False, True]] * 2
 
 
 @pytest.mark.parametrize("name", sorted({*IMAGE_ENCODERS} - {"resnet"}))

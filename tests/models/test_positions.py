@@ -78,3 +78,23 @@ def test_image_buckets_do_not_depend_on_the_grid() -> None:
   rows = [positions.image_position_ids(7, 9).tolist().index(i) for i in ids]
   large = positions.image_buckets(7, 9)
   np.testing.assert_array_equal(small, large[np.ix_(rows, rows)])
+
+
+def test_sinusoids_tell_positions_apart_and_neighbours_are_alike() -> None:
+  table = positions.sinusoids(20, 33)
+  assert table.shape == (20, 33)
+  assert table.dtype == np.float32
+  distance = np.linalg.norm(table[:, None] - table[None, :], axis=-1)
+  assert (distance + np.eye(20) * 9 > 1.0).all()
+  np.testing.assert_allclose(distance[0, 1], distance[10, 11], rtol=1e-4)
+  assert distance[5, 6] < distance[5, 9] < distance[5, 19]
+
+
+def test_image_sinusoids_hold_row_and_column() -> None:
+  table = positions.image_sinusoids(6, 16)
+  assert table.shape == (37, 16)
+  np.testing.assert_array_equal(table[0], 0)
+  grid = table[positions.image_position_ids(6, 6, 6)].reshape(6, 6, 16)
+  np.testing.assert_array_equal(grid[2, 1, :8], grid[2, 4, :8])
+  np.testing.assert_array_equal(grid[1, 3, 8:], grid[5, 3, 8:])
+  assert len(np.unique(grid.reshape(36, 16).round(4), axis=0)) == 36

@@ -1,0 +1,41 @@
+"""The published easy-VQA data set: real third-party questions, one task."""
+
+from ml_collections import ConfigDict
+
+from configs.common import (
+  choose_variant,
+  default_config,
+  evaluation_source,
+  from_scratch,
+  train_source,
+  update,
+)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """Returns the config; there are no variants."""
+  choose_variant(arg, {"": None})
+  config = default_config("vqa")
+  # The test split is not used for any choice, so that all of the published
+  # training split can be trained on.
+  config.data.train.questions = train_source("easy_vqa", "vqa", full_train=True)
+  config.data.evaluation.questions = evaluation_source("easy_vqa", "vqa")
+  from_scratch(config, width=96)
+  update(
+    config,
+    {
+      "model.encoder_layers": 2,
+      "model.decoder_layers": 1,
+      "model.scan_unroll": 2,
+      # Every answer is one token.
+      "model.num_queries": 4,
+      "vocabulary.size": 200,
+      "vocabulary.num_bins": 0,
+      "data.image_size": (48, 48),
+      "data.max_label_length": 1,
+      "train.steps": 4000,
+      "train.batch_size": 64,
+      "train.eval_examples": 1000,
+    },
+  )
+  return config

@@ -1,0 +1,119 @@
+"""Four tasks on procedural scenes, from random weights, on a CPU."""
+
+from ml_collections import ConfigDict
+
+from configs.common import (
+  choose_variant,
+  default_config,
+  evaluation_source,
+  from_scratch,
+  train_source,
+  update,
+)
+
+# Share of each task while the model learns to see, and from then on.
+_SHARES = {
+  "caption": (0.45, 0.15),
+  "grounding": (0.45, 0.15),
+  "vqa": (0.10, 0.40),
+  "entailment": (0.00, 0.30),
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """Returns the config of a variant: "", "quick", "long" or "full"."""
+  variant = choose_variant(
+    arg, {"": _easy, "quick": _quick, "long": _long, "full": _full}
+  )
+  return variant()
+
+
+def _easy() -> ConfigDict:
+  config = _small("easy", image_size=48, steps=1500, seeing_steps=500)
+  update(
+    config,
+    {
+      "train.eval_every": 250,
+      "train.eval_examples": 250,
+      "train.checkpoint_every": 500,
+    },
+  )
+  return config
+
+
+def _quick() -> ConfigDict:
+  config = _small("easy", image_size=48, steps=400, seeing_steps=400)
+  update(
+    config,
+    {
+      "train.log_every": 25,
+      "train.eval_every": 100,
+      "train.eval_examples": 100,
+      "evaluation.max_examples": 500,
+    },
+  )
+  return config
+
+
+def _long() -> ConfigDict:
+  config = _small("easy", image_size=48, steps=6000, seeing_steps=800)
+  update(config, {"train.eval_every": 1000, "train.eval_examples": 500})
+  return config
+
+
+def _full() -> ConfigDict:
+  config = _small("full", image_size=96, steps=40_000, seeing_steps=8000)
+  from_scratch(config, width=256)
+  update(
+    config,
+    {
+      "model.encoder_layers": 4,
+      "model.decoder_layers": 3,
+      # Five objects of five words and four times "and" are 29 labels.
+      "model.num_queries": 32,
+      "model.max_text_positions": 40,
+      "model.image_bucket_size": 12,
+      "data.max_text_length": 24,
+      "data.max_label_length": 32,
+      "vocabulary.num_bins": 49,
+      "train.batch_size": 256,
+      "train.eval_every": 2000,
+    },
+  )
+  return config
+
+
+def _small(
+  difficulty: str, *, image_size: int, steps: int, seeing_steps: int
+) -> ConfigDict:
+  """What the variants share; `seeing_steps` is when the shares change."""
+  config = default_config(*_SHARES)
+  options = {"image_size": image_size, "difficulty": difficulty}
+  for task, (first, then) in _SHARES.items():
+    config.data.train[task] = train_source(
+      "shapes", task, weight=((0, first), (seeing_steps, then)), **options
+    )
+    config.data.evaluation[task] = evaluation_source("shapes", task, **options)
+  from_scratch(config, width=128)
+  update(
+    config,
+    {
+      "model.encoder_layers": 2,
+      "model.decoder_layers": 2,
+      "model.scan_unroll": 2,
+      # Three objects of four words and twice "and" are 14 labels.
+      "model.num_queries": 16,
+      "vocabulary.size": 400,
+      # Two pixels each.
+      "vocabulary.num_bins": 25,
+      "data.image_size": (image_size, image_size),
+      "data.max_label_length": 14,
+      "train.steps": steps,
+      "train.batch_size": 64,
+    },
+  )
+  # Short prompts: the encoder pays for every token of every example.
+  config.tasks.caption.prompt = "describe"
+  config.tasks.grounding.prompt = "find {}"
+  config.tasks.entailment.prompt = "claim {}"
+  return config
