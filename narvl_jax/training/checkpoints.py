@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
+from absl import logging
 
 from narvl_jax.errors import UserError
 from narvl_jax.training.train_state import (
@@ -39,7 +40,11 @@ def _split_only_large_arrays() -> None:
   handler = type_handlers.ArrayHandler(
     min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES
   )
+  verbosity = logging.get_verbosity()
+  # It warns of what it is asked to do.
+  logging.set_verbosity(logging.ERROR)
   type_handlers.register_type_handler(jax.Array, handler, override=True)
+  logging.set_verbosity(verbosity)
 
 
 class Checkpoints:
