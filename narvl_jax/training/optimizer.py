@@ -234,6 +234,7 @@ def make_optimizer(
     # It scales by minus the learning rate, which comes last here.
     direction = contrib.muon(
       -1.0,
+      eps=eps,
       adam_b1=b1,
       adam_b2=b2,
       consistent_rms=_MUON_RMS,
