@@ -88,7 +88,7 @@ def from_scratch(config: ConfigDict, *, width: int) -> None:
       "model.vocab_multiple": 8,
       "data.max_text_length": 16,
       "optimizer.name": "muon",
-      "optimizer.learning_rate": 3e-3,
+      "optimizer.learning_rate": 3.5e-3,
       "optimizer.warmup_steps": 50,
       "optimizer.b2": 0.98,
     },

@@ -29,11 +29,11 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _easy() -> ConfigDict:
-  config = _small("easy", image_size=48, steps=1500, seeing_steps=500)
+  config = _small("easy", image_size=48, steps=2000, seeing_steps=700)
   update(
     config,
     {
-      "train.eval_every": 250,
+      "train.eval_every": 500,
       "train.eval_examples": 250,
       "train.checkpoint_every": 500,
     },
@@ -56,7 +56,7 @@ def _quick() -> ConfigDict:
 
 
 def _long() -> ConfigDict:
-  config = _small("easy", image_size=48, steps=6000, seeing_steps=800)
+  config = _small("easy", image_size=48, steps=5000, seeing_steps=800)
   update(config, {"train.eval_every": 1000, "train.eval_examples": 500})
   return config
 

@@ -1,0 +1,65 @@
+"""The files in `configs/`: their data fits on their queries and texts."""
+
+import importlib
+
+import pytest
+
+from configs.common import choose_variant
+from narvl_jax import experiment as experiment_lib
+from narvl_jax.config import validate
+from narvl_jax.data.tasks.base import required_queries
+from narvl_jax.errors import UserError
+from narvl_jax.models import ModelConfig
+from tests.conftest import ROOT
+
+VARIANTS = {"shapes": ("", "quick", "long", "full"), "easy_vqa": ("",)}
+RECORDS = 300
+
+
+def _config(name: str, variant: str):
+  return importlib.import_module(f"configs.{name}").get_config(variant)
+
+
+def test_every_file_is_tested():
+  files = {path.stem for path in (ROOT / "configs").glob("*.py")}
+  assert files - {"__init__", "common"} == set(VARIANTS)
+
+
+@pytest.mark.parametrize(
+  ("name", "variant"),
+  [(name, variant) for name in VARIANTS for variant in VARIANTS[name]],
+)
+def test_records_fit(name: str, variant: str):
+  if name == "easy_vqa":
+    pytest.importorskip("easy_vqa")
+  config = _config(name, variant)
+  validate(config)
+  experiment = experiment_lib.build(config)
+  assert isinstance(experiment.model_config, ModelConfig)
+  mixture = experiment_lib.load_mixture(config)
+  experiment_lib.check_mixture(experiment, mixture)
+  experiment_lib.check_evaluation(config)
+  for source, task, _, _ in mixture:
+    for index in range(RECORDS):
+      encoded = experiment.tasks[task].encode(source[index])
+      assert len(encoded.text_ids) <= config.data.max_text_length
+      assert len(encoded.label_ids) <= config.data.max_label_length
+      assert required_queries(encoded.label_ids) <= config.model.num_queries
+      assert experiment.vocabulary.unk_id not in encoded.text_ids
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_unknown_variant(name: str):
+  with pytest.raises(UserError, match=r'no variant "lon".*FILE.py:VARIANT'):
+    _config(name, "lon")
+
+
+def test_unknown_variant_names_the_nearest():
+  with pytest.raises(UserError, match='Did you mean "long"'):
+    choose_variant("lon", {"": 0, "long": 1})
+
+
+def test_variants_share_what_they_do_not_say():
+  easy, long = _config("shapes", ""), _config("shapes", "long")
+  assert easy.model == long.model
+  assert easy.train.steps < long.train.steps
