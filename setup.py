@@ -42,7 +42,7 @@ setuptools.setup(
       "ruff==0.17.6",
     ],
     "easy-vqa": ["easy-vqa==1.0"],
-    "parity": ["torch>=2.6,<3"],
+    "parity": ["torch==2.13.0"],
     "aot": ["jax[tpu]>=0.10,<0.13"],
   },
 )
