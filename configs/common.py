@@ -95,3 +95,5 @@ def from_scratch(config: ConfigDict, *, width: int) -> None:
   )
   for task in config.tasks.values():
     task.eos = False
+    # Where there are more queries than labels, a label may be said twice.
+    task.merge_repeats = True

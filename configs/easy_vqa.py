@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
       "vocabulary.num_bins": 0,
       "data.image_size": (48, 48),
       "data.max_label_length": 1,
-      "train.steps": 4000,
+      "train.steps": 3000,
       "train.batch_size": 64,
       "train.eval_examples": 1000,
     },

@@ -295,6 +295,15 @@ class Flags:
     self.dry_run = False
 
 
+@pytest.fixture
+def interruptible():
+  """Python's own handler: shells start background jobs with SIGINT ignored."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
   ("number", "name"), [(signal.SIGINT, "SIGINT"), (signal.SIGTERM, "SIGTERM")]
 )
