@@ -21,6 +21,7 @@ from narvl_jax.data.tasks import (
   make_task,
   vocabulary_texts,
 )
+from narvl_jax.data.tasks.base import required_queries
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import load_dataset
@@ -274,20 +275,33 @@ def check_evaluation(config: Config) -> None:
 
 def check_targets(
   experiment: Experiment, mixture: Sequence[MixtureEntry]
-) -> None:
+) -> list[str]:
   """Checks some targets of each source against queries and label length.
+
+  Returns:
+    A sentence for every source of which some targets do not fit.
 
   Raises:
     UserError: not even the shortest target of a task fits.
   """
   limit = experiment.config.data.max_label_length
+  queries = experiment.model_config.num_queries
+  notes = []
   for source, task, _, name in mixture:
     records = (source[i] for i in range(min(len(source), _CHECKED_RECORDS)))
     encoded = [
       experiment.tasks[task].encode(record)
       for record in itertools.islice(records, _CHECKED_RECORDS)
     ]
-    check_num_queries({task: encoded}, experiment.model_config.num_queries)
+    check_num_queries({task: encoded}, queries)
+    needed = [required_queries(example.label_ids) for example in encoded]
+    too_long = sum(number > queries for number in needed)
+    if too_long:
+      notes.append(
+        f"{too_long} of {len(encoded)} targets of {name} need more than"
+        f" {queries} queries and teach nothing:"
+        f" --config.model.num_queries={max(needed)}"
+      )
     shortest = min(len(example.label_ids) for example in encoded)
     if shortest > limit:
       raise UserError(
@@ -295,6 +309,7 @@ def check_targets(
         f' "{name}", which has {shortest} or more labels:'
         f" --config.data.max_label_length={shortest}"
       )
+  return notes
 
 
 class _Strided(Sequence[Record]):

@@ -88,7 +88,8 @@ def train(
     )
     mixture = experiment_lib.load_mixture(config)
     experiment_lib.check_mixture(experiment, mixture)
-    experiment_lib.check_targets(experiment, mixture)
+    for note in experiment_lib.check_targets(experiment, mixture):
+      say(f"note: {note}")
     experiment_lib.check_evaluation(config)
     for source, task, _, name in mixture:
       say(f"source {name}: {len(source)} examples for {task}")
@@ -261,7 +262,8 @@ def _final_evaluation(
     step=step,
   )
   print(format_table(report), flush=True)
-  write_results(experiment, workdir, report, predictions)
+  for path in write_results(experiment, workdir, report, predictions):
+    print(f"wrote {path}")
   writer.write(step, flat_metrics(report))
   return report
 
@@ -288,6 +290,7 @@ def define_flags() -> None:
     "dry_run", False, "Print shapes, parameters and memory, then stop."
   )
   flags.mark_flags_as_required(["config", "workdir"])
+  flags.declare_key_flag("config")  # Shown by --help.
 
 
 def main(argv: Sequence[str]) -> None:

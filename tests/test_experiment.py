@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from flax.linen import meta
 
+from configs import shapes
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.config import Config
 from narvl_jax.data.vocabulary import Vocabulary
@@ -113,6 +115,18 @@ def test_queries_and_labels_for_the_shortest_target(built):
     UserError, match=r'max_label_length=4 is shorter .* of "grounding",.*=5$'
   ):
     experiment_lib.check_targets(small(built, config=config), mixture)
+
+
+def test_targets_that_teach_nothing_are_told():
+  config = shapes.get_config()
+  config.model.num_queries = 9  # Two objects; three are 14 labels.
+  few = experiment_lib.build(config)
+  (note,) = experiment_lib.check_targets(few, _mixture(config))
+  assert re.fullmatch(
+    r"\d+ of 64 targets of caption need more than 9 queries and teach nothing:"
+    r" --config.model.num_queries=14",
+    note,
+  )
 
 
 def test_what_is_evaluated_later_is_opened_at_once():

@@ -77,8 +77,12 @@ def make_panel(
   prediction: reporting.Prediction, image: bytes | np.ndarray
 ) -> rendering.Panel:
   """Returns the panel of one prediction about a picture."""
-  answer = reporting.format_answer(prediction["prediction"])
   grounded = prediction["task"] == "grounding"
+  # All zero: the model gave no box.
+  box = as_box(prediction["prediction"]) if grounded else None
+  answer = "no box"
+  if box is None or any(box):
+    answer = reporting.format_answer(prediction["prediction"])
   target = prediction["target"]
   kind = f" / {prediction['kind']}" if prediction["kind"] else ""
   width, height = images.original_size(image)
@@ -89,7 +93,7 @@ def make_panel(
     prediction=f"{answer} ({100 * prediction['probability']:.0f} %)",
     target=None if target is None else reporting.format_answer(target),
     correct=prediction["correct"],
-    predicted_box=as_box(prediction["prediction"]) if grounded else None,
+    predicted_box=box if box and any(box) else None,
     target_box=as_box(target) if grounded and target is not None else None,
   )
 

@@ -168,7 +168,7 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
   monkeypatch.setattr(easy_vqa.importlib, "import_module", without_package)
   easy_vqa._load.cache_clear()
-  message = r'not installed\. Run: pip install "narvl_jax\[easy-vqa\]"'
+  message = r"not installed\. Run: pip install easy-vqa"
   with pytest.raises(UserError, match=message):
     load_source("easy_vqa", task="vqa", split="train")
   monkeypatch.undo()

@@ -59,3 +59,22 @@ def test_folder_that_cannot_be_written(evaluated, tmp_path):
   with pytest.raises(UserError, match=r'cannot write ".*test\.jsonl": '):
     results.write_results(experiment, tmp_path, *evaluated)
   assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_an_answer_without_a_box_is_told_as_such():
+  prediction = {
+    "task": "grounding",
+    "kind": "",
+    "prompt": "star",
+    "prediction": [0.0, 0.0, 0.0, 0.0],
+    "target": [1.0, 2.0, 5.0, 6.0],
+    "probability": 0.5,
+    "correct": False,
+  }
+  image = np.zeros((8, 8, 3), np.uint8)
+  panel = results.make_panel(prediction, image)
+  assert panel.prediction == "no box (50 %)"
+  assert panel.predicted_box is None
+  assert panel.target_box == (1.0, 2.0, 5.0, 6.0)
+  found = results.make_panel({**prediction, "prediction": [1, 2, 5, 6]}, image)
+  assert found.predicted_box == (1, 2, 5, 6)

@@ -121,7 +121,7 @@ def _load(
   except ImportError as error:
     raise UserError(
       "The source easy_vqa needs the package easy-vqa, which is not "
-      'installed. Run: pip install "narvl_jax[easy-vqa]"'
+      "installed. Run: pip install easy-vqa"
     ) from error
   if published == "test":
     columns = package.get_test_questions()
