@@ -61,10 +61,9 @@ def update(config: ConfigDict, values: Mapping[str, Any]) -> None:
 def from_scratch(config: ConfigDict, *, width: int) -> None:
   """Sets what a small model needs that starts from random weights.
 
-  What was found to matter, by the examples that the easy `shapes` needed (see
-  `configs/shapes.py` for the figures): Muon instead of AdamW, positions in the
-  content of the image tokens, convolutions instead of flat patches, linear
-  maps that start at width ** -0.5, and targets without eos.
+  Above all Muon instead of AdamW; further convolutions instead of flat
+  patches, linear maps that start at width ** -0.5, and targets without eos.
+  `configs/shapes.py` has the figures.
 
   Args:
     config: is changed.

@@ -68,8 +68,8 @@ class ModelConfig:
     patch_size: pixels a side that one token of "conv" stands for; even.
     entangle_positions: add the absolute positions to the token content, too,
       not only to the attention logits, and start those of the image as sines
-      and cosines (beyond the reference, whose scripts disable it; needed to
-      learn coordinates from scratch).
+      and cosines (beyond the reference, whose scripts disable it; see
+      `configs/shapes.py` for what it changed).
   """
 
   width: int
