@@ -1,7 +1,7 @@
 """The published easy-VQA data set: real third-party questions, one task.
 
     pip install -e ".[easy-vqa]"
-    python -m narvl_jax.train --config=configs/easy_vqa.py --workdir=runs/easy_vqa
+    python -m narvl_jax.train --config=configs/easy_vqa.py --workdir=runs/easy
 
 99.9 % on the published test split (9,673 questions), 8 min 31 s from start to
 end on two cores of an AMD EPYC shared with other work; one run, seed 0, jax

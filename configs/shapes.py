@@ -15,8 +15,9 @@ other work shared the cores at times. The times hold everything from start to
 end. Boxes of (none) and `:long` were read again from the same weights, by
 `narvl_jax.evaluate` with `tasks.grounding.merge_repeats=True` (see "Reading").
 
-What was found on the way. Every line is one run of one seed, and examples are
-compared, not seconds. "Equal" means a quarter of each batch of 64 for each task.
+What was found on the way. Every line is one run of one seed, and examples
+are compared, not seconds. "Equal" means a quarter of each batch of 64 for each
+task.
 
 Optimizer. Muon is what makes ten minutes enough. On scenes of one object the
 nll per label of captions after 450 updates of 32 was 1.03 with AdamW (1.5e-3;
@@ -50,7 +51,7 @@ too). Three convolutions of stride 2 did as well as the stem in use.
 
 Blanks. With N queries and one label, N - 1 queries are right to say nothing, so
 a random model first learns to say nothing at all. The last probe at
-which more than half of the answers were empty (probed every 10 updates, 64 pictures):
+which more than half of the answers were empty (every 10 updates, 64 pictures):
 
 | what                                       | all blank until update |
 | ------------------------------------------ | ---------------------- |
