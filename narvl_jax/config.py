@@ -11,6 +11,7 @@ from narvl_jax.data.example import TASKS
 from narvl_jax.data.tasks import default_settings
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.models import ModelConfig
+from narvl_jax.parallel.rules import DEFAULT_RULES
 from narvl_jax.query_ctc.loss import CONFIDENCE_MODES
 
 OPTIMIZERS = ("adamw", "muon")
@@ -111,7 +112,18 @@ def default_config(*tasks: str) -> Config:
       "best_metric": "mean",
     }
   )
-  config.mesh = ConfigDict({"data": -1})
+  config.mesh = ConfigDict(
+    {
+      # Sizes of the axes; -1 takes what the others leave.
+      "data": -1,
+      "fsdp": 1,
+      "tensor": 1,
+      # -1: what the devices say.
+      "slices": -1,
+      # See narvl_jax/parallel/rules.py.
+      "rules": DEFAULT_RULES,
+    }
+  )
   return config
 
 

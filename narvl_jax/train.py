@@ -32,7 +32,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import evaluate_tasks
 from narvl_jax.evaluation.reporting import format_table
 from narvl_jax.evaluation.results import write_results
-from narvl_jax.parallel import make_mesh
+from narvl_jax.parallel import mesh_from_config
 from narvl_jax.parallel.mesh import describe
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import Checkpoints, restore_target
@@ -79,7 +79,7 @@ def train(
     say(f"run folder {workdir}")
     validate(config)
     resumes = workdir_lib.check(workdir, config)
-    mesh = make_mesh(config.mesh.data)
+    mesh = mesh_from_config(config.mesh)
     say(f"mesh {describe(mesh)}")
     experiment = experiment_lib.build(config, workdir)
     say(

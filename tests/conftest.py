@@ -3,6 +3,7 @@
 import os
 import pathlib
 import tempfile
+from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAG = "--xla_force_host_platform_device_count=8"
@@ -26,6 +27,11 @@ SHARED = ROOT.parent / "shared"
 def pytest_addoption(parser: pytest.Parser) -> None:
   parser.addoption(
     "--slow", action="store_true", help="also run the tests marked slow"
+  )
+  parser.addoption(
+    "--update_golden",
+    action="store_true",
+    help="rewrite the texts in tests/golden with what the code gives now",
   )
 
 
@@ -53,3 +59,20 @@ def shared_files() -> pathlib.Path:
   if not (SHARED / "fixtures" / "README.md").exists():
     pytest.skip("parity files (../shared) are absent")
   return SHARED
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+  """Compares a text with `tests/golden/NAME`, or rewrites that file."""
+
+  def compare(name: str, text: str) -> None:
+    path = ROOT / "tests" / "golden" / name
+    if request.config.getoption("--update_golden"):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(text, encoding="utf-8")
+    assert path.exists(), f"no {path}; write it with pytest --update_golden"
+    assert text == path.read_text(encoding="utf-8"), (
+      f"differs from {path}; if that is meant, pytest --update_golden"
+    )
+
+  return compare

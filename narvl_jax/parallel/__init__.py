@@ -1,23 +1,33 @@
 """Meshes, logical axis rules and batch placement."""
 
-from narvl_jax.parallel.mesh import AXES, data_parallel_size, make_mesh
+from narvl_jax.parallel.mesh import (
+  AXES,
+  data_parallel_size,
+  make_mesh,
+  mesh_from_config,
+)
+from narvl_jax.parallel.rules import DEFAULT_RULES, activation_rules, place
 from narvl_jax.parallel.sharding import (
-  RULES,
   batch_sharding,
   check_batch_size,
   replicated,
   shard_batch,
+  sharding_table,
   tree_shardings,
 )
 
 __all__ = [
   "AXES",
-  "RULES",
+  "DEFAULT_RULES",
+  "activation_rules",
   "batch_sharding",
   "check_batch_size",
   "data_parallel_size",
   "make_mesh",
+  "mesh_from_config",
+  "place",
   "replicated",
   "shard_batch",
+  "sharding_table",
   "tree_shardings",
 ]

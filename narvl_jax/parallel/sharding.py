@@ -1,21 +1,21 @@
-"""Where arrays live: logical axis names to mesh axes, batches to devices."""
+"""Where arrays live: parameters by rules, batches by their first axis."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
+import flax.traverse_util
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from narvl_jax.errors import UserError
-from narvl_jax.parallel.mesh import data_parallel_size
-
-# Logical axis name -> mesh axes. Names that are absent are replicated, so a
-# parameter is split only where a rule says so.
-RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
-  ("batch", ("data", "fsdp")),
+from narvl_jax.parallel.mesh import (
+  BATCH_AXES,
+  MeshShape,
+  data_parallel_size,
+  format_shape,
 )
+from narvl_jax.parallel.rules import DEFAULT_RULES, Placement, place
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -25,23 +25,88 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of an array whose leading axis is the batch."""
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def tree_shardings(abstract: Any, mesh: Mesh) -> Any:
+def tree_shardings(
+  boxed: Any, mesh: Mesh, rules: Iterable[Any] = DEFAULT_RULES
+) -> Any:
   """Maps a tree with logical axis names to one of `NamedSharding`s.
 
   Args:
-    abstract: shapes of variables, boxed with `nn.with_logical_partitioning`
-      or not; unboxed leaves are replicated.
+    boxed: nested dicts of shapes of variables, boxed with
+      `nn.with_logical_partitioning` or not; unboxed leaves are replicated.
     mesh: the device mesh.
+    rules: see `narvl_jax.parallel.rules`.
 
   Returns:
-    The tree of `abstract`, unboxed, with a `NamedSharding` at every leaf.
+    The tree of `boxed`, unboxed, with a `NamedSharding` at every leaf.
+
+  Raises:
+    UserError: the rules do not fit; see `place`.
   """
-  return nn.logical_to_mesh_sharding(
-    nn.get_partition_spec(abstract), mesh, list(RULES)
+  return flax.traverse_util.unflatten_dict(
+    {
+      placement.path: NamedSharding(mesh, placement.partition_spec)
+      for placement in place(boxed, mesh.shape, rules)
+    },
+    sep="/",
   )
+
+
+def sharding_table(
+  placements: Sequence[Placement],
+  mesh_shape: MeshShape,
+  rules: Iterable[Any],
+) -> str:
+  """Returns what goes where as text: a line per array, and the sums.
+
+  Args:
+    placements: of all variables.
+    mesh_shape: axis -> size.
+    rules: by which they were placed.
+  """
+  rows = [
+    ("array", "shape", "axes", "split over", "a device", "bytes a device")
+  ]
+  total = on_device = whole = 0
+  for p in placements:
+    parts = p.parts(mesh_shape)
+    total += p.bytes
+    on_device += p.bytes // parts
+    whole += p.bytes if parts == 1 else 0
+    split = [_join(axes, "+") for axes in p.spec]
+    rows.append(
+      (
+        p.path,
+        _join(p.shape, "x") or "scalar",
+        _join((name or "-" for name in p.names), ","),
+        _join((s or "-" for s in split), ",") if any(split) else "whole",
+        _join(p.shard_shape(mesh_shape), "x") or "scalar",
+        f"{p.bytes // parts:,}",
+      )
+    )
+  widths = [max(len(row[i]) for row in rows) for i in range(6)]
+  lines = [f"mesh {format_shape(mesh_shape)}", "rules, first to last:"]
+  lines += [f"  {name} -> {_shown(axes)}" for name, axes in rules]
+  for row in rows:
+    cells = [cell.ljust(w) for cell, w in zip(row[:5], widths, strict=False)]
+    lines.append("  ".join([*cells, row[5].rjust(widths[5])]))
+  lines.append(
+    f"sum {total:,} bytes; {on_device:,} a device; {whole:,}"
+    f" ({100 * whole / max(total, 1):.2f} %) whole on every device"
+  )
+  return "\n".join(lines)
+
+
+def _join(parts: Iterable[Any], by: str) -> str:
+  return by.join(map(str, parts))
+
+
+def _shown(axes: Any) -> str:
+  if axes is None:
+    return "whole"
+  return axes if isinstance(axes, str) else _join(axes, "+")
 
 
 def check_batch_size(

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 import jax
 import optax
 from flax.linen import meta
@@ -11,10 +12,13 @@ from jax.sharding import Mesh
 from narvl_jax.data.example import TASKS
 from narvl_jax.experiment import Experiment
 from narvl_jax.parallel import (
+  activation_rules,
   batch_sharding,
   check_batch_size,
   data_parallel_size,
+  place,
   replicated,
+  sharding_table,
 )
 from narvl_jax.training.flops import matmul_flops
 from narvl_jax.training.optimizer import (
@@ -32,6 +36,8 @@ from narvl_jax.training.train_state import (
   state_shardings,
 )
 from narvl_jax.training.train_step import (
+  Batch,
+  Metrics,
   StepConfig,
   batch_spec,
   make_train_step,
@@ -66,7 +72,8 @@ class Setup:
 
   def compile_step(self) -> jax.stages.Compiled:
     """Compiles the update for the one shape that batches have."""
-    return self.step.lower(self.abstract_state, self.batch).compile()
+    with jax.set_mesh(self.mesh):
+      return self.step.lower(self.abstract_state, self.batch).compile()
 
   @property
   def num_parameters(self) -> int:
@@ -105,6 +112,14 @@ class Setup:
     return 3.0 * matmul_flops(
       forward, state.params, state.batch_stats, self.batch
     )
+
+  def sharding_table(self) -> str:
+    """Returns where every parameter lies, and the bytes on one device."""
+    mesh_shape, rules = self.mesh.shape, self.experiment.config.mesh.rules
+    boxed = self.experiment.abstract_variables()
+    table = sharding_table(place(boxed, mesh_shape, rules), mesh_shape, rules)
+    state = f"{self.state_bytes_per_device:,}"
+    return f"{table}\nwhole training state: {state} bytes a device"
 
   def parameter_table(self) -> str:
     """Returns a line per parameter: name, shape, count, how it is trained."""
@@ -166,10 +181,16 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
   abstract_state = jax.eval_shape(
     init, jax.eval_shape(lambda: jax.random.key(0))
   )
-  shardings = state_shardings(abstract_state, boxed, mesh)
+  shardings = state_shardings(abstract_state, boxed, mesh, config.mesh.rules)
   step = make_train_step(
     experiment.model, optimizer, schedule, rules, step_config(experiment)
   )
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    # What the modules say of their activations has a meaning from here on.
+    with nn.logical_axis_rules(activation_rules(config.mesh.rules)):
+      return step(state, batch)
+
   return Setup(
     experiment=experiment,
     mesh=mesh,
@@ -187,7 +208,7 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
       init, out_shardings=shardings, compiler_options=_init_options()
     ),
     step=jax.jit(
-      step,
+      train_step,
       donate_argnums=0,
       in_shardings=(shardings, batch_sharding(mesh)),
       out_shardings=(shardings, replicated(mesh)),

@@ -1,6 +1,6 @@
 """Everything that an update reads and writes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +11,7 @@ import optax
 from flax.linen import meta
 from jax.sharding import Mesh
 
-from narvl_jax.parallel import replicated, tree_shardings
+from narvl_jax.parallel import DEFAULT_RULES, replicated, tree_shardings
 from narvl_jax.training.optimizer import (
   ParameterRule,
   Params,
@@ -93,19 +93,25 @@ def averaged_variables(params: Params, ema: Params) -> dict[str, Any]:
   }
 
 
-def state_shardings(abstract: TrainState, boxed: Any, mesh: Mesh) -> TrainState:
+def state_shardings(
+  abstract: TrainState,
+  boxed: Any,
+  mesh: Mesh,
+  rules: Iterable[Any] = DEFAULT_RULES,
+) -> TrainState:
   """Returns the sharding of every leaf of the state.
 
   Args:
     abstract: shapes of the state.
     boxed: shapes of the variables with their logical axis names.
     mesh: the device mesh.
+    rules: that place the parameters.
 
   Returns:
     A `TrainState` of `NamedSharding`s: moments and averages lie where their
     parameter lies, everything else is replicated.
   """
-  shardings = tree_shardings(boxed, mesh)
+  shardings = tree_shardings(boxed, mesh, rules)
   of_path = flatten(shardings["params"])
 
   def like_parameter(path: tuple[Any, ...], leaf: Any) -> Any:

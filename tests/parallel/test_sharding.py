@@ -1,22 +1,14 @@
 """Where parameters and batches lie."""
 
-from typing import Any
-
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import (
   batch_sharding,
   check_batch_size,
   make_mesh,
-  replicated,
   shard_batch,
-  tree_shardings,
 )
 
 
@@ -28,24 +20,6 @@ def test_batches_are_split_along_their_first_axis():
     np.testing.assert_array_equal(
       shard.data, np.arange(24).reshape(8, 3)[2 * i : 2 * i + 2]
     )
-
-
-def test_parameters_are_replicated_unless_a_rule_splits_them():
-  def init() -> dict[str, Any]:
-    split = nn.with_logical_partitioning(jnp.zeros, ("batch", "embed"))
-    whole = nn.with_logical_partitioning(jnp.zeros, ("vocab", "embed"))
-    return {
-      "split": split((8, 4)),
-      "whole": whole((8, 4)),
-      "plain": jnp.zeros(()),
-    }
-
-  mesh = make_mesh()
-  shardings = tree_shardings(jax.eval_shape(init), mesh)
-  assert shardings["split"].spec == PartitionSpec(("data", "fsdp"), None)
-  assert shardings["split"].shard_shape((8, 4)) == (1, 4)
-  assert shardings["whole"].is_fully_replicated
-  assert shardings["plain"] == replicated(mesh)
 
 
 @pytest.mark.parametrize(

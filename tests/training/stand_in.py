@@ -87,6 +87,8 @@ def setup(
   )
   if frozen:
     config.optimizer.rules = ((frozen, {"freeze": True}), (".*", {}))
+  # Its parameters have no axis names.
+  config.mesh.rules = ()
   vocabulary: Any = SimpleNamespace(blank_id=VOCAB_SIZE - 1, size=VOCAB_SIZE)
   unused: Any = None
   model: Any = StandIn(dropout, batch_norm)

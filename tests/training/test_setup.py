@@ -23,7 +23,7 @@ from tests.training import stand_in
 
 def test_state_lies_where_its_parameters_lie():
   def variables() -> dict:
-    split = nn.with_logical_partitioning(jnp.zeros, ("batch", None))
+    split = nn.with_logical_partitioning(jnp.zeros, ("embed", None))
     return {
       "params": {"a": {"kernel": split((8, 4)), "bias": jnp.zeros(4)}},
       "batch_stats": {"a": {"mean": jnp.zeros(4)}},
@@ -41,8 +41,8 @@ def test_state_lies_where_its_parameters_lie():
     ema={"params": params, "batch_stats": stats},
   )
   mesh = make_mesh()
-  shardings = state_shardings(abstract, boxed, mesh)
-  split = PartitionSpec(("data", "fsdp"), None)
+  shardings = state_shardings(abstract, boxed, mesh, [("embed", "data")])
+  split = PartitionSpec("data", None)
   assert shardings.ema is not None
   for tree in (
     shardings.params,
