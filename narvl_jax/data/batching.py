@@ -85,7 +85,10 @@ class Batcher:
     self._max_label_length = max_label_length
 
   def empty(self, rows: int) -> Batch:
-    """Returns arrays for `rows` examples, filled with padding."""
+    """Returns arrays for `rows` examples, filled with padding.
+
+    "valid" (bool) is False until a record is written into the row.
+    """
     height, width = self._image_size
     return {
       "image": np.zeros((rows, height, width, 3), np.uint8),
@@ -100,6 +103,7 @@ class Batcher:
       "confidence": np.ones(rows, np.float32),
       "task": np.zeros(rows, np.int32),
       "index": np.zeros(rows, np.int64),
+      "valid": np.zeros(rows, bool),
     }
 
   def write(
@@ -135,6 +139,7 @@ class Batcher:
     batch["confidence"][row] = confidence
     batch["task"][row] = TASKS.index(task.name)
     batch["index"][row] = index
+    batch["valid"][row] = True
 
   def _encode(
     self, record: Record, task: AnyTask, target: str

@@ -56,8 +56,7 @@ class Mixture:
     *,
     batch_size: int,
     seed: int,
-    host_index: int = 0,
-    host_count: int = 1,
+    rows: Sequence[int] | None = None,
   ) -> None:
     """Builds the mixture.
 
@@ -65,22 +64,17 @@ class Mixture:
       entries: at least one.
       batch_size: of all hosts together; weights change between batches.
       seed: of the order.
-      host_index: which host this is; it has an equal run of rows in every
-        global batch.
-      host_count: number of hosts.
+      rows: of every global batch, those that this host makes; all by default.
 
     Raises:
       UserError: weights, sources or batch size make no sense.
     """
-    if batch_size < 1 or batch_size % host_count:
-      nearest = max(1, math.ceil(batch_size / host_count)) * host_count
+    if batch_size < 1:
       raise UserError(
-        f"batch size {batch_size} does not divide by {host_count} hosts; set"
-        f" --config.train.batch_size={nearest}"
+        f"batch size {batch_size} is below 1; set --config.train.batch_size=1"
       )
     self._batch_size = batch_size
-    self._rows = batch_size // host_count
-    self._first_row = host_index * self._rows
+    self._rows = range(batch_size) if rows is None else list(rows)
     self._orders = []
     first = 0
     for entry in entries:
@@ -102,13 +96,13 @@ class Mixture:
     return 1 << 48  # Endless; grain needs some number.
 
   def __getitem__(self, index: int) -> list[int]:
-    first = index * self._batch_size + self._first_row
+    first = index * self._batch_size
     # Phases begin with a batch, so one holds for all of it.
     phase = bisect.bisect_right(self._starts, first) - 1
     start, used = self._starts[phase], self._used[phase]
     numbers = []
-    for position in range(first - start, first - start + self._rows):
-      entry, key = _locate(position, self._parts[phase])
+    for row in self._rows:
+      entry, key = _locate(first - start + row, self._parts[phase])
       numbers.append(self._orders[entry][used[entry] + key])
     return numbers
 

@@ -38,8 +38,7 @@ def train_batches(
   image_size: tuple[int, int],
   max_text_length: int,
   max_label_length: int,
-  host_index: int = 0,
-  host_count: int = 1,
+  rows: Sequence[int] | None = None,
   num_threads: int = 1,
   prefetch: int = 2,
   bad_records: BadRecords | None = None,
@@ -55,8 +54,7 @@ def train_batches(
     image_size: (height, width) in pixels.
     max_text_length: T, tokens of the source with bos and eos.
     max_label_length: L, labels of the target.
-    host_index: which host this is.
-    host_count: number of hosts; a batch has batch_size / host_count rows.
+    rows: of every global batch, those that the batches have; all by default.
     num_threads: threads that prepare batches ahead; 0 prepares them on demand.
     prefetch: batches that are prepared ahead.
     bad_records: keeps count; a new one if None.
@@ -71,13 +69,7 @@ def train_batches(
   """
   mixed = [Entry(*entry) for entry in entries]
   _check_entries(mixed, tasks)
-  mixture = Mixture(
-    mixed,
-    batch_size=batch_size,
-    seed=seed,
-    host_index=host_index,
-    host_count=host_count,
-  )
+  mixture = Mixture(mixed, batch_size=batch_size, seed=seed, rows=rows)
   batcher = Batcher(image_size, max_text_length, max_label_length)
   reader = _TrainReader(mixed, tasks, batcher, bad_records or BadRecords())
   # Whole batches, since grain costs more per element than an example does.
@@ -94,6 +86,7 @@ def eval_batches(
   max_text_length: int,
   max_label_length: int,
   limit: int | None = None,
+  rows: Sequence[int] | None = None,
   num_threads: int = 1,
   prefetch: int = 2,
   bad_records: BadRecords | None = None,
@@ -103,17 +96,19 @@ def eval_batches(
 
   Each batch comes with the records of its first rows. The rows after them
   repeat the first row; the batch's "valid" (bool [B]) is False there. A bad
-  record is counted and left out. A target that is absent or too long leaves
+  record is counted and left out. Several hosts share the records: with `rows`
+  a batch has room for those rows of the global batch only. A target that is absent or too long leaves
   `label_length` at 0: predictions need none.
 
   Args:
     source: records, random access.
     task: task of the records.
-    batch_size: B.
+    batch_size: of all hosts together.
     image_size: (height, width) in pixels.
     max_text_length: T.
     max_label_length: L.
     limit: reads only so many records.
+    rows: of every global batch, those that the batches have; all by default.
     num_threads: threads that prepare batches ahead; 0 prepares them on demand.
     prefetch: batches that are prepared ahead.
     bad_records: keeps count; a new one if None.
@@ -130,12 +125,15 @@ def eval_batches(
     )
   bad = bad_records or BadRecords()
   batcher = Batcher(image_size, max_text_length, max_label_length)
+  own_rows = range(batch_size) if rows is None else rows
 
   def read(indices: Sequence[int]) -> tuple[Batch, list[Record]]:
-    batch = batcher.empty(batch_size)
+    batch = batcher.empty(len(own_rows))
     records: list[Record] = []
-    for index in indices:
-      record = None
+    for row in own_rows:
+      if row >= len(indices):
+        continue
+      index, record = indices[row], None
       try:
         record = source[index]
         batcher.write(
@@ -145,9 +143,9 @@ def eval_batches(
       except BAD_RECORD_ERRORS as e:
         bad.report(name, index, total, record.id if record else "?", e)
     filled = len(records)
-    for value in batch.values():
-      value[filled:] = value[0]
-    batch["valid"] = np.arange(batch_size) < filled
+    for key, value in batch.items():
+      if key != "valid":
+        value[filled:] = value[0]
     return batch, records
 
   batches = grain.MapDataset.range(total).batch(batch_size, batch_fn=read)

@@ -99,3 +99,22 @@ def test_evaluation_needs_no_usable_target(
   assert len(records) == 4
   assert batch["label_length"].tolist() == [2, 0, 0, 2]
   assert (batch["labels"][1:3] == 1).all()
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [1, 3], [3]])
+def test_hosts_share_the_records(
+  model_tasks: dict[str, Any], rows: list[int]
+) -> None:
+  source = NumberSource("vqa", 9, {5: "image"})
+  batches = _evaluate(
+    model_tasks, source, rows=rows, bad_records=pipeline.BadRecords(0.5)
+  )
+  # As many batches as the other hosts have, whether or not any row is left.
+  assert len(batches) == 3
+  for start, (batch, records) in zip((0, 4, 8), batches, strict=True):
+    own = [start + row for row in rows if start + row < 9]
+    good = [index for index in own if index != 5]
+    assert len(batch["index"]) == len(rows)
+    assert batch["index"][batch["valid"]].tolist() == good
+    assert [record.id for record in records] == [f"vqa{i}" for i in good]
+  assert set(source.reads) <= {i for i in range(9) if i % 4 in rows}
