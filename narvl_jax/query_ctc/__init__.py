@@ -1,5 +1,7 @@
 """The Query-CTC loss and the decoding that belongs to it."""
 
+from narvl_jax.query_ctc.axes import MeshAxes
+from narvl_jax.query_ctc.chunked import ChunkedLogits
 from narvl_jax.query_ctc.compact import feasible
 from narvl_jax.query_ctc.decoding import collapse
 from narvl_jax.query_ctc.loss import (
@@ -10,6 +12,8 @@ from narvl_jax.query_ctc.loss import (
 
 __all__ = [
   "CONFIDENCE_MODES",
+  "ChunkedLogits",
+  "MeshAxes",
   "collapse",
   "feasible",
   "query_ctc_loss",

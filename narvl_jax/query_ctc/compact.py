@@ -2,15 +2,13 @@
 
 A target of L labels touches L+1 classes: blank and the labels. The alignment
 is solved on their log-probabilities alone; the gradient goes back to all V
-classes in one pass. No array of the size of the logits exists but the
-gradient, which XLA may put in their place.
+classes in one pass. How the logits are summarized and where the gradient goes
+is left to a head: `dense.py` has the logits, `chunked.py` never does.
 
 Letters: b batch, n queries, l labels, k = L+1 compact classes, v vocabulary.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +17,58 @@ import optax
 # What optax takes for the logarithm of zero; -inf would give 0 * inf.
 _LOG_ZERO = -1e5
 
-# A sum of plain exponentials is as exact as one of shifted ones if no term is
-# above exp(_LARGE), so that it is finite, and it is above _SMALL, so that what
-# underflowed does not matter.
-_LARGE = 60.0
-_SMALL = 1e-20
+
+class Summary(NamedTuple):
+  """All that the loss needs to know of the logits, float32.
+
+  Attributes:
+    lse: [B, N] logsumexp over the true classes.
+    total: [B, N] sum over the true classes.
+    gathered: [B, N, L+1] logits of the compact classes.
+  """
+
+  lse: jax.Array
+  total: jax.Array
+  gathered: jax.Array
+
+
+class LogitGradient(NamedTuple):
+  """Gradient with respect to the logits, as it is before it is written out.
+
+  That of a true class is scale * softmax + offset, less `taken` at the
+  columns. Of columns with one id all but the first take nothing.
+
+  Attributes:
+    lse: [B, N].
+    scale: [B].
+    offset: [B].
+    columns: int32 [B, L+1] class ids.
+    first: int32 [B, L+1] the first column of equal id.
+    log_probs: [B, N, L+1] of the columns.
+    taken: [B, N, L+1].
+  """
+
+  lse: jax.Array
+  scale: jax.Array
+  offset: jax.Array
+  columns: jax.Array
+  first: jax.Array
+  log_probs: jax.Array
+  taken: jax.Array
+
+
+class Head(Protocol):
+  """Where logits come from; hashable."""
+
+  vocab_size: int
+
+  def summarize(self, inputs: Any, columns: jax.Array) -> Summary:
+    """Returns what the loss needs to know, given the columns [B, L+1]."""
+    ...
+
+  def pull_back(self, inputs: Any, gradient: LogitGradient) -> Any:
+    """Returns the gradient with respect to the inputs."""
+    ...
 
 
 def feasible(
@@ -45,50 +90,43 @@ def feasible(
 
 
 def _terms(
-  logits: jax.Array,
+  head: Head,
+  blank_id: int,
+  inputs: Any,
   labels: jax.Array,
   label_lengths: jax.Array,
   temper: jax.Array,
-  blank_id: int,
-  vocab_size: int,
 ) -> tuple[jax.Array, jax.Array]:
   """CTC nll and mean log-probability per example, with one joint gradient.
 
-  Differentiable once, in reverse, with respect to `logits` only.
+  Differentiable once, in reverse, with respect to `inputs` only.
 
   Args:
-    logits: [B, N, V], any float dtype; the gradient has the same.
+    head: makes logits of the inputs.
+    blank_id: id of the blank class.
+    inputs: what the head takes.
     labels: [B, L] integers, right padded with any id.
     label_lengths: [B] integers.
     temper: float32 [B], multiplies the log-probabilities.
-    blank_id: id of the blank class.
-    vocab_size: classes at and after it take no part.
 
   Returns:
     nll [B], zero where infeasible, and the mean of the (tempered)
     log-probabilities over queries and true classes [B]; float32.
   """
-  terms, _ = _forward(
-    logits, labels, label_lengths, temper, blank_id, vocab_size
-  )
+  terms, _ = _forward(head, blank_id, inputs, labels, label_lengths, temper)
   return terms
 
 
 def _forward(
-  logits: jax.Array,
+  head: Head,
+  blank_id: int,
+  inputs: Any,
   labels: jax.Array,
   label_lengths: jax.Array,
   temper: jax.Array,
-  blank_id: int,
-  vocab_size: int,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
   columns, first = _columns(labels, label_lengths, blank_id)
-  lse, total, gathered = jax.lax.platform_dependent(
-    logits,
-    columns,
-    cpu=functools.partial(_summarize_by_query, vocab_size=vocab_size),
-    default=functools.partial(_summarize, vocab_size=vocab_size),
-  )
+  lse, total, gathered = head.summarize(inputs, columns)
   compact = gathered - lse[:, :, None]
   valid = jnp.arange(labels.shape[1]) < label_lengths[:, None]
   # Examples do not interact: the gradient of the sum holds each one's own.
@@ -98,45 +136,42 @@ def _forward(
   (occupancy,) = pull_back(-jnp.ones_like(nll))
   # The sum over the classes is `temper` but for rounding.
   occupancy /= jnp.maximum(jnp.sum(occupancy, axis=-1, keepdims=True), 1e-6)
-  ok = feasible(labels, label_lengths, logits.shape[1])
+  ok = feasible(labels, label_lengths, lse.shape[1])
   nll = jnp.where(ok, nll, 0.0)
-  mean = temper * jnp.mean(total / vocab_size - lse, axis=1)
-  residuals = (logits, lse, compact, occupancy, columns, first, temper, ok)
+  mean = temper * jnp.mean(total / head.vocab_size - lse, axis=1)
+  residuals = (inputs, lse, compact, occupancy, columns, first, temper, ok)
   return (nll, mean), residuals
 
 
 def _backward(
+  head: Head,
   blank_id: int,
-  vocab_size: int,
-  residuals: tuple[jax.Array, ...],
+  residuals: tuple[Any, ...],
   cotangents: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, None, None, None]:
+) -> tuple[Any, None, None, None]:
   """Returns the gradient: scale * softmax + offset, less the occupancy.
 
   With c = temper and g = the posterior occupancy of a class:
   d nll / dz = c (softmax - g) and d mean / dz = c (1 / V - softmax) / N.
   """
   del blank_id
-  logits, lse, compact, occupancy, columns, first, temper, ok = residuals
+  inputs, lse, compact, occupancy, columns, first, temper, ok = residuals
   nll_bar, mean_bar = cotangents
-  _, n, v = logits.shape
-  nll_bar = jnp.where(ok, nll_bar, 0.0)[:, None, None]
-  mean_bar = (mean_bar / n)[:, None, None]
-  temper = temper[:, None, None]
-  scale = temper * (nll_bar - mean_bar)
-  offset = temper * mean_bar / vocab_size
-  grad = scale * jnp.exp(logits.astype(jnp.float32) - lse[:, :, None]) + offset
-  if vocab_size < v:
-    grad = jnp.where(jnp.arange(v) < vocab_size, grad, 0.0)
-  # Written over the pass above, not added to it: one rounding, and columns of
-  # equal id all carry the value of the first.
-  special = scale * jnp.exp(compact) + offset - nll_bar * temper * occupancy
-  special = jnp.take_along_axis(special, first[:, None, :], axis=-1)
-  grad = _write(grad.astype(logits.dtype), columns, special)
-  return grad, None, None, None
+  nll_bar = jnp.where(ok, nll_bar, 0.0)
+  mean_bar = mean_bar / lse.shape[1]
+  gradient = LogitGradient(
+    lse=lse,
+    scale=temper * (nll_bar - mean_bar),
+    offset=temper * mean_bar / head.vocab_size,
+    columns=columns,
+    first=first,
+    log_probs=compact,
+    taken=(nll_bar * temper)[:, None, None] * occupancy,
+  )
+  return head.pull_back(inputs, gradient), None, None, None
 
 
-ctc_terms = jax.custom_vjp(_terms, nondiff_argnums=(4, 5))
+ctc_terms = jax.custom_vjp(_terms, nondiff_argnums=(0, 1))
 ctc_terms.defvjp(_forward, _backward)
 
 
@@ -158,102 +193,6 @@ def _columns(
   )
   equal = columns[:, :, None] == columns[:, None, :]
   return columns, jnp.argmax(equal, axis=-1).astype(jnp.int32)
-
-
-def _summarize(
-  logits: jax.Array,
-  columns: jax.Array,
-  *,
-  vocab_size: int,
-  reduce: Callable[..., jax.Array] = jax.nn.logsumexp,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """All that the loss needs to know of the logits.
-
-  Args:
-    logits: [B, N, V].
-    columns: int32 [B, L+1].
-    vocab_size: number of true classes.
-    reduce: what to take of fp32 [B, N, V] over `axis`.
-
-  Returns:
-    logsumexp (or `reduce`) and sum over the true classes [B, N] and the
-    logits at the columns [B, N, L+1], fp32.
-  """
-  z = _true_classes(logits, vocab_size, -jnp.inf)
-  total = jnp.sum(_true_classes(logits, vocab_size, 0.0), axis=-1)
-  gathered = jax.vmap(lambda x, c: x[:, c])(logits, columns)
-  return reduce(z, axis=-1), total, gathered.astype(jnp.float32)
-
-
-def _summarize_by_query(
-  logits: jax.Array, columns: jax.Array, *, vocab_size: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`_summarize`, one query at a time.
-
-  On a CPU the exponentials are stored before they are summed; those of one
-  query stay in the cache. Reading everything inside the loop also lets the
-  gradient take the memory of the logits.
-  """
-
-  def scan(of_query: Callable[[jax.Array], Any]) -> Any:
-    def step(_: None, query: jax.Array) -> tuple[None, Any]:
-      row = jax.lax.dynamic_index_in_dim(bits, query, 1)
-      return None, of_query(row.view(logits.dtype))
-
-    bits = _as_bits(logits)
-    _, out = jax.lax.scan(step, None, jnp.arange(logits.shape[1]))
-    return jax.tree.map(lambda x: x[:, :, 0].swapaxes(0, 1), out)
-
-  def safe() -> jax.Array:
-    return scan(
-      lambda row: jax.nn.logsumexp(
-        _true_classes(row, vocab_size, -jnp.inf), axis=-1
-      )
-    )
-
-  # Finding the maximum first takes as long as all the rest, and is seldom
-  # needed.
-  mass, total, gathered = scan(
-    functools.partial(
-      _summarize, columns=columns, vocab_size=vocab_size, reduce=_sum_exp
-    )
-  )
-  lse = jax.lax.cond(jnp.all(mass > _SMALL), lambda: jnp.log(mass), safe)
-  return lse, total, gathered
-
-
-def _sum_exp(z: jax.Array, axis: int) -> jax.Array:
-  """Sum of exp(z); NaN if a term is above exp(_LARGE).
-
-  The select also keeps the exponential in XLA's own parallel loop on a CPU,
-  whose library for sums would be slower.
-  """
-  return jnp.sum(jnp.where(z <= _LARGE, jnp.exp(z), jnp.nan), axis=axis)
-
-
-def _true_classes(x: jax.Array, vocab_size: int, fill: float) -> jax.Array:
-  """Returns x [..., V] in fp32, with `fill` in the padding of the table."""
-  x = x.astype(jnp.float32)
-  if vocab_size == x.shape[-1]:
-    return x
-  return jnp.where(jnp.arange(x.shape[-1]) < vocab_size, x, fill)
-
-
-def _write(x: jax.Array, columns: jax.Array, values: jax.Array) -> jax.Array:
-  """Writes values [B, N, L+1] into x [B, N, V] at columns [B, L+1]."""
-  bits = jax.vmap(lambda x, c, y: x.at[:, c].set(y))(
-    _as_bits(x), columns, _as_bits(values.astype(x.dtype))
-  )
-  return bits.view(x.dtype)
-
-
-def _as_bits(x: jax.Array) -> jax.Array:
-  """Half-precision floats as integers, to be moved but not computed with.
-
-  XLA's CPU backend slices and scatters half-precision arrays by way of a
-  float32 copy of the whole.
-  """
-  return x.view(jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
 def _compact_ctc(

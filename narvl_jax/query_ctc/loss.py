@@ -3,25 +3,35 @@
 A decoder of N queries gives N distributions over the vocabulary and blank at
 once; the loss is the likelihood of the target over all its alignments with
 the queries. `compact.py` does the arithmetic.
+
+Instead of logits, both functions take `ChunkedLogits`, that is decoder states
+and vocabulary table, and then never compute [B, N, V] as a whole. With
+`MeshAxes` the vocabulary may be split over the devices of a mesh.
 """
 
 import jax
 import jax.numpy as jnp
 
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.query_ctc.axes import MeshAxes, split_of
+from narvl_jax.query_ctc.chunked import ChunkedHead, ChunkedLogits
 from narvl_jax.query_ctc.compact import ctc_terms, feasible
+from narvl_jax.query_ctc.dense import DenseHead
 
 CONFIDENCE_MODES = ("weight", "temper")
 
+_WHOLE = MeshAxes()
+
 
 def query_ctc_loss(
-  logits: jax.Array,
+  logits: jax.Array | ChunkedLogits,
   labels: jax.Array,
   label_lengths: jax.Array,
   *,
   blank_id: int,
   vocab_size: int | None = None,
   label_smoothing: float = 0.0,
+  axes: MeshAxes = _WHOLE,
 ) -> jax.Array:
   """Negative log-likelihood of the labels over all CTC alignments.
 
@@ -36,32 +46,34 @@ def query_ctc_loss(
   gradient has the dtype of `logits`, all sums are fp32.
 
   Args:
-    logits: [B, N, V], unnormalised, any float dtype.
+    logits: [B, N, V], unnormalised, any float dtype; or `ChunkedLogits`.
     labels: [B, L] integers, right padded with any id; blank is not a label.
     label_lengths: [B] integers, 0 for an empty target.
     blank_id: id of the blank class.
     vocab_size: number of true classes; logits at and after it are padding of
       the table and take no part. None: all V classes are true.
     label_smoothing: in [0, 1).
+    axes: mesh axes that split batch and classes.
 
   Returns:
     Loss per example, float32 [B].
 
   Raises:
-    UserError: `blank_id`, `vocab_size` or `label_smoothing` out of range.
+    UserError: `blank_id`, `vocab_size` or `label_smoothing` out of range, or
+      classes that do not divide by their axis.
 
   Source: Graves et al. 2006, section 4; NARVL (arXiv 2403.02249).
   """
   size = _check(logits, labels, blank_id, vocab_size, label_smoothing)
   ones = jnp.ones(logits.shape[:1], jnp.float32)
-  nll, mean_log_prob = ctc_terms(
-    logits, labels, label_lengths, ones, blank_id, size
+  nll, mean_log_prob = _terms(
+    logits, labels, label_lengths, ones, blank_id, size, axes
   )
   return _smooth(nll, mean_log_prob, label_smoothing)
 
 
 def query_ctc_objective(
-  logits: jax.Array,
+  logits: jax.Array | ChunkedLogits,
   labels: jax.Array,
   label_lengths: jax.Array,
   *,
@@ -71,6 +83,7 @@ def query_ctc_objective(
   confidence: jax.Array | None = None,
   confidence_mode: str = "weight",
   example_mask: jax.Array | None = None,
+  axes: MeshAxes = _WHOLE,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Training objective of a batch and what to log about it.
 
@@ -92,7 +105,7 @@ def query_ctc_objective(
   No gradient flows into `confidence`.
 
   Args:
-    logits: [B, N, V], unnormalised, any float dtype.
+    logits: [B, N, V], unnormalised, any float dtype; or `ChunkedLogits`.
     labels: [B, L] integers, right padded with any id; blank is not a label.
     label_lengths: [B] integers, 0 for an empty target.
     blank_id: id of the blank class.
@@ -102,6 +115,7 @@ def query_ctc_objective(
     confidence_mode: one of `CONFIDENCE_MODES`.
     example_mask: [B] bool, False for rows that only fill the batch; None for
       all True.
+    axes: mesh axes that split batch and classes.
 
   Returns:
     The objective (float32 scalar) and a dict without gradient: the float32
@@ -133,8 +147,8 @@ def query_ctc_objective(
   def mean(x: jax.Array) -> jax.Array:
     return jnp.sum(mask * x) / jnp.maximum(examples, 1.0)
 
-  nll, mean_log_prob = ctc_terms(
-    logits, labels, label_lengths, temper, blank_id, size
+  nll, mean_log_prob = _terms(
+    logits, labels, label_lengths, temper, blank_id, size, axes
   )
   nll = nll / jnp.maximum(label_lengths, 1)
   losses = _smooth(nll, mean_log_prob, label_smoothing)
@@ -150,6 +164,25 @@ def query_ctc_objective(
   return loss, jax.lax.stop_gradient(metrics)
 
 
+def _terms(
+  logits: jax.Array | ChunkedLogits,
+  labels: jax.Array,
+  label_lengths: jax.Array,
+  temper: jax.Array,
+  blank_id: int,
+  vocab_size: int,
+  axes: MeshAxes,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns nll and mean log-probability [B]; see `compact.ctc_terms`."""
+  split = split_of(axes, logits.shape[0], logits.shape[-1])
+  if isinstance(logits, ChunkedLogits):
+    head = ChunkedHead(vocab_size, logits.chunk_size, split)
+    inputs = (logits.states, logits.table)
+  else:
+    head, inputs = DenseHead(vocab_size, split), logits
+  return ctc_terms(head, blank_id, inputs, labels, label_lengths, temper)
+
+
 def _smooth(
   nll: jax.Array, mean_log_prob: jax.Array, label_smoothing: float
 ) -> jax.Array:
@@ -159,19 +192,20 @@ def _smooth(
 
 
 def _check(
-  logits: jax.Array,
+  logits: jax.Array | ChunkedLogits,
   labels: jax.Array,
   blank_id: int,
   vocab_size: int | None,
   label_smoothing: float,
 ) -> int:
   """Returns the number of true classes; rejects wrong shapes and numbers."""
-  if logits.ndim != 3 or labels.ndim != 2 or len(logits) != len(labels):
+  shape = logits.shape
+  if len(shape) != 3 or labels.ndim != 2 or shape[0] != len(labels):
     raise UserError(
       "query_ctc_loss needs logits [B, N, V] and labels [B, L], got"
-      f" {logits.shape} and {labels.shape}"
+      f" {shape} and {labels.shape}"
     )
-  classes = logits.shape[-1]
+  classes = shape[-1]
   size = classes if vocab_size is None else vocab_size
   if not 0 < size <= classes:
     raise UserError(

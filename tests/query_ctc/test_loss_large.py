@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from narvl_jax.query_ctc import compact, query_ctc_loss, query_ctc_objective
+from narvl_jax.query_ctc import dense, query_ctc_loss, query_ctc_objective
 
 N, L, V = 20, 16, 59458
 BLANK = V - 1
@@ -192,8 +192,8 @@ def test_accelerators_compute_the_same_in_one_piece(dtype, scale):
   logits = logits.astype(dtype)
   columns = jnp.array([[39, 3, 3], [39, 7, 8], [39, 39, 39]])
   for size in (40, 37):
-    one_piece = compact._summarize(logits, columns, vocab_size=size)
-    by_query = compact._summarize_by_query(logits, columns, vocab_size=size)
+    one_piece = dense._summarize(logits, columns, vocab_size=size)
+    by_query = dense._summarize_by_query(logits, columns, vocab_size=size)
     for a, b in zip(one_piece, by_query, strict=True):
       assert a.dtype == b.dtype == jnp.float32
       np.testing.assert_allclose(a, b, rtol=1e-5)
@@ -203,7 +203,7 @@ def test_agrees_off_the_cpu_path_too(batch, monkeypatch):
   small = [x[:2] for x in batch]
   loss = functools.partial(query_ctc_loss, blank_id=BLANK)
   expected, expected_gradient = loss_and_gradient(loss, *small)
-  monkeypatch.setattr(compact, "_summarize_by_query", compact._summarize)
+  monkeypatch.setattr(dense, "_summarize_by_query", dense._summarize)
   losses, gradient = loss_and_gradient(lambda *a: loss(*a), *small)
   np.testing.assert_allclose(losses, expected, rtol=1e-6)
   np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)

@@ -1,0 +1,225 @@
+"""The head that never has the logits: they are made in chunks of classes.
+
+From decoder states [B, N, D] and the vocabulary table [V, D] to the loss and
+the gradients of both. The backward pass computes every chunk again, which
+costs one matrix product more than keeping the logits; in return no array of
+[B, N, V] exists. The rows may be split over a mesh axis; then [B, N],
+[B, N, L+1] and, for the gradient of the states, [B, N, D] numbers cross it.
+
+Letters: m = B * N queries of the batch, c classes of a chunk, d width.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from narvl_jax.query_ctc.axes import Split
+from narvl_jax.query_ctc.compact import LogitGradient, Summary
+
+# Below every logit, and finite, so that differences are never NaN.
+_LOWEST = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkedLogits:
+  """Logits that are not computed: states @ table.T, without the product.
+
+  Attributes:
+    states: [B, N, D], the dtype of the matrix products.
+    table: [V, D].
+    chunk_size: classes at a time; the last chunk may be smaller.
+  """
+
+  states: jax.Array
+  table: jax.Array
+  chunk_size: int
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """[B, N, V]."""
+    return (*self.states.shape[:-1], self.table.shape[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkedHead:
+  """See `compact.Head`; the inputs are states [B, N, D] and table [V, D].
+
+  Attributes:
+    vocab_size: number of true classes.
+    chunk_size: classes at a time.
+    split: of batch and classes.
+  """
+
+  vocab_size: int
+  chunk_size: int
+  split: Split
+
+  def summarize(
+    self, inputs: tuple[jax.Array, jax.Array], columns: jax.Array
+  ) -> Summary:
+    """Returns what the loss needs to know of the logits."""
+    split = self.split
+
+    def local(
+      states: jax.Array, table: jax.Array, columns: jax.Array
+    ) -> Summary:
+      size = split.true_classes(self.vocab_size, len(table))
+      lse = _logsumexp(states, table, size, self.chunk_size)
+      # The sum of the logits is the product with the sum of the rows.
+      true_row = jnp.arange(len(table))[:, None] < size
+      row_sum = jnp.sum(
+        jnp.where(true_row, table, 0), axis=0, dtype=jnp.float32
+      )
+      total = jnp.einsum("bnd,d->bn", states, row_sum, precision="highest")
+      rows = _rows_at(table, split.local_ids(columns, len(table)))
+      gathered = _product("bnd,bkd->bnk", states, rows)
+      total, gathered = split.sum_over_classes((total, gathered))
+      return Summary(split.logsumexp(lse), total, gathered)
+
+    states, table = inputs
+    return split.run(
+      local,
+      states,
+      # The cast before the split: what fsdp gathers is then half as much.
+      table.astype(states.dtype),
+      columns,
+      in_specs=(split.rows, split.table, split.rows),
+      out_specs=Summary(split.rows, split.rows, split.rows),
+    )
+
+  def pull_back(
+    self, inputs: tuple[jax.Array, jax.Array], gradient: LogitGradient
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of states and table."""
+    split = self.split
+
+    def local(
+      states: jax.Array, table: jax.Array, gradient: LogitGradient
+    ) -> tuple[jax.Array, jax.Array]:
+      size = split.true_classes(self.vocab_size, len(table))
+      d_states, d_table = _softmax_gradient(
+        states, table, gradient, size, self.chunk_size
+      )
+      columns = split.local_ids(gradient.columns, len(table))
+      rows = _rows_at(table, columns)
+      d_states -= _product("bnk,bkd->bnd", gradient.taken, rows)
+      d_rows = _product("bnk,bnd->bkd", gradient.taken, states)
+      d_table = d_table.at[columns].add(-d_rows, mode="drop")
+      return split.sum_over_classes(d_states), split.sum_over_batch(d_table)
+
+    states, table = inputs
+    specs = LogitGradient(*[split.rows] * len(gradient))
+    d_states, d_table = split.run(
+      local,
+      states,
+      table.astype(states.dtype),
+      gradient,
+      in_specs=(split.rows, split.table, specs),
+      out_specs=(split.rows, split.table),
+    )
+    return d_states.astype(states.dtype), d_table.astype(table.dtype)
+
+
+def _logsumexp(
+  states: jax.Array, table: jax.Array, vocab_size: Any, chunk_size: int
+) -> jax.Array:
+  """Logsumexp of the logits [B, N] with a running maximum."""
+  b, n, d = states.shape
+  flat = states.reshape(b * n, d)
+
+  def add(
+    carry: tuple[jax.Array, jax.Array], rows: jax.Array, mask: Any, _: Any
+  ) -> tuple[jax.Array, jax.Array]:
+    largest, mass = carry
+    z = mask(_product("md,cd->mc", flat, rows), -jnp.inf)
+    new = jnp.maximum(largest, jnp.max(z, axis=1))
+    mass *= jnp.exp(largest - new)
+    mass += jnp.sum(jnp.exp(z - new[:, None]), axis=1)
+    return new, mass
+
+  start = jnp.full(b * n, _LOWEST), jnp.zeros(b * n)
+  largest, mass = _over_chunks(add, start, table, vocab_size, chunk_size)
+  return (largest + jnp.log(mass)).reshape(b, n)
+
+
+def _softmax_gradient(
+  states: jax.Array,
+  table: jax.Array,
+  gradient: LogitGradient,
+  vocab_size: Any,
+  chunk_size: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Gradients of states and table from all but the columns, fp32."""
+  b, n, d = states.shape
+  flat = states.reshape(b * n, d)
+  lse = gradient.lse.reshape(b * n, 1)
+  scale = jnp.repeat(gradient.scale, n)[:, None]
+  offset = jnp.repeat(gradient.offset, n)[:, None]
+
+  def add(
+    carry: tuple[jax.Array, jax.Array], rows: jax.Array, mask: Any, first: Any
+  ) -> tuple[jax.Array, jax.Array]:
+    d_states, d_table = carry
+    z = _product("md,cd->mc", flat, rows)
+    g = mask(scale * jnp.exp(z - lse) + offset, 0.0).astype(flat.dtype)
+    d_states += _product("mc,cd->md", g, rows)
+    d_rows = _product("mc,md->cd", g, flat)
+    # Added, as the last chunk may overlap the one before.
+    d_rows += jax.lax.dynamic_slice_in_dim(d_table, first, len(rows))
+    return d_states, jax.lax.dynamic_update_slice_in_dim(
+      d_table, d_rows, first, 0
+    )
+
+  start = jnp.zeros((b * n, d)), jnp.zeros(table.shape)
+  d_states, d_table = _over_chunks(add, start, table, vocab_size, chunk_size)
+  return d_states.reshape(b, n, d), d_table
+
+
+def _over_chunks(
+  add: Callable[..., Any],
+  carry: Any,
+  table: jax.Array,
+  vocab_size: Any,
+  chunk_size: int,
+) -> Any:
+  """Runs `add(carry, rows, mask, first)` over the table.
+
+  Args:
+    add: takes the rows [C, D] from row `first` on, and a function that puts a
+      number into what does not count of [M, C]; returns the next carry.
+    carry: the first one.
+    table: [V, D].
+    vocab_size: number of true classes.
+    chunk_size: C is at most this.
+  """
+  classes = len(table)
+  steps = -(-classes // chunk_size)
+  size = -(-classes // steps)
+
+  def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
+    # All chunks have one size: the last one starts early enough.
+    first = jnp.minimum(index * size, classes - size)
+    rows = jax.lax.dynamic_slice_in_dim(table, first, size)
+
+    def mask(x: jax.Array, fill: float) -> jax.Array:
+      if isinstance(vocab_size, int) and vocab_size == steps * size:
+        return x
+      ids = first + jnp.arange(size)
+      return jnp.where((ids >= index * size) & (ids < vocab_size), x, fill)
+
+    return add(carry, rows, mask, first), None
+
+  return jax.lax.scan(step, carry, jnp.arange(steps))[0]
+
+
+def _rows_at(table: jax.Array, ids: jax.Array) -> jax.Array:
+  """Returns the rows [B, L+1, D]; zeros for an id beyond the table."""
+  return table.at[ids].get(mode="fill", fill_value=0)
+
+
+def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """Returns an einsum with float32 sums."""
+  return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)

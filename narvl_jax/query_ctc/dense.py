@@ -1,0 +1,204 @@
+"""The head that has the logits: summary and gradient of [B, N, V].
+
+No array of the size of the logits exists but the gradient, which XLA may put
+in their place. The classes may be split over a mesh axis; then [B, N] and
+[B, N, L+1] numbers cross it and nothing else.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from narvl_jax.query_ctc.axes import Split
+from narvl_jax.query_ctc.compact import LogitGradient, Summary
+
+# A sum of plain exponentials is as exact as one of shifted ones if no term is
+# above exp(_LARGE), so that it is finite, and it is above _SMALL, so that what
+# underflowed does not matter.
+_LARGE = 60.0
+_SMALL = 1e-20
+
+# Number of true classes: all that come after are padding.
+Size = int | jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseHead:
+  """See `compact.Head`; the inputs are logits of any float dtype.
+
+  Attributes:
+    vocab_size: number of true classes.
+    split: of the logits.
+  """
+
+  vocab_size: int
+  split: Split
+
+  def summarize(self, inputs: jax.Array, columns: jax.Array) -> Summary:
+    """Returns what the loss needs to know of the logits."""
+
+    def local(logits: jax.Array, columns: jax.Array) -> Summary:
+      classes = logits.shape[-1]
+      size = self.split.true_classes(self.vocab_size, classes)
+      columns = self.split.local_ids(columns, classes)
+      lse, total, gathered = jax.lax.platform_dependent(
+        logits,
+        columns,
+        cpu=functools.partial(_summarize_by_query, vocab_size=size),
+        default=functools.partial(_summarize, vocab_size=size),
+      )
+      if self.split.vocab is not None:
+        here = columns < classes
+        gathered = jnp.where(here[:, None, :], gathered, 0.0)
+      total, gathered = self.split.sum_over_classes((total, gathered))
+      return Summary(self.split.logsumexp(lse), total, gathered)
+
+    rows = self.split.rows
+    return self.split.run(
+      local,
+      inputs,
+      columns,
+      in_specs=(self.split.logits, rows),
+      out_specs=Summary(rows, rows, rows),
+    )
+
+  def pull_back(self, inputs: jax.Array, gradient: LogitGradient) -> jax.Array:
+    """Returns the gradient with the dtype of the logits."""
+
+    def local(logits: jax.Array, gradient: LogitGradient) -> jax.Array:
+      classes = logits.shape[-1]
+      size = self.split.true_classes(self.vocab_size, classes)
+      columns = self.split.local_ids(gradient.columns, classes)
+      return _write_out(logits, gradient._replace(columns=columns), size)
+
+    rows = self.split.rows
+    specs = LogitGradient(*[rows] * len(gradient))
+    return self.split.run(
+      local,
+      inputs,
+      gradient,
+      in_specs=(self.split.logits, specs),
+      out_specs=self.split.logits,
+    )
+
+
+def _summarize(
+  logits: jax.Array,
+  columns: jax.Array,
+  *,
+  vocab_size: Size,
+  reduce: Callable[..., jax.Array] = jax.nn.logsumexp,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The parts of a `Summary`.
+
+  Args:
+    logits: [B, N, V].
+    columns: int32 [B, L+1], at most V.
+    vocab_size: number of true classes.
+    reduce: what to take of fp32 [B, N, V] over `axis`.
+
+  Returns:
+    logsumexp (or `reduce`) and sum over the true classes [B, N] and the
+    logits at the columns [B, N, L+1] (any number for column V), fp32.
+  """
+  z = _true_classes(logits, vocab_size, -jnp.inf)
+  total = jnp.sum(_true_classes(logits, vocab_size, 0.0), axis=-1)
+  gathered = jax.vmap(lambda x, c: x.at[:, c].get(mode="clip"))(logits, columns)
+  return reduce(z, axis=-1), total, gathered.astype(jnp.float32)
+
+
+def _summarize_by_query(
+  logits: jax.Array, columns: jax.Array, *, vocab_size: Size
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`_summarize`, one query at a time.
+
+  On a CPU the exponentials are stored before they are summed; those of one
+  query stay in the cache. Reading everything inside the loop also lets the
+  gradient take the memory of the logits.
+  """
+
+  def scan(of_query: Callable[[jax.Array], Any]) -> Any:
+    def step(_: None, query: jax.Array) -> tuple[None, Any]:
+      row = jax.lax.dynamic_index_in_dim(bits, query, 1)
+      return None, of_query(row.view(logits.dtype))
+
+    bits = _as_bits(logits)
+    _, out = jax.lax.scan(step, None, jnp.arange(logits.shape[1]))
+    return jax.tree.map(lambda x: x[:, :, 0].swapaxes(0, 1), out)
+
+  def safe() -> jax.Array:
+    return scan(
+      lambda row: jax.nn.logsumexp(
+        _true_classes(row, vocab_size, -jnp.inf), axis=-1
+      )
+    )
+
+  # Finding the maximum first takes as long as all the rest, and is seldom
+  # needed.
+  mass, total, gathered = scan(
+    functools.partial(
+      _summarize, columns=columns, vocab_size=vocab_size, reduce=_sum_exp
+    )
+  )
+  lse = jax.lax.cond(jnp.all(mass > _SMALL), lambda: jnp.log(mass), safe)
+  return lse, total, gathered
+
+
+def _sum_exp(z: jax.Array, axis: int) -> jax.Array:
+  """Sum of exp(z); NaN if a term is above exp(_LARGE).
+
+  The select also keeps the exponential in XLA's own parallel loop on a CPU,
+  whose library for sums would be slower.
+  """
+  return jnp.sum(jnp.where(z <= _LARGE, jnp.exp(z), jnp.nan), axis=axis)
+
+
+def _true_classes(x: jax.Array, vocab_size: Size, fill: float) -> jax.Array:
+  """Returns x [..., V] in fp32, with `fill` in the padding of the table."""
+  x = x.astype(jnp.float32)
+  if isinstance(vocab_size, int) and vocab_size == x.shape[-1]:
+    return x
+  return jnp.where(jnp.arange(x.shape[-1]) < vocab_size, x, fill)
+
+
+def _write_out(
+  logits: jax.Array, gradient: LogitGradient, vocab_size: Size
+) -> jax.Array:
+  """Returns the gradient as an array like the logits.
+
+  Args:
+    logits: [B, N, V].
+    gradient: columns of V are not written.
+    vocab_size: number of true classes.
+  """
+  scale = gradient.scale[:, None, None]
+  offset = gradient.offset[:, None, None]
+  z = logits.astype(jnp.float32)
+  grad = scale * jnp.exp(z - gradient.lse[:, :, None]) + offset
+  grad = _true_classes(grad, vocab_size, 0.0)
+  # Written over the pass above, not added to it: one rounding, and columns of
+  # equal id all carry the value of the first.
+  special = scale * jnp.exp(gradient.log_probs) + offset - gradient.taken
+  special = jnp.take_along_axis(special, gradient.first[:, None, :], axis=-1)
+  return _write(grad.astype(logits.dtype), gradient.columns, special)
+
+
+def _write(x: jax.Array, columns: jax.Array, values: jax.Array) -> jax.Array:
+  """Writes values [B, N, L+1] into x [B, N, V] at columns [B, L+1]."""
+  bits = jax.vmap(lambda x, c, y: x.at[:, c].set(y, mode="drop"))(
+    _as_bits(x), columns, _as_bits(values.astype(x.dtype))
+  )
+  return bits.view(x.dtype)
+
+
+def _as_bits(x: jax.Array) -> jax.Array:
+  """Half-precision floats as integers, to be moved but not computed with.
+
+  XLA's CPU backend slices and scatters half-precision arrays by way of a
+  float32 copy of the whole.
+  """
+  return x.view(jnp.uint16) if x.dtype.itemsize == 2 else x
