@@ -4,7 +4,8 @@ python -m narvl_jax.train --config=configs/shapes.py --workdir=runs/shapes
 
 Every key of the config has a flag, --config.optimizer.learning_rate=3e-4. The
 same command resumes a run that was stopped. `--dry_run` prints shapes,
-parameters and memory and writes nothing.
+parameters, where they lie and memory, and writes nothing; `--explain_sharding`
+prints only where they lie.
 """
 
 import time
@@ -55,6 +56,7 @@ def train(
   workdir: pathlib.Path,
   *,
   dry_run: bool = False,
+  explain_sharding: bool = False,
   ledger: Ledger | None = None,
 ) -> dict[str, Any] | None:
   """Trains, or goes on training, and evaluates at the end.
@@ -63,6 +65,7 @@ def train(
     config: see `narvl_jax.config.default_config`.
     workdir: the run folder.
     dry_run: stop before anything is written or trained.
+    explain_sharding: print where every parameter lies, and stop.
     ledger: of the time since the start of the process.
 
   Returns:
@@ -95,8 +98,11 @@ def train(
       say(f"source {name}: {len(source)} examples for {task}")
     setup = build_setup(experiment, mesh)
     _describe_model(setup, say)
+  if explain_sharding and not dry_run:
+    print(setup.sharding_table(), flush=True)
   if dry_run:
     _dry_run(setup, ledger, say)
+  if dry_run or explain_sharding:
     return None
 
   with contextlib.ExitStack() as stack:
@@ -104,6 +110,7 @@ def train(
     with ledger.stage("init"):
       if not resumes:
         experiment.save(workdir)
+      workdir_lib.write_sharding(workdir, setup.sharding_table())
       checkpoints = stack.enter_context(
         Checkpoints(workdir, keep_last=config.train.keep_last)
       )
@@ -155,6 +162,7 @@ def _dry_run(setup: Setup, ledger: Ledger, say: "_Announcer") -> None:
     shape = "x".join(map(str, spec.shape))
     print(f"  {name:<13} {shape} {spec.dtype}")
   print(setup.parameter_table())
+  print(setup.sharding_table(), flush=True)
   say("compiling the step")
   with jax.set_mesh(setup.mesh), ledger.stage("compile"):
     compiled = setup.compile_step()
@@ -289,6 +297,11 @@ def define_flags() -> None:
   flags.DEFINE_bool(
     "dry_run", False, "Print shapes, parameters and memory, then stop."
   )
+  flags.DEFINE_bool(
+    "explain_sharding",
+    False,
+    "Print where every parameter lies and the bytes on a device, then stop.",
+  )
   flags.mark_flags_as_required(["config", "workdir"])
   flags.declare_key_flag("config")  # Shown by --help.
 
@@ -304,6 +317,7 @@ def main(argv: Sequence[str]) -> None:
         settings.config,
         workdir,
         dry_run=settings.dry_run,
+        explain_sharding=settings.explain_sharding,
         ledger=Ledger(start=_START),
       )
   except UserError:

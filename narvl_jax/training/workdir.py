@@ -18,6 +18,7 @@ from narvl_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
+SHARDING_FILE = "sharding.txt"
 
 _PACKAGES = (
   "narvl_jax",
@@ -111,6 +112,11 @@ def write_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   _write(workdir / CONFIG_FILE, to_json(config))
 
 
+def write_sharding(workdir: pathlib.Path, table: str) -> None:
+  """Writes `sharding.txt`: where every parameter lies in the latest start."""
+  _write_text(workdir / SHARDING_FILE, table + "\n")
+
+
 def read_config(workdir: pathlib.Path) -> Any:
   """Returns the config of a run.
 
@@ -193,7 +199,11 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _write(path: pathlib.Path, value: Any) -> None:
+  _write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+  temporary.write_text(text, encoding="utf-8")
   temporary.replace(path)

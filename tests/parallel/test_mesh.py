@@ -65,7 +65,7 @@ def test_fewer_devices():
   ],
 )
 def test_one_axis_is_inferred(asked, resolved):
-  assert resolve_shape(*asked, 8) == resolved
+  assert resolve_shape(*asked, device_count=8) == resolved
 
 
 def test_config_names_the_axes():
@@ -94,7 +94,7 @@ def test_config_names_the_axes():
 )
 def test_meshes_that_do_not_fit(asked, message):
   with pytest.raises(UserError, match=re.escape(message)):
-    resolve_shape(*asked, 8)
+    resolve_shape(*asked, device_count=8)
 
 
 def test_one_host_may_leave_devices_out_but_several_may_not():
