@@ -273,10 +273,27 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     r"batch:\n  image +8x48x48x3 uint8\n",
     r"  labels +8x6 int32\n",
     r"  parameter +shape +count +lr +decay\n",
+    r"params/embed_tokens +\d+x32 +vocab,embed +tensor,fsdp ",
+    r"whole training state: [\d,]+ bytes a device\n",
     r"memory per device: arguments [\d.]+ .?B, temporaries [\d.]+ .?B",
     r"[\d.e+]+ FLOPs per step; dry run, nothing was written\n$",
   ):
     assert re.search(pattern, output), pattern
+
+
+def test_sharding_is_explained_without_compiling(tmp_path, capsys):
+  config = _config()
+  config.mesh.update({"data": 1, "fsdp": 4, "tensor": 2})
+  workdir = tmp_path / "run"
+  assert train_lib.train(config, workdir, explain_sharding=True) is None
+  assert not list(tmp_path.iterdir())
+  output = capsys.readouterr().out
+  assert "mesh data=1 fsdp=4 tensor=2\n" in output
+  # [vocabulary, width] over two and four devices.
+  assert re.search(
+    r"params/embed_tokens +(\d+)x32 .* (\d+)x8 +[\d,]+\n", output
+  )
+  assert "compiling" not in output
 
 
 def test_mistake_in_the_data_leaves_no_folder(tmp_path):
@@ -293,6 +310,7 @@ class Flags:
     self.config = None
     self.workdir = str(workdir)
     self.dry_run = False
+    self.explain_sharding = False
 
 
 @pytest.fixture
