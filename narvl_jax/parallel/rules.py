@@ -56,7 +56,8 @@ DEFAULT_RULES: tuple[Rule, ...] = (
 # Names that the modules give to activations, besides "batch".
 ACTIVATION_AXES = ("act_heads", "act_mlp", "act_embed")
 
-# Share of the parameter bytes that may lie on every device, as do biases.
+# Share of the parameter bytes that may lie on every device, biases and scales
+# aside.
 MAX_REPLICATED = 0.02
 
 
@@ -84,6 +85,11 @@ class Placement:
     return PartitionSpec(
       *(axes if len(axes) > 1 else (axes or (None,))[0] for axes in self.spec)
     )
+
+  @property
+  def is_vector(self) -> bool:
+    """Whether it is a bias or a scale, or a stack of these."""
+    return len([name for name in self.names if name != "layers"]) < 2
 
   @property
   def bytes(self) -> int:
@@ -295,15 +301,16 @@ def _check_replicated(
   """Checks that what should be split is, but for a small rest."""
   if mesh_shape["fsdp"] * mesh_shape["tensor"] == 1:
     return
+  parameters = [p for p in placements if p.path.startswith("params/")]
   # What the rules give to `fsdp` is whole by intention where there is none.
   whole = [
     p
-    for p in placements
+    for p in parameters
     if p.parts(mesh_shape) == 1
     and (mesh_shape["fsdp"] > 1 or not any(p.spec))
-    and p.path.startswith("params/")
+    and not p.is_vector
   ]
-  total = sum(p.bytes for p in placements if p.path.startswith("params/"))
+  total = sum(p.bytes for p in parameters)
   share = sum(p.bytes for p in whole) / max(total, 1)
   if share <= MAX_REPLICATED:
     return

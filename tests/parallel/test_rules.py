@@ -187,6 +187,11 @@ def test_what_belongs_to_fsdp_is_no_accident_without_it():
   place(tree, _mesh(2, 1, 4), RULES[:2])
 
 
+def test_biases_may_be_whole():
+  tree = _tree(x=((3, 64), ("layers", "norm")), y=((8,), ("a",)))
+  place(tree, _mesh(1, 1, 8), (*RULES[:1], ("norm", None), ("layers", None)))
+
+
 def test_a_rule_that_is_always_shadowed():
   tree = _tree(x=((8, 6), ("a", "d")))
   rules = (("d", "tensor"), ("a", "tensor"), ("a", None))
