@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
-import numpy as np
 
 from narvl_jax.data.batching import BAD_RECORD_ERRORS, AnyTask, Batch
 from narvl_jax.data.batching import BadRecords as BadRecords
@@ -96,9 +95,9 @@ def eval_batches(
 
   Each batch comes with the records of its first rows. The rows after them
   repeat the first row; the batch's "valid" (bool [B]) is False there. A bad
-  record is counted and left out. Several hosts share the records: with `rows`
-  a batch has room for those rows of the global batch only. A target that is absent or too long leaves
-  `label_length` at 0: predictions need none.
+  record is counted and left out. A target that is absent or too long leaves
+  `label_length` at 0: predictions need none. Several hosts share the records:
+  with `rows` a batch has room for those rows of the global batch only.
 
   Args:
     source: records, random access.
