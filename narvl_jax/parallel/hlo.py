@@ -1,0 +1,285 @@
+"""Reads the text of compiled programs (`compiled.as_text()`) of CPU and TPU.
+
+Only what is needed to count what a program does: instructions by computation,
+the shapes of their results, and who calls whom how many times.
+"""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+
+_BYTES = {
+  "pred": 1,
+  "s4": 0.5,
+  "u4": 0.5,
+  "s8": 1,
+  "u8": 1,
+  "s16": 2,
+  "u16": 2,
+  "f16": 2,
+  "bf16": 2,
+  "s32": 4,
+  "u32": 4,
+  "f32": 4,
+  "s64": 8,
+  "u64": 8,
+  "f64": 8,
+  "c64": 8,
+  "c128": 16,
+}
+_SHAPE = re.compile(r"\b(f8\w+|" + "|".join(_BYTES) + r")\[([\d,]*)\]")
+_HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([^\s=]+) = (.*)$")
+_COMMENT = re.compile(r"/\*.*?\*/")
+_CALLED = re.compile(
+  r"\b(calls|body|condition|to_apply|true_computation|false_computation"
+  r"|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+# Groups of devices that communicate, or (from, to) pairs of a permutation.
+Groups = tuple[tuple[int, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+  """Type of an array: element type, such as "bf16", and dimensions."""
+
+  dtype: str
+  shape: tuple[int, ...]
+
+  @property
+  def size(self) -> int:
+    """Number of elements."""
+    return math.prod(self.shape)
+
+  @property
+  def bytes(self) -> int:
+    """Bytes of the elements, without the padding of a layout."""
+    return math.ceil(self.size * _BYTES.get(self.dtype, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One line of a computation.
+
+  Attributes:
+    name: unique in the module, without "%".
+    opcode: such as "fusion".
+    type: text of the result's type.
+    operands: names of the arguments.
+    arguments: text between the parentheses, which holds literals.
+    attributes: text after them.
+  """
+
+  name: str
+  opcode: str
+  type: str
+  operands: tuple[str, ...]
+  arguments: str
+  attributes: str
+
+  @property
+  def arrays(self) -> tuple[Array, ...]:
+    """Every array of the result, also those in tuples."""
+    return find_arrays(self.type)
+
+  def called(self, *roles: str) -> list[str]:
+    """Returns the computations that it calls in a role, such as "body"."""
+    names = []
+    for role, value in _CALLED.findall(self.attributes):
+      if role in roles:
+        names += [n.strip().lstrip("%") for n in value.strip("{}").split(",")]
+    return names
+
+  def attribute(self, name: str) -> str | None:
+    """Returns the text of an attribute up to the comma after it."""
+    match = re.search(rf"\b{name}=", self.attributes)
+    if match is None:
+      return None
+    return _until_comma(self.attributes[match.end() :])
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+  """A program.
+
+  Attributes:
+    computations: name -> instructions in their order.
+    entry: name of the computation that runs.
+    num_partitions: number of devices that share the work.
+  """
+
+  computations: dict[str, list[Instruction]]
+  entry: str
+  num_partitions: int
+
+
+def parse(text: str) -> Module:
+  """Parses the text of a module.
+
+  Raises:
+    ValueError: the text is no module.
+  """
+  computations: dict[str, list[Instruction]] = {}
+  entry, current = "", None
+  for line in text.splitlines():
+    if current is None:
+      match = _HEADER.match(line)
+      if match:
+        current = computations.setdefault(match.group(2), [])
+        entry = match.group(2) if match.group(1) else entry
+    elif line.startswith("}"):
+      current = None
+    else:
+      instruction = _instruction(line)
+      if instruction is not None:
+        current.append(instruction)
+  if not entry:
+    raise ValueError("not the text of a compiled program: no ENTRY")
+  partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
+  return Module(
+    computations, entry, int(partitions.group(1)) if partitions else 1
+  )
+
+
+def find_arrays(text: str) -> tuple[Array, ...]:
+  """Returns the types of arrays that stand in a text."""
+  return tuple(
+    Array(dtype, tuple(int(n) for n in dims.split(",") if n))
+    for dtype, dims in _SHAPE.findall(text)
+  )
+
+
+def tuple_parts(text: str) -> list[str]:
+  """Splits the text of a tuple's type, or of arguments, at its commas."""
+  if text.startswith("("):
+    text = text[1 : _closing(text, 0)]
+  parts = []
+  while text:
+    part = _until_comma(text)
+    parts.append(part.strip())
+    text = text[len(part) + 1 :]
+  return parts
+
+
+def _instruction(line: str) -> Instruction | None:
+  match = _INSTRUCTION.match(_COMMENT.sub("", line))
+  if match is None:
+    return None
+  rest = match.group(3)
+  end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
+  opcode = re.match(r" ([\w\-]+)\(", rest[end:])
+  if opcode is None:
+    return None
+  start = end + opcode.end() - 1
+  stop = _closing(rest, start)
+  arguments = rest[start + 1 : stop]
+  return Instruction(
+    name=match.group(2),
+    opcode=opcode.group(1),
+    type=rest[:end],
+    operands=tuple(re.findall(r"%([^\s,()]+)", arguments)),
+    arguments=arguments,
+    attributes=rest[stop + 1 :],
+  )
+
+
+def _closing(text: str, start: int) -> int:
+  """Returns the index of the parenthesis that closes the one at `start`."""
+  depth = 0
+  for match in re.compile(r"[()]").finditer(text, start):
+    depth += 1 if match.group() == "(" else -1
+    if depth == 0:
+      return match.start()
+  return len(text) - 1
+
+
+def _until_comma(text: str) -> str:
+  """Returns the text up to the first comma that no bracket encloses."""
+  depth = 0
+  for match in re.compile(r"[()\[\]{},]").finditer(text):
+    if match.group() in "([{":
+      depth += 1
+    elif match.group() in ")]}":
+      depth -= 1
+    if depth < 0 or (depth == 0 and match.group() == ","):
+      return text[: match.start()]
+  return text
+
+
+def parse_groups(text: str, num_partitions: int) -> Groups:
+  """Reads `replica_groups` or `source_target_pairs` in each of its forms.
+
+  `{{0,1},{2,3}}`; `[2,4]<=[8]` and `[2,4]<=[4,2]T(1,0)`, an iota that is
+  reshaped, transposed and reshaped; `mesh['a'=2,'b'=4] {'b'}`, the devices
+  along some axes of a mesh. Nothing or `{}` is one group of all.
+
+  Raises:
+    ValueError: another form.
+  """
+  text = text.strip()
+  if text in ("", "{}"):
+    return (tuple(range(num_partitions)),)
+  if text.startswith("{{"):
+    return tuple(
+      tuple(int(n) for n in group.split(","))
+      for group in re.findall(r"\{([\d,\s]+)\}", text)
+    )
+  if "<=" in text and text.startswith("["):
+    return _rows(_iota(text))
+  match = re.match(r"mesh\[(.*?)\](.*?)\{(.*)\}$", text)
+  if match is None:
+    raise ValueError(f"unknown replica groups {text[:80]!r}")
+  sizes = {
+    name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])
+  }
+  devices = re.search(r"\[[\d,]+\]<=\[[\d,]+\](T\([\d,]+\))?", match[2])
+  total = math.prod(sizes.values())
+  ids = np.arange(total) if devices is None else _iota(devices.group())
+  return _rows(_mesh_groups(ids, sizes, match[3]))
+
+
+def _iota(text: str) -> np.ndarray:
+  """Reads `[2,4]<=[4,2]T(1,0)`."""
+  match = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+  assert match is not None, text
+  shape, source = _numbers(match[1]), _numbers(match[2])
+  ids = np.arange(math.prod(source)).reshape(source)
+  if match[3]:
+    ids = ids.transpose(_numbers(match[3]))
+  return ids.reshape(shape)
+
+
+def _mesh_groups(
+  ids: np.ndarray, sizes: dict[str, int], axes: str
+) -> np.ndarray:
+  """Returns ids [groups, members] along `'a'` or parts `'a':(before)size`."""
+  dims: list[int] = []
+  chosen: dict[tuple[str, int], int] = {}
+  parts = [
+    (name, int(before or 1), int(size or sizes[name]))
+    for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)
+  ]
+  for axis, total in sizes.items():
+    left = 1
+    for name, before, size in sorted(parts):
+      if name != axis:
+        continue
+      dims.append(before // left)
+      chosen[name, before] = len(dims)
+      dims.append(size)
+      left = before * size
+    dims.append(total // left)
+  members = [chosen[name, before] for name, before, _ in parts]
+  others = [i for i in range(len(dims)) if i not in members]
+  size = math.prod(dims[i] for i in members)
+  return ids.reshape(dims).transpose(others + members).reshape(-1, size)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+  return tuple(int(n) for n in text.split(","))
+
+
+def _rows(ids: np.ndarray) -> Groups:
+  return tuple(tuple(int(i) for i in row) for row in ids)
