@@ -65,7 +65,14 @@ def default_config(*tasks: str) -> Config:
       "evaluation": {},
     }
   )
-  config.loss = ConfigDict({"label_smoothing": 0.0, "confidence": "weight"})
+  config.loss = ConfigDict(
+    {
+      "label_smoothing": 0.0,
+      "confidence": "weight",
+      # Classes whose logits exist at a time; 0: all.
+      "chunk_size": 4096,
+    }
+  )
   config.optimizer = ConfigDict(
     {
       "name": "adamw",
@@ -271,6 +278,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
   "data.prefetch": (1, None),
   "data.max_bad_fraction": (0, 1),
   "loss.label_smoothing": (0, 0.999),
+  "loss.chunk_size": (0, None),
   "optimizer.learning_rate": (0, None),
   "optimizer.weight_decay": (0, None),
   "optimizer.b1": (0, 0.99999),

@@ -12,6 +12,27 @@ from narvl_jax.models.query_decoder import QueryDecoder
 from narvl_jax.models.sizes import ModelConfig
 
 
+def project(states: jax.Array, table: jax.Array) -> jax.Array:
+  """Projects decoder states to the vocabulary.
+
+  With the whole table, padding included, this also works where its rows are
+  split over devices: cutting padding off would move them.
+
+  Args:
+    states: [B, N, D], the dtype of the product.
+    table: [V, D], the tied table `params["embed_tokens"]` or some of its rows.
+
+  Returns:
+    logits float32 [B, N, V].
+  """
+  return jnp.einsum(
+    "bnd,vd->bnv",
+    states,
+    table.astype(states.dtype),
+    preferred_element_type=jnp.float32,
+  )
+
+
 class NARVL(nn.Module):
   """Vision-language model that answers in one decoder pass.
 
@@ -62,13 +83,7 @@ class NARVL(nn.Module):
     )
     states = QueryDecoder(cfg, name="decoder")(encoded, train)
     # Padding rows are cut off, so no softmax ever sees them.
-    logits = jnp.einsum(
-      "bnd,vd->bnv",
-      states,
-      table[: cfg.vocab_size].astype(cfg.dtype),
-      preferred_element_type=jnp.float32,
-    )
-    return logits, {
+    return project(states, table[: cfg.vocab_size]), {
       "image_features": encoded.image_features,
       "encoder_out": encoded.out,
       "encoder_mask": encoded.mask,

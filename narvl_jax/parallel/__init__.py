@@ -2,6 +2,8 @@
 
 from narvl_jax.parallel.mesh import (
   AXES,
+  BATCH_AXES,
+  VOCAB_AXIS,
   data_parallel_size,
   make_mesh,
   mesh_from_config,
@@ -18,7 +20,9 @@ from narvl_jax.parallel.sharding import (
 
 __all__ = [
   "AXES",
+  "BATCH_AXES",
   "DEFAULT_RULES",
+  "VOCAB_AXIS",
   "activation_rules",
   "batch_sharding",
   "check_batch_size",

@@ -21,6 +21,8 @@ from narvl_jax.errors import UserError
 AXES: tuple[str, ...] = ("data", "fsdp", "tensor")
 # The axes that share a batch.
 BATCH_AXES: tuple[str, ...] = ("data", "fsdp")
+# The axis over which loss and decoding share the vocabulary.
+VOCAB_AXIS = "tensor"
 
 # Axis -> size.
 MeshShape = Mapping[str, int]

@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 from narvl_jax.data.example import TASKS
 from narvl_jax.experiment import Experiment
 from narvl_jax.parallel import (
+  BATCH_AXES,
+  VOCAB_AXIS,
   activation_rules,
   batch_sharding,
   check_batch_size,
@@ -20,6 +22,7 @@ from narvl_jax.parallel import (
   replicated,
   sharding_table,
 )
+from narvl_jax.query_ctc import MeshAxes
 from narvl_jax.training.flops import matmul_flops
 from narvl_jax.training.optimizer import (
   ParameterRule,
@@ -237,6 +240,8 @@ def step_config(experiment: Experiment) -> StepConfig:
     vocab_size=experiment.vocabulary.size,
     label_smoothing=config.loss.label_smoothing,
     confidence_mode=config.loss.confidence,
+    chunk_size=config.loss.chunk_size,
+    axes=MeshAxes(batch=BATCH_AXES, vocab=VOCAB_AXIS),
     accumulation_steps=config.train.accumulation_steps,
     ema_decay=config.optimizer.ema_decay,
     ema_warmup=config.optimizer.ema_warmup,

@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from narvl_jax.query_ctc import query_ctc_objective
+from narvl_jax.models import project
+from narvl_jax.query_ctc import (
+  ChunkedLogits,
+  MeshAxes,
+  query_ctc_objective,
+)
 from narvl_jax.training.optimizer import (
   ParameterRule,
   Params,
@@ -35,6 +40,8 @@ class StepConfig:
     vocab_size: number of classes.
     label_smoothing: in [0, 1).
     confidence_mode: "weight" or "temper".
+    chunk_size: classes whose logits exist at a time, 0 for all.
+    axes: mesh axes that split the batch and the vocabulary.
     accumulation_steps: micro-batches in an update.
     ema_decay: decay of the moving averages, 0 for none.
     ema_warmup: see `ema_decay_at`.
@@ -46,6 +53,8 @@ class StepConfig:
   vocab_size: int
   label_smoothing: float = 0.0
   confidence_mode: str = "weight"
+  chunk_size: int = 0
+  axes: MeshAxes = dataclasses.field(default_factory=MeshAxes)
   accumulation_steps: int = 1
   ema_decay: float = 0.0
   ema_warmup: bool = True
@@ -151,7 +160,14 @@ def _forward(
     rngs={"dropout": key},
     mutable=["batch_stats"],
   )
-  (logits, _), updated = outputs
+  (_, aux), updated = outputs
+  # From the padded table: cutting off the padding would move its rows between
+  # devices. Nobody reads the logits of the model, so XLA leaves them out.
+  states, table = aux["decoder_out"], variables["params"]["embed_tokens"]
+  if config.chunk_size:
+    logits = ChunkedLogits(states, table, config.chunk_size)
+  else:
+    logits = project(states, table)
   loss, metrics = query_ctc_objective(
     logits,
     batch["labels"],
@@ -161,6 +177,7 @@ def _forward(
     label_smoothing=config.label_smoothing,
     confidence=batch["confidence"],
     confidence_mode=config.confidence_mode,
+    axes=config.axes,
   )
   nll = metrics.pop("nll_per_example")
   for index, name in enumerate(config.task_names):

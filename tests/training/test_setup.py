@@ -63,8 +63,8 @@ def test_numbers_of_a_run():
   run = stand_in.setup()
   parameters = {
     "image": 4 * 4 * 3 * 8 + 8,
-    "text": 12 * 8,
-    "head": 8 * 4 * 12 + 4 * 12,
+    "embed_tokens": 16 * 8,
+    "head": 8 * 4 * 8 + 4 * 8,
   }
   assert run.num_parameters == sum(parameters.values())
   assert run.num_frozen == 0
@@ -74,18 +74,18 @@ def test_numbers_of_a_run():
   assert run.state_bytes_per_device == (
     3 * 4 * run.num_parameters + bytes_of_scalars
   )
-  forward = 2 * stand_in.ROWS * (4 * 4 * 3 * 8 + 8 * 4 * 12)
+  forward = 2 * stand_in.ROWS * (4 * 4 * 3 * 8 + 8 * 4 * 8 + 4 * 8 * 12)
   assert run.step_flops() == 3 * forward
 
 
 def test_parameter_table():
-  run = stand_in.setup(frozen="text/.*")
-  assert run.num_frozen == 96
+  run = stand_in.setup(frozen="embed_tokens")
+  assert run.num_frozen == 128
   rows = run.parameter_table().splitlines()
   assert rows[0].split() == ["parameter", "shape", "count", "lr", "decay"]
   cells = {row.split()[0]: row.split()[1:] for row in rows[1:]}
-  assert cells["text/embedding"] == ["12x8", "96", "frozen", "-"]
-  assert cells["head/kernel"] == ["8x48", "384", "1", "1"]
+  assert cells["embed_tokens"] == ["16x8", "128", "frozen", "-"]
+  assert cells["head/kernel"] == ["8x32", "256", "1", "1"]
   assert len(cells) == 5
 
 
@@ -111,7 +111,7 @@ def test_shapes_of_a_batch():
       {"train__accumulation_steps": 3},
       r"=16 is not divisible by 8 device\(s\) x 3 accumulation steps; .* 24",
     ),
-    ({"frozen": "text/embeding"}, r'is never used: .* mean "text/embedding"'),
+    ({"frozen": "embed_token"}, r'is never used: .* mean "embed_tokens"'),
     ({"optimizer__schedule": "step"}, r'optimizer.schedule="step" is unknown'),
     ({"optimizer__warmup_steps": 50}, r"warmup_steps=50 .* below train.steps"),
   ],
@@ -146,6 +146,6 @@ def test_averages_are_what_is_evaluated():
 
 
 def test_rules_are_those_of_the_config():
-  run = stand_in.setup(frozen="text/.*")
-  assert run.rules["text/embedding"] == ParameterRule(freeze=True)
+  run = stand_in.setup(frozen="embed_tokens")
+  assert run.rules["embed_tokens"] == ParameterRule(freeze=True)
   assert run.rules["head/bias"] == ParameterRule()
