@@ -30,6 +30,15 @@ def ones_init(*names: str | None) -> nn.initializers.Initializer:
   return nn.with_logical_partitioning(nn.initializers.ones, names)
 
 
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Says how an activation is split: one logical axis name per dimension.
+
+  Without it the compiler may follow the sharding of a weight and gather the
+  batch. Has no effect outside a mesh and `nn.logical_axis_rules`.
+  """
+  return nn.with_logical_constraint(x, names)
+
+
 class LayerNorm(nn.Module):
   """LayerNorm over the last axis, statistics in float32.
 
@@ -99,7 +108,8 @@ class PositionBias(nn.Module):
     """Returns the bias [H, Q, K] of positions [Q, D] and [K, D]."""
     (q,) = Projection(self.config, 1, name="query")(queries)
     (k,) = Projection(self.config, 1, name="key")(keys)
-    return jnp.einsum("qhd,khd->hqk", q * attention_scale(self.config), k)
+    bias = jnp.einsum("qhd,khd->hqk", q * attention_scale(self.config), k)
+    return constrain(bias, "act_heads", None, None)
 
 
 class Attention(nn.Module):
@@ -137,6 +147,9 @@ class Attention(nn.Module):
     else:
       (q,) = Projection(cfg, 1, name="q")(x)
       k, v = Projection(cfg, 2, name="kv")(memory)
+    q, k, v = (
+      constrain(y, "batch", None, "act_heads", None) for y in (q, k, v)
+    )
     logits = jnp.einsum("bqhd,bkhd->bhqk", q * attention_scale(cfg), k)
     logits = logits.astype(jnp.float32) + bias.astype(jnp.float32)
     if key_mask is not None:
@@ -153,4 +166,5 @@ class Attention(nn.Module):
     )
     out_bias = self.param("out_bias", zeros_init("norm"), (cfg.width,))
     out = jnp.einsum("bqhd,hde->bqe", out, kernel.astype(cfg.dtype))
+    out = constrain(out, "batch", None, "act_embed")
     return out + out_bias.astype(cfg.dtype)

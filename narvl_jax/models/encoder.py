@@ -11,6 +11,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.models import positions
 from narvl_jax.models.attention import (
   PositionBias,
+  constrain,
   layer_norm,
   normal_init,
   zeros_init,
@@ -116,6 +117,7 @@ class Encoder(nn.Module):
       features = ResNet(cfg, name="resnet")(image, train)
     else:
       features = ConvStem(cfg, name="stem")(image)
+    features = constrain(features, "batch", None, None, None)
     b, h, w, c = features.shape
     image_pos, text_pos = self._positions(h, w, text.shape[1])
     x = self._embed(
@@ -132,7 +134,7 @@ class Encoder(nn.Module):
       ],
       axis=1,
     )
-    x = jnp.where(mask[..., None], x, 0)
+    x = constrain(jnp.where(mask[..., None], x, 0), "batch", None, "act_embed")
     normed = jnp.concatenate(
       [
         layer_norm(cfg, "image_pos_ln")(image_pos),

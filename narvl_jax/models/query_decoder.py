@@ -5,7 +5,12 @@ import jax
 import jax.numpy as jnp
 
 from narvl_jax.models import positions
-from narvl_jax.models.attention import PositionBias, layer_norm, normal_init
+from narvl_jax.models.attention import (
+  PositionBias,
+  constrain,
+  layer_norm,
+  normal_init,
+)
 from narvl_jax.models.encoder import EncoderOutput
 from narvl_jax.models.sizes import ModelConfig
 from narvl_jax.models.transformer import (
@@ -35,6 +40,7 @@ class QueryDecoder(nn.Module):
     )
     x = layer_norm(cfg, "layernorm_embedding")(queries.astype(cfg.dtype))
     x = jnp.broadcast_to(x, (batch, n, cfg.width))
+    x = constrain(x, "batch", None, "act_embed")
     x = nn.Dropout(cfg.dropout, deterministic=not train)(x)
     table = self.param(
       "embed_positions",

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from narvl_jax.models.attention import ones_init, zeros_init
+from narvl_jax.models.attention import constrain, ones_init, zeros_init
 from narvl_jax.models.sizes import ModelConfig
 
 _EPSILON = 1e-5
@@ -103,7 +103,7 @@ class Bottleneck(nn.Module):
     if x.shape != h.shape:
       x = Conv(cfg, out, 1, self.stride, name="downsample_conv")(x)
       x = BatchNorm(cfg, name="downsample_bn")(x, train)
-    return nn.relu(x + h), None
+    return constrain(nn.relu(x + h), "batch", None, None, None), None
 
 
 class ResNet(nn.Module):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from narvl_jax.models.attention import (
   Attention,
+  constrain,
   layer_norm,
   normal_init,
   zeros_init,
@@ -37,10 +38,12 @@ class FeedForward(nn.Module):
     )
     b2 = self.param("fc2_bias", zeros_init("norm"), (cfg.width,))
     h = x.astype(cfg.dtype) @ w1.astype(cfg.dtype) + b1.astype(cfg.dtype)
+    h = constrain(h, "batch", None, "act_mlp")
     # The error function in bfloat16 would lose most of its digits.
     h = jax.nn.gelu(h.astype(jnp.float32), approximate=False)
     h = layer_norm(cfg, "ffn_layernorm", "mlp")(h.astype(cfg.dtype))
-    return h @ w2.astype(cfg.dtype) + b2.astype(cfg.dtype)
+    h = constrain(h @ w2.astype(cfg.dtype), "batch", None, "act_embed")
+    return h + b2.astype(cfg.dtype)
 
 
 class Branch(nn.Module):
@@ -149,7 +152,8 @@ def _relative_bias(
   table: jax.Array, buckets: jax.Array, dtype: Any
 ) -> jax.Array:
   """Looks the buckets [Q, K] up in a table [R, H]: [H, Q, K]."""
-  return table.astype(dtype)[buckets].transpose(2, 0, 1)
+  bias = table.astype(dtype)[buckets].transpose(2, 0, 1)
+  return constrain(bias, "act_heads", None, None)
 
 
 _POLICIES = {
