@@ -39,6 +39,17 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   return nn.with_logical_constraint(x, names)
 
 
+def gathered(weight: jax.Array, dtype: Any, *names: str | None) -> jax.Array:
+  """Casts a weight to the compute type and gathers it where it is used.
+
+  Args:
+    weight: float32, split over `fsdp` where it is stored.
+    dtype: of the result, in which it travels.
+    *names: logical axes that stay split, one per dimension, else None.
+  """
+  return constrain(weight.astype(dtype), *names)
+
+
 class LayerNorm(nn.Module):
   """LayerNorm over the last axis, statistics in float32.
 
@@ -87,7 +98,7 @@ class Projection(nn.Module):
     y = jnp.einsum(
       "...e,enhd->...nhd",
       x.astype(cfg.dtype),
-      kernel.astype(cfg.dtype),
+      gathered(kernel, cfg.dtype, None, None, "heads", None),
     )
     y += bias.astype(cfg.dtype)
     return tuple(y[..., i, :, :] for i in range(self.num))
@@ -165,6 +176,7 @@ class Attention(nn.Module):
       (cfg.num_heads, cfg.head_width, cfg.width),
     )
     out_bias = self.param("out_bias", zeros_init("norm"), (cfg.width,))
-    out = jnp.einsum("bqhd,hde->bqe", out, kernel.astype(cfg.dtype))
+    kernel = gathered(kernel, cfg.dtype, "heads", None, None)
+    out = jnp.einsum("bqhd,hde->bqe", out, kernel)
     out = constrain(out, "batch", None, "act_embed")
     return out + out_bias.astype(cfg.dtype)

@@ -12,6 +12,7 @@ from narvl_jax.models import positions
 from narvl_jax.models.attention import (
   PositionBias,
   constrain,
+  gathered,
   layer_norm,
   normal_init,
   zeros_init,
@@ -120,9 +121,10 @@ class Encoder(nn.Module):
     features = constrain(features, "batch", None, None, None)
     b, h, w, c = features.shape
     image_pos, text_pos = self._positions(h, w, text.shape[1])
+    embedding = gathered(embedding, cfg.dtype, "vocab", None)
     x = self._embed(
       features.reshape(b, h * w, c),
-      embedding[text].astype(cfg.dtype),
+      constrain(embedding[text], "batch", None, "act_embed"),
       image_pos,
       text_pos,
       train,
@@ -179,7 +181,8 @@ class Encoder(nn.Module):
     types = self.param(
       "type_embedding", normal_init(None, "embed"), (2, cfg.width)
     ).astype(cfg.dtype)
-    x = features @ kernel.astype(cfg.dtype) + bias.astype(cfg.dtype)
+    x = features @ gathered(kernel, cfg.dtype, None, None)
+    x += bias.astype(cfg.dtype)
     if cfg.entangle_positions:
       x += image_pos
       tokens += text_pos

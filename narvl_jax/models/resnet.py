@@ -6,7 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from narvl_jax.models.attention import constrain, ones_init, zeros_init
+from narvl_jax.models.attention import (
+  constrain,
+  gathered,
+  ones_init,
+  zeros_init,
+)
 from narvl_jax.models.sizes import ModelConfig
 
 _EPSILON = 1e-5
@@ -75,7 +80,7 @@ class Conv(nn.Module):
     padding = self.size // 2
     return jax.lax.conv_general_dilated(
       x,
-      kernel.astype(x.dtype),
+      gathered(kernel, x.dtype, None, None, None, None),
       (self.stride, self.stride),
       [(padding, padding)] * 2,
       dimension_numbers=("NHWC", "HWIO", "NHWC"),

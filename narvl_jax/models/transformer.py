@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from narvl_jax.models.attention import (
   Attention,
   constrain,
+  gathered,
   layer_norm,
   normal_init,
   zeros_init,
@@ -37,12 +38,14 @@ class FeedForward(nn.Module):
       (cfg.mlp_width, cfg.width),
     )
     b2 = self.param("fc2_bias", zeros_init("norm"), (cfg.width,))
-    h = x.astype(cfg.dtype) @ w1.astype(cfg.dtype) + b1.astype(cfg.dtype)
+    w1 = gathered(w1, cfg.dtype, None, "mlp")
+    h = x.astype(cfg.dtype) @ w1 + b1.astype(cfg.dtype)
     h = constrain(h, "batch", None, "act_mlp")
     # The error function in bfloat16 would lose most of its digits.
     h = jax.nn.gelu(h.astype(jnp.float32), approximate=False)
     h = layer_norm(cfg, "ffn_layernorm", "mlp")(h.astype(cfg.dtype))
-    h = constrain(h @ w2.astype(cfg.dtype), "batch", None, "act_embed")
+    w2 = gathered(w2, cfg.dtype, "mlp", None)
+    h = constrain(h @ w2, "batch", None, "act_embed")
     return h + b2.astype(cfg.dtype)
 
 
