@@ -22,7 +22,7 @@ from narvl_jax.data.tasks import (
   vocabulary_texts,
 )
 from narvl_jax.data.tasks.base import required_queries
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.vocabulary import OFFICIAL_FIXED_IDS, Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import load_dataset
 from narvl_jax.models import NARVL, ModelConfig, model_config
@@ -77,7 +77,10 @@ class Experiment:
 
 
 def build(
-  config: Config, workdir: str | os.PathLike[str] | None = None
+  config: Config,
+  workdir: str | os.PathLike[str] | None = None,
+  *,
+  shapes_only: bool = False,
 ) -> Experiment:
   """Builds an experiment; writes nothing (see `Experiment.save`).
 
@@ -85,18 +88,23 @@ def build(
     config: checked here.
     workdir: if it has a vocabulary that one is used, so that a resumed run
       does not depend on what it was made from.
+    shapes_only: without tasks, and with a vocabulary of the right size that is
+      neither read nor trained (a trained one may come out smaller).
 
   Raises:
     UserError: the config, or something that it names, is wrong.
   """
   validate(config)
-  if workdir is not None and workdir_lib.is_run(pathlib.Path(workdir)):
+  if shapes_only:
+    vocabulary = _placeholder_vocabulary(config)
+  elif workdir is not None and workdir_lib.is_run(pathlib.Path(workdir)):
     vocabulary = Vocabulary.load(pathlib.Path(workdir) / VOCABULARY_FOLDER)
   else:
     vocabulary = make_vocabulary(config)
   tasks = {
     name: make_task(name, vocabulary, dict(settings))
     for name, settings in config.tasks.items()
+    if not shapes_only
   }
   architecture = resolve_model_config(config, vocabulary)
   return Experiment(
@@ -202,6 +210,18 @@ def make_vocabulary(config: Config) -> Vocabulary:
   return Vocabulary.from_huggingface(
     folder / "vocab.json", folder / "merges.txt", **counts
   )
+
+
+def _placeholder_vocabulary(config: Config) -> Vocabulary:
+  settings = config.vocabulary
+  counts = {"num_codes": settings.num_codes, "num_bins": settings.num_bins}
+  if settings.source == "huggingface":
+    # Only its files tell the size.
+    return make_vocabulary(config)
+  size = settings.size
+  if settings.source == "official":
+    size = OFFICIAL_FIXED_IDS + sum(counts.values())
+  return Vocabulary.placeholder(size, **counts)
 
 
 def _texts(config: Config) -> Iterator[str]:

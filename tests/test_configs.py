@@ -9,7 +9,7 @@ from narvl_jax import experiment as experiment_lib
 from narvl_jax.config import validate
 from narvl_jax.data.tasks.base import required_queries
 from narvl_jax.errors import UserError
-from narvl_jax.models import ModelConfig
+from narvl_jax.models import ModelConfig, model_config
 from tests.conftest import ROOT
 
 VARIANTS = {"shapes": ("", "quick", "long", "full"), "easy_vqa": ("",)}
@@ -22,7 +22,22 @@ def _config(name: str, variant: str):
 
 def test_every_file_is_tested():
   files = {path.stem for path in (ROOT / "configs").glob("*.py")}
-  assert files - {"__init__", "common"} == set(VARIANTS)
+  assert files - {"__init__", "common"} == {*VARIANTS, "pod"}
+
+
+@pytest.mark.parametrize("variant", ["base", "large", "huge"])
+def test_pod_has_the_official_sizes(variant: str):
+  config = _config("pod", variant)
+  validate(config)
+  experiment = experiment_lib.build(config, shapes_only=True)
+  assert experiment.vocabulary.size == 59458
+  official = model_config(variant, vocab_size=59458)
+  for field in ("width", "encoder_layers", "resnet_blocks", "num_queries"):
+    ours = getattr(experiment.model_config, field)
+    assert ours == getattr(official, field)
+  # Without its files the vocabulary is only good for shapes.
+  with pytest.raises(UserError, match=r"json.*--config.vocabulary.path"):
+    experiment_lib.build(config)
 
 
 @pytest.mark.parametrize(

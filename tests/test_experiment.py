@@ -49,6 +49,18 @@ def test_folder_that_is_saved_can_be_built_again(built, tmp_path):
   assert again.vocabulary.encode(text) == built.vocabulary.encode(text)
 
 
+def test_shapes_without_data_and_files(built, monkeypatch):
+  monkeypatch.setattr(Vocabulary, "train", None)
+  config = tiny_config()
+  # What the training of the vocabulary came to.
+  config.vocabulary.size = built.vocabulary.size
+  only = experiment_lib.build(config, shapes_only=True)
+  assert only.model_config == built.model_config
+  assert only.vocabulary.blank_id == built.vocabulary.blank_id
+  assert only.vocabulary.forbidden.shape == built.vocabulary.forbidden.shape
+  assert not only.tasks
+
+
 def test_vocabulary_of_a_run_is_not_trained_again(built, tmp_path, monkeypatch):
   built.save(tmp_path)
   monkeypatch.setattr(Vocabulary, "train", None)

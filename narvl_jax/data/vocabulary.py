@@ -30,6 +30,9 @@ from narvl_jax.errors import UserError
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 MASK = "<mask>"
 BLANK = "<<BLANK>>"
+# Ids of the official vocabulary besides image codes and bins: the specials, the
+# lines of `dict.txt`, mask and blank.
+OFFICIAL_FIXED_IDS = len(SPECIALS) + 50_260 + 2
 _TOKENIZER_FILE = "tokenizer.json"
 _SYMBOLS_FILE = "vocabulary.json"
 _FORMAT = 1
@@ -222,6 +225,16 @@ class Vocabulary:
       num_bins=num_bins,
       expansions=expansions,
     )
+
+  @classmethod
+  def placeholder(
+    cls, size: int, num_codes: int, num_bins: int
+  ) -> "Vocabulary":
+    """Returns one of `size` ids, to know shapes without files; no text."""
+    count = max(size - len(SPECIALS) - 2 - num_codes - num_bins, 0)
+    base = [f"<unused_{i}>" for i in range(count)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    return cls(tokenizer, base, num_codes=num_codes, num_bins=num_bins)
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of `text`, without bos and eos."""

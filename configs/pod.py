@@ -1,0 +1,99 @@
+"""The official sizes at 480 pixels, sharded for a TPU pod.
+
+    python -m narvl_jax.compile_check --config=configs/pod.py:base \
+      --topology=v5e:16x16
+    python -m narvl_jax.train --config=configs/pod.py:base --workdir=RUN \
+      --config.vocabulary.path=FOLDER
+
+Variants: `base`, `large` and `huge`. The first command needs no TPU and no
+data. To train, FOLDER must hold the official `dict.txt`, `encoder.json` and
+`vocab.bpe`; the data are the embedded procedural scenes until `data.train`
+names yours.
+
+The recipe is that of the official RefCOCO scripts (8 GPUs, global batch 128):
+learning rate, warm-up, linear decay, stochastic depth, label smoothing,
+AdamW's constants. The batch is that of a pod, 8 examples a chip on 256 chips,
+and the learning rate was not tuned for it.
+
+Nothing of this was trained; what it needs was measured by compiling.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.common import (
+  choose_variant,
+  default_config,
+  evaluation_source,
+  train_source,
+  update,
+)
+
+_TASKS = ("caption", "vqa", "grounding", "entailment")
+_IMAGE_SIZE = 480
+
+
+def get_config(arg: str = "base") -> ConfigDict:
+  """Returns the config of a variant: "base", "large" or "huge"."""
+  variants: dict[str, dict[str, Any]] = {
+    "base": {
+      "optimizer.learning_rate": 5e-5,
+      "model.encoder_drop_path": 0.1,
+      "model.decoder_drop_path": 0.1,
+    },
+    "large": {
+      "optimizer.learning_rate": 3e-5,
+      "model.encoder_drop_path": 0.2,
+      "model.decoder_drop_path": 0.2,
+    },
+    "huge": {
+      "optimizer.learning_rate": 3e-5,
+      "model.encoder_drop_path": 0.2,
+      "model.decoder_drop_path": 0.2,
+    },
+  }
+  variants[""] = variants["base"]
+  return _pod(arg or "base", choose_variant(arg, variants))
+
+
+def _pod(size: str, values: dict[str, Any]) -> ConfigDict:
+  config = default_config(*_TASKS)
+  for task in _TASKS:
+    options = {"image_size": _IMAGE_SIZE, "difficulty": "easy"}
+    config.data.train[task] = train_source("shapes", task, **options)
+    config.data.evaluation[task] = evaluation_source("shapes", task, **options)
+  steps = 20_000
+  update(
+    config,
+    {
+      # As in the official checkpoints: 59,458 classes.
+      "vocabulary.source": "official",
+      "vocabulary.num_codes": 8192,
+      "vocabulary.num_bins": 1000,
+      "data.image_size": (_IMAGE_SIZE, _IMAGE_SIZE),
+      "data.max_text_length": 80,
+      "data.max_label_length": 20,
+      "model.size": size,
+      "model.num_queries": 20,
+      "model.dropout": 0.1,
+      "model.dtype": "bfloat16",
+      "model.remat": "full",
+      "loss.label_smoothing": 0.1,
+      "optimizer.name": "adamw",
+      "optimizer.schedule": "linear",
+      "optimizer.warmup_steps": int(0.06 * steps),
+      "optimizer.weight_decay": 0.01,
+      "optimizer.b2": 0.999,
+      "optimizer.clip_norm": 1.0,
+      "train.steps": steps,
+      "train.batch_size": 2048,
+      "train.eval_every": 2000,
+      "train.checkpoint_every": 1000,
+      # Within 16 chips everything is split; beyond that it is repeated.
+      "mesh.data": -1,
+      "mesh.fsdp": 16,
+      **values,
+    },
+  )
+  return config
