@@ -21,8 +21,10 @@ from narvl_jax.errors import UserError
 AXES: tuple[str, ...] = ("data", "fsdp", "tensor")
 # The axes that share a batch.
 BATCH_AXES: tuple[str, ...] = ("data", "fsdp")
-# The axis over which loss and decoding share the vocabulary.
+# The axes over which loss and decoding share the rows and the columns of the
+# vocabulary table.
 VOCAB_AXIS = "tensor"
+WIDTH_AXIS = "fsdp"
 
 # Axis -> size.
 MeshShape = Mapping[str, int]

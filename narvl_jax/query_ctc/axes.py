@@ -19,17 +19,21 @@ from narvl_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxes:
-  """Names of the mesh axes over which logits [B, N, V] are split.
+  """Names of the mesh axes over which logits and table are split.
 
   They count as far as the mesh of `jax.set_mesh` has them.
 
   Attributes:
-    batch: axes that share the examples.
+    batch: axes that share the examples of [B, N, V].
     vocab: axis that shares the classes, None for none.
+    width: the one of `batch` that shares the columns of the table [V, D],
+      None for none. The table is gathered over it, as under fsdp, and its
+      gradient scattered.
   """
 
   batch: tuple[str, ...] = ()
   vocab: str | None = None
+  width: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +45,12 @@ class Split:
   Attributes:
     batch: mesh axes.
     vocab: mesh axis, None if every device has all classes.
+    width: mesh axis of the columns of the table's gradient, None for none.
   """
 
   batch: tuple[str, ...] = ()
   vocab: str | None = None
+  width: str | None = None
 
   @property
   def rows(self) -> PartitionSpec:
@@ -58,8 +64,13 @@ class Split:
 
   @property
   def table(self) -> PartitionSpec:
-    """Of [V, D]."""
+    """Of [V, D], with all columns."""
     return PartitionSpec(self.vocab)
+
+  @property
+  def table_gradient(self) -> PartitionSpec:
+    """Of the gradient of [V, D]."""
+    return PartitionSpec(self.vocab, self.width)
 
   def run(
     self,
@@ -106,9 +117,14 @@ class Split:
     """Adds up what the devices found in their classes."""
     return x if self.vocab is None else jax.lax.psum(x, self.vocab)
 
-  def sum_over_batch(self, x: Any) -> Any:
-    """Adds up what the devices found in their examples."""
-    return jax.lax.psum(x, self.batch) if self.batch else x
+  def sum_over_batch(self, x: jax.Array) -> jax.Array:
+    """Adds up the table's gradient [V, D]; leaves the own columns."""
+    if self.width is not None:
+      # Parts first: XLA for TPUs would sum all columns and then drop most.
+      parts = x.reshape(len(x), jax.lax.axis_size(self.width), -1)
+      x = jax.lax.psum_scatter(parts.swapaxes(0, 1), self.width)
+    rest = tuple(name for name in self.batch if name != self.width)
+    return jax.lax.psum(x, rest) if rest else x
 
   def logsumexp(self, x: jax.Array) -> jax.Array:
     """Joins the logsumexp over the classes of every device."""
@@ -118,10 +134,12 @@ class Split:
     return largest + jnp.log(self.sum_over_classes(jnp.exp(x - largest)))
 
 
-def split_of(axes: MeshAxes, batch_size: int, classes: int) -> Split:
+def split_of(
+  axes: MeshAxes, batch_size: int, classes: int, width: int = 0
+) -> Split:
   """Returns how the mesh of the context splits [batch_size, N, classes].
 
-  A batch that does not divide by its axes is not split.
+  A batch that does not divide by its axes is not split, nor is a width.
 
   Raises:
     UserError: the classes do not divide by their axis.
@@ -143,4 +161,7 @@ def split_of(axes: MeshAxes, batch_size: int, classes: int) -> Split:
       f" {sizes[vocab]}; pad it to {-(-classes // sizes[vocab]) * sizes[vocab]}"
       f" rows: --config.model.vocab_multiple={math.lcm(128, sizes[vocab])}"
     )
-  return Split(batch, vocab)
+  columns = axes.width if axes.width in batch else None
+  if columns is not None and (width == 0 or width % sizes[columns]):
+    columns = None
+  return Split(batch, vocab, columns)

@@ -108,7 +108,9 @@ class ChunkedHead:
       d_states -= _product("bnk,bkd->bnd", gradient.taken, rows)
       d_rows = _product("bnk,bnd->bkd", gradient.taken, states)
       d_table = d_table.at[columns].add(-d_rows, mode="drop")
-      return split.sum_over_classes(d_states), split.sum_over_batch(d_table)
+      # Half precision crosses the mesh as such, like all other gradients.
+      d_states = split.sum_over_classes(d_states.astype(states.dtype))
+      return d_states, split.sum_over_batch(d_table.astype(states.dtype))
 
     states, table = inputs
     specs = LogitGradient(*[split.rows] * len(gradient))
@@ -118,9 +120,9 @@ class ChunkedHead:
       table.astype(states.dtype),
       gradient,
       in_specs=(split.rows, split.table, specs),
-      out_specs=(split.rows, split.table),
+      out_specs=(split.rows, split.table_gradient),
     )
-    return d_states.astype(states.dtype), d_table.astype(table.dtype)
+    return d_states, d_table.astype(table.dtype)
 
 
 def _logsumexp(

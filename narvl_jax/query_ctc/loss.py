@@ -174,12 +174,13 @@ def _terms(
   axes: MeshAxes,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns nll and mean log-probability [B]; see `compact.ctc_terms`."""
-  split = split_of(axes, logits.shape[0], logits.shape[-1])
+  b, _, v = logits.shape
   if isinstance(logits, ChunkedLogits):
+    split = split_of(axes, b, v, width=logits.table.shape[1])
     head = ChunkedHead(vocab_size, logits.chunk_size, split)
     inputs = (logits.states, logits.table)
   else:
-    head, inputs = DenseHead(vocab_size, split), logits
+    head, inputs = DenseHead(vocab_size, split_of(axes, b, v)), logits
   return ctc_terms(head, blank_id, inputs, labels, label_lengths, temper)
 
 

@@ -14,6 +14,7 @@ from narvl_jax.experiment import Experiment
 from narvl_jax.parallel import (
   BATCH_AXES,
   VOCAB_AXIS,
+  WIDTH_AXIS,
   activation_rules,
   batch_sharding,
   check_batch_size,
@@ -241,7 +242,7 @@ def step_config(experiment: Experiment) -> StepConfig:
     label_smoothing=config.loss.label_smoothing,
     confidence_mode=config.loss.confidence,
     chunk_size=config.loss.chunk_size,
-    axes=MeshAxes(batch=BATCH_AXES, vocab=VOCAB_AXIS),
+    axes=MeshAxes(batch=BATCH_AXES, vocab=VOCAB_AXIS, width=WIDTH_AXIS),
     accumulation_steps=config.train.accumulation_steps,
     ema_decay=config.optimizer.ema_decay,
     ema_warmup=config.optimizer.ema_warmup,
