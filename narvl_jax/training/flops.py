@@ -1,11 +1,12 @@
-"""Floating-point operations of a step, and what devices can do at most."""
+"""Floating-point operations of a step, and what devices can do at most.
 
-import math
-from collections.abc import Callable
+Operations are those of matrix products and convolutions, two per multiply-add.
+Everything else a device does between them, or it is too little to count.
+"""
+
 from typing import Any
 
-import jax
-from jax.extend import core
+from narvl_jax.models import ModelConfig
 
 # Dense bf16 peak of one device, FLOP/s, as published by the makers.
 PEAK_FLOPS = {
@@ -26,42 +27,127 @@ def peak_flops(device: Any) -> float | None:
   return PEAK_FLOPS.get(device.device_kind)
 
 
-def matmul_flops(function: Callable[..., Any], *args: Any) -> float:
-  """Counts the operations of matrix products and convolutions.
+def train_flops(
+  config: ModelConfig,
+  image_size: tuple[int, int],
+  text_length: int,
+  batch_size: int,
+) -> float:
+  """Returns the operations of an update: three forward passes.
 
-  A product of [m, k] and [k, n] counts 2 m k n. Bodies of scans count once
-  per iteration, which the compiler's own cost analysis leaves out.
+  A product costs its gradient two of its size. What `remat` or a head in
+  chunks computes a second time is no progress and does not count.
+  """
+  return 3.0 * forward_flops(config, image_size, text_length, batch_size)
+
+
+def forward_flops(
+  config: ModelConfig,
+  image_size: tuple[int, int],
+  text_length: int,
+  batch_size: int,
+) -> float:
+  """Returns the operations of a forward pass.
+
+  With D the model width, F the hidden width of a feed-forward block, N the
+  queries, V the padded vocabulary, I the image tokens, C their channels and S
+  the source tokens, image and text:
+
+      encoder layer   2 S D (4 D + 2 S + 2 F)
+      decoder layer   2 N D (6 D + 2 N + 2 S + 2 F) + 4 S D^2
+      head            2 N D V
+      image tokens    2 I C D, and the image encoder
+      positions       once per batch, see `position_flops`
 
   Args:
-    function: traced, not run.
-    *args: arrays or `jax.ShapeDtypeStruct`s.
+    config: of the model.
+    image_size: (height, width) in pixels.
+    text_length: source tokens T, padding included.
+    batch_size: examples.
   """
-  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+  stride = config.image_stride
+  image = _ceil(image_size[0], stride) * _ceil(image_size[1], stride)
+  source = image + text_length
+  channels = 2 * config.width
+  if config.image_encoder == "resnet":
+    channels = 16 * config.resnet_width
+  example = (
+    image_encoder_flops(config, image_size)
+    + 2 * image * channels * config.width
+    + config.encoder_layers * encoder_layer_flops(config, source)
+    + config.decoder_layers * decoder_layer_flops(config, source)
+    + 2 * config.num_queries * config.width * config.padded_vocab_size
+  )
+  return float(batch_size * example + position_flops(config, source))
 
 
-def _count(jaxpr: core.Jaxpr) -> float:
-  total = 0.0
-  for equation in jaxpr.eqns:
-    name = equation.primitive.name
-    if name == "dot_general":
-      (contracted, _), _ = equation.params["dimension_numbers"]
-      left = _shape(equation.invars[0])
-      depth = math.prod(left[axis] for axis in contracted)
-      total += 2.0 * depth * math.prod(_shape(equation.outvars[0]))
-    elif name == "conv_general_dilated":
-      kernel = _shape(equation.invars[1])
-      spec = equation.params["dimension_numbers"].rhs_spec
-      per_output = math.prod(kernel) / kernel[spec[0]]
-      total += 2.0 * per_output * math.prod(_shape(equation.outvars[0]))
-    repeats = equation.params.get("length", 1) if name == "scan" else 1
-    for value in equation.params.values():
-      for inner in value if isinstance(value, (tuple, list)) else (value,):
-        if isinstance(inner, core.ClosedJaxpr):
-          total += repeats * _count(inner.jaxpr)
-        elif isinstance(inner, core.Jaxpr):
-          total += repeats * _count(inner)
+def encoder_layer_flops(config: ModelConfig, source: int) -> int:
+  """Returns the operations of an encoder layer for one example."""
+  d, f = config.width, config.mlp_width
+  # Queries, keys, values and output; logits and weighted values; two products.
+  return 2 * source * d * (4 * d + 2 * source + 2 * f)
+
+
+def decoder_layer_flops(config: ModelConfig, source: int) -> int:
+  """Returns the operations of a decoder layer for one example."""
+  d, f, n = config.width, config.mlp_width, config.num_queries
+  # Four products in self-attention, two in cross-attention.
+  queries = 2 * n * d * (6 * d + 2 * n + 2 * source + 2 * f)
+  # Keys and values of the source.
+  return queries + 2 * source * d * 2 * d
+
+
+def position_flops(config: ModelConfig, source: int) -> int:
+  """Returns the operations of the three position biases.
+
+  Encoder, decoder and between them: positions [Q, D] and [K, D] are projected,
+  and multiplied to [H, Q, K]. They do not depend on the batch.
+  """
+  n, d = config.num_queries, config.width
+
+  def bias(queries: int, keys: int) -> int:
+    return 2 * d * (d * (queries + keys) + queries * keys)
+
+  return bias(source, source) + bias(n, n) + bias(n, source)
+
+
+def image_encoder_flops(
+  config: ModelConfig, image_size: tuple[int, int]
+) -> int:
+  """Returns the operations of the image encoder for one picture."""
+  if config.image_encoder == "resnet":
+    return _resnet_flops(config, image_size)
+  half, narrow = config.patch_size // 2, config.width // 2
+  fine = (image_size[0] // half) * (image_size[1] // half)
+  coarse = _ceil(image_size[0] // half, 2) * _ceil(image_size[1] // half, 2)
+  return 2 * (
+    fine * half * half * 3 * narrow
+    + fine * 9 * narrow * narrow
+    + coarse * 9 * narrow * 2 * config.width
+  )
+
+
+def _resnet_flops(config: ModelConfig, image_size: tuple[int, int]) -> int:
+  """Stem of 7x7 / 2 and pooling / 2, then stages of bottleneck blocks."""
+  height, width = (_ceil(side, 2) for side in image_size)
+  total = 2 * height * width * 7 * 7 * 3 * config.resnet_width
+  height, width = _ceil(height, 2), _ceil(width, 2)
+  channels = config.resnet_width
+  for stage, blocks in enumerate(config.resnet_blocks):
+    narrow, before = config.resnet_width * 2**stage, height * width
+    if stage:
+      height, width = _ceil(height, 2), _ceil(width, 2)
+    pixels, wide = height * width, 4 * narrow
+    # 1x1 to narrow, 3x3 (the stride is here), 1x1 to wide; the shortcut.
+    total += 2 * before * channels * narrow
+    total += 2 * pixels * (9 * narrow * narrow + narrow * wide)
+    total += 2 * pixels * channels * wide
+    # The other blocks: wide to narrow, 3x3, narrow to wide.
+    block = 2 * pixels * (2 * wide * narrow + 9 * narrow * narrow)
+    total += (blocks - 1) * block
+    channels = wide
   return total
 
 
-def _shape(variable: Any) -> tuple[int, ...]:
-  return variable.aval.shape
+def _ceil(value: int, divisor: int) -> int:
+  return -(-value // divisor)

@@ -24,7 +24,7 @@ from narvl_jax.parallel import (
   sharding_table,
 )
 from narvl_jax.query_ctc import MeshAxes
-from narvl_jax.training.flops import matmul_flops
+from narvl_jax.training.flops import train_flops
 from narvl_jax.training.optimizer import (
   ParameterRule,
   assign_rules,
@@ -99,22 +99,13 @@ class Setup:
     return bytes_per_device(self.abstract_state, self.shardings)
 
   def step_flops(self) -> float:
-    """Returns the FLOPs of an update: three times those of the forward pass.
-
-    What `remat` computes again does not count.
-    """
-    state = self.abstract_state
-
-    def forward(params: Any, batch_stats: Any, batch: Any) -> Any:
-      return self.experiment.model.apply(
-        {"params": params, "batch_stats": batch_stats},
-        batch["image"],
-        batch["text"],
-        image_mask=batch["image_mask"],
-      )
-
-    return 3.0 * matmul_flops(
-      forward, state.params, state.batch_stats, self.batch
+    """Returns the operations of an update; see `training.flops`."""
+    data = self.experiment.config.data
+    return train_flops(
+      self.experiment.model_config,
+      tuple(data.image_size),
+      data.max_text_length,
+      self.experiment.config.train.batch_size,
     )
 
   def sharding_table(self) -> str:

@@ -1,14 +1,123 @@
-"""Counts of operations against those done by hand."""
+"""The formula against counts of what is traced and what is compiled."""
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from narvl_jax.training.flops import matmul_flops, peak_flops
+from narvl_jax import experiment as experiment_lib
+from narvl_jax.models import NARVL, ModelConfig, model_config
+from narvl_jax.models.transformer import DecoderLayer, EncoderLayer
+from narvl_jax.parallel import make_mesh
+from narvl_jax.training import flops
+from narvl_jax.training.setup import build_setup
+from tests.training.count_products import matmul_flops
+from tests.training.tiny import tiny_config
+
+_TINY = model_config(
+  "micro",
+  vocab_size=253,
+  num_queries=5,
+  max_text_positions=64,
+  encoder_layers=3,
+)
+_BASE = model_config("base")
 
 
-def _spec(*shape: int) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape, jnp.float32)
+def _spec(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(
+  ("config", "image_size"),
+  [
+    (_TINY, (64, 96)),
+    # Sides that do not divide.
+    (_TINY, (50, 34)),
+    (
+      model_config("micro", image_encoder="conv", patch_size=8, vocab_size=90),
+      (32, 48),
+    ),
+    (_BASE, (480, 480)),
+    (model_config("huge"), (480, 480)),
+  ],
+)
+def test_forward_pass(config: ModelConfig, image_size: tuple[int, int]):
+  rows, length = 3, 24
+  model = NARVL(config)
+  image = _spec(rows, *image_size, 3)
+  text = _spec(rows, length, dtype=jnp.int32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), image, text)
+  # The padding of the table is cut off outside of training.
+  padding = config.padded_vocab_size - config.vocab_size
+  cut = 2 * rows * config.num_queries * config.width * padding
+  counted = matmul_flops(model.apply, variables, image, text)
+  assert flops.forward_flops(config, image_size, length, rows) == counted + cut
+
+
+def _layer(config: ModelConfig, kind: str, image: int, text: int) -> Any:
+  """Returns a function of parameters and input, and their shapes."""
+  source, n, h = image + text, config.num_queries, config.num_heads
+  per_layer = {"drop_path": _spec(), "token_table": _spec(511, h)}
+  if kind == "encoder":
+    layer, rows = EncoderLayer(config, False), source
+    per_layer["image_table"] = _spec(6892, h)
+    shared = {
+      "position_bias": _spec(h, source, source),
+      "key_mask": _spec(2, source, dtype=bool),
+    }
+    buckets = {
+      "image_buckets": jnp.zeros((image, image), int),
+      "token_buckets": jnp.zeros((text, text), int),
+    }
+  else:
+    layer, rows = DecoderLayer(config, False), n
+    shared = {
+      "self_bias": _spec(h, n, n),
+      "cross_bias": _spec(h, n, source),
+      "memory": _spec(2, source, config.width),
+      "memory_mask": _spec(2, source, dtype=bool),
+    }
+    buckets = {"buckets": jnp.zeros((n, n), int), "self_mask": None}
+
+  def call(method: Any, first: Any, x: Any, per_layer: Any, shared: Any) -> Any:
+    return method(first, x, per_layer, {**shared, **buckets})
+
+  args = (_spec(2, rows, config.width), per_layer, shared)
+  init = functools.partial(call, layer.init)
+  params = jax.eval_shape(init, jax.random.key(0), *args)
+  return functools.partial(call, layer.apply), (params, *args)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize(
+  ("config", "image", "text", "tolerance"),
+  [
+    # What is not a product weighs more in a narrow layer.
+    (_TINY, 24, 10, 0.25),
+    (_BASE, 225, 80, 0.03),
+  ],
+)
+def test_one_layer_as_the_compiler_counts(
+  kind: str, config: ModelConfig, image: int, text: int, tolerance: float
+):
+  function, args = _layer(config, kind, image, text)
+  compiled = jax.jit(function).lower(*args).compile()
+  analysis: Any = compiled.cost_analysis()
+  formula = getattr(flops, f"{kind}_layer_flops")(config, image + text)
+  assert 2 * formula <= analysis["flops"]
+  assert analysis["flops"] == pytest.approx(2 * formula, rel=tolerance)
+
+
+def test_update_of_a_run():
+  config = tiny_config()
+  run = build_setup(
+    experiment_lib.build(config, shapes_only=True), make_mesh(1)
+  )
+  one = flops.forward_flops(run.experiment.model_config, (48, 48), 40, 8)
+  assert run.step_flops() == 3 * one
 
 
 def test_matrix_product():
@@ -58,5 +167,5 @@ def test_peak_of_known_devices_only():
   class Device:
     device_kind = "NVIDIA H200"
 
-  assert peak_flops(Device()) == pytest.approx(989e12)
-  assert peak_flops(jax.devices()[0]) is None
+  assert flops.peak_flops(Device()) == pytest.approx(989e12)
+  assert flops.peak_flops(jax.devices()[0]) is None
