@@ -9,10 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from narvl_jax.query_ctc import collapse, query_ctc_loss
+from narvl_jax.models import project
+from narvl_jax.query_ctc import MeshAxes, collapse, query_ctc_loss
+from narvl_jax.query_ctc.axes import split_of
 
 # Finite, so that log-sum-exp and differences of logits never become NaN.
 _NEVER = -1e9
+
+_WHOLE = MeshAxes()
 
 PredictStep = Callable[..., dict[str, jax.Array]]
 
@@ -24,6 +28,8 @@ def greedy_decode(
   blank_id: int,
   pad_id: int,
   forbidden: np.ndarray | None = None,
+  vocab_size: int | None = None,
+  axes: MeshAxes = _WHOLE,
 ) -> dict[str, jax.Array]:
   """Returns the greedy answer of every example and its probability.
 
@@ -33,27 +39,41 @@ def greedy_decode(
   exactly what it said, so it is the product of the arg-max probabilities.
   Both are taken after the forbidden classes have been removed.
 
+  Over a split vocabulary only [B, N] and [B, N, L+1] numbers cross devices,
+  and the answers are the same.
+
   Args:
     logits: [B, N, V] float32.
     merge_repeats: [B] bool, whether equal neighbours are one token.
     blank_id: id of the CTC blank.
     pad_id: id that fills the tail of `ids`; never part of an answer.
-    forbidden: [V] bool, classes that must not be predicted.
+    forbidden: [vocab_size] bool, classes that must not be predicted.
+    vocab_size: number of true classes, those after it are padding of the
+      table; None for all V.
+    axes: mesh axes that split batch and classes.
 
   Returns:
     ids [B, N] int32, lengths [B] int32, probability [B] float32.
+
+  Raises:
+    UserError: the classes do not divide by their mesh axis.
   """
   logits = logits.astype(jnp.float32)
-  if forbidden is not None:
-    logits = jnp.where(jnp.asarray(forbidden), _NEVER, logits)
-  token_ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  classes = logits.shape[-1]
+  size = classes if vocab_size is None else vocab_size
+  if forbidden is not None or size < classes:
+    never = np.zeros(size, bool) if forbidden is None else forbidden
+    never = np.pad(never, (0, classes - size), constant_values=True)
+    logits = jnp.where(never, _NEVER, logits)
+  token_ids, best_log_probs = _best_classes(logits, axes)
   ids, lengths = collapse(
     token_ids, blank_id=blank_id, pad_id=pad_id, merge_repeats=merge_repeats
   )
-  best_log_probs = jnp.max(jax.nn.log_softmax(logits), axis=-1)
   path_log_prob = jnp.sum(best_log_probs, axis=-1)
   # The arg-max path collapses to the answer, so the loss is always finite.
-  answer_log_prob = -query_ctc_loss(logits, ids, lengths, blank_id=blank_id)
+  answer_log_prob = -query_ctc_loss(
+    logits, ids, lengths, blank_id=blank_id, axes=axes
+  )
   log_prob = jnp.where(merge_repeats, answer_log_prob, path_log_prob)
   return {
     "ids": ids,
@@ -63,12 +83,44 @@ def greedy_decode(
   }
 
 
+def _best_classes(
+  logits: jax.Array, axes: MeshAxes
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the arg-max int32 [B, N] and its log-probability [B, N].
+
+  The smallest id wins a tie.
+  """
+  split = split_of(axes, logits.shape[0], logits.shape[-1])
+
+  def local(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    largest = jnp.max(logits, axis=-1)
+    ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if split.vocab is not None:
+      ids += split.first_class(logits.shape[-1])
+      # [devices, B, N]; the first device has the smallest ids.
+      ids, values = jax.lax.all_gather((ids, largest), split.vocab)
+      winner = jnp.argmax(values, axis=0)[None]
+      ids, largest = (
+        jnp.take_along_axis(x, winner, axis=0)[0] for x in (ids, values)
+      )
+    mass = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
+    return ids, -jnp.log(split.sum_over_classes(mass))
+
+  return split.run(
+    local,
+    logits,
+    in_specs=(split.logits,),
+    out_specs=(split.rows, split.rows),
+  )
+
+
 def make_predict_step(
   model: nn.Module,
   *,
   blank_id: int,
   pad_id: int,
   forbidden: np.ndarray | None = None,
+  axes: MeshAxes = _WHOLE,
 ) -> PredictStep:
   """Returns the jitted predict step of a model.
 
@@ -76,11 +128,15 @@ def make_predict_step(
   for one batch shape, whoever asks.
 
   Args:
-    model: its `apply` returns (logits [B, N, V], aux).
+    model: its `apply` returns (logits [B, N, V], aux), where aux holds the
+      states "decoder_out" that `project` takes together with its parameter
+      "embed_tokens".
     blank_id: id of the CTC blank.
     pad_id: padding of texts and answers.
     forbidden: [V] bool, classes that must not be predicted; None allows all,
       as the official checkpoints expect.
+    axes: mesh axes that split batch and classes; they count if the step is
+      called under `jax.set_mesh`.
 
   Returns:
     `step(variables, image, text, image_mask, merge_repeats)` with image
@@ -88,12 +144,16 @@ def make_predict_step(
     merge_repeats [B] bool; it returns what `greedy_decode` returns.
   """
   packed = None if forbidden is None else np.asarray(forbidden, bool).tobytes()
-  return _predict_step(model, blank_id, pad_id, packed)
+  return _predict_step(model, blank_id, pad_id, packed, axes)
 
 
 @functools.lru_cache(maxsize=16)
 def _predict_step(
-  model: nn.Module, blank_id: int, pad_id: int, packed: bytes | None
+  model: nn.Module,
+  blank_id: int,
+  pad_id: int,
+  packed: bytes | None,
+  axes: MeshAxes,
 ) -> PredictStep:
   """Builds the step; the key is hashable, hence the packed mask."""
   forbidden = None if packed is None else np.frombuffer(packed, bool)
@@ -106,15 +166,20 @@ def _predict_step(
     image_mask: jax.Array,
     merge_repeats: jax.Array,
   ) -> dict[str, jax.Array]:
-    logits, _ = model.apply(
+    outputs: Any = model.apply(
       variables, image, text, image_mask=image_mask, train=False
     )
+    # Of these logits only the shape is used: cutting the padding off the table
+    # would move its rows between devices.
+    logits, aux = outputs
     return greedy_decode(
-      logits,
+      project(aux["decoder_out"], variables["params"]["embed_tokens"]),
       merge_repeats,
       blank_id=blank_id,
       pad_id=pad_id,
       forbidden=forbidden,
+      vocab_size=logits.shape[-1],
+      axes=axes,
     )
 
   return step

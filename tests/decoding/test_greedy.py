@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from narvl_jax import decoding
-from narvl_jax.models import NARVL, model_config
+from narvl_jax.models import NARVL, model_config, project
 
 PAD, BLANK, CLASSES, QUERIES = 1, 4, 5, 4
 
@@ -111,7 +111,10 @@ class _Lookup(nn.Module):
     assert not train
     table = self.param("table", nn.initializers.normal(), (8, CLASSES))
     shift = jnp.where(image_mask, jnp.mean(image, (1, 2, 3)), 0.0)
-    return self.scale * table[text] + shift[:, None, None], {}
+    states = self.scale * table[text] + shift[:, None, None]
+    # Eight rows, three of them padding.
+    rows = self.param("embed_tokens", nn.initializers.normal(), (8, CLASSES))
+    return project(states, rows[:CLASSES]), {"decoder_out": states}
 
 
 def test_predict_step_runs_the_model_without_training():
@@ -119,7 +122,7 @@ def test_predict_step_runs_the_model_without_training():
   table = 9 * np.eye(8, CLASSES, dtype=np.float32)
   step = decoding.make_predict_step(model, blank_id=BLANK, pad_id=PAD)
   decoded = step(
-    {"params": {"table": table}},
+    {"params": {"table": table, "embed_tokens": np.eye(8, CLASSES)}},
     np.zeros((2, 4, 4, 3), np.float32),
     np.array([[2, 2, 4, 3], [4, 2, 2, 4]]),
     np.ones(2, bool),
@@ -174,8 +177,9 @@ def test_rows_that_only_pad_the_table_are_never_predicted():
 
 def test_decoding_runs_inside_the_jitted_step():
   step = decoding.make_predict_step(_Lookup(), blank_id=BLANK, pad_id=PAD)
+  table = jax.ShapeDtypeStruct((8, CLASSES), jnp.float32)
   lowered = step.lower(
-    {"params": {"table": jax.ShapeDtypeStruct((8, CLASSES), jnp.float32)}},
+    {"params": {"table": table, "embed_tokens": table}},
     jax.ShapeDtypeStruct((2, 4, 4, 3), jnp.float32),
     jax.ShapeDtypeStruct((2, QUERIES), jnp.int32),
     jax.ShapeDtypeStruct((2,), bool),
