@@ -33,9 +33,13 @@ from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import evaluate_tasks
 from narvl_jax.evaluation.reporting import format_table
 from narvl_jax.evaluation.results import write_results
-from narvl_jax.parallel import mesh_from_config
+from narvl_jax.parallel import distributed, local_rows, mesh_from_config
 from narvl_jax.parallel.mesh import describe
+from narvl_jax.parallel.notices import Notices
+from narvl_jax.training import hosts
 from narvl_jax.training import workdir as workdir_lib
+from narvl_jax.training.announce import HOW_TO_RESUME, Announcer, describe_model
+from narvl_jax.training.announce import dry_run as print_dry_run
 from narvl_jax.training.checkpoints import Checkpoints, restore_target
 from narvl_jax.training.interrupt import (
   StopRequest,
@@ -44,10 +48,10 @@ from narvl_jax.training.interrupt import (
 )
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.loop import Loop
-from narvl_jax.training.metrics import MetricsWriter, format_bytes
+from narvl_jax.training.metrics import MetricsWriter, SilentMetrics
 from narvl_jax.training.prefetch import DevicePrefetcher
 from narvl_jax.training.score import flat_metrics, score_of
-from narvl_jax.training.setup import Setup, build_setup, describe_parallelism
+from narvl_jax.training.setup import Setup, build_setup
 from narvl_jax.training.train_state import TrainState, evaluation_variables
 
 
@@ -58,6 +62,7 @@ def train(
   dry_run: bool = False,
   explain_sharding: bool = False,
   ledger: Ledger | None = None,
+  notices: Notices | None = None,
 ) -> dict[str, Any] | None:
   """Trains, or goes on training, and evaluates at the end.
 
@@ -67,6 +72,7 @@ def train(
     dry_run: stop before anything is written or trained.
     explain_sharding: print where every parameter lies, and stop.
     ledger: of the time since the start of the process.
+    notices: what several hosts tell each other, None for a single one.
 
   Returns:
     The report of the final evaluation; None after a dry run and when told to
@@ -76,7 +82,7 @@ def train(
     UserError: the config is wrong, or the folder holds another run.
   """
   ledger = ledger or Ledger()
-  say = _Announcer(ledger)
+  say = Announcer(ledger)
 
   with ledger.stage("init"):
     say(f"run folder {workdir}")
@@ -97,29 +103,30 @@ def train(
     for source, task, _, name in mixture:
       say(f"source {name}: {len(source)} examples for {task}")
     setup = build_setup(experiment, mesh)
-    _describe_model(setup, say)
+    describe_model(setup, say)
   if explain_sharding and not dry_run:
     print(setup.sharding_table(), flush=True)
   if dry_run:
-    _dry_run(setup, ledger, say)
+    print_dry_run(setup, ledger, say)
   if dry_run or explain_sharding:
     return None
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     with ledger.stage("init"):
-      if not resumes:
-        experiment.save(workdir)
-      workdir_lib.write_sharding(workdir, setup.sharding_table())
+      _write_run(experiment, setup, workdir, resumes)
       checkpoints = stack.enter_context(
         Checkpoints(workdir, keep_last=config.train.keep_last)
       )
       state, first_step = _first_state(setup, checkpoints, say)
-      workdir_lib.write_environment(workdir, first_step)
-      writer = stack.enter_context(MetricsWriter(workdir, first_step))
+      if distributed.is_first():
+        workdir_lib.write_environment(workdir, first_step)
+        writer = stack.enter_context(MetricsWriter(workdir, first_step))
+      else:
+        writer = SilentMetrics()
 
     if first_step < config.train.steps:
-      with StopRequest() as stop:
+      with StopRequest(notices) as stop:
         state = _fit(
           setup,
           state,
@@ -131,11 +138,11 @@ def train(
           stop,
           say,
         )
-      if stop.signal_number is not None and state.step < config.train.steps:
+      if (
+        stop.signal_number is not None and int(state.step) < config.train.steps
+      ):
         checkpoints.close()
-        print(
-          f"stopped at step {int(state.step)}; {_how_to_resume()}", flush=True
-        )
+        print(f"stopped at step {int(state.step)}; {HOW_TO_RESUME}", flush=True)
         sys.exit(128 + stop.signal_number)
     with ledger.stage("evaluation"):
       report = _final_evaluation(experiment, state, workdir, writer, say)
@@ -146,35 +153,26 @@ def train(
   return report
 
 
-def _describe_model(setup: Setup, say: "_Announcer") -> None:
-  frozen = setup.num_frozen
-  say(
-    f"model {setup.num_parameters:,} parameters, {frozen:,} of them frozen;"
-    f" state {format_bytes(setup.state_bytes_per_device)} per device"
-  )
-  say(describe_parallelism(setup))
-
-
-def _dry_run(setup: Setup, ledger: Ledger, say: "_Announcer") -> None:
-  """Prints what can be known without training."""
-  print("batch:")
-  for name, spec in setup.batch.items():
-    shape = "x".join(map(str, spec.shape))
-    print(f"  {name:<13} {shape} {spec.dtype}")
-  print(setup.parameter_table())
-  print(setup.sharding_table(), flush=True)
-  say("compiling the step")
-  with jax.set_mesh(setup.mesh), ledger.stage("compile"):
-    compiled = setup.compile_step()
-  memory: Any = compiled.memory_analysis()
-  arguments = format_bytes(memory.argument_size_in_bytes)
-  temporaries = format_bytes(memory.temp_size_in_bytes)
-  say(f"memory per device: arguments {arguments}, temporaries {temporaries}")
-  say(f"{setup.step_flops():.3g} FLOPs per step; dry run, nothing was written")
+def _write_run(
+  experiment: experiment_lib.Experiment,
+  setup: Setup,
+  workdir: pathlib.Path,
+  resumes: bool,
+) -> None:
+  """Has the first host write what makes a folder the folder of a run."""
+  # Each has looked for a run in it before there is one.
+  distributed.barrier("run folder checked")
+  if distributed.is_first():
+    if not resumes:
+      experiment.save(workdir)
+    workdir_lib.write_sharding(workdir, setup.sharding_table())
+  distributed.barrier("run folder written")
+  host = distributed.host_name(jax.process_index())
+  workdir_lib.check_shared(workdir, host)
 
 
 def _first_state(
-  setup: Setup, checkpoints: Checkpoints, say: "_Announcer"
+  setup: Setup, checkpoints: Checkpoints, say: Announcer
 ) -> tuple[TrainState, int]:
   """Returns the newest state of the run, or a fresh one, and its step."""
   step = checkpoints.last_step
@@ -195,10 +193,10 @@ def _fit(
   first_step: int,
   mixture: Sequence[experiment_lib.MixtureEntry],
   checkpoints: Checkpoints,
-  writer: MetricsWriter,
+  writer: MetricsWriter | SilentMetrics,
   ledger: Ledger,
   stop: StopRequest,
-  say: "_Announcer",
+  say: Announcer,
 ) -> TrainState:
   """Starts the data, compiles the step and runs the loop."""
   experiment = setup.experiment
@@ -210,6 +208,7 @@ def _fit(
     batch_size=config.train.batch_size,
     seed=config.seed,
     start_step=first_step,
+    rows=local_rows(setup.mesh, config.train.batch_size),
     image_size=tuple(config.data.image_size),
     max_text_length=config.data.max_text_length,
     max_label_length=config.data.max_label_length,
@@ -219,7 +218,12 @@ def _fit(
   )
   with (
     contextlib.closing(host_batches),
-    DevicePrefetcher(host_batches, setup.mesh, tuple(setup.batch)) as batches,
+    DevicePrefetcher(
+      host_batches,
+      setup.mesh,
+      tuple(setup.batch),
+      batch_size=config.train.batch_size,
+    ) as batches,
   ):
     say("compiling the step")
     with ledger.stage("compile"):
@@ -253,8 +257,8 @@ def _final_evaluation(
   experiment: experiment_lib.Experiment,
   state: TrainState,
   workdir: pathlib.Path,
-  writer: MetricsWriter,
-  say: "_Announcer",
+  writer: MetricsWriter | SilentMetrics,
+  say: Announcer,
 ) -> dict[str, Any]:
   settings = experiment.config.evaluation
   step = int(state.step)
@@ -270,24 +274,11 @@ def _final_evaluation(
     step=step,
   )
   print(format_table(report), flush=True)
-  for path in write_results(experiment, workdir, report, predictions):
-    print(f"wrote {path}")
+  if distributed.is_first():
+    for path in write_results(experiment, workdir, report, predictions):
+      print(f"wrote {path}")
   writer.write(step, flat_metrics(report))
   return report
-
-
-class _Announcer:
-  """Prints a line with the seconds since the start."""
-
-  def __init__(self, ledger: Ledger) -> None:
-    self._ledger = ledger
-
-  def __call__(self, text: str) -> None:
-    print(f"[{self._ledger.elapsed():7.1f}s] {text}", flush=True)
-
-
-def _how_to_resume() -> str:
-  return "run the same command again to resume"
 
 
 def define_flags() -> None:
@@ -302,6 +293,7 @@ def define_flags() -> None:
     False,
     "Print where every parameter lies and the bytes on a device, then stop.",
   )
+  distributed.define_flags()
   flags.mark_flags_as_required(["config", "workdir"])
   flags.declare_key_flag("config")  # Shown by --help.
 
@@ -311,31 +303,54 @@ def main(argv: Sequence[str]) -> None:
   del argv
   settings = flags.FLAGS
   workdir = pathlib.Path(settings.workdir)
+  ledger = Ledger(start=_START)
+  only_prints = settings.dry_run or settings.explain_sharding
+
+  def explain(error: BaseException) -> tuple[int, str]:
+    return _explain(error, workdir)
+
   try:
     with termination_raises():
-      train(
-        settings.config,
-        workdir,
-        dry_run=settings.dry_run,
-        explain_sharding=settings.explain_sharding,
-        ledger=Ledger(start=_START),
-      )
+      cluster = distributed.detect(settings)
+      if cluster is not None:
+        workdir_lib.check_folder(workdir)
+      with hosts.together(
+        cluster,
+        None if only_prints else workdir / hosts.LOG_FOLDER,
+        lambda: workdir_lib.facts(settings.config),
+        explain,
+        Announcer(ledger),
+      ) as notices:
+        train(
+          settings.config,
+          workdir,
+          dry_run=settings.dry_run,
+          explain_sharding=settings.explain_sharding,
+          ledger=ledger,
+          notices=notices,
+        )
   except UserError:
     raise
-  except KeyboardInterrupt as interrupt:
+  except (KeyboardInterrupt, Exception) as error:
+    code, message = explain(error)
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def _explain(error: BaseException, workdir: pathlib.Path) -> tuple[int, str]:
+  """Returns the exit code and the last line of a run that failed."""
+  if isinstance(error, UserError):
+    return cli.USER_ERROR_CODE, f"error: {error}"
+  if isinstance(error, KeyboardInterrupt):
     number = signal.SIGINT
-    if isinstance(interrupt, Terminated):
+    if isinstance(error, Terminated):
       number = signal.SIGTERM
-    print(f"{number.name}: stopped; {_how_to_resume()}", file=sys.stderr)
-    sys.exit(128 + number)
-  except Exception as error:
-    traceback.print_exc()
-    print(
-      f"failed: {type(error).__name__}; what was saved in {workdir} is"
-      f" intact; mend the cause, then {_how_to_resume()}",
-      file=sys.stderr,
-    )
-    sys.exit(1)
+    return 128 + number, f"{number.name}: stopped; {HOW_TO_RESUME}"
+  traceback.print_exception(error)
+  return 1, (
+    f"failed: {type(error).__name__}; what was saved in {workdir} is"
+    f" intact; mend the cause, then {HOW_TO_RESUME}"
+  )
 
 
 if __name__ == "__main__":

@@ -311,6 +311,9 @@ class Flags:
     self.workdir = str(workdir)
     self.dry_run = False
     self.explain_sharding = False
+    self.distributed = "off"
+    self.coordinator_address = self.num_processes = self.process_id = None
+    self.start_timeout = self.heartbeat_timeout = 1
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import caption, entailment, grounding, vqa
 from narvl_jax.evaluation.predictor import Answer, Predictor
 from narvl_jax.evaluation.reporting import Prediction, Report
+from narvl_jax.parallel import distributed
 
 if TYPE_CHECKING:
   from narvl_jax.experiment import Experiment
@@ -37,7 +38,8 @@ def evaluate_tasks(
   """Answers every data set of `config.data.evaluation` and scores the answers.
 
   All tasks share one compiled predict step, and so do later calls with the
-  same model and batch size.
+  same model and batch size. Several hosts share the examples and exchange the
+  predictions at the end, so that all return the same.
 
   Args:
     experiment: model, vocabulary, tasks and config of the run.
@@ -68,7 +70,23 @@ def evaluate_tasks(
     ):
       place = {"dataset": name, "index": int(indices[answer.index])}
       predictions.append(describe(answer) | place)
+  predictions = _of_all_hosts(predictions, list(config.data.evaluation))
   return summarise(predictions, split=split, step=step), predictions
+
+
+def _of_all_hosts(
+  predictions: list[Prediction], datasets: Sequence[str]
+) -> list[Prediction]:
+  """Returns the predictions of all hosts in the order of a single one."""
+  parts = distributed.gather_json(predictions)
+  if len(parts) == 1:
+    return predictions
+  # Hosts that share rows have made the same ones.
+  merged = {(p["dataset"], p["index"]): p for part in parts for p in part}
+  order = {name: i for i, name in enumerate(datasets)}
+  return [
+    merged[key] for key in sorted(merged, key=lambda k: (order[k[0]], k[1]))
+  ]
 
 
 def load_dataset(config: Any, name: str, split: str) -> Sequence[Record]:

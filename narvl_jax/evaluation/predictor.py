@@ -1,5 +1,6 @@
 """Answers requests with a trained model, one at a time or by the batch."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +11,13 @@ from jax.sharding import Mesh, NamedSharding
 from narvl_jax.data import images, pipeline
 from narvl_jax.data.example import Box, Record
 from narvl_jax.decoding import make_predict_step
-from narvl_jax.parallel import batch_sharding, data_parallel_size
+from narvl_jax.parallel import (
+  batch_sharding,
+  data_parallel_size,
+  local_rows,
+  local_values,
+  shard_batch,
+)
 
 if TYPE_CHECKING:
   from narvl_jax.data.tasks import Task
@@ -39,7 +46,8 @@ class Predictor:
   """A model with its weights, ready to answer.
 
   All predictors of equal models share one compiled step per batch shape. The
-  batch is split over the mesh on which the weights lie, if any.
+  batch is split over the mesh on which the weights lie, if any. If that spans
+  several hosts, all must ask the same and each gets a part of the answers.
   """
 
   def __init__(self, experiment: "Experiment", variables: Any) -> None:
@@ -56,6 +64,7 @@ class Predictor:
       pad_id=vocabulary.pad_id,
       forbidden=vocabulary.forbidden if mask_specials else None,
     )
+    self._shared = self._mesh is not None and jax.process_count() > 1
 
   def answer(self, record: Record) -> Answer:
     """Answers one request.
@@ -68,12 +77,18 @@ class Predictor:
     batch = batcher.empty(self._whole(1))
     for row in range(len(batch["index"])):
       batcher.write(batch, row, record, task, target="none")
-    return next(self._finish(self._start(batch, task), batch, [record], task))
+    size = len(batch["index"])
+    decoded = self._start(batch, task, size)
+    return next(self._finish(decoded, batch, [record], task))
 
   def answers(
     self, source: Sequence[Record], task_name: str, *, batch_size: int
   ) -> Iterator[Answer]:
     """Answers every good record of a source, in order.
+
+    Several hosts share the records, for what takes time is their preparation:
+    each answers those in the rows of its devices. A host of a group that
+    shares rows answers the same ones as the others of the group.
 
     Args:
       source: records of the task.
@@ -85,10 +100,12 @@ class Predictor:
     """
     data = self._config.data
     task = self._experiment.tasks[task_name]
+    size = self._whole(batch_size)
     batches = pipeline.eval_batches(
       source,
       task,
-      batch_size=self._whole(batch_size),
+      batch_size=size,
+      rows=None if self._mesh is None else local_rows(self._mesh, size),
       num_threads=data.num_threads,
       prefetch=data.prefetch,
       bad_records=pipeline.BadRecords(data.max_bad_fraction),
@@ -98,7 +115,7 @@ class Predictor:
     # The device computes one batch while the host reads the one before it.
     previous = None
     for batch, records in batches:
-      current = self._start(batch, task), batch, records
+      current = self._start(batch, task, size), batch, records
       if previous is not None:
         yield from self._finish(*previous, task)
       previous = current
@@ -119,14 +136,15 @@ class Predictor:
     return -(-batch_size // parts) * parts
 
   def _start(
-    self, batch: Mapping[str, np.ndarray], task: "Task[Any]"
+    self, batch: Mapping[str, np.ndarray], task: "Task[Any]", size: int
   ) -> dict[str, jax.Array]:
-    """Hands a batch to the device and does not wait."""
+    """Hands a batch, of which this host has a part, to the devices."""
     arrays = {key: batch[key] for key in _BATCH_KEYS}
     arrays["merge_repeats"] = np.full(len(batch["index"]), task.merge_repeats)
     if self._mesh is not None:
-      arrays = jax.device_put(arrays, batch_sharding(self._mesh))
-    return self._step(self._variables, **arrays)
+      arrays = shard_batch(arrays, self._mesh, size)
+    decoded = self._step(self._variables, **arrays)
+    return _split(decoded, self._mesh) if self._shared else decoded
 
   def _finish(
     self,
@@ -136,12 +154,33 @@ class Predictor:
     task: "Task[Any]",
   ) -> Iterator[Answer]:
     """Waits for a batch and turns its ids into answers."""
-    host = jax.device_get(dict(decoded))
+    host = self._fetch(decoded)
     for row, record in enumerate(records):
       ids = host["ids"][row, : host["lengths"][row]].tolist()
       value = task.decode(ids, images.original_size(record.image))
       probability = float(host["probability"][row])
       yield Answer(record, int(batch["index"][row]), value, probability)
+
+  def _fetch(self, decoded: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Waits for the rows of this host."""
+    if not self._shared:
+      return jax.device_get(dict(decoded))
+    assert self._mesh is not None
+    rows = local_rows(self._mesh, len(decoded["ids"]))
+    return {key: local_values(x, rows) for key, x in decoded.items()}
+
+
+def _split(
+  decoded: Mapping[str, jax.Array], mesh: Mesh | None
+) -> dict[str, jax.Array]:
+  """Splits the answers of a batch over the hosts as the batch is."""
+  assert mesh is not None
+  return _splitter(mesh)(dict(decoded))
+
+
+@functools.lru_cache(maxsize=4)
+def _splitter(mesh: Mesh) -> Any:
+  return jax.jit(lambda arrays: arrays, out_shardings=batch_sharding(mesh))
 
 
 def _mesh_of(variables: Any) -> Mesh | None:

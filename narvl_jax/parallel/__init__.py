@@ -1,5 +1,10 @@
 """Meshes, logical axis rules and batch placement."""
 
+from narvl_jax.parallel.batches import (
+  local_rows,
+  local_values,
+  shard_batch,
+)
 from narvl_jax.parallel.mesh import (
   AXES,
   BATCH_AXES,
@@ -14,7 +19,6 @@ from narvl_jax.parallel.sharding import (
   batch_sharding,
   check_batch_size,
   replicated,
-  shard_batch,
   sharding_table,
   tree_shardings,
 )
@@ -29,6 +33,8 @@ __all__ = [
   "batch_sharding",
   "check_batch_size",
   "data_parallel_size",
+  "local_rows",
+  "local_values",
   "make_mesh",
   "mesh_from_config",
   "place",

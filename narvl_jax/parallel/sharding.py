@@ -1,11 +1,9 @@
 """Where arrays live: parameters by rules, batches by their first axis."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import flax.traverse_util
-import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from narvl_jax.errors import UserError
@@ -134,15 +132,3 @@ def check_batch_size(
     f"train.batch_size={batch_size} is not divisible by {split}; nearest"
     f" valid: {near}: --config.train.batch_size={below or parts}"
   )
-
-
-def shard_batch(
-  batch: Mapping[str, np.ndarray], mesh: Mesh
-) -> dict[str, jax.Array]:
-  """Places host arrays on the mesh, split along the leading axis.
-
-  Args:
-    batch: arrays [B, ...]; B must divide by the data-parallel size.
-    mesh: the device mesh.
-  """
-  return jax.device_put(dict(batch), batch_sharding(mesh))

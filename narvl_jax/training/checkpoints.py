@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
-from absl import logging
+from absl import flags, logging
 
 from narvl_jax.errors import UserError
 from narvl_jax.training.train_state import (
@@ -20,12 +20,26 @@ FOLDER = "checkpoints"
 _SCORE = "score"
 # Smallest part of a replicated array that a device writes.
 _MIN_SLICE_BYTES = 4 << 20
+# In which all hosts must have written their parts of a checkpoint.
+_SAVE_SECONDS = 1200
 
 
 def _rank(metrics: Mapping[str, Any]) -> float:
   """Returns what the best checkpoint has most of; unscored ones come last."""
   score = metrics[_SCORE]
   return -math.inf if score is None else score
+
+
+def _wait_with_timeouts() -> None:
+  """Has Orbax wait for other hosts by name and for a limited time.
+
+  It else does so by a collective of all devices, which waits for ever.
+  """
+  from orbax.checkpoint import multihost  # Defines the flag.
+
+  del multihost
+  name = "experimental_orbax_use_distributed_barrier"
+  flags.FLAGS[name].value = True
 
 
 @functools.cache
@@ -70,6 +84,7 @@ class Checkpoints:
     from orbax.checkpoint import checkpoint_managers
 
     _split_only_large_arrays()
+    _wait_with_timeouts()
     self._ocp = ocp
     self._saved: int | None = None
     folder = pathlib.Path(workdir).resolve() / FOLDER
@@ -93,6 +108,7 @@ class Checkpoints:
         best_fn=_rank,
         # Not `read_only`, about which orbax warns: it writes only in `save`.
         create=writes,
+        async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
       ),
       item_handlers={
         name: ocp.StandardCheckpointHandler()

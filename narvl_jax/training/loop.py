@@ -15,6 +15,7 @@ from narvl_jax.training.interrupt import StopRequest
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.metrics import (
   MetricsWriter,
+  SilentMetrics,
   format_duration,
   mean_metrics,
 )
@@ -48,7 +49,7 @@ class Loop:
   setup: Setup
   step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
   batches: DevicePrefetcher
-  writer: MetricsWriter
+  writer: MetricsWriter | SilentMetrics
   checkpoints: Checkpoints
   evaluate: Evaluate
   ledger: Ledger
@@ -67,6 +68,7 @@ class Loop:
     first = int(state.step)
     progress = _Progress(self.setup, self.ledger, self.checkpoints, first)
     running: collections.deque[Metrics] = collections.deque()
+    self.stop.begin(first + 1)
     for step in range(first + 1, config.steps + 1):
       batch = self._next_batch(running)
       with self.ledger.stage("step"):
@@ -77,7 +79,7 @@ class Loop:
         progress.add(step, metrics)
         while len(running) > _MAX_AHEAD:
           jax.block_until_ready(running.popleft())
-      last = step == config.steps or self.stop.signal_number is not None
+      last = step == config.steps or self.stop.due(step)
       if not last and not self._due(step):
         continue
       with self.ledger.stage("step"):
@@ -152,7 +154,9 @@ class _Progress:
     self._step = step
     self._steps.append(metrics)
 
-  def report(self, writer: MetricsWriter, force: bool = False) -> None:
+  def report(
+    self, writer: MetricsWriter | SilentMetrics, force: bool = False
+  ) -> None:
     """Writes and prints if the interval is full.
 
     Raises:
@@ -171,7 +175,7 @@ class _Progress:
     )
     print(self._line(values), flush=True)
 
-  def check_finite(self, writer: MetricsWriter) -> None:
+  def check_finite(self, writer: MetricsWriter | SilentMetrics) -> None:
     """Checks the steps since the last report.
 
     Raises:

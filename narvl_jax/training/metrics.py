@@ -83,6 +83,25 @@ class MetricsWriter:
     self.close()
 
 
+class SilentMetrics:
+  """In the place of a `MetricsWriter` on hosts that write nothing."""
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Does nothing."""
+
+  def flush(self) -> None:
+    """Does nothing."""
+
+  def close(self) -> None:
+    """Does nothing."""
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    pass
+
+
 def _lines_until(path: pathlib.Path, last_step: int) -> list[dict[str, Any]]:
   """Returns the lines up to a step; one that was cut short is left out."""
   lines = []

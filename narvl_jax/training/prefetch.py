@@ -27,19 +27,21 @@ class DevicePrefetcher:
     mesh: Mesh,
     names: tuple[str, ...],
     depth: int = 2,
+    batch_size: int | None = None,
   ) -> None:
     """Starts the thread.
 
     Args:
-      batches: host batches, arrays [B, ...].
+      batches: host batches, arrays [R, ...] of the rows of this host.
       mesh: where they go.
       names: the arrays to move; others stay behind.
       depth: number of batches that wait on the devices.
+      batch_size: of all hosts together; that of `batches` if None.
     """
     self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
     self._stop = threading.Event()
     self._thread = threading.Thread(
-      target=self._fill, args=(batches, mesh, names), daemon=True
+      target=self._fill, args=(batches, mesh, names, batch_size), daemon=True
     )
     self._thread.start()
 
@@ -80,10 +82,12 @@ class DevicePrefetcher:
     batches: Iterator[Mapping[str, np.ndarray]],
     mesh: Mesh,
     names: tuple[str, ...],
+    batch_size: int | None,
   ) -> None:
     try:
       for batch in batches:
-        self._put(shard_batch({name: batch[name] for name in names}, mesh))
+        chosen = {name: batch[name] for name in names}
+        self._put(shard_batch(chosen, mesh, batch_size))
         if self._stop.is_set():
           return
       self._put(_END)

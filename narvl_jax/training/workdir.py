@@ -1,6 +1,7 @@
 """The run folder: which run it holds and what may be done with it."""
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -8,7 +9,8 @@ import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -31,6 +33,9 @@ _PACKAGES = (
   "numpy",
 )
 
+# Network file systems may go on for a while to say that a file is absent.
+_PATIENCE_SECONDS = 60.0
+
 
 def is_run(workdir: pathlib.Path) -> bool:
   """Returns whether the folder holds a run."""
@@ -44,7 +49,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
     UserError: it cannot be written, it holds a run with another config, or
       what it holds cannot be told.
   """
-  _check_folder(workdir)
+  check_folder(workdir)
   if not is_run(workdir):
     # They would be taken for checkpoints of the new run.
     if any((workdir / "checkpoints").glob("*")):
@@ -73,8 +78,12 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
   )
 
 
-def _check_folder(workdir: pathlib.Path) -> None:
-  """Checks that the folder exists or can be made."""
+def check_folder(workdir: pathlib.Path) -> None:
+  """Checks that the folder exists or can be made.
+
+  Raises:
+    UserError: it cannot.
+  """
   place = workdir.absolute()
   while not os.path.lexists(place):
     place = place.parent
@@ -130,6 +139,60 @@ def read_config(workdir: pathlib.Path) -> Any:
   return from_json(_read(workdir / CONFIG_FILE))
 
 
+def check_shared(
+  workdir: pathlib.Path, host: str, *, patience: float = _PATIENCE_SECONDS
+) -> None:
+  """Checks that a host sees the run that the first one has written.
+
+  Args:
+    workdir: the run folder.
+    host: name of this host.
+    patience: seconds after which a network file system shows what is new.
+
+  Raises:
+    UserError: it does not.
+  """
+  deadline = time.monotonic() + patience
+  while not is_run(workdir):
+    if time.monotonic() > deadline:
+      raise UserError(
+        f"--workdir={workdir} on {host} is not the folder of host 0: there is"
+        f" no {CONFIG_FILE}; use a --workdir that all hosts share"
+      )
+    time.sleep(min(0.5, patience))
+
+
+def facts(config: Mapping[str, Any]) -> dict[str, str]:
+  """Returns what must be the same on all hosts: config, versions and code.
+
+  Args:
+    config: of the run.
+
+  Returns:
+    Names such as `config seed`, `version jax` and `code commit`, and values.
+  """
+  versions = {
+    f"version {name}": version
+    for name, version in _versions(("narvl_jax", "jax", "jaxlib")).items()
+  }
+  code = hashlib.sha256()
+  package = pathlib.Path(__file__).parent.parent
+  for path in sorted(package.rglob("*.py")):
+    code.update(str(path.relative_to(package)).encode())
+    code.update(path.read_bytes())
+  settings = {
+    f"config {key}": value
+    for key, (_, value) in diff({}, to_json(config)).items()
+  }
+  return {
+    **settings,
+    **versions,
+    "code commit": str(_commit()),
+    # Two hosts may have changed the same commit in different ways.
+    "code files": code.hexdigest()[:12],
+  }
+
+
 def write_environment(workdir: pathlib.Path, resumed_step: int) -> None:
   """Writes `environment.json`: this start, and the earlier ones of the run."""
   path = workdir / ENVIRONMENT_FILE
@@ -142,19 +205,13 @@ def write_environment(workdir: pathlib.Path, resumed_step: int) -> None:
 
 def environment() -> dict[str, Any]:
   """Returns versions, devices, command line and commit of this process."""
-  versions = {"python": platform.python_version()}
-  for package in _PACKAGES:
-    try:
-      versions[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      versions[package] = "unknown"
   devices = jax.devices()
   return {
     "started": datetime.datetime.now(datetime.UTC).isoformat(
       timespec="seconds"
     ),
     "command": sys.argv,
-    "versions": versions,
+    "versions": _versions(_PACKAGES),
     "platform": platform.platform(),
     "devices": {
       "backend": jax.default_backend(),
@@ -164,6 +221,16 @@ def environment() -> dict[str, Any]:
     },
     "commit": _commit(),
   }
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+  versions = {"python": platform.python_version()}
+  for package in packages:
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[package] = "unknown"
+  return versions
 
 
 def _commit() -> str | None:

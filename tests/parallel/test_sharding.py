@@ -1,25 +1,9 @@
 """Where parameters and batches lie."""
 
-import numpy as np
 import pytest
 
 from narvl_jax.errors import UserError
-from narvl_jax.parallel import (
-  batch_sharding,
-  check_batch_size,
-  make_mesh,
-  shard_batch,
-)
-
-
-def test_batches_are_split_along_their_first_axis():
-  mesh = make_mesh(4)
-  batch = shard_batch({"x": np.arange(24).reshape(8, 3)}, mesh)
-  assert batch["x"].sharding == batch_sharding(mesh)
-  for i, shard in enumerate(batch["x"].addressable_shards):
-    np.testing.assert_array_equal(
-      shard.data, np.arange(24).reshape(8, 3)[2 * i : 2 * i + 2]
-    )
+from narvl_jax.parallel import check_batch_size, make_mesh
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,7 +58,8 @@ class FakeRun:
       self.stop,
     )
     try:
-      return loop.run(SimpleNamespace(step=first))  # pyright: ignore
+      with self.stop:
+        return loop.run(SimpleNamespace(step=first))  # pyright: ignore
     finally:
       self.writer.close()
 
@@ -65,7 +67,7 @@ class FakeRun:
     assert batch == state.step
     step = state.step + 1
     if step == self.stop_at:
-      self.stop.signal_number = 15
+      signal.raise_signal(signal.SIGTERM)
     metrics = {
       "loss": np.float32(self.losses.get(step, step)),
       "grad_norm": np.float32(self.norms.get(step, 1.0)),

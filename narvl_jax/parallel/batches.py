@@ -1,0 +1,85 @@
+"""Batches on several hosts: each makes only the rows that its devices need."""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from narvl_jax.parallel.sharding import batch_sharding
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """Returns which rows of a global batch the devices of this host need.
+
+  Hosts that share a part of the batch, because the tensor axis runs across
+  them, need the same rows; those of one host need not be neighbours.
+
+  Args:
+    mesh: the device mesh.
+    batch_size: of all hosts together; divides by the data-parallel size.
+
+  Returns:
+    Row numbers in rising order, int64 [R].
+  """
+  shape = (batch_size,)
+  indices = batch_sharding(mesh).addressable_devices_indices_map(shape)
+  parts = {
+    index[0].indices(batch_size)[:2]
+    for index in indices.values()
+    if index is not None
+  }
+  return np.concatenate([np.arange(*part) for part in sorted(parts)])
+
+
+def shard_batch(
+  batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int | None = None
+) -> dict[str, jax.Array]:
+  """Places host arrays on the mesh, split along the leading axis.
+
+  Args:
+    batch: arrays [R, ...], the rows that `local_rows` names.
+    mesh: the device mesh.
+    batch_size: B of all hosts together; R if None, which fits one host.
+
+  Returns:
+    Arrays [B, ...]; B must divide by the data-parallel size.
+  """
+  sharding = batch_sharding(mesh)
+  if sharding.is_fully_addressable:
+    return jax.device_put(dict(batch), sharding)
+  assert batch_size is not None
+  rows = local_rows(mesh, batch_size)
+
+  def place(array: np.ndarray) -> jax.Array:
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+      return array[_positions(rows, index[0], batch_size)]
+
+    shape = (batch_size, *array.shape[1:])
+    return jax.make_array_from_callback(shape, sharding, part)
+
+  return {name: place(array) for name, array in batch.items()}
+
+
+def local_values(array: jax.Array, rows: np.ndarray) -> np.ndarray:
+  """Fetches the rows of a batch that the devices of this host hold.
+
+  Args:
+    array: [B, ...], split by `batch_sharding`.
+    rows: what `local_rows` returns for it.
+
+  Returns:
+    [R, ...].
+  """
+  values = np.empty((len(rows), *array.shape[1:]), array.dtype)
+  for shard in array.addressable_shards:
+    place = _positions(rows, shard.index[0], len(array))
+    values[place] = np.asarray(shard.data)
+  return values
+
+
+def _positions(rows: np.ndarray, part: slice, batch_size: int) -> slice:
+  """Returns where a run of global rows is among those of this host."""
+  start, stop, _ = part.indices(batch_size)
+  first = int(np.searchsorted(rows, start))
+  return slice(first, first + stop - start)

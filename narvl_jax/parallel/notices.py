@@ -1,0 +1,205 @@
+"""What hosts tell each other while they run: failures, and when to stop.
+
+A thread looks once a second at the key-value store of jax's coordination
+service, so neither costs the training loop anything.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Self, TextIO
+
+from narvl_jax.parallel.distributed import HostsLost, host_name
+
+_POLL_SECONDS = 1.0
+_PREFIX = "narvl_jax/notices"
+# How long the coordinator outlives its own failure, for the others to see it.
+_FAREWELL_SECONDS = 5.0
+# A host may be in the middle of an evaluation.
+_AGREEMENT_SECONDS = 1800.0
+_MAX_UNANSWERED = 5
+
+
+class StopAgreement:
+  """Lets all hosts stop after the same step.
+
+  Hosts run ahead of each other by a few steps. Once one is asked to stop,
+  each says which step it has let itself begin, and begins no other before all
+  have said so; all then go on to the largest of these.
+  """
+
+  def __init__(self) -> None:
+    self._lock = threading.Lock()
+    self._begun: int | None = None
+    self._requested = False
+    self._last: int | None = None
+    self._agreed = threading.Event()
+
+  def begin(self, step: int) -> None:
+    """Says that the first step of the loop is `step`."""
+    with self._lock:
+      self._begun = step
+
+  def due(self, step: int, timeout: float = _AGREEMENT_SECONDS) -> bool:
+    """Returns whether `step` is the last; if not, the next one may begin.
+
+    Raises:
+      HostsLost: the others did not say in time how far they are.
+    """
+    with self._lock:
+      if not self._requested:
+        self._begun = step + 1
+        return False
+    if not self._agreed.wait(timeout):
+      raise HostsLost(
+        f"stop at step {step}: not all hosts said within {timeout:g} s how far"
+        " they are"
+      )
+    assert self._last is not None
+    return step >= self._last
+
+  def request(self) -> int | None:
+    """Asks to stop; returns the step begun last, None before the first."""
+    with self._lock:
+      self._requested = self._begun is not None
+      return self._begun
+
+  def agree(self, last: int) -> None:
+    """Sets the step after which all stop."""
+    self._last = last
+    self._agreed.set()
+
+
+class Notices:
+  """The thread that reads and writes the notices of one host.
+
+  Attributes:
+    stop_signal: set by whoever is asked to stop; also if another host is.
+    agreement: for the training loop.
+  """
+
+  def __init__(
+    self,
+    client: Any,
+    process_id: int,
+    num_processes: int,
+    *,
+    terminal: TextIO,
+    poll_seconds: float = _POLL_SECONDS,
+    leave: Callable[[int], Any] = os._exit,
+  ) -> None:
+    """Prepares the thread.
+
+    Args:
+      client: of the coordination service.
+      process_id: which host this is.
+      num_processes: how many there are.
+      terminal: where the user of this host looks.
+      poll_seconds: how often to look.
+      leave: ends the process with an exit code, whatever other threads do.
+    """
+    self._client = client
+    self._own = process_id
+    self._count = num_processes
+    self._terminal = terminal
+    self._poll_seconds = poll_seconds
+    self._leave = leave
+    self._closed = threading.Event()
+    self._thread = threading.Thread(target=self._watch, daemon=True)
+    self._published: set[str] = set()
+    self.stop_signal: int | None = None
+    self.agreement = StopAgreement()
+
+  def __enter__(self) -> Self:
+    self._thread.start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._closed.set()
+    self._thread.join()
+
+  def fail(self, code: int, message: str) -> None:
+    """Ends this process, and the others with the same exit code.
+
+    Returns only if `leave` does.
+
+    Args:
+      code: exit code.
+      message: one line for the terminal of every host.
+    """
+    self._closed.set()
+    message = " ".join(message.split())
+    try:
+      self._publish(f"failure/{self._own}", f"{code} {message}")
+      deadline = time.monotonic() + _FAREWELL_SECONDS
+      # With the coordinator goes what the others could read.
+      while self._own == 0 and time.monotonic() < deadline:
+        if self._number_of("left") >= self._count - 1:
+          break
+        time.sleep(self._poll_seconds / 5)
+    except Exception as error:
+      print(f"the other hosts could not be told: {error}", file=sys.stderr)
+    self._leave(code)
+
+  def poll(self) -> None:
+    """Looks once at what the others say, and says what is new."""
+    if self.stop_signal is not None:
+      self._publish("stop", str(self.stop_signal))
+    found = {
+      key.removeprefix(f"{_PREFIX}/"): value
+      for key, value in self._client.key_value_dir_get(_PREFIX)
+    }
+    for key, value in found.items():
+      if key.startswith("failure/") and key != f"failure/{self._own}":
+        self._follow(int(key.removeprefix("failure/")), value)
+        return
+    if "stop" in found:
+      self.stop_signal = int(found["stop"])
+      begun = self.agreement.request()
+      if begun is not None:
+        self._publish(f"step/{self._own}", str(begun))
+    steps = [int(v) for key, v in found.items() if key.startswith("step/")]
+    if len(steps) == self._count:
+      self.agreement.agree(max(steps))
+
+  def _follow(self, host: int, value: str) -> None:
+    """Ends this process since another one failed."""
+    code, message = value.split(" ", 1)
+    text = f"{host_name(host)}: {message}"
+    for stream in dict.fromkeys((self._terminal, sys.stderr)):
+      print(text, file=stream, flush=True)
+    self._publish(f"left/{self._own}", "")
+    self._leave(int(code))
+
+  def _watch(self) -> None:
+    unanswered = 0
+    while not self._closed.wait(self._poll_seconds):
+      try:
+        self.poll()
+        unanswered = 0
+      except Exception as error:
+        unanswered += 1
+        if unanswered == _MAX_UNANSWERED and not self._closed.is_set():
+          print(
+            f"{host_name(0)}, the coordinator, does not answer:"
+            f" {' '.join(str(error).split())[:200]}",
+            file=self._terminal,
+            flush=True,
+          )
+          self._leave(1)
+
+  def _number_of(self, kind: str) -> int:
+    return len(self._client.key_value_dir_get(f"{_PREFIX}/{kind}"))
+
+  def _publish(self, key: str, value: str) -> None:
+    if key in self._published:
+      return
+    self._published.add(key)
+    try:
+      self._client.key_value_set(f"{_PREFIX}/{key}", value)
+    except Exception as error:
+      # Two hosts were told to stop: the first one's word counts.
+      if "ALREADY_EXISTS" not in str(error):
+        raise

@@ -1,0 +1,51 @@
+"""What a run says of itself on the terminal."""
+
+from typing import Any
+
+import jax
+
+from narvl_jax.training.ledger import Ledger
+from narvl_jax.training.metrics import format_bytes
+from narvl_jax.training.setup import Setup, describe_parallelism
+
+HOW_TO_RESUME = "run the same command again to resume"
+
+
+class Announcer:
+  """Prints a line with the seconds since the start."""
+
+  def __init__(self, ledger: Ledger) -> None:
+    """Takes the clock."""
+    self._ledger = ledger
+
+  def __call__(self, text: str) -> None:
+    """Prints `text`."""
+    print(f"[{self._ledger.elapsed():7.1f}s] {text}", flush=True)
+
+
+def describe_model(setup: Setup, say: Announcer) -> None:
+  """Says how large the model is and how a batch is split."""
+  frozen = setup.num_frozen
+  say(
+    f"model {setup.num_parameters:,} parameters, {frozen:,} of them frozen;"
+    f" state {format_bytes(setup.state_bytes_per_device)} per device"
+  )
+  say(describe_parallelism(setup))
+
+
+def dry_run(setup: Setup, ledger: Ledger, say: Announcer) -> None:
+  """Prints what can be known without training."""
+  print("batch:")
+  for name, spec in setup.batch.items():
+    shape = "x".join(map(str, spec.shape))
+    print(f"  {name:<13} {shape} {spec.dtype}")
+  print(setup.parameter_table())
+  print(setup.sharding_table(), flush=True)
+  say("compiling the step")
+  with jax.set_mesh(setup.mesh), ledger.stage("compile"):
+    compiled = setup.compile_step()
+  memory: Any = compiled.memory_analysis()
+  arguments = format_bytes(memory.argument_size_in_bytes)
+  temporaries = format_bytes(memory.temp_size_in_bytes)
+  say(f"memory per device: arguments {arguments}, temporaries {temporaries}")
+  say(f"{setup.step_flops():.3g} FLOPs per step; dry run, nothing was written")

@@ -1,0 +1,173 @@
+"""A run on several hosts: where each prints, and how all end together."""
+
+import contextlib
+import datetime
+import io
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TextIO
+
+import jax
+from absl import logging
+
+from narvl_jax.errors import UserError
+from narvl_jax.parallel import distributed
+from narvl_jax.parallel.distributed import Cluster
+from narvl_jax.parallel.notices import Notices
+
+LOG_FOLDER = "logs"
+
+
+@contextlib.contextmanager
+def together(
+  cluster: Cluster | None,
+  log_folder: pathlib.Path | None,
+  facts: Callable[[], Mapping[str, str]],
+  explain: Callable[[BaseException], tuple[int, str]],
+  say: Callable[[str], None],
+) -> Iterator[Notices | None]:
+  """Connects the hosts; if the block fails on one, all end with its exit code.
+
+  Args:
+    cluster: the processes; with None nothing happens here.
+    log_folder: for `host_000.log` and so on; None keeps no logs.
+    facts: returns what must be the same on all hosts.
+    explain: what ended the block -> exit code and one line.
+    say: prints a line.
+
+  Yields:
+    What the hosts tell each other.
+
+  Raises:
+    UserError: the hosts cannot connect or do not run the same.
+  """
+  if cluster is None:
+    yield None
+    return
+  with _output(cluster.process_id, log_folder) as (terminal, log):
+    try:
+      distributed.initialize(cluster, facts(), say)
+    except UserError as error:
+      # The terminal gets it once the streams are its own again.
+      print(f"error: {error}", file=log, flush=True)
+      raise
+    name = distributed.host_name(cluster.process_id)
+    with Notices(
+      distributed.client(),
+      cluster.process_id,
+      cluster.num_processes,
+      terminal=terminal,
+      leave=_leave,
+    ) as notices:
+      stopped = None
+      try:
+        yield notices
+      except SystemExit as stop:
+        stopped = stop
+      except BaseException as error:
+        code, message = explain(error)
+        print(f"{name}: {message}", file=terminal, flush=True)
+        notices.fail(code, message)
+      distributed.barrier("end of the run")
+    jax.distributed.shutdown()
+  if stopped is not None:
+    raise stopped
+
+
+def _leave(code: int) -> None:
+  """Ends the process at once: other threads may wait for hosts that left."""
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):
+      stream.flush()
+  os._exit(code)
+
+
+@contextlib.contextmanager
+def _output(
+  process_id: int, folder: pathlib.Path | None
+) -> Iterator[tuple[Any, TextIO]]:
+  """Sends what is printed to where it belongs.
+
+  The first host prints on its terminal and into its log, the others into
+  their logs only. What libraries print on stdout below Python, such as Gloo's
+  word about every connection, is only in the logs.
+
+  Yields:
+    A stream to terminal and log, whichever host this is, and the log.
+  """
+  with _open_log(process_id, folder) as log, contextlib.ExitStack() as stack:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    out, err = (_duplicate(stack, number) for number in (1, 2))
+    loud = _Tee(err, log)
+    numbers = [1]
+    if process_id == 0:
+      stack.callback(setattr, sys, "stdout", sys.stdout)
+      stack.callback(setattr, sys, "stderr", sys.stderr)
+      sys.stdout, sys.stderr = _Tee(out, log), loud
+    elif folder is not None:
+      numbers.append(2)
+    for number in numbers:
+      os.dup2(log.fileno(), number)
+    _log_to(sys.stderr)
+    try:
+      yield loud, log
+    finally:
+      sys.stdout.flush()
+      sys.stderr.flush()
+      for number, stream in zip(numbers, (out, err), strict=False):
+        os.dup2(stream.fileno(), number)
+  _log_to(sys.stderr)
+
+
+def _open_log(process_id: int, folder: pathlib.Path | None) -> TextIO:
+  if folder is None:
+    return open(os.devnull, "w", encoding="utf-8")
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    log = (folder / f"host_{process_id:03d}.log").open("a", encoding="utf-8")
+  except OSError as error:
+    raise UserError(
+      f"the log of host {process_id} cannot be written in {folder}"
+      f" ({error.strerror}); use another --workdir"
+    ) from error
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+  print(f"--- {now} {' '.join(sys.argv)}", file=log, flush=True)
+  return log
+
+
+def _duplicate(stack: contextlib.ExitStack, number: int) -> TextIO:
+  return stack.enter_context(
+    os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8")
+  )
+
+
+def _log_to(stream: Any) -> None:
+  """Has absl, which keeps the stream of its start, log to another one."""
+  logging.get_absl_handler().python_handler.setStream(stream)
+
+
+class _Tee(io.TextIOBase):
+  """Writes to several streams."""
+
+  def __init__(self, *streams: TextIO) -> None:
+    self._streams = streams
+
+  def write(self, text: str) -> int:
+    for stream in self._streams:
+      stream.write(text)
+      if "\n" in text:
+        stream.flush()
+    return len(text)
+
+  def flush(self) -> None:
+    for stream in self._streams:
+      stream.flush()
+
+  def fileno(self) -> int:
+    return self._streams[0].fileno()
+
+  def isatty(self) -> bool:
+    return self._streams[0].isatty()
