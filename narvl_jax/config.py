@@ -69,7 +69,8 @@ def default_config(*tasks: str) -> Config:
     {
       "label_smoothing": 0.0,
       "confidence": "weight",
-      # Classes whose logits exist at a time; 0: all.
+      # Classes whose logits exist at a time; 0: all. A larger vocabulary is
+      # computed twice, in chunks; see README.
       "chunk_size": 4096,
     }
   )

@@ -40,7 +40,8 @@ class StepConfig:
     vocab_size: number of classes.
     label_smoothing: in [0, 1).
     confidence_mode: "weight" or "temper".
-    chunk_size: classes whose logits exist at a time, 0 for all.
+    chunk_size: classes whose logits exist at a time, at the price of computing
+      them twice; 0, or a vocabulary that fits, for all and once.
     axes: mesh axes that split the batch and the vocabulary.
     accumulation_steps: micro-batches in an update.
     ema_decay: decay of the moving averages, 0 for none.
@@ -164,7 +165,7 @@ def _forward(
   # From the padded table: cutting off the padding would move its rows between
   # devices. Nobody reads the logits of the model, so XLA leaves them out.
   states, table = aux["decoder_out"], variables["params"]["embed_tokens"]
-  if config.chunk_size:
+  if 0 < config.chunk_size < len(table):
     logits = ChunkedLogits(states, table, config.chunk_size)
   else:
     logits = project(states, table)
