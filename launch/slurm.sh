@@ -57,7 +57,8 @@ submit() {
   stage "queue a job that runs this script again"
   run mkdir -p "${FLAG[log_dir]}"
   run_line "$(quote sbatch --parsable "${options[@]}" \
-    "--wrap=exec bash $(job_command)") | tee $(quote "${FLAG[log_dir]}/job_id")"
+    "--wrap=exec bash $(job_command)") | tee $(quote "${FLAG[log_dir]}/job_id")" ||
+    return
   if is_on dry_run; then return; fi
   job=$(cut -d ';' -f 1 "${FLAG[log_dir]}/job_id")
   say "job $job; output: ${FLAG[log_dir]}/job-$job.log"

@@ -167,7 +167,7 @@ quote() {  # WORDS: as one line that a shell reads as the same words
   for word; do
     if [[ $word =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]]; then
       line+=" $word"
-    elif [[ $word =~ ^(--[a-z_-]+=)(.*)$ ]]; then
+    elif [[ $word =~ ^(--[a-z._-]+=)(.*)$ ]]; then
       line+=" ${BASH_REMATCH[1]}$(quoted "${word#*=}")"
     else
       line+=" $(quoted "$word")"

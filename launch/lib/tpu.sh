@@ -44,9 +44,9 @@ copy_code() {
   run tar --exclude=./.git --exclude=./runs --exclude=./launch_logs \
     --exclude="./${FLAG[log_dir]}" --exclude='./.venv*' \
     --exclude=__pycache__ --exclude='*.egg-info' --exclude='./.*_cache' \
-    -czf "$archive" . &&
-    run "${GCLOUD[@]}" scp "$archive" "$NAME:narvl_jax.tar.gz" \
-      "${PLACE[@]}" "${ALL[@]}" --quiet &&
+    -czf "$archive" . || return 1
+  run "${GCLOUD[@]}" scp "$archive" "$NAME:narvl_jax.tar.gz" \
+    "${PLACE[@]}" "${ALL[@]}" --quiet &&
     on_all_hosts "rm -rf narvl_jax/narvl_jax && mkdir -p narvl_jax &&\
  tar -xzf narvl_jax.tar.gz -C narvl_jax"
 }
