@@ -213,7 +213,8 @@ def parse_groups(text: str, num_partitions: int) -> Groups:
 
   `{{0,1},{2,3}}`; `[2,4]<=[8]` and `[2,4]<=[4,2]T(1,0)`, an iota that is
   reshaped, transposed and reshaped; `mesh['a'=2,'b'=4] {'b'}`, the devices
-  along some axes of a mesh. Nothing or `{}` is one group of all.
+  along some axes of a mesh, after whose sizes there may be an order,
+  `, device_ids=([4,2]T(1,0))`. Nothing or `{}` is one group of all.
 
   Raises:
     ValueError: another form.
@@ -234,9 +235,10 @@ def parse_groups(text: str, num_partitions: int) -> Groups:
   sizes = {
     name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])
   }
-  devices = re.search(r"\[[\d,]+\]<=\[[\d,]+\](T\([\d,]+\))?", match[2])
-  total = math.prod(sizes.values())
-  ids = np.arange(total) if devices is None else _iota(devices.group())
+  ids = np.arange(math.prod(sizes.values()))
+  order = re.search(r"\(\[([\d,]+)\]T\(([\d,]+)\)\)", match[2])
+  if order is not None:
+    ids = ids.reshape(_numbers(order[1])).transpose(_numbers(order[2]))
   return _rows(_mesh_groups(ids, sizes, match[3]))
 
 

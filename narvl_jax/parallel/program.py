@@ -58,17 +58,28 @@ class Collective:
     """Bytes of the arrays, of all `count` times."""
     return self.count * sum(array.bytes for array in self.arrays)
 
-  @property
-  def group_size(self) -> int:
-    """Number of devices in the largest group; 2 for a permutation."""
-    return max((len(group) for group in self.groups), default=1)
+  def traffic(self, block: int) -> tuple[float, float]:
+    """Returns the bytes that a device receives, all `count` times.
 
-  @property
-  def received_bytes(self) -> float:
-    """Bytes that a device receives if the group forms a ring."""
-    share = (self.group_size - 1) / self.group_size
-    factor = {"all-reduce": 2 * share, "collective-permute": 1.0}
-    return factor.get(self.kind, share) * self.bytes
+    Groups form rings. A group that spans several blocks works within each of
+    them first; then every device exchanges its part with the other blocks.
+
+    Args:
+      block: devices that a faster network connects, such as a slice.
+
+    Returns:
+      Bytes from devices of the same block, and from those of others.
+    """
+    group = max(self.groups, key=len)
+    across = len({device // block for device in group})
+    if self.kind == "collective-permute":
+      return (0.0, self.bytes) if across > 1 else (self.bytes, 0.0)
+    within = len(group) // across
+    passes = 2 if self.kind == "all-reduce" else 1
+    return (
+      passes * (within - 1) / within * self.bytes,
+      passes * (across - 1) / across * self.bytes / within,
+    )
 
   def axes(self, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
     """Returns the axes of a mesh along which devices talk to one another."""
@@ -78,10 +89,6 @@ class Collective:
         if len({device // stride % size for device in group}) > 1:
           found.add(axis)
     return tuple(axis for axis in mesh_shape if axis in found)
-
-  def crosses(self, block: int) -> bool:
-    """Returns whether a group has devices of several blocks, as of slices."""
-    return any(len({d // block for d in group}) > 1 for group in self.groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +267,9 @@ def _collective(
   # TPUs have no such instruction but a fusion that keeps one part of the sum.
   if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
     kind = "reduce-scatter"
-  groups = i.attribute("replica_groups") or i.attribute("source_target_pairs")
+  mesh = re.search(r"replica_groups=(mesh\[.*?\{.*?\})", i.attributes)
+  groups = mesh.group(1) if mesh else i.attribute("replica_groups")
+  groups = groups or i.attribute("source_target_pairs")
   op_name = re.search(r'op_name="([^"]*)"', i.attributes)
   return Collective(
     kind,

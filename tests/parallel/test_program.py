@@ -180,7 +180,7 @@ ENTRY %main (a: (s32[], bf16[8,4], bf16[2,8], f32[16,8])) -> f32[4] {
   %v = f32[4]{0} constant({1,2,3,4}), backend_config={"window_config":{"estimated_cycles":"7"}}
   %cps = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%v), channel_id=3, source_target_pairs={{0,2},{2,0},{1,3},{3,1}}
   %cpd = f32[4]{0} collective-permute-done(%cps)
-  ROOT %sum = f32[4]{0} all-reduce(%cpd), channel_id=4, replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, to_apply=%add
+  ROOT %sum = f32[4]{0} all-reduce(%cpd), channel_id=4, replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}, to_apply=%add
 }
 """
 
@@ -213,17 +213,21 @@ def test_arrays_within_fusions_do_not_count():
 
 
 def test_bytes_that_a_device_receives_in_a_ring():
-  received = {c.kind: c.received_bytes for c in read_program(_TPU).collectives}
-  assert received == {
-    "all-gather": 0.75 * 6 * 256,
-    "reduce-scatter": 0.75 * 6 * 512,
-    "all-reduce": 2 * 0.5 * 16,
-    "collective-permute": 16,
+  traffic = {c.kind: c.traffic(4) for c in read_program(_TPU).collectives}
+  assert traffic == {
+    "all-gather": (0.75 * 6 * 256, 0),
+    "reduce-scatter": (0.75 * 6 * 512, 0),
+    "all-reduce": (2 * 0.5 * 16, 0),
+    "collective-permute": (16, 0),
   }
 
 
-def test_collectives_across_slices():
-  crossing = {c.kind: c.crosses(2) for c in read_program(_TPU).collectives}
-  assert crossing["collective-permute"]
-  assert crossing["all-gather"]
-  assert not any(c.crosses(4) for c in read_program(_TPU).collectives)
+def test_bytes_that_cross_slices():
+  # Two devices a slice: gathers span both, the last two kinds only cross.
+  traffic = {c.kind: c.traffic(2) for c in read_program(_TPU).collectives}
+  assert traffic == {
+    "all-gather": (0.5 * 6 * 256, 0.5 * 6 * 256 / 2),
+    "reduce-scatter": (0.5 * 6 * 512, 0.5 * 6 * 512 / 2),
+    "all-reduce": (0, 2 * 0.5 * 16),
+    "collective-permute": (0, 16),
+  }

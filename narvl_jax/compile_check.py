@@ -1,0 +1,204 @@
+"""Compiles a config for a TPU topology, on a machine without a TPU.
+
+python -m narvl_jax.compile_check --config=configs/pod.py:base \
+  --topology=v5e:16x16 [--num_slices=2] [--json=FILE]
+
+Tells whether the train step fits into the memory of a chip, what it computes
+and communicates, and how fast it could be at best. Nothing runs: seconds are
+estimates. Needs `pip install "narvl_jax[aot]"`, no data and no vocabulary.
+Exit code 3: it does not fit.
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections.config_flags import config_flags
+
+from narvl_jax import cli
+from narvl_jax.errors import UserError
+from narvl_jax.parallel.mesh import describe
+from narvl_jax.parallel.topology import get_topology
+from narvl_jax.training.aot import (
+  Check,
+  advice,
+  check_predict_step,
+  check_train_step,
+  predict_batch_size,
+)
+from narvl_jax.training.setup import describe_parallelism
+
+DOES_NOT_FIT_CODE = 3
+
+
+def summary(check: Check, config_name: str) -> dict[str, Any]:
+  """Returns what `--json` writes.
+
+  Bytes of collectives are those of the whole arrays that a group gathers,
+  sums or scatters, once per time that it does. What is not known, because the
+  step does not fit or a bandwidth is not published, is None or empty.
+
+  Args:
+    check: of the train step.
+    config_name: as it was typed.
+  """
+  program, memory = check.program, check.memory
+  return {
+    "config": config_name,
+    "topology": check.topology.name,
+    "num_slices": check.topology.num_slices,
+    "chips": check.setup.mesh.size,
+    "mesh": dict(check.setup.mesh.shape),
+    "fits": memory.fits,
+    "bytes_per_chip": {
+      "arguments": memory.arguments,
+      "temporaries": memory.temporaries,
+      "total": memory.total,
+      "limit": memory.limit,
+    },
+    "flops_per_chip": {
+      "formula": check.formula_flops,
+      "compiler": program.flops if program else None,
+    },
+    "collectives": {
+      kind: {"count": count, "bytes": size}
+      for kind, (count, size) in (program.by_kind() if program else {}).items()
+    },
+    "estimated_seconds": {
+      "compute": check.compute_seconds,
+      "communication": check.communication_seconds,
+    },
+    "compile_seconds": check.seconds,
+  }
+
+
+def report(check: Check) -> str:
+  """Returns what is known of the train step, to read."""
+  setup, chip = check.setup, check.topology.chip
+  model = setup.experiment.model_config
+  lines = [
+    f"mesh           {describe(setup.mesh)}",
+    f"model          {setup.num_parameters:,} parameters, {model.dtype.name}"
+    f" activations, remat {model.remat}",
+    f"batch          {describe_parallelism(setup)}",
+    *_memory_lines(check),
+  ]
+  program = check.program
+  if program is None:
+    return "\n".join(lines)
+  formula, compute = check.formula_flops, check.compute_seconds or 0.0
+  lines += [
+    f"operations     {formula / 1e12:.3f} TFLOP a chip by formula,"
+    f" {program.flops / 1e12:.3f} in the compiled program (what remat computes"
+    " again included)",
+    "collectives    per step on one chip; bytes of the whole arrays",
+  ]
+  for kind, (count, size) in program.by_kind().items():
+    lines.append(f"  {kind:<19} {count:>6} x  {size / 1e6:>10.1f} MB")
+  inside, across = check.network_bytes()
+  lines.append(
+    f"  a chip receives {inside / 1e6:.1f} MB in rings within its slice,"
+    f" {across / 1e6:.1f} MB from other slices"
+  )
+  least = check.communication_seconds
+  lines.append(
+    f"compute        {1e3 * compute:.1f} ms: {program.cycles:.4g} cycles at"
+    f" {chip.clock / 1e9:g} GHz, the compiler's estimate, not a measurement"
+  )
+  if least is None:
+    lines.append("communication  no published bandwidth between slices")
+  else:
+    lines.append(
+      f"communication  {1e3 * least:.1f} ms at least: bytes received over half"
+      f" of the published {chip.ici_bandwidth / 1e9:.0f} GB/s of all links"
+      + _between_slices(check)
+    )
+  lines.append(_utilisation_line(check, compute, least))
+  return "\n".join(lines)
+
+
+def _memory_lines(check: Check) -> list[str]:
+  memory = check.memory
+  share = 100 * memory.total / memory.limit
+  lines = [
+    f"bytes a chip   arguments {_gib(memory.arguments)}, temporaries"
+    f" {_gib(memory.temporaries)}, total {_gib(memory.total)}:"
+    f" {share:.0f} % of {_gib(memory.limit)}"
+  ]
+  if not memory.fits:
+    over = memory.total - memory.limit
+    flags_ = advice(check.setup, memory) or ["a larger --topology"]
+    lines.append(f"DOES NOT FIT   by {_gib(over)}; try {' or '.join(flags_)}")
+  return lines
+
+
+def _between_slices(check: Check) -> str:
+  bandwidth = check.topology.chip.dcn_bandwidth
+  if not check.network_bytes()[1] or bandwidth is None:
+    return ""
+  return f", and {8 * bandwidth / 1e9:.0f} Gbit/s of a chip between slices"
+
+
+def _utilisation_line(
+  check: Check, compute: float, communication: float | None
+) -> str:
+  if not compute:
+    return "MFU            the compiler gave no cycles"
+  text = f"MFU            at most {100 * check.utilisation(compute):.1f} %"
+  if communication is None:
+    return text
+  whole = 100 * check.utilisation(compute + communication)
+  return f"{text}, {whole:.1f} % if nothing of the communication is hidden"
+
+
+def _gib(count: int) -> str:
+  return f"{count / 2**30:.2f} GiB"
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  cli.define_config_flag()
+  flags.DEFINE_string("topology", None, "CHIP:SHAPE, such as v5e:16x16.")
+  flags.DEFINE_integer("num_slices", 1, "Slices of this topology.")
+  flags.DEFINE_string("json", None, "File to write the figures to.")
+  flags.DEFINE_bool("predict", True, "Also compile the predict step.")
+  flags.mark_flags_as_required(["config", "topology"])
+  flags.declare_key_flag("config")  # Shown by --help.
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry point."""
+  del argv
+  settings = flags.FLAGS
+  name = config_flags.get_config_filename(flags.FLAGS["config"])
+  path = pathlib.Path(settings.json) if settings.json else None
+  if path is not None and not path.parent.is_dir():
+    raise UserError(f"no folder {path.parent} to write to (--json={path})")
+  topology = get_topology(settings.topology, settings.num_slices)
+  slices = "" if topology.num_slices == 1 else f" x {topology.num_slices}"
+  print(f"train step of {name} for {topology.name}{slices}", flush=True)
+  check = check_train_step(settings.config, topology)
+  print(report(check))
+  print(f"compiled in {check.seconds:.1f} s", flush=True)
+  if path is not None:
+    path.write_text(json.dumps(summary(check, name), indent=2) + "\n")
+    print(f"wrote {path}", flush=True)
+  fits = check.memory.fits
+  if fits and settings.predict:
+    predict = check_predict_step(check)
+    fits = predict.memory.fits
+    print(f"predict step, batch {predict_batch_size(predict.setup)}")
+    print("\n".join(_memory_lines(predict)))
+    seconds = 1e3 * (predict.compute_seconds or 0.0)
+    print(f"compute        {seconds:.1f} ms, the compiler's estimate")
+  if not fits:
+    sys.stdout.flush()
+    sys.exit(DOES_NOT_FIT_CODE)
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)
