@@ -16,9 +16,7 @@ _START = time.monotonic()
 # ruff: noqa: E402
 import contextlib
 import pathlib
-import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,14 +36,15 @@ from narvl_jax.parallel.mesh import describe
 from narvl_jax.parallel.notices import Notices
 from narvl_jax.training import hosts
 from narvl_jax.training import workdir as workdir_lib
-from narvl_jax.training.announce import HOW_TO_RESUME, Announcer, describe_model
+from narvl_jax.training.announce import (
+  HOW_TO_RESUME,
+  Announcer,
+  describe_model,
+  explain_failure,
+)
 from narvl_jax.training.announce import dry_run as print_dry_run
 from narvl_jax.training.checkpoints import Checkpoints, restore_target
-from narvl_jax.training.interrupt import (
-  StopRequest,
-  Terminated,
-  termination_raises,
-)
+from narvl_jax.training.interrupt import StopRequest, termination_raises
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.loop import Loop
 from narvl_jax.training.metrics import MetricsWriter, SilentMetrics
@@ -229,6 +228,8 @@ def _fit(
     with ledger.stage("compile"):
       step = setup.compile_step()
     say(f"compiled in {ledger.seconds()['compile']:.1f} s")
+    # Gloo, on CPUs, gives a host half a minute for its first collective.
+    distributed.barrier("step compiled")
 
     def evaluate(
       state: TrainState, step: int
@@ -307,7 +308,7 @@ def main(argv: Sequence[str]) -> None:
   only_prints = settings.dry_run or settings.explain_sharding
 
   def explain(error: BaseException) -> tuple[int, str]:
-    return _explain(error, workdir)
+    return explain_failure(error, workdir)
 
   try:
     with termination_raises():
@@ -335,22 +336,6 @@ def main(argv: Sequence[str]) -> None:
     code, message = explain(error)
     print(message, file=sys.stderr)
     sys.exit(code)
-
-
-def _explain(error: BaseException, workdir: pathlib.Path) -> tuple[int, str]:
-  """Returns the exit code and the last line of a run that failed."""
-  if isinstance(error, UserError):
-    return cli.USER_ERROR_CODE, f"error: {error}"
-  if isinstance(error, KeyboardInterrupt):
-    number = signal.SIGINT
-    if isinstance(error, Terminated):
-      number = signal.SIGTERM
-    return 128 + number, f"{number.name}: stopped; {HOW_TO_RESUME}"
-  traceback.print_exception(error)
-  return 1, (
-    f"failed: {type(error).__name__}; what was saved in {workdir} is"
-    f" intact; mend the cause, then {HOW_TO_RESUME}"
-  )
 
 
 if __name__ == "__main__":

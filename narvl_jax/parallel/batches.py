@@ -1,6 +1,9 @@
 """Batches on several hosts: each makes only the rows that its devices need."""
 
-from collections.abc import Mapping
+import bisect
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +12,7 @@ from jax.sharding import Mesh
 from narvl_jax.parallel.sharding import batch_sharding
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
   """Returns which rows of a global batch the devices of this host need.
 
   Hosts that share a part of the batch, because the tensor axis runs across
@@ -20,7 +23,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     batch_size: of all hosts together; divides by the data-parallel size.
 
   Returns:
-    Row numbers in rising order, int64 [R].
+    R row numbers in rising order.
   """
   shape = (batch_size,)
   indices = batch_sharding(mesh).addressable_devices_indices_map(shape)
@@ -29,7 +32,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     for index in indices.values()
     if index is not None
   }
-  return np.concatenate([np.arange(*part) for part in sorted(parts)])
+  return list(itertools.chain(*(range(*part) for part in sorted(parts))))
 
 
 def shard_batch(
@@ -52,7 +55,7 @@ def shard_batch(
   rows = local_rows(mesh, batch_size)
 
   def place(array: np.ndarray) -> jax.Array:
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
       return array[_positions(rows, index[0], batch_size)]
 
     shape = (batch_size, *array.shape[1:])
@@ -61,7 +64,7 @@ def shard_batch(
   return {name: place(array) for name, array in batch.items()}
 
 
-def local_values(array: jax.Array, rows: np.ndarray) -> np.ndarray:
+def local_values(array: jax.Array, rows: Sequence[int]) -> np.ndarray:
   """Fetches the rows of a batch that the devices of this host hold.
 
   Args:
@@ -78,8 +81,8 @@ def local_values(array: jax.Array, rows: np.ndarray) -> np.ndarray:
   return values
 
 
-def _positions(rows: np.ndarray, part: slice, batch_size: int) -> slice:
+def _positions(rows: Sequence[int], part: slice, batch_size: int) -> slice:
   """Returns where a run of global rows is among those of this host."""
   start, stop, _ = part.indices(batch_size)
-  first = int(np.searchsorted(rows, start))
+  first = bisect.bisect_left(rows, start)
   return slice(first, first + stop - start)

@@ -1,9 +1,15 @@
 """What a run says of itself on the terminal."""
 
+import pathlib
+import signal
+import traceback
 from typing import Any
 
 import jax
 
+from narvl_jax.cli import USER_ERROR_CODE
+from narvl_jax.errors import UserError
+from narvl_jax.training.interrupt import Terminated
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.metrics import format_bytes
 from narvl_jax.training.setup import Setup, describe_parallelism
@@ -49,3 +55,24 @@ def dry_run(setup: Setup, ledger: Ledger, say: Announcer) -> None:
   temporaries = format_bytes(memory.temp_size_in_bytes)
   say(f"memory per device: arguments {arguments}, temporaries {temporaries}")
   say(f"{setup.step_flops():.3g} FLOPs per step; dry run, nothing was written")
+
+
+def explain_failure(
+  error: BaseException, workdir: pathlib.Path
+) -> tuple[int, str]:
+  """Returns the exit code and the last line of a run that failed.
+
+  What nobody expected is printed as a traceback.
+  """
+  if isinstance(error, UserError):
+    return USER_ERROR_CODE, f"error: {error}"
+  if isinstance(error, KeyboardInterrupt):
+    number = signal.SIGINT
+    if isinstance(error, Terminated):
+      number = signal.SIGTERM
+    return 128 + number, f"{number.name}: stopped; {HOW_TO_RESUME}"
+  traceback.print_exception(error)
+  return 1, (
+    f"failed: {type(error).__name__}; what was saved in {workdir} is"
+    f" intact; mend the cause, then {HOW_TO_RESUME}"
+  )

@@ -27,7 +27,7 @@ def test_batches_are_split_along_their_first_axis(rows_given):
   for i, shard in enumerate(batch["x"].addressable_shards):
     np.testing.assert_array_equal(shard.data, values[2 * i : 2 * i + 2])
   rows = local_rows(mesh, 8)
-  assert rows.tolist() == list(range(8))
+  assert rows == list(range(8))
   np.testing.assert_array_equal(local_values(batch["x"], rows), values)
 
 
@@ -62,7 +62,7 @@ def test_a_host_makes_the_rows_of_its_devices(monkeypatch, shape, own, rows):
   assert [d.id for d in mesh.devices.flat] == list(range(8))
   sharding = OtherHosts(mesh, own)
   monkeypatch.setattr(batches, "batch_sharding", lambda _: sharding)
-  assert local_rows(mesh, 16).tolist() == rows
+  assert local_rows(mesh, 16) == rows
   made = []
 
   def make(shape: Any, given: NamedSharding, part: Any) -> None:
@@ -83,6 +83,4 @@ def test_a_host_makes_the_rows_of_its_devices(monkeypatch, shape, own, rows):
     shape=(16, 2), dtype=whole.dtype, addressable_shards=shards
   )
   array = type("Fake", (), {**vars(array), "__len__": lambda _: 16})()
-  np.testing.assert_array_equal(
-    local_values(array, np.array(rows)), whole[rows]
-  )
+  np.testing.assert_array_equal(local_values(array, rows), whole[rows])
