@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
 # Trains on Cloud TPUs that a queued resource asks for, one slice or several.
 #
-# create -> wait -> copy -> install -> train -> logs [-> delete]. A request
+# create -> wait -> copy -> install -> set up -> train -> logs [-> delete]. A request
 # that exists is used again, one that failed or was suspended is made again.
 # LOG_DIR/attempt-N/ gets the output as it comes (stream.log) and the log of
 # each host. Example, two slices:
 #   launch/queued_resource.sh --name=narvl --zone=us-west4-a \
 #     --project=my-project --accelerator_type=v5litepod-256 \
 #     --version=v2-alpha-tpuv5-lite --num_slices=2 -- \
-#     --config=configs/shapes.py --workdir=/mnt/shared/runs/shapes \
-#     --config.mesh.slices=2
+#     --config=configs/shapes.py --workdir=/mnt/shared/runs/shapes
 set -euo pipefail
 # shellcheck source=launch/lib/common.sh
 . "$(dirname "$0")/lib/common.sh"
@@ -25,6 +24,7 @@ number num_slices 1 "How many slices of that type."
 switch spot "Cheaper; may be taken away at any time."
 number wait_seconds 86400 "How long to wait until the TPUs are there."
 number poll_seconds 30 "How often to look while waiting."
+flag setup_command "" "Runs on every host before training: mount a folder."
 switch delete "Delete the TPUs at the end, also after a failure or a stop."
 common_flags launch_logs/queued_resource
 parse_flags "$@"

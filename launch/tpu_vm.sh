@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU VM or pod.
 #
-# create -> copy -> install -> train -> logs [-> delete]. A pod that exists is
+# create -> copy -> install -> set up -> train -> logs [-> delete]. A pod that exists is
 # used again, one that was preempted is made again. LOG_DIR/attempt-N/ gets the
 # output as it comes (stream.log) and the log of each host.
 # Example:
@@ -20,6 +20,7 @@ flag project required "Google Cloud project."
 flag accelerator_type required "Type and size, such as v5litepod-16."
 flag version required "Runtime version, such as v2-alpha-tpuv5-lite."
 switch spot "Cheaper; may be taken away at any time."
+flag setup_command "" "Runs on every host before training: mount a folder."
 switch delete "Delete the TPU VM at the end, also after a failure or a stop."
 common_flags launch_logs/tpu_vm
 parse_flags "$@"

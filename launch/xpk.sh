@@ -7,8 +7,7 @@
 #   launch/xpk.sh --cluster=my-cluster --workload=narvl --zone=us-west4-a \
 #     --project=my-project --tpu_type=v5litepod-256 --num_slices=2 \
 #     --docker_image=gcr.io/my-project/narvl_jax:latest -- \
-#     --config=configs/shapes.py --workdir=/mnt/shared/runs/shapes \
-#     --config.mesh.slices=2
+#     --config=configs/shapes.py --workdir=/mnt/shared/runs/shapes
 set -euo pipefail
 # shellcheck source=launch/lib/common.sh
 . "$(dirname "$0")/lib/common.sh"

@@ -12,7 +12,7 @@ LOGS_DUE=  # Not empty from the start of training until its logs are here.
 
 tpu_attempt() {
   local code=0
-  create_pod && stop_leftovers && copy_code && install || return
+  create_pod && stop_leftovers && copy_code && install && set_up || return
   train || code=$?
   fetch_logs
   return "$code"
@@ -54,6 +54,12 @@ copy_code() {
 install() {
   stage "install narvl_jax and jax for TPU on all hosts"
   on_all_hosts "bash $REMOTE install"
+}
+
+set_up() {
+  if [[ -z ${FLAG[setup_command]} ]]; then return; fi
+  stage "set up all hosts"
+  on_all_hosts "${FLAG[setup_command]}"
 }
 
 train() {

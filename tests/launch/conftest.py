@@ -142,10 +142,10 @@ class Launcher:
         continue
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-  deadline = time.monotonic() + 15
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+  deadline = time.monotonic() + seconds
   while not condition():
-    assert time.monotonic() < deadline, "it did not happen within 15 s"
+    assert time.monotonic() < deadline, f"not within {seconds} s"
     time.sleep(0.02)
 
 

@@ -41,7 +41,13 @@ COMMON = [
 ]
 DRY_RUNS = {
   "local": ("local.sh", "--processes=2", "--devices=4", "--port=12345"),
-  "tpu_vm": ("tpu_vm.sh", *TPU, "--spot", "--delete"),
+  "tpu_vm": (
+    "tpu_vm.sh",
+    *TPU,
+    "--setup_command=sudo mount -t nfs 10.0.0.2:/share /mnt/shared",
+    "--spot",
+    "--delete",
+  ),
   "queued_resource": ("queued_resource.sh", *TPU),
   "queued_resource_slices": ("queued_resource.sh", *TPU, "--num_slices=2"),
   "xpk": ("xpk.sh", *XPK, IMAGE, "--num_slices=2"),

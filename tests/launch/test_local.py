@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -185,7 +187,7 @@ def test_a_free_port_is_found(launcher: Launcher):
   (launcher.bin / "python").unlink()
   python = launcher.bin / "python"
   python.write_text(
-    f'#!/bin/bash\n[[ $1 == -c ]] && exec {os.sys.executable} "$@"\necho "$@"\n'
+    f'#!/bin/bash\n[[ $1 == -c ]] && exec {sys.executable} "$@"\necho "$@"\n'
   )
   python.chmod(0o755)
   launcher.run("local.sh", "--processes=2")
@@ -200,6 +202,42 @@ def test_a_free_port_is_found(launcher: Launcher):
 
 
 @pytest.mark.slow
-def test_two_real_processes_train_stop_and_resume(tmp_path: pathlib.Path):
-  """Needs the flags that several processes have in `narvl_jax.train`."""
-  raise NotImplementedError(ROOT, tmp_path, subprocess)
+def test_real_processes_stop_with_a_save_and_resume(tmp_path: pathlib.Path):
+  command = [
+    *("bash", "launch/local.sh", "--processes=2", "--devices=2"),
+    "--retries=0",
+    *(f"--python={sys.executable}", f"--log_dir={tmp_path / 'logs'}", "--"),
+    "--config=tests/parallel/tiny_run.py:100000",
+    *(f"--workdir={tmp_path / 'run'}", "--config.train.eval_every=100000"),
+  ]
+  first, out = _train_and_stop(command, tmp_path / "run", 1)
+  assert "resumed" not in out
+  last, out = _train_and_stop(command, tmp_path / "run", first + 1)
+  assert f"resumed from the checkpoint of step {first}" in out
+  assert last > first
+
+
+def _train_and_stop(
+  command: list[str], workdir: pathlib.Path, step: int
+) -> tuple[int, str]:
+  """Sends TERM after a step; returns the step that was saved, the output."""
+  process = subprocess.Popen(
+    command, cwd=ROOT, stdout=subprocess.PIPE, text=True
+  )
+  metrics = workdir / "metrics.jsonl"
+  try:
+    wait_until(
+      lambda: (
+        process.poll() is not None
+        or (metrics.exists() and f'"step": {step},' in metrics.read_text())
+      ),
+      seconds=400,
+    )
+    process.terminate()
+    out, _ = process.communicate(timeout=120)
+  finally:
+    process.terminate()
+  assert process.returncode == 143, out
+  saved = re.findall(r"stopped at step (\d+)", out)
+  assert len(saved) == 1, out
+  return int(saved[0]), out

@@ -40,11 +40,14 @@ def steps(launcher: Launcher) -> list[str]:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_training_on_all_hosts(script: str, launcher: Launcher):
   launcher.plan(*READY)
-  result = launcher.run(script, *TPU)
+  result = launcher.run(script, *TPU, '--setup_command=echo "set up" > disk')
   assert result.returncode == 0, result.stdout + result.stderr
   assert steps(launcher) == [
-    *("describe", "reset", "scp", "tar", "install", "run", "scp", "scp")
+    *("describe", "reset", "scp", "tar", "install", "ssh", "run", "scp", "scp")
   ]
+  for host in ("w-0", "w-1"):
+    disk = launcher.folder / "hosts" / host / "disk"
+    assert disk.read_text() == "set up\n"
   # The arguments arrive verbatim, once on each host.
   call = ["-m", "narvl_jax.train", *TRAIN_ARGS]
   assert launcher.calls("python") == [call, call]
