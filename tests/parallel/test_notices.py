@@ -1,0 +1,172 @@
+"""What hosts tell each other: failures, and after which step all stop."""
+
+import io
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from narvl_jax.parallel.distributed import HostsLost
+from narvl_jax.parallel.notices import Notices, StopAgreement
+
+
+class Store:
+  """The key-value store of the coordination service."""
+
+  def __init__(self) -> None:
+    self.values: dict[str, str] = {}
+    self.down = False
+
+  def key_value_set(self, key: str, value: str) -> None:
+    if key in self.values:
+      raise RuntimeError(f"ALREADY_EXISTS: key {key}")
+    self.values[key] = value
+
+  def key_value_dir_get(self, prefix: str) -> list[tuple[str, str]]:
+    if self.down:
+      raise RuntimeError("UNAVAILABLE: connection refused")
+    return [(k, v) for k, v in self.values.items() if k.startswith(prefix)]
+
+
+def _hosts(count: int) -> tuple[Store, list[Any], list[tuple[int, int]]]:
+  """Returns store, notices by host, and (host, code) of those that left."""
+  store, left = Store(), []
+
+  def leaving(host: int) -> Any:
+    return lambda code: left.append((host, code))
+
+  notices = [
+    Notices(
+      store,
+      i,
+      count,
+      terminal=io.StringIO(),
+      poll_seconds=0.01,
+      leave=leaving(i),
+    )
+    for i in range(count)
+  ]
+  return store, notices, left
+
+
+def _poll(notices: list[Any], times: int = 3) -> None:
+  for _ in range(times):
+    for own in notices:
+      own.poll()
+
+
+def test_all_stop_after_the_step_of_the_fastest():
+  _, notices, _ = _hosts(3)
+  agreements = [own.agreement for own in notices]
+  for agreement, ahead in zip(agreements, (5, 7, 6), strict=True):
+    agreement.begin(1)
+    for step in range(1, ahead):
+      assert not agreement.due(step)
+  notices[0].stop_signal = 15
+  _poll(notices)
+  assert [own.stop_signal for own in notices] == [15] * 3
+  # Each had begun one step more than it was asked about.
+  for agreement, ahead in zip(agreements, (5, 7, 6), strict=True):
+    due = [agreement.due(step) for step in range(ahead, 8)]
+    assert due == [False] * (7 - ahead) + [True]
+
+
+def test_hosts_that_only_begin_are_waited_for():
+  _, notices, _ = _hosts(2)
+  notices[1].stop_signal = 2
+  notices[1].agreement.begin(4)
+  _poll(notices)
+  with pytest.raises(HostsLost, match=r"stop at step 4: not all hosts .* 0 s"):
+    notices[1].agreement.due(4, timeout=0)
+  notices[0].agreement.begin(4)
+  _poll(notices)
+  assert notices[0].agreement.due(4)
+  assert notices[1].agreement.due(4)
+
+
+def test_two_hosts_are_told_at_once():
+  store, notices, _ = _hosts(2)
+  for own, number in zip(notices, (15, 2), strict=True):
+    own.agreement.begin(1)
+    own.stop_signal = number
+  _poll(notices)
+  # The first one's word counts on both: exit codes are equal.
+  assert [own.stop_signal for own in notices] == [15, 15]
+  assert all(own.agreement.due(1) for own in notices)
+  assert store.values["narvl_jax/notices/stop"] == "15"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_hosts_that_wait_for_each_other_do_not_hang(seed):
+  """Each may be two steps ahead of the slowest, as devices allow."""
+  _, notices, _ = _hosts(3)
+  done = [0] * 3
+  ended = {}
+  changed = threading.Condition()
+
+  def train(host: int) -> None:
+    agreement = notices[host].agreement
+    agreement.begin(1)
+    for step in range(1, 10_000):
+      with changed:
+        assert changed.wait_for(lambda: min(done) >= step - 3, 20)  # noqa: B023
+        done[host] = step
+        changed.notify_all()
+      if (host, step) == (seed % 3, 20 + seed):
+        notices[host].stop_signal = 15
+      if agreement.due(step, timeout=20):
+        ended[host] = step
+        return
+
+  threads = [threading.Thread(target=train, args=(i,)) for i in range(3)]
+  for own in notices:
+    own.__enter__()
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  for own in notices:
+    own.__exit__()
+  assert len(set(ended.values())) == 1
+  assert len(ended) == 3
+
+
+def test_a_failure_ends_all_with_its_code():
+  _, notices, left = _hosts(3)
+  with notices[0], notices[2]:
+    notices[1].fail(2, "error: no such\nsource")
+    deadline = time.monotonic() + 20
+    while len(left) < 3 and time.monotonic() < deadline:
+      time.sleep(0.01)
+  assert {*left} == {(0, 2), (1, 2), (2, 2)}
+  for host in (0, 2):
+    text = notices[host]._terminal.getvalue()
+    assert text.startswith("host 1 (?): error: no such source\n")
+
+
+def test_the_coordinator_leaves_last():
+  _, notices, left = _hosts(3)
+  with notices[1], notices[2]:
+    notices[0].fail(1, "failed")
+  assert left[-1] == (0, 1)
+  assert {host for host, _ in left} == {0, 1, 2}
+
+
+def test_a_lost_coordinator_ends_the_others():
+  store, notices, left = _hosts(2)
+  store.down = True
+  with notices[1]:
+    deadline = time.monotonic() + 20
+    while not left and time.monotonic() < deadline:
+      time.sleep(0.01)
+  assert left[0] == (1, 1)
+  assert "host 0 (?), the coordinator, does not answer: UNAVAILABLE" in (
+    notices[1]._terminal.getvalue()
+  )
+
+
+def test_no_stop_without_a_request():
+  agreement = StopAgreement()
+  agreement.begin(1)
+  assert not any(agreement.due(step, timeout=0) for step in range(1, 50))
