@@ -106,6 +106,33 @@ def test_dry_run_keeps_the_arguments_verbatim(name: str, launcher: Launcher):
     assert argument in words
 
 
+@pytest.mark.parametrize(
+  ("name", "processes"), [("local", 2), ("tpu_vm", 2), ("slurm_srun", 4)]
+)
+def test_the_printed_commands_train_when_pasted(
+  name: str, processes: int, launcher: Launcher
+):
+  script, *flags = DRY_RUNS[name]
+  lines = launcher.run(script, *flags, "--dry_run").stdout
+  launcher.plan(
+    {"if": "networkEndpoints", "print": "2", "times": 9},
+    {"if": "--command=sudo mount"},
+  )
+  subprocess.run(
+    ["bash"],
+    input=lines,
+    cwd=launcher.root,
+    env=launcher.environment,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  calls = launcher.calls("python")
+  assert len(calls) == processes
+  for call in calls:
+    assert call[2 : 2 + len(TRAIN_ARGS)] == TRAIN_ARGS
+
+
 @pytest.mark.parametrize("script", REQUIRED)
 def test_help_has_the_common_flags_in_the_same_order(
   script: str, launcher: Launcher
@@ -116,6 +143,39 @@ def test_help_has_the_common_flags_in_the_same_order(
   assert flags[-len(COMMON) :] == COMMON
   assert f"usage: launch/{script} [flags] -- --config=FILE.py" in result.stdout
   assert f"launch/{script} --" in result.stdout  # The example.
+
+
+COMMANDS = [
+  block
+  for block in re.findall(
+    r"```sh\n(launch/.*?)```",
+    (ROOT / "launch" / "README.md").read_text("utf-8"),
+    re.DOTALL,
+  )
+  if "NAME.sh" not in block
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_readme(command: str, launcher: Launcher):
+  result = subprocess.run(
+    [
+      *("bash", "-euc"),
+      re.sub(r"(launch/\w+\.sh) ", r"bash \1 --dry_run ", command, count=1),
+    ],
+    cwd=launcher.root,
+    env=launcher.environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert (result.returncode, result.stderr) == (0, "")
+  assert "--config=configs/shapes.py" in result.stdout
+
+
+def test_the_readme_has_a_command_for_each_script():
+  scripts = {command.split()[0].split("/")[1] for command in COMMANDS}
+  assert scripts == set(REQUIRED)
 
 
 def error_of(launcher: Launcher, script: str, *flags: str, **kwargs) -> str:
