@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -12,12 +13,15 @@ from narvl_jax.data import images, pipeline
 from narvl_jax.data.example import Box, Record
 from narvl_jax.decoding import make_predict_step
 from narvl_jax.parallel import (
+  BATCH_AXES,
+  VOCAB_AXIS,
   batch_sharding,
   data_parallel_size,
   local_rows,
   local_values,
   shard_batch,
 )
+from narvl_jax.query_ctc import MeshAxes
 
 if TYPE_CHECKING:
   from narvl_jax.data.tasks import Task
@@ -63,6 +67,7 @@ class Predictor:
       blank_id=vocabulary.blank_id,
       pad_id=vocabulary.pad_id,
       forbidden=vocabulary.forbidden if mask_specials else None,
+      axes=MeshAxes(BATCH_AXES, VOCAB_AXIS),
     )
     self._shared = self._mesh is not None and jax.process_count() > 1
 
@@ -143,7 +148,9 @@ class Predictor:
     arrays["merge_repeats"] = np.full(len(batch["index"]), task.merge_repeats)
     if self._mesh is not None:
       arrays = shard_batch(arrays, self._mesh, size)
-    decoded = self._step(self._variables, **arrays)
+    context = jax.set_mesh(self._mesh) if self._mesh else nullcontext()
+    with context:
+      decoded = self._step(self._variables, **arrays)
     return _split(decoded, self._mesh) if self._shared else decoded
 
   def _finish(

@@ -79,7 +79,10 @@ class Split:
     in_specs: tuple[PartitionSpec, ...],
     out_specs: Any,
   ) -> Any:
-    """Calls a function on the part of every device."""
+    """Calls a function on the part of every device.
+
+    Specs hold for all arrays of an argument.
+    """
     if not self.batch and self.vocab is None:
       return function(*args)
     # Replication over the other axes follows from the collectives; the check

@@ -87,7 +87,7 @@ class ChunkedHead:
       table.astype(states.dtype),
       columns,
       in_specs=(split.rows, split.table, split.rows),
-      out_specs=Summary(split.rows, split.rows, split.rows),
+      out_specs=split.rows,
     )
 
   def pull_back(
@@ -113,13 +113,12 @@ class ChunkedHead:
       return d_states, split.sum_over_batch(d_table.astype(states.dtype))
 
     states, table = inputs
-    specs = LogitGradient(*[split.rows] * len(gradient))
     d_states, d_table = split.run(
       local,
       states,
       table.astype(states.dtype),
       gradient,
-      in_specs=(split.rows, split.table, specs),
+      in_specs=(split.rows, split.table, split.rows),
       out_specs=(split.rows, split.table_gradient),
     )
     return d_states, d_table.astype(table.dtype)

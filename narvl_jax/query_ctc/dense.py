@@ -57,13 +57,12 @@ class DenseHead:
       total, gathered = self.split.sum_over_classes((total, gathered))
       return Summary(self.split.logsumexp(lse), total, gathered)
 
-    rows = self.split.rows
     return self.split.run(
       local,
       inputs,
       columns,
-      in_specs=(self.split.logits, rows),
-      out_specs=Summary(rows, rows, rows),
+      in_specs=(self.split.logits, self.split.rows),
+      out_specs=self.split.rows,
     )
 
   def pull_back(self, inputs: jax.Array, gradient: LogitGradient) -> jax.Array:
@@ -75,13 +74,11 @@ class DenseHead:
       columns = self.split.local_ids(gradient.columns, classes)
       return _write_out(logits, gradient._replace(columns=columns), size)
 
-    rows = self.split.rows
-    specs = LogitGradient(*[rows] * len(gradient))
     return self.split.run(
       local,
       inputs,
       gradient,
-      in_specs=(self.split.logits, specs),
+      in_specs=(self.split.logits, self.split.rows),
       out_specs=self.split.logits,
     )
 

@@ -29,7 +29,8 @@ class Oracle(nn.Module):
   def __call__(self, image, text, *, image_mask, train):
     del text, image_mask, train
     ids = image[:, 0, :QUERIES, 0].astype(jnp.int32)
-    return self.scale * jax.nn.one_hot(ids, self.vocab_size), {}
+    logits = self.scale * jax.nn.one_hot(ids, self.vocab_size)
+    return logits, {"decoder_out": logits}
 
 
 def _oracle(scale: float = 30.0, **data: Any) -> Any:
@@ -39,6 +40,12 @@ def _oracle(scale: float = 30.0, **data: Any) -> Any:
   config.data.update(data)
   model = Oracle(experiment.vocabulary.size, scale)
   return dataclasses.replace(experiment, config=config, model=model)
+
+
+def _identity() -> dict[str, Any]:
+  """Returns the variables of the oracle: states are logits."""
+  size = tiny_run.tiny_model()[0].vocabulary.size
+  return {"params": {"embed_tokens": np.eye(size, dtype=np.float32)}}
 
 
 def _picture(ids: list[int]) -> np.ndarray:
@@ -106,7 +113,7 @@ def _known_records() -> list[Record]:
 def test_report_of_known_answers(serve, batch_size):
   asked = serve(_known_records())
   report, predictions = evaluator.evaluate_tasks(
-    _oracle(), {}, split="held_out", batch_size=batch_size, step=3
+    _oracle(), _identity(), split="held_out", batch_size=batch_size, step=3
   )
   assert asked == [("shapes", "held_out")] * 4
   tasks = report.pop("tasks")
@@ -149,7 +156,7 @@ def test_bad_records_are_left_out_and_the_rest_keeps_its_place(serve):
   records[5] = dataclasses.replace(records[5], image=b"no picture")
   serve(records + _known_records()[5:])
   _, predictions = evaluator.evaluate_tasks(
-    _oracle(max_bad_fraction=0.2), {}, split="test", batch_size=4
+    _oracle(max_bad_fraction=0.2), _identity(), split="test", batch_size=4
   )
   found = [(p["index"], p["kind"]) for p in predictions if p["task"] == "vqa"]
   assert found == [(i, str(i)) for i in range(12) if i != 5]
@@ -160,7 +167,7 @@ def test_too_many_bad_records_stop_the_evaluation(serve):
   records[0] = dataclasses.replace(records[0], prompt="")
   serve(records)
   with pytest.raises(UserError, match=r"1 of 5 records of vqa are bad"):
-    evaluator.evaluate_tasks(_oracle(), {}, split="test", batch_size=4)
+    evaluator.evaluate_tasks(_oracle(), _identity(), split="test", batch_size=4)
 
 
 def test_examples_are_spread_over_the_data_set(serve):
@@ -171,7 +178,7 @@ def test_examples_are_spread_over_the_data_set(serve):
   ]
   serve(records)
   report, predictions = evaluator.evaluate_tasks(
-    _oracle(), {}, split="test", max_examples=4, batch_size=3
+    _oracle(), _identity(), split="test", max_examples=4, batch_size=3
   )
   assert report["counts"] == dict.fromkeys(sorted(TASKS), 4)
   for task in TASKS:
@@ -200,15 +207,25 @@ def test_all_tasks_and_calls_share_one_compilation(serve):
   experiment = _oracle(scale=29.0)
   jax.monitoring.register_event_duration_secs_listener(listener)
   try:
-    evaluator.evaluate_tasks(experiment, {}, split="test", batch_size=4)
-    assert events[name] == 1
-    evaluator.evaluate_tasks(experiment, {}, split="test", batch_size=4)
-    # Another object of an equal model, as after a restore.
     evaluator.evaluate_tasks(
-      _oracle(scale=29.0), {}, split="test", batch_size=4, max_examples=1
+      experiment, _identity(), split="test", batch_size=4
     )
     assert events[name] == 1
-    evaluator.evaluate_tasks(experiment, {}, split="test", batch_size=5)
+    evaluator.evaluate_tasks(
+      experiment, _identity(), split="test", batch_size=4
+    )
+    # Another object of an equal model, as after a restore.
+    evaluator.evaluate_tasks(
+      _oracle(scale=29.0),
+      _identity(),
+      split="test",
+      batch_size=4,
+      max_examples=1,
+    )
+    assert events[name] == 1
+    evaluator.evaluate_tasks(
+      experiment, _identity(), split="test", batch_size=5
+    )
     assert events[name] == 2
   finally:
     jax.monitoring.unregister_event_duration_listener(listener)

@@ -1,0 +1,122 @@
+"""Greedy decoding over a split vocabulary: same answers, and what moves."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from narvl_jax.decoding import greedy_decode
+from narvl_jax.errors import UserError
+from narvl_jax.parallel import AXES as MESH_AXES
+from narvl_jax.parallel import BATCH_AXES, VOCAB_AXIS, make_mesh
+from narvl_jax.parallel.program import read_program
+from narvl_jax.query_ctc import MeshAxes
+
+AXES = MeshAxes(BATCH_AXES, VOCAB_AXIS)
+MESHES = [(1, 1, 8), (2, 2, 2)]
+# On 8 devices the last one has nothing but padding.
+B, N, ROWS, CLASSES, PAD, BLANK = 8, 6, 256, 220, 1, 219
+
+
+@functools.cache
+def problem():
+  """Logits, with ties within a device and across devices, and merging."""
+  rng = np.random.default_rng(0)
+  logits = rng.normal(0, 2, (B, N, ROWS)).astype(np.float32)
+  logits[..., CLASSES:] = 80.0
+  logits[0, 0, [40, 41, 200]] = 60.0
+  logits[0, 1, [31, 32]] = 60.0
+  logits[0, 2, [130, 2]] = 60.0
+  logits[1, :, BLANK] = 50.0
+  logits[2, :3, 7] = 50.0
+  logits[3] -= 300.0
+  # Ids that must not be said, one where it would win.
+  forbidden = np.zeros(CLASSES, bool)
+  forbidden[[0, 3, 150]] = True
+  logits[4, :, 150] = 70.0
+  return logits, np.arange(B) % 3 != 1, forbidden
+
+
+def decode(logits, merge, axes, mask):
+  return greedy_decode(
+    logits,
+    merge,
+    blank_id=BLANK,
+    pad_id=PAD,
+    forbidden=problem()[2] if mask else None,
+    vocab_size=CLASSES,
+    axes=axes,
+  )
+
+
+@functools.cache
+def compiled(shape, mask):
+  mesh = make_mesh(*shape)
+  logits, merge, _ = problem()
+  specs = PartitionSpec(BATCH_AXES, None, VOCAB_AXIS), PartitionSpec(BATCH_AXES)
+  shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+  args = [
+    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    for x, s in zip((logits, merge), shardings, strict=True)
+  ]
+  with jax.set_mesh(mesh):
+    step = jax.jit(functools.partial(decode, axes=AXES, mask=mask))
+    return step.lower(*args).compile(), shardings
+
+
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
+class TestOnEightDevices:
+  @pytest.mark.parametrize("mask", [False, True])
+  @pytest.mark.parametrize("shape", MESHES)
+  def test_same_answers_as_on_one_device(self, shape, mask):
+    step, shardings = compiled(shape, mask)
+    logits, merge, _ = problem()
+    found = step(*jax.device_put((logits, merge), shardings))
+    cut = jnp.asarray(logits[..., :CLASSES])
+    whole = jax.jit(functools.partial(decode, axes=MeshAxes(), mask=mask))
+    expected = whole(cut, merge)
+    np.testing.assert_array_equal(found["ids"], expected["ids"])
+    np.testing.assert_array_equal(found["lengths"], expected["lengths"])
+    # Numbers near -300 are spaced by 3e-5.
+    np.testing.assert_allclose(
+      found["probability"], expected["probability"], rtol=1e-4
+    )
+    # The smallest id won every tie.
+    assert found["ids"][0, :3].tolist() == [40, 31, 2]
+    assert found["lengths"][1] == 0
+    assert np.any(found["ids"][4] == 150) == (not mask)
+
+  @pytest.mark.parametrize("shape", MESHES)
+  def test_what_crosses_the_devices_of_the_vocabulary(self, shape):
+    step, _ = compiled(shape, True)
+    program = read_program(step.as_text())
+    sizes = dict(zip(MESH_AXES, shape, strict=True))
+    b, parts = B // (shape[0] * shape[1]), shape[2]
+    shapes = {"all-gather": [], "all-reduce": []}
+    for found in program.collectives:
+      # Rows of a batch have nothing to tell one another.
+      assert found.axes(sizes) == ("tensor",)
+      shapes[found.kind] += [array.size for array in found.arrays]
+    # The best class of every device and its logit.
+    assert shapes["all-gather"] == [parts * b * N] * 2
+    # Of the loss: logsumexp (three numbers a query) and N + 1 classes.
+    assert set(shapes["all-reduce"]) == {b * N, b * N * (N + 1)}
+    # Nothing but the mask of padding and forbidden ids.
+    whole = {array.shape for array in program.arrays if ROWS in array.shape}
+    assert whole <= {(ROWS,)}
+
+
+def test_vocabulary_must_divide():
+  mesh = AbstractMesh((1, 1, 6), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+  message = r"256 rows does not divide .* of 6.*--config.model.vocab_multiple"
+  logits, merge, _ = problem()
+  with (
+    jax.sharding.use_abstract_mesh(mesh),
+    pytest.raises(UserError, match=message),
+  ):
+    jax.eval_shape(
+      functools.partial(decode, axes=AXES, mask=True), logits, merge
+    )
