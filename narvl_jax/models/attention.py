@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from narvl_jax.models.sizes import ModelConfig
+from narvl_jax.parallel.constraints import constrain, gathered, per_device
 
 # Of linear maps and tables of the reference.
 INIT_STDDEV = 0.02
@@ -28,26 +29,6 @@ def zeros_init(*names: str | None) -> nn.initializers.Initializer:
 def ones_init(*names: str | None) -> nn.initializers.Initializer:
   """Ones with logical axis names, one per dimension."""
   return nn.with_logical_partitioning(nn.initializers.ones, names)
-
-
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Says how an activation is split: one logical axis name per dimension.
-
-  Without it the compiler may follow the sharding of a weight and gather the
-  batch. Has no effect outside a mesh and `nn.logical_axis_rules`.
-  """
-  return nn.with_logical_constraint(x, names)
-
-
-def gathered(weight: jax.Array, dtype: Any, *names: str | None) -> jax.Array:
-  """Casts a weight to the compute type and gathers it where it is used.
-
-  Args:
-    weight: float32, split over `fsdp` where it is stored.
-    dtype: of the result, in which it travels.
-    *names: logical axes that stay split, one per dimension, else None.
-  """
-  return constrain(weight.astype(dtype), *names)
 
 
 class LayerNorm(nn.Module):
@@ -98,7 +79,7 @@ class Projection(nn.Module):
     y = jnp.einsum(
       "...e,enhd->...nhd",
       x.astype(cfg.dtype),
-      gathered(kernel, cfg.dtype, None, None, "heads", None),
+      gathered(kernel, cfg.dtype, "embed", None, "heads", "head_width"),
     )
     y += bias.astype(cfg.dtype)
     return tuple(y[..., i, :, :] for i in range(self.num))
@@ -116,11 +97,17 @@ class PositionBias(nn.Module):
 
   @nn.compact
   def __call__(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """Returns the bias [H, Q, K] of positions [Q, D] and [K, D]."""
+    """Returns the bias [G, H, Q, K] of positions [Q, D] and [K, D]."""
     (q,) = Projection(self.config, 1, name="query")(queries)
     (k,) = Projection(self.config, 1, name="key")(keys)
     bias = jnp.einsum("qhd,khd->hqk", q * attention_scale(self.config), k)
-    return constrain(bias, "act_heads", None, None)
+    return per_device(constrain(bias, "act_heads", None, None))
+
+
+def _add_bias(logits: jax.Array, bias: jax.Array) -> jax.Array:
+  """Adds a bias [G, H, Q, K] to logits [B, H, Q, K]."""
+  grouped = logits.reshape(len(bias), -1, *logits.shape[1:])
+  return (grouped + bias[:, None]).reshape(logits.shape)
 
 
 class Attention(nn.Module):
@@ -146,7 +133,8 @@ class Attention(nn.Module):
     Args:
       x: queries [B, Q, D].
       memory: [B, K, D]; None attends to x itself.
-      bias: additive logits [H, Q, K], shared by the batch.
+      bias: additive logits [G, H, Q, K], each shared by B / G examples that
+        follow one another.
       key_mask: bool [B, K], True where the key is valid, or None.
 
     Returns:
@@ -162,7 +150,7 @@ class Attention(nn.Module):
       constrain(y, "batch", None, "act_heads", None) for y in (q, k, v)
     )
     logits = jnp.einsum("bqhd,bkhd->bhqk", q * attention_scale(cfg), k)
-    logits = logits.astype(jnp.float32) + bias.astype(jnp.float32)
+    logits = _add_bias(logits.astype(jnp.float32), bias.astype(jnp.float32))
     if key_mask is not None:
       lowest = jnp.finfo(jnp.float32).min
       logits = jnp.where(key_mask[:, None, None, :], logits, lowest)
@@ -176,7 +164,7 @@ class Attention(nn.Module):
       (cfg.num_heads, cfg.head_width, cfg.width),
     )
     out_bias = self.param("out_bias", zeros_init("norm"), (cfg.width,))
-    kernel = gathered(kernel, cfg.dtype, "heads", None, None)
+    kernel = gathered(kernel, cfg.dtype, "heads", "head_width", "embed")
     out = jnp.einsum("bqhd,hde->bqe", out, kernel)
     out = constrain(out, "batch", None, "act_embed")
     return out + out_bias.astype(cfg.dtype)

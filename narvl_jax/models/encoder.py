@@ -11,19 +11,18 @@ from narvl_jax.errors import UserError
 from narvl_jax.models import positions
 from narvl_jax.models.attention import (
   PositionBias,
-  constrain,
-  gathered,
   layer_norm,
   normal_init,
   zeros_init,
 )
-from narvl_jax.models.resnet import ResNet
+from narvl_jax.models.resnet import Conv, ResNet
 from narvl_jax.models.sizes import ModelConfig
 from narvl_jax.models.transformer import (
   EncoderLayer,
   drop_path_rates,
   scan_layers,
 )
+from narvl_jax.parallel.constraints import constrain, gathered
 
 
 class EncoderOutput(NamedTuple):
@@ -72,18 +71,15 @@ class ConvStem(nn.Module):
 
   def _conv(
     self, name: str, features: int, size: int, stride: int, padding: int
-  ) -> nn.Conv:
-    return nn.Conv(
+  ) -> nn.Module:
+    return Conv(
+      self.config,
       features,
-      (size, size),
-      strides=stride,
-      padding=padding,
-      dtype=self.config.dtype,
-      kernel_init=nn.with_logical_partitioning(
-        nn.initializers.lecun_normal(),
-        ("conv_height", "conv_width", "conv_in", "conv_out"),
-      ),
-      bias_init=zeros_init("conv_out"),
+      size,
+      stride,
+      padding,
+      use_bias=True,
+      kernel_init=nn.initializers.lecun_normal(),
       name=name,
     )
 
@@ -121,7 +117,7 @@ class Encoder(nn.Module):
     features = constrain(features, "batch", None, None, None)
     b, h, w, c = features.shape
     image_pos, text_pos = self._positions(h, w, text.shape[1])
-    embedding = gathered(embedding, cfg.dtype, "vocab", None)
+    embedding = gathered(embedding, cfg.dtype, "vocab", "embed")
     x = self._embed(
       features.reshape(b, h * w, c),
       constrain(embedding[text], "batch", None, "act_embed"),
@@ -146,10 +142,6 @@ class Encoder(nn.Module):
     shared = {
       "position_bias": PositionBias(cfg, name="position_bias")(normed, normed),
       "key_mask": mask,
-      "image_buckets": positions.image_buckets(h, w, cfg.image_bucket_size),
-      "token_buckets": positions.token_buckets(
-        text.shape[1], cfg.token_bucket_size
-      ),
     }
     layers = scan_layers(
       EncoderLayer,
@@ -157,6 +149,7 @@ class Encoder(nn.Module):
       depth=cfg.encoder_layers,
       train=train,
       name="layers",
+      grid=(h, w),
     )
     x, _ = layers(x, self._per_layer(), shared)
     out = layer_norm(cfg, "layer_norm")(x)
@@ -181,7 +174,7 @@ class Encoder(nn.Module):
     types = self.param(
       "type_embedding", normal_init(None, "embed"), (2, cfg.width)
     ).astype(cfg.dtype)
-    x = features @ gathered(kernel, cfg.dtype, None, None)
+    x = features @ gathered(kernel, cfg.dtype, "conv_out", "embed")
     x += bias.astype(cfg.dtype)
     if cfg.entangle_positions:
       x += image_pos

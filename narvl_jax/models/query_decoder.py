@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from narvl_jax.models import positions
 from narvl_jax.models.attention import (
   PositionBias,
-  constrain,
   layer_norm,
   normal_init,
 )
@@ -18,6 +17,7 @@ from narvl_jax.models.transformer import (
   drop_path_rates,
   scan_layers,
 )
+from narvl_jax.parallel.constraints import constrain
 
 
 class QueryDecoder(nn.Module):
@@ -53,7 +53,6 @@ class QueryDecoder(nn.Module):
       "cross_bias": PositionBias(cfg, name="cross_position_bias")(
         pos, encoded.positions
       ),
-      "buckets": positions.token_buckets(n, cfg.token_bucket_size),
       "memory": encoded.out,
       "memory_mask": encoded.mask,
       "self_mask": None,

@@ -7,20 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from narvl_jax.models.attention import (
-  constrain,
-  gathered,
   ones_init,
   zeros_init,
 )
 from narvl_jax.models.sizes import ModelConfig
+from narvl_jax.parallel.constraints import constrain, gathered
 
 _EPSILON = 1e-5
 _MOMENTUM = 0.1
 
-_conv_init: nn.initializers.Initializer = nn.with_logical_partitioning(
-  nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-  ("conv_height", "conv_width", "conv_in", "conv_out"),
-)
+_AXES = ("conv_height", "conv_width", "conv_in", "conv_out")
+_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class BatchNorm(nn.Module):
@@ -58,33 +55,49 @@ class BatchNorm(nn.Module):
 
 
 class Conv(nn.Module):
-  """Convolution without bias and with explicit symmetric padding.
+  """Convolution with explicit symmetric padding.
 
   "SAME" would pad even sizes by (0, 1) at stride 2 and shift the features
   against PyTorch's.
+
+  Attributes:
+    features: channels of the result.
+    size: side of the kernel.
+    stride: in both directions.
+    padding: zeros on every side, half the size if None.
+    use_bias: whether to add a bias.
+    kernel_init: without axis names.
   """
 
   config: ModelConfig
   features: int
   size: int = 1
   stride: int = 1
+  padding: int | None = None
+  use_bias: bool = False
+  kernel_init: nn.initializers.Initializer = _conv_init
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [B, H, W, C] to [B, H / stride, W / stride, features]."""
+    init: Any = nn.with_logical_partitioning(self.kernel_init, _AXES)
     kernel = self.param(
       "kernel",
-      _conv_init,
+      init,
       (self.size, self.size, x.shape[-1], self.features),
     )
-    padding = self.size // 2
-    return jax.lax.conv_general_dilated(
+    padding = self.size // 2 if self.padding is None else self.padding
+    x = jax.lax.conv_general_dilated(
       x,
-      gathered(kernel, x.dtype, None, None, None, None),
+      gathered(kernel, x.dtype, *_AXES),
       (self.stride, self.stride),
       [(padding, padding)] * 2,
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+    if self.use_bias:
+      bias = self.param("bias", zeros_init("conv_out"), (self.features,))
+      x += gathered(bias, x.dtype, "conv_out")
+    return x
 
 
 class Bottleneck(nn.Module):

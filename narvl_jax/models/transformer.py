@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 from narvl_jax.models.attention import (
   Attention,
-  constrain,
-  gathered,
   layer_norm,
   normal_init,
   zeros_init,
 )
+from narvl_jax.models.relative_bias import image_bias, token_bias
 from narvl_jax.models.sizes import ModelConfig
+from narvl_jax.parallel.constraints import constrain, gathered, per_device
 
 
 class FeedForward(nn.Module):
@@ -38,13 +38,13 @@ class FeedForward(nn.Module):
       (cfg.mlp_width, cfg.width),
     )
     b2 = self.param("fc2_bias", zeros_init("norm"), (cfg.width,))
-    w1 = gathered(w1, cfg.dtype, None, "mlp")
+    w1 = gathered(w1, cfg.dtype, "embed", "mlp")
     h = x.astype(cfg.dtype) @ w1 + b1.astype(cfg.dtype)
     h = constrain(h, "batch", None, "act_mlp")
     # The error function in bfloat16 would lose most of its digits.
     h = jax.nn.gelu(h.astype(jnp.float32), approximate=False)
     h = layer_norm(cfg, "ffn_layernorm", "mlp")(h.astype(cfg.dtype))
-    w2 = gathered(w2, cfg.dtype, "mlp", None)
+    w2 = gathered(w2, cfg.dtype, "mlp", "embed")
     h = constrain(h @ w2, "batch", None, "act_embed")
     return h + b2.astype(cfg.dtype)
 
@@ -72,10 +72,15 @@ class Branch(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-  """Self-attention and feed-forward block with the extra norms."""
+  """Self-attention and feed-forward block with the extra norms.
+
+  Attributes:
+    grid: (height, width) of the image in tokens.
+  """
 
   config: ModelConfig
   train: bool
+  grid: tuple[int, int]
 
   @nn.compact
   def __call__(
@@ -87,8 +92,7 @@ class EncoderLayer(nn.Module):
       x: tokens, image first.
       per_layer: "token_table" [511, H] and "image_table" [6892, H] of
         relative biases, "drop_path" scalar.
-      shared: "position_bias" [H, S, S], "key_mask" [B, S], and the static
-        bucket arrays "token_buckets" [T, T] and "image_buckets" [I, I].
+      shared: "position_bias" [G, H, S, S] and "key_mask" [B, S].
 
     Returns:
       The tokens and None (the scan's per-layer output).
@@ -96,13 +100,15 @@ class EncoderLayer(nn.Module):
     cfg, rate = self.config, per_layer["drop_path"]
     branch = Branch(cfg, cfg.encoder_drop_path, self.train)
     bias = shared["position_bias"]
-    image, text = shared["image_buckets"], shared["token_buckets"]
-    split = image.shape[0]
-    bias = bias.at[:, :split, :split].add(
-      _relative_bias(per_layer["image_table"], image, bias.dtype)
+    height, width = self.grid
+    split = height * width
+    image = per_device(per_layer["image_table"].astype(bias.dtype))
+    bias = bias.at[:, :, :split, :split].add(
+      image_bias(image, height, width, cfg.image_bucket_size)
     )
-    bias = bias.at[:, split:, split:].add(
-      _relative_bias(per_layer["token_table"], text, bias.dtype)
+    text = per_device(per_layer["token_table"].astype(bias.dtype))
+    bias = bias.at[:, :, split:, split:].add(
+      token_bias(text, bias.shape[-1] - split, cfg.token_bucket_size)
     )
     h = layer_norm(cfg, "self_attn_layer_norm")(x)
     h = Attention(cfg, name="self_attn")(h, None, bias, shared["key_mask"])
@@ -126,9 +132,8 @@ class DecoderLayer(nn.Module):
     Args:
       x: decoder states.
       per_layer: "token_table" [511, H], "drop_path" scalar.
-      shared: "self_bias" [H, N, N], "cross_bias" [H, N, S], "buckets"
-        [N, N], "memory" [B, S, D], "memory_mask" [B, S], "self_mask"
-        [B, N] or None.
+      shared: "self_bias" [G, H, N, N], "cross_bias" [G, H, N, S], "memory"
+        [B, S, D], "memory_mask" [B, S], "self_mask" [B, N] or None.
 
     Returns:
       The states, and the states again as the scan's per-layer output.
@@ -136,9 +141,8 @@ class DecoderLayer(nn.Module):
     cfg, rate = self.config, per_layer["drop_path"]
     branch = Branch(cfg, cfg.decoder_drop_path, self.train)
     bias = shared["self_bias"]
-    bias += _relative_bias(
-      per_layer["token_table"], shared["buckets"], bias.dtype
-    )
+    table = per_device(per_layer["token_table"].astype(bias.dtype))
+    bias += token_bias(table, x.shape[1], cfg.token_bucket_size)
     h = layer_norm(cfg, "self_attn_layer_norm")(x)
     h = Attention(cfg, name="self_attn")(h, None, bias, shared["self_mask"])
     x = x + branch(layer_norm(cfg, "self_attn_ln")(h), rate)
@@ -149,14 +153,6 @@ class DecoderLayer(nn.Module):
     x = x + branch(layer_norm(cfg, "cross_attn_ln")(h), rate)
     h = layer_norm(cfg, "final_layer_norm")(x)
     return x + branch(FeedForward(cfg, name="ffn")(h), rate), None
-
-
-def _relative_bias(
-  table: jax.Array, buckets: jax.Array, dtype: Any
-) -> jax.Array:
-  """Looks the buckets [Q, K] up in a table [R, H]: [H, Q, K]."""
-  bias = table.astype(dtype)[buckets].transpose(2, 0, 1)
-  return constrain(bias, "act_heads", None, None)
 
 
 _POLICIES = {
@@ -172,11 +168,13 @@ def scan_layers(
   depth: int,
   train: bool,
   name: str,
+  **fields: Any,
 ) -> nn.Module:
   """Stacks `depth` layers as one scan; parameters get a leading axis.
 
   Call the result with (x, per_layer, shared): arrays of `per_layer` carry a
-  leading axis of size `depth`, `shared` goes to every layer unchanged.
+  leading axis of size `depth`, `shared` goes to every layer unchanged. `fields`
+  are further fields of the layer.
   """
   if config.remat != "none":
     layer = nn.remat(layer, policy=_POLICIES[config.remat], prevent_cse=False)
@@ -190,7 +188,7 @@ def scan_layers(
     unroll=min(config.scan_unroll, depth),
     metadata_params={nn.PARTITION_NAME: "layers"},
   )
-  return stack(config, train, name=name)
+  return stack(config, train, **fields, name=name)
 
 
 def drop_path_rates(rate: float, depth: int) -> jax.Array:

@@ -82,9 +82,7 @@ class Placement:
   @property
   def partition_spec(self) -> PartitionSpec:
     """The same for jax."""
-    return PartitionSpec(
-      *(axes if len(axes) > 1 else (axes or (None,))[0] for axes in self.spec)
-    )
+    return partition_spec(self.spec)
 
   @property
   def is_vector(self) -> bool:
@@ -108,7 +106,14 @@ class Placement:
     return math.prod(mesh_shape[axis] for axes in self.spec for axis in axes)
 
 
-class _NoRule(Exception):
+def partition_spec(spec: Iterable[tuple[str, ...]]) -> PartitionSpec:
+  """Returns mesh axes by dimension in the form that jax takes."""
+  return PartitionSpec(
+    *(axes if len(axes) > 1 else (axes or (None,))[0] for axes in spec)
+  )
+
+
+class NoRuleError(Exception):
   """No rule applies to a dimension."""
 
 
@@ -146,9 +151,9 @@ def check_rules(rules: Iterable[Any]) -> tuple[Rule, ...]:
   return tuple(checked)
 
 
-def activation_rules(rules: Iterable[Rule]) -> list[Rule]:
-  """Returns the rules for `flax.linen.logical_axis_rules`."""
-  return [("batch", BATCH_AXES), *rules]
+def activation_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+  """Returns what `flax.linen.logical_axis_rules` needs for the modules."""
+  return (("batch", BATCH_AXES), *rules)
 
 
 def place(
@@ -202,8 +207,8 @@ def _place(
     names = given + (None,) * (len(leaf.shape) - len(given))
     known.update(names)
     try:
-      spec, here = _resolve(names, leaf.shape, mesh_shape, rules)
-    except _NoRule as error:
+      spec, here = resolve(names, leaf.shape, mesh_shape, rules)
+    except NoRuleError as error:
       shape = "x".join(map(str, leaf.shape))
       raise UserError(
         f"mesh {format_shape(mesh_shape)}: {path} [{shape}]: {error}"
@@ -217,13 +222,26 @@ def _place(
   return placements
 
 
-def _resolve(
+def resolve(
   names: tuple[str | None, ...],
   shape: tuple[int, ...],
   mesh_shape: MeshShape,
   rules: tuple[Rule, ...],
 ) -> tuple[tuple[tuple[str, ...], ...], set[int]]:
-  """Returns the mesh axes of every dimension, and the rules that applied."""
+  """Applies the rules to one array.
+
+  Args:
+    names: logical name of every dimension, None for one that is not split.
+    shape: of the array.
+    mesh_shape: axis -> size.
+    rules: see the module.
+
+  Returns:
+    The mesh axes of every dimension, and the rules that applied, by position.
+
+  Raises:
+    NoRuleError: a dimension has a name and no rule applies.
+  """
   spec: list[tuple[str, ...] | None] = [None if name else () for name in names]
   used: set[int] = set()
   for index, (rule_name, rule_axes) in enumerate(rules):
@@ -237,7 +255,7 @@ def _resolve(
         used.add(index)
   for dim, axes in enumerate(spec):
     if axes is None:
-      raise _NoRule(_why(dim, names, shape, mesh_shape, rules))
+      raise NoRuleError(_why(dim, names, shape, mesh_shape, rules))
   return tuple(axes or () for axes in spec), used
 
 

@@ -18,9 +18,7 @@ SIDE = 32
 
 
 @functools.cache
-def setup(
-  shape: tuple[int, int, int] = (1, 1, 1), **settings: Any
-) -> Setup:
+def setup(shape: tuple[int, int, int] = (1, 1, 1), **settings: Any) -> Setup:
   """Returns a run on a mesh of that shape.
 
   Args:
