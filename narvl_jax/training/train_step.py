@@ -76,6 +76,8 @@ def batch_spec(
     "label_length": ((), np.int32),
     "confidence": ((), np.float32),
     "task": ((), np.int32),
+    # False for rows that only fill the batch.
+    "valid": ((), np.bool_),
   }
   return {
     name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
@@ -178,11 +180,12 @@ def _forward(
     label_smoothing=config.label_smoothing,
     confidence=batch["confidence"],
     confidence_mode=config.confidence_mode,
+    example_mask=batch["valid"],
     axes=config.axes,
   )
   nll = metrics.pop("nll_per_example")
   for index, name in enumerate(config.task_names):
-    here = batch["task"] == index
+    here = (batch["task"] == index) & batch["valid"]
     metrics[f"sum/{name}"] = jnp.sum(jnp.where(here, nll, 0.0))
     metrics[f"count/{name}"] = jnp.sum(here.astype(jnp.float32))
   return loss, (updated.get("batch_stats", {}), metrics)

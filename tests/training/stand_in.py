@@ -121,6 +121,7 @@ def host_batch(index: int) -> dict[str, np.ndarray]:
     "label_length": lengths,
     "confidence": rng.uniform(0.2, 1.0, ROWS).astype(np.float32),
     "task": rng.integers(1, 3, ROWS, dtype=np.int32),
+    "valid": np.ones(ROWS, bool),
   }
 
 

@@ -1,0 +1,52 @@
+"""The same training on every mesh, with and without micro-batches."""
+
+import numpy as np
+import pytest
+
+from tests.parallel import runs
+
+STEPS = 20
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+
+
+def _assert_equal(found: np.ndarray, expected: np.ndarray) -> None:
+  # The comparison means something: the loss has moved.
+  assert expected[-1] < 0.9 * expected[0]
+  np.testing.assert_allclose(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.fixture(scope="module")
+def one_device() -> np.ndarray:
+  return runs.losses(runs.setup(), STEPS)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_every_mesh_gives_the_losses_of_one_device(shape, one_device):
+  run = runs.setup(shape)
+  # Parameters are split, not only the batch.
+  split = {(1, 8, 1): 8, (1, 1, 8): 8, (2, 2, 2): 4}.get(shape, 1)
+  table = run.shardings.params["embed_tokens"]
+  rows, width = run.abstract_state.params["embed_tokens"].shape
+  shard = table.shard_shape((rows, width))
+  assert shard[0] * shard[1] * split == rows * width
+  _assert_equal(runs.losses(run, STEPS), one_device)
+
+
+@pytest.mark.parametrize(("shape", "steps"), [((2, 2, 1), 2), ((1, 1, 1), 4)])
+def test_micro_batches_give_the_losses_of_the_whole(shape, steps, one_device):
+  run = runs.setup(shape, train__accumulation_steps=steps)
+  valid = runs.host_batch(0)["valid"].reshape(-1, steps)
+  assert len({*valid.sum(0).tolist()}) > 1, "equal micro-batches prove little"
+  _assert_equal(runs.losses(run, STEPS), one_device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", MESHES)
+def test_residual_trunk_on_every_mesh(shape):
+  settings = {
+    "model__image_encoder": "resnet",
+    "model__resnet_blocks": (1, 2, 1),
+    "model__resnet_width": 8,
+  }
+  expected = runs.losses(runs.setup(**settings), STEPS)
+  _assert_equal(runs.losses(runs.setup(shape, **settings), STEPS), expected)
