@@ -207,6 +207,8 @@ def initialize(
     compare=describe_differences,
     say=say,
   )
+  # It would take SIGTERM away from us; see `notices` for what we do instead.
+  jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
     cluster.coordinator_address,
     cluster.num_processes,

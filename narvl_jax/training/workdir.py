@@ -181,8 +181,8 @@ def facts(config: Mapping[str, Any]) -> dict[str, str]:
     code.update(str(path.relative_to(package)).encode())
     code.update(path.read_bytes())
   settings = {
-    f"config {key}": value
-    for key, (_, value) in diff({}, to_json(config)).items()
+    f"config {key}": json.dumps(value)
+    for key, value in _leaves(to_json(config)).items()
   }
   return {
     **settings,
@@ -191,6 +191,17 @@ def facts(config: Mapping[str, Any]) -> dict[str, str]:
     # Two hosts may have changed the same commit in different ways.
     "code files": code.hexdigest()[:12],
   }
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns {dotted key: value}."""
+  leaves = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      leaves |= _leaves(value, f"{prefix}{key}.")
+    else:
+      leaves[f"{prefix}{key}"] = value
+  return leaves
 
 
 def write_environment(workdir: pathlib.Path, resumed_step: int) -> None:
