@@ -99,7 +99,9 @@ srun_log() { echo "${FLAG[log_dir]}/srun-$ATTEMPT.log"; }
 
 run_srun() {
   local -a command=(
-    srun "${SIZE[@]}" --kill-on-bad-exit=1 --unbuffered
+    # A process that ends first must not cut the save of the others.
+    srun "${SIZE[@]}" --kill-on-bad-exit=0
+    "--wait=$((${FLAG[grace_seconds]} + 1))" --unbuffered
     "--output=${FLAG[log_dir]}/task-%t.log" --open-mode=append
     "${FLAG[python]}" -m narvl_jax.train "${TRAIN_ARGS[@]}"
   )

@@ -178,6 +178,7 @@ def srun() -> None:
 
   signal.signal(signal.SIGTERM, hand_on)
   signal.signal(signal.SIGINT, hand_on)
+  signal.signal(signal.SIGALRM, lambda *_: send(signal.SIGKILL))
   highest = 0
   for _ in range(len(tasks)):
     task, status = os.waitpid(-1, 0)
@@ -188,8 +189,8 @@ def srun() -> None:
       message = f"srun: error: node{rank}: task {rank}: Exited with exit code"
       print(message, code, file=sys.stderr, flush=True)
     highest = max(highest, code if code >= 0 else 128 - code)
-    if code:
-      send(signal.SIGKILL)  # As --kill-on-bad-exit=1 does.
+    if len(ended) == 1:
+      signal.alarm(int(flags["--wait"]))
   sys.exit(highest)
 
 

@@ -67,7 +67,7 @@ def test_a_failure_is_retried_in_the_same_job(launcher: Launcher):
   launcher.plan(
     {"if": "train & @1", "code": 1}, {"if": "train & @0", "hang": True}
   )
-  result = launcher.run(*SRUN)
+  result = launcher.run(*SRUN, "--grace_seconds=0")
   assert result.returncode == 0
   assert len(launcher.calls("srun")) == 2
   # The peer was killed (137), the cause is 1.
@@ -79,7 +79,7 @@ def test_a_mistake_is_not_retried(launcher: Launcher):
   launcher.plan(
     {"if": "train & @1", "code": 2}, {"if": "train & @0", "hang": True}
   )
-  result = launcher.run(*SRUN)
+  result = launcher.run(*SRUN, "--grace_seconds=0")
   assert result.returncode == 2
   assert len(launcher.calls("srun")) == 1
   assert "node1: task 1: Exited with exit code 2" in result.stderr
