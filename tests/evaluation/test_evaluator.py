@@ -258,3 +258,19 @@ def test_unknown_split_and_data_set():
     evaluator.evaluate_tasks(experiment, variables, split="tset", batch_size=4)
   with pytest.raises(UserError, match=r'no "vqq".*"vqa"'):
     evaluator.load_dataset(experiment.config, "vqq", "test")
+
+
+def test_predictions_of_several_hosts_have_the_order_of_one(monkeypatch):
+  def made(name: str, index: int) -> dict[str, Any]:
+    return {"dataset": name, "index": index, "id": f"{name}{index}"}
+
+  whole = [made("b", i) for i in range(5)] + [made("a", i) for i in range(3)]
+  # Hosts with rows that are no neighbours; the last two share theirs.
+  parts = [[p for p in whole if p["index"] % 2 == k] for k in (0, 1, 1)]
+
+  def gather(own: Any) -> list[Any]:
+    assert own == parts[1]
+    return parts
+
+  monkeypatch.setattr(evaluator.distributed, "gather_json", gather)
+  assert evaluator._of_all_hosts(parts[1], ["b", "a"]) == whole

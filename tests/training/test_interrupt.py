@@ -3,9 +3,12 @@
 import os
 import signal
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from narvl_jax.parallel.notices import StopAgreement
 from narvl_jax.training.interrupt import (
   StopRequest,
   Terminated,
@@ -58,3 +61,29 @@ def test_other_threads_leave_signals_alone():
   thread.start()
   thread.join()
   assert not errors
+
+
+def test_a_signal_is_told_to_the_other_hosts(capfd):
+  agreement = StopAgreement()
+  notices: Any = SimpleNamespace(stop_signal=None, agreement=agreement)
+  with StopRequest(notices) as stop:
+    stop.begin(3)
+    assert not stop.due(3)
+    _send(signal.SIGTERM)
+    assert notices.stop_signal == stop.signal_number == signal.SIGTERM
+    # Not before all have agreed on the step.
+    assert not stop.due(4)
+    assert agreement.request() == 5
+    agreement.agree(6)
+    assert [stop.due(step) for step in (5, 6)] == [False, True]
+  assert "stopping after this step" in capfd.readouterr().err
+
+
+def test_another_host_was_told_to_stop():
+  notices: Any = SimpleNamespace(stop_signal=None, agreement=StopAgreement())
+  with StopRequest(notices) as stop:
+    notices.stop_signal = signal.SIGINT
+    assert stop.signal_number == signal.SIGINT
+    # Its own first signal does not insist, and does not change the code.
+    _send(signal.SIGTERM)
+    assert stop.signal_number == signal.SIGINT

@@ -154,3 +154,38 @@ def test_environment_without_git(monkeypatch):
 
   monkeypatch.setattr(subprocess, "run", fail)
   assert workdir_lib.environment()["commit"] is None
+
+
+def test_facts_tell_hosts_apart():
+  config = tiny_config()
+  facts = workdir_lib.facts(config)
+  assert facts["config optimizer.learning_rate"] == "0.001"
+  assert facts["config data.image_size"] == "[48, 48]"
+  assert {"version python", "version jax", "code commit"} <= {*facts}
+  config.optimizer.learning_rate = 0.5
+  changed = workdir_lib.facts(config)
+  assert {k for k in facts if facts[k] != changed[k]} == {
+    "config optimizer.learning_rate"
+  }
+
+
+def test_facts_tell_changed_code_apart(monkeypatch):
+  before = workdir_lib.facts(tiny_config())
+  read = pathlib.Path.read_bytes
+  monkeypatch.setattr(
+    pathlib.Path,
+    "read_bytes",
+    lambda path: read(path) + (b"#" if path.name == "loss.py" else b""),
+  )
+  after = workdir_lib.facts(tiny_config())
+  assert {k for k in before if before[k] != after[k]} == {"code files"}
+
+
+def test_hosts_share_the_folder(run, tmp_path):
+  workdir_lib.check_shared(run, "host 1 (b)", patience=0)
+  with pytest.raises(
+    UserError,
+    match=r"/other on host 1 \(b\) is not the folder of host 0: there is no"
+    r" config.json; use a --workdir that all hosts share",
+  ):
+    workdir_lib.check_shared(tmp_path / "other", "host 1 (b)", patience=0)

@@ -1,0 +1,89 @@
+"""Where a host prints, and how a run on several of them ends."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from narvl_jax.errors import UserError
+from narvl_jax.training import hosts
+
+# Everything that prints, in the way of each.
+_SPEAK = """
+import os, pathlib, sys, warnings
+from absl import logging
+from narvl_jax.training import hosts
+logging.use_absl_handler()
+folder = sys.argv[2] and pathlib.Path(sys.argv[2])
+with hosts._output(int(sys.argv[1]), folder or None) as (terminal, log):
+  print("python out")
+  print("python err", file=sys.stderr)
+  logging.warning("logged")
+  os.write(1, b"below out\\n")
+  os.write(2, b"below err\\n")
+  print("loud", file=terminal)
+print("after out")
+os.write(2, b"after err\\n")
+logging.warning("after log")
+"""
+_ALL = ("python out", "python err", "logged", "below out", "loud")
+
+
+def _speak(host: int, folder: pathlib.Path | str) -> tuple[str, str]:
+  command = [sys.executable, "-c", _SPEAK, str(host), str(folder)]
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  return done.stdout, done.stderr
+
+
+def test_the_first_host_prints_and_keeps_a_log(tmp_path):
+  out, err = _speak(0, tmp_path)
+  assert out == "python out\nafter out\n"
+  words = ("python err", "logged", "below err", "loud", "after err")
+  assert [word in err for word in words] == [True] * 5
+  assert err.count("loud") == 1
+  assert "after log" in err
+  log = (tmp_path / "host_000.log").read_text()
+  assert [word in log for word in _ALL] == [True] * 5
+  assert "after" not in log
+
+
+def test_other_hosts_print_into_their_logs(tmp_path):
+  out, err = _speak(12, tmp_path)
+  assert out == "after out\n"
+  assert err.startswith("loud\nafter err\n")
+  assert "after log" in err
+  log = (tmp_path / "host_012.log").read_text()
+  assert [word in log for word in (*_ALL, "below err")] == [True] * 6
+  # A later start goes on in the same file.
+  _speak(12, tmp_path)
+  assert (tmp_path / "host_012.log").read_text().startswith(log)
+
+
+def test_without_logs_other_hosts_are_silent_but_for_errors():
+  out, err = _speak(1, "")
+  assert out == "after out\n"
+  assert "python err" in err
+  assert "below out" not in err
+
+
+def test_a_log_that_cannot_be_written(tmp_path):
+  (tmp_path / "logs").write_text("")
+  with (
+    pytest.raises(UserError, match=r"the log of host 3 .*another --workdir"),
+    hosts._output(3, tmp_path / "logs"),
+  ):
+    pass
+
+
+def test_a_single_process_is_left_alone(tmp_path):
+  streams = sys.stdout, sys.stderr
+  kept = os.fstat(1)
+  with hosts.together(
+    None, tmp_path, lambda: {}, lambda _: (1, ""), print
+  ) as notices:
+    assert notices is None
+    assert (sys.stdout, sys.stderr) == streams
+    assert os.fstat(1) == kept
+  assert not list(tmp_path.iterdir())
