@@ -121,6 +121,7 @@ def make_predict_step(
   pad_id: int,
   forbidden: np.ndarray | None = None,
   axes: MeshAxes = _WHOLE,
+  rules: tuple[Any, ...] = (),
 ) -> PredictStep:
   """Returns the jitted predict step of a model.
 
@@ -137,6 +138,8 @@ def make_predict_step(
       as the official checkpoints expect.
     axes: mesh axes that split batch and classes; they count if the step is
       called under `jax.set_mesh`.
+    rules: for `flax.linen.logical_axis_rules`, which say how the activations
+      are split; they count likewise.
 
   Returns:
     `step(variables, image, text, image_mask, merge_repeats)` with image
@@ -144,7 +147,7 @@ def make_predict_step(
     merge_repeats [B] bool; it returns what `greedy_decode` returns.
   """
   packed = None if forbidden is None else np.asarray(forbidden, bool).tobytes()
-  return _predict_step(model, blank_id, pad_id, packed, axes)
+  return _predict_step(model, blank_id, pad_id, packed, axes, rules)
 
 
 @functools.lru_cache(maxsize=16)
@@ -154,6 +157,7 @@ def _predict_step(
   pad_id: int,
   packed: bytes | None,
   axes: MeshAxes,
+  rules: tuple[Any, ...],
 ) -> PredictStep:
   """Builds the step; the key is hashable, hence the packed mask."""
   forbidden = None if packed is None else np.frombuffer(packed, bool)
@@ -166,9 +170,10 @@ def _predict_step(
     image_mask: jax.Array,
     merge_repeats: jax.Array,
   ) -> dict[str, jax.Array]:
-    outputs: Any = model.apply(
-      variables, image, text, image_mask=image_mask, train=False
-    )
+    with nn.logical_axis_rules(rules):
+      outputs: Any = model.apply(
+        variables, image, text, image_mask=image_mask, train=False
+      )
     # Of these logits only the shape is used: cutting the padding off the table
     # would move its rows between devices.
     logits, aux = outputs

@@ -15,6 +15,7 @@ from narvl_jax.decoding import make_predict_step
 from narvl_jax.parallel import (
   BATCH_AXES,
   VOCAB_AXIS,
+  activation_rules,
   batch_sharding,
   data_parallel_size,
   local_rows,
@@ -68,6 +69,7 @@ class Predictor:
       pad_id=vocabulary.pad_id,
       forbidden=vocabulary.forbidden if mask_specials else None,
       axes=MeshAxes(BATCH_AXES, VOCAB_AXIS),
+      rules=activation_rules(self._config.mesh.rules),
     )
     self._shared = self._mesh is not None and jax.process_count() > 1
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 from narvl_jax import experiment as experiment_lib
@@ -159,6 +158,7 @@ def _compile_predict_step(setup: Setup) -> jax.stages.Compiled:
     pad_id=vocabulary.pad_id,
     forbidden=vocabulary.forbidden if masked else None,
     axes=MeshAxes(batch=BATCH_AXES, vocab=VOCAB_AXIS),
+    rules=activation_rules(config.mesh.rules),
   )
   state, shardings = setup.abstract_state, setup.shardings
 
@@ -179,8 +179,7 @@ def _compile_predict_step(setup: Setup) -> jax.stages.Compiled:
     if name in ("image", "text", "image_mask")
   }
   batch["merge_repeats"] = batch["image_mask"]
-  rules = nn.logical_axis_rules(activation_rules(config.mesh.rules))
-  with jax.set_mesh(mesh), rules:
+  with jax.set_mesh(mesh):
     return step.lower(variables, **batch).compile()
 
 

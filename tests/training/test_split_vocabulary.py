@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 
 from narvl_jax.decoding import make_predict_step
-from narvl_jax.parallel import BATCH_AXES, VOCAB_AXIS, shard_batch
+from narvl_jax.parallel import (
+  BATCH_AXES,
+  VOCAB_AXIS,
+  activation_rules,
+  shard_batch,
+)
 from narvl_jax.parallel.program import read_program
 from narvl_jax.query_ctc import MeshAxes
 from tests.parallel import runs
@@ -62,6 +67,7 @@ def predict_step(run):
     blank_id=runs.VOCAB - 1,
     pad_id=1,
     axes=MeshAxes(BATCH_AXES, VOCAB_AXIS),
+    rules=activation_rules(run.experiment.config.mesh.rules),
   )
 
 
