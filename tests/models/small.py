@@ -99,10 +99,13 @@ def loss(config: ModelConfig, values: Any) -> jax.Array:
 
 
 @functools.cache
+def compiled_gradient(config: ModelConfig = CONFIG) -> Any:
+  """The compiled program of value and gradient of `loss`."""
+  function = jax.jit(jax.value_and_grad(functools.partial(loss, config)))
+  return function.lower(shapes(config)).compile(FAST_COMPILE)
+
+
+@functools.cache
 def gradient(config: ModelConfig = CONFIG) -> Any:
   """Value and gradient of `loss` at `variables`."""
-  function = jax.jit(
-    jax.value_and_grad(functools.partial(loss, config)),
-    compiler_options=FAST_COMPILE,
-  )
-  return jax.device_get(function(variables(config)))
+  return jax.device_get(compiled_gradient(config)(variables(config)))

@@ -1,6 +1,7 @@
 """Options that change the program or the training, not the promise."""
 
 import dataclasses
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from narvl_jax.models.resnet import ResNet
 from narvl_jax.models.sizes import IMAGE_ENCODERS
 from narvl_jax.models.transformer import (
   Branch,
+  EncoderLayer,
   drop_path_rates,
   scan_layers,
 )
@@ -53,6 +55,71 @@ def test_remat_recomputes_what_its_name_says() -> None:
   )
   # "dots" keeps the products with weights, not those of two activations.
   assert none < dots < full
+
+
+def count(config: ModelConfig, *opcodes: str) -> list[int]:
+  """Occurrences of instructions in the compiled program of the gradient."""
+  text = small.compiled_gradient(config).as_text()
+  return [len(re.findall(rf" {opcode}\(", text)) for opcode in opcodes]
+
+
+def test_compiled_programs_differ() -> None:
+  loops, products = count(CONFIG, "while", "dot")
+  assert loops > 0
+  # Two layers each: nothing is left to loop over.
+  assert count(change(scan_unroll=2), "while") == [0]
+  recomputed_loops, recomputed = count(change(remat="full"), "while", "dot")
+  assert recomputed_loops == loops
+  assert recomputed > products
+
+
+def test_unrolled_layers_give_the_same_gradient() -> None:
+  value, gradient = small.gradient()
+  again, unrolled = small.gradient(change(scan_unroll=2))
+  assert again == pytest.approx(value, rel=1e-6)
+  for a, b in zip(*map(jax.tree.leaves, (gradient, unrolled)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max() + 1e-7)
+
+
+def test_scan_equals_a_loop_over_layers() -> None:
+  heads, rng = CONFIG.num_heads, np.random.default_rng(0)
+  depth, (h, w), text = 3, (2, 2), 3
+  tokens = h * w + text
+
+  def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+  per_layer = {
+    "token_table": normal(depth, 31, heads),
+    "image_table": normal(depth, 15**2 + 3, heads),
+    "drop_path": drop_path_rates(0.0, depth),
+  }
+  shared = {
+    "position_bias": normal(1, heads, tokens, tokens),
+    "key_mask": jnp.ones((2, tokens), bool),
+  }
+  x = normal(2, tokens, CONFIG.width)
+  stack = scan_layers(
+    EncoderLayer, CONFIG, depth=depth, train=False, name="layers", grid=(h, w)
+  )
+  shapes = jax.eval_shape(stack.init, jax.random.key(0), x, per_layer, shared)
+  params = jax.tree.map(
+    lambda leaf: 0.2 * normal(*leaf.shape), nn.meta.unbox(shapes)
+  )["params"]
+  scanned: Any = stack.apply({"params": params}, x, per_layer, shared)
+  for i in range(depth):
+
+    def layer_of(tree: Any, i: int = i) -> Any:
+      return jax.tree.map(lambda leaf: leaf[i], tree)
+
+    layer = EncoderLayer(CONFIG, False, (h, w))
+    outputs: Any = layer.apply(
+      {"params": layer_of(params)}, x, layer_of(per_layer), shared
+    )
+    x = outputs[0]
+  np.testing.assert_allclose(
+    scanned[0], x, rtol=0, atol=1e-6 * float(jnp.abs(x).max())
+  )
 
 
 def test_unrolling_changes_the_program_only() -> None:
