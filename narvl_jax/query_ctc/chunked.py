@@ -30,7 +30,7 @@ class ChunkedLogits:
   Attributes:
     states: [B, N, D], the dtype of the matrix products.
     table: [V, D].
-    chunk_size: classes at a time; the last chunk may be smaller.
+    chunk_size: at most so many classes at a time.
   """
 
   states: jax.Array

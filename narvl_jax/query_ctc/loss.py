@@ -59,8 +59,8 @@ def query_ctc_loss(
     Loss per example, float32 [B].
 
   Raises:
-    UserError: `blank_id`, `vocab_size` or `label_smoothing` out of range, or
-      classes that do not divide by their axis.
+    UserError: `blank_id`, `vocab_size`, `label_smoothing` or chunk size out of
+      range, or classes that do not divide by their axis.
 
   Source: Graves et al. 2006, section 4; NARVL (arXiv 2403.02249).
   """
@@ -205,6 +205,11 @@ def _check(
     raise UserError(
       "query_ctc_loss needs logits [B, N, V] and labels [B, L], got"
       f" {shape} and {labels.shape}"
+    )
+  if isinstance(logits, ChunkedLogits) and logits.chunk_size < 1:
+    raise UserError(
+      f"chunk size {logits.chunk_size} is below 1; set"
+      " --config.loss.chunk_size, for example to 4096"
     )
   classes = shape[-1]
   size = classes if vocab_size is None else vocab_size

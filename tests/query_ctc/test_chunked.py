@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from narvl_jax.errors import UserError
 from narvl_jax.models import project
 from narvl_jax.parallel.program import read_program
 from narvl_jax.query_ctc import (
@@ -78,7 +79,7 @@ def assert_same(found, expected, tolerance):
     assert np.linalg.norm(x - y) < tolerance * np.linalg.norm(y)
 
 
-@pytest.mark.parametrize("chunk", [1, 25, 90, 4096])
+@pytest.mark.parametrize("chunk", [1, 16, 90, 4096])
 def test_any_chunk_size_gives_the_same(chunk):
   """Chunks that divide the table, overlap, and hold it all."""
   found = run(*problem(), chunk)
@@ -185,6 +186,14 @@ def test_labels_array_without_columns():
   states, table, _, _ = problem()
   args = states, table, np.zeros((B, 0), np.int32), np.zeros(B, np.int32)
   assert_same(run(*args, 16), run(*args, 0), 2e-6)
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_chunk_size_must_be_positive(chunk):
+  states, table, labels, lengths = map(jnp.asarray, problem())
+  logits = ChunkedLogits(states, table, chunk)
+  with pytest.raises(UserError, match=rf"chunk size {chunk} .*loss.chunk_size"):
+    query_ctc_loss(logits, labels, lengths, blank_id=BLANK)
 
 
 def test_vmap_gives_the_same():
