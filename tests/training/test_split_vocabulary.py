@@ -32,7 +32,7 @@ def setup(shape, chunk):
 def check(text):
   """Returns the shapes that cross `tensor`; nothing is whole anywhere."""
   program = read_program(text)
-  sizes = dict(zip(("data", "fsdp", "tensor"), SHAPE, strict=True))
+  sizes: dict[str, int] = dict(zip(AXES, SHAPE, strict=True))
   # But for the mask of the classes that are padding.
   shapes = {array.shape for array in program.arrays} - {(ROWS,)}
   dims = {n for shape in shapes for n in shape}
