@@ -12,7 +12,11 @@ from collections.abc import Sequence
 
 from tests.conftest import ROOT
 
-_FLAG = "--xla_force_host_platform_device_count"
+# What runs so shortly is compiled as fast as can be.
+_FLAGS = (
+  "--xla_backend_optimization_level=0"
+  " --xla_force_host_platform_device_count={devices}"
+)
 
 
 @dataclasses.dataclass
@@ -31,7 +35,7 @@ class Process:
   def errors(self) -> str:
     return self.err.read_text()
 
-  def wait(self, timeout: float = 500) -> int:
+  def wait(self, timeout: float = 800) -> int:
     """Returns the exit code; a process that hangs is killed."""
     try:
       return self.running.wait(timeout)
@@ -59,7 +63,7 @@ def start(
   """Starts `python ARGUMENTS` with fake CPU devices."""
   folder.mkdir(parents=True, exist_ok=True)
   files = folder / f"{name}.out", folder / f"{name}.err"
-  environment = os.environ | {"XLA_FLAGS": f"{_FLAG}={devices}"}
+  environment = os.environ | {"XLA_FLAGS": _FLAGS.format(devices=devices)}
   # It wins over the flag above.
   environment.pop("JAX_NUM_CPU_DEVICES", None)
   with files[0].open("w") as out, files[1].open("w") as err:

@@ -18,6 +18,7 @@ from narvl_jax.training import hosts
 from narvl_jax.training.announce import explain_failure
 from tests.parallel import runs
 
+# The last one has its tensor axis across two hosts.
 SHAPES = ((8, 1, 1), (1, 8, 1), (1, 1, 8))
 
 
@@ -74,6 +75,7 @@ def _run(mode: str, folder: pathlib.Path) -> None:
     _exchange(folder)
   elif mode == "losses":
     found = [losses(shape, 20) for shape in SHAPES]
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"losses{index}.json").write_text(json.dumps(found))
   elif mode == "fail" and index == 1:
     raise UserError("no such picture")
