@@ -29,6 +29,8 @@ KINDS = (
   "all-to-all",
   "collective-permute",
 )
+# They hand on what others made.
+_PASSING = ("parameter", "tuple", "get-tuple-element", "bitcast", "while")
 # Their operand does not run here, or was counted where it starts.
 _SKIPPED = ("async-done", "async-update")
 
@@ -100,8 +102,8 @@ class Program:
     flops: of matrix products and convolutions, 2 per multiply-add.
     cycles: the compiler's own estimate (TPU only, else 0), which knows
       nothing of the time that collectives take.
-    arrays: every array that an instruction outside of fusions returns, and
-      how often the text has it. What exists only within a fusion never is in
+    arrays: every array that an instruction outside of fusions makes -> where
+      the program asked for it. What exists only within a fusion never is in
       memory as a whole.
     num_partitions: number of devices.
   """
@@ -109,7 +111,7 @@ class Program:
   collectives: tuple[Collective, ...]
   flops: float
   cycles: float
-  arrays: Mapping[Array, int]
+  arrays: Mapping[Array, frozenset[str]]
   num_partitions: int
 
   def by_kind(self) -> dict[str, tuple[int, int]]:
@@ -185,13 +187,17 @@ class _Counter:
     self._outside: set[str] = set()
     self.total = functools.cache(self._total)
 
-  def arrays(self) -> dict[Array, int]:
-    """Returns what instructions outside of fusions return."""
-    found: collections.Counter[Array] = collections.Counter()
+  def arrays(self) -> dict[Array, frozenset[str]]:
+    """Returns what instructions outside of fusions make."""
+    found: collections.defaultdict[Array, set[str]]
+    found = collections.defaultdict(set)
     for name in self._outside:
       for instruction in self._module.computations[name]:
-        found.update(instruction.arrays)
-    return dict(found)
+        if instruction.opcode in _PASSING:
+          continue
+        for array in instruction.arrays:
+          found[array].add(_op_name(instruction))
+    return {array: frozenset(names) for array, names in found.items()}
 
   def _total(self, name: str, fused: bool) -> _Total:
     total = _Total(collections.Counter())
@@ -270,14 +276,18 @@ def _collective(
   mesh = re.search(r"replica_groups=(mesh\[.*?\{.*?\})", i.attributes)
   groups = mesh.group(1) if mesh else i.attribute("replica_groups")
   groups = groups or i.attribute("source_target_pairs")
-  op_name = re.search(r'op_name="([^"]*)"', i.attributes)
   return Collective(
     kind,
     result,
     1,
     parse_groups(groups or "", module.num_partitions),
-    op_name.group(1) if op_name else "",
+    _op_name(i),
   )
+
+
+def _op_name(i: Instruction) -> str:
+  found = re.search(r'op_name="([^"]*)"', i.attributes)
+  return found.group(1) if found else ""
 
 
 def _cycles(i: Instruction) -> float:

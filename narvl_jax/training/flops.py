@@ -1,7 +1,8 @@
 """Floating-point operations of a step, and what devices can do at most.
 
 Operations are those of matrix products and convolutions, two per multiply-add.
-Everything else a device does between them, or it is too little to count.
+Everything else a device does between them, or it is too little to count. The
+products that look position biases up stand for a gather and do not count.
 """
 
 from typing import Any
