@@ -6,6 +6,7 @@ import pytest
 
 from narvl_jax.decoding import make_predict_step
 from narvl_jax.parallel import (
+  AXES,
   BATCH_AXES,
   VOCAB_AXIS,
   activation_rules,
