@@ -101,7 +101,8 @@ class PositionBias(nn.Module):
     (q,) = Projection(self.config, 1, name="query")(queries)
     (k,) = Projection(self.config, 1, name="key")(keys)
     bias = jnp.einsum("qhd,khd->hqk", q * attention_scale(self.config), k)
-    return per_device(constrain(bias, "act_heads", None, None))
+    bias = constrain(bias, "act_heads", None, None)
+    return per_device(bias, "act_heads", None, None)
 
 
 def _add_bias(logits: jax.Array, bias: jax.Array) -> jax.Array:

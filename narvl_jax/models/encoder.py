@@ -173,7 +173,8 @@ class Encoder(nn.Module):
     bias = self.param("image_proj_bias", zeros_init("norm"), (cfg.width,))
     types = self.param(
       "type_embedding", normal_init(None, "embed"), (2, cfg.width)
-    ).astype(cfg.dtype)
+    )
+    types = gathered(types, cfg.dtype, None, "embed")
     x = features @ gathered(kernel, cfg.dtype, "conv_out", "embed")
     x += bias.astype(cfg.dtype)
     if cfg.entangle_positions:
@@ -210,7 +211,9 @@ class Encoder(nn.Module):
       (positions.num_image_positions(cfg.image_bucket_size), cfg.width),
     )
     ids = positions.image_position_ids(h, w, cfg.image_bucket_size)
-    return image[ids].astype(cfg.dtype), text[:length].astype(cfg.dtype)
+    image = gathered(image, cfg.dtype, None, "embed")
+    text = gathered(text, cfg.dtype, None, "embed")
+    return image[ids], text[:length]
 
   def _per_layer(self) -> dict[str, jax.Array]:
     """Relative tables and stochastic depth of every layer."""

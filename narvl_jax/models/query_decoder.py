@@ -17,7 +17,7 @@ from narvl_jax.models.transformer import (
   drop_path_rates,
   scan_layers,
 )
-from narvl_jax.parallel.constraints import constrain
+from narvl_jax.parallel.constraints import constrain, gathered
 
 
 class QueryDecoder(nn.Module):
@@ -38,7 +38,8 @@ class QueryDecoder(nn.Module):
     queries = self.param(
       "query_embed", normal_init(None, "embed"), (n, cfg.width)
     )
-    x = layer_norm(cfg, "layernorm_embedding")(queries.astype(cfg.dtype))
+    x = gathered(queries, cfg.dtype, None, "embed")
+    x = layer_norm(cfg, "layernorm_embedding")(x)
     x = jnp.broadcast_to(x, (batch, n, cfg.width))
     x = constrain(x, "batch", None, "act_embed")
     x = nn.Dropout(cfg.dropout, deterministic=not train)(x)
@@ -47,7 +48,8 @@ class QueryDecoder(nn.Module):
       normal_init(None, "embed"),
       (cfg.max_text_positions, cfg.width),
     )
-    pos = layer_norm(cfg, "pos_ln")(table[:n].astype(cfg.dtype))
+    table = gathered(table, cfg.dtype, None, "embed")
+    pos = layer_norm(cfg, "pos_ln")(table[:n])
     shared = {
       "self_bias": PositionBias(cfg, name="self_position_bias")(pos, pos),
       "cross_bias": PositionBias(cfg, name="cross_position_bias")(

@@ -102,11 +102,13 @@ class EncoderLayer(nn.Module):
     bias = shared["position_bias"]
     height, width = self.grid
     split = height * width
-    image = per_device(per_layer["image_table"].astype(bias.dtype))
+    image, text = (
+      per_device(per_layer[name].astype(bias.dtype), None, "heads")
+      for name in ("image_table", "token_table")
+    )
     bias = bias.at[:, :, :split, :split].add(
       image_bias(image, height, width, cfg.image_bucket_size)
     )
-    text = per_device(per_layer["token_table"].astype(bias.dtype))
     bias = bias.at[:, :, split:, split:].add(
       token_bias(text, bias.shape[-1] - split, cfg.token_bucket_size)
     )
@@ -141,7 +143,8 @@ class DecoderLayer(nn.Module):
     cfg, rate = self.config, per_layer["drop_path"]
     branch = Branch(cfg, cfg.decoder_drop_path, self.train)
     bias = shared["self_bias"]
-    table = per_device(per_layer["token_table"].astype(bias.dtype))
+    table = per_layer["token_table"].astype(bias.dtype)
+    table = per_device(table, None, "heads")
     bias += token_bias(table, x.shape[1], cfg.token_bucket_size)
     h = layer_norm(cfg, "self_attn_layer_norm")(x)
     h = Attention(cfg, name="self_attn")(h, None, bias, shared["self_mask"])

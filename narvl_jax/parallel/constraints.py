@@ -54,7 +54,7 @@ def gathered(weight: jax.Array, dtype: Any, *names: str | None) -> jax.Array:
   )
 
 
-def per_device(x: jax.Array) -> jax.Array:
+def per_device(x: jax.Array, *names: str | None) -> jax.Array:
   """Repeats an array once for every part of the batch.
 
   The gradient of what all examples share is summed over the devices as soon
@@ -64,6 +64,7 @@ def per_device(x: jax.Array) -> jax.Array:
 
   Args:
     x: [...].
+    *names: logical axis of every dimension, None for one that is whole.
 
   Returns:
     [G, ...]; G is 1 outside of a mesh.
@@ -72,7 +73,7 @@ def per_device(x: jax.Array) -> jax.Array:
   inside = not mesh.empty and bool(nn.get_logical_axis_rules())
   copies = math.prod(mesh.shape[a] for a in BATCH_AXES) if inside else 1
   x = jnp.broadcast_to(x, (copies, *x.shape))
-  return constrain(x, "batch", *(None,) * (x.ndim - 1))
+  return constrain(x, "batch", *names)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -1,0 +1,75 @@
+"""What crosses the devices in a train step, by axis of the mesh."""
+
+import functools
+
+import jax
+
+from narvl_jax.parallel.program import Collective, read_program
+from narvl_jax.training.optimizer import flatten
+from tests.parallel import runs
+
+SHAPE = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@functools.cache
+def collectives() -> tuple[Collective, ...]:
+  run = runs.setup((2, 2, 2))
+  with jax.set_mesh(run.mesh):
+    step = run.step.lower(run.abstract_state, run.batch)
+    text = step.compile(runs.FAST_COMPILE).as_text()
+  return read_program(text).collectives
+
+
+def test_nothing_is_moved_but_weights_and_sums():
+  assert {c.kind for c in collectives()} == {"all-gather", "all-reduce"}
+
+
+def test_weights_are_gathered_over_fsdp_and_nothing_else_is():
+  run = runs.setup((2, 2, 2))
+  weights = set()
+  for path, leaf in flatten(run.abstract_state.params).items():
+    # A device has half of the heads, of the feed-forward block, ...
+    shape = flatten(run.shardings.params)[path].shard_shape(leaf.shape)
+    whole = tuple(
+      full if axes == "fsdp" else part
+      for full, part, axes in zip(
+        leaf.shape,
+        shape,
+        flatten(run.shardings.params)[path].spec,
+        strict=True,
+      )
+    )
+    # One layer of a stack at a time.
+    weights |= {whole, (1, *whole[1:])}
+  # XLA may transpose what it gathers.
+  known = {tuple(sorted(shape)) for shape in weights}
+  gathered = [c for c in collectives() if c.kind == "all-gather"]
+  assert len(gathered) > 20
+  for collective in gathered:
+    assert collective.axes(SHAPE) == ("fsdp",), collective
+    for array in collective.arrays:
+      assert tuple(sorted(array.shape)) in known, collective
+
+
+def test_only_sums_cross_tensor():
+  crossing = [c for c in collectives() if "tensor" in c.axes(SHAPE)]
+  assert len(crossing) > 5
+  assert {c.kind for c in crossing} == {"all-reduce"}
+  # Biases of attention are made on the device that needs them.
+  squares = {runs.QUERIES, runs.TEXT + (runs.SIDE // 8) ** 2}
+  for collective in crossing:
+    for array in collective.arrays:
+      square = len(array.shape) > 2 and {*array.shape[-2:]} <= squares
+      assert not square, collective
+
+
+def test_gradients_of_biases_are_summed_at_their_tables():
+  tokens = runs.TEXT + (runs.SIDE // 8) ** 2
+  # Only the position bias is made of two weights and not of a table.
+  squares = [
+    c
+    for c in collectives()
+    for array in c.arrays
+    if array.shape[-2:] == (tokens, tokens)
+  ]
+  assert sum(c.count for c in squares) <= 1, squares
