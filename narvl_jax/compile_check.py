@@ -1,7 +1,7 @@
 """Compiles a config for a TPU topology, on a machine without a TPU.
 
 python -m narvl_jax.compile_check --config=configs/pod.py:base \
-  --topology=v5e:16x16 [--num_slices=2] [--json=FILE]
+  --topology=v5e:16x16 [--num_slices=2] [--json=FILE] [--hlo=FILE]
 
 Tells whether the train step fits into the memory of a chip, what it computes
 and communicates, and how fast it could be at best. Nothing runs: seconds are
@@ -164,6 +164,7 @@ def define_flags() -> None:
   flags.DEFINE_string("topology", None, "CHIP:SHAPE, such as v5e:16x16.")
   flags.DEFINE_integer("num_slices", 1, "Slices of this topology.")
   flags.DEFINE_string("json", None, "File to write the figures to.")
+  flags.DEFINE_string("hlo", None, "File to write the compiled program to.")
   flags.DEFINE_bool("predict", True, "Also compile the predict step.")
   flags.mark_flags_as_required(["config", "topology"])
   flags.declare_key_flag("config")  # Shown by --help.
@@ -172,30 +173,47 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   """Entry point."""
   del argv
-  settings = flags.FLAGS
   name = config_flags.get_config_filename(flags.FLAGS["config"])
-  path = pathlib.Path(settings.json) if settings.json else None
-  if path is not None and not path.parent.is_dir():
-    raise UserError(f"no folder {path.parent} to write to (--json={path})")
+  run(flags.FLAGS, flags.FLAGS.config, name)
+
+
+def run(settings: Any, config: Any, name: str) -> None:
+  """Checks and prints; exits with code 3 if something does not fit.
+
+  Args:
+    settings: values of the flags but `config`.
+    config: of the experiment.
+    name: of the config, as it was typed.
+
+  Raises:
+    UserError: a flag or the config is wrong.
+  """
+  for flag in ("json", "hlo"):
+    path = getattr(settings, flag)
+    if path and not pathlib.Path(path).parent.is_dir():
+      folder = pathlib.Path(path).parent
+      raise UserError(f"no folder {folder} to write to (--{flag}={path})")
   topology = get_topology(settings.topology, settings.num_slices)
   slices = "" if topology.num_slices == 1 else f" x {topology.num_slices}"
   print(f"train step of {name} for {topology.name}{slices}", flush=True)
-  check = check_train_step(settings.config, topology)
+  check = check_train_step(config, topology)
   print(report(check))
   print(f"compiled in {check.seconds:.1f} s", flush=True)
-  if path is not None:
-    path.write_text(json.dumps(summary(check, name), indent=2) + "\n")
-    print(f"wrote {path}", flush=True)
-  fits = check.memory.fits
-  if fits and settings.predict:
-    predict = check_predict_step(check)
-    fits = predict.memory.fits
-    print(f"predict step, batch {predict_batch_size(predict.setup)}")
-    print("\n".join(_memory_lines(predict)))
-    seconds = 1e3 * (predict.compute_seconds or 0.0)
-    print(f"compute        {seconds:.1f} ms, the compiler's estimate")
-  if not fits:
-    sys.stdout.flush()
+  figures = json.dumps(summary(check, name), indent=2) + "\n"
+  for path, text in ((settings.json, figures), (settings.hlo, check.text)):
+    if path and text:
+      pathlib.Path(path).write_text(text)
+      print(f"wrote {path}", flush=True)
+  if not check.memory.fits:
+    sys.exit(DOES_NOT_FIT_CODE)
+  if not settings.predict:
+    return
+  predict = check_predict_step(check)
+  print(f"predict step, batch {predict_batch_size(predict.setup)}")
+  print("\n".join(_memory_lines(predict)))
+  seconds = 1e3 * (predict.compute_seconds or 0.0)
+  print(f"compute        {seconds:.1f} ms, the compiler's estimate", flush=True)
+  if not predict.memory.fits:
     sys.exit(DOES_NOT_FIT_CODE)
 
 

@@ -65,6 +65,7 @@ class Check:
     memory: of a chip.
     program: what the step does; None if it does not fit.
     seconds: of the compilation.
+    text: of the program.
   """
 
   setup: Setup
@@ -72,6 +73,7 @@ class Check:
   memory: Memory
   program: Program | None
   seconds: float
+  text: str = ""
 
   @property
   def formula_flops(self) -> float:
@@ -204,8 +206,8 @@ def _check(
   memory = Memory(
     arguments, temporaries, arguments + temporaries + extra, limit
   )
-  program = read_program(compiled.as_text())
-  return Check(setup, topology, memory, program, seconds)
+  text = compiled.as_text()
+  return Check(setup, topology, memory, read_program(text), seconds, text)
 
 
 def needed_bytes(message: str) -> tuple[int, int] | None:
