@@ -76,11 +76,9 @@ class Projection(nn.Module):
       (x.shape[-1], *shape),
     )
     bias = self.param("bias", zeros_init(None, "heads", "head_width"), shape)
-    y = jnp.einsum(
-      "...e,enhd->...nhd",
-      x.astype(cfg.dtype),
-      gathered(kernel, cfg.dtype, "embed", None, "heads", "head_width"),
-    )
+    names = ("embed", None, "heads", "head_width")
+    kernel = gathered(kernel, cfg.dtype, *names, scatter=x.ndim > 2)
+    y = jnp.einsum("...e,enhd->...nhd", x.astype(cfg.dtype), kernel)
     y += bias.astype(cfg.dtype)
     return tuple(y[..., i, :, :] for i in range(self.num))
 

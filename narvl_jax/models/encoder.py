@@ -117,7 +117,7 @@ class Encoder(nn.Module):
     features = constrain(features, "batch", None, None, None)
     b, h, w, c = features.shape
     image_pos, text_pos = self._positions(h, w, text.shape[1])
-    embedding = gathered(embedding, cfg.dtype, "vocab", "embed")
+    embedding = gathered(embedding, cfg.dtype, "vocab", "embed", scatter=False)
     x = self._embed(
       features.reshape(b, h * w, c),
       constrain(embedding[text], "batch", None, "act_embed"),
@@ -174,7 +174,7 @@ class Encoder(nn.Module):
     types = self.param(
       "type_embedding", normal_init(None, "embed"), (2, cfg.width)
     )
-    types = gathered(types, cfg.dtype, None, "embed")
+    types = gathered(types, cfg.dtype, None, "embed", scatter=False)
     x = features @ gathered(kernel, cfg.dtype, "conv_out", "embed")
     x += bias.astype(cfg.dtype)
     if cfg.entangle_positions:
@@ -211,8 +211,8 @@ class Encoder(nn.Module):
       (positions.num_image_positions(cfg.image_bucket_size), cfg.width),
     )
     ids = positions.image_position_ids(h, w, cfg.image_bucket_size)
-    image = gathered(image, cfg.dtype, None, "embed")
-    text = gathered(text, cfg.dtype, None, "embed")
+    image = gathered(image, cfg.dtype, None, "embed", scatter=False)
+    text = gathered(text, cfg.dtype, None, "embed", scatter=False)
     return image[ids], text[:length]
 
   def _per_layer(self) -> dict[str, jax.Array]:

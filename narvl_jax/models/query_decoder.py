@@ -38,7 +38,7 @@ class QueryDecoder(nn.Module):
     queries = self.param(
       "query_embed", normal_init(None, "embed"), (n, cfg.width)
     )
-    x = gathered(queries, cfg.dtype, None, "embed")
+    x = gathered(queries, cfg.dtype, None, "embed", scatter=False)
     x = layer_norm(cfg, "layernorm_embedding")(x)
     x = jnp.broadcast_to(x, (batch, n, cfg.width))
     x = constrain(x, "batch", None, "act_embed")
@@ -48,7 +48,7 @@ class QueryDecoder(nn.Module):
       normal_init(None, "embed"),
       (cfg.max_text_positions, cfg.width),
     )
-    table = gathered(table, cfg.dtype, None, "embed")
+    table = gathered(table, cfg.dtype, None, "embed", scatter=False)
     pos = layer_norm(cfg, "pos_ln")(table[:n])
     shared = {
       "self_bias": PositionBias(cfg, name="self_position_bias")(pos, pos),

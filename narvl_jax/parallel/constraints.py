@@ -33,7 +33,9 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, partition_spec(spec))
 
 
-def gathered(weight: jax.Array, dtype: Any, *names: str | None) -> jax.Array:
+def gathered(
+  weight: jax.Array, dtype: Any, *names: str | None, scatter: bool = True
+) -> jax.Array:
   """Casts a weight to the compute type and gathers it where it is used.
 
   What travels is of that type: the weight on its way here, and its gradient,
@@ -44,13 +46,20 @@ def gathered(weight: jax.Array, dtype: Any, *names: str | None) -> jax.Array:
     dtype: of the result.
     *names: logical axes by which it is stored, one for every dimension. The
       result stays split over `tensor` only.
+    scatter: whether the gradient is summed and scattered at once. False where
+      that would split what is not a product with the batch: lookups, and
+      what is computed of positions alone.
   """
   spec = _resolve(names, weight.shape)
   if spec is None:
     return weight.astype(dtype)
   used = [tuple(a for a in axes if a not in BATCH_AXES) for axes in spec]
   return _gather(
-    weight, jnp.dtype(dtype), partition_spec(spec), partition_spec(used)
+    weight,
+    jnp.dtype(dtype),
+    partition_spec(spec),
+    partition_spec(used),
+    scatter,
   )
 
 
@@ -76,31 +85,35 @@ def per_device(x: jax.Array, *names: str | None) -> jax.Array:
   return constrain(x, "batch", *names)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _gather(
-  weight: jax.Array, dtype: Any, stored: PartitionSpec, used: PartitionSpec
+  weight: jax.Array,
+  dtype: Any,
+  stored: PartitionSpec,
+  used: PartitionSpec,
+  scatter: bool,
 ) -> jax.Array:
-  del stored
+  del stored, scatter
   return jax.lax.with_sharding_constraint(weight.astype(dtype), used)
 
 
 def _gather_forward(
-  weight: jax.Array, dtype: Any, stored: PartitionSpec, used: PartitionSpec
+  weight: jax.Array, *settings: Any
 ) -> tuple[jax.Array, None]:
-  return _gather(weight, dtype, stored, used), None
+  return _gather(weight, *settings), None
 
 
 def _gather_backward(
   dtype: Any,
   stored: PartitionSpec,
   used: PartitionSpec,
+  scatter: bool,
   _: None,
   gradient: jax.Array,
 ) -> tuple[jax.Array]:
   del dtype
-  # Summed first and split afterwards: the compiler makes one reduce-scatter of
-  # the two, whereas the split alone has it move the batch instead.
-  gradient = jax.lax.with_sharding_constraint(gradient, used)
+  if not scatter:
+    gradient = jax.lax.with_sharding_constraint(gradient, used)
   gradient = jax.lax.with_sharding_constraint(gradient, stored)
   return (gradient.astype(jnp.float32),)
 

@@ -207,8 +207,22 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
       donate_argnums=0,
       in_shardings=(shardings, batch_sharding(mesh)),
       out_shardings=(shardings, replicated(mesh)),
+      compiler_options=_step_options(mesh),
     ),
   )
+
+
+def _step_options(mesh: Mesh) -> dict[str, Any] | None:
+  """Returns compiler options of the update.
+
+  On TPUs the compiler else splits products with sharded weights into loops
+  that pass parts of a weight, or of the batch, from chip to chip. Their many
+  steps take long to compile, and gradients are no longer summed and scattered
+  in one go.
+  """
+  if mesh.devices.flat[0].platform == "tpu":
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+  return None
 
 
 def _init_options() -> dict[str, Any] | None:
