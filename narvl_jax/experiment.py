@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen import meta
 
-from narvl_jax.config import Config, validate
+from narvl_jax.config import Config
+from narvl_jax.config_checks import validate
 from narvl_jax.data.example import Record
 from narvl_jax.data.mixture import Entry, Mixture
 from narvl_jax.data.sources import load_source

@@ -25,7 +25,7 @@ from absl import flags
 
 from narvl_jax import cli
 from narvl_jax import experiment as experiment_lib
-from narvl_jax.config import validate
+from narvl_jax.config_checks import validate
 from narvl_jax.data.pipeline import BadRecords, train_batches
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import evaluate_tasks

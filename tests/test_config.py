@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 
-from narvl_jax import config as config_lib
+from narvl_jax import config_checks
 from narvl_jax.config import (
   Config,
   default_config,
+  evaluation_source,
   from_json,
   to_json,
-  validate,
+  train_source,
 )
+from narvl_jax.config_checks import validate
 from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
 from narvl_jax.models import ModelConfig, model_config
@@ -41,10 +43,10 @@ def test_defaults_lack_only_tasks_and_data():
   config = default_config(*TASKS)
   with pytest.raises(UserError, match=r"data.train is empty; name at least"):
     validate(config)
-  config.data.train.x = config_lib.train_source("shapes", "vqa")
+  config.data.train.x = train_source("shapes", "vqa")
   with pytest.raises(UserError, match=r"data.evaluation is empty"):
     validate(config)
-  config.data.evaluation.x = config_lib.evaluation_source("shapes", "vqa")
+  config.data.evaluation.x = evaluation_source("shapes", "vqa")
   validate(config)
 
 
@@ -65,9 +67,9 @@ def test_empty_model_settings_accept_their_type_only():
     config.model.num_heads = "many"
 
 
-@pytest.mark.parametrize("path", config_lib._RANGES)
+@pytest.mark.parametrize("path", config_checks._RANGES)
 def test_each_range(path):
-  low, high = config_lib._RANGES[path]
+  low, high = config_checks._RANGES[path]
   config = tiny_config()
   kind: Any = type(_get(config, path))
   for value in (low, high):
@@ -227,7 +229,7 @@ def test_reading_changes_no_defaults():
 
 
 def test_sources():
-  entry = config_lib.train_source("shapes", "vqa", weight=2.0, image_size=32)
+  entry = train_source("shapes", "vqa", weight=2.0, image_size=32)
   assert entry.to_dict() == {
     "source": "shapes",
     "task": "vqa",
@@ -235,7 +237,7 @@ def test_sources():
     "split": "train",
     "options": {"image_size": 32},
   }
-  entry = config_lib.evaluation_source("shapes", "vqa", image_size=32)
+  entry = evaluation_source("shapes", "vqa", image_size=32)
   assert entry.to_dict() == {
     "source": "shapes",
     "task": "vqa",

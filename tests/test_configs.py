@@ -6,7 +6,7 @@ import pytest
 
 from configs.common import choose_variant
 from narvl_jax import experiment as experiment_lib
-from narvl_jax.config import validate
+from narvl_jax.config_checks import validate
 from narvl_jax.data.tasks.base import required_queries
 from narvl_jax.errors import UserError
 from narvl_jax.models import ModelConfig, model_config

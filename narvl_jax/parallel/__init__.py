@@ -14,7 +14,8 @@ from narvl_jax.parallel.mesh import (
   make_mesh,
   mesh_from_config,
 )
-from narvl_jax.parallel.rules import DEFAULT_RULES, activation_rules, place
+from narvl_jax.parallel.placement import place
+from narvl_jax.parallel.rules import DEFAULT_RULES, activation_rules
 from narvl_jax.parallel.sharding import (
   batch_sharding,
   check_batch_size,

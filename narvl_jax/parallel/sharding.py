@@ -13,7 +13,8 @@ from narvl_jax.parallel.mesh import (
   data_parallel_size,
   format_shape,
 )
-from narvl_jax.parallel.rules import DEFAULT_RULES, Placement, place
+from narvl_jax.parallel.placement import Placement, place
+from narvl_jax.parallel.rules import DEFAULT_RULES
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -27,7 +27,7 @@ CONFIG = model_config(
   dropout=0.0,
 )
 # Compiling takes longer than the runs.
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
+FAST_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 Variables = dict[str, Any]
 

@@ -16,7 +16,7 @@ from tests.training.tiny import tiny_config
 ROWS, TEXT, LABELS, QUERIES, VOCAB = 16, 6, 4, 6, 120
 SIDE = 32
 # Compiling takes longer than the runs.
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
+FAST_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
 @functools.cache
