@@ -256,6 +256,9 @@ def advice(setup: Setup, memory: Memory) -> list[str]:
   fewer = min(int(0.9 * room * rows), rows - 1)
   if fewer >= 1:
     flags.append(f"--config.train.batch_size={fewer * parts * steps}")
-  if rows > 1 and rows % 2 == 0:
-    flags.append(f"--config.train.accumulation_steps={2 * steps}")
+  # The fewest micro-batches whose rows fit.
+  for factor in range(2, rows + 1):
+    if rows % factor == 0 and rows // factor <= max(fewer, 1):
+      flags.append(f"--config.train.accumulation_steps={factor * steps}")
+      break
   return flags
