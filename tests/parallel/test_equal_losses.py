@@ -49,12 +49,11 @@ def test_micro_batches_give_the_losses_of_the_whole(shape, steps, one_device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", MESHES)
-def test_residual_trunk_on_every_mesh(shape):
+def test_residual_trunk():
   settings = {
     "model__image_encoder": "resnet",
     "model__resnet_blocks": (1, 2, 1),
     "model__resnet_width": 8,
   }
   expected = runs.losses(runs.setup(**settings), STEPS)
-  _assert_equal(runs.losses(runs.setup(shape, **settings), STEPS), expected)
+  _assert_equal(runs.losses(runs.setup((2, 2, 2), **settings), STEPS), expected)
