@@ -15,11 +15,8 @@ learning rate, warm-up, linear decay, stochastic depth, label smoothing,
 AdamW's constants. The batch is that of a pod, 8 examples a chip on 256 chips,
 and the learning rate was not tuned for it.
 
-Nothing of this was trained; what it needs was found by compiling (2026-11-24,
-jax 0.10.2, libtpu 0.0.42.1). `base` on v5e:4x4 with
-`--config.train.batch_size=128`, 8 examples a chip: 7.92 of 15.75 GiB, 4.43
-TFLOP and 929 MB of collectives a chip and step; the compiler estimates 248 ms,
-an MFU of at most 9 %. Attention weights in memory are what costs most.
+Nothing of this was trained. What it needs was found by compiling and stands in
+README.md; attention weights that pass through memory are what costs most.
 """
 
 from typing import Any
