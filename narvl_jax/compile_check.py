@@ -99,9 +99,11 @@ def report(check: Check) -> str:
   for kind, (count, size) in program.by_kind().items():
     lines.append(f"  {kind:<19} {count:>6} x  {size / 1e6:>10.1f} MB")
   inside, across = check.network_bytes()
+  unseen = check.topology.num_slices > 1 and not across
   lines.append(
-    f"  a chip receives {inside / 1e6:.1f} MB in rings within its slice,"
-    f" {across / 1e6:.1f} MB from other slices"
+    f"  a chip receives {inside / 1e6:.1f} MB in rings within its slice, "
+    + ("an unknown amount" if unseen else f"{across / 1e6:.1f} MB")
+    + " from other slices"
   )
   least = check.communication_seconds
   lines.append(
@@ -109,7 +111,10 @@ def report(check: Check) -> str:
     f" {chip.clock / 1e9:g} GHz, the compiler's estimate, not a measurement"
   )
   if least is None:
-    lines.append("communication  no published bandwidth between slices")
+    why = "what slices exchange is not in the text of the program"
+    if not unseen:
+      why = "no published bandwidth between slices"
+    lines.append(f"communication  unknown: {why}")
   else:
     lines.append(
       f"communication  {1e3 * least:.1f} ms at least: bytes received over half"
@@ -190,6 +195,8 @@ def run(settings: Any, config: Any, name: str) -> None:
   """
   for flag in ("json", "hlo"):
     path = getattr(settings, flag)
+    if path and pathlib.Path(path).is_dir():
+      raise UserError(f"--{flag}={path} is a folder; give a file in it")
     if path and not pathlib.Path(path).parent.is_dir():
       folder = pathlib.Path(path).parent
       raise UserError(f"no folder {folder} to write to (--{flag}={path})")

@@ -128,7 +128,7 @@ _CASES: dict[str, tuple[list[str], str, str]] = {
   ),
   "devices": (
     ["--config=good.py", "--workdir=run", "--config.mesh.data=9"],
-    "mesh.data=9 does not fit 8 device(s)",
+    "mesh data=9 fsdp=1 tensor=1 does not fit 8 device(s)",
     "--config.mesh.data=-1",
   ),
   "workdir is a file": (

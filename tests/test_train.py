@@ -148,7 +148,8 @@ def test_run_folder(outcomes):
   folder = outcomes["whole"].workdir
   assert {path.name for path in folder.iterdir()} == {
     *("checkpoints", "config.json", "environment.json", "evaluation.json"),
-    *("metrics.jsonl", "predictions", "tensorboard", "vocabulary"),
+    *("metrics.jsonl", "predictions", "sharding.txt", "tensorboard"),
+    "vocabulary",
   }
   assert json.loads((folder / "config.json").read_text()) == to_json(_config())
   report = json.loads((folder / "evaluation.json").read_text())

@@ -8,6 +8,7 @@ where the first cannot apply. A dimension that is left without a rule is an
 error: nothing is replicated in silence.
 """
 
+import difflib
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -148,9 +149,10 @@ def _why(
   name = str(names[dim])
   own = [rule for rule in rules if rule[0] == name]
   if not own:
-    near = did_you_mean(name, {rule[0] for rule in rules})
+    near = difflib.get_close_matches(name, {rule[0] for rule in rules}, n=1)
+    similar = f', only for "{near[0]}"' if near else ""
     return (
-      f'no rule for the axis "{name}".{near} Add ("{name}", None) to'
+      f'no rule for the axis "{name}"{similar}. Add ("{name}", None) to'
       " mesh.rules to leave it whole"
     )
   _, rule_axes = own[-1]
@@ -162,7 +164,7 @@ def _why(
     text = f'{shown} splits the axis "{name}" of {shape[dim]}, which does not'
     text += f" divide by {sizes}"
     if name == "vocab":
-      text += f" (--config.model.vocab_multiple={128 * size} pads it)"
+      text += f" (--config.model.vocab_multiple={math.lcm(128, size)} pads it)"
     return text
   return (
     f"{shown} uses a mesh axis that another axis of this array has already;"

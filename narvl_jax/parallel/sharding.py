@@ -126,10 +126,14 @@ def check_batch_size(
     return
   below = batch_size // parts * parts
   near = f"{below} or {below + parts}" if below > 0 else f"{parts}"
+  nearer_above = below <= 0 or 2 * (batch_size - below) > parts
+  nearest = max(below, 0) + (parts if nearer_above else 0)
   split = f"{data_parallel_size(mesh)} device(s)"
+  if mesh.shape["tensor"] > 1:
+    split = f"data x fsdp = {data_parallel_size(mesh)}"
   if accumulation_steps > 1:
     split += f" x {accumulation_steps} accumulation steps"
   raise UserError(
     f"train.batch_size={batch_size} is not divisible by {split}; nearest"
-    f" valid: {near}: --config.train.batch_size={below or parts}"
+    f" valid: {near}: --config.train.batch_size={nearest}"
   )

@@ -98,6 +98,9 @@ class Check:
   def communication_seconds(self) -> float | None:
     """Bytes over bandwidth; None if there is no figure for one of them.
 
+    So it is where slices must exchange something that the text of the program
+    does not show as a collective.
+
     All links of a chip are taken to work at the same time, so it is the least
     time. Published bandwidths of a chip hold both directions, hence the half.
     """
@@ -105,9 +108,9 @@ class Check:
       return None
     chip, (inside, across) = self.topology.chip, self.network_bytes()
     seconds = inside / (chip.ici_bandwidth / 2)
-    if not across:
+    if not across and self.topology.num_slices == 1:
       return seconds
-    if chip.dcn_bandwidth is None:
+    if not across or chip.dcn_bandwidth is None:
       return None
     return seconds + across / chip.dcn_bandwidth
 

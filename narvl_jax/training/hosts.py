@@ -16,6 +16,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.parallel import distributed
 from narvl_jax.parallel.distributed import Cluster
 from narvl_jax.parallel.notices import Notices
+from narvl_jax.training import interrupt
 
 LOG_FOLDER = "logs"
 
@@ -67,6 +68,8 @@ def together(
       except SystemExit as stop:
         stopped = stop
       except BaseException as error:
+        # The end is decided: a launcher that stops all must not disturb it.
+        interrupt.ignore_signals()
         code, message = explain(error)
         print(f"{name}: {message}", file=terminal, flush=True)
         notices.fail(code, message)

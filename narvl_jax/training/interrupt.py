@@ -73,6 +73,13 @@ class StopRequest:
     os.write(2, text.encode())
 
 
+def ignore_signals() -> None:
+  """Ignores Ctrl-C and SIGTERM in a process that is ending."""
+  if threading.current_thread() is threading.main_thread():
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def termination_raises() -> Iterator[None]:
   """Raises `Terminated` on SIGTERM, which by default ends without a word."""

@@ -45,6 +45,8 @@ def is_run(workdir: pathlib.Path) -> bool:
 def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
   """Returns whether the folder holds a run of exactly this config.
 
+  The mesh may be another one: it decides where arrays lie, not what they are.
+
   Raises:
     UserError: it cannot be written, it holds a run with another config, or
       what it holds cannot be told.
@@ -61,7 +63,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
   path = workdir / CONFIG_FILE
   # Through `from_json`, so that settings that came later do not differ.
   old = to_json(from_json(_read(path)))
-  difference = diff(old, to_json(config))
+  difference = diff(old | {"mesh": {}}, to_json(config) | {"mesh": {}})
   if not difference:
     return True
   shown = "; ".join(

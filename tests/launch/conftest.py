@@ -72,6 +72,10 @@ class Launcher:
       train_args = TRAIN_ARGS
     process = subprocess.Popen(
       [
+        # Jobs in the background of a shell inherit an ignored SIGINT, which no
+        # script could then trap.
+        "/usr/bin/env",
+        "--default-signal=INT",
         "bash",
         f"launch/{script}",
         "--log_dir=logs",

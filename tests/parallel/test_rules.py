@@ -122,7 +122,7 @@ def test_every_parameter_of_the_model_names_its_axes():
       {"x": ((4, 4), ("a", "hedas"))},
       _mesh(),
       (("a", "tensor"), ("heads", None)),
-      'params/x [4x4]: no rule for the axis "hedas". Did you mean "heads"?'
+      'params/x [4x4]: no rule for the axis "hedas", only for "heads".'
       ' Add ("hedas", None) to mesh.rules',
     ),
     (
@@ -138,7 +138,7 @@ def test_every_parameter_of_the_model_names_its_axes():
       {"x": ((6, 4), ("vocab", None))},
       _mesh(1, 1, 4),
       (("vocab", "tensor"),),
-      "does not divide by tensor=4 (--config.model.vocab_multiple=512 pads"
+      "does not divide by tensor=4 (--config.model.vocab_multiple=128 pads"
       " it); nearest mesh that works: --config.mesh.data=2",
     ),
     (

@@ -17,6 +17,7 @@ def test_batches_that_divide(batch_size, devices, steps):
   ("batch_size", "steps", "message"),
   [
     (12, 1, r"=12 is not divisible by 8 device\(s\); .*: 8 or 16: .*size=8$"),
+    (15, 1, r"nearest valid: 8 or 16: --config.train.batch_size=16$"),
     (7, 1, r"train.batch_size=7 .*nearest valid: 8: .*batch_size=8$"),
     (0, 1, r"train.batch_size=0 .*nearest valid: 8: .*batch_size=8$"),
     (
@@ -30,3 +31,10 @@ def test_batches_that_divide(batch_size, devices, steps):
 def test_batches_that_do_not_divide(batch_size, steps, message):
   with pytest.raises(UserError, match=message):
     check_batch_size(batch_size, make_mesh(), accumulation_steps=steps)
+
+
+def test_batch_that_does_not_divide_among_those_who_share_it():
+  with pytest.raises(
+    UserError, match=r"=6 is not divisible by data x fsdp = 4"
+  ):
+    check_batch_size(6, make_mesh(2, 2, 2))

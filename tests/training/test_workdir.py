@@ -39,6 +39,12 @@ def test_settings_that_came_later_do_not_differ(run):
   assert workdir_lib.check(run, tiny_config())
 
 
+def test_a_run_may_go_on_with_another_mesh(run):
+  config = tiny_config()
+  config.mesh.fsdp = 4
+  assert workdir_lib.check(run, config)
+
+
 def test_other_config_shows_the_difference(run):
   config = tiny_config()
   config.optimizer.learning_rate = 5e-4
