@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections.config_flags import config_flags
 
@@ -178,6 +179,9 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   """Entry point."""
   del argv
+  # A program that was compiled ahead of time is written there but cannot be
+  # read again, of which jax warns.
+  jax.config.update("jax_enable_compilation_cache", False)
   name = config_flags.get_config_filename(flags.FLAGS["config"])
   run(flags.FLAGS, flags.FLAGS.config, name)
 

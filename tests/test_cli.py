@@ -129,7 +129,7 @@ _CASES: dict[str, tuple[list[str], str, str]] = {
   "devices": (
     ["--config=good.py", "--workdir=run", "--config.mesh.data=9"],
     "mesh data=9 fsdp=1 tensor=1 does not fit 8 device(s)",
-    "--config.mesh.data=-1",
+    "--config.mesh.data=8",
   ),
   "workdir is a file": (
     ["--config=good.py", "--workdir=good.py"],
