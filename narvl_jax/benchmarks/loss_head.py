@@ -12,8 +12,8 @@ while the head ran, results included (Linux only). The differences are those
 from the plain head, relative to its loss and to the norm of its gradients.
 
 Measured on one busy core with AVX-512, 2026-11: chunks took 0.6 to 1.1 times as
-long at width 256 and 0.9 times at width 768 (one round), with 4 % and 8 % of the
-temporary memory. Where [B, N, V] stays in the cache, the plain head is the
+long at width 256 and 0.9 times at width 768 (one round), with 4 % and 8 % of
+the temporary memory. Where [B, N, V] stays in the cache, the plain head is the
 faster one.
 """
 
