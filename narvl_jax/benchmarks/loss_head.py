@@ -190,34 +190,15 @@ def _differences(outputs: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def format_report(report: dict[str, Any]) -> str:
   """Returns the report as a table for people."""
-
-  def megabytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 1e6:.1f}"
-
-  heading = ["head", "ms, median (min..max)", "ratio", "cpu ms"]
-  rows = [[*heading, "temp MB", "peak MB", "loss diff", "grad diff"]]
-  for name, result in report["results"].items():
-    rows.append(
-      [
-        name,
-        timing.format_spread(result["milliseconds"]),
-        timing.format_spread(result["ratio"], 2),
-        f"{result['cpu_milliseconds']:.1f}",
-        megabytes(result["temp_bytes"]),
-        megabytes(result["peak_bytes"]),
-        f"{result['loss_difference']:.0e}",
-        f"{result['gradient_difference']:.0e}",
-      ]
-    )
-  facts = {**report["sizes"], "rounds": report["rounds"]}
-  return "\n".join(
-    [
-      "states to gradients: " + " ".join(f"{k}={v}" for k, v in facts.items()),
-      " ".join(f"{k}={v}" for k, v in report["environment"].items()),
-      f"logits {megabytes(report['logits_bytes'])} MB",
-      "",
-      timing.format_table(rows),
-    ]
+  megabytes = timing.format_megabytes
+  return timing.format_report(
+    "states to gradients",
+    report,
+    {
+      "cpu ms": lambda result: f"{result['cpu_milliseconds']:.1f}",
+      "temp MB": lambda result: megabytes(result["temp_bytes"]),
+      "peak MB": lambda result: megabytes(result["peak_bytes"]),
+    },
   )
 
 

@@ -195,34 +195,15 @@ def _differences(
 
 def format_report(report: dict[str, Any]) -> str:
   """Returns the report as a table for people."""
-
-  def megabytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 1e6:.1f}"
-
-  heading = ["", "ms, median (min..max)", "ratio", "cpu/wall"]
-  rows = [[*heading, "temp MB", "out MB", "loss diff", "grad diff"]]
-  for name, result in report["results"].items():
-    rows.append(
-      [
-        name,
-        timing.format_spread(result["milliseconds"]),
-        timing.format_spread(result["ratio"], 2),
-        f"{result['cpu_share']:.2f}",
-        megabytes(result["temp_bytes"]),
-        megabytes(result["output_bytes"]),
-        f"{result['loss_difference']:.0e}",
-        f"{result['gradient_difference']:.0e}",
-      ]
-    )
-  facts = {**report["sizes"], "rounds": report["rounds"]}
-  return "\n".join(
-    [
-      "loss and gradient: " + " ".join(f"{k}={v}" for k, v in facts.items()),
-      " ".join(f"{k}={v}" for k, v in report["environment"].items()),
-      f"logits {megabytes(report['logits_bytes'])} MB",
-      "",
-      timing.format_table(rows),
-    ]
+  megabytes = timing.format_megabytes
+  return timing.format_report(
+    "loss and gradient",
+    report,
+    {
+      "cpu/wall": lambda result: f"{result['cpu_share']:.2f}",
+      "temp MB": lambda result: megabytes(result["temp_bytes"]),
+      "out MB": lambda result: megabytes(result["output_bytes"]),
+    },
   )
 
 

@@ -133,3 +133,50 @@ def write_json(path: str | None, report: Mapping[str, Any]) -> None:
   temporary = pathlib.Path(f"{path}.{os.getpid()}.tmp")
   temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
   temporary.replace(path)
+
+
+def format_megabytes(count: int | None) -> str:
+  """Returns bytes in megabytes, a dash if they are not known."""
+  return "-" if count is None else f"{count / 1e6:.1f}"
+
+
+def format_report(
+  title: str,
+  report: Mapping[str, Any],
+  columns: Mapping[str, Callable[[Mapping[str, Any]], str]],
+) -> str:
+  """Returns the report of a benchmark as a table for people.
+
+  Args:
+    title: what was timed.
+    report: sizes, rounds, environment, logits_bytes and `results`, name ->
+      what was measured, with milliseconds, ratio and the two differences.
+    columns: heading -> text from a result; they come before the differences.
+  """
+  rows = [
+    [
+      *("", "ms, median (min..max)", "ratio", *columns),
+      *("loss diff", "grad diff"),
+    ]
+  ]
+  for name, result in report["results"].items():
+    rows.append(
+      [
+        name,
+        format_spread(result["milliseconds"]),
+        format_spread(result["ratio"], 2),
+        *(column(result) for column in columns.values()),
+        f"{result['loss_difference']:.0e}",
+        f"{result['gradient_difference']:.0e}",
+      ]
+    )
+  facts = {**report["sizes"], "rounds": report["rounds"]}
+  return "\n".join(
+    [
+      f"{title}: " + " ".join(f"{k}={v}" for k, v in facts.items()),
+      " ".join(f"{k}={v}" for k, v in report["environment"].items()),
+      f"logits {format_megabytes(report['logits_bytes'])} MB",
+      "",
+      format_table(rows),
+    ]
+  )
