@@ -1,6 +1,7 @@
 """Greedy decoding over a split vocabulary: same answers, and what moves."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.parallel import AXES as MESH_AXES
 from narvl_jax.parallel import BATCH_AXES, VOCAB_AXIS, make_mesh
 from narvl_jax.parallel.program import read_program
+from narvl_jax.parallel.topology import get_topology
 from narvl_jax.query_ctc import MeshAxes
 
 AXES = MeshAxes(BATCH_AXES, VOCAB_AXIS)
@@ -53,8 +55,9 @@ def decode(logits, merge, axes, mask):
 
 
 @functools.cache
-def compiled(shape, mask):
-  mesh = make_mesh(*shape)
+def compiled(shape, mask, topology=None):
+  devices = None if topology is None else get_topology(topology).devices
+  mesh = make_mesh(*shape, devices=devices)
   logits, merge, _ = problem()
   specs = PartitionSpec(BATCH_AXES, None, VOCAB_AXIS), PartitionSpec(BATCH_AXES)
   shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
@@ -107,6 +110,28 @@ class TestOnEightDevices:
     # Nothing but the mask of padding and forbidden ids.
     whole = {array.shape for array in program.arrays if ROWS in array.shape}
     assert whole <= {(ROWS,)}
+
+
+# Programs for a TPU are cached, but without one they cannot be read again.
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+def test_what_crosses_the_chips_of_a_tpu():
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("libtpu is not installed: pip install narvl_jax[aot]")
+  step, _ = compiled((2, 1, 4), True, "v5e:2x4")
+  program = read_program(step.as_text())
+  sizes = {"data": 2, "fsdp": 1, "tensor": 4}
+  b = B // 2
+  moved = [
+    array.size for found in program.collectives for array in found.arrays
+  ]
+  assert {found.axes(sizes) for found in program.collectives} == {("tensor",)}
+  # What is gathered is of four devices; no classes but those of an answer.
+  assert set(moved) <= {b * N, 4 * b * N, b * N * (N + 1)}
+  assert 4 * b * N in moved
+  assert b * N * (N + 1) in moved
+  assert not any(
+    ROWS in array.shape for array in program.arrays if array.size > ROWS
+  )
 
 
 def test_vocabulary_must_divide():
