@@ -124,13 +124,13 @@ def test_kill_after_the_grace_time(launcher: Launcher):
     {"if": "--process_id=1", "hang": True, "deaf": True},
   )
   process = launcher.start(
-    "local.sh", "--processes=2", "--port=1", "--grace_seconds=1"
+    "local.sh", "--processes=2", "--port=1", "--grace_seconds=5"
   )
   launcher.wait_for(["0", "start"], ["1", "start"])
   process.terminate()
   result = launcher.end(process)
   assert result.returncode == 143
-  assert "still running after 1 s: KILL" in result.stdout
+  assert "still running after 5 s: KILL" in result.stdout
   assert ["0", "saved"] in launcher.events()
   assert ["1", "TERM"] in launcher.events()
   assert not _alive(launcher.folder)

@@ -118,11 +118,11 @@ def test_stop_saves_and_only_the_time_limit_queues_again(
 
 def test_kill_after_the_grace_time(launcher: Launcher):
   launcher.plan({"if": "train", "hang": True, "deaf": True, "times": 2})
-  process = launcher.start(*SRUN, "--grace_seconds=1")
+  process = launcher.start(*SRUN, "--grace_seconds=5")
   launcher.wait_for(["0", "start"], ["1", "start"])
   process.terminate()
   result = launcher.end(process)
   assert result.returncode == 143
-  assert "still running after 1 s: KILL" in result.stdout
+  assert "still running after 5 s: KILL" in result.stdout
   own = [event for name, event in launcher.events() if name == "srun"]
   assert own == ["SIGTERM", "SIGINT", "SIGINT"]

@@ -218,12 +218,12 @@ def test_kill_after_the_grace_time(launcher: Launcher):
     {"if": "train & @w-1", "hang": True, "deaf": True},
     *READY,
   )
-  process = launcher.start("tpu_vm.sh", *TPU, "--grace_seconds=1")
+  process = launcher.start("tpu_vm.sh", *TPU, "--grace_seconds=5")
   launcher.wait_for(["w-0", "start"], ["w-1", "start"])
   process.terminate()
   result = launcher.end(process)
   assert result.returncode == 143
-  assert "[w-1] still running after 1 s: KILL" in result.stdout
+  assert "[w-1] still running after 5 s: KILL" in result.stdout
   assert "[w-1] training ended with exit code 137" in result.stdout
   assert ["w-0", "saved"] in launcher.events()
 
