@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from narvl_jax.errors import UserError
 from narvl_jax.parallel.comparison import describe_differences
-from narvl_jax.parallel.rendezvous import meet
+from narvl_jax.parallel.rendezvous import is_local, meet
 
 # Long enough for the slowest file system, short enough not to waste a night.
 BARRIER_SECONDS = 600.0
@@ -214,6 +214,11 @@ def initialize(
     cluster.num_processes,
     cluster.process_id,
     local_device_ids=cluster.local_device_ids,
+    coordinator_bind_address=(
+      cluster.coordinator_address
+      if is_local(cluster.coordinator_address)
+      else None
+    ),
     # What it could detect is known.
     cluster_detection_method="deactivate",
     initialization_timeout=cluster.start_timeout,

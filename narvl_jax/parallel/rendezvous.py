@@ -61,8 +61,7 @@ def meet(
   }
   if process_id:
     return _ask(address, hello, timeout)
-  port = int(address.rsplit(":", 1)[1])
-  with _listen(port) as listener:
+  with _listen(address) as listener:
     gathering = _Gathering(hello, num_processes)
     try:
       gathering.wait(listener, timeout, say)
@@ -80,8 +79,19 @@ def meet(
       gathering.close()
 
 
-def _listen(port: int) -> socket.socket:
+def is_local(address: str) -> bool:
+  """Returns whether HOST:PORT can be reached from this machine only."""
+  host = address.rsplit(":", 1)[0]
+  return host == "localhost" or host.startswith("127.")
+
+
+def _listen(address: str) -> socket.socket:
+  host, number = address.rsplit(":", 1)
+  port = int(number)
   try:
+    if is_local(address):
+      # Then nobody else needs to reach it.
+      return socket.create_server((host, port), backlog=1024)
     if socket.has_dualstack_ipv6():
       try:
         return socket.create_server(

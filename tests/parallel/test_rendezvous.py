@@ -142,3 +142,21 @@ def test_says_whom_it_waits_for(port, monkeypatch):
   assert said[0] == (
     "still waiting for processes 1, 2, 3, 4, 5, 6, 7, 8 and 3 more"
   )
+
+
+@pytest.mark.parametrize(
+  ("address", "local"),
+  [
+    ("127.0.0.1:1", True),
+    ("localhost:1", True),
+    ("10.0.0.2:1", False),
+    ("host0:1", False),
+  ],
+)
+def test_what_is_local(address, local):
+  assert rendezvous.is_local(address) == local
+
+
+def test_a_local_coordinator_listens_to_this_machine_only():
+  with rendezvous._listen("127.0.0.1:0") as listener:
+    assert listener.getsockname()[0] == "127.0.0.1"

@@ -184,12 +184,19 @@ def test_rules_that_do_not_fit(arrays, mesh, rules, message):
 
 def test_what_belongs_to_fsdp_is_no_accident_without_it():
   tree = _tree(x=((8, 6), (None, "b")), y=((8,), ("a",)))
-  place(tree, _mesh(2, 1, 4), RULES[:2])
+  x, _ = place(tree, _mesh(2, 1, 4), RULES[:2])
+  assert x.parts(_mesh(2, 1, 4)) == 1
 
 
 def test_biases_may_be_whole():
+  rules = (*RULES[:1], ("norm", None), ("layers", None))
   tree = _tree(x=((3, 64), ("layers", "norm")), y=((8,), ("a",)))
-  place(tree, _mesh(1, 1, 8), (*RULES[:1], ("norm", None), ("layers", None)))
+  x, _ = place(tree, _mesh(1, 1, 8), rules)
+  assert x.parts(_mesh(1, 1, 8)) == 1
+  # A matrix of that size may not.
+  tree = _tree(x=((3, 64), ("norm", "norm")), y=((8, 1), ("a", "layers")))
+  with pytest.raises(UserError, match="lie on every device"):
+    place(tree, _mesh(1, 1, 8), rules)
 
 
 def test_a_rule_that_is_always_shadowed():

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from narvl_jax.data.example import TASKS
+from narvl_jax.parallel import shard_batch
 from narvl_jax.query_ctc import query_ctc_objective
 from narvl_jax.training.optimizer import flatten
 from tests.training import stand_in
@@ -194,3 +195,28 @@ def test_dropout_depends_on_the_step_only():
 
   assert loss(0) == loss(0)
   assert loss(0) != loss(1)
+
+
+def test_rows_that_only_fill_a_batch_do_not_count():
+  run = stand_in.setup()
+  valid = np.arange(stand_in.ROWS) % 3 != 0
+  outcomes = []
+  for other in (1, 2):
+    # The same valid rows, and different ones beside them.
+    rows = {
+      name: np.where(
+        valid.reshape(-1, *(1,) * (x.ndim - 1)),
+        x,
+        stand_in.host_batch(other)[name],
+      )
+      for name, x in stand_in.host_batch(0).items()
+    }
+    rows["valid"] = valid
+    state, metrics = run.step(
+      stand_in.initial_state(run), shard_batch(rows, run.mesh)
+    )
+    outcomes.append(jax.device_get((state.params, metrics)))
+  (params, metrics), (others, other_metrics) = outcomes
+  assert metrics["examples"] == valid.sum() < stand_in.ROWS
+  _assert_close(metrics, other_metrics, rtol=1e-6)
+  _assert_close(params, others, rtol=1e-5, atol=1e-7)
