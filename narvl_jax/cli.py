@@ -23,21 +23,39 @@ def define_config_flag(name: str = "config") -> flags.FlagHolder[Any]:
   )
 
 
-def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
+def run(
+  main: Callable[[Sequence[str]], Any],
+  *,
+  positional: int | tuple[int, int] = 0,
+  positional_name: str = "",
+) -> NoReturn:
   """Parses the flags, runs `main` and exits.
 
   Mistakes of the user (`UserError`, unknown flags and config keys, values of
   the wrong type, missing files) become one line on stderr and exit code 2.
+
+  Args:
+    main: gets the name of the command and the arguments that are no flags.
+    positional: number of such arguments, or the least and the largest one.
+    positional_name: what they are, for messages.
   """
+  least, most = (
+    (positional, positional) if isinstance(positional, int) else positional
+  )
 
   def guarded(argv: Sequence[str]) -> Any:
     if not flags.FLAGS["verbosity"].present:
       # Libraries tell of every file they touch.
       logging.set_verbosity(logging.WARNING)
     try:
-      if len(argv) > 1:
+      given = argv[1:]
+      if len(given) > most:
         raise UserError(
-          f'unexpected argument "{argv[1]}"; flags start with "--"'
+          f'unexpected argument "{given[most]}"; flags start with "--"'
+        )
+      if len(given) < least:
+        raise UserError(
+          f"{positional_name or 'an argument'} is missing; --help tells more"
         )
       return main(argv)
     except UserError as error:

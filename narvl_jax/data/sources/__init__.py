@@ -1,7 +1,8 @@
-"""Where records come from: `load_source` by name."""
+"""Where records come from: `load_source` by name, `open_source` by path."""
 
 import importlib
 import inspect
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,14 @@ from narvl_jax.errors import UserError, did_you_mean
 SOURCES = {
   "shapes": ("narvl_jax.data.sources.shapes", "ShapesSource"),
   "easy_vqa": ("narvl_jax.data.sources.easy_vqa", "EasyVQASource"),
+  "ofa_tsv": ("narvl_jax.data.sources.ofa_tsv", "OfaTsvSource"),
+  "jsonl": ("narvl_jax.data.sources.jsonl", "JsonlSource"),
+  "tfds": ("narvl_jax.data.sources.tfds", "TfdsSource"),
+  "array_record": ("narvl_jax.data.sources.array_record", "ArrayRecordSource"),
 }
+# Endings of files that `open_source` knows.
+_SOURCE_OF_SUFFIX = {".tsv": "ofa_tsv", ".jsonl": "jsonl"}
+MANIFEST = "manifest.json"
 
 
 def load_source(
@@ -49,3 +57,55 @@ def load_source(
         "Set data.train.NAME.options."
       )
   return source(task=task, split=split, seed=seed, **options)
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+  """Returns the name and the options of the source that a command names.
+
+  Args:
+    spec: a file `*.tsv` (OFA) or `*.jsonl`, a folder of ArrayRecord shards,
+      `tfds:NAME`, or the name of a source. A path may hold `{split}` and glob
+      patterns.
+
+  Raises:
+    UserError: it is none of these.
+  """
+  if spec.startswith("tfds:"):
+    return "tfds", {"name": spec.removeprefix("tfds:")}
+  path = pathlib.Path(spec)
+  if path.suffix in _SOURCE_OF_SUFFIX:
+    return _SOURCE_OF_SUFFIX[path.suffix], {"path": spec}
+  if (path / MANIFEST).exists():
+    return "array_record", {"path": spec}
+  if spec in SOURCES:
+    return spec, {}
+  if path.is_dir():
+    raise UserError(
+      f'"{spec}" is a folder without {MANIFEST}; pass a folder that'
+      " narvl_jax.data.convert wrote, a file *.tsv or *.jsonl, tfds:NAME, or"
+      f" one of {', '.join(sorted(SOURCES))}"
+    )
+  raise UserError(
+    f'"{spec}" is no source: neither a file *.tsv or *.jsonl, nor a folder with'
+    f" {MANIFEST}, nor tfds:NAME.{did_you_mean(spec, SOURCES)}"
+  )
+
+
+def open_source(
+  spec: str, *, task: str = "", split: str = "", **options: Any
+) -> Sequence[Record]:
+  """Opens what a command names; see `parse_spec` and `load_source`.
+
+  Raises:
+    UserError: the source cannot be opened, or it needs a task or split.
+  """
+  name, found = parse_spec(spec)
+  return load_source(
+    name, task=task, split=split or "train", **{**found, **options}
+  )
+
+
+def locate(source: Sequence[Record], index: int) -> str:
+  """Returns where a record comes from, such as `vqa_train.tsv row 17`."""
+  own = getattr(source, "locate", None)
+  return own(index) if own is not None else f"record {index}"
