@@ -1,0 +1,94 @@
+"""Fields of a user's files, checked: scores, labels, boxes, captions."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from narvl_jax.data.example import Box
+from narvl_jax.data.tasks.entailment import ANSWER_OF_LABEL, ANSWERS
+from narvl_jax.errors import UserError, did_you_mean
+
+
+def scored_answers(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
+  """Returns answer -> score; of equal answers the highest score counts.
+
+  Raises:
+    UserError: an answer is empty or a score is not in (0, 1].
+  """
+  answers: dict[str, float] = {}
+  for answer, score in pairs:
+    if not isinstance(answer, str) or not answer.strip():
+      raise UserError(f"an answer is empty: {answer!r} with score {score!r}")
+    try:
+      if isinstance(score, bool):
+        raise TypeError
+      value = float(score)
+    except (TypeError, ValueError) as e:
+      raise UserError(
+        f"the score of the answer {answer!r} is {score!r}; it must be a number"
+        " above 0, at most 1"
+      ) from e
+    if not 0 < value <= 1:
+      raise UserError(
+        f"the score of the answer {answer!r} is {score}; it must be above 0, at"
+        " most 1"
+      )
+    answers[answer] = max(value, answers.get(answer, 0.0))
+  return answers
+
+
+def captions(references: Iterable[Any]) -> dict[str, float]:
+  """Returns every caption with score 1; equal ones count once.
+
+  Raises:
+    UserError: none has a letter.
+  """
+  given = list(references)
+  if not all(isinstance(caption, str) for caption in given):
+    raise UserError(f"the captions {given!r} must be texts")
+  kept = [caption.strip() for caption in given if caption.strip()]
+  if not kept:
+    raise UserError("the caption is empty")
+  return dict.fromkeys(kept, 1.0)
+
+
+def entailment_answer(label: str) -> dict[str, float]:
+  """Returns "yes", "no" or "maybe" with score 1.
+
+  Args:
+    label: one of these, or entailment, contradiction, neutral.
+
+  Raises:
+    UserError: it is none of them.
+  """
+  answer = ANSWER_OF_LABEL.get(label, label)
+  if answer not in ANSWERS:
+    raise UserError(
+      f'the label "{label}" is unknown.'
+      f"{did_you_mean(label, [*ANSWER_OF_LABEL, *ANSWERS])}"
+    )
+  return {answer: 1.0}
+
+
+def pixel_box(values: Sequence[Any]) -> Box:
+  """Returns x0, y0, x1, y1 in pixels; whether it is in the picture is open.
+
+  Raises:
+    UserError: it has not four finite numbers, or no area.
+  """
+  try:
+    if isinstance(values, str) or any(isinstance(v, bool) for v in values):
+      raise TypeError
+    x0, y0, x1, y1 = (float(value) for value in values)
+  except (TypeError, ValueError) as e:
+    raise UserError(
+      f"the box is {values!r}; it must be four numbers x0, y0, x1, y1 in pixels"
+    ) from e
+  if not all(math.isfinite(c) for c in (x0, y0, x1, y1)):
+    raise UserError(f"the box {values!r} holds a number that is not finite")
+  if x1 <= x0 or y1 <= y0:
+    raise UserError(
+      f"the box {values!r} has no area; it must be x0, y0, x1, y1 with x0 < x1"
+      " and y0 < y1 (not x, y, width, height)"
+    )
+  return x0, y0, x1, y1

@@ -1,0 +1,88 @@
+"""The option `path` of sources that read files: which files a split has."""
+
+import difflib
+import glob
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from narvl_jax.errors import UserError, did_you_mean
+
+# str, several, or split -> str or several.
+PathOption = str | Sequence[str] | Mapping[str, Any] | None
+
+
+def resolve(path: PathOption, split: str, *, source: str) -> list[pathlib.Path]:
+  """Returns the files of a split.
+
+  Args:
+    path: a file; several, which are read one after another; or a mapping from
+      splits to these. `{split}` in a name becomes the split. A name with `*`,
+      `?` or `[]` that is no file stands for all files that match, sorted by
+      name.
+    split: such as "train".
+    source: name of the source, for messages.
+
+  Returns:
+    At least one file; all of them exist.
+
+  Raises:
+    UserError: there is no such file, or the mapping lacks the split.
+  """
+  names = path
+  # A ConfigDict is no Mapping, but has its methods.
+  if path is not None and hasattr(path, "items"):
+    options: Any = path
+    if split not in options:
+      raise UserError(
+        f'{source}: options.path has no files for split "{split}".'
+        f"{did_you_mean(split, options)} Set options.path.{split}"
+      )
+    names = options[split]
+  if isinstance(names, str):
+    names = (names,)
+  if not names or not all(isinstance(name, str) for name in names):
+    raise UserError(
+      f"{source}: options.path is {path!r}; it must name a file, such as"
+      " --config.data.train.NAME.options.path=FILE"
+    )
+  files = []
+  for name in names:
+    files += _expand(str(name).replace("{split}", split), split, source)
+  return files
+
+
+def _expand(name: str, split: str, source: str) -> list[pathlib.Path]:
+  if "://" in name:
+    raise UserError(
+      f'{source}: options.path "{name}" is an address; it must be a file of'
+      " this machine: copy or mount it first"
+    )
+  path = pathlib.Path(name).expanduser()
+  if path.is_dir():
+    raise UserError(
+      f'{source}: options.path "{name}" is a folder; it must be a file, or a'
+      f" pattern such as {name.rstrip('/')}/*"
+    )
+  if path.exists():
+    return [path]
+  found = sorted(glob.glob(str(path)))
+  if found:
+    return [pathlib.Path(file) for file in found]
+  raise UserError(
+    f'{source}: there is no file "{name}" (split "{split}").{_near(path)}'
+    " Set options.path or the split"
+  )
+
+
+def _near(path: pathlib.Path) -> str:
+  """Returns a sentence with the names that were perhaps meant."""
+  folder = path.parent
+  if not folder.is_dir():
+    return f' There is no folder "{folder}" either.'
+  names = sorted(file.name for file in folder.iterdir() if file.is_file())
+  near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+  if near:
+    return " Did you mean " + " or ".join(f'"{name}"' for name in near) + "?"
+  shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+  return f' The folder "{folder}" has {shown or "no files"}.'

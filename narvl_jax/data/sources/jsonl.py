@@ -1,0 +1,199 @@
+"""A user's own data: one JSON object a line, pictures in files beside it.
+
+    {"image": "photos/1.jpg", "prompt": "how many dogs?", "target": "two"}
+
+| key     | value                                                            |
+| ------- | ---------------------------------------------------------------- |
+| image   | a JPEG or PNG file; relative names start at the folder of the    |
+|         | .jsonl file                                                      |
+| task    | caption, vqa, grounding or entailment; may be left out. A source |
+|         | has the rows of its own task, and those that name none           |
+| prompt  | question, expression or hypothesis; none for captions            |
+| target  | caption: a text, or a list of references                         |
+|         | vqa: an answer, a list of right ones, or {answer: score}         |
+|         | grounding: [x0, y0, x1, y1] in pixels                            |
+|         | entailment: yes, no, maybe, or entailment, contradiction,        |
+|         | neutral. May be left out for prediction                          |
+| id      | a name; by default "FILE:ROW"                                    |
+| premise | entailment only: a caption of the picture                        |
+| objects | vqa only: a list of names                                        |
+| kind    | a sub-category for reports                                       |
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.sources import fields, files
+from narvl_jax.data.sources.row_source import RowSource
+from narvl_jax.data.sources.rows import RowFile, text
+from narvl_jax.errors import UserError, did_you_mean
+
+KEYS = (
+  "image",
+  "task",
+  "prompt",
+  "target",
+  "id",
+  "premise",
+  "objects",
+  "kind",
+)
+# The task of a row that names none, and of one that cannot be read: every
+# source of the file has it, to say what is wrong with it.
+_ANY = ""
+
+
+class JsonlSource(RowSource):
+  """Records of JSON-lines files."""
+
+  name = "jsonl"
+
+  def __init__(
+    self,
+    *,
+    task: str,
+    split: str,
+    seed: int = 0,
+    path: files.PathOption = None,
+    index_dir: str = "",
+  ) -> None:
+    """Opens the files and looks which rows are of the task; no seed's effect.
+
+    Args:
+      task: one of `TASKS`; rows of another task are left out.
+      split: any; replaces `{split}` in `path`.
+      path: files; see `files.resolve`.
+      index_dir: folder for the index of rows; see `row_index.open_index`.
+
+    Raises:
+      UserError: an option is wrong, a file cannot be read, or no row has the
+        task.
+    """
+    del seed
+    super().__init__(task=task, split=split, path=path, index_dir=index_dir)
+    others: set[str] = set()
+    kept = []
+    for number in range(len(self.rows)):
+      found = self._task_of(number)
+      if found in (_ANY, task):
+        kept.append(number)
+      else:
+        others.add(found)
+    if not kept:
+      raise UserError(
+        f'jsonl: no row of "{self.rows.files[0].path}" has the task "{task}",'
+        f" the rows have {', '.join(sorted(others))}; change the task"
+      )
+    if others:
+      self._numbers = np.asarray(kept, np.int64)
+
+  def _task_of(self, number: int) -> str:
+    try:
+      row = self.rows[number]
+      # Most files name no task, and parsing takes most of the time.
+      found = json.loads(row).get("task") if b'"task"' in row else _ANY
+    except (ValueError, AttributeError):
+      return _ANY
+    return found if found in TASKS else _ANY
+
+  def _record(self, row: bytes, file: RowFile, index: int) -> Record:
+    values = _parse(row)
+    for key in values:
+      if key not in KEYS:
+        raise UserError(f'the key "{key}" is unknown.{did_you_mean(key, KEYS)}')
+    task = values.get("task") or self.task
+    if task not in TASKS:
+      raise UserError(f"the task is {task!r}.{did_you_mean(str(task), TASKS)}")
+    objects = values.get("objects")
+    if objects is not None and (
+      not isinstance(objects, list)
+      or not all(isinstance(name, str) for name in objects)
+    ):
+      raise UserError(
+        f'"objects" is {objects!r}; it must be a list of names, such as'
+        ' ["dog", "tree"]'
+      )
+    truth: dict[str, Any] = {}
+    target = values.get("target")
+    if target is not None:
+      truth = _TARGETS[self.task](target)
+    return Record(
+      id=str(values.get("id") or f"{file.path.name}:{index + 1}"),
+      task=self.task,
+      image=_read_image(file.path.parent, _word(values, "image")),
+      prompt=_word(values, "prompt"),
+      premise=_word(values, "premise"),
+      objects=None if objects is None else tuple(objects),
+      kind=_word(values, "kind"),
+      **truth,
+    )
+
+
+def _parse(row: bytes) -> dict[str, Any]:
+  try:
+    values = json.loads(text(row, "row"))
+  except json.JSONDecodeError as e:
+    raise UserError(
+      f"the row is no JSON ({e.msg} at character {e.pos + 1}); it must be one"
+      ' object, such as {"image": "photo.jpg", "target": "two"}'
+    ) from e
+  if not isinstance(values, dict):
+    raise UserError(
+      f"the row is a JSON {type(values).__name__}; it must be an object in"
+      " braces"
+    )
+  return values
+
+
+def _word(values: dict[str, Any], key: str) -> str:
+  value = values.get(key)
+  if value is None:
+    value = ""
+  if not isinstance(value, str):
+    raise UserError(f'"{key}" is {value!r}; it must be a text in quotes')
+  return value
+
+
+def _read_image(folder: pathlib.Path, name: str) -> bytes:
+  if not name:
+    raise UserError('the row has no "image"; name a JPEG or PNG file')
+  path = folder / pathlib.Path(name).expanduser()
+  try:
+    return path.read_bytes()
+  except OSError as e:
+    raise UserError(
+      f'cannot read the image "{path}": {e.strerror or e}; names are relative'
+      " to the folder of the .jsonl file"
+    ) from e
+
+
+def _caption(target: Any) -> dict[str, Any]:
+  references = target if isinstance(target, list) else [target]
+  return {"answers": fields.captions(references)}
+
+
+def _vqa(target: Any) -> dict[str, Any]:
+  if isinstance(target, dict):
+    return {"answers": fields.scored_answers(target.items())}
+  answers = target if isinstance(target, list) else [target]
+  return {"answers": fields.scored_answers((answer, 1) for answer in answers)}
+
+
+def _grounding(target: Any) -> dict[str, Any]:
+  return {"box": fields.pixel_box(target)}
+
+
+def _entailment(target: Any) -> dict[str, Any]:
+  return {"answers": fields.entailment_answer(str(target).strip())}
+
+
+_TARGETS: dict[str, Any] = {
+  "caption": _caption,
+  "vqa": _vqa,
+  "grounding": _grounding,
+  "entailment": _entailment,
+}
