@@ -7,17 +7,34 @@ scaled to 8 bits (the reference clips them to white), truncated files are
 refused (the reference fills the rest with grey), and so are huge ones.
 """
 
+import dataclasses
 import io
 import os
 import pathlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from narvl_jax.errors import UserError
 
 # Just under the size at which Pillow itself warns of a decompression bomb.
 MAX_PIXELS = 80_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+  """What augmentation does to one picture; nothing by default.
+
+  Attributes:
+    crop: the part that is kept: x0, y0, x1, y1 as fractions of width and
+      height.
+    flip: mirror left and right.
+    color: factors of brightness, contrast and saturation; 1 keeps each.
+  """
+
+  crop: tuple[float, float, float, float] | None = None
+  flip: bool = False
+  color: tuple[float, float, float] | None = None
 
 
 def read_image_file(path: str | os.PathLike[str]) -> bytes:
@@ -49,28 +66,36 @@ def original_size(image: bytes | np.ndarray) -> tuple[int, int]:
 
 
 def prepare_image(
-  image: bytes | np.ndarray, size: tuple[int, int]
+  image: bytes | np.ndarray,
+  size: tuple[int, int],
+  change: Change | None = None,
 ) -> np.ndarray:
   """Returns a picture as uint8 [height, width, 3].
 
   Args:
     image: encoded file, or uint8 [H, W, 3]. An array of the right size is
-      returned as it is, not copied.
+      returned as it is, not copied, unless there is a change.
     size: (height, width) in pixels.
+    change: crop, flip and colours; None leaves the picture as it is.
 
   Raises:
     UserError: the picture is unreadable, truncated, empty or too large.
   """
   height, width = size
   if isinstance(image, np.ndarray):
-    if image.shape == (height, width, 3) and image.dtype == np.uint8:
+    same = image.shape == (height, width, 3) and image.dtype == np.uint8
+    if same and change is None:
       return image
     _check_array(image)
     picture = Image.fromarray(image)
   else:
     picture = _decode(image)
-  if picture.size != (width, height):
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+  box = _pixel_box(change.crop, picture.size) if change else None
+  if box is not None or picture.size != (width, height):
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+  if change is not None:
+    # Last, where there are the fewest pixels.
+    picture = _flip_and_color(picture, change)
   return np.asarray(picture)
 
 
@@ -78,6 +103,32 @@ def normalize(image: np.ndarray) -> np.ndarray:
   """Returns uint8 pixels as float32 in [-1, 1], same shape."""
   scaled = image.astype(np.float32) / np.float32(255)
   return (scaled - np.float32(0.5)) / np.float32(0.5)
+
+
+def _pixel_box(
+  crop: tuple[float, float, float, float] | None, size: tuple[int, int]
+) -> tuple[float, float, float, float] | None:
+  """Returns a crop in pixels, at least one pixel wide and high."""
+  if crop is None:
+    return None
+  starts, ends = [], []
+  for axis in (0, 1):
+    start, end = crop[axis] * size[axis], crop[axis + 2] * size[axis]
+    start = min(start, size[axis] - 1)
+    starts.append(start)
+    ends.append(min(max(end, start + 1), size[axis]))
+  return (starts[0], starts[1], ends[0], ends[1])
+
+
+def _flip_and_color(picture: Image.Image, change: Change) -> Image.Image:
+  if change.flip:
+    picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+  if change.color is not None:
+    brightness, contrast, saturation = change.color
+    picture = ImageEnhance.Brightness(picture).enhance(brightness)
+    picture = ImageEnhance.Contrast(picture).enhance(contrast)
+    picture = ImageEnhance.Color(picture).enhance(saturation)
+  return picture
 
 
 def _check_array(image: np.ndarray) -> None:

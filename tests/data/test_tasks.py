@@ -1,6 +1,7 @@
 """Tasks: prompts, targets, settings, answers, mistakes."""
 
-import dataclasses
+import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -10,47 +11,13 @@ from narvl_jax.data import tasks
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
-
-SIZE = (200, 100)
-PICTURE = np.zeros((100, 200, 3), np.uint8)
-RECORDS = {
-  "caption": Record(
-    "c1", "caption", PICTURE, answers={"A red, RED dog!": 1.0, "cat": 1.0}
-  ),
-  "vqa": Record(
-    "v1",
-    "vqa",
-    PICTURE,
-    prompt="What COLOR is it",
-    answers={"blue": 0.3, "red": 1.0, "green": 1.0},
-    objects=("dog", "cat"),
-  ),
-  "grounding": Record(
-    "g1", "grounding", PICTURE, prompt="The dog", box=(0, 25, 100, 100)
-  ),
-  "entailment": Record(
-    "e1",
-    "entailment",
-    PICTURE,
-    prompt="A dog",
-    premise="A cat",
-    answers={"maybe": 1.0},
-  ),
-}
+from tests.data.task_records import RECORDS, SIZE, make_vocabulary
+from tests.data.task_records import changed as _change
 
 
 @pytest.fixture(scope="module")
 def vocabulary() -> Vocabulary:
-  texts = [
-    text
-    for name in TASKS
-    for text in tasks.vocabulary_texts(name, {}, [RECORDS[name]] * 5)
-  ]
-  return Vocabulary.train([*texts, " dog cat ?"] * 2, 300, num_bins=11)
-
-
-def _change(name: str, **changes: Any) -> Record:
-  return dataclasses.replace(RECORDS[name], **changes)
+  return make_vocabulary()
 
 
 @pytest.mark.parametrize(
@@ -148,6 +115,16 @@ def test_vqa_settings(vocabulary: Vocabulary) -> None:
   assert _target(vocabulary, long) == " red red dog"
 
 
+def test_pickled_without_its_cache(vocabulary: Vocabulary) -> None:
+  task = tasks.make_task("vqa", vocabulary)
+  encoded = task.encode(RECORDS["vqa"])
+  assert task._sources
+  copy = pickle.loads(pickle.dumps(task))
+  assert not copy._sources
+  assert copy.encode(RECORDS["vqa"]) == encoded
+  assert task._sources
+
+
 def test_vqa_takes_the_best_answer(vocabulary: Vocabulary) -> None:
   task = tasks.make_task("vqa", vocabulary)
   record = _change("vqa", answers={"it": 0.3, "dog": 0.6, "cat": 0.6})
@@ -171,6 +148,12 @@ def test_entailment_premise(vocabulary: Vocabulary) -> None:
   texts = Vocabulary.train([plain + " maybe yes no"] * 2, 200)
   assert _source(texts, record, add_caption=False) == plain
   assert _source(texts, _change("entailment", premise="")) == plain
+  # A premise of which cleaning leaves nothing is none.
+  assert _source(texts, _change("entailment", premise=",. ")) == plain
+  empty = _source(
+    vocabulary, _change("entailment", premise=""), allow_empty=True
+  )
+  assert empty == ' can image and text1 "  " imply text2 " a dog "?'
   short = _source(vocabulary, record, premise_prompt="{} {}", prompt="{}")
   assert short == " a cat a dog"
 
@@ -186,10 +169,33 @@ def test_grounding_bins(vocabulary: Vocabulary) -> None:
 
 
 def test_grounding_outside(vocabulary: Vocabulary) -> None:
-  record = _change("grounding", box=(-50, 10, 250, 120))
-  assert _target(vocabulary, record) == "<bin_0><bin_1><bin_10><bin_10>"
-  unclamped = _target(vocabulary, record, clamp=False)
-  assert unclamped == "<unk><bin_1><unk><unk>"
+  def target(*box: float, **settings: Any) -> str:
+    record = _change("grounding", box=box)
+    return _target(vocabulary, record, **settings)
+
+  # The picture is 200 x 100 pixels.
+  clamped = "<bin_0><bin_1><bin_10><bin_10>"
+  assert target(-1, 10, 201, 101) == clamped
+  assert target(-50, 10, 250, 120, max_outside=50) == clamped
+  assert target(-50, 10, 250, 120, clamp=False) == "<unk><bin_1><unk><unk>"
+  for box, outside in (
+    ((-1.5, 10, 20, 20), "1.5"),
+    ((10, -3, 20, 20), "3"),
+    ((10, 10, 204, 20), "4"),
+    ((10, 10, 20, 105), "5"),
+  ):
+    flag = f"max_outside={math.ceil(float(outside))}$"
+    with pytest.raises(
+      UserError,
+      match=rf"^grounding record \"g1\" has the box \(.*\), {outside} pixels"
+      rf" outside its picture of 200 x 100 pixels; the limit is 1: .*{flag}",
+    ):
+      target(*box)
+  with pytest.raises(UserError, match=r"0\.5 pixels .*the limit is 0: "):
+    target(0, 0, 200.5, 100, max_outside=0)
+  for box in ((-0.5, 5, 0, 9), (5, 100, 9, 101), (300, 5, 400, 9)):
+    with pytest.raises(UserError, match="lies wholly outside its picture"):
+      target(*box)
 
 
 def test_grounding_decode(vocabulary: Vocabulary) -> None:
@@ -246,101 +252,3 @@ def test_vocabulary_texts_are_what_is_encoded() -> None:
   assert texts["vqa"][2:] == [" blue", " red", " green"]
   assert len(texts["grounding"]) == 1
   assert texts["entailment"][1:] == [" yes", " no", " maybe"]
-
-
-# Mistakes.
-
-
-def test_unknown_task(vocabulary: Vocabulary) -> None:
-  with pytest.raises(UserError, match=r'no task "vqq"\. Did you mean "vqa"'):
-    tasks.make_task("vqq", vocabulary)
-
-
-@pytest.mark.parametrize(
-  ("settings", "message"),
-  [
-    ({"max_source_word": 3}, 'Did you mean "max_source_words"'),
-    ({"eos": "no"}, "eos is 'no', a str; it must be a bool"),
-    ({"max_source_words": True}, "must be a int such as 80"),
-    ({"max_source_words": -1}, r"is -1; it must be 0 \(no limit\)"),
-    ({"prompt": "question"}, "with 0 places {}; it must have 1"),
-    ({"prompt": "{} {}"}, "with 2 places {}; it must have 1"),
-    ({"prompt": "{"}, 'tasks.vqa.prompt is "{"'),
-    ({"object_prompt": "{name}"}, 'like the default "object: {}"'),
-  ],
-)
-def test_bad_settings(
-  vocabulary: Vocabulary, settings: dict[str, Any], message: str
-) -> None:
-  with pytest.raises(UserError, match=message):
-    tasks.make_task("vqa", vocabulary, settings)
-
-
-@pytest.mark.parametrize("name", ["vqa", "grounding", "entailment"])
-@pytest.mark.parametrize("prompt", ["", "  \n", "!?"])
-def test_empty_prompt(vocabulary: Vocabulary, name: str, prompt: str) -> None:
-  record = _change(name, prompt=prompt)
-  with pytest.raises(UserError, match=r"prompt of .* is empty .*--prompt"):
-    tasks.make_task(name, vocabulary).encode(record, with_target=False)
-  task = tasks.make_task(name, vocabulary, {"allow_empty": True})
-  if prompt != "!?":
-    assert len(task.encode(record, with_target=False).text_ids) > 2
-
-
-@pytest.mark.parametrize(
-  ("name", "changes", "message"),
-  [
-    ("vqa", {"answers": {}}, 'vqa record "v1" has no answer'),
-    ("caption", {"answers": {}}, 'caption record "c1" has no answer'),
-    (
-      "entailment",
-      {"answers": {"mayb": 1.0}},
-      "has the answer 'mayb'. Did you mean .maybe",
-    ),
-    ("grounding", {"box": None}, 'grounding record "g1" has no box'),
-    ("grounding", {"box": (9, 0, 5, 5)}, "has the box .9, 0, 5, 5.; it"),
-    ("grounding", {"box": (0, 9, 5, 5)}, "x0 <= x1 and y0 <= y1"),
-    ("grounding", {"box": (0, 0, float("nan"), 5)}, "has the box"),
-    ("grounding", {"box": (0, 0, 5)}, "has the box"),
-  ],
-)
-def test_bad_targets(
-  vocabulary: Vocabulary, name: str, changes: dict[str, Any], message: str
-) -> None:
-  with pytest.raises(UserError, match=message):
-    tasks.make_task(name, vocabulary).encode(_change(name, **changes))
-
-
-def test_empty_target(vocabulary: Vocabulary) -> None:
-  record = _change("caption", answers={"?!": 1.0})
-  encoded = tasks.make_task("caption", vocabulary).encode(record)
-  assert encoded.label_ids == [vocabulary.eos_id]
-  task = tasks.make_task("caption", vocabulary, {"eos": False})
-  with pytest.raises(UserError, match=r"empty target; set .*eos=True"):
-    task.encode(record)
-
-
-def test_grounding_without_bins() -> None:
-  few = Vocabulary.train([" a"], 100, num_bins=1)
-  with pytest.raises(UserError, match=r"has 1; set .*num_bins=64"):
-    tasks.make_task("grounding", few)
-
-
-def test_too_few_queries() -> None:
-  def encoded(*targets: list[int]) -> list[tasks.Encoded]:
-    return [tasks.Encoded([0, 2], target) for target in targets]
-
-  samples = {
-    "vqa": encoded([5, 2], [5, 6, 7, 2]),
-    # Equal neighbours need a blank between them.
-    "grounding": encoded([9, 9, 9, 8, 2], [9, 8, 9, 9, 2], []),
-  }
-  tasks.check_num_queries(samples, 6)
-  message = (
-    'num_queries is 5, but the shortest target of "grounding" needs 6'
-    r" \(the longest seen 7\); set --config.model.num_queries=7"
-  )
-  with pytest.raises(UserError, match=message):
-    tasks.check_num_queries(samples, 5)
-  with pytest.raises(UserError, match='shortest target of "vqa" needs 2'):
-    tasks.check_num_queries(samples, 1)

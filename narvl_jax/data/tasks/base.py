@@ -2,12 +2,16 @@
 
 import dataclasses
 import itertools
+import math
 import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+import numpy as np
+
 from narvl_jax.data.example import Box, Record
+from narvl_jax.data.images import Change
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError, did_you_mean
 
@@ -40,7 +44,8 @@ class Settings:
   Attributes:
     eos: targets end with eos, which costs one query.
     merge_repeats: decoding merges equal neighbours before it drops blanks.
-    allow_empty: accept an empty prompt, as the reference does.
+    allow_empty: accept an empty prompt, premise or target text, as the
+      reference does.
   """
 
   eos: bool = True
@@ -109,6 +114,30 @@ class Task(Generic[S]):
       )
     return Encoded(text_ids.copy(), label_ids, confidence)
 
+  @property
+  def augments(self) -> bool:
+    """Whether `augment` may change anything under these settings."""
+    return False
+
+  def augment(
+    self, record: Record, rng: np.random.Generator
+  ) -> tuple[Record, Change | None]:
+    """Returns a record changed at random, for training only.
+
+    Args:
+      record: a record of this task.
+      rng: source of all randomness; untouched unless `augments`.
+
+    Returns:
+      The record with its new texts and box but the old picture, and what is
+      to be done to that one.
+
+    Raises:
+      UserError: the record lacks what the change needs.
+    """
+    del rng
+    return record, None
+
   def texts(self, record: Record) -> list[str]:
     """Returns every text of a record that gets encoded, source and targets."""
     return [*self._source_texts(record), *self._target_texts(record)]
@@ -153,7 +182,26 @@ class Task(Generic[S]):
     if not record.answers:
       raise UserError(f'{self.name} record "{record.id}" has no answer')
     answer = max(record.answers, key=record.answers.__getitem__)
-    return answer, float(record.answers[answer])
+    score = float(record.answers[answer])
+    if not 0 < score <= 1:
+      raise UserError(
+        f'{self.name} record "{record.id}" has the answer {answer!r} with the'
+        f" score {score:g}; it must be above 0 and at most 1"
+      )
+    return answer, score
+
+  def _require_target(self, text: str, given: str, record: Record) -> str:
+    if not text and not self.settings.allow_empty:
+      raise UserError(
+        f'the target of {self.name} record "{record.id}" is empty (given:'
+        f" {given!r}); set --config.tasks.{self.name}.allow_empty=True to"
+        " train on such ones"
+      )
+    return text
+
+  def __getstate__(self) -> dict[str, Any]:
+    # Worker processes fill a cache of their own.
+    return {**self.__dict__, "_sources": {}}
 
 
 def parse_settings(
@@ -162,10 +210,13 @@ def parse_settings(
   """Returns checked settings.
 
   Raises:
-    UserError: a key is unknown or a value has the wrong type.
+    UserError: a key is unknown, a value has the wrong type or is outside its
+      range.
   """
+  parsed: dict[str, Any] = {}
   fields = {f.name: f for f in dataclasses.fields(settings_class)}
-  for key, value in values.items():
+  for key, given in values.items():
+    value: Any = given
     flag = f"--config.tasks.{name}.{key}"
     if key not in fields:
       raise UserError(
@@ -173,6 +224,8 @@ def parse_settings(
         f" Change {flag}"
       )
     default = fields[key].default
+    if isinstance(default, float) and type(value) is int:
+      value = float(value)
     if type(value) is not type(default):
       raise UserError(
         f"{flag} is {value!r}, a {type(value).__name__}; it must be a"
@@ -180,9 +233,22 @@ def parse_settings(
       )
     if isinstance(default, int) and value < 0:
       raise UserError(f"{flag} is {value}; it must be 0 (no limit) or more")
+    if isinstance(default, float):
+      _check_range(flag, value, fields[key].metadata.get("most", math.inf))
     if isinstance(default, str):
       _check_template(flag, value, default)
-  return settings_class(**values)
+    parsed[key] = value
+  return settings_class(**parsed)
+
+
+def _check_range(flag: str, value: float, most: float) -> None:
+  if not 0 <= value <= most:
+    allowed = "0 or more" if most == math.inf else f"between 0 and {most:g}"
+    nearest = f"; the nearest is {min(max(value, 0), most):g}"
+    raise UserError(
+      f"{flag} is {value:g}; it must be {allowed}"
+      f"{'' if math.isnan(value) else nearest}"
+    )
 
 
 def _check_template(flag: str, value: str, default: str) -> None:

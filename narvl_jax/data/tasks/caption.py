@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from narvl_jax.data.example import Record
-from narvl_jax.data.tasks import base
+from narvl_jax.data.tasks import augmented, base
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptionSettings(base.Settings):
+class CaptionSettings(augmented.AugmentedSettings):
   """Settings of captioning.
 
   Attributes:
@@ -21,7 +21,7 @@ class CaptionSettings(base.Settings):
   max_target_words: int = 20
 
 
-class CaptionTask(base.Task[CaptionSettings]):
+class CaptionTask(augmented.AugmentedTask[CaptionSettings]):
   """A fixed prompt; the target is the first reference without punctuation."""
 
   name = "caption"
@@ -40,16 +40,17 @@ class CaptionTask(base.Task[CaptionSettings]):
     return [" " + self.settings.prompt]
 
   def _target_texts(self, record: Record) -> list[str]:
-    return [" " + self._target_caption(answer) for answer in record.answers]
+    return [" " + self._target_text(answer) for answer in record.answers]
 
   def _target(self, record: Record) -> tuple[list[int], float]:
     caption, confidence = self._best_answer(record)
-    text = self._target_caption(caption)
+    text = self._target_text(caption)
+    self._require_target(text, caption, record)
     ids = self.vocabulary.encode(" " + text) if text else []
     return ids, confidence
 
-  def _target_caption(self, caption: str) -> str:
-    words = base.delete_punctuation(caption).split()
+  def _target_text(self, answer: str) -> str:
+    words = base.delete_punctuation(answer).split()
     return " ".join(words[: self.settings.max_target_words or None])
 
 

@@ -25,7 +25,8 @@ class EntailmentSettings(base.Settings):
   Attributes:
     prompt: holds the hypothesis.
     premise_prompt: holds the premise and the hypothesis.
-    add_caption: use the premise; a record without one has `prompt` anyway.
+    add_caption: use the premise. A record without one has `prompt` anyway,
+      unless `allow_empty`.
     max_source_words: words that are kept of each text; 0 keeps all.
   """
 
@@ -74,8 +75,8 @@ class EntailmentTask(base.Task[EntailmentSettings]):
     limit = settings.max_source_words
     hypothesis = base.clean_caption(record.prompt, limit)
     self._require_prompt(hypothesis, record)
-    if settings.add_caption and record.premise:
-      premise = base.clean_caption(record.premise, limit)
+    premise = base.clean_caption(record.premise, limit)
+    if settings.add_caption and (premise or settings.allow_empty):
       return [" " + settings.premise_prompt.format(premise, hypothesis)]
     return [" " + settings.prompt.format(hypothesis)]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from narvl_jax.data import images
+from narvl_jax.data import augmentation, images
 from narvl_jax.data.example import Box, Record
 from narvl_jax.data.tasks import base
 from narvl_jax.data.vocabulary import Vocabulary
@@ -23,6 +23,10 @@ class GroundingSettings(base.Settings):
     max_source_words: words of the expression that are kept; 0 keeps all.
     clamp: move coordinates outside the picture to its border; otherwise they
       become unk, as in the reference.
+    max_outside: pixels that a coordinate may lie beyond the border to be moved
+      by `clamp`; further out the record is bad.
+    flip: mirror every other training picture, its box and the words left and
+      right.
   """
 
   # With as many queries as labels equal neighbours must survive.
@@ -30,6 +34,8 @@ class GroundingSettings(base.Settings):
   prompt: str = 'which region does the text " {} " describe?'
   max_source_words: int = 128
   clamp: bool = True
+  max_outside: float = 1.0
+  flip: bool = False
 
 
 class GroundingTask(base.Task[GroundingSettings]):
@@ -71,19 +77,19 @@ class GroundingTask(base.Task[GroundingSettings]):
     del record
     return []
 
+  def texts(self, record: Record) -> list[str]:
+    """See `Task`; mirrored pictures have words of their own."""
+    texts = super().texts(record)
+    if self.settings.flip:
+      swapped = augmentation.swap_sides(record.prompt) or record.prompt
+      mirrored = dataclasses.replace(record, prompt=swapped)
+      texts += self._source_texts(mirrored)
+    return texts
+
   def _target(self, record: Record) -> tuple[list[int], float]:
-    box = record.box
-    if box is None:
-      raise UserError(f'grounding record "{record.id}" has no box')
-    sound = len(box) == 4 and all(math.isfinite(c) for c in box)
-    if not sound or box[2] < box[0] or box[3] < box[1]:
-      raise UserError(
-        f'grounding record "{record.id}" has the box {tuple(box)}; it must be'
-        " x0, y0, x1, y1 in pixels with x0 <= x1 and y0 <= y1"
-      )
-    width, height = images.original_size(record.image)
+    box, size = self._checked_box(record)
     # In float32, as the reference: exact ties between two bins depend on it.
-    scale = np.float32(1) / np.asarray([width, height] * 2, np.float32)
+    scale = np.float32(1) / np.asarray([*size, *size], np.float32)
     top = self.vocabulary.num_bins - 1
     bins = np.rint(np.asarray(box, np.float32) * scale * np.float32(top))
     if self.settings.clamp:
@@ -91,3 +97,58 @@ class GroundingTask(base.Task[GroundingSettings]):
     first, unk_id = self.vocabulary.bin_start, self.vocabulary.unk_id
     ids = [first + int(k) if 0 <= k <= top else unk_id for k in bins.tolist()]
     return ids, 1.0
+
+  @property
+  def augments(self) -> bool:
+    """See `Task`."""
+    return self.settings.flip
+
+  def augment(
+    self, record: Record, rng: np.random.Generator
+  ) -> tuple[Record, images.Change | None]:
+    """See `Task`."""
+    if not self.settings.flip or rng.random() < 0.5:
+      return record, None
+    prompt = augmentation.swap_sides(record.prompt)
+    if prompt is None:
+      return record, None
+    (x0, y0, x1, y1), (width, _) = self._checked_box(record)
+    box = (width - x1, y0, width - x0, y1)
+    record = dataclasses.replace(record, prompt=prompt, box=box)
+    return record, images.Change(flip=True)
+
+  def _checked_box(self, record: Record) -> tuple[Box, tuple[int, int]]:
+    """Returns the box of a record and its picture's (width, height)."""
+    box = record.box
+    name = f'{self.name} record "{record.id}"'
+    if box is None:
+      raise UserError(f"{name} has no box")
+    sound = len(box) == 4 and all(math.isfinite(c) for c in box)
+    if not sound or box[2] <= box[0] or box[3] <= box[1]:
+      raise UserError(
+        f"{name} has the box {_text(box)}; it must be x0, y0, x1, y1 in pixels"
+        " with x0 < x1 and y0 < y1"
+      )
+    size = images.original_size(record.image)
+    if self.settings.clamp:
+      self._check_inside(box, size, name)
+    return box, size
+
+  def _check_inside(self, box: Box, size: tuple[int, int], name: str) -> None:
+    width, height = size
+    x0, y0, x1, y1 = box
+    where = f"{name} has the box {_text(box)}"
+    picture = f"its picture of {width} x {height} pixels"
+    if max(x0, 0) >= min(x1, width) or max(y0, 0) >= min(y1, height):
+      raise UserError(f"{where}, which lies wholly outside {picture}")
+    outside = max(-x0, -y0, x1 - width, y1 - height)
+    if outside > self.settings.max_outside:
+      raise UserError(
+        f"{where}, {outside:.6g} pixels outside {picture}; the limit is"
+        f" {self.settings.max_outside:g}: set"
+        f" --config.tasks.{self.name}.max_outside={math.ceil(outside)}"
+      )
+
+
+def _text(box: Sequence[float]) -> str:
+  return "(" + ", ".join(f"{float(c):.6g}" for c in box) + ")"

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from narvl_jax.data.example import Record
-from narvl_jax.data.tasks import base
+from narvl_jax.data.tasks import augmented, base
 
 
 @dataclasses.dataclass(frozen=True)
-class VqaSettings(base.Settings):
+class VqaSettings(augmented.AugmentedSettings):
   """Settings of question answering.
 
   Attributes:
@@ -30,7 +30,7 @@ class VqaSettings(base.Settings):
   max_objects: int = 30
 
 
-class VqaTask(base.Task[VqaSettings]):
+class VqaTask(augmented.AugmentedTask[VqaSettings]):
   """Question and object names; the target is the best-scored answer."""
 
   name = "vqa"
@@ -57,11 +57,13 @@ class VqaTask(base.Task[VqaSettings]):
     return texts
 
   def _target_texts(self, record: Record) -> list[str]:
-    return [" " + self._limited(answer) for answer in record.answers]
+    return [" " + self._target_text(answer) for answer in record.answers]
 
   def _target(self, record: Record) -> tuple[list[int], float]:
     answer, confidence = self._best_answer(record)
-    return self.vocabulary.encode(" " + self._limited(answer)), confidence
+    text = self._target_text(answer)
+    self._require_target(text.strip(), answer, record)
+    return self.vocabulary.encode(" " + text), confidence
 
-  def _limited(self, answer: str) -> str:
+  def _target_text(self, answer: str) -> str:
     return base.limit_words(answer, self.settings.max_target_words)

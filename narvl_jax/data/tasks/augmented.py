@@ -1,0 +1,77 @@
+"""Augmentation of captions and VQA, whose answers are words."""
+
+import dataclasses
+from typing import TypeVar
+
+import numpy as np
+
+from narvl_jax.data import augmentation, images
+from narvl_jax.data.example import Record
+from narvl_jax.data.tasks import base
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentedSettings(base.Settings):
+  """Settings that captions and questions share.
+
+  Attributes:
+    random_crop: smallest share of the picture's area that a random resized
+      crop keeps; 0 turns it off.
+    color_jitter: largest relative change of brightness, contrast and
+      saturation; 0 turns it off.
+    sample_answer: draw the target in proportion to the scores of the answers;
+      otherwise it is the best one, the first of equals.
+  """
+
+  random_crop: float = dataclasses.field(default=0.0, metadata={"most": 1.0})
+  color_jitter: float = dataclasses.field(default=0.0, metadata={"most": 1.0})
+  sample_answer: bool = False
+
+
+S = TypeVar("S", bound=AugmentedSettings)
+
+
+class AugmentedTask(base.Task[S]):
+  """A task with random crops, colours and answers."""
+
+  @property
+  def augments(self) -> bool:
+    """See `Task`."""
+    settings = self.settings
+    return bool(
+      settings.random_crop or settings.color_jitter or settings.sample_answer
+    )
+
+  def augment(
+    self, record: Record, rng: np.random.Generator
+  ) -> tuple[Record, images.Change | None]:
+    """See `Task`."""
+    settings = self.settings
+    crop = color = None
+    if settings.random_crop:
+      crop = augmentation.random_crop(rng, settings.random_crop)
+    if settings.color_jitter:
+      color = augmentation.color_factors(rng, settings.color_jitter)
+    if settings.sample_answer:
+      record = self._with_drawn_answer(record, rng)
+    if crop is None and color is None:
+      return record, None
+    return record, images.Change(crop=crop, color=color)
+
+  def _with_drawn_answer(
+    self, record: Record, rng: np.random.Generator
+  ) -> Record:
+    scores = {
+      answer: float(score)
+      for answer, score in record.answers.items()
+      if 0 < score <= 1 and self._target_text(answer).strip()
+    }
+    if not scores:
+      # Encoding the record tells what is wrong with it.
+      return record
+    answer = augmentation.draw_answer(rng, scores)
+    return dataclasses.replace(record, answers={answer: scores[answer]})
+
+  def _target_text(self, answer: str) -> str:
+    """Returns the text that an answer is trained as, without the space."""
+    raise NotImplementedError

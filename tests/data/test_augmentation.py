@@ -1,0 +1,310 @@
+"""Random changes of training examples: crops, colours, sides, answers."""
+
+import collections
+import dataclasses
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from narvl_jax.data import augmentation, images, tasks
+from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.errors import UserError
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+RECORDS = {
+  "caption": Record(
+    "c", "caption", PICTURE, answers={"a dog": 1.0, "?!": 1.0, "cat": 1.0}
+  ),
+  "vqa": Record(
+    "v",
+    "vqa",
+    PICTURE,
+    prompt="what",
+    answers={"dog": 0.3, "cat": 0.9, "cow": 0.6},
+  ),
+  "grounding": Record(
+    "g", "grounding", PICTURE, prompt="the Left dog", box=(8, 6, 20, 40)
+  ),
+  "entailment": Record(
+    "e", "entailment", PICTURE, prompt="a dog", answers={"yes": 1.0}
+  ),
+}
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+  texts = [
+    text
+    for name in TASKS
+    for text in tasks.vocabulary_texts(name, {}, [RECORDS[name]] * 3)
+  ]
+  return Vocabulary.train(texts, 400, num_bins=11)
+
+
+def _rng(seed: int = 0) -> np.random.Generator:
+  return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_off_by_default(vocabulary: Vocabulary, name: str) -> None:
+  task = tasks.make_task(name, vocabulary)
+  assert not task.augments
+  rng = _rng()
+  record, change = task.augment(RECORDS[name], rng)
+  assert record is RECORDS[name]
+  assert change is None
+  # No number was drawn.
+  assert rng.random() == _rng().random()
+
+
+@pytest.mark.parametrize(
+  ("name", "settings"),
+  [
+    ("caption", {"random_crop": 0.5}),
+    ("caption", {"color_jitter": 0.4}),
+    ("vqa", {"sample_answer": True}),
+    ("vqa", {"random_crop": 0.3, "color_jitter": 1.0, "sample_answer": True}),
+    ("grounding", {"flip": True}),
+  ],
+)
+def test_depends_on_the_generator_only(
+  vocabulary: Vocabulary, name: str, settings: dict[str, Any]
+) -> None:
+  task = tasks.make_task(name, vocabulary, settings)
+  assert task.augments
+  drawn = [task.augment(RECORDS[name], _rng(i)) for i in range(20)]
+  again = [task.augment(RECORDS[name], _rng(i)) for i in range(20)]
+
+  def told(result: tuple[Record, images.Change | None]) -> tuple[Any, ...]:
+    record, change = result
+    return record.prompt, dict(record.answers), record.box, change
+
+  assert [told(x) for x in drawn] == [told(x) for x in again]
+  assert len({str(told(x)) for x in drawn}) > 1
+  # The picture is changed where it is decoded.
+  assert all(record.image is PICTURE for record, _ in drawn)
+
+
+@pytest.mark.parametrize("min_area", [0.05, 0.5, 1.0])
+def test_random_crop(min_area: float) -> None:
+  rng = _rng()
+  boxes = np.array(
+    [augmentation.random_crop(rng, min_area) for _ in range(500)]
+  )
+  assert boxes.min() >= 0
+  assert boxes.max() <= 1
+  width, height = (boxes[:, 2:] - boxes[:, :2]).T
+  area, ratio = width * height, width / height
+  assert area.min() >= min_area - 1e-9
+  assert ratio.max() <= 4 / 3 + 1e-9
+  assert ratio.min() >= 3 / 4 - 1e-9
+  if min_area == 1:
+    np.testing.assert_allclose(boxes, [[0, 0, 1, 1]] * 500)
+    return
+  # All sizes, shapes and places turn up.
+  assert area.min() < min_area + 0.05
+  assert area.max() > 0.95
+  assert ratio.max() > 1.1
+  assert ratio.min() < 0.9
+  assert boxes[:, 0].min() < 0.01
+  assert boxes[:, 2].max() > 0.99
+  assert boxes[:, 1].min() < 0.01
+  assert boxes[:, 3].max() > 0.99
+
+
+def test_color_factors() -> None:
+  rng = _rng()
+  factors = np.array([augmentation.color_factors(rng, 0.3) for _ in range(300)])
+  assert factors.shape == (300, 3)
+  assert factors.min() >= 0.7
+  assert factors.max() <= 1.3
+  assert (factors.min(axis=0) < 0.75).all()
+  assert (factors.max(axis=0) > 1.25).all()
+  assert (factors[:, 0] != factors[:, 1]).all()
+
+
+@pytest.mark.parametrize(
+  ("text", "swapped"),
+  [
+    ("the left dog", "the right dog"),
+    ("Left of the RIGHT one, right?", "Right of the LEFT one, left?"),
+    ("leftmost, rightmost", "rightmost, leftmost"),
+    ("left-hand side", "right-hand side"),
+    ("the lefts and the righty", "the rights and the lefty"),
+    ("topleft bottomRight", "topright bottomLeft"),
+    ("leftwards rightward", "rightwards leftward"),
+    ("lefthand man's left", "righthand man's right"),
+    # Other words that hold these letters.
+    ("bright upright leftover cleft rightly", None),
+    ("", None),
+    ("a dog", None),
+  ],
+)
+def test_swap_sides(text: str, swapped: str | None) -> None:
+  expected = text if swapped is None else swapped
+  assert augmentation.swap_sides(text) == expected
+  # Twice mirrored is the picture again.
+  assert augmentation.swap_sides(expected) == text
+
+
+@pytest.mark.parametrize(
+  "text", ["the r one", "lft dog", "at 3 o'clock", "RHS left", "6 oclock"]
+)
+def test_swap_sides_gives_up(text: str) -> None:
+  assert augmentation.swap_sides(text) is None
+
+
+def test_draw_answer() -> None:
+  rng = _rng()
+  scores = {"a": 0.3, "b": 0.6, "c": 0.9}
+  counts = collections.Counter(
+    augmentation.draw_answer(rng, scores) for _ in range(3000)
+  )
+  for answer, score in scores.items():
+    assert counts[answer] / 3000 == pytest.approx(score / 1.8, abs=0.03)
+  assert augmentation.draw_answer(rng, {"only": 0.1}) == "only"
+
+
+def test_sampled_vqa_answer_has_its_own_confidence(
+  vocabulary: Vocabulary,
+) -> None:
+  task = tasks.make_task("vqa", vocabulary, {"sample_answer": True})
+  seen = {}
+  for seed in range(40):
+    record, change = task.augment(RECORDS["vqa"], _rng(seed))
+    assert change is None
+    encoded = task.encode(record)
+    seen[vocabulary.decode(encoded.label_ids)] = encoded.confidence
+  assert seen == {" dog": 0.3, " cat": 0.9, " cow": 0.6}
+
+
+def test_sampled_caption_is_never_an_empty_one(vocabulary: Vocabulary) -> None:
+  task = tasks.make_task("caption", vocabulary, {"sample_answer": True})
+  seen = set()
+  for seed in range(40):
+    record, _ = task.augment(RECORDS["caption"], _rng(seed))
+    seen.add(vocabulary.decode(task.encode(record).label_ids))
+  assert seen == {" a dog", " cat"}
+  for answers in ({}, {"?!": 1.0}):
+    bad = dataclasses.replace(RECORDS["caption"], answers=answers)
+    record, _ = task.augment(bad, _rng())
+    with pytest.raises(UserError, match=r"has no answer|is empty"):
+      task.encode(record)
+
+
+def _flipped(
+  task: tasks.Task[Any], record: Record
+) -> list[tuple[Record, images.Change | None]]:
+  results = [task.augment(record, _rng(seed)) for seed in range(200)]
+  return [result for result in results if result[1] is not None]
+
+
+def test_flip(vocabulary: Vocabulary) -> None:
+  task = tasks.make_task("grounding", vocabulary, {"flip": True})
+  flipped = _flipped(task, RECORDS["grounding"])
+  assert 70 < len(flipped) < 130
+  record, change = flipped[0]
+  assert change == images.Change(flip=True)
+  assert record.prompt == "the Right dog"
+  assert record.box == (60, 6, 72, 40)
+  # The box shows what it showed before.
+  image = images.prepare_image(record.image, (60, 80), change)
+  np.testing.assert_array_equal(image[6:40, 60:72], PICTURE[6:40, 19:7:-1])
+  assert (
+    task.encode(record).label_ids != task.encode(RECORDS["grounding"]).label_ids
+  )
+  unsure = dataclasses.replace(RECORDS["grounding"], prompt="the l dog")
+  assert not _flipped(task, unsure)
+
+
+def test_flip_of_a_bad_box(vocabulary: Vocabulary) -> None:
+  task = tasks.make_task("grounding", vocabulary, {"flip": True})
+  for box, message in (
+    (None, "has no box"),
+    ((5, 5, 5, 9), "x0 < x1"),
+    ((5, 5, 500, 9), "outside its picture"),
+  ):
+    bad = dataclasses.replace(RECORDS["grounding"], box=box)
+    with pytest.raises(UserError, match=message):
+      _flipped(task, bad)
+
+
+def test_vocabulary_knows_the_words_of_mirrored_pictures() -> None:
+  record = [RECORDS["grounding"]]
+  assert len(list(tasks.vocabulary_texts("grounding", {}, record))) == 1
+  texts = list(tasks.vocabulary_texts("grounding", {"flip": True}, record))
+  assert "the left dog" in texts[0]
+  assert "the right dog" in texts[1]
+
+
+# Pictures.
+
+
+def test_no_change_is_bit_equal() -> None:
+  for size in ((60, 80), (48, 48)):
+    np.testing.assert_array_equal(
+      images.prepare_image(PICTURE, size, images.Change()),
+      images.prepare_image(PICTURE, size),
+    )
+  whole = images.Change(crop=(0, 0, 1, 1), color=(1, 1, 1))
+  np.testing.assert_array_equal(
+    images.prepare_image(PICTURE, (60, 80), whole), PICTURE
+  )
+
+
+def test_crop_is_that_part() -> None:
+  change = images.Change(crop=(0.25, 0.5, 0.75, 1.0))
+  image = images.prepare_image(PICTURE, (30, 40), change)
+  np.testing.assert_array_equal(image, PICTURE[30:60, 20:60])
+  # In one go with the resize, from a file as from an array.
+  buffer = io.BytesIO()
+  Image.fromarray(PICTURE).save(buffer, "PNG")
+  expected = Image.fromarray(PICTURE).resize(
+    (32, 24), Image.Resampling.BICUBIC, box=(20, 30, 60, 60)
+  )
+  image = images.prepare_image(buffer.getvalue(), (24, 32), change)
+  np.testing.assert_array_equal(image, np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (3, 2)])
+def test_crop_of_a_tiny_picture(size: tuple[int, int]) -> None:
+  picture = np.full((*size, 3), 90, np.uint8)
+  for crop in ((0.9, 0.9, 1.0, 1.0), (0, 0, 0.1, 0.1), (0.45, 0.4, 0.5, 0.5)):
+    change = images.Change(crop=crop)
+    assert (images.prepare_image(picture, (8, 8), change) == 90).all()
+
+
+def test_flip_mirrors() -> None:
+  change = images.Change(flip=True)
+  image = images.prepare_image(PICTURE, (60, 80), change)
+  np.testing.assert_array_equal(image, PICTURE[:, ::-1])
+  small = images.prepare_image(PICTURE, (24, 24), change)
+  plain = images.prepare_image(PICTURE, (24, 24))
+  difference = small[:, ::-1].astype(int) - plain
+  assert np.abs(difference).max() <= 1
+
+
+def test_color() -> None:
+  def changed(*color: float) -> np.ndarray:
+    return images.prepare_image(
+      PICTURE, (60, 80), images.Change(color=color)
+    ).astype(float)
+
+  np.testing.assert_allclose(changed(0.5, 1, 1), PICTURE // 2, atol=1)
+  assert not changed(0, 1, 1).any()
+  flat = changed(1, 0, 1)
+  assert (flat == flat[0, 0]).all()
+  assert flat[0, 0, 0] == pytest.approx(PICTURE.mean(), abs=3)
+  grey = changed(1, 1, 0)
+  np.testing.assert_array_equal(grey[..., 0], grey[..., 2])
+  assert changed(1, 1.5, 1).std() > PICTURE.std()
+
+
+def test_the_array_given_is_not_changed() -> None:
+  before = PICTURE.copy()
+  images.prepare_image(PICTURE, (60, 80), images.Change(None, True, (0, 0, 0)))
+  np.testing.assert_array_equal(PICTURE, before)
