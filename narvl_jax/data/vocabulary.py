@@ -138,19 +138,8 @@ class Vocabulary:
     Raises:
       UserError: a file is missing or does not hold what its name says.
     """
-    encoder = vocabulary_files.read_json_object(encoder_path)
-    token_of_id = {str(index): token for token, index in encoder.items()}
-    base = []
-    for number, line in enumerate(
-      vocabulary_files.read_text(dict_path).splitlines(), 1
-    ):
-      symbol, _, count = line.rpartition(" ")
-      if not symbol or not count.isdigit():
-        raise UserError(
-          f'{dict_path} line {number} is "{line[:40]}", not "SYMBOL COUNT";'
-          " set --config.vocabulary.path to the folder of the official files"
-        )
-      base.append(token_of_id.get(symbol, symbol))
+    encoder = vocabulary_files.read_token_ids(encoder_path)
+    base = vocabulary_files.read_dictionary(dict_path, encoder, encoder_path)
     tokenizer = vocabulary_files.byte_level_bpe(encoder, bpe_path)
     return cls(tokenizer, base, num_codes=num_codes, num_bins=num_bins)
 
@@ -170,7 +159,7 @@ class Vocabulary:
     Raises:
       UserError: a file is missing or does not hold what its name says.
     """
-    vocab = vocabulary_files.read_json_object(vocab_path)
+    vocab = vocabulary_files.read_token_ids(vocab_path)
     known = re.compile(r"<(s|pad|/s|unk|mask|(code|bin)_\d+|<BLANK>)>")
     base = [
       token
