@@ -1,22 +1,66 @@
 """Records to rows of fixed-shape arrays, and the account of bad records."""
 
+import collections
+import dataclasses
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from narvl_jax.data import images
+from narvl_jax.data import images, sources
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.tasks import Task
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 
-# What reading a damaged record raises; anything else is a defect of ours.
-BAD_RECORD_ERRORS = (ValueError, OSError, LookupError)
-
 Batch = dict[str, np.ndarray]
 AnyTask = Task[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRecord:
+  """A record that could not be used; travels from worker to main process.
+
+  Attributes:
+    name: of the entry or data set.
+    index: of the record in its source.
+    total: number of records of the source.
+    what: place, id and fault in words.
+  """
+
+  name: str
+  index: int
+  total: int
+  what: str
+
+  @classmethod
+  def of(
+    cls,
+    name: str,
+    source: Sequence[Record],
+    index: int,
+    record: Record | None,
+    error: Exception,
+    total: int | None = None,
+  ) -> "BadRecord":
+    """Describes a fault.
+
+    Args:
+      name: of the entry or data set.
+      source: where the record comes from.
+      index: its place there.
+      record: None if it could not even be read.
+      error: what is wrong with it.
+      total: of how many records, if not all of the source.
+    """
+    place = sources.locate(source, index)
+    if record is not None and record.id:
+      place += f' (id "{record.id}")'
+    reason = " ".join(str(error).split()) or type(error).__name__
+    total = len(source) if total is None else total
+    return cls(name, index, total, f"{place}: {reason}")
 
 
 class BadRecords:
@@ -28,7 +72,7 @@ class BadRecords:
 
   def __init__(self, max_fraction: float = 0.01) -> None:
     self.max_fraction = max_fraction
-    self._seen: dict[str, set[int]] = {}
+    self._seen: dict[str, set[int]] = collections.defaultdict(set)
     self._lock = threading.Lock()
 
   @property
@@ -37,36 +81,29 @@ class BadRecords:
     with self._lock:
       return sum(len(seen) for seen in self._seen.values())
 
-  def report(
-    self, name: str, index: int, total: int, record_id: str, error: Exception
-  ) -> None:
-    """Takes note of a bad record.
+  def count_of(self, name: str) -> int:
+    """Returns the number of different bad records of one entry."""
+    with self._lock:
+      return len(self._seen[name])
 
-    Args:
-      name: of the entry.
-      index: of the record in its source.
-      total: number of records of the source.
-      record_id: of the record, if it could be read.
-      error: what is wrong with it.
+  def report(self, record: BadRecord) -> None:
+    """Takes note of a bad record; logs it the first time.
 
     Raises:
       UserError: more than `max_fraction` of the source is bad.
     """
     with self._lock:
-      seen = self._seen.setdefault(name, set())
-      if index in seen:
+      seen = self._seen[record.name]
+      if record.index in seen:
         return
-      seen.add(index)
+      seen.add(record.index)
       bad = len(seen)
-    logging.warning(
-      'skipped bad record %d "%s" of %s: %s', index, record_id, name, error
-    )
-    if bad > self.max_fraction * total:
+    logging.warning("skipped a bad record of %s: %s", record.name, record.what)
+    if bad > self.max_fraction * record.total:
       raise UserError(
-        f"{bad} of {total} records of {name} are bad, more than"
-        f" {self.max_fraction:.2%}; the last is record {index}"
-        f' "{record_id}": {error}. Mend the data or set'
-        " --config.data.max_bad_fraction"
+        f"{bad} of {record.total} records of {record.name} are bad, more than"
+        f" {self.max_fraction:.2%}; the last is {record.what}. Mend the data"
+        " or set --config.data.max_bad_fraction"
       )
 
 
@@ -115,6 +152,7 @@ class Batcher:
     *,
     index: int = 0,
     target: str = "required",
+    rng: np.random.Generator | None = None,
   ) -> None:
     """Writes one record into a row that `empty` made; all of it or nothing.
 
@@ -126,12 +164,17 @@ class Batcher:
       index: position of the record in its source.
       target: "required", "optional" (left out if the record has no target or
         one that is too long) or "none".
+      rng: draws the random changes that the task's settings ask for; without
+        it there are none.
 
     Raises:
       UserError: the record is bad.
     """
+    change = None
+    if rng is not None:
+      record, change = task.augment(record, rng)
     text, labels, confidence = self._encode(record, task, target)
-    image = images.prepare_image(record.image, self._image_size)
+    image = images.prepare_image(record.image, self._image_size, change)
     batch["image"][row] = image
     batch["text"][row, : len(text)] = text
     batch["labels"][row, : len(labels)] = labels

@@ -39,10 +39,23 @@ class Entry(NamedTuple):
   name: str
 
 
-class Mixture:
-  """Step -> record numbers of the batch; an endless sequence for grain.
+class Draw(NamedTuple):
+  """One row of a batch.
 
-  Record i of entry k has the number i + the lengths of the entries before k.
+  Attributes:
+    entry: number of the entry.
+    index: of the record in the entry's source.
+    position: how many records of the entry came before, in all epochs.
+  """
+
+  entry: int
+  index: int
+  position: int
+
+
+class Mixture:
+  """Step -> the draws of its batch; an endless sequence for grain.
+
   Entries are interleaved evenly: any stretch of the sequence holds each entry
   in proportion to its weight, to within a record or two. An entry's records
   come without gaps, also across changes of weight: every record once, then
@@ -57,6 +70,7 @@ class Mixture:
     batch_size: int,
     seed: int,
     rows: Sequence[int] | None = None,
+    temperature: float = 0.0,
   ) -> None:
     """Builds the mixture.
 
@@ -65,9 +79,12 @@ class Mixture:
       batch_size: of all hosts together; weights change between batches.
       seed: of the order.
       rows: of every global batch, those that this host makes; all by default.
+      temperature: T multiplies every weight by the number of the source's
+        records to the power of 1 / T: in proportion to size at 1, more and
+        more even above; 0 leaves the weights alone.
 
     Raises:
-      UserError: weights, sources or batch size make no sense.
+      UserError: weights, temperature, sources or batch size make no sense.
     """
     if batch_size < 1:
       raise UserError(
@@ -75,12 +92,9 @@ class Mixture:
       )
     self._batch_size = batch_size
     self._rows = range(batch_size) if rows is None else list(rows)
-    self._orders = []
-    first = 0
-    for entry in entries:
-      self._orders.append(_order(entry, first, seed))
-      first += len(entry.source)
-    schedules = [_schedule(entry) for entry in entries]
+    self._orders = [_order(entry, seed) for entry in entries]
+    sizes = _size_factors(entries, temperature)
+    schedules = [_schedule(*pair) for pair in zip(entries, sizes, strict=True)]
     steps = sorted({step for schedule in schedules for step, _ in schedule})
     self._starts = [step * batch_size for step in steps]
     self._parts = [_parts(schedules, entries, step) for step in steps]
@@ -95,38 +109,59 @@ class Mixture:
   def __len__(self) -> int:
     return 1 << 48  # Endless; grain needs some number.
 
-  def __getitem__(self, index: int) -> list[int]:
+  def __getitem__(self, index: int) -> list[Draw]:
     first = index * self._batch_size
-    # Phases begin with a batch, so one holds for all of it.
-    phase = bisect.bisect_right(self._starts, first) - 1
+    phase = self._phase(first)
     start, used = self._starts[phase], self._used[phase]
-    numbers = []
+    draws = []
     for row in self._rows:
       entry, key = _locate(first - start + row, self._parts[phase])
-      numbers.append(self._orders[entry][used[entry] + key])
-    return numbers
+      position = used[entry] + key
+      draws.append(Draw(entry, int(self._orders[entry][position]), position))
+    return draws
+
+  def used(self, step: int) -> list[int]:
+    """Returns how many records of each entry the first `step` batches have."""
+    first = step * self._batch_size
+    phase = self._phase(first)
+    counts = _counts(first - self._starts[phase], self._parts[phase])
+    return [a + b for a, b in zip(self._used[phase], counts, strict=True)]
+
+  def _phase(self, position: int) -> int:
+    # Phases begin with a batch, so one holds for all of it.
+    return bisect.bisect_right(self._starts, position) - 1
 
 
 class _Permutations:
   """Position -> record number: a new permutation in every epoch."""
 
-  def __init__(self, first: int, count: int, words: Sequence[int]) -> None:
-    self._first = first
+  def __init__(self, count: int, words: Sequence[int]) -> None:
     self._count = count
     self._words = tuple(words)
-    # Two: threads work ahead of each other, into the next epoch.
-    self._epoch = functools.lru_cache(maxsize=2)(self._permutation)
+    self._forget()
 
   def __getitem__(self, position: int) -> int:
     epoch, i = divmod(position, self._count)
-    return self._first + int(self._epoch(epoch)[i])
+    return int(self._epoch(epoch)[i])
+
+  def _forget(self) -> None:
+    # Two: threads work ahead of each other, into the next epoch.
+    self._epoch = functools.lru_cache(maxsize=2)(self._permutation)
+
+  def __getstate__(self) -> tuple[int, tuple[int, ...]]:
+    # Other processes make their own.
+    return self._count, self._words
+
+  def __setstate__(self, state: tuple[int, tuple[int, ...]]) -> None:
+    self._count, self._words = state
+    self._forget()
 
   def _permutation(self, epoch: int) -> np.ndarray:
     rng = np.random.default_rng([*self._words, epoch])
     return rng.permutation(np.arange(self._count, dtype=np.int32))
 
 
-def _order(entry: Entry, first: int, seed: int) -> Any:
+def _order(entry: Entry, seed: int) -> Any:
   """Returns the endless order of an entry's record numbers."""
   count = len(entry.source)
   if count < 1:
@@ -136,7 +171,7 @@ def _order(entry: Entry, first: int, seed: int) -> Any:
     )
   words = [seed % 2**32, zlib.crc32(entry.name.encode())]
   if count <= _MAX_PERMUTED:
-    return _Permutations(first, count, words)
+    return _Permutations(count, words)
   if count > _MAX_SHUFFLED:
     raise UserError(
       f'the source of "{entry.name}" has {count} records; the limit is'
@@ -144,11 +179,23 @@ def _order(entry: Entry, first: int, seed: int) -> Any:
     )
   # Needs no memory, but more time than all else here.
   own_seed = int(np.random.SeedSequence(words).generate_state(1)[0])
-  numbers = grain.MapDataset.range(first, first + count)
-  return numbers.shuffle(seed=own_seed).repeat(None)
+  return grain.MapDataset.range(count).shuffle(seed=own_seed).repeat(None)
 
 
-def _schedule(entry: Entry) -> list[tuple[int, float]]:
+def _size_factors(entries: Sequence[Entry], temperature: float) -> list[float]:
+  """Returns what the temperature makes of the sizes; the largest gets 1."""
+  if not math.isfinite(temperature) or temperature < 0:
+    raise UserError(
+      f"data.temperature is {temperature}; it must be 0 (off) or more:"
+      " --config.data.temperature=0"
+    )
+  if not temperature:
+    return [1.0] * len(entries)
+  largest = max(len(entry.source) for entry in entries)
+  return [(len(e.source) / largest) ** (1 / temperature) for e in entries]
+
+
+def _schedule(entry: Entry, size_factor: float) -> list[tuple[int, float]]:
   """Returns [(from_step, weight), ...] after checks."""
   flag = f"--config.data.train.{entry.name}.weight"
   weight = entry.weight
@@ -166,7 +213,7 @@ def _schedule(entry: Entry) -> list[tuple[int, float]]:
   for _, value in schedule:
     if not math.isfinite(value) or value < 0:
       raise UserError(f"{flag} is {value}; it must be 0 or more")
-  return schedule
+  return [(step, value * size_factor) for step, value in schedule]
 
 
 def _parts(

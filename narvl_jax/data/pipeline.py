@@ -2,25 +2,26 @@
 
 A training batch is a pure function of (seed, step): a run that resumes at a
 step sees what an uninterrupted run would have seen, whatever the number of
-hosts and threads. Nothing but the step is stored.
+hosts, worker processes and threads. Nothing but the step is stored.
 
 A bad record (unreadable picture, empty prompt, text over the limit, ...) is
 counted, logged once and replaced by the next good record of its source, which
 keeps the above true. Too many of them stop the run.
 """
 
-import bisect
-import itertools
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import grain
+import numpy as np
 
-from narvl_jax.data.batching import BAD_RECORD_ERRORS, AnyTask, Batch
+from narvl_jax.data import workers
+from narvl_jax.data.batching import AnyTask, BadRecord, Batch
 from narvl_jax.data.batching import BadRecords as BadRecords
 from narvl_jax.data.batching import Batcher as Batcher
-from narvl_jax.data.example import Record
-from narvl_jax.data.mixture import Entry, Mixture, WeightSchedule
+from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
+from narvl_jax.data.mixture import Draw, Entry, Mixture, WeightSchedule
 from narvl_jax.errors import UserError, did_you_mean
 
 # So many bad neighbours are no accident.
@@ -38,10 +39,12 @@ def train_batches(
   max_text_length: int,
   max_label_length: int,
   rows: Sequence[int] | None = None,
+  temperature: float = 0.0,
+  num_workers: int = 0,
   num_threads: int = 1,
   prefetch: int = 2,
   bad_records: BadRecords | None = None,
-) -> Iterator[Batch]:
+) -> "TrainBatches":
   """Returns endless training batches, each a pure function of (seed, step).
 
   Args:
@@ -54,13 +57,15 @@ def train_batches(
     max_text_length: T, tokens of the source with bos and eos.
     max_label_length: L, labels of the target.
     rows: of every global batch, those that the batches have; all by default.
-    num_threads: threads that prepare batches ahead; 0 prepares them on demand.
-    prefetch: batches that are prepared ahead.
+    temperature: see `Mixture`.
+    num_workers: processes that prepare batches ahead; 0 has threads only.
+    num_threads: threads, of each process, that prepare batches ahead; 0
+      prepares them on demand.
+    prefetch: batches that are prepared ahead, by each process.
     bad_records: keeps count; a new one if None.
 
   Returns:
-    An iterator of batches as in `data/example.py`. It has `close()`, which
-    ends its threads.
+    An iterator of batches as in `data/example.py`.
 
   Raises:
     UserError: the mixture makes no sense (at once), or too many records are
@@ -68,12 +73,80 @@ def train_batches(
   """
   mixed = [Entry(*entry) for entry in entries]
   _check_entries(mixed, tasks)
-  mixture = Mixture(mixed, batch_size=batch_size, seed=seed, rows=rows)
+  mixture = Mixture(
+    mixed,
+    batch_size=batch_size,
+    seed=seed,
+    rows=rows,
+    temperature=temperature,
+  )
   batcher = Batcher(image_size, max_text_length, max_label_length)
-  reader = _TrainReader(mixed, tasks, batcher, bad_records or BadRecords())
+  reader = _TrainReader(mixed, tasks, batcher, seed)
   # Whole batches, since grain costs more per element than an example does.
   batches = grain.MapDataset.source(mixture).map(reader)[start_step:]
-  return iter(batches.to_iter_dataset(_read_options(num_threads, prefetch)))
+  ahead = batches.to_iter_dataset(_read_options(num_threads, prefetch))
+  if num_workers:
+    ahead = workers.in_processes(ahead, num_workers, prefetch)
+  return TrainBatches(iter(ahead), mixture, mixed, bad_records or BadRecords())
+
+
+class TrainBatches(Iterator[Batch]):
+  """The batches of `train_batches`.
+
+  Bad records are accounted for here and not where they are met: each process
+  knows of its own only.
+
+  Attributes:
+    bad_records: those of the batches handed out so far.
+  """
+
+  def __init__(
+    self,
+    batches: Any,
+    mixture: Mixture,
+    entries: Sequence[Entry],
+    bad_records: BadRecords,
+  ) -> None:
+    """Takes grain's iterator and what it was made from."""
+    self._batches = batches
+    self._mixture = mixture
+    self._sizes = {entry.name: len(entry.source) for entry in entries}
+    self.bad_records = bad_records
+
+  def __iter__(self) -> Self:
+    return self
+
+  def __next__(self) -> Batch:
+    with workers.failures_explained():
+      batch, bad = next(self._batches)
+    for record in bad:
+      self.bad_records.report(record)
+    if batch is None:
+      raise UserError(
+        f"{len(bad)} records of {bad[-1].name} in a row are bad, up to"
+        f" {bad[-1].what}. Mend the data"
+      )
+    return batch
+
+  def counters(self, step: int) -> dict[str, float]:
+    """Returns what the run has used of each entry NAME after `step` batches.
+
+    `NAME/examples` and `NAME/epochs` count all hosts and all of the run,
+    `NAME/bad` the different bad records that this host has met since it
+    started.
+    """
+    counts: dict[str, float] = {}
+    sizes = self._sizes.items()
+    used = self._mixture.used(step)
+    for (name, size), examples in zip(sizes, used, strict=True):
+      counts[f"{name}/examples"] = examples
+      counts[f"{name}/epochs"] = examples / size
+      counts[f"{name}/bad"] = self.bad_records.count_of(name)
+    return counts
+
+  def close(self) -> None:
+    """Ends the threads and processes."""
+    self._batches.close()
 
 
 def eval_batches(
@@ -140,7 +213,7 @@ def eval_batches(
         )
         records.append(record)
       except BAD_RECORD_ERRORS as e:
-        bad.report(name, index, total, record.id if record else "?", e)
+        bad.report(BadRecord.of(name, source, index, record, e, total))
     filled = len(records)
     for key, value in batch.items():
       if key != "valid":
@@ -152,49 +225,55 @@ def eval_batches(
 
 
 class _TrainReader:
-  """Record numbers of one batch -> the batch."""
+  """Draws of one batch -> the batch and the bad records met."""
 
   def __init__(
     self,
     entries: Sequence[Entry],
     tasks: Mapping[str, AnyTask],
     batcher: Batcher,
-    bad_records: BadRecords,
+    seed: int,
   ) -> None:
     self._entries = entries
     self._tasks = [tasks[entry.task] for entry in entries]
-    self._lengths = [len(entry.source) for entry in entries]
-    self._ends = list(itertools.accumulate(self._lengths))
     self._batcher = batcher
-    self._bad = bad_records
+    self._words = [
+      (seed % 2**32, zlib.crc32(entry.name.encode())) for entry in entries
+    ]
 
-  def __call__(self, numbers: Sequence[int]) -> Batch:
-    batch = self._batcher.empty(len(numbers))
-    for row, number in enumerate(numbers):
-      entry = bisect.bisect_right(self._ends, number)
-      index = number - self._ends[entry] + self._lengths[entry]
-      self._write_good(batch, row, entry, index)
-    return batch
+  def __call__(
+    self, draws: Sequence[Draw]
+  ) -> tuple[Batch | None, list[BadRecord]]:
+    """Returns None for the batch if too many records in a row are bad."""
+    batch = self._batcher.empty(len(draws))
+    bad: list[BadRecord] = []
+    for row, draw in enumerate(draws):
+      met = self._write_good(batch, row, draw)
+      if met and not batch["valid"][row]:
+        return None, met
+      bad += met
+    return batch, bad
 
-  def _write_good(self, batch: Batch, row: int, entry: int, index: int) -> None:
-    """Writes the first good record from `index` on."""
-    source, _, _, name = self._entries[entry]
-    total = self._lengths[entry]
-    for _ in range(min(_MAX_BAD_RUN, total)):
-      record = None
+  def _write_good(self, batch: Batch, row: int, draw: Draw) -> list[BadRecord]:
+    """Writes the first good record from the drawn one on."""
+    source, _, _, name = self._entries[draw.entry]
+    task = self._tasks[draw.entry]
+    total = len(source)
+    bad: list[BadRecord] = []
+    for i in range(min(_MAX_BAD_RUN, total)):
+      index, record = (draw.index + i) % total, None
       try:
         record = source[index]
-        self._batcher.write(batch, row, record, self._tasks[entry], index=index)
-        return
+        rng = self._rng(draw) if task.augments else None
+        self._batcher.write(batch, row, record, task, index=index, rng=rng)
+        break
       except BAD_RECORD_ERRORS as e:
-        record_id = record.id if record else "?"
-        self._bad.report(name, index, total, record_id, e)
-        error = e
-      index = (index + 1) % total
-    raise UserError(
-      f"{min(_MAX_BAD_RUN, total)} records of {name} in a row are bad, up to"
-      f" record {(index - 1) % total}: {error}. Mend the data"
-    )
+        bad.append(BadRecord.of(name, source, index, record, e))
+    return bad
+
+  def _rng(self, draw: Draw) -> np.random.Generator:
+    """Depends on the place in the order only: each epoch changes anew."""
+    return np.random.default_rng([*self._words[draw.entry], draw.position, 1])
 
 
 def _check_entries(

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import pickle
 from typing import Any
 
 import numpy as np
@@ -12,19 +13,31 @@ from narvl_jax.data.mixture import Entry, Mixture
 from narvl_jax.errors import UserError
 
 
+class _Numbered(Mixture):
+  """Numbers the records of all entries through, one entry after another."""
+
+  def __init__(self, entries: list[Entry], **settings: Any) -> None:
+    super().__init__(entries, **settings)
+    lengths = [0, *(len(entry.source) for entry in entries)]
+    self._firsts = list(itertools.accumulate(lengths))
+
+  def numbers(self, step: int) -> list[int]:
+    return [self._firsts[d.entry] + d.index for d in self[step]]
+
+
 def _mixture(
-  *parts: tuple[int, Any], batch_size: int = 10, seed: int = 0, **rows: Any
-) -> Mixture:
+  *parts: tuple[int, Any], batch_size: int = 10, seed: int = 0, **settings: Any
+) -> _Numbered:
   """Entries of (number of records, weight)."""
   entries = [
     Entry(range(count), "vqa", weight, f"entry{i}")
     for i, (count, weight) in enumerate(parts)
   ]
-  return Mixture(entries, batch_size=batch_size, seed=seed, **rows)
+  return _Numbered(entries, batch_size=batch_size, seed=seed, **settings)
 
 
-def _numbers(order: Mixture, steps: int) -> list[int]:
-  return list(itertools.chain(*(order[step] for step in range(steps))))
+def _numbers(order: _Numbered, steps: int) -> list[int]:
+  return list(itertools.chain(*map(order.numbers, range(steps))))
 
 
 def test_each_epoch_has_every_record_once() -> None:
@@ -78,7 +91,7 @@ def test_hosts_share_the_global_batch() -> None:
 def test_weights_change_at_their_step() -> None:
   schedule = ((0, 1.0), (3, 0.0), (5, 4.0))
   order = _mixture((1000, schedule), (1000, 1.0))
-  counts = [sum(n < 1000 for n in order[step]) for step in range(8)]
+  counts = [sum(n < 1000 for n in order.numbers(step)) for step in range(8)]
   assert counts == [5, 5, 5, 0, 0, 8, 8, 8]
 
 
@@ -121,7 +134,8 @@ def test_large_sources(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_first_records_are_spread_evenly() -> None:
   counts = collections.Counter()
   for seed in range(300):
-    counts.update(_mixture((20, 1.0), seed=seed, batch_size=2)[0])
+    order = _mixture((20, 1.0), seed=seed, batch_size=2)
+    counts.update(order.numbers(0))
   # 600 draws from 20: 30 each, standard deviation 5.3.
   assert len(counts) == 20
   assert max(counts.values()) < 55
@@ -150,3 +164,47 @@ def test_bad_sizes() -> None:
     _mixture((10, 1.0), (0, 1.0))
   with pytest.raises(UserError, match="the limit is 4294967296"):
     _mixture((2**32 + 1, 1.0))
+
+
+def test_positions_count_the_records_of_an_entry() -> None:
+  schedule = ((0, 1.0), (4, 3.0))
+  order = _mixture((7, schedule), (30, 1.0))
+  seen = [0, 0]
+  for step in range(12):
+    assert order.used(step) == seen
+    for draw in order[step]:
+      assert draw.position == seen[draw.entry]
+      seen[draw.entry] += 1
+  assert order.used(4) == [20, 20]
+  assert order.used(8) == [50, 30]
+
+
+@pytest.mark.parametrize(
+  ("temperature", "shares"),
+  [
+    (0.0, (1, 1, 2)),
+    (1.0, (100, 900, 200)),
+    (2.0, (10, 30, 20)),
+    (1e9, (1, 1, 2)),
+    (1e-3, (0, 1, 0)),
+  ],
+)
+def test_temperature(temperature: float, shares: tuple[int, ...]) -> None:
+  order = _mixture(
+    (100, 1.0), (900, 1.0), (100, 2.0), temperature=temperature, batch_size=6
+  )
+  expected = 6000 * np.asarray(shares) / sum(shares)
+  np.testing.assert_allclose(order.used(1000), expected, atol=3)
+
+
+def test_bad_temperature() -> None:
+  for value in (-1.0, float("nan"), float("inf")):
+    with pytest.raises(UserError, match=r"data.temperature is .* 0 \(off\)"):
+      _mixture((10, 1.0), temperature=value)
+
+
+def test_mixture_travels_to_other_processes() -> None:
+  order = _mixture((30, 1.0), (50, 2.0))
+  first = order[17]
+  copy = pickle.loads(pickle.dumps(order))
+  assert copy[17] == first

@@ -1,0 +1,66 @@
+"""Worker processes that prepare batches, on grain's `mp_prefetch`."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+
+from narvl_jax.errors import UserError
+
+_PARENT_CHECK_SECONDS = 2.0
+
+
+def in_processes(dataset: Any, num_workers: int, buffered: int) -> Any:
+  """Returns the same elements in the same order, made by other processes.
+
+  Args:
+    dataset: a grain IterDataset that can be pickled.
+    num_workers: number of processes.
+    buffered: elements that each prepares ahead, at least 1.
+  """
+  options = grain.MultiprocessingOptions(
+    num_workers=num_workers, per_worker_buffer_size=max(buffered, 1)
+  )
+  return dataset.mp_prefetch(options, worker_init_fn=_start_worker)
+
+
+@contextlib.contextmanager
+def failures_explained() -> Iterator[None]:
+  """Says in one line that a worker died, which grain tells as a RuntimeError.
+
+  Raises:
+    UserError: a worker process ended by itself.
+  """
+  try:
+    yield
+  except RuntimeError as error:
+    if "Worker process was terminated" not in str(error):
+      raise
+    raise UserError(
+      f"a process that prepares data died ({str(error).split('. ')[0]}); out"
+      " of memory? Lower --config.data.num_workers or --config.data.prefetch"
+    ) from error
+
+
+def _start_worker(index: int, count: int) -> None:
+  """Leaves stopping to the main process, and ends when that is gone."""
+  del index, count
+  # Ctrl-C and schedulers signal the whole group, yet the main process still
+  # needs the batches of the step at which it saves and stops.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  thread = threading.Thread(
+    target=_exit_with_parent, args=(os.getppid(),), daemon=True
+  )
+  thread.start()
+
+
+def _exit_with_parent(parent: int) -> None:
+  while os.getppid() == parent:
+    time.sleep(_PARENT_CHECK_SECONDS)
+  os._exit(1)
