@@ -1,8 +1,6 @@
 """Weights of the official PyTorch code, to and from the parameter tree."""
 
 import functools
-import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +12,13 @@ import numpy as np
 
 from narvl_jax.errors import UserError
 from narvl_jax.interop.key_map import IGNORED, TABLE_KEY, TIED_KEYS, key_map
+from narvl_jax.interop.settings import settings_of
+from narvl_jax.interop.tensors import State, same
 from narvl_jax.models import NARVL, ModelConfig
 
 
 def variables_from_official(
-  state: Mapping[str, np.ndarray], config: ModelConfig
+  state: State, config: ModelConfig, *, dtype: Any = np.float32
 ) -> dict[str, Any]:
   """Converts an official NARVL state dict to variables of `NARVL(config)`.
 
@@ -26,12 +26,14 @@ def variables_from_official(
   ignored. Rows that pad the tied table are zero.
 
   Args:
-    state: official key -> array of any float dtype.
+    state: official key -> array of any float dtype, or a tensor of a file,
+      which is read once.
     config: the model that the weights are for; `image_encoder="resnet"`.
+    dtype: of the variables.
 
   Returns:
-    {"params", "batch_stats"}: nested dicts of float32 NumPy arrays without
-    logical axis names.
+    {"params", "batch_stats"}: nested dicts of NumPy arrays without logical
+    axis names.
 
   Raises:
     UserError: a key is missing, left over or of another shape, or the tied
@@ -44,7 +46,7 @@ def variables_from_official(
     layers = [
       _to_ours(
         leaf.transform,
-        [np.asarray(state[key], np.float32) for key in keys],
+        [np.asarray(state[key]).astype(dtype) for key in keys],
         config,
       )
       for keys in leaf.keys
@@ -151,7 +153,7 @@ def _to_official(transform: str, x: Any, config: ModelConfig) -> list[Any]:
   raise AssertionError(transform)
 
 
-def _check_state(state: Mapping[str, np.ndarray], config: ModelConfig) -> None:
+def _check_state(state: State, config: ModelConfig) -> None:
   """Raises UserError unless `state` is what `config` reads."""
   shapes = official_shapes(config)
   hint = _hint(state, config)
@@ -173,7 +175,7 @@ def _check_state(state: Mapping[str, np.ndarray], config: ModelConfig) -> None:
       f"official weights hold {len(left)} unknown tensors: {_some(left)}{hint}"
     )
   for key in TIED_KEYS:
-    if key in state and not np.array_equal(state[key], state[TABLE_KEY]):
+    if key in state and not same(state[key], state[TABLE_KEY]):
       raise UserError(
         f"official weight {key} differs from {TABLE_KEY}; the model ties them"
       )
@@ -184,11 +186,11 @@ def _some(keys: Sequence[str]) -> str:
   return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
 
 
-def _hint(state: Mapping[str, np.ndarray], config: ModelConfig) -> str:
+def _hint(state: State, config: ModelConfig) -> str:
   """Names the settings by which the tensors differ from the configuration."""
   flags = [
     f"--config.model.{name}={_text(value)}"
-    for name, value in _settings(state).items()
+    for name, value in settings_of(state).items()
     if value != getattr(config, name)
   ]
   return f"; nearest configuration: {' '.join(flags)}" if flags else ""
@@ -197,36 +199,3 @@ def _hint(state: Mapping[str, np.ndarray], config: ModelConfig) -> str:
 def _text(value: Any) -> str:
   """A value as it is written on a command line."""
   return str(value).replace(" ", "")
-
-
-def _settings(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """Fields of `ModelConfig` that the shapes in a state dict show."""
-
-  def rows(key: str, axis: int = 0) -> int | None:
-    shape = np.shape(state.get(key, ()))
-    return shape[axis] if len(shape) > axis else None
-
-  def count(prefix: str) -> int:
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    found = (pattern.match(key) for key in state)
-    return len({match[1] for match in found if match})
-
-  image_positions = rows("encoder.embed_image_positions.weight")
-  token_buckets = rows("encoder.token_rel_pos_table_list.0.weight")
-  trunk = "encoder.embed_images"
-  blocks = tuple(count(f"{trunk}.layer{i}") for i in (1, 2, 3))
-  found = {
-    "width": rows(TABLE_KEY, 1),
-    "mlp_width": rows("encoder.layers.0.fc1.weight"),
-    "num_heads": rows("encoder.layers.0.self_attn.c_attn"),
-    "encoder_layers": count("encoder.layers"),
-    "decoder_layers": count("decoder.layers"),
-    "resnet_blocks": blocks if all(blocks) else None,
-    "resnet_width": rows(f"{trunk}.conv1.weight"),
-    "num_queries": rows("decoder.query_embed.weight"),
-    "vocab_size": rows(TABLE_KEY),
-    "max_text_positions": rows("encoder.embed_positions.weight"),
-    "image_bucket_size": image_positions and math.isqrt(image_positions - 1),
-    "token_bucket_size": token_buckets and (token_buckets + 1) // 2,
-  }
-  return {name: value for name, value in found.items() if value}

@@ -1,0 +1,250 @@
+"""What changes when an official checkpoint becomes a NARVL of ours.
+
+The weights of OFA, which writes its answers token by token, lack the queries
+and the blank; other changes are choices of the user.
+"""
+
+import dataclasses
+import zlib
+
+import jax
+import numpy as np
+
+from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.interop.key_map import TABLE_KEY
+from narvl_jax.interop.settings import (
+  IMAGE_POSITIONS_KEY,
+  QUERY_KEY,
+  settings_of,
+)
+from narvl_jax.interop.tensors import Tensor
+
+BLANK_ROWS = ("noise", "mean", "unk")
+_UNK_ID = 3
+_QUERY_STDDEV = 0.02
+DEFAULT_QUERIES = 20
+# Buckets of a class token, which NARVL has not, after those of distances.
+_EXTRA_BUCKETS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Choices of a conversion.
+
+  Attributes:
+    num_queries: N; None keeps that of the file, and is 20 without one.
+    blank_row: what the blank starts as if the file has none: "noise"
+      (reference: normal, standard deviation D ** -0.5), "mean" of all rows,
+      or the row of "unk".
+    stretch_images: (from, to) in pixels: positions that were learned for
+      pictures of one side are stretched to another by bicubic interpolation;
+      None keeps them (reference).
+    seed: of all that is drawn.
+  """
+
+  num_queries: int | None = None
+  blank_row: str = "noise"
+  stretch_images: tuple[int, int] | None = None
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    """Checks the values."""
+    if self.num_queries is not None and self.num_queries < 1:
+      raise UserError(
+        f"--num_queries={self.num_queries} is below 1; nearest valid:"
+        " --num_queries=1"
+      )
+    if self.blank_row not in BLANK_ROWS:
+      raise UserError(
+        f'--blank_row="{self.blank_row}" is unknown.'
+        f"{did_you_mean(self.blank_row, BLANK_ROWS)} (--blank_row)"
+      )
+    for pixels in self.stretch_images or ():
+      if pixels < 32 or pixels % 16:
+        near = max(32, round(pixels / 16) * 16)
+        raise UserError(
+          f"--stretch_images: {pixels} is not a multiple of 16 from 32 on;"
+          f" nearest valid: {near}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+  """A tensor that the file lacks or has in another shape.
+
+  Attributes:
+    key: official key.
+    before: its shape in the file; None: it is not there.
+    after: its shape now.
+    how: how it was filled, in words.
+  """
+
+  key: str
+  before: tuple[int, ...] | None
+  after: tuple[int, ...]
+  how: str
+
+
+def adapt(
+  state: dict[str, Tensor | np.ndarray], options: Options
+) -> tuple[dict[str, Tensor | np.ndarray], list[Change], bool]:
+  """Adds and resizes what the model needs.
+
+  Args:
+    state: official key -> tensor; not changed.
+    options: the choices.
+
+  Returns:
+    The new state dict, its changes, and whether the file was of OFA, whose
+    vocabulary has no blank.
+
+  Raises:
+    UserError: an option does not fit the file.
+  """
+  if TABLE_KEY not in state or len(np.shape(state[TABLE_KEY])) != 2:
+    raise UserError(
+      f"--from: there is no {TABLE_KEY}, so these are no weights of OFA or"
+      " NARVL"
+    )
+  work = _Adaptation(dict(state), options)
+  autoregressive = QUERY_KEY not in state
+  if autoregressive:
+    work.add_blank()
+  work.fit_queries()
+  work.complete_image_positions()
+  if options.stretch_images is not None:
+    work.stretch_images(*options.stretch_images)
+  return work.state, work.changes, autoregressive
+
+
+class _Adaptation:
+  """A state dict while it is being changed."""
+
+  def __init__(
+    self, state: dict[str, Tensor | np.ndarray], options: Options
+  ) -> None:
+    self.state, self.options = state, options
+    self.changes: list[Change] = []
+    table = state[TABLE_KEY]
+    self.width: int = table.shape[1]
+    self.dtype = table.dtype
+
+  def _set(self, key: str, value: np.ndarray, how: str) -> None:
+    before = self.state.get(key)
+    shape = None if before is None else tuple(before.shape)
+    self.changes.append(Change(key, shape, value.shape, how))
+    self.state[key] = value.astype(self.dtype)
+
+  def _normal(self, key: str, rows: int, stddev: float) -> np.ndarray:
+    """Draws rows that depend on the seed and the name only."""
+    seed = [self.options.seed, zlib.crc32(key.encode())]
+    rng = np.random.default_rng(seed)
+    return stddev * rng.standard_normal((rows, self.width), np.float32)
+
+  def add_blank(self) -> None:
+    """Appends the blank to the vocabulary."""
+    table = np.asarray(self.state[TABLE_KEY])
+    how = f"last row is the blank, from {self.options.blank_row}"
+    match self.options.blank_row:
+      case "noise":
+        row = self._normal(TABLE_KEY, 1, self.width**-0.5)
+        how += f" with seed {self.options.seed}"
+      case "mean":
+        row = table.mean(0, np.float32, keepdims=True)
+      case _:
+        row = table[_UNK_ID : _UNK_ID + 1]
+    self._set(TABLE_KEY, np.concatenate([table, row.astype(self.dtype)]), how)
+
+  def fit_queries(self) -> None:
+    """Makes the queries as many as are wanted."""
+    old = self.state.get(QUERY_KEY)
+    have = 0 if old is None else old.shape[0]
+    want = self.options.num_queries or have or DEFAULT_QUERIES
+    limit = settings_of(self.state).get("max_text_positions", want)
+    if want > limit:
+      raise UserError(
+        f"--num_queries={want} exceeds the {limit} positions of the file;"
+        f" nearest valid: --num_queries={limit}"
+      )
+    if want == have:
+      return
+    rows = self._normal(QUERY_KEY, want, _QUERY_STDDEV)[min(have, want) :]
+    drawn = f"normal, stddev {_QUERY_STDDEV}, seed {self.options.seed}"
+    if old is None:
+      self._set(QUERY_KEY, rows, f"{want} new queries, {drawn}")
+      return
+    kept = np.asarray(old)[:want]
+    how = f"first {len(kept)} of {have} queries kept"
+    if want > have:
+      how += f", {want - have} new ones {drawn}"
+    value = np.concatenate([kept, rows.astype(self.dtype)])
+    self._set(QUERY_KEY, value, how)
+
+  def complete_image_positions(self) -> None:
+    """Appends rows that early files lack, as the official code does."""
+    side = settings_of(self.state).get("image_bucket_size", 0)
+    table = self.state.get(IMAGE_POSITIONS_KEY)
+    missing = 0 if table is None else side**2 + 1 - table.shape[0]
+    if table is None or missing <= 0:
+      return
+    rows = self._normal(IMAGE_POSITIONS_KEY, missing, self.width**-0.5)
+    value = np.concatenate([np.asarray(table), rows.astype(self.dtype)])
+    how = f"{missing} rows appended, normal, seed {self.options.seed}"
+    self._set(IMAGE_POSITIONS_KEY, value, how)
+
+  def stretch_images(self, before: int, after: int) -> None:
+    """Interpolates positions and relative distances of image tokens."""
+    old, new = before // 16, after // 16
+    side: int = settings_of(self.state).get("image_bucket_size", 0)
+    if old > side:
+      raise UserError(
+        f"--stretch_images: the tables of the file reach to {16 * side}"
+        f" pixels, not to {before}; nearest valid: {16 * side}"
+      )
+    grown = max(side, new)
+    how = f"bicubic, the grid of {old} x {old} to {new} x {new}"
+    table = np.asarray(self.state[IMAGE_POSITIONS_KEY])
+    grid = table[1:].reshape(side, side, -1)
+    large = np.zeros((grown, grown, self.width), table.dtype)
+    large[:side, :side] = grid
+    large[:new, :new] = _bicubic(grid[:old, :old], new)
+    flat = large.reshape(grown**2, -1)
+    self._set(IMAGE_POSITIONS_KEY, np.concatenate([table[:1], flat]), how)
+    for layer in range(settings_of(self.state)["encoder_layers"]):
+      key = f"encoder.image_rel_pos_table_list.{layer}.weight"
+      value = _stretch_distances(
+        np.asarray(self.state[key]), side, grown, old, new
+      )
+      self._set(key, value, how)
+
+
+def _stretch_distances(
+  table: np.ndarray, side: int, grown: int, old: int, new: int
+) -> np.ndarray:
+  """Stretches distances up to `old` - 1 rows or columns up to `new` - 1."""
+  grid = table[:-_EXTRA_BUCKETS].reshape(2 * side - 1, 2 * side - 1, -1)
+  large = np.zeros((2 * grown - 1, 2 * grown - 1, grid.shape[2]), grid.dtype)
+
+  def centre(array: np.ndarray, reach: int) -> np.ndarray:
+    first = array.shape[0] // 2 - reach + 1
+    return array[first : first + 2 * reach - 1, first : first + 2 * reach - 1]
+
+  centre(large, side)[:] = grid
+  centre(large, new)[:] = _bicubic(centre(grid, old), 2 * new - 1)
+  flat = large.reshape((2 * grown - 1) ** 2, -1)
+  return np.concatenate([flat, table[-_EXTRA_BUCKETS:]])
+
+
+def _bicubic(grid: np.ndarray, side: int) -> np.ndarray:
+  """Resizes [n, n, C] to [side, side, C]; corners stay corners."""
+  scale = (side - 1) / (grid.shape[0] - 1)
+  shift = 0.5 - 0.5 * scale
+  resized = jax.image.scale_and_translate(
+    np.asarray(grid, np.float32),
+    (side, side, grid.shape[2]),
+    (0, 1),
+    np.array([scale, scale], np.float32),
+    np.array([shift, shift], np.float32),
+    method="cubic",
+  )
+  return np.asarray(resized).astype(grid.dtype)
