@@ -21,10 +21,12 @@ setuptools.setup(
   python_requires=">=3.11",
   install_requires=[
     "absl-py>=2.1,<3",
+    "array-record>=0.8,<0.9",
     "flax>=0.12,<0.13",
     "grain>=0.2.14,<0.3",
     "jax>=0.10,<0.13",
     "ml-collections>=1.1,<2",
+    "msgpack>=1.0.8,<2",
     "numpy>=2.0,<3",
     "optax>=0.2.5,<0.3",
     "orbax-checkpoint>=0.12,<0.13",

@@ -1,0 +1,171 @@
+"""Folders of ArrayRecord shards that `narvl_jax.data.convert` wrote."""
+
+import bisect
+import dataclasses
+import hashlib
+import itertools
+import operator
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+from array_record.python import array_record_data_source
+
+from narvl_jax.data import records
+from narvl_jax.data.example import Record
+from narvl_jax.data.manifest import Manifest, Shard, quick_fault, read_manifest
+from narvl_jax.data.sources import MANIFEST, files
+from narvl_jax.errors import UserError
+
+
+class ArrayRecordSource(Sequence[Record]):
+  """Records of one or several folders of shards.
+
+  Nothing but the shards' own indices is kept in memory; each process opens
+  the files that it reads. It can be pickled and read by several threads.
+
+  Attributes:
+    task: of the records.
+    split: that was converted.
+  """
+
+  def __init__(
+    self,
+    *,
+    task: str,
+    split: str,
+    seed: int = 0,
+    path: files.PathOption = None,
+  ) -> None:
+    """Compares the shards' sizes and counts with the manifest; no seed.
+
+    Args:
+      task: of the manifest, or "".
+      split: of the manifest, or "".
+      path: a folder, several, or a mapping from splits to these. `{split}` in
+        a name becomes the split; glob patterns are allowed.
+
+    Raises:
+      UserError: there is no such folder, a shard is missing or damaged, or
+        the folder holds another task or split.
+    """
+    del seed
+    manifests = files.resolve(
+      _manifest_names(path), split, source="array_record"
+    )
+    self._folders = [file.parent for file in manifests]
+    shards: list[tuple[pathlib.Path, Shard]] = []
+    for folder in self._folders:
+      manifest = read_manifest(folder)
+      task = task or manifest.task
+      split = split or manifest.split
+      _check_contents(folder, manifest, task, split)
+      shards += [(folder, shard) for shard in manifest.shards if shard.records]
+    self.task, self.split = task, split
+    self._names = [str(folder / shard.file) for folder, shard in shards]
+    self._fingerprint = [shard.sha256 for _, shard in shards]
+    self._ends = list(itertools.accumulate(s.records for _, s in shards))
+    self._data: Any = array_record_data_source.ArrayRecordDataSource(
+      [
+        _Instruction(name, 0, shard.records, shard.records)
+        for name, (_, shard) in zip(self._names, shards, strict=True)
+      ]
+    )
+
+  def __len__(self) -> int:
+    return self._ends[-1]
+
+  @overload
+  def __getitem__(self, index: int) -> Record: ...
+  @overload
+  def __getitem__(self, index: slice) -> Sequence[Record]: ...
+  def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(len(self)))]
+    number = self._number(index)
+    try:
+      data = self._data[number]
+    except RuntimeError as e:  # What the library raises for damaged data.
+      raise UserError(
+        f"the stored record cannot be read ({e}); check the folder with"
+        " python -m narvl_jax.data.convert DIR --verify"
+      ) from e
+    return records.deserialize(data)
+
+  def locate(self, index: int) -> str:
+    """Returns where a record is stored: "SHARD record N", from 0 on."""
+    number = self._number(index)
+    shard = bisect.bisect_right(self._ends, number)
+    first = self._ends[shard - 1] if shard else 0
+    return f"{self._names[shard]} record {number - first}"
+
+  def fingerprint(self) -> str:
+    """Returns a text that differs when the data does."""
+    return hashlib.sha256("".join(self._fingerprint).encode()).hexdigest()
+
+  def texts(self, limit: int) -> Iterator[str]:
+    """Prompts, premises and answers of the first records; bad ones have none.
+
+    For training a tokenizer.
+    """
+    for index in range(min(limit, len(self))):
+      try:
+        record = self[index]
+      except UserError:
+        continue
+      yield from filter(None, (record.prompt, record.premise))
+      yield from record.answers
+
+  def _number(self, index: Any) -> int:
+    number = operator.index(index)
+    if number < 0:
+      number += len(self)
+    if not 0 <= number < len(self):
+      raise IndexError(f"there is no record {index} of {len(self)}")
+    return number
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+  """A whole shard, as the library wants it, so that it need not be opened."""
+
+  filename: str
+  skip: int
+  take: int
+  examples_in_shard: int
+
+
+def _manifest_names(path: Any) -> Any:
+  """Returns `path` with each folder's manifest instead of the folder."""
+  if isinstance(path, str):
+    return (
+      path if path.endswith(MANIFEST) else str(pathlib.Path(path) / MANIFEST)
+    )
+  if path is not None and hasattr(path, "items"):
+    return {key: _manifest_names(value) for key, value in path.items()}
+  if isinstance(path, (tuple, list)):
+    return tuple(_manifest_names(name) for name in path)
+  return path
+
+
+def _check_contents(
+  folder: pathlib.Path, manifest: Manifest, task: str, split: str
+) -> None:
+  for name, value, found in (
+    ("task", task, manifest.task),
+    ("split", split, manifest.split),
+  ):
+    if value != found:
+      raise UserError(
+        f'array_record: "{folder}" holds the {name} "{found}", not "{value}";'
+        f' set {name}="{found}" or another options.path'
+      )
+  faults = [fault for s in manifest.shards if (fault := quick_fault(folder, s))]
+  if faults:
+    more = f" (and {len(faults) - 1} more)" if faults[1:] else ""
+    raise UserError(
+      f'array_record: the folder "{folder}" is damaged: {faults[0]}{more};'
+      f" see python -m narvl_jax.data.convert {folder} --verify"
+    )
+  if not manifest.records:
+    raise UserError(f'array_record: "{folder}" holds no record')
