@@ -41,7 +41,7 @@ def resolve(path: PathOption, split: str, *, source: str) -> list[pathlib.Path]:
     names = options[split]
   if isinstance(names, str):
     names = (names,)
-  if not names or not all(isinstance(name, str) for name in names):
+  if not names or not all(isinstance(name, str) and name for name in names):
     raise UserError(
       f"{source}: options.path is {path!r}; it must name a file, such as"
       " --config.data.train.NAME.options.path=FILE"
