@@ -93,17 +93,30 @@ def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   return dict(_shapes(config))
 
 
+def variable_paths(config: ModelConfig) -> set[tuple[str, ...]]:
+  """Returns the paths of all variables of `NARVL(config)`."""
+  flat = flax.traverse_util.flatten_dict(_abstract_variables(config))
+  return set(flat)  # pyright: ignore
+
+
 @functools.lru_cache(maxsize=8)
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _abstract_variables(config: ModelConfig) -> dict[str, Any]:
   """Traces the initialisation; a second or two."""
 
   def init() -> dict[str, Any]:
     image = jnp.zeros((1, 16, 16, 3))
     text = jnp.zeros((1, 1), jnp.int32)
     variables = NARVL(config).init(jax.random.key(0), image, text)
-    return official_from_variables(nn.meta.unbox(variables), config)
+    return nn.meta.unbox(variables)
 
-  return {key: x.shape for key, x in jax.eval_shape(init).items()}
+  return jax.eval_shape(init)
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  variables = _abstract_variables(config)
+  made = jax.eval_shape(lambda v: official_from_variables(v, config), variables)
+  return {key: x.shape for key, x in made.items()}
 
 
 def _to_ours(

@@ -51,7 +51,7 @@ def write_torch(path: PathLike, content: Mapping[str, Any]) -> None:
       for key, value in enumerate(pickler.storages):
         data = np.ascontiguousarray(np.asarray(value))
         _write(
-          archive, f"{root}/data/{key}", memoryview(data.reshape(-1).view("u1"))
+          archive, f"{root}/data/{key}", data.reshape(-1).view(np.uint8).data
         )
       _write(archive, f"{root}/version", b"3\n")
     part.replace(target)

@@ -1,0 +1,209 @@
+"""Official weights as variables of a model, and the account of it."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import flax.traverse_util
+import ml_dtypes
+import numpy as np
+
+from narvl_jax.errors import UserError
+from narvl_jax.interop.adapt import Change, Options, adapt
+from narvl_jax.interop.key_map import IGNORED, TABLE_KEY, TIED_KEYS, key_map
+from narvl_jax.interop.names import Renamed, official_names
+from narvl_jax.interop.official import (
+  variable_paths,
+  variables_from_official,
+)
+from narvl_jax.interop.settings import settings_of, size_of
+from narvl_jax.interop.source_file import SourceFile, file_hash, open_source
+from narvl_jax.interop.tensors import PathLike, Tensor, same
+from narvl_jax.models import ModelConfig, model_config
+
+_KEPT_DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+  """A checkpoint that was read.
+
+  Attributes:
+    source: the file.
+    size: the named size that it has.
+    overrides: fields of `ModelConfig` that differ from that size.
+    config: the architecture.
+    variables: {"params", "batch_stats"} of NumPy arrays.
+    unused: official tensors that the model has no place for but an official
+      file needs.
+    report: what was done, as JSON can hold it.
+  """
+
+  source: SourceFile
+  size: str
+  overrides: dict[str, Any]
+  config: ModelConfig
+  variables: dict[str, Any]
+  unused: dict[str, Tensor | np.ndarray]
+  report: dict[str, Any]
+
+
+def convert_official(
+  path: PathLike,
+  options: Options | None = None,
+  *,
+  ema: bool = False,
+  dtype: Any = None,
+) -> Conversion:
+  """Reads official weights of OFA or NARVL.
+
+  Args:
+    path: an official file or a Hugging Face folder, see `open_source`.
+    options: what is new or resized, and how.
+    ema: take the moving averages.
+    dtype: of the variables; None keeps that of the file if it is float16,
+      bfloat16 or float32, so that nothing is rounded and nothing grows.
+
+  Raises:
+    UserError: something in the file has no place, or something is missing.
+  """
+  options = options or Options()
+  source = open_source(path, ema=ema)
+  renamed = official_names(source.state)
+  state = dict(renamed.state)
+  _check_tied(state)
+  state, changes, autoregressive = adapt(state, options)
+  settings = settings_of(state)
+  size, overrides = size_of(settings)
+  config = model_config(size, **settings)
+  unused = {key: x for key, x in state.items() if _is_unused(key)}
+  if dtype is None:
+    dtype = _common_dtype(x for key, x in state.items() if key not in unused)
+  variables = variables_from_official(state, config, dtype=dtype)
+  report = {
+    "source": {
+      "file": str(source.path),
+      "bytes": source.path.stat().st_size,
+      "sha256": file_hash(source.path),
+      "weights": "moving averages" if ema else "model",
+      "format": "Hugging Face" if renamed.hugging_face else "official",
+      "model": "OFA" if autoregressive else "NARVL",
+    },
+    "options": dataclasses.asdict(options),
+    "model": {"size": size, **settings},
+    "dtype": np.dtype(dtype).name,
+    **_account(source, renamed, changes, variables, config),
+  }
+  return Conversion(source, size, overrides, config, variables, unused, report)
+
+
+def load_official(
+  path: PathLike, *, options: Options | None = None, ema: bool = False
+) -> tuple[ModelConfig, dict[str, Any]]:
+  """Reads official weights; see `convert_official`.
+
+  Returns:
+    The architecture, and {"params", "batch_stats"} of float32 NumPy arrays.
+
+  Raises:
+    UserError: something in the file has no place, or something is missing.
+  """
+  made = convert_official(path, options, ema=ema, dtype=np.float32)
+  return made.config, made.variables
+
+
+def _is_unused(key: str) -> bool:
+  """Returns whether an official tensor is none of ours but worth keeping."""
+  return bool(IGNORED.fullmatch(key)) and not key.endswith("_rp_bucket")
+
+
+def _check_tied(state: dict[str, Tensor | np.ndarray]) -> None:
+  """Has the table under its first name, before it changes."""
+  for key in TIED_KEYS:
+    if key in state:
+      state.setdefault(TABLE_KEY, state[key])
+  if TABLE_KEY not in state:
+    return  # `adapt` says so.
+  for key in TIED_KEYS:
+    tied = state.pop(key, None)
+    if tied is not None and not same(tied, state[TABLE_KEY]):
+      raise UserError(
+        f"--from: {key} differs from {TABLE_KEY}; the model ties them"
+      )
+
+
+def _common_dtype(tensors: Iterable[Tensor | np.ndarray]) -> Any:
+  """Returns the one float type of all tensors, or float32."""
+  dtypes = {x.dtype for x in tensors if x.dtype.kind not in "iub"}
+  if len(dtypes) == 1:
+    dtype = dtypes.pop()
+    if dtype in _KEPT_DTYPES:
+      return dtype
+  return np.dtype(np.float32)
+
+
+def _account(
+  source: SourceFile,
+  renamed: Renamed,
+  changes: list[Change],
+  variables: dict[str, Any],
+  config: ModelConfig,
+) -> dict[str, Any]:
+  """Says where every tensor went, and where every variable came from.
+
+  Raises:
+    UserError: a tensor has no place or two, a variable nothing or too much.
+  """
+  leaves = key_map(config)
+  place = {
+    key: "/".join(leaf.path)
+    for leaf in leaves
+    for keys in leaf.keys
+    for key in keys
+  }
+  used: dict[str, list[str]] = {}
+  for official, key in renamed.sources.items():
+    if official in place:
+      used.setdefault(key, []).append(place[official])
+    elif official in TIED_KEYS:
+      used.setdefault(key, []).append(f"tied to {place[TABLE_KEY]}")
+    elif _is_unused(official):
+      used.setdefault(key, []).append("not read here, kept for the way back")
+    elif IGNORED.fullmatch(official):
+      used.setdefault(key, []).append("computed")
+  for key in renamed.dropped:
+    used[key] = ["dropped: no such head"]
+  check_coverage(config)
+  left = sorted(set(source.state) - set(used))
+  if left:
+    raise UserError(f"--from={source.path}: {left[0]} has no place")
+  flat: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(variables)  # pyright: ignore
+  digests = {"/".join(path): _digest(value) for path, value in flat.items()}
+  whole = hashlib.sha256("".join(sorted(digests.values())).encode())
+  return {
+    "new_or_resized": [dataclasses.asdict(change) for change in changes],
+    "tensors": {key: "; ".join(used[key]) for key in source.state},
+    "variables": digests,
+    "sha256": whole.hexdigest(),
+  }
+
+
+def check_coverage(config: ModelConfig) -> None:
+  """Checks that each official tensor fills one variable, and all are filled.
+
+  Raises:
+    AssertionError: the table of names is wrong.
+  """
+  leaves = key_map(config)
+  keys = [key for leaf in leaves for part in leaf.keys for key in part]
+  paths = [leaf.path for leaf in leaves]
+  assert len(set(keys)) == len(keys), "an official tensor is used twice"
+  assert len(set(paths)) == len(paths), "a variable is filled twice"
+  assert set(paths) == variable_paths(config), "a variable is not filled"
+
+
+def _digest(value: np.ndarray) -> str:
+  """Returns the first half of the SHA-256 of an array's bytes (hex)."""
+  data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+  return hashlib.sha256(data.data).hexdigest()[:32]

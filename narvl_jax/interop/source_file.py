@@ -1,0 +1,134 @@
+"""The files that official weights come in."""
+
+import dataclasses
+import hashlib
+import pathlib
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from narvl_jax.errors import UserError
+from narvl_jax.interop.safetensors_file import read_safetensors
+from narvl_jax.interop.tensors import PathLike, Tensor
+from narvl_jax.interop.torch_file import read_torch
+
+# In a Hugging Face folder, in the order of preference.
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+  """A state dict as it lies in a file.
+
+  Attributes:
+    path: the file, not its folder.
+    state: key in the file -> tensor.
+    settings: "cfg" or "args" of fairseq, None without them.
+    folder: the Hugging Face folder, None if a file was named.
+  """
+
+  path: pathlib.Path
+  state: dict[str, Tensor]
+  settings: dict[str, Any] | None
+  folder: pathlib.Path | None
+
+
+def open_source(path: PathLike, *, ema: bool = False) -> SourceFile:
+  """Opens an official file, or a folder of the Hugging Face port.
+
+  Args:
+    path: a file of `torch.save` or safetensors, or a folder that holds one.
+    ema: take the moving averages, not the weights of the last update.
+
+  Raises:
+    UserError: there is no such file, or no weights are in it.
+  """
+  file = pathlib.Path(path)
+  folder = None
+  if file.is_dir():
+    folder = file
+    found = [file / name for name in _WEIGHTS if (file / name).is_file()]
+    if not found:
+      raise UserError(
+        f"--from={path} is a folder without {' and '.join(_WEIGHTS)}"
+      )
+    file = found[0]
+  settings = None
+  if file.suffix == ".safetensors":
+    content: Any = read_safetensors(file)
+  else:
+    content = read_torch(file)
+    content, settings = _state_dict(file, content, ema)
+  if ema and settings is None:
+    raise UserError(
+      f"--from={path} is not of fairseq and has no moving averages; leave"
+      " --ema out"
+    )
+  if not content:
+    raise UserError(f"--from={path} holds no tensors")
+  for key, value in content.items():
+    if not isinstance(key, str) or not isinstance(value, Tensor):
+      raise UserError(
+        f"--from={path} holds no state dict: {key} is no tensor but of type"
+        f" {type(value).__name__}"
+      )
+  return SourceFile(file, dict(content), settings, folder)
+
+
+def _state_dict(
+  path: pathlib.Path, content: Any, ema: bool
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+  """Returns the state dict of a file, and what fairseq says of the model."""
+  if not isinstance(content, dict):
+    raise UserError(
+      f"--from={path} holds a {type(content).__name__}, not a state dict"
+    )
+  if not isinstance(content.get("model"), dict):
+    return content, None
+  state = dict(content["model"])
+  if ema:
+    extra = content.get("extra_state")
+    averages = extra.get("ema") if isinstance(extra, dict) else None
+    if not isinstance(averages, dict):
+      raise UserError(
+        f"--from={path} has no moving averages (extra_state.ema); leave --ema"
+        " out"
+      )
+    unknown = sorted(set(averages) - set(state))
+    if unknown:
+      raise UserError(
+        f"--from={path}: {unknown[0]} has a moving average but is no tensor"
+        " of the model"
+      )
+    state |= averages
+  names = ("args", "cfg")
+  kept = {name: _plain(content[name]) for name in names if name in content}
+  return state, kept
+
+
+def _plain(value: Any) -> Any:
+  """Returns a value without the objects that were not read."""
+  if isinstance(value, types.SimpleNamespace):
+    return types.SimpleNamespace(**_plain(vars(value)))
+  if isinstance(value, Mapping):
+    return {key: _plain(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return type(value)(map(_plain, value))
+  plain = (str, int, float, bool, type(None))
+  return value if isinstance(value, plain) else None
+
+
+def setting(settings: dict[str, Any] | None, name: str) -> Any:
+  """Returns a setting of the model, None if the file has none."""
+  for holder in (settings or {}).values():
+    model = holder.get("model") if isinstance(holder, dict) else holder
+    value = getattr(model, name, None)
+    if value is not None:
+      return value
+  return None
+
+
+def file_hash(path: PathLike) -> str:
+  """Returns the SHA-256 of a file (hex)."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
