@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
 
-from array_record.python import array_record_module
+from array_record.python import (
+  array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 from narvl_jax.data.records import SCHEMA_VERSION
 from narvl_jax.data.sources import MANIFEST

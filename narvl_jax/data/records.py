@@ -54,9 +54,11 @@ def serialize(record: Record) -> bytes:
   if record.objects is not None:
     kept["objects"] = list(record.objects)
   try:
-    return msgpack.packb(kept, use_bin_type=True)
+    data = msgpack.packb(kept, use_bin_type=True)
   except (TypeError, ValueError, OverflowError) as e:
     raise UserError(f"the record cannot be stored: {e}") from e
+  assert data is not None
+  return data
 
 
 def deserialize(data: bytes) -> Record:

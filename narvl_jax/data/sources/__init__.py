@@ -100,8 +100,10 @@ def open_source(
     UserError: the source cannot be opened, or it needs a task or split.
   """
   name, found = parse_spec(spec)
+  # Such a folder has one split and knows it.
+  default = "" if name == "array_record" else "train"
   return load_source(
-    name, task=task, split=split or "train", **{**found, **options}
+    name, task=task, split=split or default, **{**found, **options}
   )
 
 

@@ -65,12 +65,11 @@ class ArrayRecordSource(Sequence[Record]):
     self._names = [str(folder / shard.file) for folder, shard in shards]
     self._fingerprint = [shard.sha256 for _, shard in shards]
     self._ends = list(itertools.accumulate(s.records for _, s in shards))
-    self._data: Any = array_record_data_source.ArrayRecordDataSource(
-      [
-        _Instruction(name, 0, shard.records, shard.records)
-        for name, (_, shard) in zip(self._names, shards, strict=True)
-      ]
-    )
+    whole: list[Any] = [
+      _Instruction(name, 0, shard.records, shard.records)
+      for name, (_, shard) in zip(self._names, shards, strict=True)
+    ]
+    self._data = array_record_data_source.ArrayRecordDataSource(whole)
 
   def __len__(self) -> int:
     return self._ends[-1]

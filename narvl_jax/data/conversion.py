@@ -1,0 +1,332 @@
+"""Any source to a folder of ArrayRecord shards: parallel and resumable.
+
+Shard k of n holds the records from k * count // n on, whatever the number of
+processes, so the bytes do not depend on it. A shard is written under another
+name in the folder `.convert`, read back, and renamed; a note beside it says
+that it is done. The manifest comes last. A conversion that was killed goes on
+with the shards whose notes and hashes are right.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from typing import Any
+
+from absl import logging
+
+from narvl_jax.data import records
+from narvl_jax.data.example import TASKS
+from narvl_jax.data.manifest import (
+  SUFFIX,
+  Manifest,
+  Shard,
+  read_manifest,
+  sha256_of,
+  write_json,
+)
+from narvl_jax.data.shard_writer import (
+  CONTINUE,
+  PROGRESS,
+  Job,
+  write_all,
+  write_error,
+)
+from narvl_jax.data.sources import MANIFEST, files, open_source, parse_spec
+from narvl_jax.errors import UserError, did_you_mean
+
+_MAX_LOGGED = 20
+
+
+def plan(
+  spec: str,
+  folder: str,
+  *,
+  task: str = "",
+  split: str = "",
+  options: dict[str, Any] | None = None,
+  name: str = "",
+  limit: int = 0,
+  shards: int = 0,
+  shard_size: int = 2000,
+  image_size: int = 0,
+  quality: int = 95,
+) -> tuple[Job, dict[str, Any]]:
+  """Opens the source once; returns the job and what identifies its input.
+
+  Args:
+    spec: see `open_source`.
+    folder: that gets the shards.
+    task: one of `TASKS`; may be "" if the source knows its task.
+    split: of the source.
+    options: of the source.
+    name: of the shards; by default TASK-SPLIT.
+    limit: converts only so many records; 0 converts all.
+    shards: number of shards; 0 derives it from `shard_size`.
+    shard_size: records of a shard, about.
+    image_size: see `Job`.
+    quality: see `Job`.
+
+  Raises:
+    UserError: the source cannot be opened or has no record.
+  """
+  options = options or {}
+  source: Any = open_source(spec, task=task, split=split, **options)
+  task = task or getattr(source, "task", "")
+  if task not in TASKS:
+    raise UserError(f'--task is "{task}".{did_you_mean(task, TASKS)}')
+  found_split = split or getattr(source, "split", "") or "train"
+  count = min(limit, len(source)) if limit else len(source)
+  if count < 1:
+    raise UserError(f'"{spec}" has no record; check --split')
+  num_shards = shards or math.ceil(count / shard_size)
+  if num_shards > min(count, 99999):
+    raise UserError(
+      f"{num_shards} shards for {count} records are too many; there may be"
+      f" {min(count, 99999)}: change --shards, --shard_size or --limit"
+    )
+  job = Job(
+    spec, task, split, options, folder, name or _file_name(task, found_split),
+    count, num_shards, image_size, quality,
+  )  # fmt: skip
+  origin = {
+    "spec": spec,
+    "options": options,
+    "records": count,
+    "fingerprint": _fingerprint(source, spec, options, found_split),
+  }
+  return job, {"split": found_split, "source": origin}
+
+
+def _file_name(task: str, split: str) -> str:
+  kept = [c if c.isalnum() or c in "-_." else "_" for c in split]
+  return f"{task}-{''.join(kept)}"
+
+
+def _fingerprint(
+  source: Any, spec: str, options: dict[str, Any], split: str
+) -> str:
+  """Returns a text that differs when the input's files do."""
+  own = getattr(source, "fingerprint", None)
+  if own is not None:
+    return own()
+  source_name, found = parse_spec(spec)
+  path = {**found, **options}.get("path")
+  if path is None:
+    return ""
+  stats = [
+    (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+    for file in files.resolve(path, split, source=source_name)
+  ]
+  return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def convert(
+  job: Job,
+  origin: dict[str, Any],
+  *,
+  num_workers: int = 0,
+  max_bad_fraction: float = 0.01,
+  tell: Callable[[str], None] = print,
+) -> Manifest:
+  """Writes the shards that are not there yet, and the manifest.
+
+  Args:
+    job: from `plan`.
+    origin: from `plan`.
+    num_workers: number of processes; 0 works in this one.
+    max_bad_fraction: of the records that may be bad and left out.
+    tell: gets a line for each shard.
+
+  Raises:
+    UserError: too many records are bad, the folder holds something else or
+      another conversion works on it, or it cannot be written.
+  """
+  folder = pathlib.Path(job.folder)
+  done = _finished(folder, job, origin)
+  if done is not None:
+    tell(f"{folder} is complete: {done.records} records")
+    return done
+  with _written(folder), _progress_folder(folder, job, origin) as progress:
+    notes = _kept_notes(progress, folder, job, max(num_workers, 1))
+    if notes:
+      tell(f"{len(notes)} of {job.num_shards} shards are there already")
+    todo = [k for k in range(job.num_shards) if k not in notes]
+    account = _Account(job, max_bad_fraction)
+    for note in notes.values():
+      account.add(note, log=False)
+    for number, note in write_all(job, todo, num_workers):
+      account.add(note)
+      write_json(progress / f"{number:05d}.json", note)
+      notes[number] = note
+      shard = note["shard"]
+      tell(
+        f"{shard['file']}: {shard['records']} records,"
+        f" {shard['bytes'] / 1e6:.1f} MB, {len(note['bad'])} bad"
+      )
+    manifest = _manifest(job, origin, [notes[k] for k in sorted(notes)])
+    manifest.write(folder)
+  shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+  return manifest
+
+
+def _manifest(
+  job: Job, origin: dict[str, Any], notes: Sequence[dict[str, Any]]
+) -> Manifest:
+  shards = [Shard(**note["shard"]) for note in notes]
+  return Manifest(
+    schema_version=records.SCHEMA_VERSION,
+    name=job.name,
+    task=job.task,
+    split=origin["split"],
+    source=origin["source"],
+    image=job.image(),
+    records=sum(shard.records for shard in shards),
+    bad_records=[bad for note in notes for bad in note["bad"]],
+    shards=shards,
+  )
+
+
+def _settings(job: Job, origin: dict[str, Any]) -> dict[str, Any]:
+  """Returns what must not change when a conversion goes on."""
+  settings = {
+    "schema_version": records.SCHEMA_VERSION,
+    "name": job.name,
+    "task": job.task,
+    **origin,
+    "image": job.image(),
+    "shards": job.num_shards,
+  }
+  return json.loads(json.dumps(settings))
+
+
+def _finished(
+  folder: pathlib.Path, job: Job, origin: dict[str, Any]
+) -> Manifest | None:
+  """Returns the manifest of a folder that is complete; None if it is not.
+
+  Raises:
+    UserError: the folder has shards of something else.
+  """
+  if (folder / MANIFEST).exists():
+    manifest = read_manifest(folder)
+    had = {**dataclasses.asdict(manifest), "shards": len(manifest.shards)}
+    _check_settings(folder, had, _settings(job, origin))
+    return manifest
+  if not (folder / PROGRESS).exists() and any(folder.glob("*" + SUFFIX)):
+    raise UserError(
+      f'"{folder}" has files *{SUFFIX} of unknown origin; set --to to another'
+      " folder, or remove them"
+    )
+  return None
+
+
+def _check_settings(
+  folder: pathlib.Path, had: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+  for key, value in wanted.items():
+    old = had.get(key)
+    if old == value:
+      continue
+    if isinstance(value, dict) and isinstance(old, dict):
+      part = next(k for k in [*value, *old] if old.get(k) != value.get(k))
+      key, old, value = f"{key}.{part}", old.get(part), value.get(part)
+    if key == "source.fingerprint":
+      raise UserError(
+        f'the source changed since "{folder}" was begun; set --to to a new'
+        " folder, or remove the old one"
+      )
+    raise UserError(
+      f'"{folder}" was begun with {key}={old!r}, this command has {value!r};'
+      " set --to to a new folder, or remove the old one"
+    )
+
+
+@contextlib.contextmanager
+def _written(folder: pathlib.Path) -> Iterator[None]:
+  """Tells what is wrong with the target in one line."""
+  try:
+    yield
+  except OSError as e:
+    raise write_error(folder, e) from e
+
+
+@contextlib.contextmanager
+def _progress_folder(
+  folder: pathlib.Path, job: Job, origin: dict[str, Any]
+) -> Iterator[pathlib.Path]:
+  """Locks the folder, checks the settings and drops half-written files."""
+  progress = folder / PROGRESS
+  progress.mkdir(parents=True, exist_ok=True)
+  with open(progress / "lock", "w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise UserError(
+        f'another conversion is writing to "{folder}"; wait for it, or set --to'
+        " to another folder"
+      ) from e
+    path = progress / "settings.json"
+    settings = _settings(job, origin)
+    if path.exists():
+      _check_settings(folder, json.loads(path.read_text("utf-8")), settings)
+    else:
+      write_json(path, settings)
+    for file in progress.glob("*.tmp"):
+      file.unlink(missing_ok=True)
+    yield progress
+
+
+def _kept_notes(
+  progress: pathlib.Path, folder: pathlib.Path, job: Job, num_threads: int
+) -> dict[int, dict[str, Any]]:
+  """Returns the notes of shards whose bytes are what they were."""
+
+  def check(number: int) -> dict[str, Any] | None:
+    try:
+      note = json.loads((progress / f"{number:05d}.json").read_text("utf-8"))
+      shard = Shard(**note["shard"])
+      path = folder / shard.file
+      same = path.stat().st_size == shard.bytes
+      return note if same and sha256_of(path) == shard.sha256 else None
+    except (OSError, ValueError, KeyError, TypeError):
+      return None  # Not there, or damaged: written again.
+
+  with futures.ThreadPoolExecutor(num_threads) as pool:
+    notes = list(pool.map(check, range(job.num_shards)))
+  return {k: note for k, note in enumerate(notes) if note is not None}
+
+
+class _Account:
+  """Counts bad records, logs the first, stops when there are too many."""
+
+  def __init__(self, job: Job, max_bad_fraction: float) -> None:
+    self._job = job
+    self._limit = max_bad_fraction
+    self._bad = 0
+    self._logged = 0
+
+  def add(self, note: dict[str, Any], *, log: bool = True) -> None:
+    self._bad += len(note["bad"])
+    for bad in note["bad"] if log else ():
+      self._logged += 1
+      if self._logged <= _MAX_LOGGED:
+        logging.warning(
+          "bad record left out: %s (%s): %s",
+          bad["place"], bad["id"], bad["reason"],
+        )  # fmt: skip
+      elif self._logged == _MAX_LOGGED + 1:
+        logging.warning("more bad records: see bad_records in %s", MANIFEST)
+    if self._bad > self._limit * self._job.count:
+      last = note["bad"][-1] if note["bad"] else {"place": "?", "reason": "?"}
+      raise UserError(
+        f"{self._bad} of {self._job.count} records are bad, such as"
+        f" {last['place']}: {last['reason']}; mend the data, or allow more with"
+        f" --max_bad_fraction (now {self._limit:g}){CONTINUE}"
+      )

@@ -1,0 +1,254 @@
+"""Writes the shards of a conversion, in one or several processes."""
+
+import concurrent.futures.process
+import contextlib
+import dataclasses
+import hashlib
+import io
+import multiprocessing
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from typing import Any
+
+from array_record.python import (
+  array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from PIL import Image
+
+from narvl_jax.data import images, records
+from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
+from narvl_jax.data.manifest import SUFFIX, Shard, sha256_of
+from narvl_jax.data.sources import locate, open_source
+from narvl_jax.errors import UserError
+
+PROGRESS = ".convert"
+CONTINUE = "; the same command continues"
+# Pictures are compressed already.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+_PARENT_CHECK_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A conversion; what a process needs to write a shard.
+
+  Attributes:
+    spec: what to convert; see `open_source`.
+    task: one of `TASKS`.
+    split: such as "train"; "" is the source's default.
+    options: of the source.
+    folder: that gets the shards.
+    name: the shards are NAME-00000-of-00012.array_record.
+    count: number of records that are read.
+    num_shards: number of files.
+    image_size: side of the square JPEG pictures; 0 keeps the original bytes.
+    quality: of these JPEG pictures, 1 to 100.
+  """
+
+  spec: str
+  task: str
+  split: str
+  options: dict[str, Any]
+  folder: str
+  name: str
+  count: int
+  num_shards: int
+  image_size: int = 0
+  quality: int = 95
+
+  def file(self, number: int) -> str:
+    """Returns the name of a shard."""
+    return f"{self.name}-{number:05d}-of-{self.num_shards:05d}{SUFFIX}"
+
+  def image(self) -> dict[str, Any]:
+    """Returns how pictures are stored."""
+    if not self.image_size:
+      return {"encoding": "original"}
+    return {
+      "encoding": "jpeg",
+      "size": self.image_size,
+      "quality": self.quality,
+    }
+
+
+def write_error(path: Any, error: BaseException) -> UserError:
+  """Returns one line about a target that cannot be written."""
+  reason = getattr(error, "strerror", None) or str(error).split("; ")[0]
+  return UserError(
+    f'cannot write "{path}": {reason}; make room, or set --to to another'
+    f" folder{CONTINUE}"
+  )
+
+
+def write_all(
+  job: Job, todo: Sequence[int], num_workers: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+  """Yields (number, note) of each shard as soon as it is written.
+
+  Args:
+    job: the conversion.
+    todo: numbers of the shards.
+    num_workers: number of processes; 0 works in this one.
+
+  Raises:
+    UserError: a shard cannot be written, or a process died.
+  """
+  if num_workers < 1 or not todo:
+    source = _open(job) if todo else ()
+    for number in todo:
+      yield number, write_shard(source, job, number)
+    return
+  # Forked processes would inherit locks that threads of this one hold.
+  pool = futures.ProcessPoolExecutor(
+    min(num_workers, len(todo)),
+    mp_context=multiprocessing.get_context("spawn"),
+    initializer=_start_worker,
+    initargs=(job, os.getpid()),
+  )
+  try:
+    numbers = {pool.submit(_write_in_worker, k): k for k in todo}
+    for future in futures.as_completed(numbers):
+      yield numbers[future], future.result()
+  except concurrent.futures.process.BrokenProcessPool as e:
+    raise UserError(
+      f"a process that converts died; out of memory? Lower --workers{CONTINUE}"
+    ) from e
+  finally:
+    pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(job: Job, parent: int) -> None:
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  _worker["job"] = job
+  threading.Thread(
+    target=_exit_with_parent, args=(parent,), daemon=True
+  ).start()
+
+
+def _exit_with_parent(parent: int) -> None:
+  """Ends this process when the main one was killed and cannot tell it to."""
+  while os.getppid() == parent:
+    time.sleep(_PARENT_CHECK_SECONDS)
+  os._exit(1)
+
+
+def _write_in_worker(number: int) -> dict[str, Any]:
+  job = _worker["job"]
+  if "source" not in _worker:
+    _worker["source"] = _open(job)
+  return write_shard(_worker["source"], job, number)
+
+
+def _open(job: Job) -> Sequence[Record]:
+  return open_source(job.spec, task=job.task, split=job.split, **job.options)
+
+
+def write_shard(
+  source: Sequence[Record], job: Job, number: int
+) -> dict[str, Any]:
+  """Writes a shard, reads it back, and gives it its name.
+
+  Returns:
+    "shard": the fields of `Shard`; "bad": index, place, id and reason of each
+    record that was left out.
+
+  Raises:
+    UserError: it cannot be written, or what was read back differs.
+  """
+  folder = pathlib.Path(job.folder)
+  file = job.file(number)
+  temporary = folder / PROGRESS / f"{file}.{os.getpid()}.tmp"
+  bad: list[dict[str, Any]] = []
+  try:
+    count, digest = _write(source, job, number, temporary, bad)
+    if _digest(temporary) != (count, digest):
+      raise OSError("what was read back differs from what was written")
+    with open(temporary, "rb") as written:
+      os.fsync(written.fileno())
+    shard = Shard(file, count, temporary.stat().st_size, sha256_of(temporary))
+    os.replace(temporary, folder / file)
+  except (OSError, RuntimeError) as e:  # The library raises RuntimeError.
+    raise write_error(folder / file, e) from e
+  finally:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+  return {"shard": dataclasses.asdict(shard), "bad": bad}
+
+
+def _write(
+  source: Sequence[Record],
+  job: Job,
+  number: int,
+  path: pathlib.Path,
+  bad: list[dict[str, Any]],
+) -> tuple[int, str]:
+  """Returns the number of records and the SHA-256 of their stored forms."""
+  digest = hashlib.sha256()
+  count = 0
+  writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+  try:
+    for index in _indices(job, number):
+      record = None
+      try:
+        record = source[index]
+        data = records.serialize(_with_stored_image(record, job))
+      except BAD_RECORD_ERRORS as e:
+        bad.append(
+          {
+            "index": index,
+            "place": locate(source, index),
+            "id": record.id if record else "?",
+            "reason": " ".join(str(e).split()),
+          }
+        )
+        continue
+      writer.write(data)
+      digest.update(data)
+      count += 1
+  finally:
+    writer.close()
+  return count, digest.hexdigest()
+
+
+def _indices(job: Job, number: int) -> range:
+  ends = [k * job.count // job.num_shards for k in (number, number + 1)]
+  return range(*ends)
+
+
+def _digest(path: pathlib.Path) -> tuple[int, str]:
+  digest = hashlib.sha256()
+  reader = array_record_module.ArrayRecordReader(str(path))
+  try:
+    count = reader.num_records()
+    for position in range(count):
+      digest.update(reader.read([position])[0])
+  finally:
+    reader.close()
+  return count, digest.hexdigest()
+
+
+def _with_stored_image(record: Record, job: Job) -> Record:
+  """Returns the record with its picture, and its box, as they are stored."""
+  side = job.image_size
+  if not side:
+    return record
+  pixels = images.prepare_image(record.image, (side, side))
+  out = io.BytesIO()
+  # Colours at full resolution: answers are about small coloured things.
+  Image.fromarray(pixels).save(out, "JPEG", quality=job.quality, subsampling=0)
+  box = record.box
+  if box is not None:
+    width, height = images.original_size(record.image)
+    scale_x, scale_y = side / width, side / height
+    box = (
+      box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y,
+    )  # fmt: skip
+  return dataclasses.replace(record, image=out.getvalue(), box=box)
