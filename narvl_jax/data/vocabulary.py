@@ -33,6 +33,7 @@ BLANK = "<<BLANK>>"
 # Ids of the official vocabulary besides image codes and bins: the specials, the
 # lines of `dict.txt`, mask and blank.
 OFFICIAL_FIXED_IDS = len(SPECIALS) + 50_260 + 2
+_FILLER = re.compile(r"madeupword\d+")
 _TOKENIZER_FILE = "tokenizer.json"
 _SYMBOLS_FILE = "vocabulary.json"
 _FORMAT = 1
@@ -166,7 +167,13 @@ class Vocabulary:
       for token in sorted(vocab, key=vocab.__getitem__)
       if not known.fullmatch(token)
     ]
-    tokenizer = vocabulary_files.byte_level_bpe(vocab, merges_path)
+    # As in the official files, fillers have ids but are no tokens.
+    tokens = {
+      token: index
+      for token, index in vocab.items()
+      if not _FILLER.fullmatch(token)
+    }
+    tokenizer = vocabulary_files.byte_level_bpe(tokens, merges_path)
     return cls(tokenizer, base, num_codes=num_codes, num_bins=num_bins)
 
   @classmethod

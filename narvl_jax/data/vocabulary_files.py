@@ -16,7 +16,7 @@ PathLike = str | os.PathLike[str]
 
 _FOLDER = "set --config.vocabulary.path to the folder of the official files"
 # Tokens that no merge makes: specials and fillers are few.
-_MAX_UNMERGED = 0.01
+_MAX_UNMERGED = 0.001
 
 
 def read_dictionary(

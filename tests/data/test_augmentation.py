@@ -289,10 +289,10 @@ def test_flip_mirrors() -> None:
 
 
 def test_color() -> None:
-  def changed(*color: float) -> np.ndarray:
-    return images.prepare_image(
-      PICTURE, (60, 80), images.Change(color=color)
-    ).astype(float)
+  def changed(*factors: float) -> np.ndarray:
+    brightness, contrast, saturation = factors
+    change = images.Change(color=(brightness, contrast, saturation))
+    return images.prepare_image(PICTURE, (60, 80), change).astype(float)
 
   np.testing.assert_allclose(changed(0.5, 1, 1), PICTURE // 2, atol=1)
   assert not changed(0, 1, 1).any()

@@ -1,6 +1,7 @@
 """Pictures: every kind of file, sizes, and parity with the reference."""
 
 import io
+import json
 import pathlib
 import struct
 import zlib
@@ -42,6 +43,32 @@ def test_pixels_as_reference(shared_files: pathlib.Path) -> None:
         np.testing.assert_allclose(
           row, arrays[f"{key}_float_row0"], rtol=0, atol=1e-6
         )
+
+
+def test_whole_pictures_as_reference(shared_files: pathlib.Path) -> None:
+  """At the sizes of the tasks: 480 pixels, and 512 for grounding."""
+  folder = shared_files / "fixtures"
+  arrays = np.load(folder / "image_preprocess.npz")
+  for name in "ab":
+    for side in (480, 512):
+      image = images.prepare_image(arrays[f"pixels_{name}"], (side, side))
+      values = images.normalize(image).transpose(2, 0, 1)
+      np.testing.assert_array_equal(
+        values[:, ::37, ::41],
+        arrays[f"{name}_{side}_square_resize_float_sampled"],
+      )
+  rows = json.loads((folder / "text_pipeline.json").read_text())["image"]
+  assert len(rows) == 6
+  for row in rows:
+    pixels = arrays[f"pixels_{row['image']}"]
+    image = images.prepare_image(pixels, (row["size"], row["size"]))
+    values = images.normalize(image).astype(np.float64)
+    assert list(values.transpose(2, 0, 1).shape) == row["shape"]
+    assert values.sum() == pytest.approx(row["sum"], rel=1e-9)
+    if "abs_sum" in row:
+      assert np.abs(values).sum() == pytest.approx(row["abs_sum"], rel=1e-9)
+    else:
+      assert (values.min(), values.max()) == (row["min"], row["max"])
 
 
 def test_normalize() -> None:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from narvl_jax.data import tasks
+from narvl_jax.data.batching import Batcher
 from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import base, caption, entailment
 from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.evaluation import grounding, vqa
 from narvl_jax.query_ctc import collapse
 
 SIZE = (200, 100)
@@ -56,15 +58,39 @@ def test_grounding_as_reference(
     )
     encoded = task.encode(record)
     assert encoded == (row["source"], row["target"], 1.0)
+    names = [official.symbol(i) for i in encoded.label_ids[:-1]]
+    assert " ".join(names) == row["target_string"]
+
+
+def test_batch_as_reference(
+  official: Vocabulary, reference: dict[str, Any]
+) -> None:
+  expected = reference["refcoco_collated"]
+  task = tasks.make_task("grounding", official)
+  texts = (reference["refcoco"][0]["text"], "<person> holding a frisbee")
+  rows, length = np.shape(expected["src_tokens"])
+  batcher = Batcher((512, 512), length, np.shape(expected["target"])[1])
+  batch = batcher.empty(rows)
+  boxes = (reference["refcoco"][0]["box"], (0, 0, 640, 480))
+  for i, (text, box) in enumerate(zip(texts, boxes, strict=True)):
+    record = _record(
+      "grounding",
+      image=np.zeros((480, 640, 3), np.uint8),
+      prompt=text,
+      box=tuple(box),
+    )
+    batcher.write(batch, i, record, task)
+  assert batch["text"].tolist() == expected["src_tokens"]
+  assert batch["labels"].tolist() == expected["target"]
+  assert batch["image_mask"].tolist() == expected["patch_masks"]
+  assert batch["label_length"].tolist() == expected["tgt_lengths"]
 
 
 def test_vqa_as_reference(
   official: Vocabulary, reference: dict[str, Any]
 ) -> None:
   task = tasks.make_task("vqa", official)
-  rows = [r for r in reference["vqa"] if r["prompt_type"] == "none"]
-  assert rows
-  for row in rows:
+  for row in reference["vqa"]:
     question, answers, objects = row["row"]
     pairs = [item.split("|!+") for item in answers.split("&&")]
     record = _record(
@@ -74,7 +100,9 @@ def test_vqa_as_reference(
       objects=tuple(objects.split("&&")),
     )
     encoded = task.encode(record)
-    assert encoded[:2] == (row["source"], row["target"])
+    # A prompt before the answer, which only the other decoder has, is padding.
+    answer_ids = [i for i in row["target"] if i != official.pad_id]
+    assert encoded[:2] == (row["source"], answer_ids)
     assert encoded.confidence == pytest.approx(row["conf"][0])
 
 
@@ -91,6 +119,8 @@ def test_caption_as_reference(
     else:
       cleaned = caption.clean_reference(row["caption"])
       assert " " + cleaned == row["target_text"]
+      ids = official.encode(" " + cleaned)
+      assert [*ids, official.eos_id] == row["target"]
 
 
 def test_entailment_as_reference(
@@ -107,6 +137,7 @@ def test_entailment_as_reference(
       answers={entailment.ANSWER_OF_LABEL[label]: 1.0},
     )
     assert task.encode(record)[:2] == (row["source"], row["target"])
+    assert task.texts(record)[0] == row["source_text"]
 
 
 def _collapsed(
@@ -122,13 +153,20 @@ def _collapsed(
 
 
 def test_collapse_and_text_as_reference(
-  official: Vocabulary, reference: dict[str, Any]
+  official: Vocabulary,
+  reference: dict[str, Any],
+  shared_files: pathlib.Path,
 ) -> None:
-  symbols = {"257": " a", "287": " in", "<unk>": "<unk>"}
-  for row in reference["collapse"][:-1]:
+  encoder = json.loads((shared_files / "bpe" / "encoder.json").read_text())
+  dropped = (official.blank_id, official.pad_id)
+  silent = (official.bos_id, official.eos_id)
+  for row in reference["collapse"]:
     ids = _collapsed(official, row["in"], merge=True)
-    text = "".join(symbols[symbol] for symbol in row["string"].split())
-    assert official.decode(ids) == text
+    assert ids == [i for i in row["out"] if i not in dropped]
+    names = [official.symbol(i) for i in ids if i not in silent]
+    shown = [str(encoder.get(name, name)) for name in names]
+    assert " ".join(shown) == row["string"]
+    assert official.decode(ids) == "".join(names).replace("Ġ", " ")
 
 
 def test_answers_as_reference(
@@ -157,3 +195,18 @@ def test_boxes_as_reference(
   ):
     ids = [names.get(symbol, 10) for symbol in symbols]
     assert task.decode(ids, size) == pytest.approx(box, rel=1e-6)
+
+
+def test_scores_as_reference(reference: dict[str, Any]) -> None:
+  rows = reference["eval_refcoco"]
+  truth = _record("grounding", box=tuple(rows["gt"]))
+  for box, accuracy in zip(rows["boxes"], rows["acc"], strict=True):
+    scored = grounding.score(tuple(box), truth)
+    assert scored is not None
+    assert scored["acc@0.5"] == accuracy
+  # The answers that the rows were scored against.
+  answers = {"yes": 1.0, "stop sign": 0.6, "2": 0.3, "playing frisbee": 1.0}
+  rows = reference["eval_vqa"]
+  record = _record("vqa", answers=answers)
+  for answer, score in zip(rows["answers"], rows["scores"], strict=True):
+    assert vqa.score(answer, record) == {"accuracy": score}

@@ -67,70 +67,11 @@ def test_official_examples(official: Vocabulary, text: str, ids: str) -> None:
   assert official.decode(official.encode(text)) == text
 
 
-def test_official_order(official: Vocabulary, reference: dict) -> None:
-  index = reference["dictionary"]["index"]
-  assert official.size == reference["dictionary"]["size_with_blank"] == 59458
-  assert official.mask_id == index["<mask>"]
-  assert official.code_start == index["<code_0>"]
-  assert official.num_codes == 8192
-  assert official.bin_start == index["<bin_0>"] == 58457
-  assert official.num_bins == 1000
-  assert official.blank_id == index["<<BLANK>>"] == official.size - 1
-  names = (
-    "<s>",
-    "<pad>",
-    "</s>",
-    "<unk>",
-    "<mask>",
-    "<code_8191>",
-    "<bin_999>",
-  )
-  for name in names:
-    assert official.symbol(index[name]) == name
-  ids = (official.bos_id, official.pad_id, official.eos_id, official.unk_id)
-  assert ids == (0, 1, 2, 3)
-
-
 def test_official_texts(official: Vocabulary, reference: dict) -> None:
   assert len(reference["bpe"]) > 20
   for row in reference["bpe"]:
     assert official.encode(row["text"]) == row["ids"]
     assert official.decode(row["ids"]) == row["decoded"]
-
-
-def test_official_fillers_vanish(official: Vocabulary) -> None:
-  fillers = [50261, 50262, 50263]
-  assert official.symbol(50261) == "madeupword0000"
-  assert official.decode([4420, *fillers, 4420]) == " yes yes"
-  assert official.forbidden[fillers].all()
-  assert not official.forbidden[[4, 50260, 2, 58457, 59457]].any()
-
-
-def test_reduced_dictionary(shared_files: pathlib.Path) -> None:
-  bpe = shared_files / "bpe"
-  small = shared_files / "fixtures" / "micro_bpe" / "dict.txt"
-  vocabulary = Vocabulary.from_official(
-    small, bpe / "encoder.json", bpe / "vocab.bpe", 16, 50
-  )
-  assert (vocabulary.size, vocabulary.blank_id) == (253, 252)
-  # BPE knows the word, the dictionary does not.
-  assert vocabulary.encode(" skateboards") == [vocabulary.unk_id] * 2
-
-
-def test_huggingface_pair_equals_official(
-  official: Vocabulary, shared_files: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-  specials = ["<s>", "<pad>", "</s>", "<unk>"]
-  base = [official.symbol(i) for i in range(4, official.mask_id)]
-  order = [*specials, *base, "<mask>", "<code_0>", "<bin_12>"]
-  ids = {token: i for i, token in enumerate(order)}
-  # The order of ids counts, not that of lines.
-  vocab = tmp_path / "vocab.json"
-  vocab.write_text(json.dumps(dict(sorted(ids.items()))))
-  merges = shared_files / "bpe" / "vocab.bpe"
-  pair = Vocabulary.from_huggingface(vocab, merges)
-  assert pair.fingerprint == official.fingerprint
-  assert pair.encode(" a red bus") == official.encode(" a red bus")
 
 
 def test_trained_order(trained: Vocabulary) -> None:
@@ -314,24 +255,3 @@ def test_load_refuses_changed_files(
   path.unlink()
   with pytest.raises(UserError, match="cannot read the vocabulary file"):
     Vocabulary.load(tmp_path)
-
-
-def test_bad_official_files(tmp_path: pathlib.Path) -> None:
-  dictionary, encoder, bpe = (tmp_path / name for name in "deb")
-  encoder.write_text('{"a": 0, "b": 1, "ab": 2}')
-  dictionary.write_text("0 9\n1 8\n2 7\n")
-  bpe.write_text("#version: 0.2\na b\n")
-  good = Vocabulary.from_official(dictionary, encoder, bpe, 0, 2)
-  assert good.encode("abb") == [6, 5]
-  dictionary.write_text("0 9\nno count\n")
-  with pytest.raises(UserError, match='line 2 is "no count"'):
-    Vocabulary.from_official(dictionary, encoder, bpe, 0, 2)
-  dictionary.write_text("0 9\n")
-  bpe.write_text("#version: 0.2\na b c\n")
-  with pytest.raises(UserError, match='line 2 is "a b c", not two tokens'):
-    Vocabulary.from_official(dictionary, encoder, bpe, 0, 2)
-  bpe.write_text("a z\n")
-  with pytest.raises(UserError, match="does not fit its vocabulary"):
-    Vocabulary.from_official(dictionary, encoder, bpe, 0, 2)
-  with pytest.raises(UserError, match=r"nowhere.*--config.vocabulary.path"):
-    Vocabulary.from_official(tmp_path / "nowhere", encoder, bpe)
