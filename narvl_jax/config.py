@@ -29,6 +29,8 @@ def default_config(*tasks: str) -> Config:
   """
   config: Config = ConfigDict()
   config.seed = 0
+  # Folder of a run or of converted weights to start from; "": random weights.
+  config.init_from = ""
   config.model = _model_defaults()
   config.vocabulary = ConfigDict(
     {

@@ -44,6 +44,7 @@ from narvl_jax.training.announce import (
 )
 from narvl_jax.training.announce import dry_run as print_dry_run
 from narvl_jax.training.checkpoints import Checkpoints, restore_target
+from narvl_jax.training.init_from import check_init_from, init_from
 from narvl_jax.training.interrupt import StopRequest, termination_raises
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.loop import Loop
@@ -102,6 +103,8 @@ def train(
     for source, task, _, name in mixture:
       say(f"source {name}: {len(source)} examples for {task}")
     setup = build_setup(experiment, mesh)
+    if config.init_from and not resumes:
+      check_init_from(setup)
     describe_model(setup, say)
   if explain_sharding and not dry_run:
     print(setup.sharding_table(), flush=True)
@@ -180,9 +183,13 @@ def _first_state(
     state = checkpoints.restore(step, target)
     say(f"resumed from the checkpoint of step {step}")
     return state, step
-  seed = setup.experiment.config.seed
-  state = jax.block_until_ready(setup.init(jax.random.key(seed)))
-  say(f"initialised with seed {seed}")
+  config = setup.experiment.config
+  state = jax.block_until_ready(setup.init(jax.random.key(config.seed)))
+  if config.init_from:
+    state = init_from(setup, state)
+    say(f"weights from {config.init_from}")
+  else:
+    say(f"initialised with seed {config.seed}")
   return state, 0
 
 

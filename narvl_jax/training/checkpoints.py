@@ -163,6 +163,35 @@ class Checkpoints:
     )
     self._saved = step
 
+  def save_variables(self, step: int, variables: Mapping[str, Any]) -> None:
+    """Writes weights only, which can be evaluated but not trained on.
+
+    Args:
+      step: the name of the checkpoint.
+      variables: {"params", "batch_stats"} of arrays.
+    """
+    args = self._ocp.args
+    self._manager.save(
+      step,
+      args=args.Composite(params=args.StandardSave(dict(variables))),
+      metrics={_SCORE: None},
+      force=True,
+    )
+
+  def shapes(self, step: int) -> dict[str, Any]:
+    """Returns what a checkpoint holds, without reading the values.
+
+    Args:
+      step: one of `steps()`.
+
+    Returns:
+      "params" and, if there are any, "ema": trees of objects with `shape` and
+      `dtype`; each has {"params", "batch_stats"}.
+    """
+    found = self._manager.item_metadata(step)
+    items = {name: found.get(name) for name in ("params", "ema")}
+    return {name: item.tree for name, item in items.items() if item is not None}
+
   @property
   def progress(self) -> str:
     """Which step this process saved last, and whether it is on disk yet."""
@@ -178,7 +207,16 @@ class Checkpoints:
       step: one of `steps()`.
       target: shapes, dtypes and shardings of the state
         (`jax.ShapeDtypeStruct`s).
+
+    Raises:
+      UserError: it holds weights only.
     """
+    if self._manager.item_metadata(step).get("optimizer") is None:
+      raise UserError(
+        f"the checkpoint {step} holds weights but no state of an optimizer, so"
+        " no run can go on from it; start one with --config.init_from=FOLDER"
+        " and another --workdir"
+      )
     restore = self._ocp.args.StandardRestore
     items = {
       "params": restore(
