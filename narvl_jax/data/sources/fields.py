@@ -17,7 +17,9 @@ def scored_answers(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
   """
   answers: dict[str, float] = {}
   for answer, score in pairs:
-    if not isinstance(answer, str) or not answer.strip():
+    if not isinstance(answer, str):
+      raise UserError(f"the answer {answer!r} is no text; put it in quotes")
+    if not answer.strip():
       raise UserError(f"an answer is empty: {answer!r} with score {score!r}")
     try:
       if isinstance(score, bool):

@@ -7,7 +7,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.example import BAD_RECORD_ERRORS, TASKS, Record
 from narvl_jax.data.sources import files
 from narvl_jax.data.sources.rows import RowFile, RowFiles
 from narvl_jax.errors import UserError, did_you_mean
@@ -79,7 +79,7 @@ class RowSource(Sequence[Record], abc.ABC):
     for index in range(min(limit, len(self))):
       try:
         record = self[index]
-      except (ValueError, OSError, LookupError):
+      except BAD_RECORD_ERRORS:
         continue
       yield from filter(None, (record.prompt, record.premise))
       yield from record.answers

@@ -102,7 +102,7 @@ def test_odd_files_are_read_right(tmp_path: pathlib.Path) -> None:
   data += b"\r\n" + rows[3]
   path = tmp_path / "odd.tsv"
   path.write_bytes(data)
-  odd = open_source(str(path), task="entailment")
+  odd: Any = open_source(str(path), task="entailment")
   plain = source(tmp_path, "entailment", rows)
   assert list(odd) == list(plain)
   assert odd[0].id == "0"
