@@ -10,6 +10,19 @@ from narvl_jax.data.example import Box
 
 Colour = tuple[int, int, int]
 
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+  """What a picture calls its two answers and their boxes."""
+
+  prediction: str = "prediction"
+  target: str = "target"
+  predicted_box: str = "predicted box"
+  target_box: str = "true box"
+
+
+_WORDS = Words()
+
 # Told apart by people of every colour vision, also by the line style.
 PREDICTION_COLOUR: Colour = (214, 69, 0)
 TARGET_COLOUR: Colour = (0, 98, 204)
@@ -84,7 +97,11 @@ def wrap(
 
 
 def prediction_grid(
-  panels: Sequence[Panel], *, title: str, columns: int = 5
+  panels: Sequence[Panel],
+  *,
+  title: str,
+  columns: int = 5,
+  words: Words = _WORDS,
 ) -> Image.Image:
   """Draws panels side by side below a title and a legend.
 
@@ -92,13 +109,14 @@ def prediction_grid(
     panels: cells in reading order, at least one.
     title: headline, such as the run and the split.
     columns: cells in a row.
+    words: what the answers are called.
 
   Returns:
     An RGB picture.
   """
   font = ImageFont.load_default(_FONT_SIZE)
   columns = min(columns, len(panels))
-  texts = [_panel_lines(panel, font) for panel in panels]
+  texts = [_panel_lines(panel, font, words) for panel in panels]
   rows = range(0, len(panels), columns)
   heights = [
     _PICTURE + _LINE * max(map(len, texts[row : row + columns])) + _MARGIN
@@ -118,7 +136,7 @@ def prediction_grid(
   draw = ImageDraw.Draw(canvas)
   headline = wrap(title, font, canvas.width - 2 * _MARGIN)[0]
   draw.text((_MARGIN, _MARGIN), headline, font=font, fill=_TEXT)
-  _draw_legend(draw, (_MARGIN, _MARGIN + _LINE), font)
+  _draw_legend(draw, (_MARGIN, _MARGIN + _LINE), font, words=words)
   y = top
   for row, height in zip(rows, heights, strict=True):
     for column, panel in enumerate(panels[row : row + columns]):
@@ -177,7 +195,9 @@ def box_overlay(
 
 
 def _panel_lines(
-  panel: Panel, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
+  panel: Panel,
+  font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+  words: Words,
 ) -> list[tuple[str, Colour]]:
   """Returns the lines below the picture with their colours."""
   title, verdict = panel.title, _TEXT
@@ -188,10 +208,10 @@ def _panel_lines(
   parts = [
     (title, _FAINT),
     (panel.prompt, _TEXT),
-    (f"prediction: {panel.prediction}", verdict),
+    (f"{words.prediction}: {panel.prediction}", verdict),
   ]
   if panel.target is not None:
-    parts.append((f"target: {panel.target}", TARGET_COLOUR))
+    parts.append((f"{words.target}: {panel.target}", TARGET_COLOUR))
   return [
     (line, colour)
     for text, colour in parts
@@ -297,12 +317,13 @@ def _draw_legend(
   font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
   *,
   with_target: bool = True,
+  words: Words = _WORDS,
 ) -> None:
   """Writes which colour and line style stands for which box."""
   x, y = origin
-  entries = [("predicted box", PREDICTION_COLOUR, False)]
+  entries = [(words.predicted_box, PREDICTION_COLOUR, False)]
   if with_target:
-    entries.append(("true box", TARGET_COLOUR, True))
+    entries.append((words.target_box, TARGET_COLOUR, True))
   for text, colour, dashed in entries:
     _rectangle(draw, (x, y + 3, x + 22, y + 14), colour, 3, dashed=dashed)
     draw.text((x + 30, y), text, font=font, fill=_TEXT)

@@ -1,0 +1,320 @@
+"""Looks through a data set before a run does, and says what to change.
+
+  python -m narvl_jax.data.check vqa.tsv --task=vqa [--vocabulary=FOLDER]
+  python -m narvl_jax.data.check --config=configs/own_data.py [NAME]
+
+SPEC is a file `*.tsv` or `*.jsonl`, a folder of ArrayRecord shards, `tfds:NAME`
+or the name of a source. With `--config` it is the name of an entry of
+`data.train` or `data.evaluation` (`train.NAME`, `evaluation.NAME` where both
+have it), and all entries are checked without it.
+
+Prints counts, bad records with file and row, lengths against the limits, and
+as its last line a verdict with the flags to change. Draws five examples as the
+model gets them. Exit code 0: good, or usable with the flags; 1: not usable; 2:
+a mistake in the command.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from narvl_jax import cli, experiment
+from narvl_jax.config import Config, default_config
+from narvl_jax.config_checks import validate
+from narvl_jax.data import check_report, inspection, sources
+from narvl_jax.data.check_samples import draw_samples
+from narvl_jax.data.example import Record
+from narvl_jax.data.tasks import Task, make_task, vocabulary_texts
+from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.models import model_config
+
+# Ids of a learnt vocabulary besides coordinates, and records it learns from.
+_LEARNT_IDS = 4000
+_LEARNT_RECORDS = 4000
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One source to check.
+
+  Attributes:
+    name: for the report and for files.
+    source: its records.
+    task: name of the task that reads them.
+    config: the limits and the settings of the task.
+  """
+
+  name: str
+  source: Sequence[Record]
+  task: str
+  config: Config
+
+
+def check(
+  entry: Entry,
+  vocabulary: Vocabulary,
+  *,
+  num_queries: int | None = None,
+  **options: Any,
+) -> tuple[dict[str, Any], check_report.Verdict, Task[Any]]:
+  """Checks one source.
+
+  Args:
+    entry: what to check.
+    vocabulary: for the lengths.
+    num_queries: of the model, if another than the config's.
+    **options: see `inspection.inspect`.
+
+  Returns:
+    The figures, the verdict, and the task that read the records.
+  """
+  settings = dict(entry.config.tasks[entry.task])
+  task = make_task(entry.task, vocabulary, settings)
+  limits = _limits(entry.config, num_queries)
+  figures = inspection.inspect(entry.source, task, limits, **options)
+  verdict = check_report.judge(figures, entry.task, eos=task.settings.eos)
+  return figures, verdict, task
+
+
+def _limits(config: Config, num_queries: int | None) -> inspection.Limits:
+  data = config.data
+  names = ("num_queries", "max_text_positions")
+  given = {
+    name: config.model[name] for name in names if config.model[name] is not None
+  }
+  if num_queries:
+    given["num_queries"] = num_queries
+  model = model_config(config.model.size, **given)
+  return inspection.Limits(
+    image_size=tuple(data.image_size),
+    max_text_length=data.max_text_length,
+    max_label_length=data.max_label_length,
+    num_queries=model.num_queries,
+    max_text_positions=model.max_text_positions,
+    max_bad_fraction=data.max_bad_fraction,
+  )
+
+
+def open_spec(spec: str, task: str, split: str) -> Entry:
+  """Opens what the command names, with the limits of the default config.
+
+  Raises:
+    UserError: it cannot be opened, or its task is not known.
+  """
+  source = sources.open_source(spec, task=task, split=split)
+  task = task or getattr(source, "task", "") or source[0].task
+  name = pathlib.Path(spec.replace(":", "_")).stem
+  return Entry(name, source, task, default_config(task))
+
+
+def open_entries(config: Config, name: str, split: str) -> list[Entry]:
+  """Opens entries of a config.
+
+  Args:
+    config: the config.
+    name: of an entry, maybe with "train." or "evaluation." before it; all
+      entries if empty.
+    split: of the entries of `data.evaluation`; by default the config's.
+
+  Raises:
+    UserError: there is no such entry, or it cannot be opened.
+  """
+  validate(config)
+  data = config.data
+  known = {f"train.{key}": entry for key, entry in data.train.items()}
+  known |= {f"evaluation.{key}": e for key, e in data.evaluation.items()}
+  chosen = [key for key in known if name in ("", key, key.split(".", 1)[1])]
+  if not chosen:
+    raise UserError(
+      f'the config has no data "{name}".{did_you_mean(name, known)}'
+      " Leave it out to check all"
+    )
+  opened = []
+  for key in chosen:
+    entry = known[key]
+    own = entry.get("split", config.evaluation.split)
+    source = sources.load_source(
+      entry.source,
+      task=entry.task,
+      split=split or own,
+      **dict(entry.get("options", {})),
+    )
+    opened.append(Entry(key, source, entry.task, config))
+  return opened
+
+
+def find_vocabulary(
+  folder: str, config: Config | None, entries: Sequence[Entry]
+) -> tuple[Vocabulary, str]:
+  """Returns the vocabulary and where it is from.
+
+  Args:
+    folder: with official files, a Hugging Face pair or what a run saved; may
+      be empty.
+    config: whose vocabulary is taken otherwise; None: learns one.
+    entries: to learn from.
+
+  Raises:
+    UserError: its files are missing or damaged.
+  """
+  if folder:
+    return _read_vocabulary(pathlib.Path(folder)), folder
+  if config is not None:
+    kind = config.vocabulary.source
+    how = (
+      "learnt from data.train" if kind == "train" else config.vocabulary.path
+    )
+    return experiment.make_vocabulary(config), how
+  texts = []
+  for entry in entries:
+    records = _Spread(entry.source, _LEARNT_RECORDS)
+    texts += vocabulary_texts(
+      entry.task, entry.config.tasks[entry.task], records
+    )
+  bins = entries[0].config.vocabulary.num_bins
+  # Every character, so that hardly any source is too rich for it.
+  vocabulary = Vocabulary.train(
+    texts or [" "], _LEARNT_IDS + bins, num_bins=bins
+  )
+  how = "learnt from these texts; lengths differ with the official one"
+  return vocabulary, how + " (--vocabulary=FOLDER)"
+
+
+def _read_vocabulary(folder: pathlib.Path) -> Vocabulary:
+  if (folder / "vocabulary.json").exists():
+    return Vocabulary.load(folder)
+  if (folder / "vocab.json").exists():
+    return Vocabulary.from_huggingface(
+      folder / "vocab.json", folder / "merges.txt"
+    )
+  if (folder / "dict.txt").exists():
+    return Vocabulary.from_official(
+      folder / "dict.txt", folder / "encoder.json", folder / "vocab.bpe"
+    )
+  raise UserError(
+    f'"{folder}" holds no vocabulary: neither dict.txt (official), nor'
+    " vocab.json (Hugging Face), nor vocabulary.json (a run's folder"
+    " vocabulary); set --vocabulary"
+  )
+
+
+class _Spread(Sequence[Record]):
+  """At most so many records, evenly spread."""
+
+  def __init__(self, source: Sequence[Record], limit: int) -> None:
+    self._source, self._count = source, min(len(source), limit)
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, index: Any) -> Any:
+    return self._source[index * len(self._source) // self._count]
+
+
+def _check_writable(flag: str, path: Any) -> None:
+  target = pathlib.Path(path)
+  if path and (target.is_dir() or not target.parent.is_dir()):
+    what = "is a folder" if target.is_dir() else "lies in no folder"
+    raise UserError(f'--{flag}="{path}" {what}; give a file')
+  if path and not os.access(target.parent, os.W_OK):
+    raise UserError(f'--{flag}: cannot write to folder "{target.parent}"')
+
+
+def _save(path: pathlib.Path, write: Any) -> None:
+  """Writes a file whole or not at all."""
+  part = path.with_name(f"{path.name}.{os.getpid()}.part")
+  try:
+    write(part)
+    part.replace(path)
+  except OSError as e:
+    part.unlink(missing_ok=True)
+    raise UserError(f'cannot write "{path}": {e.strerror or e}') from e
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  cli.define_config_flag()
+  flags.DEFINE_string("task", "", "Task of the records.")
+  flags.DEFINE_string("split", "", "Split to read.")
+  flags.DEFINE_string("vocabulary", "", "Folder with vocabulary files.")
+  flags.DEFINE_integer(
+    "num_queries", None, "N of the model, if not the config's.", lower_bound=1
+  )
+  flags.DEFINE_integer(
+    "max_examples", 2000, "Records read whole; 0: all.", lower_bound=0
+  )
+  flags.DEFINE_boolean("all", False, "Read the texts of all records.")
+  flags.DEFINE_integer("threads", 2, "Threads that read.", lower_bound=1)
+  flags.DEFINE_string("png", "data_check.png", "Picture to draw; empty: none.")
+  flags.DEFINE_string("json", "", "File to write the figures to.")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry point."""
+  options = flags.FLAGS
+  for flag in ("png", "json"):
+    _check_writable(flag, options[flag].value)
+  spec = argv[1] if len(argv) > 1 else ""
+  if options.config is not None:
+    entries = open_entries(options.config, spec, options.split)
+  elif spec:
+    entries = [open_spec(spec, options.task, options.split)]
+  else:
+    raise UserError("nothing to check: name a source, or set --config=FILE")
+  vocabulary, how = find_vocabulary(options.vocabulary, options.config, entries)
+  print(f"vocabulary     {vocabulary.size:,} ids, {how}")
+  report = {}
+  for entry in entries:
+    report[entry.name] = _check_and_print(entry, vocabulary, len(entries) > 1)
+  if options.json:
+    text = json.dumps(report, indent=1) + "\n"
+    _save(pathlib.Path(options.json), lambda part: part.write_text(text))
+  words = [part["verdict"]["word"] for part in report.values()]
+  sys.stdout.flush()
+  sys.exit(1 if check_report.NOT_USABLE in words else 0)
+
+
+def _check_and_print(
+  entry: Entry, vocabulary: Vocabulary, several: bool
+) -> dict[str, Any]:
+  options = flags.FLAGS
+  figures, verdict, task = check(
+    entry,
+    vocabulary,
+    num_queries=options.num_queries,
+    max_examples=options.max_examples,
+    all_texts=options.all,
+    num_threads=options.threads,
+  )
+  title = f"\n{entry.name}: task {entry.task}"
+  settings = dataclasses.asdict(task.settings)
+  print(check_report.format_figures(title, figures, settings))
+  if options.png:
+    path = pathlib.Path(options.png)
+    if several:
+      path = path.with_name(f"{path.stem}_{entry.name}{path.suffix or '.png'}")
+    picture = draw_samples(
+      entry.name,
+      entry.source,
+      task,
+      figures["samples"],
+      figures["limits"]["image_size"],
+    )
+    if picture is not None:
+      _save(path, lambda part: picture.save(part, format="PNG"))
+      print(f"\nexamples       {path}")
+  print(check_report.format_verdict(verdict), flush=True)
+  figures.pop("samples")
+  return {"task": entry.task, **figures, "verdict": verdict._asdict()}
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main, positional=(0, 1), positional_name="the source")
