@@ -61,7 +61,7 @@ class JsonlSource(RowSource):
     path: files.PathOption = None,
     index_dir: str = "",
   ) -> None:
-    """Opens the files and looks which rows are of the task; no seed's effect.
+    """Opens the files and finds the rows of the task; the seed has no effect.
 
     Args:
       task: one of `TASKS`; rows of another task are left out.
@@ -75,26 +75,30 @@ class JsonlSource(RowSource):
     """
     del seed
     super().__init__(task=task, split=split, path=path, index_dir=index_dir)
+    # Most files name no task, and reading every row would take seconds.
+    if any(file.contains(b'"task"') for file in self.rows.files):
+      self._numbers = self._of_task()
+
+  def _of_task(self) -> np.ndarray:
     others: set[str] = set()
     kept = []
     for number in range(len(self.rows)):
       found = self._task_of(number)
-      if found in (_ANY, task):
+      if found in (_ANY, self.task):
         kept.append(number)
       else:
         others.add(found)
     if not kept:
       raise UserError(
-        f'jsonl: no row of "{self.rows.files[0].path}" has the task "{task}",'
-        f" the rows have {', '.join(sorted(others))}; change the task"
+        f'jsonl: no row of "{self.rows.files[0].path}" has the task'
+        f' "{self.task}", the rows have {", ".join(sorted(others))}; change the'
+        " task"
       )
-    if others:
-      self._numbers = np.asarray(kept, np.int64)
+    return np.asarray(kept, np.int64)
 
   def _task_of(self, number: int) -> str:
     try:
       row = self.rows[number]
-      # Most files name no task, and parsing takes most of the time.
       found = json.loads(row).get("task") if b'"task"' in row else _ANY
     except (ValueError, AttributeError):
       return _ANY

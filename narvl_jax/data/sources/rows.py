@@ -24,6 +24,7 @@ from narvl_jax.errors import UserError
 
 # A longer row means that the file is not what it should be.
 MAX_ROW_BYTES = 1 << 28
+_SEARCH_BYTES = 1 << 22
 _GZIP = b"\x1f\x8b"
 # Files whose oddities were told by this process.
 _told: set[tuple[str, tuple[int, int, int]]] = set()
@@ -106,6 +107,18 @@ class RowFile(Sequence[bytes]):
         f" {row.index(0) + 1}; the file is damaged or no UTF-8 text"
       )
     return row[:-1] if row.endswith(b"\r") else row
+
+  def contains(self, word: bytes) -> bool:
+    """Returns whether the word is anywhere in the file; much faster than []."""
+    self._starts()
+    start, kept = 0, b""
+    while block := os.pread(self._fd, _SEARCH_BYTES, start):
+      if word in kept + block:
+        return True
+      start += len(block)
+      # The word may lie across two blocks.
+      kept = (kept + block)[1 - len(word) :] if len(word) > 1 else b""
+    return False
 
   def __getstate__(self) -> dict[str, Any]:
     state = dict(self.__dict__)

@@ -276,6 +276,29 @@ def test_file_that_grows_meanwhile(
   assert os.listdir(path.parent) == ["rows.tsv"]
 
 
+@given(
+  data=st.text("abc\n", min_size=1, max_size=30).map(str.encode),
+  word=st.text("abc", min_size=1, max_size=4).map(str.encode),
+  block_bytes=st.integers(1, 9),
+)
+@settings(
+  max_examples=200,
+  deadline=None,
+  suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_contains(
+  path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+  data: bytes,
+  word: bytes,
+  block_bytes: int,
+) -> None:
+  monkeypatch.setattr("narvl_jax.data.sources.rows._SEARCH_BYTES", block_bytes)
+  path.write_bytes(b"x" + data)
+  index_of(path).unlink(missing_ok=True)
+  assert RowFile(path).contains(word) == (word in data)
+
+
 def test_bad_rows(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   path.write_bytes(b"a\nb\0c\0\n" + b"d" * 50 + b"\n")
   rows = RowFile(path)
