@@ -1,0 +1,267 @@
+"""Turns official weights into a run folder, and back.
+
+python -m narvl_jax.convert --from=ofa_base.pt --to=DIR [--vocabulary=FOLDER]
+    [--config=configs/FILE.py] [--num_queries=N] [--check]
+python -m narvl_jax.convert --from=RUN --to=official.pt
+
+`--from` is an official file of OFA or NARVL (any size, float32 or half), or a
+folder of the Hugging Face port. Nothing in it is run. DIR is a run folder:
+`train --config.init_from=DIR` starts from it; with the files of the vocabulary
+`evaluate` and `predict` read it, too. DIR/report.json tells where every tensor
+went. The way back is bit by bit the same.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from narvl_jax import cli
+from narvl_jax.config import (
+  Config,
+  default_config,
+  evaluation_source,
+  train_source,
+)
+from narvl_jax.data.example import TASKS
+from narvl_jax.errors import UserError
+from narvl_jax.interop import run_folder
+from narvl_jax.interop.adapt import BLANK_ROWS, Options
+from narvl_jax.interop.check_forward import format_forward, forward
+from narvl_jax.interop.conversion import Conversion, convert_official
+from narvl_jax.interop.export import save_official
+from narvl_jax.interop.source_file import file_hash
+from narvl_jax.interop.tensors import PathLike
+
+_OFFICIAL_SUFFIXES = (".pt", ".pth", ".bin")
+
+
+def import_official(
+  source: PathLike,
+  target: PathLike,
+  *,
+  options: Options | None = None,
+  ema: bool = False,
+  vocabulary: PathLike | None = None,
+  num_codes: int | None = None,
+  num_bins: int | None = None,
+  config: Config | None = None,
+  check: bool = False,
+) -> dict[str, Any]:
+  """Writes official weights as a run folder.
+
+  Args:
+    source: file or Hugging Face folder.
+    target: the run folder, new or empty.
+    options: what is new or resized, and how.
+    ema: take the moving averages of the file.
+    vocabulary: folder of the vocabulary's files; None looks beside the
+      weights.
+    num_codes: image codes of the vocabulary; None: as the file says.
+    num_bins: coordinate bins of the vocabulary; None: as the file says.
+    config: of the run; None: all tasks, and made up scenes as data. What the
+      weights determine is set here.
+    check: run a fixed request and report what comes out.
+
+  Returns:
+    The report, as in `report.json`.
+
+  Raises:
+    UserError: the file, an option or the folder is wrong; nothing is written.
+  """
+  run_folder.check_target(target)
+  made = convert_official(source, options, ema=ema)
+  words, section = run_folder.find_vocabulary(
+    made, vocabulary, num_codes, num_bins
+  )
+  settings = run_config(made, section, config)
+  report = made.report
+  report["vocabulary"] = words.fingerprint if words else None
+  if check:
+    report["check"] = forward(made.config, made.variables)
+  run_folder.write_run(target, made, settings, words, report)
+  return report
+
+
+def run_config(
+  made: Conversion, vocabulary: dict[str, Any], config: Config | None
+) -> Config:
+  """Returns the config of a run of converted weights."""
+  if config is None:
+    config = default_config(*TASKS)
+    for task in TASKS:
+      config.data.train[task] = train_source("shapes", task)
+      config.data.evaluation[task] = evaluation_source("shapes", task)
+  config = ConfigDict(config.to_dict()) if config.is_locked else config
+  config.model.size = made.size
+  for name, value in made.overrides.items():
+    config.model[name] = value
+  config.vocabulary.update(vocabulary)
+  return config
+
+
+def export_official(
+  source: PathLike,
+  target: PathLike,
+  *,
+  checkpoint: str = "best",
+  check: bool = False,
+) -> dict[str, Any]:
+  """Writes the weights of a run as an official file.
+
+  Args:
+    source: folder of a run or of converted weights.
+    target: the file, which must not exist.
+    checkpoint: "best", "last" or a step.
+    check: run a fixed request and report what comes out.
+
+  Returns:
+    step, sha256 (of the file), made (official tensors that the run knows
+    nothing of, filled with zeros and ones) and, if asked for, check.
+
+  Raises:
+    UserError: there is no such run, or the file exists.
+  """
+  if pathlib.Path(target).exists():
+    raise UserError(f"--to={target} exists; name a new file")
+  config, variables, step = run_folder.read_run(source, checkpoint)
+  unused, settings = run_folder.read_side(source)
+  made = save_official(
+    target, config, variables, unused=unused, settings=settings
+  )
+  report: dict[str, Any] = {
+    "step": step,
+    "sha256": file_hash(target),
+    "made": made,
+  }
+  if check:
+    report["check"] = forward(config, variables)
+  return report
+
+
+def format_import(report: dict[str, Any], target: PathLike) -> str:
+  """Returns the report of an import as a few lines."""
+  source, model = report["source"], report["model"]
+  lines = [
+    f"{source['model']} weights ({source['format']} names, {source['weights']},"
+    f" {report['dtype']}): {source['file']}",
+    f"file       {source['bytes']:,} bytes, sha256 {source['sha256']}",
+    f"model      {model['size']}, {model['num_queries']} queries,"
+    f" {model['vocab_size']} ids",
+    f"tensors    {len(report['tensors'])} in the file, each used once",
+    f"variables  {len(report['variables'])}, each filled once,"
+    f" sha256 {report['sha256']}",
+  ]
+  for change in report["new_or_resized"]:
+    before = "new" if change["before"] is None else list(change["before"])
+    lines.append(
+      f"changed    {change['key']}: {before} -> {list(change['after'])},"
+      f" {change['how']}"
+    )
+  if report["vocabulary"] is None:
+    lines.append(
+      "note       without the vocabulary's files (--vocabulary=FOLDER) a run"
+      " can start from this, but predict and evaluate cannot read it"
+    )
+  lines.append(f"wrote {target} (all of it in {run_folder.REPORT_FILE});")
+  lines.append(
+    f"start from it with: python -m narvl_jax.train --config=FILE.py"
+    f" --workdir=RUN --config.init_from={target}"
+  )
+  return "\n".join(lines)
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("from", None, "Official file or folder, or a run.")
+  flags.DEFINE_string("to", None, "Folder of the run, or official FILE.pt.")
+  cli.define_config_flag()
+  flags.DEFINE_string(
+    "vocabulary",
+    None,
+    "Folder of dict.txt, encoder.json and vocab.bpe, or of vocab.json and"
+    " merges.txt; by default that of --from.",
+  )
+  flags.DEFINE_integer("num_codes", None, "Image codes of the vocabulary.")
+  flags.DEFINE_integer("num_bins", None, "Coordinate bins of the vocabulary.")
+  flags.DEFINE_bool("ema", False, "Take the moving averages of the file.")
+  flags.DEFINE_integer(
+    "num_queries", None, "Queries: those of the file are kept, cut, extended."
+  )
+  flags.DEFINE_string(
+    "blank_row", "noise", f"What the blank starts as: {', '.join(BLANK_ROWS)}."
+  )
+  flags.DEFINE_list(
+    "stretch_images",
+    None,
+    "FROM,TO: stretch image positions from one side in pixels to another.",
+  )
+  flags.DEFINE_integer("seed", 0, "Of all that is new.")
+  flags.DEFINE_string("checkpoint", "best", "Of a run: best, last or a step.")
+  flags.DEFINE_bool("check", False, "Answer a fixed request, print numbers.")
+  flags.mark_flags_as_required(["from", "to"])
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry point."""
+  del argv
+  values = flags.FLAGS
+  source, target = values["from"].value, values.to
+  if pathlib.Path(target).suffix in _OFFICIAL_SUFFIXES:
+    report = export_official(
+      source, target, checkpoint=values.checkpoint, check=values.check
+    )
+    if report["made"]:
+      print(
+        f"note: {len(report['made'])} tensors that NARVL never reads are not"
+        " known here and were filled with zeros and ones"
+      )
+    print(f"wrote {target}: step {report['step']}, sha256 {report['sha256']}")
+  else:
+    report = import_official(
+      source,
+      target,
+      options=_options(values),
+      ema=values.ema,
+      vocabulary=values.vocabulary,
+      num_codes=values.num_codes,
+      num_bins=values.num_bins,
+      config=values.config,
+      check=values.check,
+    )
+    print(format_import(report, target))
+  if "check" in report:
+    print(format_forward(report["check"]))
+  sys.stdout.flush()
+
+
+def _options(values: flags.FlagValues) -> Options:
+  """Returns the choices on the command line."""
+  pixels = None
+  if values.stretch_images:
+    try:
+      before, after = map(int, values.stretch_images)
+    except ValueError as error:
+      given = ",".join(values.stretch_images)
+      raise UserError(
+        f"--stretch_images={given} is not two sides in pixels, such as"
+        " --stretch_images=512,1024"
+      ) from error
+    pixels = (before, after)
+  queries = values.num_queries
+  if queries is None and values.config is not None:
+    queries = values.config.model.num_queries
+  return Options(
+    num_queries=queries,
+    blank_row=values.blank_row,
+    stretch_images=pixels,
+    seed=values.seed,
+  )
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)

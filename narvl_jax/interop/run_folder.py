@@ -1,0 +1,225 @@
+"""Converted weights as a run folder, and weights out of one."""
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+
+from narvl_jax import experiment as experiment_lib
+from narvl_jax.config import Config
+from narvl_jax.config_checks import validate
+from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.vocabulary_files import read_json_object
+from narvl_jax.errors import UserError
+from narvl_jax.interop.conversion import Conversion
+from narvl_jax.interop.source_file import setting
+from narvl_jax.interop.tensors import PathLike, State
+from narvl_jax.interop.torch_file import read_torch
+from narvl_jax.interop.torch_write import write_torch
+from narvl_jax.models import ModelConfig
+from narvl_jax.training import workdir as workdir_lib
+from narvl_jax.training.checkpoints import FOLDER, Checkpoints, choose_step
+
+REPORT_FILE = "report.json"
+SIDE_FILE = "official_unused.pt"
+_OFFICIAL_FILES = ("dict.txt", "encoder.json", "vocab.bpe")
+_HUGGING_FACE_FILES = ("vocab.json", "merges.txt")
+_NUM_CODES, _NUM_BINS = 8192, 1000
+# Runs that start from runs; more is a circle.
+_MAX_ANCESTORS = 20
+
+
+def check_target(folder: PathLike) -> None:
+  """Checks that converted weights may be written to a folder.
+
+  Raises:
+    UserError: something is there.
+  """
+  path = pathlib.Path(folder)
+  workdir_lib.check_folder(path)
+  if path.is_dir() and any(path.iterdir()):
+    raise UserError(f"--to={folder} is not empty; use a folder that is new")
+
+
+def find_vocabulary(
+  made: Conversion,
+  folder: PathLike | None,
+  num_codes: int | None,
+  num_bins: int | None,
+) -> tuple[Vocabulary | None, dict[str, Any]]:
+  """Reads the vocabulary that belongs to weights.
+
+  Args:
+    made: the weights.
+    folder: of the official or the Hugging Face files; None looks beside the
+      weights.
+    num_codes: image codes; None: as the file says, or else 8192.
+    num_bins: coordinate bins; None: as the file says, or else 1000.
+
+  Returns:
+    The vocabulary (None if no folder was named and no files were found) and
+    the section `vocabulary` of a config.
+
+  Raises:
+    UserError: the files are missing, or are not those of the weights.
+  """
+  settings = made.source.settings
+  counts = {
+    "num_codes": num_codes or setting(settings, "code_dict_size"),
+    "num_bins": num_bins or setting(settings, "num_bins"),
+  }
+  for name, default in (("num_codes", _NUM_CODES), ("num_bins", _NUM_BINS)):
+    counts[name] = default if counts[name] is None else int(counts[name])
+  place = pathlib.Path(folder or made.source.path.parent)
+  kind = None
+  if all((place / name).is_file() for name in _OFFICIAL_FILES):
+    kind = "official"
+    files = [place / name for name in _OFFICIAL_FILES]
+    vocabulary = Vocabulary.from_official(*files, **counts)
+  elif all((place / name).is_file() for name in _HUGGING_FACE_FILES):
+    kind = "huggingface"
+    files = [place / name for name in _HUGGING_FACE_FILES]
+    vocabulary = Vocabulary.from_huggingface(*files, **counts)
+  elif folder is None:
+    return None, {"source": "official", "path": "", **counts}
+  else:
+    raise UserError(
+      f"--vocabulary={folder} holds neither {', '.join(_OFFICIAL_FILES)} nor"
+      f" {', '.join(_HUGGING_FACE_FILES)}"
+    )
+  size = made.config.vocab_size
+  if vocabulary.size != size:
+    raise UserError(
+      f"the vocabulary in {place} has {vocabulary.size} ids with"
+      f" {counts['num_codes']} codes and {counts['num_bins']} bins, the"
+      f" weights have {size}; set --vocabulary to the folder of their files,"
+      " --num_codes and --num_bins"
+    )
+  return vocabulary, {"source": kind, "path": str(place), **counts}
+
+
+def write_run(
+  folder: PathLike,
+  made: Conversion,
+  config: Config,
+  vocabulary: Vocabulary | None,
+  report: dict[str, Any],
+) -> None:
+  """Writes a run folder with one checkpoint, 0; whole or not at all.
+
+  Args:
+    folder: new or empty.
+    made: the weights.
+    config: of the run; its model is that of the weights.
+    vocabulary: that of the weights; without it the folder can only be started
+      from (`config.init_from`).
+    report: becomes `report.json`.
+
+  Raises:
+    UserError: config and weights do not fit together.
+  """
+  validate(config)
+  if vocabulary is not None:
+    architecture = experiment_lib.resolve_model_config(config, vocabulary)
+    _check_same(architecture, made.config)
+  target = pathlib.Path(folder)
+  # Beside the target, so that a rename is all that remains to be done.
+  part = target.with_name(f".{target.name}.{os.getpid()}.part")
+  part.mkdir(parents=True)
+  try:
+    with Checkpoints(part, keep_last=1) as checkpoints:
+      checkpoints.save_variables(0, made.variables)
+    side = {"unused": made.unused, "settings": made.source.settings or {}}
+    write_torch(part / SIDE_FILE, side)
+    if vocabulary is not None:
+      vocabulary.save(part / experiment_lib.VOCABULARY_FOLDER)
+    text = json.dumps(report, indent=1) + "\n"
+    (part / REPORT_FILE).write_text(text, encoding="utf-8")
+    workdir_lib.write_config(part, config)
+    part.replace(target)
+  except BaseException:
+    shutil.rmtree(part, ignore_errors=True)
+    raise
+
+
+def _check_same(made: ModelConfig, wanted: ModelConfig) -> None:
+  """Compares what parameters depend on."""
+  free = {"dtype", "dropout", "encoder_drop_path", "decoder_drop_path"}
+  free |= {"batch_norm", "remat", "scan_unroll", "init_stddev"}
+  for name, value in vars(wanted).items():
+    if name not in free and getattr(made, name) != value:
+      raise UserError(
+        f"model.{name}={getattr(made, name)} of the config is not that of the"
+        f" weights: --config.model.{name}={value}"
+      )
+
+
+def read_run(
+  folder: PathLike, checkpoint: str = "best"
+) -> tuple[ModelConfig, dict[str, Any], int]:
+  """Reads the weights of a run in the type that they are stored in.
+
+  Args:
+    folder: of a run or of converted weights.
+    checkpoint: "best", "last" or a step.
+
+  Returns:
+    The architecture, {"params", "batch_stats"} (moving averages if the run
+    has them), and the step.
+
+  Raises:
+    UserError: there is no such run or checkpoint.
+  """
+  path = pathlib.Path(folder)
+  if not (path / FOLDER).is_dir():
+    raise UserError(
+      f"--from={folder} is no run: it has no folder {FOLDER} (an official file"
+      " is converted to a folder, not to a file: --to=FOLDER)"
+    )
+  config = workdir_lib.read_config(path)
+  words = path / experiment_lib.VOCABULARY_FOLDER
+  if words.is_dir():
+    vocabulary = Vocabulary.load(words)
+  else:
+    model = read_json_object(path / REPORT_FILE)["model"]
+    vocabulary = Vocabulary.placeholder(model["vocab_size"], 0, 0)
+  architecture = experiment_lib.resolve_model_config(config, vocabulary)
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def target(tree: Any) -> Any:
+    return {"params": {}, "batch_stats": {}} | jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree
+    )
+
+  with Checkpoints(path) as checkpoints:
+    step = choose_step(checkpoints, checkpoint)
+    stored = checkpoints.shapes(step)
+    ema = target(stored["ema"]) if "ema" in stored else None
+    read = checkpoints.restore_variables(step, target(stored["params"]), ema)
+  return architecture, read, step
+
+
+def read_side(folder: PathLike) -> tuple[State, dict[str, Any]]:
+  """Reads what an official file needs beside the weights of a run.
+
+  It lies with the converted weights that the run, or one that it started
+  from, began with.
+
+  Returns:
+    Unused tensors and settings, both empty if there are none.
+  """
+  path = pathlib.Path(folder)
+  for _ in range(_MAX_ANCESTORS):
+    if (path / SIDE_FILE).is_file():
+      content = read_torch(path / SIDE_FILE)
+      return content["unused"], content["settings"]
+    if not workdir_lib.is_run(path):
+      break
+    start = workdir_lib.read_config(path).init_from
+    if not start:
+      break
+    path = pathlib.Path(start)
+  return {}, {}
