@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 
 
 def load_source(
-  name: str, *, task: str, split: str, seed: int = 0, **options: Any
+  name: str, /, *, task: str, split: str, seed: int = 0, **options: Any
 ) -> Sequence[Record]:
   """Opens a source of records for one task.
 

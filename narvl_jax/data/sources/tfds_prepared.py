@@ -1,0 +1,115 @@
+"""Data sets that TFDS has prepared on this machine, opened with few words."""
+
+import pathlib
+import re
+from typing import Any
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import constants, read_only_builder, registered
+
+from narvl_jax.errors import UserError, did_you_mean
+
+_NAME = re.compile(r"(\w+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?")
+_INFO = "dataset_info.json"
+
+
+def open_builder(name: str, data_dir: str) -> Any:
+  """Returns the TFDS builder of a prepared data set.
+
+  Args:
+    name: NAME, NAME/CONFIG, NAME:VERSION, or a folder with dataset_info.json.
+    data_dir: folder of all data sets; "" is the default of TFDS.
+
+  Raises:
+    UserError: it is not prepared, or in a form without random access.
+  """
+  if (pathlib.Path(name).expanduser() / _INFO).exists():
+    folder = str(pathlib.Path(name).expanduser())
+    builder = read_only_builder.builder_from_directory(folder)
+  else:
+    builder = _find(name, data_dir)
+  found = builder.info.file_format
+  if found != tfds.core.FileFormat.ARRAY_RECORD:
+    value = getattr(found, "value", found)
+    raise UserError(
+      f'tfds: "{name}" in "{builder.data_dir}" is prepared as {value}, which'
+      " has no random access; prepare it again elsewhere: tfds build"
+      f" {name} --file_format=array_record --data_dir=FOLDER, and set"
+      " options.data_dir to FOLDER"
+    )
+  return builder
+
+
+def _find(name: str, data_dir: str) -> Any:
+  match = _NAME.fullmatch(name)
+  if match is None:
+    raise UserError(
+      f'tfds: "{name}" is no name of a data set; it must be NAME, NAME/CONFIG'
+      " or NAME:1.2.3, or a folder with dataset_info.json. Set options.name"
+    )
+  base, config, version = match.groups()
+  given = {"config": config, "version": version}
+  try:
+    return read_only_builder.builder_from_files(
+      base,
+      data_dir=str(pathlib.Path(data_dir).expanduser()) if data_dir else None,
+      **{key: value for key, value in given.items() if value},
+    )
+  except registered.DatasetNotFoundError as e:
+    raise UserError(_not_prepared(name, base, data_dir)) from e
+
+
+def _not_prepared(name: str, base: str, data_dir: str) -> str:
+  folder = pathlib.Path(data_dir or str(constants.DATA_DIR))
+  folder = folder.expanduser()
+  prepared = [
+    path.parent.relative_to(folder)
+    for path in sorted(folder.glob("*/**/" + _INFO))
+  ]
+  # NAME/CONFIG/1.2.3, the config being optional.
+  names = sorted({"/".join(path.parts[:-1]) for path in prepared} - {""})
+  if base in {entry.split("/")[0] for entry in names}:
+    hint = did_you_mean(name, names)
+  elif names:
+    hint = f" The folder has: {', '.join(names[:8])}."
+  else:
+    hint = ""
+  where = f" --data_dir={data_dir}" if data_dir else ""
+  return (
+    f'tfds: "{name}" is not prepared in "{folder}".{hint} Prepare it with:'
+    f" tfds build {name} --file_format=array_record{where}, or set"
+    " options.data_dir or options.name"
+  )
+
+
+def data_source(builder: Any, split: str) -> Any:
+  """Returns the examples of a split as serialized protocol buffers.
+
+  Raises:
+    UserError: there is no such split, a file is missing, or no example.
+  """
+  names = sorted(builder.info.splits)
+  try:
+    info = builder.info.splits[split]
+    count = info.num_examples
+    files = [pathlib.Path(str(i.filename)) for i in info.file_instructions]
+  except Exception as e:  # TFDS parses the slice in many ways.
+    base = re.split(r"[\[+]", split)[0]
+    hint = did_you_mean(base, names) if base not in names else f" ({e})"
+    raise UserError(
+      f'tfds: {builder.info.full_name} has no split "{split}".{hint} A part'
+      " is such as train[:50%]. Set split"
+    ) from e
+  for file in files:
+    if not file.exists():
+      raise UserError(
+        f'tfds: the file "{file}" is missing; prepare the data set again'
+      )
+  if not count:
+    raise UserError(
+      f'tfds: the split "{split}" of {builder.info.full_name} is empty;'
+      " set split"
+    )
+  return builder.as_data_source(
+    split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+  )
