@@ -93,7 +93,15 @@ def prepare_image(
     picture = Image.fromarray(image)
   else:
     picture = _decode(image)
-  box = _pixel_box(change.crop, picture.size) if change else None
+  box = None
+  if change is not None and change.crop is not None:
+    x0, y0, x1, y1 = change.crop
+    box = (
+      x0 * picture.width,
+      y0 * picture.height,
+      x1 * picture.width,
+      y1 * picture.height,
+    )
   if box is not None or picture.size != (width, height):
     picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
   if change is not None:
@@ -106,21 +114,6 @@ def normalize(image: np.ndarray) -> np.ndarray:
   """Returns uint8 pixels as float32 in [-1, 1], same shape."""
   scaled = image.astype(np.float32) / np.float32(255)
   return (scaled - np.float32(0.5)) / np.float32(0.5)
-
-
-def _pixel_box(
-  crop: tuple[float, float, float, float] | None, size: tuple[int, int]
-) -> tuple[float, float, float, float] | None:
-  """Returns a crop in pixels, at least one pixel wide and high."""
-  if crop is None:
-    return None
-  starts, ends = [], []
-  for axis in (0, 1):
-    start, end = crop[axis] * size[axis], crop[axis + 2] * size[axis]
-    start = min(start, size[axis] - 1)
-    starts.append(start)
-    ends.append(min(max(end, start + 1), size[axis]))
-  return (starts[0], starts[1], ends[0], ends[1])
 
 
 def _flip_and_color(picture: Image.Image, change: Change) -> Image.Image:
