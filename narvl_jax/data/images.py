@@ -11,6 +11,7 @@ import dataclasses
 import io
 import os
 import pathlib
+import re
 from typing import Any, cast
 
 import numpy as np
@@ -167,8 +168,10 @@ def _open(data: bytes) -> Image.Image:
   try:
     picture = Image.open(io.BytesIO(data))
   except Image.DecompressionBombError as e:
+    seen = re.search(r"\d+", str(e))
+    pixels = f"{int(seen[0]):,}" if seen else "too many"
     raise UserError(
-      f"the image is too large ({e}); the limit is {MAX_PIXELS:,} pixels in"
+      f"the image has {pixels} pixels; the limit is {MAX_PIXELS:,} pixels in"
       " all, please scale it down"
     ) from e
   except Image.UnidentifiedImageError as e:
@@ -177,7 +180,9 @@ def _open(data: bytes) -> Image.Image:
       f" {data[:8]!r}; use a JPEG or PNG file"
     ) from e
   except Exception as e:  # A damaged header fails in any of many ways.
-    raise UserError(f"the image cannot be read: {e}") from e
+    raise UserError(
+      f"the image's header is damaged or cut off ({len(data)} bytes): {e}"
+    ) from e
   _check_size(*picture.size)
   return picture
 

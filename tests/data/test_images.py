@@ -205,8 +205,11 @@ def test_no_picture() -> None:
     UserError, match=r"no known format: 9 bytes .*b'some tex'"
   ):
     images.prepare_image(b"some text", (8, 8))
-  with pytest.raises(UserError, match=r"no known format|cannot be read"):
+  with pytest.raises(UserError, match=r"no known format|header is damaged"):
     images.prepare_image(b"\x89PNG\r\n\x1a\n", (8, 8))
+  header = _encode(Image.fromarray(_noise()), "JPEG")[:30]
+  with pytest.raises(UserError, match=r"header is damaged or .*\(30 bytes\)"):
+    images.prepare_image(header, (8, 8))
 
 
 def _png_of_size(width: int, height: int) -> bytes:
@@ -221,7 +224,7 @@ def _png_of_size(width: int, height: int) -> bytes:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_very_large(side: int) -> None:
   data = _png_of_size(side, side)
-  with pytest.raises(UserError, match=r"large|has 9000 x 9000|has 12000 x"):
+  with pytest.raises(UserError, match=r"has (9000 x|12000 x|3,600,000,000)"):
     images.prepare_image(data, (8, 8))
   with pytest.raises(UserError, match="limit is 80,000,000 pixels"):
     images.original_size(data)
