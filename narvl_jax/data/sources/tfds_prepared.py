@@ -95,7 +95,7 @@ def data_source(builder: Any, split: str) -> Any:
     files = [pathlib.Path(str(i.filename)) for i in info.file_instructions]
   except Exception as e:  # TFDS parses the slice in many ways.
     base = re.split(r"[\[+]", split)[0]
-    hint = did_you_mean(base, names) if base not in names else f" ({e})"
+    hint = did_you_mean(base, names) if base not in names else ""
     raise UserError(
       f'tfds: {builder.info.full_name} has no split "{split}".{hint} A part'
       " is such as train[:50%]. Set split"
