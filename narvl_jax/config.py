@@ -47,9 +47,17 @@ def default_config(*tasks: str) -> Config:
       "image_size": (480, 480),
       "max_text_length": 80,
       "max_label_length": 20,
+      # Processes that prepare batches; 0: only threads of the main one.
+      "num_workers": 0,
+      # Threads of each such process.
       "num_threads": 2,
+      # Batches that each prepares ahead.
       "prefetch": 4,
+      # Share of a source's records that may be unusable.
       "max_bad_fraction": 0.01,
+      # Above 0, shares also depend on the sizes of the sources: in proportion
+      # at 1, ever more even above.
+      "temperature": 0.0,
       # NAME: train_source(...)
       "train": {},
       # NAME: evaluation_source(...)

@@ -1,7 +1,6 @@
 """An experiment: config, vocabulary, tasks and model that belong together."""
 
 import dataclasses
-import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -13,10 +12,11 @@ from flax.linen import meta
 
 from narvl_jax.config import Config
 from narvl_jax.config_checks import validate
-from narvl_jax.data.example import Record
+from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
 from narvl_jax.data.mixture import Entry, Mixture
-from narvl_jax.data.sources import load_source
+from narvl_jax.data.sources import load_source, locate
 from narvl_jax.data.tasks import (
+  Encoded,
   Task,
   check_num_queries,
   make_task,
@@ -257,17 +257,18 @@ def load_mixture(config: Config) -> list[MixtureEntry]:
 
 def check_mixture(
   experiment: Experiment, mixture: Sequence[MixtureEntry]
-) -> None:
-  """Checks the weights of the sources, before anything is written.
+) -> Mixture:
+  """Mixes the sources, before anything is written.
 
   Raises:
     UserError: the mixture makes no sense.
   """
   config = experiment.config
-  Mixture(
+  return Mixture(
     [Entry(*entry) for entry in mixture],
     batch_size=config.train.batch_size,
     seed=config.seed,
+    temperature=config.data.temperature,
   )
 
 
@@ -299,21 +300,20 @@ def check_targets(
 ) -> list[str]:
   """Checks some targets of each source against queries and label length.
 
+  Bad records are left out: training skips and counts them.
+
   Returns:
     A sentence for every source of which some targets do not fit.
 
   Raises:
-    UserError: not even the shortest target of a task fits.
+    UserError: not even the shortest target of a task fits, or no record is
+      good.
   """
   limit = experiment.config.data.max_label_length
   queries = experiment.model_config.num_queries
   notes = []
   for source, task, _, name in mixture:
-    records = (source[i] for i in range(min(len(source), _CHECKED_RECORDS)))
-    encoded = [
-      experiment.tasks[task].encode(record)
-      for record in itertools.islice(records, _CHECKED_RECORDS)
-    ]
+    encoded = _encode_first(source, experiment.tasks[task], name)
     check_num_queries({task: encoded}, queries)
     needed = [required_queries(example.label_ids) for example in encoded]
     too_long = sum(number > queries for number in needed)
@@ -331,6 +331,24 @@ def check_targets(
         f" --config.data.max_label_length={shortest}"
       )
   return notes
+
+
+def _encode_first(
+  source: Sequence[Record], task: Task[Any], name: str
+) -> list[Encoded]:
+  """Encodes the first records that are good."""
+  encoded, problem = [], ""
+  for i in range(min(len(source), _CHECKED_RECORDS)):
+    try:
+      encoded.append(task.encode(source[i]))
+    except BAD_RECORD_ERRORS as error:
+      problem = problem or f"{locate(source, i)}: {error}"
+  if not encoded:
+    raise UserError(
+      f"none of the first {_CHECKED_RECORDS} records of {name} is good:"
+      f" {problem} (--config.data.train.{name})"
+    )
+  return encoded
 
 
 class _Strided(Sequence[Record]):

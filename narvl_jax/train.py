@@ -96,12 +96,17 @@ def train(
       f" tasks {', '.join(experiment.tasks)}"
     )
     mixture = experiment_lib.load_mixture(config)
-    experiment_lib.check_mixture(experiment, mixture)
+    used = experiment_lib.check_mixture(experiment, mixture).used(
+      config.train.steps
+    )
     for note in experiment_lib.check_targets(experiment, mixture):
       say(f"note: {note}")
     experiment_lib.check_evaluation(config)
-    for source, task, _, name in mixture:
-      say(f"source {name}: {len(source)} examples for {task}")
+    for (source, task, _, name), count in zip(mixture, used, strict=True):
+      say(
+        f"source {name}: {len(source)} examples for {task},"
+        f" {count / len(source):.2f} epochs in {config.train.steps} steps"
+      )
     setup = build_setup(experiment, mesh)
     if config.init_from and not resumes:
       check_init_from(setup)
@@ -208,7 +213,7 @@ def _fit(
   experiment = setup.experiment
   config = experiment.config
   # Before the compilation, which leaves time to fill the buffers.
-  host_batches: Any = train_batches(
+  host_batches = train_batches(
     mixture,
     experiment.tasks,
     batch_size=config.train.batch_size,
@@ -218,6 +223,8 @@ def _fit(
     image_size=tuple(config.data.image_size),
     max_text_length=config.data.max_text_length,
     max_label_length=config.data.max_label_length,
+    temperature=config.data.temperature,
+    num_workers=config.data.num_workers,
     num_threads=config.data.num_threads,
     prefetch=config.data.prefetch,
     bad_records=BadRecords(config.data.max_bad_fraction),
@@ -256,9 +263,19 @@ def _fit(
       return metrics, score
 
     loop = Loop(
-      setup, step, batches, writer, checkpoints, evaluate, ledger, stop
+      setup=setup,
+      step=step,
+      batches=batches,
+      counters=host_batches.counters,
+      writer=writer,
+      checkpoints=checkpoints,
+      evaluate=evaluate,
+      ledger=ledger,
+      stop=stop,
     )
-    return loop.run(state)
+    state = loop.run(state)
+    say.used(host_batches.counters(int(state.step)))
+    return state
 
 
 def _final_evaluation(

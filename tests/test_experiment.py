@@ -14,6 +14,7 @@ from flax.linen import meta
 from configs import shapes
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.config import Config
+from narvl_jax.data import tasks
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.training import workdir as workdir_lib
@@ -127,6 +128,44 @@ def test_queries_and_labels_for_the_shortest_target(built):
     UserError, match=r'max_label_length=4 is shorter .* of "grounding",.*=5$'
   ):
     experiment_lib.check_targets(small(built, config=config), mixture)
+
+
+def test_bad_records_do_not_keep_a_run_from_starting(built):
+  mixture = _mixture(tiny_config())
+
+  class Damaged:
+    def __init__(self, source: Any, good: int) -> None:
+      self.source, self.good = source, good
+
+    def __len__(self) -> int:
+      return len(self.source)
+
+    def __getitem__(self, index: int) -> Any:
+      if index < self.good:
+        return self.source[index]
+      raise ValueError("torn row")
+
+    def locate(self, index: int) -> str:
+      return f"a.tsv row {index + 1}"
+
+  def damaged(good: int) -> list[Any]:
+    return [(Damaged(s, good), *rest) for s, *rest in mixture]
+
+  assert experiment_lib.check_targets(built, damaged(3)) == []
+  with pytest.raises(
+    UserError,
+    match=r"none of the first 64 records of .* is good: a.tsv row 1: torn row",
+  ):
+    experiment_lib.check_targets(built, damaged(0))
+  settings: dict[str, Any] = {}
+  texts = list(tasks.vocabulary_texts("vqa", settings, damaged(5)[1][0]))
+  assert (
+    texts
+    == list(tasks.vocabulary_texts("vqa", settings, mixture[1][0]))[
+      : len(texts)
+    ]
+  )
+  assert texts
 
 
 def test_targets_that_teach_nothing_are_told():

@@ -93,7 +93,8 @@ def outcomes(tmp_path_factory) -> dict[str, Outcome]:
     runner.evaluations = []
     runner.stop_in_evaluation = 1 if name == "stopped" else None
     with _logged_warnings() as warnings:
-      output, report = _captured(workdir)
+      # A worker process that prepares the data must not show either.
+      output, report = _captured(workdir, num_workers=int(name == "resumed"))
     found[name] = Outcome(
       workdir,
       report,
@@ -106,12 +107,14 @@ def outcomes(tmp_path_factory) -> dict[str, Outcome]:
   return found
 
 
-def _captured(workdir: pathlib.Path) -> tuple[str, Any]:
+def _captured(workdir: pathlib.Path, num_workers: int = 0) -> tuple[str, Any]:
   """Returns what `train` prints and returns, or its exit code."""
   output = io.StringIO()
+  config = _config()
+  config.data.num_workers = num_workers
   with contextlib.redirect_stdout(output):
     try:
-      report = train_lib.train(_config(), workdir, ledger=Ledger())
+      report = train_lib.train(config, workdir, ledger=Ledger())
     except SystemExit as error:
       report = error.code
   return output.getvalue(), report
@@ -168,6 +171,7 @@ def test_metrics_of_a_run(outcomes):
   evaluated = [x["step"] for x in lines if "validation/vqa/accuracy" in x]
   assert evaluated == [3, 6]
   assert "test/vqa/accuracy" in lines[-1]
+  assert [line["data/vqa/examples"] for line in lines] == [4, 8, 12, 16, 20, 24]
 
 
 def test_stopped_run_saves_and_says_how_to_go_on(outcomes):
@@ -228,6 +232,9 @@ def test_output_of_a_run(outcomes):
     "mesh data=8 fsdp=1 tensor=1 on 8 x cpu",
     "batch 8 = 8 x 1",
     "0 of them frozen; state ",
+    "source vqa: 20000 examples for vqa, 0.00 epochs in 6 steps",
+    "used of vqa: 24 examples, 0.00 epochs; 0 bad records",
+    "used of grounding: 24 examples, ",
     "initialised with seed 0",
     "compiled in ",
     "step      6/6  loss ",

@@ -177,6 +177,10 @@ class _Subset(Sequence[Record]):
   def __getitem__(self, index: Any) -> Any:
     return self._source[int(self._indices[index])]
 
+  def locate(self, index: int) -> str:
+    """Returns where a record comes from."""
+    return sources.locate(self._source, int(self._indices[index]))
+
 
 def _plain(answer: str | Box | None) -> str | list[float] | None:
   if answer is None or isinstance(answer, str):

@@ -3,6 +3,7 @@
 import pathlib
 import signal
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,6 +28,22 @@ class Announcer:
   def __call__(self, text: str) -> None:
     """Prints `text`."""
     print(f"[{self._ledger.elapsed():7.1f}s] {text}", flush=True)
+
+  def used(self, counters: Mapping[str, float]) -> None:
+    """Says what training has used of each source.
+
+    Args:
+      counters: of `narvl_jax.data.pipeline.TrainBatches`.
+    """
+    for key in counters:
+      if not key.endswith("/epochs"):
+        continue
+      name = key.removesuffix("/epochs")
+      examples, bad = counters[f"{name}/examples"], counters[f"{name}/bad"]
+      self(
+        f"used of {name}: {examples:.0f} examples,"
+        f" {counters[key]:.2f} epochs; {bad:.0f} bad records"
+      )
 
 
 def describe_model(setup: Setup, say: Announcer) -> None:

@@ -39,6 +39,8 @@ class Loop:
     setup: of the run.
     step: the compiled update.
     batches: on the devices, starting at the step of the state.
+    counters: step -> what the run has used of each source; see
+      `narvl_jax.data.pipeline.TrainBatches`.
     writer: of the metrics.
     checkpoints: of the run.
     evaluate: called every `train.eval_every` steps and after the last.
@@ -49,6 +51,7 @@ class Loop:
   setup: Setup
   step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
   batches: DevicePrefetcher
+  counters: Callable[[int], dict[str, float]]
   writer: MetricsWriter | SilentMetrics
   checkpoints: Checkpoints
   evaluate: Evaluate
@@ -66,7 +69,9 @@ class Loop:
     """
     config = self.setup.experiment.config.train
     first = int(state.step)
-    progress = _Progress(self.setup, self.ledger, self.checkpoints, first)
+    progress = _Progress(
+      self.setup, self.ledger, self.checkpoints, self.counters, first
+    )
     running: collections.deque[Metrics] = collections.deque()
     self.stop.begin(first + 1)
     for step in range(first + 1, config.steps + 1):
@@ -132,12 +137,18 @@ class _Progress:
   """Averages metrics between two reports and says how fast a run is."""
 
   def __init__(
-    self, setup: Setup, ledger: Ledger, checkpoints: Checkpoints, first: int
+    self,
+    setup: Setup,
+    ledger: Ledger,
+    checkpoints: Checkpoints,
+    counters: Callable[[int], dict[str, float]],
+    first: int,
   ) -> None:
     config = setup.experiment.config.train
     self._config = config
     self._ledger = ledger
     self._checkpoints = checkpoints
+    self._counters = counters
     self._devices = setup.mesh.size
     self._first = self._reported = self._step = first
     self._steps: list[Metrics] = []
@@ -173,7 +184,12 @@ class _Progress:
     writer.write(
       self._step, {f"train/{name}": value for name, value in values.items()}
     )
-    print(self._line(values), flush=True)
+    counters = self._counters(self._step)
+    writer.write(
+      self._step, {f"data/{name}": value for name, value in counters.items()}
+    )
+    bad = sum(n for name, n in counters.items() if name.endswith("/bad"))
+    print(self._line(values, int(bad)), flush=True)
 
   def check_finite(self, writer: MetricsWriter | SilentMetrics) -> None:
     """Checks the steps since the last report.
@@ -215,7 +231,7 @@ class _Progress:
       speed["mfu"] = self._flops_share * count / total
     return speed
 
-  def _line(self, values: dict[str, float]) -> str:
+  def _line(self, values: dict[str, float], bad_records: int) -> str:
     done = self._step - self._first
     elapsed = self._ledger.elapsed() - self._start
     left = (self._config.steps - self._step) * elapsed / max(done, 1)
@@ -233,6 +249,8 @@ class _Progress:
       parts.append(f"MFU {100 * values['mfu']:.1f} %")
     if values["infeasible_fraction"]:
       parts.append(f"infeasible {100 * values['infeasible_fraction']:.1f} %")
+    if bad_records:
+      parts.append(f"bad records {bad_records}")
     parts.append(f"checkpoint {self._checkpoints.progress}")
     parts.append(f"ETA {format_duration(left)}")
     return "  ".join(parts)

@@ -36,6 +36,16 @@ _PACKAGES = (
 # Network file systems may go on for a while to say that a file is absent.
 _PATIENCE_SECONDS = 60.0
 
+# Settings of the config in which a resumed run may differ.
+_FREE_KEYS = (
+  "mesh.",
+  "data.num_workers",
+  "data.num_threads",
+  "data.prefetch",
+  # What a run that it stopped tells to raise.
+  "data.max_bad_fraction",
+)
+
 
 def is_run(workdir: pathlib.Path) -> bool:
   """Returns whether the folder holds a run."""
@@ -45,7 +55,8 @@ def is_run(workdir: pathlib.Path) -> bool:
 def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
   """Returns whether the folder holds a run of exactly this config.
 
-  The mesh may be another one: it decides where arrays lie, not what they are.
+  What decides where and how fast things are computed but not what, such as the
+  mesh and the number of data workers, may be another.
 
   Raises:
     UserError: it cannot be written, it holds a run with another config, or
@@ -63,7 +74,11 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
   path = workdir / CONFIG_FILE
   # Through `from_json`, so that settings that came later do not differ.
   old = to_json(from_json(_read(path)))
-  difference = diff(old | {"mesh": {}}, to_json(config) | {"mesh": {}})
+  difference = {
+    key: values
+    for key, values in diff(old, to_json(config)).items()
+    if not key.startswith(_FREE_KEYS)
+  }
   if not difference:
     return True
   shown = "; ".join(

@@ -202,7 +202,8 @@ def test_too_many_bad_records(
       continue
     message = (
       r"2 of 100 records of questions are bad, more than 1.00%; the last is"
-      r" record \d \(id \"vqa\d\"\): the prompt .*--config.data.max_bad_fraction"
+      r" record \d \(id \"vqa\d\"\): the prompt .*"
+      "--config.data.max_bad_fraction"
     )
     with pytest.raises(UserError, match=message) as error:
       _take(batches, 10)

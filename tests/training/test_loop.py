@@ -51,6 +51,7 @@ class FakeRun:
       setup,
       self._step,
       anything,
+      self._counters,
       self.writer,
       anything,
       self._evaluate,
@@ -62,6 +63,9 @@ class FakeRun:
         return loop.run(SimpleNamespace(step=first))  # pyright: ignore
     finally:
       self.writer.close()
+
+  def _counters(self, step: int) -> dict[str, float]:
+    return {"a/examples": 16 * step, "a/epochs": step / 4, "a/bad": step // 5}
 
   def _step(self, state: Any, batch: int) -> Any:
     assert batch == state.step
@@ -218,6 +222,20 @@ def test_progress_line(tmp_path, capsys):
   ):
     assert words in lines[1]
   assert "checkpoint none" not in lines[0]
+  assert "bad records" not in lines[0]
+  assert "bad records 1" in lines[1]
+  assert "bad records 2" in lines[2]
+
+
+def test_counters_of_the_sources_are_written(tmp_path):
+  FakeRun(tmp_path).run()
+  (line,) = [x for x in _lines(tmp_path) if x["step"] == 8]
+  counters = {k: v for k, v in line.items() if k.startswith("data/")}
+  assert counters == {
+    "data/a/examples": 128,
+    "data/a/epochs": 2.0,
+    "data/a/bad": 1,
+  }
 
 
 def test_speed_follows_the_ledger(tmp_path, monkeypatch):

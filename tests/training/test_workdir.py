@@ -39,6 +39,18 @@ def test_settings_that_came_later_do_not_differ(run):
   assert workdir_lib.check(run, tiny_config())
 
 
+def test_a_run_may_go_on_with_other_workers(run):
+  config = tiny_config()
+  config.data.num_workers = 2
+  config.data.num_threads = 0
+  config.data.prefetch = 1
+  config.data.max_bad_fraction = 0.5
+  assert workdir_lib.check(run, config)
+  config.data.temperature = 1.0
+  with pytest.raises(UserError, match=r"config: data.temperature: 0.0 -> 1.0"):
+    workdir_lib.check(run, config)
+
+
 def test_a_run_may_go_on_with_another_mesh(run):
   config = tiny_config()
   config.mesh.fsdp = 4

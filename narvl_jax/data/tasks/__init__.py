@@ -1,10 +1,11 @@
 """The tasks: raw record to model example, model output to answer."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.example import BAD_RECORD_ERRORS, TASKS, Record
 from narvl_jax.data.tasks.base import Encoded as Encoded
 from narvl_jax.data.tasks.base import Task as Task
 from narvl_jax.data.tasks.base import check_num_queries as check_num_queries
@@ -52,11 +53,13 @@ def vocabulary_texts(
 ) -> Iterator[str]:
   """Yields every text of `records` that the task encodes.
 
-  `Vocabulary.train` learns from these.
+  `Vocabulary.train` learns from these. Bad records have none; who reads them
+  for training will tell.
   """
   task = _make(name, None, settings)
   for i in range(len(records)):
-    yield from task.texts(records[i])
+    with contextlib.suppress(*BAD_RECORD_ERRORS):
+      yield from task.texts(records[i])
 
 
 def _make(
