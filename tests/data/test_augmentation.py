@@ -2,14 +2,13 @@
 
 import collections
 import dataclasses
-import io
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
 
 from narvl_jax.data import augmentation, images, tasks
+from narvl_jax.data.batching import Batcher
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
@@ -241,85 +240,30 @@ def test_vocabulary_knows_the_words_of_mirrored_pictures() -> None:
   assert "the right dog" in texts[1]
 
 
-# Pictures.
+def test_a_batch_has_picture_text_and_labels_of_one_change(
+  vocabulary: Vocabulary,
+) -> None:
+  record = RECORDS["grounding"]
+  batcher = Batcher((60, 80), 60, 8)
 
+  def written(task: tasks.Task[Any], seed: int | None) -> dict[str, Any]:
+    batch = batcher.empty(1)
+    rng = None if seed is None else _rng(seed)
+    batcher.write(batch, 0, record, task, rng=rng)
+    return batch
 
-def test_no_change_is_bit_equal() -> None:
-  for size in ((60, 80), (48, 48)):
-    np.testing.assert_array_equal(
-      images.prepare_image(PICTURE, size, images.Change()),
-      images.prepare_image(PICTURE, size),
-    )
-  whole = images.Change(crop=(0, 0, 1, 1), color=(1, 1, 1))
-  np.testing.assert_array_equal(
-    images.prepare_image(PICTURE, (60, 80), whole), PICTURE
-  )
-
-
-def test_crop_is_that_part() -> None:
-  change = images.Change(crop=(0.25, 0.5, 0.75, 1.0))
-  image = images.prepare_image(PICTURE, (30, 40), change)
-  np.testing.assert_array_equal(image, PICTURE[30:60, 20:60])
-  # In one go with the resize, from a file as from an array.
-  buffer = io.BytesIO()
-  Image.fromarray(PICTURE).save(buffer, "PNG")
-  expected = Image.fromarray(PICTURE).resize(
-    (32, 24), Image.Resampling.BICUBIC, box=(20, 30, 60, 60)
-  )
-  image = images.prepare_image(buffer.getvalue(), (24, 32), change)
-  np.testing.assert_array_equal(image, np.asarray(expected))
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (3, 2)])
-def test_crop_of_a_tiny_picture(size: tuple[int, int]) -> None:
-  picture = np.full((*size, 3), 90, np.uint8)
-  for crop in ((0.9, 0.9, 1.0, 1.0), (0, 0, 0.1, 0.1), (0.45, 0.4, 0.5, 0.5)):
-    change = images.Change(crop=crop)
-    assert (images.prepare_image(picture, (8, 8), change) == 90).all()
-
-
-def test_flip_mirrors() -> None:
-  change = images.Change(flip=True)
-  image = images.prepare_image(PICTURE, (60, 80), change)
-  np.testing.assert_array_equal(image, PICTURE[:, ::-1])
-  small = images.prepare_image(PICTURE, (24, 24), change)
-  plain = images.prepare_image(PICTURE, (24, 24))
-  difference = small[:, ::-1].astype(int) - plain
-  assert np.abs(difference).max() <= 1
-
-
-def test_color() -> None:
-  def changed(*factors: float) -> np.ndarray:
-    brightness, contrast, saturation = factors
-    change = images.Change(color=(brightness, contrast, saturation))
-    return images.prepare_image(PICTURE, (60, 80), change).astype(float)
-
-  np.testing.assert_allclose(changed(0.5, 1, 1), PICTURE // 2, atol=1)
-  assert not changed(0, 1, 1).any()
-  flat = changed(1, 0, 1)
-  assert (flat == flat[0, 0]).all()
-  assert flat[0, 0, 0] == pytest.approx(PICTURE.mean(), abs=3)
-  grey = changed(1, 1, 0)
-  np.testing.assert_array_equal(grey[..., 0], grey[..., 2])
-  assert changed(1, 1.5, 1).std() > PICTURE.std()
-  # One after another by Pillow, which rounds down; nothing is clipped.
-  mild = (PICTURE // 2 + 64).astype(np.uint8)
-  image = images.prepare_image(
-    mild, (60, 80), images.Change(color=(1.1, 0.8, 1.2))
-  )
-  expected = Image.fromarray(mild)
-  for enhance, factor in (
-    (ImageEnhance.Brightness, 1.1),
-    (ImageEnhance.Contrast, 0.8),
-    (ImageEnhance.Color, 1.2),
-  ):
-    expected = enhance(expected).enhance(factor)
-  difference = np.abs(image.astype(int) - np.asarray(expected))
-  assert difference.max() <= 3
-  assert difference.mean() < 2
-
-
-def test_the_array_given_is_not_changed() -> None:
-  before = PICTURE.copy()
-  images.prepare_image(PICTURE, (60, 80), images.Change(None, True, (0, 0, 0)))
-  np.testing.assert_array_equal(PICTURE, before)
+  task = tasks.make_task("grounding", vocabulary, {"flip": True})
+  plain, mirrored = written(task, None), None
+  np.testing.assert_array_equal(plain["image"][0], PICTURE)
+  for seed in range(6):
+    batch = written(task, seed)
+    if (batch["image"][0] == PICTURE).all():
+      for key in ("text", "labels"):
+        np.testing.assert_array_equal(batch[key], plain[key])
+    else:
+      mirrored = batch
+      np.testing.assert_array_equal(batch["image"][0], PICTURE[:, ::-1])
+  assert mirrored is not None
+  ids = [i for i in mirrored["labels"][0].tolist() if i != vocabulary.pad_id]
+  assert task.decode(ids, (80, 60)) == (64, 6, 72, 42)
+  assert (mirrored["text"] != plain["text"]).any()
