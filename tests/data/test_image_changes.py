@@ -27,6 +27,9 @@ def test_crop_is_that_part() -> None:
   change = images.Change(crop=(0.25, 0.5, 0.75, 1.0))
   image = images.prepare_image(PICTURE, (30, 40), change)
   np.testing.assert_array_equal(image, PICTURE[30:60, 20:60])
+  whole = images.prepare_image(PICTURE, (60, 80), change)
+  assert np.abs(whole[::2, ::2].astype(int) - PICTURE[30:, 20:60]).mean() < 40
+  assert (whole != PICTURE).any()
   # In one go with the resize, from a file as from an array.
   buffer = io.BytesIO()
   Image.fromarray(PICTURE).save(buffer, "PNG")
@@ -70,14 +73,14 @@ def test_color() -> None:
   np.testing.assert_array_equal(grey[..., 0], grey[..., 2])
   assert changed(1, 1.5, 1).std() > PICTURE.std()
   # One after another by Pillow, which rounds down; nothing is clipped.
-  mild = (PICTURE // 2 + 64).astype(np.uint8)
+  mild = (PICTURE // 4 + 64).astype(np.uint8)
   image = images.prepare_image(
-    mild, (60, 80), images.Change(color=(1.1, 0.8, 1.2))
+    mild, (60, 80), images.Change(color=(1.5, 0.5, 1.2))
   )
   expected = Image.fromarray(mild)
   for enhance, factor in (
-    (ImageEnhance.Brightness, 1.1),
-    (ImageEnhance.Contrast, 0.8),
+    (ImageEnhance.Brightness, 1.5),
+    (ImageEnhance.Contrast, 0.5),
     (ImageEnhance.Color, 1.2),
   ):
     expected = enhance(expected).enhance(factor)

@@ -125,6 +125,18 @@ def test_pickled_without_its_cache(vocabulary: Vocabulary) -> None:
   assert task._sources
 
 
+def test_only_captions_know_placeholders_of_people(
+  vocabulary: Vocabulary,
+) -> None:
+  def source(name: str) -> str:
+    record = _change(name, prompt="<person> left")
+    return tasks.make_task(name, vocabulary).texts(record)[0]
+
+  assert source("vqa") == " <person> left?"
+  assert '" person left "' in source("grounding")
+  assert '" person left "' in source("entailment")
+
+
 def test_vqa_takes_the_best_answer(vocabulary: Vocabulary) -> None:
   task = tasks.make_task("vqa", vocabulary)
   record = _change("vqa", answers={"it": 0.3, "dog": 0.6, "cat": 0.6})
