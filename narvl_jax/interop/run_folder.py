@@ -130,6 +130,7 @@ def write_run(
   part = target.with_name(f".{target.name}.{os.getpid()}.part")
   part.mkdir(parents=True)
   try:
+    _place(made.variables)
     with Checkpoints(part, keep_last=1) as checkpoints:
       checkpoints.save_variables(0, made.variables)
     side = {"unused": made.unused, "settings": made.source.settings or {}}
@@ -143,6 +144,19 @@ def write_run(
   except BaseException:
     shutil.rmtree(part, ignore_errors=True)
     raise
+
+
+def _place(tree: dict[str, Any]) -> None:
+  """Puts arrays on the first device, in their places in the tree.
+
+  Orbax copies arrays of NumPy before it writes them; and one by one, so that
+  there is never a second tree.
+  """
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      _place(value)
+    else:
+      tree[key] = jax.device_put(value, jax.devices()[0])
 
 
 def _check_same(made: ModelConfig, wanted: ModelConfig) -> None:
