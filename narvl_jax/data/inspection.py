@@ -26,7 +26,9 @@ _MAX_REPEATED = 3
 _MAX_READ = 50_000_000
 _WORD_LIMITS = ("max_source_words", "max_target_words")
 # What differs between messages of one kind.
-_VARIABLE = re.compile(r"""\([^()]*\)|"[^"]*"|(?<!\w)b?'[^']*'|\d[\d.,]*""")
+_VARIABLE = re.compile(
+  r"""\([^()]*\)|"[^"]*"|(?<!\w)b?'[^']*'|(?<!\w)\d[\d.,]*"""
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +119,8 @@ def inspect(
     "limits": dataclasses.asdict(limits),
     **collector.figures(source),
   }
-  notes = getattr(source, "notes", None)
-  figures["notes"] = list(notes()) if callable(notes) else []
+  notes: Any = getattr(source, "notes", list)
+  figures["notes"] = list(notes())
   return figures
 
 

@@ -1,0 +1,183 @@
+"""How soon training data come, and how much memory they take."""
+
+import concurrent.futures
+import multiprocessing
+import os
+import pathlib
+import pickle
+import shutil
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from narvl_jax.benchmarks import data_load, timing
+from narvl_jax.data.sources.rows import RowFile
+
+_BLOCK = 1 << 23
+# Lines of the memory table; the first follows the first batches.
+_POINTS = 10
+
+
+def first_batch(
+  load: data_load.Load, path: pathlib.Path | None, *, rounds: int
+) -> dict[str, Any]:
+  """Times a fresh process until its first batch, and the index of rows.
+
+  Args:
+    load: what is read.
+    path: a generated file, to be opened anew each time; None: the sources of
+      `load` come pickled, as they do to worker processes.
+    rounds: how often.
+
+  Returns:
+    What `--json` writes.
+  """
+  seconds = np.array([_in_fresh_process(load, path) for _ in range(rounds)])
+  results = {
+    "open the source": timing.spread(seconds[:, 0]),
+    f"first batch of {load.batch_size}": timing.spread(seconds[:, 1]),
+    "both": timing.spread(seconds.sum(1)),
+  }
+  report = {
+    "benchmark": "data: first batch",
+    "records": sum(len(entry[0]) for entry in load.entries),
+    "environment": timing.environment(),
+    "seconds": results,
+  }
+  if path is not None:
+    report["index"] = _index_speed(path, rounds)
+  return report
+
+
+def _in_fresh_process(
+  load: data_load.Load, path: pathlib.Path | None
+) -> tuple[float, float]:
+  context = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+    # Twice: the first call imports the libraries.
+    pool.submit(os.getpid).result()
+    return pool.submit(_time_first_batch, pickle.dumps(load), path).result()
+
+
+def _time_first_batch(
+  pickled: bytes, path: pathlib.Path | None
+) -> tuple[float, float]:
+  """Runs in the fresh process; returns seconds to open and to the batch."""
+  load: data_load.Load = pickle.loads(pickled)
+  start = time.perf_counter()
+  if path is not None:
+    source = data_load.open_tsv(path)
+    load.entries[0] = (source, *load.entries[0][1:])  # pyright: ignore
+  opened = time.perf_counter()
+  batches = load.batches(0, threads=2, prefetch=2)
+  next(batches)
+  done = time.perf_counter()
+  batches.close()
+  return opened - start, done - opened
+
+
+def _index_speed(path: pathlib.Path, rounds: int) -> dict[str, Any]:
+  """Builds the index anew and reads the file, in turns; GB a second."""
+  folder = path.parent / "index_timing"
+  size = path.stat().st_size
+  speeds = {"build the index": np.zeros(rounds), "read alone": np.zeros(rounds)}
+  _read_all(path)
+  for i in range(rounds):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    start = time.perf_counter()
+    RowFile(path, str(folder))
+    middle = time.perf_counter()
+    _read_all(path)
+    speeds["build the index"][i] = size / 1e9 / (middle - start)
+    speeds["read alone"][i] = size / 1e9 / (time.perf_counter() - middle)
+  shutil.rmtree(folder, ignore_errors=True)
+  return {
+    "file_gb": size / 1e9,
+    **{name: timing.spread(values) for name, values in speeds.items()},
+  }
+
+
+def _read_all(path: pathlib.Path) -> None:
+  block = bytearray(_BLOCK)
+  with path.open("rb", buffering=0) as file:
+    while file.readinto(block):
+      pass
+
+
+def format_first_batch(report: dict[str, Any]) -> str:
+  """Returns the report as a table for people."""
+  rows = [["", "seconds, median (min..max)"]]
+  for name, spread in report["seconds"].items():
+    rows.append([name, timing.format_spread(spread, 3)])
+  lines = [
+    f"first batch: records={report['records']}",
+    " ".join(f"{k}={v}" for k, v in report["environment"].items()),
+    "",
+    timing.format_table(rows),
+  ]
+  index = dict(report.get("index", {}))
+  if index:
+    size = index.pop("file_gb")
+    rows = [[f"file of {size:.3f} GB", "GB/s, median (min..max)"]]
+    for name, spread in index.items():
+      rows.append([name, timing.format_spread(spread, 2)])
+    lines += ["", timing.format_table(rows)]
+  return "\n".join(lines)
+
+
+def memory(
+  load: data_load.Load, workers: Sequence[int], *, examples: int
+) -> dict[str, Any]:
+  """Follows the resident memory while examples are read.
+
+  Args:
+    load: what is read.
+    workers: numbers of processes to try.
+    examples: how many are read with each.
+
+  Returns:
+    What `--json` writes: bytes of this process and of its workers.
+  """
+  results = {}
+  for number in workers:
+    batches = load.batches(number, threads=load.num_threads, prefetch=2)
+    steps = max(1, examples // load.batch_size)
+    # The buffers are full by then.
+    first = min(steps, 8 * max(number, 1))
+    points = set(np.linspace(first, steps, _POINTS).astype(int).tolist())
+    table = []
+    for step in range(1, steps + 1):
+      next(batches)
+      if step in points:
+        own, children = data_load.memory_bytes()
+        table.append(
+          {"examples": step * load.batch_size, "own": own, "workers": children}
+        )
+    batches.close()
+    results[str(number)] = table
+  return {
+    "benchmark": "data: memory",
+    "environment": timing.environment(),
+    "results": results,
+  }
+
+
+def format_memory(report: dict[str, Any]) -> str:
+  """Returns the report as one table for each number of workers."""
+  parts = [" ".join(f"{k}={v}" for k, v in report["environment"].items())]
+  for number, table in report["results"].items():
+    rows = [["examples", "this process MB", "workers MB", "growth MB"]]
+    for row in table:
+      total, first = (x["own"] + x["workers"] for x in (row, table[0]))
+      rows.append(
+        [
+          f"{row['examples']:,}",
+          *(f"{row[key] / 1e6:.1f}" for key in ("own", "workers")),
+          f"{(total - first) / 1e6:+.1f}",
+        ]
+      )
+    parts.append(f"memory with {number} workers\n{timing.format_table(rows)}")
+  return "\n\n".join(parts)
