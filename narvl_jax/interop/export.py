@@ -4,6 +4,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from narvl_jax.interop.key_map import TABLE_KEY
@@ -44,10 +45,9 @@ def save_official(
   Raises:
     UserError: the architecture has parts that the official code lacks.
   """
-  state: dict[str, Any] = {
-    key: np.asarray(value)
-    for key, value in official_from_variables(variables, config).items()
-  }
+  # Views of what is there: only the tensor that is being written is copied.
+  arrays = jax.tree.map(np.asarray, dict(variables))
+  state: dict[str, Any] = official_from_variables(arrays, config)
   made = []
   for key, value in _unused_tensors(config, state).items():
     given = (unused or {}).get(key)
