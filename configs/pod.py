@@ -23,6 +23,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import official
 from configs.common import (
   choose_variant,
   default_config,
@@ -68,25 +69,14 @@ def _pod(size: str, values: dict[str, Any]) -> ConfigDict:
   update(
     config,
     {
-      # As in the official checkpoints: 59,458 classes.
-      "vocabulary.source": "official",
-      "vocabulary.num_codes": 8192,
-      "vocabulary.num_bins": 1000,
+      **official.SETTINGS,
       "data.image_size": (_IMAGE_SIZE, _IMAGE_SIZE),
       "data.max_text_length": 80,
       "data.max_label_length": 20,
       "model.size": size,
       "model.num_queries": 20,
-      "model.dropout": 0.1,
-      "model.dtype": "bfloat16",
-      "model.remat": "full",
       "loss.label_smoothing": 0.1,
-      "optimizer.name": "adamw",
-      "optimizer.schedule": "linear",
       "optimizer.warmup_steps": int(0.06 * steps),
-      "optimizer.weight_decay": 0.01,
-      "optimizer.b2": 0.999,
-      "optimizer.clip_norm": 1.0,
       "train.steps": steps,
       "train.batch_size": 2048,
       "train.eval_every": 2000,

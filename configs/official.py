@@ -1,0 +1,221 @@
+"""What the official recipes share; `configs/README.md` tells how to use them.
+
+Global settings of the official scripts, and the arguments that each recipe
+takes after the colon: `--config=configs/refcoco.py:size=base,epochs=10`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from configs.common import (
+  default_config,
+  evaluation_source,
+  train_source,
+  update,
+)
+from narvl_jax.config import Config
+from narvl_jax.data.sources import files
+from narvl_jax.data.sources.rows import RowFiles
+from narvl_jax.errors import UserError, did_you_mean
+
+SIZES = ("tiny", "medium", "base", "large", "huge")
+# Their parameters and Adam's moments are too many for one TPU v5e chip.
+_SPLIT_SIZES = ("large", "huge")
+_ARGUMENTS = ("size", "epochs", "data", "split")
+
+# What all official scripts have in common.
+SETTINGS: dict[str, Any] = {
+  # As in the official checkpoints: 59,458 classes.
+  "vocabulary.source": "official",
+  "vocabulary.num_codes": 8192,
+  "vocabulary.num_bins": 1000,
+  "model.dropout": 0.1,
+  # The official code computes in float16.
+  "model.dtype": "bfloat16",
+  "model.remat": "full",
+  "optimizer.name": "adamw",
+  "optimizer.schedule": "linear",
+  "optimizer.weight_decay": 0.01,
+  "optimizer.b1": 0.9,
+  "optimizer.b2": 0.999,
+  "optimizer.eps": 1e-8,
+  "optimizer.clip_norm": 1.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What one official script says, or stands in for one that does not exist.
+
+  Attributes:
+    learning_rate: its peak.
+    epochs: passes over the training file.
+    drop_path: stochastic depth of the last layer of encoder and decoder.
+    warmup: share of the updates; 0 also keeps the rate constant, because the
+      official schedule then never learns how long the run is.
+    seed: of everything.
+  """
+
+  learning_rate: float
+  epochs: int
+  drop_path: float
+  warmup: float = 0.06
+  seed: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A data set of OFA's TSV files, `NAME_{split}.tsv`.
+
+  Attributes:
+    name: of the files, the entries and the config.
+    task: what it teaches.
+    train_rows: rows of the training file, as far as is known; those of the
+      file count as soon as it is there.
+    train: split to train on.
+    validation: split that is evaluated after each epoch.
+    test: split that is evaluated at the end.
+    test_columns: of the splits that are evaluated; empty for the usual ones.
+  """
+
+  name: str
+  task: str
+  train_rows: int
+  train: str = "train"
+  validation: str = "val"
+  test: str = "test"
+  test_columns: str = ""
+
+
+def parse_arguments(arg: str, name: str) -> dict[str, str]:
+  """Reads what follows the colon, such as "size=base,epochs=10" or "base".
+
+  Args:
+    arg: pairs KEY=VALUE with commas between; a size may stand alone.
+    name: of the config, for messages.
+
+  Returns:
+    The values that were given, by their name.
+
+  Raises:
+    UserError: an argument or a size is unknown, or given twice.
+  """
+  found: dict[str, str] = {}
+  for part in filter(None, arg.split(",")):
+    key, equals, value = part.partition("=")
+    if not equals:
+      key, value = "size", part
+    if key not in _ARGUMENTS:
+      raise UserError(
+        f'configs/{name}.py has no argument "{key}".'
+        f"{did_you_mean(key, _ARGUMENTS)} (--config=FILE.py:size=base,epochs=5)"
+      )
+    if key in found:
+      raise UserError(
+        f'configs/{name}.py: argument "{key}" is given twice, as'
+        f' "{found[key]}" and "{value}" (--config=FILE.py:{key}={value})'
+      )
+    found[key] = value
+  size = found.setdefault("size", "base")
+  if size not in SIZES:
+    raise UserError(
+      f'configs/{name}.py has no size "{size}".{did_you_mean(size, SIZES)}'
+      " (--config=FILE.py:size=SIZE)"
+    )
+  epochs = found.get("epochs", "1")
+  if not epochs.isdecimal() or int(epochs) < 1:
+    raise UserError(
+      f'configs/{name}.py: epochs="{epochs}" is not a whole number of at least'
+      " 1 (--config=FILE.py:epochs=1)"
+    )
+  return found
+
+
+def official_config(
+  arg: str,
+  dataset: Dataset,
+  recipes: Mapping[str, Recipe],
+  values: Mapping[str, Any],
+) -> Config:
+  """Returns the config of a recipe.
+
+  Updates and warm-up follow from `train.batch_size` until they are set
+  themselves, so that a run with another batch has as many epochs.
+
+  Args:
+    arg: see `parse_arguments`.
+    dataset: what is trained and evaluated.
+    recipes: by size.
+    values: settings of the task, {"train.batch_size": 128}.
+
+  Raises:
+    UserError: an argument is wrong.
+  """
+  given = parse_arguments(arg, dataset.name)
+  size = given["size"]
+  recipe = recipes[size]
+  config = default_config(dataset.task)
+  path = f"{given.get('data', 'data')}/{dataset.name}_{{split}}.tsv"
+  split = given.get("split", dataset.train)
+  config.data.train[dataset.name] = train_source(
+    "ofa_tsv", dataset.task, split=split, path=path
+  )
+  options = {"columns": dataset.test_columns} if dataset.test_columns else {}
+  config.data.evaluation[dataset.name] = evaluation_source(
+    "ofa_tsv", dataset.task, path=path, **options
+  )
+  update(
+    config,
+    {
+      **SETTINGS,
+      "seed": recipe.seed,
+      "model.size": size,
+      "model.encoder_drop_path": recipe.drop_path,
+      "model.decoder_drop_path": recipe.drop_path,
+      # The running statistics are those of millions of pictures; the official
+      # code takes those of the 1 to 16 that a GPU happens to have.
+      "model.batch_norm": "frozen",
+      "loss.confidence": "temper",
+      "optimizer.learning_rate": recipe.learning_rate,
+      "train.eval_split": dataset.validation,
+      # All of them: the best checkpoint is chosen by this.
+      "train.eval_examples": 1_000_000,
+      "evaluation.split": dataset.test,
+      **values,
+    },
+  )
+  if size in _SPLIT_SIZES:
+    update(config, {"mesh.data": 1, "mesh.fsdp": -1})
+  if not recipe.warmup:
+    update(config, {"optimizer.schedule": "constant"})
+  epochs = int(given.get("epochs", recipe.epochs))
+  rows = count_rows(path, split) or dataset.train_rows
+  _set_lengths(config, rows, epochs, recipe.warmup)
+  return config
+
+
+def count_rows(path: str, split: str) -> int:
+  """Returns the rows of the files of a split, 0 if there are none yet."""
+  try:
+    found = files.resolve(path, split, source="ofa_tsv")
+  except UserError:
+    return 0
+  return len(RowFiles(found, ""))
+
+
+def _set_lengths(
+  config: Config, rows: int, epochs: int, warmup: float
+) -> None:
+  """Sets numbers of updates that follow the batch size when it is changed."""
+  batch_size = config.train.get_ref("batch_size")
+  # Rounded up: the official code fills the last batch with dummies.
+  per_epoch = (batch_size + (rows - 1)) // batch_size
+  with config.unlocked():
+    config.train.eval_every = per_epoch
+    config.train.steps = per_epoch * epochs
+    # As a fraction of whole numbers: 0.06 has no exact binary value.
+    share = math.floor(1000 * warmup + 0.5)
+    steps = config.train.get_ref("steps")
+    config.optimizer.warmup_steps = (steps * share) // 1000
