@@ -103,8 +103,7 @@ def _convert(spec: str) -> None:
     )
   except KeyboardInterrupt:
     print("stopped; the same command continues", file=sys.stderr, flush=True)
-    # Without waiting for shards in progress: workers follow this process.
-    os._exit(130)
+    sys.exit(130)
   size = sum(shard.bytes for shard in done.shards)
   print(
     f"{done.records} records in {len(done.shards)} shards of"

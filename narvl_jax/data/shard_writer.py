@@ -110,6 +110,7 @@ def write_all(
     initializer=_start_worker,
     initargs=(job, os.getpid()),
   )
+  others = multiprocessing.active_children()
   try:
     numbers = {pool.submit(_write_in_worker, k): k for k in todo}
     for future in futures.as_completed(numbers):
@@ -118,6 +119,12 @@ def write_all(
     raise UserError(
       f"a process that converts died; out of memory? Lower --workers{CONTINUE}"
     ) from e
+  except (KeyboardInterrupt, GeneratorExit):
+    # The caller gave up: shards in progress are not waited for.
+    for process in multiprocessing.active_children():
+      if process not in others:
+        process.terminate()
+    raise
   finally:
     pool.shutdown(wait=True, cancel_futures=True)
 

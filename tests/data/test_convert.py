@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -210,6 +211,28 @@ def test_workers_end_with_a_killed_command(tmp_path: pathlib.Path) -> None:
   process.stdout.read()
   process.stdout.close()
   assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_interrupted_command_says_how_to_go_on(tmp_path: pathlib.Path) -> None:
+  # A shard takes longer than the test waits.
+  options = [*SHAPES, "--limit=4000", "--shards=2", "--workers=2"]
+  process = subprocess.Popen(
+    [*COMMAND, *options, f"--to={tmp_path / 'out'}"],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+    # A test run in the background may ignore it.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+  )
+  progress = tmp_path / "out" / ".convert"
+  while not list(progress.glob("*.tmp")):
+    time.sleep(0.05)
+    assert process.poll() is None
+  os.killpg(process.pid, signal.SIGINT)
+  output, error = process.communicate()
+  assert process.returncode == 130
+  assert (output, error) == ("", "stopped; the same command continues\n")
 
 
 def _interrupted(folder: pathlib.Path, after: int = 2, **options: Any) -> None:
