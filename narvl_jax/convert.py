@@ -48,7 +48,7 @@ def import_official(
   vocabulary: PathLike | None = None,
   num_codes: int | None = None,
   num_bins: int | None = None,
-  config: Config | None = None,
+  config: Any = None,
   check: bool = False,
 ) -> dict[str, Any]:
   """Writes official weights as a run folder.
@@ -87,7 +87,7 @@ def import_official(
 
 
 def run_config(
-  made: Conversion, vocabulary: dict[str, Any], config: Config | None
+  made: Conversion, vocabulary: dict[str, Any], config: Any
 ) -> Config:
   """Returns the config of a run of converted weights."""
   if config is None:
@@ -209,7 +209,8 @@ def main(argv: Sequence[str]) -> None:
   """Entry point."""
   del argv
   values = flags.FLAGS
-  source, target = values["from"].value, values.to
+  source: Any = values["from"].value
+  target: Any = values.to
   if pathlib.Path(target).suffix in _OFFICIAL_SUFFIXES:
     report = export_official(
       source, target, checkpoint=values.checkpoint, check=values.check

@@ -78,11 +78,13 @@ def find_vocabulary(
   if all((place / name).is_file() for name in _OFFICIAL_FILES):
     kind = "official"
     files = [place / name for name in _OFFICIAL_FILES]
-    vocabulary = Vocabulary.from_official(*files, **counts)
+    vocabulary = Vocabulary.from_official(
+      files[0], files[1], files[2], **counts
+    )
   elif all((place / name).is_file() for name in _HUGGING_FACE_FILES):
     kind = "huggingface"
     files = [place / name for name in _HUGGING_FACE_FILES]
-    vocabulary = Vocabulary.from_huggingface(*files, **counts)
+    vocabulary = Vocabulary.from_huggingface(files[0], files[1], **counts)
   elif folder is None:
     return None, {"source": "official", "path": "", **counts}
   else:

@@ -1,0 +1,52 @@
+"""Small official state dicts with values of their own for every tensor."""
+
+from typing import Any
+
+import numpy as np
+
+from narvl_jax.interop import official_shapes
+from narvl_jax.interop.key_map import TABLE_KEY, TIED_KEYS
+from narvl_jax.interop.settings import QUERY_KEY
+from narvl_jax.models import model_config
+
+CONFIG = model_config(
+  "micro",
+  width=12,
+  mlp_width=20,
+  num_heads=3,
+  encoder_layers=3,
+  decoder_layers=2,
+  resnet_blocks=(1, 3, 2),
+  resnet_width=4,
+  num_queries=4,
+  vocab_size=50,
+  max_text_positions=26,
+  token_bucket_size=4,
+  image_bucket_size=3,
+)
+State = dict[str, np.ndarray]
+
+
+def narvl_state(dtype: Any = np.float32) -> State:
+  """Returns a NARVL with the tables that only image generation reads."""
+  rng = np.random.default_rng(0)
+  shapes = official_shapes(CONFIG) | {
+    "decoder.embed_image_positions.weight": (10, 12),
+    "decoder.image_pos_ln.weight": (12,),
+    "decoder.image_rel_pos_table_list.1.weight": (28, 3),
+  }
+  state = {
+    key: rng.standard_normal(shape, np.float32).astype(dtype)
+    for key, shape in shapes.items()
+  }
+  state |= {key: state[TABLE_KEY] for key in TIED_KEYS}
+  state["encoder.embed_images.bn1.num_batches_tracked"] = np.array(7)
+  return state
+
+
+def ofa_state() -> State:
+  """Returns weights without queries and blank."""
+  state = narvl_state()
+  del state[QUERY_KEY]
+  table = state[TABLE_KEY][:-1]
+  return state | {key: table for key in (TABLE_KEY, *TIED_KEYS)}
