@@ -51,6 +51,19 @@ class NumberSource:
     return Record(f"{self.task}{index}", self.task, image, prompt, answers, box)
 
 
+class ListSource(list[Any]):
+  """Records in memory, some of which are exceptions."""
+
+  def __getitem__(self, index: Any) -> Any:
+    found = super().__getitem__(index)
+    if isinstance(found, Exception):
+      raise found
+    return found
+
+  def locate(self, index: int) -> str:
+    return f"list.tsv row {index + 1}"
+
+
 def make_tasks() -> dict[str, tasks.Task[Any]]:
   """Returns all tasks with a vocabulary that knows the source."""
   texts: list[str] = []
