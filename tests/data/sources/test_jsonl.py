@@ -237,7 +237,7 @@ def test_bad_rows_are_skipped(
   ("task", "target", "message"),
   [
     ("grounding", [1, 2, 3], "the box is [1, 2, 3]; it must be four numbers"),
-    ("grounding", "1,2,3,4", "the box is '1,2,3,4'; it must be four numbers"),
+    ("grounding", "1234", "the box is '1234'; it must be four numbers"),
     ("grounding", 7, "the box is 7; it must be four numbers"),
     ("grounding", [1, 2, 30, True], "it must be four numbers"),
     ("grounding", [1, 2, 30, float("nan")], "a number that is not finite"),

@@ -237,7 +237,8 @@ def test_changed_file(path: pathlib.Path) -> None:
   with pytest.raises(UserError, match=message):
     rows[0]
   with pytest.raises(UserError, match=message):
-    pickle.loads(state)[0]
+    # Its rows are not even counted.
+    len(pickle.loads(state))
   # Written anew with the same size: the time tells.
   path.write_bytes(b"a\nb\n")
   rows = RowFile(path)
