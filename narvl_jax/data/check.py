@@ -270,20 +270,23 @@ def main(argv: Sequence[str]) -> None:
     raise UserError("nothing to check: name a source, or set --config=FILE")
   vocabulary, how = find_vocabulary(options.vocabulary, options.config, entries)
   print(f"vocabulary     {vocabulary.size:,} ids, {how}")
-  report = {}
+  report, verdicts = {}, {}
   for entry in entries:
-    report[entry.name] = _check_and_print(entry, vocabulary, len(entries) > 1)
+    figures, verdict = _check_and_print(entry, vocabulary, len(entries) > 1)
+    report[entry.name], verdicts[entry.name] = figures, verdict
+  merged = check_report.merge(verdicts)
+  if len(entries) > 1:
+    print("\n" + check_report.format_word("verdict on all", merged))
   if options.json:
     text = json.dumps(report, indent=1) + "\n"
     _save(pathlib.Path(options.json), lambda part: part.write_text(text))
-  words = [part["verdict"]["word"] for part in report.values()]
   sys.stdout.flush()
-  sys.exit(1 if check_report.NOT_USABLE in words else 0)
+  sys.exit(1 if merged.word == check_report.NOT_USABLE else 0)
 
 
 def _check_and_print(
   entry: Entry, vocabulary: Vocabulary, several: bool
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], check_report.Verdict]:
   options = flags.FLAGS
   figures, verdict, task = check(
     entry,
@@ -312,7 +315,8 @@ def _check_and_print(
       print(f"\nexamples       {path}")
   print(check_report.format_verdict(verdict), flush=True)
   figures.pop("samples")
-  return {"task": entry.task, **figures, "verdict": verdict._asdict()}
+  report = {"task": entry.task, **figures, "verdict": verdict._asdict()}
+  return report, verdict
 
 
 if __name__ == "__main__":

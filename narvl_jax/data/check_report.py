@@ -39,7 +39,9 @@ def judge(figures: Mapping[str, Any], task: str, *, eos: bool) -> Verdict:
   if not read:
     return Verdict(NOT_USABLE, ["there is no record"], [])
   if not good:
-    return Verdict(NOT_USABLE, ["every record is bad"], [])
+    return Verdict(
+      NOT_USABLE, [f"every record is bad; is it data for {task}?"], []
+    )
   if bad > _MAX_BAD * read:
     reasons = [f"{_percent(bad, read)} of the records are bad: mend the data"]
     return Verdict(NOT_USABLE, reasons, [])
@@ -61,6 +63,26 @@ def judge(figures: Mapping[str, Any], task: str, *, eos: bool) -> Verdict:
   if not figures["with_target"]:
     reasons.append("no record has a target: good for prediction only")
   return Verdict(USABLE if flags else GOOD, reasons, flags)
+
+
+def merge(verdicts: Mapping[str, Verdict]) -> Verdict:
+  """Returns the verdict on several sources that one run reads.
+
+  Args:
+    verdicts: name of the source -> its verdict.
+  """
+  words = {name: verdict.word for name, verdict in verdicts.items()}
+  bad = [name for name, word in words.items() if word == NOT_USABLE]
+  if bad:
+    return Verdict(NOT_USABLE, [", ".join(bad)], [])
+  largest: dict[str, str] = {}
+  for verdict in verdicts.values():
+    for flag in verdict.flags:
+      name, value = flag.split("=")
+      if name not in largest or float(value) > float(largest[name]):
+        largest[name] = value
+  flags = [f"{name}={value}" for name, value in largest.items()]
+  return Verdict(USABLE if flags else GOOD, [], flags)
 
 
 def _length_flags(figures: Mapping[str, Any], reasons: list[str]) -> list[str]:
@@ -105,13 +127,18 @@ def _query_flags(
 
 def format_verdict(verdict: Verdict) -> str:
   """Returns the last lines of a report."""
-  lines = [f"- {reason}" for reason in verdict.reasons]
-  last = f"verdict: {verdict.word}"
+  reasons = [f"- {reason}" for reason in verdict.reasons]
+  return "\n".join([*reasons, format_word("verdict", verdict)])
+
+
+def format_word(heading: str, verdict: Verdict) -> str:
+  """Returns a verdict in one line."""
+  last = f"{heading}: {verdict.word}"
   if verdict.flags:
     last += ": " + " ".join(verdict.flags)
   elif verdict.word == NOT_USABLE:
     last += ": " + verdict.reasons[0]
-  return "\n".join([*lines, last])
+  return last
 
 
 def format_figures(

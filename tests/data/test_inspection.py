@@ -168,7 +168,10 @@ def test_boxes_of_fractions(model_tasks: dict[str, Any]) -> None:
   ("source", "reason"),
   [
     (ListSource(), "there is no record"),
-    (ListSource([ValueError("x")] * 3), "every record is bad"),
+    (
+      ListSource([ValueError("x")] * 3),
+      "every record is bad; is it data for vqa?",
+    ),
     (
       ListSource([*_vqa(["one"] * 7), *[ValueError("x")] * 3]),
       "30.00% of the records are bad: mend the data",
@@ -257,3 +260,24 @@ def test_fitting_limit(
   lengths: dict[str, int], share: float, expected: int
 ) -> None:
   assert check_report._fitting(lengths, share) == expected
+
+
+def test_verdict_on_several_sources() -> None:
+  few = check_report.Verdict(
+    check_report.USABLE, ["x"], ["--config.model.num_queries=9"]
+  )
+  more = check_report.Verdict(
+    check_report.USABLE,
+    ["y"],
+    ["--config.data.max_text_length=90", "--config.model.num_queries=12"],
+  )
+  good = check_report.Verdict(check_report.GOOD, [], [])
+  bad = check_report.Verdict(check_report.NOT_USABLE, ["z"], [])
+  merged = check_report.merge({"a": few, "b": more, "c": good})
+  assert check_report.format_word("verdict on all", merged) == (
+    "verdict on all: usable with these flags: --config.model.num_queries=12"
+    " --config.data.max_text_length=90"
+  )
+  assert check_report.merge({"a": good, "b": good}).word == check_report.GOOD
+  merged = check_report.merge({"a": bad, "b": good, "c": bad})
+  assert check_report.format_word("all", merged) == "all: not usable: a, c"
