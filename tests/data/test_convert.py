@@ -270,9 +270,15 @@ def test_shards_that_are_kept_are_checked(
     path.unlink()
   elif damage == "note":
     (folder / ".convert" / "00000.json").write_text("{")
-  (folder / ".convert" / "left.123.tmp").write_text("half")
+  left = folder / ".convert" / "left.123.tmp"
+  left.write_text("half")
   lines: list[str] = []
-  convert(folder, shards=4, tell=lines.append)
+
+  def tell(line: str) -> None:
+    assert not left.exists()
+    lines.append(line)
+
+  convert(folder, shards=4, tell=tell)
   kept = 2 if damage == "none" else 1
   assert lines[0] == f"{kept} of 4 shards are there already"
   assert len(lines) == 5 - kept

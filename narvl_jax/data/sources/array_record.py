@@ -60,7 +60,7 @@ class ArrayRecordSource(Sequence[Record]):
       task = task or manifest.task
       split = split or manifest.split
       _check_contents(folder, manifest, task, split)
-      shards += [(folder, shard) for shard in manifest.shards if shard.records]
+      shards += [(folder, shard) for shard in manifest.shards]
     self.task, self.split = task, split
     self._names = [str(folder / shard.file) for folder, shard in shards]
     self._fingerprint = [shard.sha256 for _, shard in shards]

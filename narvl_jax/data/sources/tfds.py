@@ -49,6 +49,7 @@ from narvl_jax.data.sources.tfds_layouts import (
   check_fields,
   counter,
   layout,
+  needed_fields,
 )
 from narvl_jax.errors import UserError, did_you_mean
 
@@ -120,7 +121,10 @@ class TfdsSource(Sequence[Record]):
     self._full_name = builder.info.full_name
     self._data = tfds_prepared.data_source(builder, split)
     known, each = layout(builder.name, split, each)
-    mapping = {**known, **(self._options["fields"] or {})}
+    mapping = {
+      **needed_fields(task, known),
+      **(self._options["fields"] or {}),
+    }
     check_fields(builder.name, task, mapping)
     self._selectors = {
       field: make_selector(builder.info.features, path, each, field=field)

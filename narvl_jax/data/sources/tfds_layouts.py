@@ -49,6 +49,15 @@ def layout(
   return {}, each or ""
 
 
+def needed_fields(task: str, mapping: Mapping[str, str]) -> dict[str, str]:
+  """Returns the part of a known data set's mapping that a task uses."""
+  return {
+    field: path
+    for field, path in mapping.items()
+    if field == "id" or field in _NEEDED[task]
+  }
+
+
 def check_fields(name: str, task: str, mapping: Mapping[str, str]) -> None:
   """Raises `UserError` for a field that is unknown or missing."""
   for field in mapping:

@@ -189,6 +189,13 @@ def _cut(path: pathlib.Path) -> None:
   path.write_bytes(path.read_bytes()[:-1])
 
 
+def _other(path: pathlib.Path) -> None:
+  """Puts a shard of the same size and another number of records there."""
+  data = path.with_name(NAME.format(2)).read_bytes()
+  assert len(data) == path.stat().st_size
+  path.write_bytes(data)
+
+
 def _zero(path: pathlib.Path) -> None:
   path.write_bytes(bytes(path.stat().st_size))
 
@@ -198,6 +205,7 @@ def _zero(path: pathlib.Path) -> None:
   [
     (pathlib.Path.unlink, "00001-of-00003.array_record: missing"),
     (_cut, "00001-of-00003.array_record: truncated: "),
+    (_other, "00001-of-00003.array_record: damaged: 4 records of 3"),
     (_zero, "00001-of-00003.array_record: cannot be read: Corrupted"),
   ],
 )

@@ -133,6 +133,7 @@ def test_mapping_of_answers(opened: Any) -> None:
       {"fields": {**VQA, "score": "confidences"}},
       {"cat": 1.0, "dog": 0.25},
     ),
+    ({"fields": {**VQA, "score": "weights"}}, {"cat": 0.5, "dog": 0.25}),
     ({"fields": {**VQA, "target": "best"}}, {"dog": 1.0}),
     ({"labels": {"cat": "kitten"}}, {"kitten": 1.0, "dog": 1.0}),
   ],
@@ -142,6 +143,30 @@ def test_scores_and_class_labels(
 ) -> None:
   source = opened("my_data", "vqa", **{"fields": VQA, **options})
   assert source[0].answers == pytest.approx(answers)
+
+
+def test_records_of_a_list(opened: Any) -> None:
+  source = opened(
+    "my_data", "vqa", fields={**VQA, "id": "meta/name"}, each="answers"
+  )
+  answers = {key: list(r.answers) for key, r in by_id(source).items()}
+  assert answers == {
+    f"name{n}-{k}": [answer]
+    for n in range(3)
+    for k, answer in enumerate(("cat", "cat", "dog"))
+  }
+
+
+def test_records_of_an_outer_sequence(opened: Any) -> None:
+  fields = {"image": "image", "id": "image/id", "target": "objects/refexp/raw"}
+  source = opened(REFCOCO, "caption", fields=fields, each="objects")
+  found = {key: list(r.answers) for key, r in by_id(source).items()}
+  expected: dict[str, list[str]] = {}
+  for number in range(7):
+    for _, phrase, _ in tfds_sets.expressions(number):
+      expected.setdefault(f"{number}-{phrase.split()[1]}", []).append(phrase)
+  assert found == expected
+  assert {len(phrases) for phrases in found.values()} == {1, 2}
 
 
 @pytest.mark.parametrize(
