@@ -8,7 +8,7 @@
 the arguments `size`, `epochs`, `data` and `split`. The data are
 `data/caption_{stage1_train,val,test}.tsv`.
 
-There is one official script, caption_nat/caption_stage1_huge_distill_from_huge_20,
+There is one official script, `caption_stage1_huge_distill_from_huge_20`,
 and it is for huge; the other sizes have none and take its settings: learning
 rate 1e-5, 5 epochs, batch 128, warm-up 6 %, label smoothing 0.1, drop path 0.1,
 20 queries, 480 pixels. The table of embeddings is frozen, the row of the blank
@@ -22,8 +22,10 @@ On the test split:
 | ---------------------------- | ------------------------------- | --------- |
 | NARVL, size not stated       | 36.4 / 28.7 / 123.1 / 22.5      | published |
 | autoregressive OFA beside it | 41.0 / 30.9 / 138.2 / 24.2      | published |
-| OFA tiny, medium, base, large, huge | 119.0, 130.4, 138.2, 142.2, 145.3 (CIDEr) | published |
 | this config, any size        | not measured                    | ours      |
+
+OFA (CIDEr): tiny 119.0, medium 130.4, base 138.2, large 142.2, huge 145.3
+(published).
 """
 
 from configs.official import SIZES, Dataset, Recipe, official_config

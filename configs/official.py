@@ -20,7 +20,7 @@ from narvl_jax.data.sources import files
 from narvl_jax.data.sources.rows import RowFiles
 from narvl_jax.errors import UserError, did_you_mean
 
-SIZES = ("tiny", "medium", "base", "large", "huge")
+SIZES: tuple[str, ...] = ("tiny", "medium", "base", "large", "huge")
 # Their parameters and Adam's moments are too many for one TPU v5e chip.
 _SPLIT_SIZES = ("large", "huge")
 _ARGUMENTS = ("size", "epochs", "data", "split")
@@ -205,9 +205,7 @@ def count_rows(path: str, split: str) -> int:
   return len(RowFiles(found, ""))
 
 
-def _set_lengths(
-  config: Config, rows: int, epochs: int, warmup: float
-) -> None:
+def _set_lengths(config: Config, rows: int, epochs: int, warmup: float) -> None:
   """Sets numbers of updates that follow the batch size when it is changed."""
   batch_size = config.train.get_ref("batch_size")
   # Rounded up: the official code fills the last batch with dummies.

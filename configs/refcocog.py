@@ -8,13 +8,13 @@
 the arguments `size`, `epochs`, `data` and `split`. The data are
 `data/refcocog_{train,val,test}.tsv`.
 
-| size   | official script              | learning rate | epochs | drop path |
-| ------ | ---------------------------- | ------------- | ------ | --------- |
-| tiny   | refcoco_nat/refcocog_tiny_5  | 3e-5          | 50     | 0.1       |
-| medium | none: as base                | 5e-5          | 12     | 0.1       |
-| base   | refcoco_nat/refcocog_base_5  | 5e-5          | 12     | 0.1       |
-| large  | none: as huge                | 3e-5          | 15     | 0.1       |
-| huge   | refcoco_nat/refcocog_huge_5  | 3e-5          | 15     | 0.1       |
+| size   | official script | learning rate | epochs | drop path |
+| ------ | --------------- | ------------- | ------ | --------- |
+| tiny   | refcocog_tiny_5 | 3e-5          | 50     | 0.1       |
+| medium | none: as base   | 5e-5          | 12     | 0.1       |
+| base   | refcocog_base_5 | 5e-5          | 12     | 0.1       |
+| large  | none: as huge   | 3e-5          | 15     | 0.1       |
+| huge   | refcocog_huge_5 | 3e-5          | 15     | 0.1       |
 
 Batch 128, warm-up 6 %, label smoothing 0.1, 5 queries, 512 pixels. The script
 of tiny is a second round: it starts from an earlier NARVL run on RefCOCOg, not

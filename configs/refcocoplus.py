@@ -8,13 +8,13 @@
 the arguments `size`, `epochs`, `data` and `split`. The data are
 `data/refcocoplus_{train,val,testA,testB}.tsv`.
 
-| size   | official script                 | learning rate | epochs | drop path |
-| ------ | ------------------------------- | ------------- | ------ | --------- |
-| tiny   | refcoco_nat/refcocoplus_tiny_5  | 5e-5          | 50     | 0.1       |
-| medium | none: as base                   | 5e-5          | 10     | 0.1       |
-| base   | refcoco_nat/refcocoplus_base_5  | 5e-5          | 10     | 0.1       |
-| large  | none: as huge                   | 3e-5          | 10     | 0.2       |
-| huge   | refcoco_nat/refcocoplus_huge_5  | 3e-5          | 10     | 0.2       |
+| size   | official script    | learning rate | epochs | drop path |
+| ------ | ------------------ | ------------- | ------ | --------- |
+| tiny   | refcocoplus_tiny_5 | 5e-5          | 50     | 0.1       |
+| medium | none: as base      | 5e-5          | 10     | 0.1       |
+| base   | refcocoplus_base_5 | 5e-5          | 10     | 0.1       |
+| large  | none: as huge      | 3e-5          | 10     | 0.2       |
+| huge   | refcocoplus_huge_5 | 3e-5          | 10     | 0.2       |
 
 Batch 128, warm-up 6 %, label smoothing 0.1, 5 queries, 512 pixels.
 
