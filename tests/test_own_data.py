@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ def path(tmp_path: pathlib.Path) -> str:
 
 @pytest.mark.parametrize("arg", [*TASKS, "vqa+caption", "+".join(TASKS)])
 def test_builds(path: str, arg: str) -> None:
-  config = get_config(arg)
+  config: Any = get_config(arg)
   names = list(config.data.train)
   tasks = sorted(arg.split("+"))
   assert names == list(config.data.evaluation)
@@ -56,7 +57,7 @@ def test_builds(path: str, arg: str) -> None:
 def test_mistakes() -> None:
   with pytest.raises(UserError, match=r'no task "vqaa"\. Did you mean "vqa"'):
     get_config("caption+vqaa")
-  config = get_config()
+  config: Any = get_config()
   assert list(config.tasks) == ["vqa"]
   with pytest.raises(
     UserError, match=r"jsonl: options.path is None; .*options.path=FILE"
