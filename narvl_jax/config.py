@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict, config_dict
 
+from narvl_jax.data.example import TASKS
 from narvl_jax.data.tasks import default_settings
 from narvl_jax.models import ModelConfig
 from narvl_jax.parallel.rules import DEFAULT_RULES
@@ -192,7 +193,8 @@ def to_json(config: Any) -> Any:
 
 def from_json(values: dict[str, Any]) -> Config:
   """Reads what `to_json` wrote; settings that it lacks get their default."""
-  config = default_config()
+  tasks = [name for name in values.get("tasks", {}) if name in TASKS]
+  config = default_config(*tasks)
 
   def fill(section: Config, values: dict[str, Any]) -> None:
     for key, value in values.items():

@@ -338,14 +338,15 @@ def _encode_first(
 ) -> list[Encoded]:
   """Encodes the first records that are good."""
   encoded, problem = [], ""
-  for i in range(min(len(source), _CHECKED_RECORDS)):
+  count = min(len(source), _CHECKED_RECORDS)
+  for i in range(count):
     try:
       encoded.append(task.encode(source[i]))
     except BAD_RECORD_ERRORS as error:
       problem = problem or f"{locate(source, i)}: {error}"
   if not encoded:
     raise UserError(
-      f"none of the first {_CHECKED_RECORDS} records of {name} is good:"
+      f"none of the first {count} records of {name} is good:"
       f" {problem} (--config.data.train.{name})"
     )
   return encoded

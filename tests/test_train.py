@@ -232,7 +232,7 @@ def test_output_of_a_run(outcomes):
     "mesh data=8 fsdp=1 tensor=1 on 8 x cpu",
     "batch 8 = 8 x 1",
     "0 of them frozen; state ",
-    "source vqa: 20000 examples for vqa, 0.00 epochs in 6 steps",
+    "source vqa: 2147483648 examples for vqa, 0.00 epochs in 6 steps",
     "used of vqa: 24 examples, 0.00 epochs; 0 bad records",
     "used of grounding: 24 examples, ",
     "initialised with seed 0",
