@@ -100,6 +100,8 @@ def run_config(
   for name, value in made.overrides.items():
     config.model[name] = value
   config.vocabulary.update(vocabulary)
+  # There is one set of weights in the folder.
+  config.optimizer.ema_decay = 0.0
   return config
 
 

@@ -39,6 +39,9 @@ def narvl_state(dtype: Any = np.float32) -> State:
     key: rng.standard_normal(shape, np.float32).astype(dtype)
     for key, shape in shapes.items()
   }
+  for key in state:
+    if key.endswith("running_var"):
+      state[key] = np.abs(state[key])
   state |= {key: state[TABLE_KEY] for key in TIED_KEYS}
   state["encoder.embed_images.bn1.num_batches_tracked"] = np.array(7)
   return state
