@@ -30,11 +30,28 @@ class ParameterRule:
     lr: factor on the learning rate.
     decay: factor on the weight decay.
     freeze: no gradient, no optimizer state, no change.
+    rows: (first, last + 1); only these rows of a table change; None: all.
   """
 
   lr: float = 1.0
   decay: float = 1.0
   freeze: bool = False
+  rows: tuple[int, int] | None = None
+
+
+def queries_only(blank_id: int) -> tuple[tuple[str, dict[str, Any]], ...]:
+  """Returns `optimizer.rules` that train what is new in weights of OFA.
+
+  That is the queries and the row of the blank; all else stays as it is.
+
+  Args:
+    blank_id: 59457 with the official vocabulary.
+  """
+  return (
+    ("embed_tokens", {"rows": (blank_id, blank_id + 1)}),
+    ("decoder/query_embed", {}),
+    (".*", {"freeze": True}),
+  )
 
 
 def parse_rules(rules: Iterable[Any]) -> list[tuple[str, ParameterRule]]:
@@ -70,6 +87,13 @@ def parse_rules(rules: Iterable[Any]) -> list[tuple[str, ParameterRule]]:
           f'optimizer.rules: "{pattern}" sets "{name}".'
           f"{did_you_mean(name, names)}"
         )
+      if name == "rows":
+        if not _is_range(value):
+          raise UserError(
+            f'optimizer.rules: "{pattern}" sets rows={value!r}, not (first,'
+            " last + 1) such as (59457, 59458)"
+          )
+        continue
       number = isinstance(value, (bool, int, float)) and value >= 0
       if not number or (name == "freeze" and not isinstance(value, bool)):
         kind = "True or False" if name == "freeze" else "a number >= 0"
@@ -78,6 +102,14 @@ def parse_rules(rules: Iterable[Any]) -> list[tuple[str, ParameterRule]]:
         )
     parsed.append((pattern, ParameterRule(**settings)))
   return parsed
+
+
+def _is_range(value: Any) -> bool:
+  """Returns whether a value is (first, last + 1) of some rows."""
+  if not isinstance(value, (tuple, list)) or len(value) != 2:
+    return False
+  whole = all(isinstance(x, int) and x >= 0 for x in value)
+  return whole and value[0] < value[1]
 
 
 def assign_rules(
@@ -216,14 +248,26 @@ def make_optimizer(
     flat_params = flatten(params or {})
     return flax.traverse_util.unflatten_dict(
       {
-        path: rules[path].lr
-        * (update + weight_decay * rules[path].decay * flat_params[path])
+        path: _only_rows(
+          rules[path].lr
+          * (update + weight_decay * rules[path].decay * flat_params[path]),
+          rules[path].rows,
+        )
         for path, update in flatten(updates).items()
       },
       sep="/",
     )
 
+  def cut_rows(updates: Any, params: Any) -> Any:
+    del params
+    flat = flatten(updates)
+    cut = {path: _only_rows(x, rules[path].rows) for path, x in flat.items()}
+    return flax.traverse_util.unflatten_dict(cut, sep="/")
+
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+  if any(rule.rows for rule in rules.values()):
+    # Before the norm, in which rows that stay have no part.
+    clip = optax.chain(optax.stateless(cut_rows), clip)
   direction = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
   if matrices is not None:
 
@@ -246,6 +290,15 @@ def make_optimizer(
     optax.stateless(apply_rules),
     optax.scale_by_learning_rate(schedule),
   )
+
+
+def _only_rows(value: jax.Array, rows: Sequence[int] | None) -> jax.Array:
+  """Sets all rows but some to zero; None keeps them."""
+  if rows is None:
+    return value
+  index = jnp.arange(value.shape[0])
+  kept = (index >= rows[0]) & (index < rows[1])
+  return jnp.where(kept.reshape(-1, *[1] * (value.ndim - 1)), value, 0)
 
 
 def matrix_axes(boxed: Any) -> dict[str, MuonDimensionNumbers]:

@@ -122,6 +122,8 @@ class Setup:
     for path, leaf in flatten(self.abstract_state.params).items():
       rule = self.rules[path]
       lr, decay = f"{rule.lr:g}", f"{rule.decay:g}"
+      if rule.rows is not None:
+        lr += f" rows {rule.rows[0]}:{rule.rows[1]}"
       if rule.freeze:
         lr, decay = "frozen", "-"
       shape = "x".join(map(str, leaf.shape)) or "scalar"

@@ -9,7 +9,6 @@ import textwrap
 import types
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,18 +16,15 @@ from narvl_jax import convert
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
-from narvl_jax.interop import Options, official_from_variables
-from narvl_jax.interop.conversion import convert_official
+from narvl_jax.interop import official_from_variables
 from narvl_jax.interop.run_folder import read_run
 from narvl_jax.interop.torch_file import read_torch
 from narvl_jax.interop.torch_write import write_torch
-from narvl_jax.models import NARVL
 from narvl_jax.training.checkpoints import Checkpoints
 from tests.interop.states import CONFIG, narvl_state, ofa_state
-from tests.models.small import FAST_COMPILE
 from tests.training.tiny import tiny_config
 
-COUNTS = {"num_codes": 2, "num_bins": 4}
+COUNTS: Any = {"num_codes": 2, "num_bins": 4}
 BASE = 50 - 4 - 2 - 6
 
 
@@ -286,21 +282,3 @@ def test_memory(tmp_path: pathlib.Path) -> None:
   size = large.stat().st_size
   assert size > 150e6
   assert peaks[1] - peaks[0] < 2.5 * size
-
-
-def test_micro_fixture_of_ofa(shared_files: pathlib.Path) -> None:
-  """The encoder of AR weights gives what the official one gave."""
-  folder = shared_files / "fixtures"
-  made = convert_official(folder / "micro_ar.lean.pt", Options(num_queries=5))
-  with np.load(folder / "micro_ar.npz") as arrays:
-    recorded = dict(arrays)
-  _, parts = jax.jit(NARVL(made.config).apply, compiler_options=FAST_COMPILE)(
-    made.variables,
-    recorded["patch_images"].transpose(0, 2, 3, 1),
-    recorded["src_tokens"].astype(np.int32),
-    image_mask=recorded["patch_masks"],
-  )
-  valid = ~recorded["encoder_padding_mask"]
-  np.testing.assert_allclose(
-    parts["encoder_out"][valid], recorded["encoder_out"][valid], atol=1e-4
-  )

@@ -18,6 +18,7 @@ from narvl_jax.training.optimizer import (
   make_schedule,
   merge,
   parse_rules,
+  queries_only,
   split_frozen,
 )
 
@@ -277,3 +278,42 @@ class TestMovingAverage:
   def test_warmup_rises_to_the_decay(self, step, decay):
     value = float(ema_decay_at(jnp.int32(step), 0.95, True))
     assert value == pytest.approx(decay)
+
+
+class TestRows:
+  RULES = (("table", {"rows": (2, 4)}), (".*", {}))
+
+  def test_only_some_rows_change(self):
+    params = {"table": jnp.ones((5, 3)), "kernel": jnp.ones((3, 3))}
+    gradient = jax.tree.map(lambda x: jnp.full_like(x, 2.0), params)
+    rules = assign_rules(self.RULES, list(params))
+    optimizer = make_optimizer(lambda _: 0.1, rules, **DEFAULTS)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    changed: Any = jax.tree.map(lambda x: np.asarray(x != 0), updates)
+    assert changed["table"].all(1).tolist() == [False, False, True, True, False]
+    assert changed["kernel"].all()
+
+  def test_other_rows_have_no_part_in_the_norm(self):
+    params = {"table": jnp.ones((5, 3))}
+    gradient = {"table": jnp.full((5, 3), 100.0).at[2:4].set(0.1)}
+    rules = assign_rules(self.RULES[:1], ["table"])
+    clipped = make_optimizer(
+      lambda _: 0.1, rules, **(DEFAULTS | {"clip_norm": 1.0, "eps": 1.0})
+    )
+    free = make_optimizer(lambda _: 0.1, rules, **(DEFAULTS | {"eps": 1.0}))
+    a, _ = clipped.update(gradient, clipped.init(params), params)
+    b, _ = free.update(gradient, free.init(params), params)
+    np.testing.assert_allclose(a["table"], b["table"])
+
+  @pytest.mark.parametrize("rows", [3, (1,), (4, 2), (-1, 2), ("a", "b")])
+  def test_what_are_no_rows(self, rows):
+    with pytest.raises(UserError, match=r'"table" sets rows=.*, not \(first'):
+      parse_rules([("table", {"rows": rows})])
+
+  def test_queries_only(self):
+    paths = ["embed_tokens", "decoder/query_embed", "decoder/pos_ln/bias"]
+    assert assign_rules(queries_only(9), paths) == {
+      "embed_tokens": ParameterRule(rows=(9, 10)),
+      "decoder/query_embed": ParameterRule(),
+      "decoder/pos_ln/bias": ParameterRule(freeze=True),
+    }

@@ -1,0 +1,170 @@
+"""Runs that start from the weights of others."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from narvl_jax import experiment as experiment_lib
+from narvl_jax import train as train_lib
+from narvl_jax.errors import UserError
+from narvl_jax.parallel import mesh_from_config
+from narvl_jax.training.checkpoints import Checkpoints, restore_target
+from narvl_jax.training.init_from import check_init_from, init_from
+from narvl_jax.training.optimizer import flatten
+from narvl_jax.training.setup import Setup, build_setup
+from tests.evaluation.tiny_run import copy_run, tiny_config
+
+
+@pytest.fixture
+def start(tmp_path: pathlib.Path) -> pathlib.Path:
+  """The folder of a run without moving averages."""
+  return copy_run(tmp_path / "start")
+
+
+def make_setup(start: Any, **changes: Any) -> Setup:
+  config: Any = tiny_config().copy_and_resolve_references()
+  config.init_from = str(start)
+  config.train.batch_size = 8
+  for key, value in changes.items():
+    section, name = key.split("__")
+    config[section][name] = value
+  experiment = experiment_lib.build(config, start)
+  return build_setup(experiment, mesh_from_config(config.mesh))
+
+
+def stored_in(start: pathlib.Path) -> dict[str, np.ndarray]:
+  _, variables, _ = experiment_lib.restore(start)
+  return flatten(jax.device_get(variables))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_weights_are_taken_and_the_rest_is_fresh(
+  start: pathlib.Path, decay: float
+) -> None:
+  setup = make_setup(start, optimizer__ema_decay=decay)
+  check_init_from(setup)
+  with jax.set_mesh(setup.mesh):
+    fresh = setup.init(jax.random.key(0))
+    state = init_from(setup, fresh)
+  expected = {
+    name.removeprefix("params/"): value
+    for name, value in stored_in(start).items()
+    if name.startswith("params/")
+  }
+  got = flatten(jax.device_get(state.params))
+  assert got.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_array_equal(got[name], value, err_msg=name)
+  assert int(state.step) == 0
+  for a, b in zip(
+    jax.tree.leaves(state.opt_state),
+    jax.tree.leaves(fresh.opt_state),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)
+  if decay:
+    assert state.ema is not None
+    averages = flatten(jax.device_get(state.ema["params"]))
+    for name, value in averages.items():
+      np.testing.assert_array_equal(value, expected[name])
+  else:
+    assert state.ema is None
+  for x, sharding in zip(
+    jax.tree.leaves(state), jax.tree.leaves(setup.shardings), strict=True
+  ):
+    assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+def test_moving_averages_are_what_is_taken(
+  tmp_path: pathlib.Path, start: pathlib.Path
+) -> None:
+  setup = make_setup(start, optimizer__ema_decay=0.9)
+  with jax.set_mesh(setup.mesh):
+    state = init_from(setup, setup.init(jax.random.key(0)))
+  averages: Any = jax.tree.map(lambda x: x + 1, state.ema)
+  second = tmp_path / "second"
+  with Checkpoints(second, keep_last=1) as checkpoints:
+    checkpoints.save(5, state.replace(ema=averages))  # pyright: ignore
+  setup.experiment.config.init_from = str(second)
+  with jax.set_mesh(setup.mesh):
+    again = init_from(setup, setup.init(jax.random.key(0)))
+  for a, b in zip(
+    jax.tree.leaves(again.params), jax.tree.leaves(state.params), strict=True
+  ):
+    np.testing.assert_allclose(a, b + 1)
+
+
+def test_half_precision_becomes_float32(
+  tmp_path: pathlib.Path, start: pathlib.Path
+) -> None:
+  _, variables, _ = experiment_lib.restore(start)
+  half = jax.tree.map(lambda x: x.astype(np.float16), variables)
+  with Checkpoints(tmp_path / "half", keep_last=1) as checkpoints:
+    checkpoints.save_variables(0, half)
+  setup = make_setup(start)
+  setup.experiment.config.init_from = str(tmp_path / "half")
+  check_init_from(setup)
+  with jax.set_mesh(setup.mesh):
+    state = init_from(setup, setup.init(jax.random.key(0)))
+  table = np.asarray(state.params["embed_tokens"])
+  expected = np.asarray(half["params"]["embed_tokens"]).astype(np.float32)
+  np.testing.assert_array_equal(table, expected, strict=True)
+
+
+def test_another_model_is_told_by_its_leaves(start: pathlib.Path) -> None:
+  setup = make_setup(start, model__num_queries=7)
+  with pytest.raises(
+    UserError,
+    match=r"is of another model: params/decoder/query_embed has 8x\d+ there"
+    r" and 7x\d+ here; set config.model .*\(--config.init_from\)",
+  ):
+    check_init_from(setup)
+  setup = make_setup(start, model__encoder_layers=3)
+  with pytest.raises(UserError, match=r", .* and \d+ more; set config.model"):
+    check_init_from(setup)
+
+
+def test_another_vocabulary(start: pathlib.Path) -> None:
+  setup = make_setup(start)
+  words = setup.experiment.vocabulary
+  words._symbols = (*words._symbols[:-1], "changed")
+  del words.__dict__["fingerprint"]
+  with pytest.raises(UserError, match=r"has another vocabulary .* other words"):
+    check_init_from(setup)
+
+
+def test_folders_without_weights(
+  tmp_path: pathlib.Path, start: pathlib.Path
+) -> None:
+  setup = make_setup(start)
+  setup.experiment.config.init_from = str(tmp_path / "none")
+  with pytest.raises(UserError, match='none" holds no checkpoints; it must'):
+    check_init_from(setup)
+  (tmp_path / "none" / "checkpoints").mkdir(parents=True)
+  with pytest.raises(UserError, match='none" has no checkpoint yet'):
+    check_init_from(setup)
+
+
+def test_nothing_is_written_before_the_check(
+  tmp_path: pathlib.Path, start: pathlib.Path
+) -> None:
+  config: Any = tiny_config().copy_and_resolve_references()
+  config.init_from = str(tmp_path / "none")
+  config.train.batch_size = 8
+  with pytest.raises(UserError, match="holds no checkpoints"):
+    train_lib.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_weights_alone_cannot_be_resumed(start: pathlib.Path) -> None:
+  _, variables, _ = experiment_lib.restore(start)
+  setup = make_setup(start)
+  target = restore_target(setup.abstract_state, setup.shardings)
+  with Checkpoints(start.parent / "alone", keep_last=1) as checkpoints:
+    checkpoints.save_variables(0, variables)
+    checkpoints.wait()
+    with pytest.raises(UserError, match=r"no state of an optimizer.*init_from"):
+      checkpoints.restore(0, target)
