@@ -37,6 +37,19 @@ from narvl_jax.interop.source_file import file_hash
 from narvl_jax.interop.tensors import PathLike
 
 _OFFICIAL_SUFFIXES = (".pt", ".pth", ".bin")
+# Flags that only one of the two directions reads.
+_IMPORT_FLAGS = (
+  "config",
+  "vocabulary",
+  "num_codes",
+  "num_bins",
+  "ema",
+  "num_queries",
+  "blank_row",
+  "stretch_images",
+  "seed",
+)
+_EXPORT_FLAGS = ("checkpoint",)
 
 
 def import_official(
@@ -213,7 +226,20 @@ def main(argv: Sequence[str]) -> None:
   values = flags.FLAGS
   source: Any = values["from"].value
   target: Any = values.to
-  if pathlib.Path(target).suffix in _OFFICIAL_SUFFIXES:
+  suffix = pathlib.Path(target).suffix
+  if suffix == ".safetensors":
+    raise UserError(
+      f"--to={target}: official files are of torch; nearest valid:"
+      f" --to={pathlib.Path(target).with_suffix('.pt')}"
+    )
+  to_file = suffix in _OFFICIAL_SUFFIXES
+  for name in _IMPORT_FLAGS if to_file else _EXPORT_FLAGS:
+    if values[name].present:
+      raise UserError(
+        f"--{name} has no meaning where --to={target} is a"
+        f" {'file' if to_file else 'folder'}; leave it out"
+      )
+  if to_file:
     report = export_official(
       source, target, checkpoint=values.checkpoint, check=values.check
     )

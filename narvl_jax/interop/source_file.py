@@ -49,8 +49,11 @@ def open_source(path: PathLike, *, ema: bool = False) -> SourceFile:
     folder = file
     found = [file / name for name in _WEIGHTS if (file / name).is_file()]
     if not found:
+      hint = ""
+      if (file / "checkpoints").is_dir():
+        hint = "; a run is written to a file: --to=FILE.pt"
       raise UserError(
-        f"--from={path} is a folder without {' and '.join(_WEIGHTS)}"
+        f"--from={path} is a folder without {' and '.join(_WEIGHTS)}{hint}"
       )
     file = found[0]
   settings = None

@@ -360,7 +360,11 @@ def test_what_is_left_over_missing_or_untied(tmp_path: pathlib.Path) -> None:
 
 def test_files_without_weights(tmp_path: pathlib.Path) -> None:
   path = tmp_path / "x.pt"
-  with pytest.raises(UserError, match=r"without model.safetensors and pytor"):
+  message = r"without model.safetensors and pytorch_model.bin"
+  with pytest.raises(UserError, match=f"{message}$"):
+    convert_official(tmp_path)
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(UserError, match=f"{message}; a run is .*=FILE.pt$"):
     convert_official(tmp_path)
   for content, message in (
     ({}, "holds no tensors"),

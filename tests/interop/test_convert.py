@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from absl import flags
 
 from narvl_jax import convert
 from narvl_jax import experiment as experiment_lib
@@ -242,6 +243,33 @@ def test_command(tmp_path: pathlib.Path) -> None:
   assert "is not two sides in pixels, such as" in wrong.stderr
   assert wrong.stderr.count("\n") == 1
   assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+  ("target", "more", "message"),
+  [
+    ("y.safetensors", (), "official files are of torch; nearest .*y.pt"),
+    ("y.pt", ("--num_queries=3",), "--num_queries has no meaning .* a file;"),
+    ("y", ("--checkpoint=3",), "--checkpoint has no meaning .* a folder;"),
+  ],
+)
+def test_flags_of_the_other_direction(
+  monkeypatch: pytest.MonkeyPatch,
+  target: str,
+  more: tuple[str, ...],
+  message: str,
+) -> None:
+  values = flags.FlagValues()
+  with monkeypatch.context() as patch:
+    patch.setattr(flags, "FLAGS", values)
+    for name in ("from", "to", "num_queries"):
+      flags.DEFINE_string(name, None, "", flag_values=values)
+    for name in (*convert._IMPORT_FLAGS, *convert._EXPORT_FLAGS):
+      if name not in values:
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    values(["convert", "--from=x", f"--to={target}", *more])
+    with pytest.raises(UserError, match=message):
+      convert.main([])
 
 
 def test_memory(tmp_path: pathlib.Path) -> None:
