@@ -1,11 +1,13 @@
 """Figures of a data set and the verdict on them."""
 
 import dataclasses
+import io
 import json
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from narvl_jax.data import check_report, inspection
 from narvl_jax.data.example import Record
@@ -88,6 +90,21 @@ def test_bad_rows_are_named(model_tasks: dict[str, Any]) -> None:
   assert 3 / 40 < float(value) < 0.1
   limits = dataclasses.replace(LIMITS, max_bad_fraction=float(value))
   assert _judge(source, model_tasks["vqa"], limits)[1].word == check_report.GOOD
+
+
+def test_pictures_are_decoded(model_tasks: dict[str, Any]) -> None:
+  file = io.BytesIO()
+  noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+  Image.fromarray(noise).save(file, "JPEG")
+  whole = file.getvalue()
+  source = _vqa(["one"] * 2)
+  source[0] = dataclasses.replace(source[0], image=whole)
+  # Its header is sound.
+  source[1] = dataclasses.replace(source[1], image=whole[:-300])
+  figures, _ = _judge(source, model_tasks["vqa"])
+  assert [row["id"] for row in figures["bad_rows"]] == ["v1"]
+  assert "damaged or cut off" in figures["bad_rows"][0]["error"]
+  assert figures["pictures"]["bytes"]["max"] == len(whole)
 
 
 def test_infeasible_targets(model_tasks: dict[str, Any]) -> None:
@@ -241,13 +258,13 @@ def test_endless_sources_are_refused(
 
 
 def test_histogram_marks_what_is_beyond_the_limit() -> None:
-  lengths = {"2": 10, "21": 5, "30": 1}
+  lengths = {"2": 10, "19": 4, "21": 5, "30": 1}
   lines = check_report._histogram(lengths, 20, "num_queries=20")
   marked = [line.split()[0] for line in lines if "> num_queries" in line]
   assert marked == ["21-23", "30-32"]
   assert lines[-1] == "  limit: num_queries=20, longest: 30"
   counts = [int(line.split()[1]) for line in lines[:-1]]
-  assert sum(counts) == 16
+  assert sum(counts) == 20
   (longest,) = (line for line in lines[:-1] if line.count("#") == 40)
   assert longest.split()[1] == "10"
 
