@@ -38,7 +38,7 @@ _TOKENIZER_FILE = "tokenizer.json"
 _SYMBOLS_FILE = "vocabulary.json"
 _FORMAT = 1
 # Texts whose ids are kept; captions and questions of a data set repeat.
-_CACHE_SIZE = 1 << 16
+_CACHE_SIZE = 1 << 12
 
 
 class Vocabulary:

@@ -16,7 +16,9 @@ from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError, did_you_mean
 
 # Sources whose ids are kept; questions repeat over pictures.
-_CACHE_SIZE = 1 << 15
+# Few: a large data set would fill any cache, and encoding is a hundredth of the
+# work.
+_CACHE_SIZE = 1 << 12
 _LEADING = ",.!?*#:;~"
 _SPACES = re.compile(r"\s{2,}")
 _FORMATTER = string.Formatter()
