@@ -453,6 +453,21 @@ def test_export_without_a_source(tmp_path: pathlib.Path) -> None:
   assert again.source.settings["cfg"]["model"].arch == "na_ofa_tiny"  # pyright: ignore
 
 
+def test_values_of_buckets() -> None:
+  image = _buckets(model_config("tiny"))["encoder.image_rp_bucket"]
+  expected = {
+    (0, 5): 6889,
+    (5, 0): 6890,
+    (0, 0): 6891,
+    (1, 1): 3444,
+    (1, 2): 3443,
+    (2, 1): 3445,
+    (1, 43): 3361,
+    (43, 1): 3527,
+  }
+  assert {place: image[place] for place in expected} == expected
+
+
 def test_buckets_are_the_official_ones(shared_files: pathlib.Path) -> None:
   about = json.loads((shared_files / "fixtures/micro_nar.json").read_text())
   config = model_config("tiny")

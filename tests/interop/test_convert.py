@@ -273,7 +273,7 @@ def test_flags_of_the_other_direction(
 
 
 def test_memory(tmp_path: pathlib.Path) -> None:
-  """A file of some size adds less than 2.5 times its size to a small one."""
+  """A larger file adds little more than its size to the peak."""
   script = textwrap.dedent("""
     import resource, sys
     from narvl_jax import convert
@@ -309,4 +309,6 @@ def test_memory(tmp_path: pathlib.Path) -> None:
     peaks.append(int(done.stdout.split()[-1]))
   size = large.stat().st_size
   assert size > 150e6
-  assert peaks[1] - peaks[0] < 2.5 * size
+  # With the 0.4 GB that any conversion takes, `base` in half precision (0.4 GB)
+  # then stays below 2.5 times its size.
+  assert peaks[1] - peaks[0] < 1.5 * size
