@@ -95,7 +95,7 @@ def test_ofa_gets_queries_and_a_blank(tmp_path: pathlib.Path) -> None:
   made = convert_official(save(tmp_path / "x.pt", state))
   assert made.report["source"]["model"] == "OFA"
   got = back(made)
-  assert made.config.vocab_size == 46
+  assert made.config.vocab_size == 50
   np.testing.assert_array_equal(got[TABLE_KEY][:-1], state[TABLE_KEY])
   blank = got[TABLE_KEY][-1]
   assert 0.3 < blank.std() * 12**0.5 < 3

@@ -129,7 +129,7 @@ def test_another_model_is_told_by_its_leaves(start: pathlib.Path) -> None:
 
 def test_another_vocabulary(start: pathlib.Path) -> None:
   setup = make_setup(start)
-  words = setup.experiment.vocabulary
+  words: Any = setup.experiment.vocabulary
   words._symbols = (*words._symbols[:-1], "changed")
   del words.__dict__["fingerprint"]
   with pytest.raises(UserError, match=r"has another vocabulary .* other words"):

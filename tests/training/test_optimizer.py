@@ -23,7 +23,7 @@ from narvl_jax.training.optimizer import (
 )
 
 PATHS = ["encoder/kernel", "encoder/bias", "decoder/kernel", "decoder/bias"]
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
   "weight_decay": 0.1,
   "b1": 0.9,
   "b2": 0.99,
@@ -301,8 +301,8 @@ class TestRows:
       lambda _: 0.1, rules, **(DEFAULTS | {"clip_norm": 1.0, "eps": 1.0})
     )
     free = make_optimizer(lambda _: 0.1, rules, **(DEFAULTS | {"eps": 1.0}))
-    a, _ = clipped.update(gradient, clipped.init(params), params)
-    b, _ = free.update(gradient, free.init(params), params)
+    a: Any = clipped.update(gradient, clipped.init(params), params)[0]
+    b: Any = free.update(gradient, free.init(params), params)[0]
     np.testing.assert_allclose(a["table"], b["table"])
 
   @pytest.mark.parametrize("rows", [3, (1,), (4, 2), (-1, 2), ("a", "b")])
