@@ -26,6 +26,7 @@ setuptools.setup(
     "grain>=0.2.14,<0.3",
     "jax>=0.10,<0.13",
     "ml-collections>=1.1,<2",
+    "ml-dtypes>=0.5,<1",
     "msgpack>=1.0.8,<2",
     "numpy>=2.0,<3",
     "optax>=0.2.5,<0.3",
