@@ -32,6 +32,7 @@ setuptools.setup(
     "optax>=0.2.5,<0.3",
     "orbax-checkpoint>=0.12,<0.13",
     "pillow>=11,<14",
+    "pybase64>=1.4,<2",
     "tensorboardX>=2.6.2,<3",
     "tensorflow-datasets>=4.9.8,<5",
     "tokenizers>=0.21,<1",

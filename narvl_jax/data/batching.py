@@ -121,14 +121,23 @@ class Batcher:
     self._max_text_length = max_text_length
     self._max_label_length = max_label_length
 
-  def empty(self, rows: int) -> Batch:
+  def image_shape(self, rows: int) -> tuple[int, int, int, int]:
+    """Returns the shape of the pictures of `rows` examples."""
+    return (rows, *self._image_size, 3)
+
+  def empty(self, rows: int, image: np.ndarray | None = None) -> Batch:
     """Returns arrays for `rows` examples, filled with padding.
 
     "valid" (bool) is False until a record is written into the row.
+
+    Args:
+      rows: number of examples.
+      image: uint8 of `image_shape(rows)` to use; zeros if None.
     """
-    height, width = self._image_size
+    if image is None:
+      image = np.zeros(self.image_shape(rows), np.uint8)
     return {
-      "image": np.zeros((rows, height, width, 3), np.uint8),
+      "image": image,
       "image_mask": np.ones(rows, bool),
       "text": np.full(
         (rows, self._max_text_length), Vocabulary.pad_id, np.int32

@@ -9,6 +9,7 @@ counted, logged once and replaced by the next good record of its source, which
 keeps the above true. Too many of them stop the run.
 """
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -22,6 +23,7 @@ from narvl_jax.data.batching import BadRecords as BadRecords
 from narvl_jax.data.batching import Batcher as Batcher
 from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
 from narvl_jax.data.mixture import Draw, Entry, Mixture, WeightSchedule
+from narvl_jax.data.shared_images import Segments, SharedImages
 from narvl_jax.errors import UserError, did_you_mean
 
 # So many bad neighbours are no accident.
@@ -85,9 +87,14 @@ def train_batches(
   # Whole batches, since grain costs more per element than an example does.
   batches = grain.MapDataset.source(mixture).map(reader)[start_step:]
   ahead = batches.to_iter_dataset(_read_options(num_threads, prefetch))
+  segments = None
   if num_workers:
-    ahead = workers.in_processes(ahead, num_workers, prefetch)
-  return TrainBatches(iter(ahead), mixture, mixed, bad_records or BadRecords())
+    size = math.prod(batcher.image_shape(len(mixture[0])))
+    # Ready or in the making, in the queue, and one on either side of it.
+    segments = Segments(num_workers, 2 * max(prefetch, 1) + 2, size)
+    ahead = workers.in_processes(ahead, num_workers, prefetch, segments)
+  bad_records = bad_records or BadRecords()
+  return TrainBatches(iter(ahead), mixture, mixed, bad_records, segments)
 
 
 class TrainBatches(Iterator[Batch]):
@@ -106,9 +113,11 @@ class TrainBatches(Iterator[Batch]):
     mixture: Mixture,
     entries: Sequence[Entry],
     bad_records: BadRecords,
+    segments: Segments | None = None,
   ) -> None:
     """Takes grain's iterator and what it was made from."""
     self._batches = batches
+    self._segments = segments
     self._mixture = mixture
     self._sizes = {entry.name: len(entry.source) for entry in entries}
     self.bad_records = bad_records
@@ -119,6 +128,9 @@ class TrainBatches(Iterator[Batch]):
   def __next__(self) -> Batch:
     with workers.failures_explained():
       batch, bad = next(self._batches)
+    if batch is not None and isinstance(batch["image"], SharedImages):
+      assert self._segments is not None
+      batch["image"] = self._segments.fetch(batch["image"])
     for record in bad:
       self.bad_records.report(record)
     if batch is None:
@@ -147,6 +159,8 @@ class TrainBatches(Iterator[Batch]):
   def close(self) -> None:
     """Ends the threads and processes."""
     self._batches.close()
+    if self._segments is not None:
+      self._segments.close()
 
 
 def eval_batches(
@@ -243,15 +257,25 @@ class _TrainReader:
 
   def __call__(
     self, draws: Sequence[Draw]
-  ) -> tuple[Batch | None, list[BadRecord]]:
-    """Returns None for the batch if too many records in a row are bad."""
-    batch = self._batcher.empty(len(draws))
+  ) -> tuple[dict[str, Any] | None, list[BadRecord]]:
+    """Returns None for the batch if too many records in a row are bad.
+
+    In a worker process "image" may be `SharedImages`.
+    """
+    segments = workers.own_segments()
+    shape = self._batcher.image_shape(len(draws))
+    taken = segments.take(shape) if segments else None
+    batch = self._batcher.empty(len(draws), taken[1] if taken else None)
     bad: list[BadRecord] = []
     for row, draw in enumerate(draws):
       met = self._write_good(batch, row, draw)
       if met and not batch["valid"][row]:
+        if segments and taken:
+          segments.free(taken[0])
         return None, met
       bad += met
+    if taken:
+      return {**batch, "image": taken[0]}, bad
     return batch, bad
 
   def _write_good(self, batch: Batch, row: int, draw: Draw) -> list[BadRecord]:

@@ -1,6 +1,7 @@
 """Worker processes that prepare batches, on grain's `mp_prefetch`."""
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -10,23 +11,44 @@ from typing import Any
 
 import grain
 
+from narvl_jax.data.shared_images import Segments, WorkerSegments
 from narvl_jax.errors import UserError
 
 _PARENT_CHECK_SECONDS = 2.0
+_MIN_SHARED_BYTES = 1 << 18
+# Of this process, if it is a worker.
+_segments: WorkerSegments | None = None
 
 
-def in_processes(dataset: Any, num_workers: int, buffered: int) -> Any:
+def in_processes(
+  dataset: Any,
+  num_workers: int,
+  buffered: int,
+  segments: Segments | None = None,
+) -> Any:
   """Returns the same elements in the same order, made by other processes.
 
   Args:
     dataset: a grain IterDataset that can be pickled.
     num_workers: number of processes.
     buffered: elements that each prepares ahead, at least 1.
+    segments: shared memory that the workers find with `own_segments`.
   """
   options = grain.MultiprocessingOptions(
     num_workers=num_workers, per_worker_buffer_size=max(buffered, 1)
   )
-  return dataset.mp_prefetch(options, worker_init_fn=_start_worker)
+  # Shared memory for a few numbers costs more than sending them.
+  dataset = grain.experimental.WithOptionsIterDataset(
+    dataset, grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_BYTES)
+  )
+  names = segments.names if segments else [[]] * num_workers
+  start = functools.partial(_start_worker, names)
+  return dataset.mp_prefetch(options, worker_init_fn=start)
+
+
+def own_segments() -> WorkerSegments | None:
+  """Returns the shared memory of this process, None if it is no worker."""
+  return _segments
 
 
 @contextlib.contextmanager
@@ -47,9 +69,11 @@ def failures_explained() -> Iterator[None]:
     ) from error
 
 
-def _start_worker(index: int, count: int) -> None:
+def _start_worker(names: list[list[str]], index: int, count: int) -> None:
   """Leaves stopping to the main process, and ends when that is gone."""
-  del index, count
+  del count
+  global _segments
+  _segments = WorkerSegments(names[index])
   # Ctrl-C and schedulers signal the whole group, yet the main process still
   # needs the batches of the step at which it saves and stops.
   signal.signal(signal.SIGINT, signal.SIG_IGN)

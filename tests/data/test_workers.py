@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from narvl_jax.data import pipeline
+from narvl_jax.data import pipeline, shared_images
 from narvl_jax.errors import UserError
 from tests.conftest import ROOT
 from tests.data.number_source import H, L, NumberSource, T, W, make_tasks
@@ -195,6 +195,42 @@ def test_too_many_bad_records_stop_workers(model_tasks: dict[str, Any]) -> None:
     batches.close()
 
 
+@pytest.mark.parametrize("count", [1, 12])
+def test_segments_do_not_matter(
+  model_tasks: dict[str, Any],
+  whole: list[Any],
+  count: int,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """With one segment some batches travel without."""
+  fetched = []
+  fetch = pipeline.Segments.fetch
+
+  def make(num_workers: int, _: int, num_bytes: int) -> Any:
+    return shared_images.Segments(num_workers, count, num_bytes)
+
+  def counting(self: Any, images: Any) -> np.ndarray:
+    fetched.append(images)
+    return fetch(self, images)
+
+  monkeypatch.setattr(pipeline, "Segments", make)
+  monkeypatch.setattr(shared_images.Segments, "fetch", counting)
+  batches = _start(
+    model_tasks, 0, range(BATCH), num_workers=1, num_threads=2, prefetch=3
+  )
+  first = next(batches)
+  # Time for the worker to fill what it can.
+  time.sleep(1.0)
+  read = [first, *itertools.islice(batches, 19)]
+  batches.close()
+  _assert_equal(read, whole[:20])
+  if count == 1:
+    assert 1 <= len(fetched) < 20
+  else:
+    assert len(fetched) == 20
+    assert len({images.name for images in fetched}) < 12
+
+
 _DYING = """
 import os, sys
 from tests.data.test_workers import _start, make_tasks
@@ -207,13 +243,15 @@ def main(mode):
   next(batches)
   import multiprocessing
   (worker,) = multiprocessing.active_children()
-  print(worker.pid, flush=True)
+  print(worker.pid, *batches._segments.names[0], flush=True)
   if mode == "worker dies":
     os.kill(worker.pid, 9)
     try:
       for _ in range(1000): next(batches)
     except Exception as error:
       print(type(error).__name__, error, flush=True)
+  if mode == "closed":
+    batches.close()
   sys.stdin.read()
 
 if __name__ == "__main__":
@@ -243,12 +281,24 @@ def test_a_dead_worker_is_told(tmp_path: pathlib.Path) -> None:
   assert "--config.data.num_workers" in out
 
 
+def test_nothing_is_left_behind(tmp_path: pathlib.Path) -> None:
+  with _run_dying(tmp_path, "closed") as process:
+    out, err = process.communicate("", timeout=120)
+  assert process.returncode == 0
+  assert err == ""
+  _, *names = out.split()
+  assert names
+  assert not any(map(_is_segment, names))
+
+
 def test_workers_outlive_signals_but_not_their_parent(
   tmp_path: pathlib.Path,
 ) -> None:
   with _run_dying(tmp_path, "") as process:
     assert process.stdout is not None
-    worker = int(process.stdout.readline())
+    first, *names = process.stdout.readline().split()
+    worker = int(first)
+    assert all(map(_is_segment, names)) == pathlib.Path("/dev/shm").is_dir()
     for number in (signal.SIGINT, signal.SIGTERM):
       os.kill(worker, number)
     time.sleep(0.5)
@@ -256,9 +306,16 @@ def test_workers_outlive_signals_but_not_their_parent(
     process.kill()
     process.wait()
     deadline = time.monotonic() + 60
-    while _alive(worker) and time.monotonic() < deadline:
+    while time.monotonic() < deadline and (
+      _alive(worker) or any(map(_is_segment, names))
+    ):
       time.sleep(0.1)
     assert not _alive(worker)
+    assert not any(map(_is_segment, names))
+
+
+def _is_segment(name: str) -> bool:
+  return (pathlib.Path("/dev/shm") / name).exists()
 
 
 def _alive(pid: int) -> bool:

@@ -18,6 +18,8 @@ import collections
 from collections.abc import Sequence
 from typing import Any
 
+import pybase64
+
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources import fields, files
 from narvl_jax.data.sources.row_source import RowSource
@@ -122,19 +124,17 @@ def decode_base64(field: bytes) -> bytes:
   if not field:
     raise UserError("the picture's column is empty")
   try:
-    return binascii.a2b_base64(field, strict_mode=True)
+    return pybase64.b64decode(field, validate=True)
+  except binascii.Error:
+    # Both alphabets may even be mixed.
+    standard = field.translate(_STANDARD)
+  try:
+    return pybase64.b64decode(standard, validate=True)
   except binascii.Error as e:
-    error = e
-  if b"-" in field or b"_" in field:
-    try:
-      standard = field.translate(_STANDARD)
-      return binascii.a2b_base64(standard, strict_mode=True)
-    except binascii.Error as e:
-      error = e
-  raise UserError(
-    f"the picture's column is broken base64 ({len(field)} characters that"
-    f" begin with {field[:8]!r}): {error}"
-  ) from error
+    raise UserError(
+      f"the picture's column is broken base64 ({len(field)} characters that"
+      f" begin with {field[:8]!r}): {e}"
+    ) from e
 
 
 def _parse_columns(columns: Any, task: str) -> tuple[int, ...]:
