@@ -70,7 +70,7 @@ class Segments:
     """Returns a copy of pictures and frees their segment."""
     segment = self._segments[images.name]
     found = _array(segment, images.shape).copy()
-    segment.buf[0] = _FREE
+    _buffer(segment)[0] = _FREE
     return found
 
   def close(self) -> None:
@@ -100,9 +100,9 @@ class WorkerSegments:
       # The first that is free: those at the end may never take any memory.
       for segment in self._segments:
         small = segment.size - _HEADER < math.prod(shape)
-        if small or segment.buf[0] != _FREE:
+        if small or _buffer(segment)[0] != _FREE:
           continue
-        segment.buf[0] = _TAKEN
+        _buffer(segment)[0] = _TAKEN
         return SharedImages(segment.name, shape), _array(segment, shape)
     return None
 
@@ -110,13 +110,18 @@ class WorkerSegments:
     """Frees a segment that will not be sent."""
     for segment in self._segments:
       if segment.name == images.name:
-        segment.buf[0] = _FREE
+        _buffer(segment)[0] = _FREE
+
+
+def _buffer(segment: shared_memory.SharedMemory) -> memoryview:
+  assert segment.buf is not None  # Only when closed.
+  return segment.buf
 
 
 def _array(
   segment: shared_memory.SharedMemory, shape: tuple[int, ...]
 ) -> np.ndarray:
-  return np.ndarray(shape, np.uint8, segment.buf, _HEADER)
+  return np.ndarray(shape, np.uint8, _buffer(segment), _HEADER)
 
 
 def _check_space(needed: int) -> None:
