@@ -23,6 +23,8 @@ from narvl_jax.errors import UserError, did_you_mean
 SIZES: tuple[str, ...] = ("tiny", "medium", "base", "large", "huge")
 # Their parameters and Adam's moments are too many for one TPU v5e chip.
 _SPLIT_SIZES = ("large", "huge")
+# Rows of a part of the batch: eight a chip on 16 chips, four of a large model.
+_ROWS_AT_A_TIME, _ROWS_OF_SPLIT_SIZES = 128, 64
 _ARGUMENTS = ("size", "epochs", "data", "split")
 
 # What all official scripts have in common.
@@ -186,8 +188,12 @@ def official_config(
       **values,
     },
   )
+  rows_at_a_time = _ROWS_AT_A_TIME
   if size in _SPLIT_SIZES:
     update(config, {"mesh.data": 1, "mesh.fsdp": -1})
+    rows_at_a_time = _ROWS_OF_SPLIT_SIZES
+  parts = config.train.batch_size // rows_at_a_time
+  update(config, {"train.accumulation_steps": parts})
   if not recipe.warmup:
     update(config, {"optimizer.schedule": "constant"})
   epochs = int(given.get("epochs", recipe.epochs))

@@ -115,6 +115,8 @@ def test_settings_of_official_scripts(script: str):
   assert config.model.size == size
   assert optimizer.learning_rate == rate
   assert config.train.batch_size == batch
+  rows = 64 if size in ("large", "huge") else 128
+  assert batch / config.train.accumulation_steps == rows
   assert config.loss.label_smoothing == smoothing
   assert config.model.encoder_drop_path == drop
   assert config.model.decoder_drop_path == drop
