@@ -43,8 +43,8 @@ from narvl_jax.training.announce import (
   explain_failure,
 )
 from narvl_jax.training.announce import dry_run as print_dry_run
-from narvl_jax.training.checkpoints import Checkpoints, restore_target
-from narvl_jax.training.init_from import check_init_from, init_from
+from narvl_jax.training.checkpoints import Checkpoints
+from narvl_jax.training.init_from import check_init_from
 from narvl_jax.training.interrupt import StopRequest, termination_raises
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.loop import Loop
@@ -52,6 +52,7 @@ from narvl_jax.training.metrics import MetricsWriter, SilentMetrics
 from narvl_jax.training.prefetch import DevicePrefetcher
 from narvl_jax.training.score import flat_metrics, score_of
 from narvl_jax.training.setup import Setup, build_setup
+from narvl_jax.training.start import first_state, write_run
 from narvl_jax.training.train_state import TrainState, evaluation_variables
 
 
@@ -121,11 +122,11 @@ def train(
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     with ledger.stage("init"):
-      _write_run(experiment, setup, workdir, resumes)
+      write_run(experiment, setup, workdir, resumes)
       checkpoints = stack.enter_context(
         Checkpoints(workdir, keep_last=config.train.keep_last)
       )
-      state, first_step = _first_state(setup, checkpoints, say)
+      state, first_step = first_state(setup, checkpoints, say)
       if distributed.is_first():
         workdir_lib.write_environment(workdir, first_step)
         writer = stack.enter_context(MetricsWriter(workdir, first_step))
@@ -158,44 +159,6 @@ def train(
   say("done; where the time went:")
   print(ledger.table(), flush=True)
   return report
-
-
-def _write_run(
-  experiment: experiment_lib.Experiment,
-  setup: Setup,
-  workdir: pathlib.Path,
-  resumes: bool,
-) -> None:
-  """Has the first host write what makes a folder the folder of a run."""
-  # Each has looked for a run in it before there is one.
-  distributed.barrier("run folder checked")
-  if distributed.is_first():
-    if not resumes:
-      experiment.save(workdir)
-    workdir_lib.write_sharding(workdir, setup.sharding_table())
-  distributed.barrier("run folder written")
-  host = distributed.host_name(jax.process_index())
-  workdir_lib.check_shared(workdir, host)
-
-
-def _first_state(
-  setup: Setup, checkpoints: Checkpoints, say: Announcer
-) -> tuple[TrainState, int]:
-  """Returns the newest state of the run, or a fresh one, and its step."""
-  step = checkpoints.last_step
-  if step is not None:
-    target = restore_target(setup.abstract_state, setup.shardings)
-    state = checkpoints.restore(step, target)
-    say(f"resumed from the checkpoint of step {step}")
-    return state, step
-  config = setup.experiment.config
-  state = jax.block_until_ready(setup.init(jax.random.key(config.seed)))
-  if config.init_from:
-    state = init_from(setup, state)
-    say(f"weights from {config.init_from}")
-  else:
-    say(f"initialised with seed {config.seed}")
-  return state, 0
 
 
 def _fit(
