@@ -36,8 +36,7 @@ def load_source(
     **options: keyword arguments of the source's class.
 
   Returns:
-    A sequence of `Record`s with random access. Its `texts(limit)` yields
-    prompts, premises and answers for training a tokenizer.
+    A sequence of `Record`s with random access; see `base.RecordSource`.
 
   Raises:
     UserError: unknown source, task, split or option.

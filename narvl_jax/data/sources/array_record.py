@@ -4,10 +4,8 @@ import bisect
 import dataclasses
 import hashlib
 import itertools
-import operator
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import Any
 
 from array_record.python import array_record_data_source
 
@@ -15,10 +13,11 @@ from narvl_jax.data import records
 from narvl_jax.data.example import Record
 from narvl_jax.data.manifest import Manifest, Shard, quick_fault, read_manifest
 from narvl_jax.data.sources import MANIFEST, files
+from narvl_jax.data.sources.base import RecordSource
 from narvl_jax.errors import UserError
 
 
-class ArrayRecordSource(Sequence[Record]):
+class ArrayRecordSource(RecordSource):
   """Records of one or several folders of shards.
 
   Nothing but the shards' own indices is kept in memory; each process opens
@@ -74,14 +73,7 @@ class ArrayRecordSource(Sequence[Record]):
   def __len__(self) -> int:
     return self._ends[-1]
 
-  @overload
-  def __getitem__(self, index: int) -> Record: ...
-  @overload
-  def __getitem__(self, index: slice) -> Sequence[Record]: ...
-  def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
-    number = self._number(index)
+  def _read(self, number: int) -> Record:
     try:
       data = self._data[number]
     except RuntimeError as e:  # What the library raises for damaged data.
@@ -91,9 +83,8 @@ class ArrayRecordSource(Sequence[Record]):
       ) from e
     return records.deserialize(data)
 
-  def locate(self, index: int) -> str:
-    """Returns where a record is stored: "SHARD record N", from 0 on."""
-    number = self._number(index)
+  def _place(self, number: int) -> str:
+    """Returns "SHARD record N", from 0 on."""
     shard = bisect.bisect_right(self._ends, number)
     first = self._ends[shard - 1] if shard else 0
     return f"{self._names[shard]} record {number - first}"
@@ -101,27 +92,6 @@ class ArrayRecordSource(Sequence[Record]):
   def fingerprint(self) -> str:
     """Returns a text that differs when the data does."""
     return hashlib.sha256("".join(self._fingerprint).encode()).hexdigest()
-
-  def texts(self, limit: int) -> Iterator[str]:
-    """Prompts, premises and answers of the first records; bad ones have none.
-
-    For training a tokenizer.
-    """
-    for index in range(min(limit, len(self))):
-      try:
-        record = self[index]
-      except UserError:
-        continue
-      yield from filter(None, (record.prompt, record.premise))
-      yield from record.answers
-
-  def _number(self, index: Any) -> int:
-    number = operator.index(index)
-    if number < 0:
-      number += len(self)
-    if not 0 <= number < len(self):
-      raise IndexError(f"there is no record {index} of {len(self)}")
-    return number
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,19 +10,17 @@ SHA-256. The test split is the published one and serves for nothing else.
 import functools
 import hashlib
 import importlib
-import operator
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import overload
 
 from narvl_jax.data.example import Record
+from narvl_jax.data.sources.base import RecordSource
 from narvl_jax.errors import UserError, did_you_mean
 
 SPLITS = ("train", "validation", "test")
 VALIDATION_IMAGES = 400
 
 
-class EasyVQASource(Sequence[Record]):
+class EasyVQASource(RecordSource):
   """Questions about single shapes; kinds color, shape, existence, absence.
 
   Pictures are PNG bytes, read from disk at first use and then kept.
@@ -73,31 +71,19 @@ class EasyVQASource(Sequence[Record]):
   def __len__(self) -> int:
     return len(self._rows)
 
-  @overload
-  def __getitem__(self, index: int) -> Record: ...
-  @overload
-  def __getitem__(self, index: slice) -> Sequence[Record]: ...
-  def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
-    number, question, answer, image_id = self._rows[operator.index(index)]
+  def _read(self, number: int) -> Record:
+    row, question, answer, image_id = self._rows[number]
     image = self._images.get(image_id)
     if image is None:
       image = self._images[image_id] = self._paths[image_id].read_bytes()
     return Record(
-      id=f"{self._prefix}-{number}",
+      id=f"{self._prefix}-{row}",
       task="vqa",
       image=image,
       prompt=question,
       answers={answer: 1.0},
       kind=kind(question, answer),
     )
-
-  def texts(self, limit: int) -> Iterator[str]:
-    """Questions and answers of the first records, to train a tokenizer."""
-    for _, question, answer, _ in self._rows[:limit]:
-      yield question
-      yield answer
 
 
 def kind(question: str, answer: str) -> str:

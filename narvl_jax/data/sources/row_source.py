@@ -1,19 +1,17 @@
 """What sources have in common whose records are rows of text files."""
 
 import abc
-import operator
-from collections.abc import Iterator, Sequence
-from typing import Any, overload
 
 import numpy as np
 
-from narvl_jax.data.example import BAD_RECORD_ERRORS, TASKS, Record
+from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.sources import files
+from narvl_jax.data.sources.base import RecordSource
 from narvl_jax.data.sources.rows import RowFile, RowFiles
 from narvl_jax.errors import UserError, did_you_mean
 
 
-class RowSource(Sequence[Record], abc.ABC):
+class RowSource(RecordSource):
   """Records that are rows of files; a subclass says how to read a row.
 
   Attributes:
@@ -53,46 +51,21 @@ class RowSource(Sequence[Record], abc.ABC):
   def __len__(self) -> int:
     return len(self.rows if self._numbers is None else self._numbers)
 
-  @overload
-  def __getitem__(self, index: int) -> Record: ...
-  @overload
-  def __getitem__(self, index: slice) -> Sequence[Record]: ...
-  def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
-    file, row = self.rows.find(self._number(index))
+  def _read(self, number: int) -> Record:
+    file, row = self.rows.find(self._row(number))
     return self._record(file[row], file, row)
 
-  def locate(self, index: int) -> str:
-    """Returns where a record stands: "FILE row N", from row 1 on."""
-    return self.rows.locate(self._number(index))
+  def _place(self, number: int) -> str:
+    return self.rows.locate(self._row(number))
 
   def notes(self) -> list[str]:
     """Returns what is odd about the files, such as mixed ends of rows."""
     return list(self.rows.notes())
 
-  def texts(self, limit: int) -> Iterator[str]:
-    """Prompts, premises and answers of the first records; bad ones have none.
-
-    For training a tokenizer.
-    """
-    for index in range(min(limit, len(self))):
-      try:
-        record = self[index]
-      except BAD_RECORD_ERRORS:
-        continue
-      yield from filter(None, (record.prompt, record.premise))
-      yield from record.answers
-
   @abc.abstractmethod
   def _record(self, row: bytes, file: RowFile, index: int) -> Record:
     """Reads row `index` of `file`; raises `UserError` if it is bad."""
 
-  def _number(self, index: Any) -> int:
+  def _row(self, number: int) -> int:
     """Returns the number of a record's row among all rows."""
-    number = operator.index(index)
-    if number < 0:
-      number += len(self)
-    if not 0 <= number < len(self):
-      raise IndexError(f"there is no record {index} of {len(self)}")
     return number if self._numbers is None else int(self._numbers[number])

@@ -26,10 +26,9 @@ import bisect
 import collections
 import hashlib
 import json
-import operator
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from tensorflow_datasets.proto import tf_example_pb2
@@ -38,6 +37,7 @@ from narvl_jax.data import images
 from narvl_jax.data.example import TASKS, Box, Record
 from narvl_jax.data.sources import fields as checked
 from narvl_jax.data.sources import tfds_index, tfds_prepared
+from narvl_jax.data.sources.base import RecordSource
 from narvl_jax.data.sources.tfds_fields import (
   make_selector,
   short,
@@ -57,7 +57,7 @@ from narvl_jax.errors import UserError, did_you_mean
 _PROTO: Any = tf_example_pb2
 
 
-class TfdsSource(Sequence[Record]):
+class TfdsSource(RecordSource):
   """Records of a data set that TFDS has prepared as ArrayRecord files.
 
   It can be pickled and read by several threads; pictures stay encoded.
@@ -151,20 +151,13 @@ class TfdsSource(Sequence[Record]):
   def __len__(self) -> int:
     return len(self._data) if self._ends is None else int(self._ends[-1])
 
-  @overload
-  def __getitem__(self, index: int) -> Record: ...
-  @overload
-  def __getitem__(self, index: slice) -> Sequence[Record]: ...
-  def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
-    number = self._number(index)
+  def _read(self, number: int) -> Record:
     example_number, element = self._find(number)
     return self._record(self._example(example_number), element, number)
 
-  def locate(self, index: int) -> str:
-    """Returns where a record is: "NAME/CONFIG/VERSION SPLIT example N"."""
-    example, element = self._find(self._number(index))
+  def _place(self, number: int) -> str:
+    """Returns "NAME/CONFIG/VERSION SPLIT example N"."""
+    example, element = self._find(number)
     place = f"{self._full_name} {self.split} example {example}"
     return f"{place}, {self._each} {element}" if self._each else place
 
@@ -172,33 +165,12 @@ class TfdsSource(Sequence[Record]):
     """Returns a text that differs when the data set's files do."""
     return self._files
 
-  def texts(self, limit: int) -> Iterator[str]:
-    """Prompts, premises and answers of the first records; bad ones have none.
-
-    For training a tokenizer.
-    """
-    for index in range(min(limit, len(self))):
-      try:
-        record = self[index]
-      except UserError:
-        continue
-      yield from filter(None, (record.prompt, record.premise))
-      yield from record.answers
-
   def __getstate__(self) -> dict[str, Any]:
     return self._options
 
   def __setstate__(self, options: dict[str, Any]) -> None:
     # TFDS keeps open files; a new process opens them anew.
     self.__init__(**options)
-
-  def _number(self, index: Any) -> int:
-    number = operator.index(index)
-    if number < 0:
-      number += len(self)
-    if not 0 <= number < len(self):
-      raise IndexError(f"there is no record {index} of {len(self)}")
-    return number
 
   def _find(self, number: int) -> tuple[int, int]:
     """Returns the example of a record and the record's place in it."""

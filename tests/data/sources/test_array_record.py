@@ -179,12 +179,6 @@ def test_another_process_and_threads(folder: pathlib.Path) -> None:
   assert output == [str([r.id for r in expected]), "False False"]
 
 
-def test_texts(folder: pathlib.Path) -> None:
-  source = opened(str(folder))
-  expected = [x for r in source[:3] for x in (r.prompt, *r.answers)]
-  assert list(source.texts(3)) == expected
-
-
 def _cut(path: pathlib.Path) -> None:
   path.write_bytes(path.read_bytes()[:-1])
 
@@ -228,7 +222,6 @@ def test_a_flipped_bit_is_one_bad_record(folder: pathlib.Path) -> None:
     source[3]
   del expected[3]
   assert [r.id for r in [*source[:3], *source[4:]]] == expected
-  assert len(list(source.texts(10))) == 18
 
 
 @pytest.mark.parametrize(

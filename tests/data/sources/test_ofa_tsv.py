@@ -383,15 +383,6 @@ def test_spawned_process(tmp_path: pathlib.Path) -> None:
   assert ids == ["0", "1", "2", "3", "4"]
 
 
-def test_texts(tmp_path: pathlib.Path) -> None:
-  rows = [tsv_files.row("entailment", i) for i in range(3)]
-  rows[1] = b"bad"
-  records = source(tmp_path, "entailment", rows)
-  texts = ["animals outside 0", "two dogs run", "maybe"]
-  assert list(records.texts(1)) == texts
-  assert len(list(records.texts(99))) == 6
-
-
 @pytest.mark.parametrize(
   ("options", "message"),
   [

@@ -296,13 +296,6 @@ def test_another_process_without_tensorflow(
   assert output == [str([r.id for r in source]), "False False"]
 
 
-def test_texts(opened: Any) -> None:
-  source = opened(REFCOCO, "grounding")
-  assert list(source.texts(4)) == [source[i].prompt for i in range(4)]
-  captions = opened(COCO, "caption", "val")
-  assert list(captions.texts(1)) == list(captions[0].answers)
-
-
 @pytest.mark.parametrize(
   ("name", "task", "split", "options", "message"),
   [

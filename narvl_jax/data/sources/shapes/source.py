@@ -1,10 +1,7 @@
 """The procedural source `shapes`: records drawn from (split, seed, index)."""
 
-import operator
-from collections.abc import Iterator, Sequence
-from typing import overload
-
 from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.sources.base import RecordSource
 from narvl_jax.data.sources.shapes import (
   caption,
   drawing,
@@ -33,7 +30,7 @@ _COMPOSE = {
 }
 
 
-class ShapesSource(Sequence[Record]):
+class ShapesSource(RecordSource):
   """Scenes of 1-5 objects with text about them, made when asked for.
 
   Record `i` depends on nothing but (task, split, seed, i) and the options.
@@ -97,18 +94,10 @@ class ShapesSource(Sequence[Record]):
   def __len__(self) -> int:
     return self._count
 
-  @overload
-  def __getitem__(self, index: int) -> Record: ...
-  @overload
-  def __getitem__(self, index: slice) -> Sequence[Record]: ...
-  def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(self._count))]
-    index = operator.index(index)
-    draft = self.draft(index)
-    index %= self._count
+  def _read(self, number: int) -> Record:
+    draft = self.draft(number)
     return Record(
-      id=f"shapes-{self.split}-{index}",
+      id=f"shapes-{self.split}-{number}",
       task=self.task,
       image=drawing.render(draft.scene, self.image_size),
       prompt=draft.prompt,
@@ -119,18 +108,8 @@ class ShapesSource(Sequence[Record]):
 
   def key(self, index: int) -> int:
     """The whole number that all random numbers of a record come from."""
-    if not -self._count <= index < self._count:
-      raise IndexError(f"shapes has {self._count} records, got {index}")
-    return self._base + index % self._count
+    return self._base + self._number(index)
 
   def draft(self, index: int) -> Draft:
     """The scene and the text of a record, without the picture."""
     return self._compose(Draws(self.key(index), self._level))
-
-  def texts(self, limit: int) -> Iterator[str]:
-    """Prompts and answers of the first records, to train a tokenizer."""
-    for index in range(min(limit, self._count)):
-      draft = self.draft(index)
-      for text in (draft.prompt, draft.answer):
-        if text:
-          yield text

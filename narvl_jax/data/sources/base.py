@@ -1,0 +1,52 @@
+"""What sources share: random access and the place of a record."""
+
+import abc
+import operator
+from collections.abc import Sequence
+from typing import Any, overload
+
+from narvl_jax.data.example import Record
+
+
+class RecordSource(Sequence[Record], abc.ABC):
+  """Records by number; a subclass says how many there are and reads one.
+
+  `source[i]` raises `UserError` for a bad record, without its place, which
+  `locate` tells. Sources can be read by several threads and be pickled to
+  other processes.
+
+  Attributes:
+    task: of the records, one of `TASKS`.
+    split: such as "train".
+  """
+
+  task: str
+  split: str
+
+  @overload
+  def __getitem__(self, index: int) -> Record: ...
+  @overload
+  def __getitem__(self, index: slice) -> Sequence[Record]: ...
+  def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(len(self)))]
+    return self._read(self._number(index))
+
+  def locate(self, index: int) -> str:
+    """Returns where a record comes from, such as "vqa.tsv row 17"."""
+    return self._place(self._number(index))
+
+  @abc.abstractmethod
+  def _read(self, number: int) -> Record:
+    """Returns record `number`, which is in [0, len)."""
+
+  def _place(self, number: int) -> str:
+    return f"record {number}"
+
+  def _number(self, index: Any) -> int:
+    number = operator.index(index)
+    if number < 0:
+      number += len(self)
+    if not 0 <= number < len(self):
+      raise IndexError(f"there is no record {index} of {len(self)}")
+    return number
