@@ -1,8 +1,9 @@
 """Official weights as variables of a model, and the account of it."""
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import flax.traverse_util
@@ -70,17 +71,18 @@ def convert_official(
   """
   options = options or Options()
   source = open_source(path, ema=ema)
-  renamed = official_names(source.state)
-  state = dict(renamed.state)
-  _check_tied(state)
-  state, changes, autoregressive = adapt(state, options)
-  settings = settings_of(state)
-  size, overrides = size_of(settings)
-  config = model_config(size, **settings)
-  unused = {key: x for key, x in state.items() if _is_unused(key)}
-  if dtype is None:
-    dtype = _common_dtype(x for key, x in state.items() if key not in unused)
-  variables = variables_from_official(state, config, dtype=dtype)
+  with _naming(source.path):
+    renamed = official_names(source.state)
+    state = dict(renamed.state)
+    _check_tied(state)
+    state, changes, autoregressive = adapt(state, options)
+    settings = settings_of(state)
+    size, overrides = size_of(settings)
+    config = model_config(size, **settings)
+    unused = {key: x for key, x in state.items() if _is_unused(key)}
+    if dtype is None:
+      dtype = _common_dtype(x for key, x in state.items() if key not in unused)
+    variables = variables_from_official(state, config, dtype=dtype)
   report = {
     "source": {
       "file": str(source.path),
@@ -111,6 +113,18 @@ def load_official(
   """
   made = convert_official(path, options, ema=ema, dtype=np.float32)
   return made.config, made.variables
+
+
+@contextlib.contextmanager
+def _naming(path: PathLike) -> Iterator[None]:
+  """Adds the file to what is wrong with its tensors, not with a flag."""
+  try:
+    yield
+  except UserError as error:
+    text = str(error).removeprefix("--from: ")
+    if text.startswith("--"):
+      raise
+    raise UserError(f"--from={path}: {text}") from error
 
 
 def _is_unused(key: str) -> bool:

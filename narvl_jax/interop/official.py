@@ -8,6 +8,7 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from narvl_jax.errors import UserError
@@ -15,6 +16,8 @@ from narvl_jax.interop.key_map import IGNORED, TABLE_KEY, TIED_KEYS, key_map
 from narvl_jax.interop.settings import settings_of
 from narvl_jax.interop.tensors import State, same
 from narvl_jax.models import NARVL, ModelConfig
+
+_DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 
 
 def variables_from_official(
@@ -36,8 +39,8 @@ def variables_from_official(
     axis names.
 
   Raises:
-    UserError: a key is missing, left over or of another shape, or the tied
-      tables differ.
+    UserError: a key is missing, left over, of another shape or no float, a
+      value is not finite, or the tied tables differ.
   """
   leaves = key_map(config)
   _check_state(state, config)
@@ -46,7 +49,7 @@ def variables_from_official(
     layers = [
       _to_ours(
         leaf.transform,
-        [np.asarray(state[key]).astype(dtype) for key in keys],
+        [_weight(state, key).astype(dtype) for key in keys],
         config,
       )
       for keys in leaf.keys
@@ -192,6 +195,24 @@ def _check_state(state: State, config: ModelConfig) -> None:
       raise UserError(
         f"official weight {key} differs from {TABLE_KEY}; the model ties them"
       )
+
+
+def _weight(state: State, key: str) -> np.ndarray:
+  """Reads a tensor; raises UserError if it cannot be a weight."""
+  value = np.asarray(state[key])
+  if value.dtype not in _DTYPES:
+    names = ", ".join(np.dtype(x).name for x in _DTYPES)
+    raise UserError(
+      f"official weight {key} has type {value.dtype.name}; valid: {names}"
+    )
+  finite = np.isfinite(value)
+  if not finite.all():
+    raise UserError(
+      f"official weight {key} holds {finite.size - finite.sum():,} of"
+      f" {finite.size:,} values that are NaN or infinite, so the file is"
+      " damaged or its training failed; use another copy or checkpoint"
+    )
+  return value
 
 
 def _some(keys: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from narvl_jax.errors import UserError
 from narvl_jax.interop.safetensors_file import read_safetensors
-from narvl_jax.interop.tensors import PathLike, Tensor
+from narvl_jax.interop.tensors import PathLike, Tensor, check_bytes
 from narvl_jax.interop.torch_file import read_torch
 
 # In a Hugging Face folder, in the order of preference.
@@ -41,7 +41,7 @@ def open_source(path: PathLike, *, ema: bool = False) -> SourceFile:
     ema: take the moving averages, not the weights of the last update.
 
   Raises:
-    UserError: there is no such file, or no weights are in it.
+    UserError: there is no such file, it is damaged, or no weights are in it.
   """
   file = pathlib.Path(path)
   folder = None
@@ -75,6 +75,7 @@ def open_source(path: PathLike, *, ema: bool = False) -> SourceFile:
         f"--from={path} holds no state dict: {key} is no tensor but of type"
         f" {type(value).__name__}"
       )
+  check_bytes(content)
   return SourceFile(file, dict(content), settings, folder)
 
 

@@ -3,12 +3,25 @@
 import dataclasses
 import math
 import os
+import zlib
 from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
 
+from narvl_jax.errors import UserError
+
 PathLike = str | os.PathLike[str]
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """Bytes of a file and their CRC-32; None where the file has none."""
+
+  offset: int
+  size: int
+  crc: int | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,6 +37,8 @@ class Tensor:
     shape: of the tensor.
     dtype: of the tensor, little endian.
     strides: elements from one index to the next; None: C order.
+    entry: the bytes that it is a part of, where the file can tell whether they
+      are undamaged.
   """
 
   path: PathLike
@@ -31,6 +46,7 @@ class Tensor:
   shape: tuple[int, ...]
   dtype: np.dtype[Any]
   strides: tuple[int, ...] | None = None
+  entry: Entry | None = None
 
   @property
   def identity(self) -> Hashable:
@@ -69,6 +85,33 @@ class Tensor:
 
 # Official key -> a tensor of a file, or an array.
 State = Mapping[str, "Tensor | np.ndarray"]
+
+
+def check_bytes(tensors: Mapping[str, Tensor]) -> None:
+  """Compares the bytes of tensors with the check sums of their file.
+
+  Args:
+    tensors: name -> tensor; bytes that several share are read once.
+
+  Raises:
+    UserError: a tensor is damaged.
+  """
+  checked: set[Entry] = set()
+  for name, tensor in tensors.items():
+    entry = tensor.entry
+    if entry is None or entry.crc is None or entry in checked:
+      continue
+    checked.add(entry)
+    crc, left = 0, entry.size
+    with open(tensor.path, "rb") as file:
+      file.seek(entry.offset)
+      while left and (data := file.read(min(left, _CHUNK_BYTES))):
+        crc, left = zlib.crc32(data, crc), left - len(data)
+    if left or crc != entry.crc:
+      raise UserError(
+        f"--from={tensor.path} is damaged: the bytes of {name} do not have"
+        " their check sum (CRC-32); download or copy it again"
+      )
 
 
 def extent(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> int:

@@ -6,6 +6,7 @@ module. This reader hands it stand-ins that build nothing but dicts, lists,
 namespaces and descriptions of tensors, imports nothing, and refuses all else.
 """
 
+import io
 import math
 import pickle
 import struct
@@ -18,7 +19,13 @@ import ml_dtypes
 import numpy as np
 
 from narvl_jax.errors import UserError
-from narvl_jax.interop.tensors import PathLike, Tensor, contiguous, extent
+from narvl_jax.interop.tensors import (
+  Entry,
+  PathLike,
+  Tensor,
+  contiguous,
+  extent,
+)
 
 _STORAGES: dict[str, np.dtype[Any]] = {
   "HalfStorage": np.dtype(np.float16),
@@ -82,7 +89,8 @@ def read_torch(path: PathLike) -> Any:
     raise UserError(
       f"--from={path} is no zip archive, so it is damaged or was written by"
       " torch < 1.6; in the latter case read and save it with a newer torch:"
-      f' torch.save(torch.load("{path}"), "NEW.pt")'
+      f' torch.save(torch.load("{path}", weights_only=True),'
+      ' "NEW.pt")'
     ) from error
   except OSError as error:
     raise UserError(f"--from={path} cannot be read: {error}") from error
@@ -108,6 +116,9 @@ class _Reader:
     self._archive = archive
     self._file = archive.fp
     self._entries = {info.filename: info for info in archive.infolist()}
+    for info in self._entries.values():
+      # torch writes 0 where it was told to compute none.
+      info.CRC = info.CRC or None  # pyright: ignore[reportAttributeAccessIssue]
     self._offsets: dict[str, int] = {}
     names = [name for name in self._entries if name.endswith("/data.pkl")]
     if len(names) != 1:
@@ -129,9 +140,15 @@ class _Reader:
     info = self._entries[self._pickle]
     if info.file_size > _MAX_PICKLE_BYTES:
       raise _UnsafePickleError(f"its pickle has {info.file_size:,} bytes")
-    with self._archive.open(info) as file:
-      # The classes are new for each file: what it does to them ends with it.
-      return _Unpickler(file, _globals(), self._storage).load()
+    try:
+      # All of it, as only then its check sum is compared.
+      pickled = io.BytesIO(self._archive.read(info))
+    except zipfile.BadZipFile as error:
+      raise UserError(
+        f"--from={self._path} is damaged: {error}; download or copy it again"
+      ) from error
+    # The classes are new for each file: what it does to them ends with it.
+    return _Unpickler(pickled, _globals(), self._storage).load()
 
   def _storage(self, reference: Any) -> "_Storage":
     """Finds the bytes that a persistent id of the pickle stands for."""
@@ -149,7 +166,8 @@ class _Reader:
       raise ValueError(f"the storage {name} is cut short")
     if name not in self._offsets:
       self._offsets[name] = self._data_offset(info)
-    return _Storage(self._path, self._offsets[name], count, dtype)
+    entry = Entry(self._offsets[name], info.file_size, info.CRC)
+    return _Storage(self._path, entry, count, dtype)
 
   def _data_offset(self, info: zipfile.ZipInfo) -> int:
     """Returns where the bytes of an entry start in the file."""
@@ -180,9 +198,9 @@ class _Storage(_NoState):
   """Bytes of a file, of which tensors are views."""
 
   def __init__(
-    self, path: PathLike, offset: int, count: int, dtype: np.dtype[Any]
+    self, path: PathLike, entry: Entry, count: int, dtype: np.dtype[Any]
   ) -> None:
-    self.path, self.offset = path, offset
+    self.path, self.entry = path, entry
     self.count, self.dtype = count, dtype
 
 
@@ -202,10 +220,11 @@ def _rebuild_tensor(
     raise ValueError("a tensor is larger than its storage")
   return Tensor(
     storage.path,
-    storage.offset + start * storage.dtype.itemsize,
+    storage.entry.offset + start * storage.dtype.itemsize,
     shape,
     storage.dtype,
     None if contiguous(shape, steps) else steps,
+    storage.entry,
   )
 
 

@@ -342,20 +342,58 @@ def test_account(tmp_path: pathlib.Path) -> None:
 def test_what_is_left_over_missing_or_untied(tmp_path: pathlib.Path) -> None:
   path = tmp_path / "x.pt"
   save(path, narvl_state() | {"encoder.adapter.weight": np.zeros(3)})
-  with pytest.raises(UserError, match=r"1 unknown tensors: encoder.adapter"):
+  with pytest.raises(
+    UserError, match=r"from=.*x.pt: .* 1 unknown tensors: encoder.adapter"
+  ):
     convert_official(path)
   state = narvl_state()
   del state["encoder.layers.1.fc1.bias"]
   save(path, state)
-  with pytest.raises(UserError, match=r"lack 1 of .*encoder.layers.1.fc1.bias"):
+  with pytest.raises(
+    UserError, match=r"x.pt: official weights lack 1 of .*s.1.fc1.bias"
+  ):
     convert_official(path)
   state = narvl_state()
   save(path, state | {TIED_KEYS[1]: state[TABLE_KEY] + 1})
-  with pytest.raises(UserError, match=f"{TIED_KEYS[1]} differs from"):
+  with pytest.raises(UserError, match=f"x.pt: {TIED_KEYS[1]} differs from"):
     convert_official(path)
   save(path, {"a": np.zeros(3)})
-  with pytest.raises(UserError, match=r"there is no encoder.embed_tokens"):
+  with pytest.raises(
+    UserError, match=r"from=.*x.pt: there is no encoder.embed"
+  ):
     convert_official(path)
+
+
+def test_damaged_weights(tmp_path: pathlib.Path) -> None:
+  path = tmp_path / "x.pt"
+  state = narvl_state()
+  save(path, state)
+  key = "encoder.layers.1.fc1.bias"
+  data = bytearray(path.read_bytes())
+  data[data.index(state[key].tobytes()) + 1] ^= 1
+  path.write_bytes(data)
+  with pytest.raises(UserError, match=rf"x.pt is damaged: the bytes of {key}"):
+    convert_official(path)
+  for wrong in (np.nan, -np.inf):
+    bad = narvl_state()
+    bad[key][2] = wrong
+    save(path, bad)
+    with pytest.raises(UserError, match=rf"x.pt: .*{key} holds 1 of 20 values"):
+      convert_official(path)
+  bad = narvl_state()
+  bad[key] = bad[key].astype(np.int64)
+  save(path, bad)
+  with pytest.raises(UserError, match=rf"{key} has type int64; valid: float16"):
+    convert_official(path)
+
+
+def test_values_that_nothing_reads_may_be_anything(
+  tmp_path: pathlib.Path,
+) -> None:
+  state = narvl_state()
+  state["decoder.image_pos_ln.weight"][:] = np.nan
+  made = convert_official(save(tmp_path / "x.pt", state))
+  assert "decoder.image_pos_ln.weight" in made.unused
 
 
 def test_files_without_weights(tmp_path: pathlib.Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from narvl_jax.errors import UserError
-from narvl_jax.interop.tensors import Tensor
+from narvl_jax.interop.tensors import Tensor, check_bytes
 from narvl_jax.interop.torch_file import Inert, read_torch
 from narvl_jax.interop.torch_write import write_torch
 
@@ -215,7 +215,9 @@ def test_files_that_are_no_archive(tmp_path: pathlib.Path) -> None:
   with pytest.raises(UserError, match=r"x\.pt: there is no such file"):
     read_torch(path)
   path.write_bytes(pickle.dumps({"model": {}}))
-  with pytest.raises(UserError, match=r"is no zip archive, .* torch < 1.6"):
+  with pytest.raises(
+    UserError, match=r"no zip archive, .* torch < 1.6.*weights_only=True\)"
+  ):
     read_torch(path)
   with zipfile.ZipFile(path, "w") as file:
     file.writestr("readme", "")
@@ -223,6 +225,45 @@ def test_files_that_are_no_archive(tmp_path: pathlib.Path) -> None:
     read_torch(path)
   archive(path, b"\x80\x02nonsense")
   with pytest.raises(UserError, match=r"x\.pt is damaged: "):
+    read_torch(path)
+
+
+def test_files_without_check_sums(tmp_path: pathlib.Path) -> None:
+  """torch can be told to compute none, and writes 0 instead."""
+  serialization = pytest.importorskip("torch.serialization")
+  torch = pytest.importorskip("torch")
+  before = serialization.get_crc32_options()
+  serialization.set_crc32_options(False)
+  try:
+    torch.save({"a": torch.arange(6)}, tmp_path / "x.pt")
+  finally:
+    serialization.set_crc32_options(before)
+  tensor = read_torch(tmp_path / "x.pt")["a"]
+  check_bytes({"a": tensor})
+  np.testing.assert_array_equal(np.asarray(tensor), np.arange(6))
+
+
+def test_damaged_bytes(tmp_path: pathlib.Path) -> None:
+  """One changed bit is found, in a tensor as in the pickle."""
+  path = tmp_path / "x.pt"
+  write_torch(path, CONTENT)
+  whole = path.read_bytes()
+  model = read_torch(path)["model"]
+  check_bytes(model)
+
+  def damage(offset: int) -> None:
+    data = bytearray(whole)
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+  damage(model["brain"].offset + 3)
+  model = read_torch(path)["model"]
+  message = r"x\.pt is damaged: the bytes of brain do not .*download"
+  with pytest.raises(UserError, match=message):
+    check_bytes(model)
+  check_bytes({key: model[key] for key in ("a", "b", "half", "turned")})
+  damage(whole.index(b"na_ofa_tiny"))
+  with pytest.raises(UserError, match=r"x\.pt is damaged: .*data.pkl.*downl"):
     read_torch(path)
 
 
