@@ -11,6 +11,7 @@ folder of the Hugging Face port. Nothing in it is run. DIR is a run folder:
 went. The way back is bit by bit the same.
 """
 
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,9 @@ from narvl_jax.interop.export import save_official
 from narvl_jax.interop.source_file import file_hash
 from narvl_jax.interop.tensors import PathLike
 
-_OFFICIAL_SUFFIXES = (".pt", ".pth", ".bin")
+_OFFICIAL_SUFFIXES = (".pt", ".pth")
+# Of files, but not of those that the official code writes.
+_OTHER_SUFFIXES = (".bin", ".ckpt", ".npz", ".safetensors")
 # Flags that only one of the two directions reads.
 _IMPORT_FLAGS = (
   "config",
@@ -75,8 +78,9 @@ def import_official(
       weights.
     num_codes: image codes of the vocabulary; None: as the file says.
     num_bins: coordinate bins of the vocabulary; None: as the file says.
-    config: of the run; None: all tasks, and made up scenes as data. What the
-      weights determine is set here.
+    config: of the run; None: all tasks, and made up scenes as data. Its size
+      must be that of the weights, its number of queries is taken; what else
+      the weights determine is set here.
     check: run a fixed request and report what comes out.
 
   Returns:
@@ -86,7 +90,10 @@ def import_official(
     UserError: the file, an option or the folder is wrong; nothing is written.
   """
   run_folder.check_target(target)
+  options = _with_queries(options or Options(), config)
   made = convert_official(source, options, ema=ema)
+  if config is not None:
+    run_folder.check_size(made, config)
   words, section = run_folder.find_vocabulary(
     made, vocabulary, num_codes, num_bins
   )
@@ -97,6 +104,20 @@ def import_official(
     report["check"] = forward(made.config, made.variables)
   run_folder.write_run(target, made, settings, words, report)
   return report
+
+
+def _with_queries(options: Options, config: Any) -> Options:
+  """Takes the number of queries from the config, if it has one."""
+  wanted = None if config is None else config.model.num_queries
+  if wanted is None or wanted == options.num_queries:
+    return options
+  if options.num_queries is not None:
+    raise UserError(
+      f"--num_queries={options.num_queries}, but --config has"
+      f" model.num_queries={wanted}; leave --num_queries out, or set"
+      f" --config.model.num_queries={options.num_queries}"
+    )
+  return dataclasses.replace(options, num_queries=wanted)
 
 
 def run_config(
@@ -138,15 +159,17 @@ def export_official(
     nothing of, filled with zeros and ones) and, if asked for, check.
 
   Raises:
-    UserError: there is no such run, or the file exists.
+    UserError: there is no such run, or the file exists or cannot be written.
   """
-  if pathlib.Path(target).exists():
-    raise UserError(f"--to={target} exists; name a new file")
+  run_folder.check_file_target(target)
   config, variables, step = run_folder.read_run(source, checkpoint)
   unused, settings = run_folder.read_side(source)
-  made = save_official(
-    target, config, variables, unused=unused, settings=settings
-  )
+  try:
+    made = save_official(
+      target, config, variables, unused=unused, settings=settings
+    )
+  except OSError as error:
+    raise run_folder.cannot_write(target, error) from error
   report: dict[str, Any] = {
     "step": step,
     "sha256": file_hash(target),
@@ -200,10 +223,10 @@ def define_flags() -> None:
     "Folder of dict.txt, encoder.json and vocab.bpe, or of vocab.json and"
     " merges.txt; by default that of --from.",
   )
-  flags.DEFINE_integer("num_codes", None, "Image codes of the vocabulary.")
-  flags.DEFINE_integer("num_bins", None, "Coordinate bins of the vocabulary.")
+  _define_number("num_codes", None, "Image codes of the vocabulary.")
+  _define_number("num_bins", None, "Coordinate bins of the vocabulary.")
   flags.DEFINE_bool("ema", False, "Take the moving averages of the file.")
-  flags.DEFINE_integer(
+  _define_number(
     "num_queries", None, "Queries: those of the file are kept, cut, extended."
   )
   flags.DEFINE_string(
@@ -214,10 +237,27 @@ def define_flags() -> None:
     None,
     "FROM,TO: stretch image positions from one side in pixels to another.",
   )
-  flags.DEFINE_integer("seed", 0, "Of all that is new.")
+  _define_number("seed", 0, "Of all that is new.")
   flags.DEFINE_string("checkpoint", "best", "Of a run: best, last or a step.")
   flags.DEFINE_bool("check", False, "Answer a fixed request, print numbers.")
   flags.mark_flags_as_required(["from", "to"])
+
+
+class _NumberParser(flags.IntegerParser):
+  """Whole numbers, and what is wrong with others in words of ours."""
+
+  def convert(self, argument: Any) -> int:
+    """Returns the number."""
+    try:
+      return super().convert(argument)
+    except (TypeError, ValueError) as error:
+      raise ValueError("not a whole number, such as 5") from error
+
+
+def _define_number(name: str, default: int | None, text: str) -> None:
+  flags.DEFINE(
+    _NumberParser(), name, default, text, serializer=flags.ArgumentSerializer()
+  )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -227,10 +267,10 @@ def main(argv: Sequence[str]) -> None:
   source: Any = values["from"].value
   target: Any = values.to
   suffix = pathlib.Path(target).suffix
-  if suffix == ".safetensors":
+  if suffix in _OTHER_SUFFIXES:
     raise UserError(
-      f"--to={target}: official files are of torch; nearest valid:"
-      f" --to={pathlib.Path(target).with_suffix('.pt')}"
+      f"--to={target}: official files are of torch and end in .pt; nearest"
+      f" valid: --to={pathlib.Path(target).with_suffix('.pt')}"
     )
   to_file = suffix in _OFFICIAL_SUFFIXES
   for name in _IMPORT_FLAGS if to_file else _EXPORT_FLAGS:
@@ -280,11 +320,8 @@ def _options(values: flags.FlagValues) -> Options:
         " --stretch_images=512,1024"
       ) from error
     pixels = (before, after)
-  queries = values.num_queries
-  if queries is None and values.config is not None:
-    queries = values.config.model.num_queries
   return Options(
-    num_queries=queries,
+    num_queries=values.num_queries,
     blank_row=values.blank_row,
     stretch_images=pixels,
     seed=values.seed,

@@ -54,6 +54,8 @@ class Options:
         f"--num_queries={self.num_queries} is below 1; nearest valid:"
         " --num_queries=1"
       )
+    if self.seed < 0:
+      raise UserError(f"--seed={self.seed} is below 0; nearest valid: --seed=0")
     if self.blank_row not in BLANK_ROWS:
       raise UserError(
         f'--blank_row="{self.blank_row}" is unknown.'

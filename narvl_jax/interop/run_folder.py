@@ -1,9 +1,11 @@
 """Converted weights as a run folder, and weights out of one."""
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,10 +18,10 @@ from narvl_jax.data.vocabulary_files import read_json_object
 from narvl_jax.errors import UserError
 from narvl_jax.interop.conversion import Conversion
 from narvl_jax.interop.source_file import setting
-from narvl_jax.interop.tensors import PathLike, State
+from narvl_jax.interop.tensors import PathLike, State, check_bytes
 from narvl_jax.interop.torch_file import read_torch
 from narvl_jax.interop.torch_write import write_torch
-from narvl_jax.models import ModelConfig
+from narvl_jax.models import ModelConfig, model_config
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import FOLDER, Checkpoints, choose_step
 
@@ -28,6 +30,13 @@ SIDE_FILE = "official_unused.pt"
 _OFFICIAL_FILES = ("dict.txt", "encoder.json", "vocab.bpe")
 _HUGGING_FACE_FILES = ("vocab.json", "merges.txt")
 _NUM_CODES, _NUM_BINS = 8192, 1000
+# Field of the section `vocabulary` -> what sets it here.
+_VOCABULARY_FLAGS = {
+  "path": "--vocabulary",
+  "source=huggingface": "--vocabulary=FOLDER of vocab.json and merges.txt",
+  "num_codes": "--num_codes",
+  "num_bins": "--num_bins",
+}
 # Runs that start from runs; more is a circle.
 _MAX_ANCESTORS = 20
 
@@ -39,9 +48,56 @@ def check_target(folder: PathLike) -> None:
     UserError: something is there.
   """
   path = pathlib.Path(folder)
-  workdir_lib.check_folder(path)
+  _check_place(path, f"--to={folder}")
   if path.is_dir() and any(path.iterdir()):
     raise UserError(f"--to={folder} is not empty; use a folder that is new")
+
+
+def check_file_target(file: PathLike) -> None:
+  """Checks that an official file may be written.
+
+  Raises:
+    UserError: it exists, or its folder cannot be.
+  """
+  path = pathlib.Path(file)
+  if os.path.lexists(path):
+    raise UserError(f"--to={file} exists; name a new file")
+  _check_place(path.parent, f"--to={file}: {path.parent}")
+
+
+def _check_place(folder: pathlib.Path, shown: str) -> None:
+  """Checks that a folder can be written; says `shown` of it."""
+  try:
+    workdir_lib.check_folder(folder)
+  except UserError as error:
+    text = str(error).replace(f"--workdir={folder}", shown)
+    raise UserError(text.replace("--workdir", "--to")) from error
+
+
+def cannot_write(target: PathLike, error: OSError) -> UserError:
+  """Returns the mistake of a place that nothing can be written to."""
+  return UserError(
+    f"--to={target} cannot be written: {error.strerror or error}; use another"
+    " place"
+  )
+
+
+def check_size(made: Conversion, config: Any) -> None:
+  """Checks that a config is of the size that weights have.
+
+  Raises:
+    UserError: it is of another one.
+  """
+  size = config.model.size
+  if size == made.size:
+    return
+  width = model_config(size).width
+  raise UserError(
+    f"--config is of size {size} (D={width}), but"
+    f" --from={made.source.path} of size {made.size} (D={made.config.width});"
+    f" set --config.model.size={made.size}, for a recipe"
+    f" --config=FILE.py:size={made.size}"
+  )
 
 
 def find_vocabulary(
@@ -75,23 +131,26 @@ def find_vocabulary(
     counts[name] = default if counts[name] is None else int(counts[name])
   place = pathlib.Path(folder or made.source.path.parent)
   kind = None
-  if all((place / name).is_file() for name in _OFFICIAL_FILES):
-    kind = "official"
-    files = [place / name for name in _OFFICIAL_FILES]
-    vocabulary = Vocabulary.from_official(
-      files[0], files[1], files[2], **counts
-    )
-  elif all((place / name).is_file() for name in _HUGGING_FACE_FILES):
-    kind = "huggingface"
-    files = [place / name for name in _HUGGING_FACE_FILES]
-    vocabulary = Vocabulary.from_huggingface(files[0], files[1], **counts)
-  elif folder is None:
-    return None, {"source": "official", "path": "", **counts}
-  else:
-    raise UserError(
-      f"--vocabulary={folder} holds neither {', '.join(_OFFICIAL_FILES)} nor"
-      f" {', '.join(_HUGGING_FACE_FILES)}"
-    )
+  if folder is not None and not place.is_dir():
+    raise UserError(f"--vocabulary={folder}: there is no such folder")
+  with _flags_of_convert():
+    if all((place / name).is_file() for name in _OFFICIAL_FILES):
+      kind = "official"
+      files = [place / name for name in _OFFICIAL_FILES]
+      vocabulary = Vocabulary.from_official(
+        files[0], files[1], files[2], **counts
+      )
+    elif all((place / name).is_file() for name in _HUGGING_FACE_FILES):
+      kind = "huggingface"
+      files = [place / name for name in _HUGGING_FACE_FILES]
+      vocabulary = Vocabulary.from_huggingface(files[0], files[1], **counts)
+    elif folder is None:
+      return None, {"source": "official", "path": "", **counts}
+    else:
+      raise UserError(
+        f"--vocabulary={folder} holds neither {', '.join(_OFFICIAL_FILES)} nor"
+        f" {', '.join(_HUGGING_FACE_FILES)}"
+      )
   size = made.config.vocab_size
   if vocabulary.size != size:
     raise UserError(
@@ -101,6 +160,18 @@ def find_vocabulary(
       " --num_codes and --num_bins"
     )
   return vocabulary, {"source": kind, "path": str(place), **counts}
+
+
+@contextlib.contextmanager
+def _flags_of_convert() -> Iterator[None]:
+  """Names our flags where a vocabulary names those of a run."""
+  try:
+    yield
+  except UserError as error:
+    text = str(error)
+    for theirs, ours in _VOCABULARY_FLAGS.items():
+      text = text.replace(f"--config.vocabulary.{theirs}", ours)
+    raise UserError(text) from error
 
 
 def write_run(
@@ -121,7 +192,8 @@ def write_run(
     report: becomes `report.json`.
 
   Raises:
-    UserError: config and weights do not fit together.
+    UserError: config and weights do not fit together, or the folder cannot be
+      made.
   """
   validate(config)
   if vocabulary is not None:
@@ -130,7 +202,10 @@ def write_run(
   target = pathlib.Path(folder)
   # Beside the target, so that a rename is all that remains to be done.
   part = target.with_name(f".{target.name}.{os.getpid()}.part")
-  part.mkdir(parents=True)
+  try:
+    part.mkdir(parents=True)
+  except OSError as error:
+    raise cannot_write(folder, error) from error
   try:
     _place(made.variables)
     with Checkpoints(part, keep_last=1) as checkpoints:
@@ -231,6 +306,7 @@ def read_side(folder: PathLike) -> tuple[State, dict[str, Any]]:
   for _ in range(_MAX_ANCESTORS):
     if (path / SIDE_FILE).is_file():
       content = read_torch(path / SIDE_FILE)
+      check_bytes(content["unused"])
       return content["unused"], content["settings"]
     if not workdir_lib.is_run(path):
       break

@@ -103,7 +103,18 @@ def _variables(setup: Setup) -> dict[str, Any]:
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[tuple[Checkpoints, int]]:
   """Opens the checkpoints of a folder; yields them and the best step."""
-  if not (pathlib.Path(path) / FOLDER).is_dir():
+  place = pathlib.Path(path)
+  if place.is_file():
+    raise UserError(
+      f'init_from="{path}" is a file; convert it first: python -m'
+      f" narvl_jax.convert --from={path} --to=FOLDER, then"
+      " --config.init_from=FOLDER"
+    )
+  if not place.exists():
+    raise UserError(
+      f'init_from="{path}": there is no such folder (--config.init_from)'
+    )
+  if not (place / FOLDER).is_dir():
     raise UserError(
       f'init_from="{path}" holds no {FOLDER}; it must be the folder of a run'
       " or of converted weights (--config.init_from)"

@@ -200,6 +200,7 @@ def test_stretching_within_the_table_keeps_the_rest(
   [
     ({"num_queries": 0}, "--num_queries=0 is below 1; nearest valid: .*=1"),
     ({"num_queries": 27}, "exceeds the 26 positions .*: --num_queries=26"),
+    ({"seed": -1}, "--seed=-1 is below 0; nearest valid: --seed=0"),
     ({"blank_row": "means"}, 'unknown. Did you mean "mean"'),
     ({"stretch_images": (48, 90)}, "90 is not a multiple .* valid: 96"),
     ({"stretch_images": (64, 96)}, "reach to 48 pixels, not to 64"),

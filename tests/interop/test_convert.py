@@ -17,7 +17,7 @@ from narvl_jax import convert
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
-from narvl_jax.interop import official_from_variables
+from narvl_jax.interop import Options, official_from_variables
 from narvl_jax.interop.run_folder import read_run
 from narvl_jax.interop.torch_file import read_torch
 from narvl_jax.interop.torch_write import write_torch
@@ -164,6 +164,22 @@ def test_vocabulary_that_does_not_fit(
     )
   with pytest.raises(UserError, match=r"holds neither dict.txt, .* nor vocab"):
     convert.import_official(official, run, vocabulary=tmp_path)
+  with pytest.raises(UserError, match=r"^--vocabulary=\S+none: there is no su"):
+    convert.import_official(official, run, vocabulary=tmp_path / "none")
+  for name, text, message in (
+    ("encoder.json", "{", r"encoder.json is not JSON.*set --vocabulary$"),
+    ("encoder.json", '{"<s>": 1}', r"vocab.json and no .*set --vocabulary=FOL"),
+    ("dict.txt", "a\n", r"set --vocabulary to the folder of the official"),
+  ):
+    before = (words / name).read_text()
+    (words / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+      convert.import_official(official, run, vocabulary=words, **COUNTS)
+    (words / name).write_text(before)
+  with pytest.raises(UserError, match=r"num_bins is -1; .* set --num_bins$"):
+    convert.import_official(
+      official, run, vocabulary=words, num_codes=2, num_bins=-1
+    )
   assert not run.exists()
 
 
@@ -182,8 +198,72 @@ def test_target_that_is_not_empty(
 ) -> None:
   with pytest.raises(UserError, match="is not empty; use a folder that is new"):
     convert.import_official(official, tmp_path)
-  with pytest.raises(UserError, match="is a file, not a folder"):
+  with pytest.raises(UserError, match=r"^--to=\S+ is a file, not a folder"):
     convert.import_official(official, official)
+  with pytest.raises(UserError, match=r"^--to=\S+/y is below \S+x.pt, a file"):
+    convert.import_official(official, official / "y")
+
+
+def test_targets_that_cannot_be_written(
+  tmp_path: pathlib.Path,
+  official: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  run = tmp_path / "run"
+  convert.import_official(official, run)
+  with pytest.raises(UserError, match=r"^--to=\S+/y.pt: \S+x.pt is a file"):
+    convert.export_official(run, official / "y.pt")
+  link = tmp_path / "link.pt"
+  link.symlink_to(tmp_path / "nowhere")
+  with pytest.raises(UserError, match=r"link.pt exists; name a new file"):
+    convert.export_official(run, link)
+  before = set(tmp_path.iterdir())
+
+  def fail(*_: Any, **__: Any) -> None:
+    raise FileNotFoundError(2, "No such file or directory")
+
+  # As below /proc, whose permissions promise what it does not keep.
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, "mkdir", fail)
+    message = "^--to=.* cannot be written: No such file or directory; use"
+    with pytest.raises(UserError, match=message):
+      convert.export_official(run, tmp_path / "y.pt")
+    with pytest.raises(UserError, match=message):
+      convert.import_official(official, tmp_path / "new")
+  assert set(tmp_path.iterdir()) == before
+
+
+def test_config_of_another_size(
+  tmp_path: pathlib.Path, official: pathlib.Path
+) -> None:
+  config = fitting_config()
+  config.model.size = "tiny"
+  with pytest.raises(
+    UserError,
+    match=r"--config is of size tiny \(D=256\), but --from=\S+x.pt of size"
+    r" micro \(D=12\); set --config.model.size=micro",
+  ):
+    convert.import_official(official, tmp_path / "run", config=config)
+  assert not (tmp_path / "run").exists()
+
+
+def test_queries_of_config_and_flag(
+  tmp_path: pathlib.Path, official: pathlib.Path
+) -> None:
+  config = fitting_config()
+  config.model.num_queries = 6
+  with pytest.raises(
+    UserError,
+    match=r"--num_queries=5, but --config has model.num_queries=6; leave",
+  ):
+    convert.import_official(
+      official, tmp_path / "a", config=config, options=Options(num_queries=5)
+    )
+  for name, options in (("a", None), ("b", Options(num_queries=6))):
+    report = convert.import_official(
+      official, tmp_path / name, config=config, options=options
+    )
+    assert report["model"]["num_queries"] == 6
 
 
 def test_nothing_is_left_of_a_failure(
@@ -242,13 +322,23 @@ def test_command(tmp_path: pathlib.Path) -> None:
   assert wrong.returncode == 2
   assert "is not two sides in pixels, such as" in wrong.stderr
   assert wrong.stderr.count("\n") == 1
+  wrong = command("--from=x.pt", "--to=b", "--num_queries=five")
+  assert wrong.returncode == 2
+  assert wrong.stderr == (
+    'error: --num_queries="five": not a whole number, such as 5\n'
+  )
   assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(
   ("target", "more", "message"),
   [
-    ("y.safetensors", (), "official files are of torch; nearest .*y.pt"),
+    ("y.safetensors", (), "files are of torch and end in .pt; nearest .*y.pt"),
+    (
+      "y.bin",
+      (),
+      "files are of torch and end in .pt; nearest valid: --to=y.pt",
+    ),
     ("y.pt", ("--num_queries=3",), "--num_queries has no meaning .* a file;"),
     ("y", ("--checkpoint=3",), "--checkpoint has no meaning .* a folder;"),
   ],

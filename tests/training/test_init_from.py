@@ -141,8 +141,19 @@ def test_folders_without_weights(
 ) -> None:
   setup = make_setup(start)
   setup.experiment.config.init_from = str(tmp_path / "none")
+  with pytest.raises(UserError, match='none": there is no such folder'):
+    check_init_from(setup)
+  (tmp_path / "none").mkdir()
   with pytest.raises(UserError, match='none" holds no checkpoints; it must'):
     check_init_from(setup)
+  official = tmp_path / "x.pt"
+  official.write_bytes(b"")
+  setup.experiment.config.init_from = str(official)
+  with pytest.raises(
+    UserError, match=r"is a file; convert it first: .*convert --from=\S+x.pt"
+  ):
+    check_init_from(setup)
+  setup.experiment.config.init_from = str(tmp_path / "none")
   (tmp_path / "none" / "checkpoints").mkdir(parents=True)
   with pytest.raises(UserError, match='none" has no checkpoint yet'):
     check_init_from(setup)
@@ -154,7 +165,7 @@ def test_nothing_is_written_before_the_check(
   config: Any = tiny_config().copy_and_resolve_references()
   config.init_from = str(tmp_path / "none")
   config.train.batch_size = 8
-  with pytest.raises(UserError, match="holds no checkpoints"):
+  with pytest.raises(UserError, match="there is no such folder"):
     train_lib.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
