@@ -1,13 +1,16 @@
 """Small official state dicts with values of their own for every tensor."""
 
+import pathlib
 from typing import Any
 
 import numpy as np
 
-from narvl_jax.interop import official_shapes
+from narvl_jax.interop import official_from_variables, official_shapes
 from narvl_jax.interop.key_map import TABLE_KEY, TIED_KEYS
 from narvl_jax.interop.settings import QUERY_KEY
+from narvl_jax.interop.torch_write import write_torch
 from narvl_jax.models import model_config
+from tests.training.tiny import tiny_config
 
 CONFIG = model_config(
   "micro",
@@ -24,6 +27,9 @@ CONFIG = model_config(
   token_bucket_size=4,
   image_bucket_size=3,
 )
+# Of the vocabulary `words`.
+COUNTS: Any = {"num_codes": 2, "num_bins": 4}
+BASE = 50 - 4 - 2 - 6
 State = dict[str, np.ndarray]
 
 
@@ -53,3 +59,25 @@ def ofa_state() -> State:
   del state[QUERY_KEY]
   table = state[TABLE_KEY][:-1]
   return state | {key: table for key in (TABLE_KEY, *TIED_KEYS)}
+
+
+def save(path: pathlib.Path, state: State, **more: Any) -> pathlib.Path:
+  """Writes an official file."""
+  write_torch(path, {"model": state, **more})
+  return path
+
+
+def back(made: Any) -> State:
+  """Returns the official tensors of a conversion."""
+  return official_from_variables(made.variables, made.config)
+
+
+def fitting_config() -> Any:
+  """A config whose pictures and prompts the small tables allow."""
+  config = tiny_config()
+  config.model = type(config)(config.model.to_dict())
+  for name in config.model:
+    if name not in ("size", "dtype"):
+      config.model[name] = None
+  config.data.max_text_length = 26
+  return config

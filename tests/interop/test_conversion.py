@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import types
 from typing import Any
 
 import jax
@@ -14,25 +13,28 @@ from narvl_jax.interop import (
   Options,
   convert_official,
   load_official,
-  official_from_variables,
   official_shapes,
-  save_official,
 )
 from narvl_jax.interop import key_map as key_map_lib
 from narvl_jax.interop.conversion import check_coverage
 from narvl_jax.interop.export import _buckets, _unused_tensors
 from narvl_jax.interop.key_map import IGNORED, TABLE_KEY, TIED_KEYS
-from narvl_jax.interop.names import official_names
 from narvl_jax.interop.settings import (
   IMAGE_POSITIONS_KEY,
   QUERY_KEY,
   settings_of,
   size_of,
 )
-from narvl_jax.interop.torch_file import read_torch
 from narvl_jax.interop.torch_write import write_torch
 from narvl_jax.models import model_config
-from tests.interop.states import CONFIG, State, narvl_state, ofa_state
+from tests.interop.states import (
+  CONFIG,
+  State,
+  back,
+  narvl_state,
+  ofa_state,
+  save,
+)
 from tests.interop.test_safetensors_file import write as write_safetensors
 
 # What the reference specification says of the five sizes: parameters without
@@ -44,15 +46,6 @@ PARAMETERS = {
   "large": 472_978_176,
   "huge": 929_488_128,
 }
-
-
-def save(path: pathlib.Path, state: State, **more: Any) -> pathlib.Path:
-  write_torch(path, {"model": state, **more})
-  return path
-
-
-def back(made: Any) -> State:
-  return official_from_variables(made.variables, made.config)
 
 
 def test_narvl(tmp_path: pathlib.Path) -> None:
@@ -195,25 +188,6 @@ def test_stretching_within_the_table_keeps_the_rest(
   assert not np.array_equal(new[:2, :2], old[:2, :2])
 
 
-@pytest.mark.parametrize(
-  ("options", "message"),
-  [
-    ({"num_queries": 0}, "--num_queries=0 is below 1; nearest valid: .*=1"),
-    ({"num_queries": 27}, "exceeds the 26 positions .*: --num_queries=26"),
-    ({"seed": -1}, "--seed=-1 is below 0; nearest valid: --seed=0"),
-    ({"blank_row": "means"}, 'unknown. Did you mean "mean"'),
-    ({"stretch_images": (48, 90)}, "90 is not a multiple .* valid: 96"),
-    ({"stretch_images": (64, 96)}, "reach to 48 pixels, not to 64"),
-  ],
-)
-def test_options_that_do_not_fit(
-  tmp_path: pathlib.Path, options: Any, message: str
-) -> None:
-  save(tmp_path / "x.pt", narvl_state())
-  with pytest.raises(UserError, match=message):
-    convert_official(tmp_path / "x.pt", Options(**options))
-
-
 def to_hugging_face(state: State) -> State:
   """Names of the Hugging Face port, from its public model class."""
   renamed = {}
@@ -279,18 +253,6 @@ def test_old_names_and_fused_projections(tmp_path: pathlib.Path) -> None:
   assert fused.count("decoder/layers/self_attn/qkv/kernel") == 3
 
 
-def test_names_that_meet() -> None:
-  value = np.zeros(3)
-  state = {
-    "decoder.layers.0.encoder_attn.c_attn": value,
-    "decoder.layers.0.cross_attn.c_attn": value,
-  }
-  with pytest.raises(UserError, match=r"are both decoder.layers.0.encoder_a"):
-    official_names(state)
-  with pytest.raises(UserError, match="has 4 rows, which are not those of"):
-    official_names({"decoder.layers.0.self_attn.in_proj_bias": np.zeros(4)})
-
-
 def test_moving_averages(tmp_path: pathlib.Path) -> None:
   state = narvl_state()
   averages = {QUERY_KEY: state[QUERY_KEY] + 1}
@@ -340,80 +302,6 @@ def test_account(tmp_path: pathlib.Path) -> None:
   assert changed["sha256"] != report["sha256"]
 
 
-def test_what_is_left_over_missing_or_untied(tmp_path: pathlib.Path) -> None:
-  path = tmp_path / "x.pt"
-  save(path, narvl_state() | {"encoder.adapter.weight": np.zeros(3)})
-  with pytest.raises(
-    UserError, match=r"from=.*x.pt: .* 1 unknown tensors: encoder.adapter"
-  ):
-    convert_official(path)
-  state = narvl_state()
-  del state["encoder.layers.1.fc1.bias"]
-  save(path, state)
-  with pytest.raises(
-    UserError, match=r"x.pt: official weights lack 1 of .*s.1.fc1.bias"
-  ):
-    convert_official(path)
-  state = narvl_state()
-  save(path, state | {TIED_KEYS[1]: state[TABLE_KEY] + 1})
-  with pytest.raises(UserError, match=f"x.pt: {TIED_KEYS[1]} differs from"):
-    convert_official(path)
-  save(path, {"a": np.zeros(3)})
-  with pytest.raises(
-    UserError, match=r"from=.*x.pt: there is no encoder.embed"
-  ):
-    convert_official(path)
-
-
-def test_damaged_weights(tmp_path: pathlib.Path) -> None:
-  path = tmp_path / "x.pt"
-  state = narvl_state()
-  save(path, state)
-  key = "encoder.layers.1.fc1.bias"
-  data = bytearray(path.read_bytes())
-  data[data.index(state[key].tobytes()) + 1] ^= 1
-  path.write_bytes(data)
-  with pytest.raises(UserError, match=rf"x.pt is damaged: the bytes of {key}"):
-    convert_official(path)
-  for wrong in (np.nan, -np.inf):
-    bad = narvl_state()
-    bad[key][2] = wrong
-    save(path, bad)
-    with pytest.raises(UserError, match=rf"x.pt: .*{key} holds 1 of 20 values"):
-      convert_official(path)
-  bad = narvl_state()
-  bad[key] = bad[key].astype(np.int64)
-  save(path, bad)
-  with pytest.raises(UserError, match=rf"{key} has type int64; valid: float16"):
-    convert_official(path)
-
-
-def test_values_that_nothing_reads_may_be_anything(
-  tmp_path: pathlib.Path,
-) -> None:
-  state = narvl_state()
-  state["decoder.image_pos_ln.weight"][:] = np.nan
-  made = convert_official(save(tmp_path / "x.pt", state))
-  assert "decoder.image_pos_ln.weight" in made.unused
-
-
-def test_files_without_weights(tmp_path: pathlib.Path) -> None:
-  path = tmp_path / "x.pt"
-  message = r"without model.safetensors and pytorch_model.bin"
-  with pytest.raises(UserError, match=f"{message}$"):
-    convert_official(tmp_path)
-  (tmp_path / "checkpoints").mkdir()
-  with pytest.raises(UserError, match=f"{message}; a run is .*=FILE.pt$"):
-    convert_official(tmp_path)
-  for content, message in (
-    ({}, "holds no tensors"),
-    ({"model": {"a": 3}}, "a is no tensor but of type int"),
-  ):
-    write_torch(path, content)
-    with pytest.raises(UserError, match=message):
-      convert_official(path)
-
-
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_every_size_is_covered(size: str) -> None:
   """By shapes alone: each tensor is used once, each variable filled once."""
@@ -450,72 +338,3 @@ def test_coverage_fails_if_the_table_is_wrong(
     monkeypatch.setattr(key_map_lib, "_DECODER", wrong)
     with pytest.raises(AssertionError, match=message):
       check_coverage(CONFIG)
-
-
-def test_export_there_and_back(tmp_path: pathlib.Path) -> None:
-  state = narvl_state(np.float16)
-  known = types.SimpleNamespace(arch="na_ofa_base", seed=7, num_queries=99)
-  save(tmp_path / "x.pt", state, args=None, cfg={"model": known, "task": 3})
-  made = convert_official(tmp_path / "x.pt")
-  filled = save_official(
-    tmp_path / "y.pt",
-    made.config,
-    made.variables,
-    unused=made.unused,
-    settings=made.source.settings,
-  )
-  content = read_torch(tmp_path / "y.pt")
-  model = content["model"]
-  for key, value in state.items():
-    np.testing.assert_array_equal(
-      np.asarray(model[key]), value, strict=True, err_msg=key
-    )
-  assert not set(filled) & set(state)
-  for key in TIED_KEYS:
-    assert model[key].identity == model[TABLE_KEY].identity
-  settings = content["cfg"]["model"]
-  assert (settings.arch, settings.seed, settings.num_queries) == (
-    "na_ofa_base",
-    7,
-    4,
-  )
-  assert content["cfg"]["task"] == 3
-
-
-def test_export_without_a_source(tmp_path: pathlib.Path) -> None:
-  made = convert_official(save(tmp_path / "x.pt", ofa_state()))
-  filled = save_official(tmp_path / "y.pt", made.config, made.variables)
-  again = convert_official(tmp_path / "y.pt")
-  assert again.config == made.config
-  assert again.report["variables"] == made.report["variables"]
-  assert set(filled) <= set(again.unused)
-  assert again.source.settings["cfg"]["model"].arch == "na_ofa_tiny"  # pyright: ignore
-
-
-def test_values_of_buckets() -> None:
-  image = _buckets(model_config("tiny"))["encoder.image_rp_bucket"]
-  expected = {
-    (0, 5): 6889,
-    (5, 0): 6890,
-    (0, 0): 6891,
-    (1, 1): 3444,
-    (1, 2): 3443,
-    (2, 1): 3445,
-    (1, 43): 3361,
-    (43, 1): 3527,
-  }
-  assert {place: image[place] for place in expected} == expected
-
-
-def test_buckets_are_the_official_ones(shared_files: pathlib.Path) -> None:
-  about = json.loads((shared_files / "fixtures/micro_nar.json").read_text())
-  config = model_config("tiny")
-  sums = {
-    key: entry[2]
-    for key, entry in about["state_dict"].items()
-    if key.endswith(("_rp_bucket", "image_position_idx"))
-  }
-  empty = {TABLE_KEY: np.zeros((1, 1), np.float32)}
-  made = _buckets(config) | _unused_tensors(config, empty)
-  assert len(sums) == 5
-  assert {key: int(made[key].sum()) for key in sums} == sums

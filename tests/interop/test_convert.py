@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 import types
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,49 +16,18 @@ from narvl_jax import convert
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
-from narvl_jax.interop import Options, official_from_variables
+from narvl_jax.interop import official_from_variables
 from narvl_jax.interop.run_folder import read_run
 from narvl_jax.interop.torch_file import read_torch
 from narvl_jax.interop.torch_write import write_torch
 from narvl_jax.training.checkpoints import Checkpoints
-from tests.interop.states import CONFIG, narvl_state, ofa_state
-from tests.training.tiny import tiny_config
-
-COUNTS: Any = {"num_codes": 2, "num_bins": 4}
-BASE = 50 - 4 - 2 - 6
-
-
-@pytest.fixture
-def official(tmp_path: pathlib.Path) -> pathlib.Path:
-  """A NARVL in half precision."""
-  write_torch(tmp_path / "x.pt", {"model": narvl_state(np.float16)})
-  return tmp_path / "x.pt"
-
-
-@pytest.fixture
-def words(tmp_path: pathlib.Path) -> pathlib.Path:
-  """The files of a vocabulary of 50 ids."""
-  folder = tmp_path / "words"
-  folder.mkdir()
-  letters = [chr(ord("a") + i) for i in range(26)] + list("ABCDEFGHIJKL")
-  assert len(letters) == BASE
-  encoder = {letter: i for i, letter in enumerate(letters)}
-  (folder / "encoder.json").write_text(json.dumps(encoder))
-  (folder / "vocab.bpe").write_text("#version: 0.2\n")
-  lines = "".join(f"{i} 1\n" for i in range(BASE))
-  (folder / "dict.txt").write_text(lines)
-  return folder
-
-
-def fitting_config() -> Any:
-  """A config whose pictures and prompts the small tables allow."""
-  config = tiny_config()
-  config.model = type(config)(config.model.to_dict())
-  for name in config.model:
-    if name not in ("size", "dtype"):
-      config.model[name] = None
-  config.data.max_text_length = 26
-  return config
+from tests.interop.states import (
+  CONFIG,
+  COUNTS,
+  fitting_config,
+  narvl_state,
+  ofa_state,
+)
 
 
 def test_run_folder(
@@ -152,37 +120,6 @@ def test_text_of_a_report(
   assert "--config.init_from=" in text
 
 
-def test_vocabulary_that_does_not_fit(
-  tmp_path: pathlib.Path, official: pathlib.Path, words: pathlib.Path
-) -> None:
-  run = tmp_path / "run"
-  with pytest.raises(
-    UserError, match="has 51 ids with 2 codes and 5 bins, the weights have 50"
-  ):
-    convert.import_official(
-      official, run, vocabulary=words, num_codes=2, num_bins=5
-    )
-  with pytest.raises(UserError, match=r"holds neither dict.txt, .* nor vocab"):
-    convert.import_official(official, run, vocabulary=tmp_path)
-  with pytest.raises(UserError, match=r"^--vocabulary=\S+none: there is no su"):
-    convert.import_official(official, run, vocabulary=tmp_path / "none")
-  for name, text, message in (
-    ("encoder.json", "{", r"encoder.json is not JSON.*set --vocabulary$"),
-    ("encoder.json", '{"<s>": 1}', r"vocab.json and no .*set --vocabulary=FOL"),
-    ("dict.txt", "a\n", r"set --vocabulary to the folder of the official"),
-  ):
-    before = (words / name).read_text()
-    (words / name).write_text(text)
-    with pytest.raises(UserError, match=message):
-      convert.import_official(official, run, vocabulary=words, **COUNTS)
-    (words / name).write_text(before)
-  with pytest.raises(UserError, match=r"num_bins is -1; .* set --num_bins$"):
-    convert.import_official(
-      official, run, vocabulary=words, num_codes=2, num_bins=-1
-    )
-  assert not run.exists()
-
-
 def test_counts_and_vocabulary_beside_the_weights(
   tmp_path: pathlib.Path, words: pathlib.Path
 ) -> None:
@@ -191,103 +128,6 @@ def test_counts_and_vocabulary_beside_the_weights(
   write_torch(words / "x.pt", content)
   convert.import_official(words / "x.pt", tmp_path / "run")
   assert Vocabulary.load(tmp_path / "run" / "vocabulary").num_codes == 2
-
-
-def test_target_that_is_not_empty(
-  tmp_path: pathlib.Path, official: pathlib.Path
-) -> None:
-  with pytest.raises(UserError, match="is not empty; use a folder that is new"):
-    convert.import_official(official, tmp_path)
-  with pytest.raises(UserError, match=r"^--to=\S+ is a file, not a folder"):
-    convert.import_official(official, official)
-  with pytest.raises(UserError, match=r"^--to=\S+/y is below \S+x.pt, a file"):
-    convert.import_official(official, official / "y")
-
-
-def test_targets_that_cannot_be_written(
-  tmp_path: pathlib.Path,
-  official: pathlib.Path,
-  monkeypatch: pytest.MonkeyPatch,
-) -> None:
-  run = tmp_path / "run"
-  convert.import_official(official, run)
-  with pytest.raises(UserError, match=r"^--to=\S+/y.pt: \S+x.pt is a file"):
-    convert.export_official(run, official / "y.pt")
-  link = tmp_path / "link.pt"
-  link.symlink_to(tmp_path / "nowhere")
-  with pytest.raises(UserError, match=r"link.pt exists; name a new file"):
-    convert.export_official(run, link)
-  before = set(tmp_path.iterdir())
-
-  def fail(*_: Any, **__: Any) -> None:
-    raise FileNotFoundError(2, "No such file or directory")
-
-  # As below /proc, whose permissions promise what it does not keep.
-  with monkeypatch.context() as patch:
-    patch.setattr(pathlib.Path, "mkdir", fail)
-    message = "^--to=.* cannot be written: No such file or directory; use"
-    with pytest.raises(UserError, match=message):
-      convert.export_official(run, tmp_path / "y.pt")
-    with pytest.raises(UserError, match=message):
-      convert.import_official(official, tmp_path / "new")
-  assert set(tmp_path.iterdir()) == before
-
-
-def test_config_of_another_size(
-  tmp_path: pathlib.Path, official: pathlib.Path
-) -> None:
-  config = fitting_config()
-  config.model.size = "tiny"
-  with pytest.raises(
-    UserError,
-    match=r"--config is of size tiny \(D=256\), but --from=\S+x.pt of size"
-    r" micro \(D=12\); set --config.model.size=micro",
-  ):
-    convert.import_official(official, tmp_path / "run", config=config)
-  assert not (tmp_path / "run").exists()
-
-
-def test_queries_of_config_and_flag(
-  tmp_path: pathlib.Path, official: pathlib.Path
-) -> None:
-  config = fitting_config()
-  config.model.num_queries = 6
-  with pytest.raises(
-    UserError,
-    match=r"--num_queries=5, but --config has model.num_queries=6; leave",
-  ):
-    convert.import_official(
-      official, tmp_path / "a", config=config, options=Options(num_queries=5)
-    )
-  for name, options in (("a", None), ("b", Options(num_queries=6))):
-    report = convert.import_official(
-      official, tmp_path / name, config=config, options=options
-    )
-    assert report["model"]["num_queries"] == 6
-
-
-def test_nothing_is_left_of_a_failure(
-  tmp_path: pathlib.Path,
-  official: pathlib.Path,
-  monkeypatch: pytest.MonkeyPatch,
-) -> None:
-  before = set(tmp_path.iterdir())
-
-  def fail(*_: Any) -> None:
-    raise OSError("disk full")
-
-  monkeypatch.setattr(convert.run_folder, "write_torch", fail)
-  with pytest.raises(OSError, match="disk full"):
-    convert.import_official(official, tmp_path / "run")
-  assert set(tmp_path.iterdir()) == before
-
-
-def test_runs_that_are_none(
-  tmp_path: pathlib.Path, official: pathlib.Path
-) -> None:
-  with pytest.raises(UserError, match=r"is no run: .* --to=FOLDER"):
-    convert.export_official(official, tmp_path / "y.pt")
-  assert not (tmp_path / "y.pt").exists()
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
