@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from narvl_jax.data import images, sources
+from narvl_jax.data import images, shared_batches, sources
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.tasks import Task
 from narvl_jax.data.vocabulary import Vocabulary
@@ -120,6 +120,14 @@ class Batcher:
     self._image_size = image_size
     self._max_text_length = max_text_length
     self._max_label_length = max_label_length
+
+  def shared_bytes(self, rows: int) -> int:
+    """Returns the bytes of a segment for `rows` examples."""
+    one = self.empty(1)
+    whole = {
+      key: np.broadcast_to(x, (rows, *x.shape[1:])) for key, x in one.items()
+    }
+    return shared_batches.segment_bytes(whole)
 
   def image_shape(self, rows: int) -> tuple[int, int, int, int]:
     """Returns the shape of the pictures of `rows` examples."""

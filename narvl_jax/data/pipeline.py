@@ -9,7 +9,6 @@ counted, logged once and replaced by the next good record of its source, which
 keeps the above true. Too many of them stop the run.
 """
 
-import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -23,7 +22,7 @@ from narvl_jax.data.batching import BadRecords as BadRecords
 from narvl_jax.data.batching import Batcher as Batcher
 from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
 from narvl_jax.data.mixture import Draw, Entry, Mixture, WeightSchedule
-from narvl_jax.data.shared_images import Segments, SharedImages
+from narvl_jax.data.shared_batches import Segments, SharedBatch
 from narvl_jax.errors import UserError, did_you_mean
 
 # So many bad neighbours are no accident.
@@ -89,9 +88,10 @@ def train_batches(
   ahead = batches.to_iter_dataset(_read_options(num_threads, prefetch))
   segments = None
   if num_workers:
-    size = math.prod(batcher.image_shape(len(mixture[0])))
-    # Ready or in the making, in the queue, and one on either side of it.
-    segments = Segments(num_workers, 2 * max(prefetch, 1) + 2, size)
+    size = batcher.shared_bytes(len(mixture[0]))
+    # In the making or ready, in the queue, fetched by grain ahead of use, and
+    # some on the way.
+    segments = Segments(num_workers, 3 * max(prefetch, 1) + 4, size)
     ahead = workers.in_processes(ahead, num_workers, prefetch, segments)
   bad_records = bad_records or BadRecords()
   return TrainBatches(iter(ahead), mixture, mixed, bad_records, segments)
@@ -128,9 +128,9 @@ class TrainBatches(Iterator[Batch]):
   def __next__(self) -> Batch:
     with workers.failures_explained():
       batch, bad = next(self._batches)
-    if batch is not None and isinstance(batch["image"], SharedImages):
+    if isinstance(batch, SharedBatch):
       assert self._segments is not None
-      batch["image"] = self._segments.fetch(batch["image"])
+      batch = self._segments.fetch(batch)
     for record in bad:
       self.bad_records.report(record)
     if batch is None:
@@ -257,26 +257,22 @@ class _TrainReader:
 
   def __call__(
     self, draws: Sequence[Draw]
-  ) -> tuple[dict[str, Any] | None, list[BadRecord]]:
-    """Returns None for the batch if too many records in a row are bad.
-
-    In a worker process "image" may be `SharedImages`.
-    """
+  ) -> tuple[Batch | SharedBatch | None, list[BadRecord]]:
+    """Returns None for the batch if too many records in a row are bad."""
+    rows = len(draws)
     segments = workers.own_segments()
-    shape = self._batcher.image_shape(len(draws))
-    taken = segments.take(shape) if segments else None
-    batch = self._batcher.empty(len(draws), taken[1] if taken else None)
+    own = segments.take(self._batcher.shared_bytes(rows)) if segments else None
+    image = own.first(self._batcher.image_shape(rows)) if own else None
+    batch = self._batcher.empty(rows, image)
     bad: list[BadRecord] = []
     for row, draw in enumerate(draws):
       met = self._write_good(batch, row, draw)
       if met and not batch["valid"][row]:
-        if segments and taken:
-          segments.free(taken[0])
+        if own:
+          own.free()
         return None, met
       bad += met
-    if taken:
-      return {**batch, "image": taken[0]}, bad
-    return batch, bad
+    return (own.pack("image", batch) if own else batch), bad
 
   def _write_good(self, batch: Batch, row: int, draw: Draw) -> list[BadRecord]:
     """Writes the first good record from the drawn one on."""

@@ -11,11 +11,11 @@ from typing import Any
 
 import grain
 
-from narvl_jax.data.shared_images import Segments, WorkerSegments
+from narvl_jax.data.shared_batches import Segments, WorkerSegments
 from narvl_jax.errors import UserError
 
 _PARENT_CHECK_SECONDS = 2.0
-_MIN_SHARED_BYTES = 1 << 18
+_MIN_SHARED_BYTES = 512
 # Of this process, if it is a worker.
 _segments: WorkerSegments | None = None
 
@@ -37,7 +37,7 @@ def in_processes(
   options = grain.MultiprocessingOptions(
     num_workers=num_workers, per_worker_buffer_size=max(buffered, 1)
   )
-  # Shared memory for a few numbers costs more than sending them.
+  # What goes through the pipe stays below its buffer.
   dataset = grain.experimental.WithOptionsIterDataset(
     dataset, grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_BYTES)
   )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from narvl_jax.data import pipeline, shared_images
+from narvl_jax.data import pipeline, shared_batches
 from narvl_jax.errors import UserError
 from tests.conftest import ROOT
 from tests.data.number_source import H, L, NumberSource, T, W, make_tasks
@@ -50,12 +50,14 @@ def _start(
     batch_size=BATCH,
     seed=3,
     start_step=step,
-    image_size=(H, W),
-    max_text_length=T,
-    max_label_length=L,
     rows=list(rows),
     bad_records=pipeline.BadRecords(0.5),
-    **settings,
+    **{
+      "image_size": (H, W),
+      "max_text_length": T,
+      "max_label_length": L,
+      **settings,
+    },
   )
 
 
@@ -207,14 +209,14 @@ def test_segments_do_not_matter(
   fetch = pipeline.Segments.fetch
 
   def make(num_workers: int, _: int, num_bytes: int) -> Any:
-    return shared_images.Segments(num_workers, count, num_bytes)
+    return shared_batches.Segments(num_workers, count, num_bytes)
 
-  def counting(self: Any, images: Any) -> np.ndarray:
-    fetched.append(images)
-    return fetch(self, images)
+  def counting(self: Any, batch: Any) -> Any:
+    fetched.append(batch)
+    return fetch(self, batch)
 
   monkeypatch.setattr(pipeline, "Segments", make)
-  monkeypatch.setattr(shared_images.Segments, "fetch", counting)
+  monkeypatch.setattr(shared_batches.Segments, "fetch", counting)
   batches = _start(
     model_tasks, 0, range(BATCH), num_workers=1, num_threads=2, prefetch=3
   )
@@ -228,7 +230,7 @@ def test_segments_do_not_matter(
     assert 1 <= len(fetched) < 20
   else:
     assert len(fetched) == 20
-    assert len({images.name for images in fetched}) < 12
+    assert len({batch.segment for batch in fetched}) < 20
 
 
 _DYING = """
@@ -239,12 +241,26 @@ from absl import flags
 
 def main(mode):
   flags.FLAGS.mark_as_parsed()
-  batches = _start(make_tasks(), 0, range(12), num_workers=1)
+  large = mode == "worker of large batches dies"
+  batches = _start(
+    make_tasks(),
+    0,
+    range(12),
+    # As text and pictures of some hundred kB.
+    image_size=(64, 64) if large else (6, 8),
+    max_text_length=2000 if large else 24,
+    num_workers=2 if large else 1,
+    num_threads=2,
+    prefetch=4,
+  )
   next(batches)
-  import multiprocessing
-  (worker,) = multiprocessing.active_children()
+  import multiprocessing, time
+  worker = multiprocessing.active_children()[0]
+  if large:
+    # Until all buffers are full.
+    time.sleep(3)
   print(worker.pid, *batches._segments.names[0], flush=True)
-  if mode == "worker dies":
+  if mode.endswith("dies"):
     os.kill(worker.pid, 9)
     try:
       for _ in range(1000): next(batches)
@@ -273,8 +289,12 @@ def _run_dying(tmp_path: pathlib.Path, mode: str) -> subprocess.Popen[str]:
   )
 
 
-def test_a_dead_worker_is_told(tmp_path: pathlib.Path) -> None:
-  with _run_dying(tmp_path, "worker dies") as process:
+@pytest.mark.parametrize(
+  "mode", ["worker dies", "worker of large batches dies"]
+)
+def test_a_dead_worker_is_told(tmp_path: pathlib.Path, mode: str) -> None:
+  """Also one that was killed while it sent: its message must not be awaited."""
+  with _run_dying(tmp_path, mode) as process:
     out, err = process.communicate("", timeout=120)
   assert "UserError a process that prepares data died" in out, err
   assert "exit code -9" in out

@@ -1,4 +1,4 @@
-"""Segments of shared memory for pictures: taken, fetched, freed, given back."""
+"""Segments of shared memory for batches: taken, fetched, freed, given back."""
 
 import collections
 import os
@@ -9,41 +9,52 @@ import shutil
 import numpy as np
 import pytest
 
-from narvl_jax.data import shared_images
-from narvl_jax.data.shared_images import Segments, WorkerSegments
+from narvl_jax.data import shared_batches
+from narvl_jax.data.shared_batches import Segments, WorkerSegments
 from narvl_jax.errors import UserError
 
-SHAPE = (2, 3, 4, 3)
-BYTES = 2 * 3 * 4 * 3
+ARRAYS = {
+  "text": np.arange(5, dtype=np.int32),
+  "image": np.zeros((2, 3, 4, 3), np.uint8),
+  "confidence": np.full((2, 1), 0.5, np.float32),
+  "valid": np.array([True, False]),
+}
+BYTES = shared_batches.segment_bytes(ARRAYS)
 
 
-def _fill(worker: WorkerSegments, value: int) -> shared_images.SharedImages:
-  taken = worker.take(SHAPE)
-  assert taken is not None
-  taken[1][...] = value
-  # What is sent is a name and a shape only.
-  return pickle.loads(pickle.dumps(taken[0]))
+def _fill(worker: WorkerSegments, value: int) -> shared_batches.SharedBatch:
+  own = worker.take(BYTES)
+  assert own is not None
+  image = own.first(ARRAYS["image"].shape)
+  image[...] = value
+  sent = own.pack("image", {**ARRAYS, "image": image})
+  # A message that fits into one write to a pipe.
+  message = pickle.dumps(sent)
+  assert len(message) < 4096
+  return pickle.loads(message)
 
 
-def test_pictures_arrive_and_segments_are_used_again() -> None:
+def test_arrays_arrive_and_segments_are_used_again() -> None:
   segments = Segments(2, 2, BYTES)
   try:
     workers = [WorkerSegments(names) for names in segments.names]
     first, second = _fill(workers[0], 7), _fill(workers[0], 8)
     other = _fill(workers[1], 9)
-    assert len({first.name, second.name, other.name}) == 3
+    assert len({x.segment for x in (first, second, other)}) == 3
     # None is free, which is no reason to wait.
-    assert workers[0].take(SHAPE) is None
+    assert workers[0].take(BYTES) is None
     fetched = segments.fetch(first)
-    assert fetched.dtype == np.uint8
     again = _fill(workers[0], 5)
-    assert again.name == first.name
+    assert again.segment == first.segment
     # A copy: what comes into the segment next does not show.
-    assert (fetched == 7).all()
-    assert fetched.shape == SHAPE
-    assert (segments.fetch(second) == 8).all()
-    assert (segments.fetch(other) == 9).all()
-    assert (segments.fetch(again) == 5).all()
+    assert fetched.keys() == ARRAYS.keys()
+    for key, array in ARRAYS.items():
+      assert fetched[key].dtype == array.dtype
+      expected = np.full_like(array, 7) if key == "image" else array
+      np.testing.assert_array_equal(fetched[key], expected)
+    assert (segments.fetch(second)["image"] == 8).all()
+    assert (segments.fetch(other)["image"] == 9).all()
+    assert (segments.fetch(again)["image"] == 5).all()
   finally:
     segments.close()
 
@@ -52,21 +63,21 @@ def test_a_segment_that_is_not_sent_is_freed() -> None:
   segments = Segments(1, 1, BYTES)
   try:
     worker = WorkerSegments(segments.names[0])
-    taken = worker.take(SHAPE)
-    assert taken is not None
-    assert worker.take(SHAPE) is None
-    worker.free(taken[0])
-    assert worker.take(SHAPE) is not None
+    own = worker.take(BYTES)
+    assert own is not None
+    assert worker.take(BYTES) is None
+    own.free()
+    assert worker.take(BYTES) is not None
   finally:
     segments.close()
 
 
-def test_larger_pictures_find_no_segment() -> None:
+def test_larger_batches_find_no_segment() -> None:
   segments = Segments(1, 1, BYTES)
   try:
     worker = WorkerSegments(segments.names[0])
     # The system gives whole pages.
-    assert worker.take((1000, 3, 4, 3)) is None
+    assert worker.take(BYTES + 100_000) is None
   finally:
     segments.close()
 
@@ -97,5 +108,5 @@ def test_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_systems_without_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(shared_images, "_FOLDER", os.devnull + "/none")
+  monkeypatch.setattr(shared_batches, "_FOLDER", os.devnull + "/none")
   Segments(1, 1, BYTES).close()
