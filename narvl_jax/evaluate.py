@@ -27,6 +27,7 @@ def evaluate(
   checkpoint: str | int = "best",
   max_examples: int | None = None,
   batch_size: int | None = None,
+  max_bad_fraction: float | None = None,
 ) -> reporting.Report:
   """Evaluates a checkpoint, prints the table and writes the results.
 
@@ -37,6 +38,7 @@ def evaluate(
     max_examples: at most this many of every data set;
       `config.evaluation.max_examples` if None.
     batch_size: `config.evaluation.batch_size` if None.
+    max_bad_fraction: of the records; `config.data.max_bad_fraction` if None.
 
   Returns:
     The report, see `evaluator.evaluate_tasks`.
@@ -52,6 +54,8 @@ def evaluate(
       raise UserError(f"--{flag}={value} is below 1; nearest valid: --{flag}=1")
   experiment, variables, step = experiment_lib.restore(workdir, checkpoint)
   settings: Any = experiment.config.evaluation
+  if max_bad_fraction is not None:
+    experiment.config.data.max_bad_fraction = max_bad_fraction
   if max_examples is None:
     max_examples = settings.max_examples or None
   start = time.monotonic()
@@ -65,7 +69,7 @@ def evaluate(
   )
   seconds = time.monotonic() - start
   print(reporting.format_table(report))
-  print(f"\n{report['examples'] / seconds:.0f} examples/s, {seconds:.1f} s")
+  print(f"\n{report['examples'] / seconds:.3g} examples/s, {seconds:.1f} s")
   for path in results.write_results(experiment, workdir, report, predictions):
     print(f"wrote {path}")
   return report
@@ -84,6 +88,13 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "batch_size", None, "Batch size; evaluation.batch_size by default."
   )
+  flags.DEFINE_float(
+    "max_bad_fraction",
+    None,
+    "Share of records that may be bad; data.max_bad_fraction by default.",
+    lower_bound=0,
+    upper_bound=1,
+  )
   flags.mark_flag_as_required("workdir")
 
 
@@ -97,6 +108,7 @@ def main(argv: Sequence[str]) -> None:
     checkpoint=settings.checkpoint,
     max_examples=settings.max_examples,
     batch_size=settings.batch_size,
+    max_bad_fraction=settings.max_bad_fraction,
   )
 
 

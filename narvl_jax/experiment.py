@@ -12,6 +12,7 @@ from flax.linen import meta
 
 from narvl_jax.config import Config
 from narvl_jax.config_checks import validate
+from narvl_jax.data.batching import short_reason
 from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
 from narvl_jax.data.mixture import Entry, Mixture
 from narvl_jax.data.sources import load_source, locate
@@ -226,11 +227,29 @@ def _placeholder_vocabulary(config: Config) -> Vocabulary:
 
 
 def _texts(config: Config) -> Iterator[str]:
-  for source, task, _, _ in load_mixture(config):
+  for source, task, _, name in load_mixture(config):
     count = min(len(source), _VOCABULARY_RECORDS)
     # Spread over the source, which may be sorted.
     records = _Strided(source, len(source) // count, count)
-    yield from vocabulary_texts(task, dict(config.tasks[task]), records)
+    texts = vocabulary_texts(task, dict(config.tasks[task]), records)
+    first = next(texts, None)
+    if first is None:
+      _raise_first_fault(records, name)
+    else:
+      yield first
+      yield from texts
+
+
+def _raise_first_fault(source: Sequence[Record], name: str) -> None:
+  """Raises `UserError` for a source without a good record."""
+  try:
+    problem = f"record {source[0].id} has no text"
+  except BAD_RECORD_ERRORS as error:
+    problem = f"{locate(source, 0)}: {short_reason(error)}"
+  raise UserError(
+    f"no record of {name} that was read for the vocabulary is good: {problem}"
+    " (python -m narvl_jax.data.check tells more)"
+  )
 
 
 def load_mixture(config: Config) -> list[MixtureEntry]:
@@ -343,7 +362,7 @@ def _encode_first(
     try:
       encoded.append(task.encode(source[i]))
     except BAD_RECORD_ERRORS as error:
-      problem = problem or f"{locate(source, i)}: {error}"
+      problem = problem or f"{locate(source, i)}: {short_reason(error)}"
   if not encoded:
     raise UserError(
       f"none of the first {count} records of {name} is good:"
@@ -363,3 +382,7 @@ class _Strided(Sequence[Record]):
 
   def __getitem__(self, index: Any) -> Any:
     return self._source[index * self._stride]
+
+  def locate(self, index: int) -> str:
+    """Returns where a record comes from."""
+    return locate(self._source, index * self._stride)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from narvl_jax.data.sources.shapes import ShapesSource
 from narvl_jax.errors import UserError
 from narvl_jax.evaluate import evaluate
 from tests.evaluation import tiny_run
@@ -46,6 +47,21 @@ def test_split_is_chosen_by_flag(workdir):
   assert report["split"] == "held_out"
   assert report["examples"] == 12
   assert (workdir / "predictions" / "held_out.png").exists()
+
+
+def test_bad_records_may_be_allowed_by_flag(workdir, monkeypatch):
+  read = ShapesSource._read
+
+  def damaged(self, number):
+    if number == 0:
+      raise ValueError("torn")
+    return read(self, number)
+
+  monkeypatch.setattr(ShapesSource, "_read", damaged)
+  with pytest.raises(UserError, match=r"\(evaluate: --max_bad_fraction\)"):
+    evaluate(workdir, max_examples=4)
+  report = evaluate(workdir, max_examples=4, max_bad_fraction=0.5)
+  assert report["examples"] == 12
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from flax.linen import meta
 
 from configs import shapes
 from narvl_jax import experiment as experiment_lib
-from narvl_jax.config import Config
+from narvl_jax.config import Config, default_config, train_source
 from narvl_jax.data import tasks
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
@@ -164,6 +164,20 @@ def test_bad_records_do_not_keep_a_run_from_starting(built):
 
   assert texts(0) == []
   assert texts(5) == texts(9)[: len(texts(5))] != []
+
+
+def test_the_vocabulary_of_bad_records(tmp_path):
+  path = tmp_path / "a.tsv"
+  label = "x" * 5000
+  path.write_text(f"1\t2\tAAAA\ta man sleeps\ta man\t{label}\n" * 3)
+  config = default_config("entailment")
+  config.data.train.own = train_source("ofa_tsv", "entailment", path=str(path))
+  with pytest.raises(
+    UserError, match=r"no record of own .*a.tsv row 1: .*xxx.*data.check"
+  ) as error:
+    experiment_lib.make_vocabulary(config)
+  # Not the whole of what was found there.
+  assert len(str(error.value)) < 800
 
 
 def test_targets_that_teach_nothing_are_told():

@@ -15,8 +15,19 @@ from narvl_jax.data.tasks import Task
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 
+# Characters at either end of a long reason that are kept.
+_REASON_PART = 200
+
 Batch = dict[str, np.ndarray]
 AnyTask = Task[Any]
+
+
+def short_reason(error: Exception) -> str:
+  """Returns what is wrong in one line, without the whole of a long field."""
+  reason = " ".join(str(error).split()) or type(error).__name__
+  if len(reason) > 2 * _REASON_PART:
+    reason = f"{reason[:_REASON_PART]} ... {reason[-_REASON_PART:]}"
+  return reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +69,7 @@ class BadRecord:
     place = sources.locate(source, index)
     if record is not None and record.id:
       place += f' (id "{record.id}")'
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = short_reason(error)
     total = len(source) if total is None else total
     return cls(name, index, total, f"{place}: {reason}")
 
@@ -103,7 +114,7 @@ class BadRecords:
       raise UserError(
         f"{bad} of {record.total} records of {record.name} are bad, more than"
         f" {self.max_fraction:.2%}; the last is {record.what}. Mend the data"
-        " or set --config.data.max_bad_fraction"
+        " or set --config.data.max_bad_fraction (evaluate: --max_bad_fraction)"
       )
 
 

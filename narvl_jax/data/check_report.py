@@ -57,6 +57,12 @@ def judge(figures: Mapping[str, Any], task: str, *, eos: bool) -> Verdict:
   missing = figures["without_target"] if figures["with_target"] else 0
   unusable = (bad + missing) / read
   if unusable > figures["limits"]["max_bad_fraction"]:
+    if any("has no area" in reason for reason in figures["reasons"]):
+      reason = (
+        f"{unusable:.2%} of the records are bad, some as their boxes have no"
+        " area: are they x, y, width, height? They must be x0, y0, x1, y1"
+      )
+      return Verdict(NOT_USABLE, [reason], [])
     reasons.append(f"{unusable:.2%} of the records are bad or have no target")
     # Rounded up, with room for what was not read.
     flags.append(f"--config.data.max_bad_fraction={1.2 * unusable + 0.001:.3f}")

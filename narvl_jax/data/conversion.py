@@ -29,6 +29,7 @@ from narvl_jax.data.manifest import (
   Shard,
   read_manifest,
   sha256_of,
+  verify,
   write_json,
 )
 from narvl_jax.data.shard_writer import (
@@ -218,6 +219,13 @@ def _finished(
     manifest = read_manifest(folder)
     had = {**dataclasses.asdict(manifest), "shards": len(manifest.shards)}
     _check_settings(folder, had, _settings(job, origin))
+    faults = verify(folder)
+    if faults:
+      more = f" (and {len(faults) - 1} more)" if faults[1:] else ""
+      raise UserError(
+        f'"{folder}" was complete and is damaged: {faults[0]}{more}; set --to'
+        " to a new folder, or remove the old one"
+      )
     return manifest
   if not (folder / PROGRESS).exists() and any(folder.glob("*" + SUFFIX)):
     raise UserError(

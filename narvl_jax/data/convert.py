@@ -106,9 +106,12 @@ def _convert(spec: str) -> None:
     sys.exit(130)
   size = sum(shard.bytes for shard in done.shards)
   print(
-    f"{done.records} records in {len(done.shards)} shards of"
-    f" {size / 1e6:.1f} MB, {len(done.bad_records)} bad: {_TO.value}"
+    f"{done.records} records of {done.task}, split {done.split}, in"
+    f" {len(done.shards)} shards of {size / 1e6:.1f} MB,"
+    f" {len(done.bad_records)} bad: {_TO.value}"
   )
+  if not _SPLIT.value and done.split == "train":
+    print("sources find them as split train; for another name set --split")
 
 
 def _verify(folder: pathlib.Path) -> None:

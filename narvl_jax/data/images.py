@@ -12,6 +12,7 @@ import io
 import os
 import pathlib
 import re
+import warnings
 from typing import Any, cast
 
 import numpy as np
@@ -21,6 +22,8 @@ from narvl_jax.errors import UserError
 
 # Just under the size at which Pillow itself warns of a decompression bomb.
 MAX_PIXELS = 80_000_000
+# Refused here, with an error of our own.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Shares of red, green and blue in a grey; as Pillow has them.
 _GREY = (0.299, 0.587, 0.114)
 

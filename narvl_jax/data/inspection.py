@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from narvl_jax.data import images, sources
+from narvl_jax.data.batching import short_reason
 from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
 from narvl_jax.data.tasks import Task, make_task
 from narvl_jax.data.tasks.base import required_queries
@@ -172,9 +173,9 @@ class _Reader:
       return self._finding(index, record)
     except BAD_RECORD_ERRORS as e:
       if record is None:
-        return _Finding(index, error=str(e))
+        return _Finding(index, error=short_reason(e))
       return _Finding(
-        index, _hash(record.id), str(e), record.id, kind=record.kind
+        index, _hash(record.id), short_reason(e), record.id, kind=record.kind
       )
 
   def _finding(self, index: int, record: Record) -> _Finding:

@@ -112,7 +112,8 @@ def write_all(
   )
   others = multiprocessing.active_children()
   try:
-    numbers = {pool.submit(_write_in_worker, k): k for k in todo}
+    with _interrupts_ignored():
+      numbers = {pool.submit(_write_in_worker, k): k for k in todo}
     for future in futures.as_completed(numbers):
       yield numbers[future], future.result()
   except concurrent.futures.process.BrokenProcessPool as e:
@@ -127,6 +128,19 @@ def write_all(
     raise
   finally:
     pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+  """Processes started here never see Ctrl-C, not even while they import."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 _worker: dict[str, Any] = {}

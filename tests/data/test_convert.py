@@ -77,7 +77,7 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
   arguments = [*SHAPES, "--limit=9", "--shard_size=4", f"--to={folder}"]
   result = run(*arguments, "--workers=2", "--verify")
   assert (result.returncode, result.stderr) == (0, "")
-  assert "9 records in 3 shards" in result.stdout
+  assert "9 records of grounding, split test, in 3 shards" in result.stdout
   assert "every shard is as the manifest says" in result.stdout
   assert sorted(path.name for path in folder.iterdir()) == [
     *(f"grounding-test-{k:05d}-of-00003.array_record" for k in range(3)),
@@ -86,6 +86,18 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
   result = run(*arguments)
   assert result.returncode == 0
   assert f"{folder} is complete: 9 records" in result.stdout
+  # Not without a look: a shard that was damaged since is told.
+  path = folder / "grounding-test-00001-of-00003.array_record"
+  data = bytearray(path.read_bytes())
+  data[100] ^= 1
+  path.write_bytes(data)
+  result = run(*arguments)
+  assert result.returncode == 2
+  assert "was complete and is damaged: grounding-test-00001" in result.stderr
+  path.unlink()
+  result = run(*arguments)
+  assert (result.returncode, result.stdout) == (2, "")
+  assert "00001-of-00003.array_record: missing; set --to" in result.stderr
 
 
 def test_manifest_says_what_is_there(tmp_path: pathlib.Path) -> None:
@@ -348,7 +360,7 @@ def test_bad_records_are_left_out_and_told(tmp_path: pathlib.Path) -> None:
   arguments = [path, "--task=grounding", f"--to={folder}", "--shards=4"]
   result = run(*arguments, "--max_bad_fraction=0.1", "--workers=0")
   assert result.returncode == 0
-  assert "18 records in 4 shards" in result.stdout
+  assert "18 records of grounding, split train, in 4 shards" in result.stdout
   assert "2 bad" in result.stdout
   told = [line for line in result.stderr.splitlines() if "left out" in line]
   assert len(told) == 2

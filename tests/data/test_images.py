@@ -4,6 +4,8 @@ import io
 import json
 import pathlib
 import struct
+import subprocess
+import sys
 import zlib
 from typing import Any
 
@@ -13,6 +15,7 @@ from PIL import Image
 
 from narvl_jax.data import images
 from narvl_jax.errors import UserError
+from tests.conftest import ROOT
 
 
 def _encode(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -228,6 +231,23 @@ def test_very_large(side: int) -> None:
     images.prepare_image(data, (8, 8))
   with pytest.raises(UserError, match="limit is 80,000,000 pixels"):
     images.original_size(data)
+
+
+def test_one_message_about_size(tmp_path: pathlib.Path) -> None:
+  """Pillow does not add its own warning."""
+  path = tmp_path / "large.png"
+  path.write_bytes(_png_of_size(10_000, 10_000))
+  program = (
+    "from narvl_jax.data import images\n"
+    f"data = open({str(path)!r}, 'rb').read()\n"
+    "try: images.original_size(data)\n"
+    "except ValueError as error: print(error)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT
+  )
+  assert "10000 x 10000 pixels" in done.stdout
+  assert done.stderr == ""
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,14 @@ def test_repeated_ids_are_named(model_tasks: dict[str, Any]) -> None:
   ]
 
 
+def test_boxes_of_width_and_height(model_tasks: dict[str, Any]) -> None:
+  fault = UserError("the box ('3', '4', '2', '9') has no area; it must be")
+  source = NumberSource("grounding", 40, {3: fault})
+  _, verdict = _judge(source, model_tasks["grounding"])
+  assert verdict.word == check_report.NOT_USABLE
+  assert "are they x, y, width, height?" in verdict.reasons[0]
+
+
 def test_boxes_of_fractions(model_tasks: dict[str, Any]) -> None:
   source = _grounding([(0.1, 0.2, 0.6, 0.9)] * 5)
   limits = dataclasses.replace(LIMITS, num_queries=9)

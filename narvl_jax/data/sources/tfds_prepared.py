@@ -33,9 +33,8 @@ def open_builder(name: str, data_dir: str) -> Any:
     value = getattr(found, "value", found)
     raise UserError(
       f'tfds: "{name}" in "{builder.data_dir}" is prepared as {value}, which'
-      " has no random access; prepare it again elsewhere: tfds build"
-      f" {name} --file_format=array_record --data_dir=FOLDER, and set"
-      " options.data_dir to FOLDER"
+      " has no random access; prepare it again elsewhere:"
+      f" {_how_to_prepare(name, 'FOLDER')}, and set options.data_dir to FOLDER"
     )
   return builder
 
@@ -74,11 +73,19 @@ def _not_prepared(name: str, base: str, data_dir: str) -> str:
     hint = f" The folder has: {', '.join(names[:8])}."
   else:
     hint = ""
-  where = f" --data_dir={data_dir}" if data_dir else ""
   return (
-    f'tfds: "{name}" is not prepared in "{folder}".{hint} Prepare it with:'
-    f" tfds build {name} --file_format=array_record{where}, or set"
-    " options.data_dir or options.name"
+    f'tfds: "{name}" is not prepared in "{folder}".{hint} Prepare it in Python:'
+    f" {_how_to_prepare(name, data_dir)}, or set options.data_dir or"
+    " options.name"
+  )
+
+
+def _how_to_prepare(name: str, data_dir: str) -> str:
+  """Returns a line of Python; the command `tfds` needs TensorFlow."""
+  where = f', data_dir="{data_dir}"' if data_dir else ""
+  return (
+    f'tensorflow_datasets.builder("{name}"{where},'
+    ' file_format="array_record").download_and_prepare()'
   )
 
 

@@ -307,8 +307,8 @@ def test_another_process_without_tensorflow(
       "caption",
       "train",
       {},
-      "not prepared.*The folder has: coco_captions/2014, my_data,.*tfds build"
-      " coco_captoins --file_format=array_record --data_dir=",
+      "not prepared.*The folder has: coco_captions/2014, my_data,.*"
+      r'builder\("coco_captoins", data_dir=".*", file_format="array_record"\)',
     ),
     (
       "ref_coco/refcoco_unk",
@@ -417,7 +417,7 @@ def test_other_file_formats_are_explained(
   for split in info["splits"]:
     split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
   path.write_text(json.dumps(info))
-  message = "prepared as tfrecord.*tfds build.*--file_format=array_record"
+  message = 'prepared as tfrecord.*builder.*data_dir="FOLDER".*"array_record"'
   with pytest.raises(UserError, match=message):
     load_source("tfds", task="grounding", split="train", name=str(folder))
 
