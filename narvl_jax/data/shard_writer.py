@@ -10,7 +10,6 @@ import os
 import pathlib
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any
@@ -23,6 +22,7 @@ from PIL import Image
 from narvl_jax.data import images, records
 from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
 from narvl_jax.data.manifest import SUFFIX, Shard, sha256_of
+from narvl_jax.data.processes import exit_with_parent
 from narvl_jax.data.sources import locate, open_source
 from narvl_jax.errors import UserError
 
@@ -30,7 +30,6 @@ PROGRESS = ".convert"
 CONTINUE = "; the same command continues"
 # Pictures are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-_PARENT_CHECK_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,16 +148,7 @@ _worker: dict[str, Any] = {}
 def _start_worker(job: Job, parent: int) -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   _worker["job"] = job
-  threading.Thread(
-    target=_exit_with_parent, args=(parent,), daemon=True
-  ).start()
-
-
-def _exit_with_parent(parent: int) -> None:
-  """Ends this process when the main one was killed and cannot tell it to."""
-  while os.getppid() == parent:
-    time.sleep(_PARENT_CHECK_SECONDS)
-  os._exit(1)
+  exit_with_parent(parent)
 
 
 def _write_in_worker(number: int) -> dict[str, Any]:

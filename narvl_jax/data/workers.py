@@ -4,17 +4,15 @@ import contextlib
 import functools
 import os
 import signal
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import grain
 
+from narvl_jax.data.processes import exit_with_parent
 from narvl_jax.data.shared_batches import Segments, WorkerSegments
 from narvl_jax.errors import UserError
 
-_PARENT_CHECK_SECONDS = 2.0
 _MIN_SHARED_BYTES = 512
 # Of this process, if it is a worker.
 _segments: WorkerSegments | None = None
@@ -42,7 +40,7 @@ def in_processes(
     dataset, grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_BYTES)
   )
   names = segments.names if segments else [[]] * num_workers
-  start = functools.partial(_start_worker, names)
+  start = functools.partial(_start_worker, names, os.getpid())
   return dataset.mp_prefetch(options, worker_init_fn=start)
 
 
@@ -69,7 +67,9 @@ def failures_explained() -> Iterator[None]:
     ) from error
 
 
-def _start_worker(names: list[list[str]], index: int, count: int) -> None:
+def _start_worker(
+  names: list[list[str]], parent: int, index: int, count: int
+) -> None:
   """Leaves stopping to the main process, and ends when that is gone."""
   del count
   global _segments
@@ -78,13 +78,4 @@ def _start_worker(names: list[list[str]], index: int, count: int) -> None:
   # needs the batches of the step at which it saves and stops.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  thread = threading.Thread(
-    target=_exit_with_parent, args=(os.getppid(),), daemon=True
-  )
-  thread.start()
-
-
-def _exit_with_parent(parent: int) -> None:
-  while os.getppid() == parent:
-    time.sleep(_PARENT_CHECK_SECONDS)
-  os._exit(1)
+  exit_with_parent(parent)

@@ -109,4 +109,6 @@ def test_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_systems_without_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(shared_batches, "_FOLDER", os.devnull + "/none")
-  Segments(1, 1, BYTES).close()
+  segments = Segments(1, 2, BYTES)
+  assert len(segments.names[0]) == 2
+  segments.close()

@@ -1,5 +1,6 @@
 """Augmentation of captions and VQA, whose answers are words."""
 
+import abc
 import dataclasses
 from typing import TypeVar
 
@@ -72,6 +73,6 @@ class AugmentedTask(base.Task[S]):
     answer = augmentation.draw_answer(rng, scores)
     return dataclasses.replace(record, answers={answer: scores[answer]})
 
+  @abc.abstractmethod
   def _target_text(self, answer: str) -> str:
     """Returns the text that an answer is trained as, without the space."""
-    raise NotImplementedError

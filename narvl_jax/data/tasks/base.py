@@ -1,5 +1,6 @@
 """What the tasks share: settings, cleaning of text, encoding of a record."""
 
+import abc
 import dataclasses
 import itertools
 import math
@@ -58,7 +59,7 @@ class Settings:
 S = TypeVar("S", bound=Settings)
 
 
-class Task(Generic[S]):
+class Task(abc.ABC, Generic[S]):
   """Turns records into ids and ids into answers.
 
   Attributes:
@@ -144,6 +145,7 @@ class Task(Generic[S]):
     """Returns every text of a record that gets encoded, source and targets."""
     return [*self._source_texts(record), *self._target_texts(record)]
 
+  @abc.abstractmethod
   def decode(
     self, ids: Sequence[int], original_size: tuple[int, int]
   ) -> str | Box:
@@ -153,23 +155,22 @@ class Task(Generic[S]):
       ids: collapsed: repeats merged if `merge_repeats`, blanks dropped.
       original_size: (width, height) of the picture in pixels.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def _source_key(self, record: Record) -> Any:
     """Returns what the source depends on; hashable."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def _source_texts(self, record: Record) -> list[str]:
     """Returns the texts whose ids, one after another, are the source."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def _target_texts(self, record: Record) -> list[str]:
     """Returns the texts of all valid targets."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def _target(self, record: Record) -> tuple[list[int], float]:
     """Returns the target's ids without eos, and its confidence."""
-    raise NotImplementedError
 
   def _require_prompt(self, text: str, record: Record) -> str:
     if not text and not self.settings.allow_empty:
