@@ -1,0 +1,63 @@
+"""How answers are read from a model."""
+
+import dataclasses
+
+from narvl_jax.errors import UserError, did_you_mean
+
+METHODS = ("greedy", "beam", "candidates")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """A way to decode; hashable, so that compiled programs can be kept by it.
+
+  Attributes:
+    method: "greedy" takes the best token at each place, "beam" searches,
+      "candidates" scores every answer of a closed set.
+    constrained: only answers that the task allows: its list of answers, or
+      four coordinates for a box. "candidates" always is.
+    beam_size: hypotheses that a beam search keeps.
+    num_best: answers that it returns, best first.
+    min_length: autoregressive: tokens before eos is allowed.
+    max_length: autoregressive: tokens at most, eos not counted; 0: as many as
+      `data.max_label_length` leaves room for.
+    no_repeat_ngram: autoregressive: no sequence of so many tokens twice; 0
+      allows all.
+    normalize: autoregressive: hypotheses are ranked by their log-probability
+      divided by the number of their tokens, eos included.
+  """
+
+  method: str = "greedy"
+  constrained: bool = False
+  beam_size: int = 5
+  num_best: int = 1
+  min_length: int = 1
+  max_length: int = 0
+  no_repeat_ngram: int = 0
+  normalize: bool = True
+
+  def __post_init__(self) -> None:
+    """Checks what can be checked without a model."""
+    if self.method not in METHODS:
+      raise UserError(
+        f'the decoding method "{self.method}" is unknown.'
+        f"{did_you_mean(self.method, METHODS)} (--decoding)"
+      )
+    for name, least in (
+      ("beam_size", 1),
+      ("num_best", 1),
+      ("min_length", 0),
+      ("max_length", 0),
+      ("no_repeat_ngram", 0),
+    ):
+      value = getattr(self, name)
+      if value < least:
+        raise UserError(
+          f"decoding.{name}={value} must be at least {least}; nearest:"
+          f" {least} (--{name})"
+        )
+    if self.num_best > self.beam_size and self.method == "beam":
+      raise UserError(
+        f"decoding.num_best={self.num_best} exceeds decoding.beam_size="
+        f"{self.beam_size}; nearest: {self.beam_size} (--num_best)"
+      )
