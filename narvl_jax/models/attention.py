@@ -1,10 +1,12 @@
 """Multi-head attention with additive biases, as the reference computes it."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from narvl_jax.models.sizes import ModelConfig
 from narvl_jax.parallel.constraints import constrain, gathered, per_device
@@ -12,6 +14,8 @@ from narvl_jax.parallel.constraints import constrain, gathered, per_device
 # Of linear maps and tables of the reference.
 INIT_STDDEV = 0.02
 _EPSILON = 1e-5  # of LayerNorm, as in the reference
+# Logit of what must not be attended to.
+LOWEST = float(np.finfo(np.float32).min)
 
 
 def normal_init(
@@ -103,10 +107,27 @@ class PositionBias(nn.Module):
     return per_device(bias, "act_heads", None, None)
 
 
-def _add_bias(logits: jax.Array, bias: jax.Array) -> jax.Array:
-  """Adds a bias [G, H, Q, K] to logits [B, H, Q, K]."""
+def add_bias(logits: jax.Array, bias: jax.Array) -> jax.Array:
+  """Adds a bias [G, H, Q, K] to logits [B, H, Q, K], in float32."""
+  logits, bias = logits.astype(jnp.float32), bias.astype(jnp.float32)
   grouped = logits.reshape(len(bias), -1, *logits.shape[1:])
   return (grouped + bias[:, None]).reshape(logits.shape)
+
+
+class KeyValue(NamedTuple):
+  """Projected keys and values.
+
+  Attributes:
+    key: [B, K, H, d].
+    value: [B, K, H, d].
+  """
+
+  key: jax.Array
+  value: jax.Array
+
+
+# (queries [B, Q, H, d], their own keys and values) -> [B, Q, H, d].
+Attend = Callable[[jax.Array, KeyValue], jax.Array]
 
 
 class Attention(nn.Module):
@@ -123,18 +144,16 @@ class Attention(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    memory: jax.Array | None,
-    bias: jax.Array,
-    key_mask: jax.Array | None,
+    memory: jax.Array | KeyValue | None,
+    attend: Attend,
   ) -> jax.Array:
     """Attends from x to memory.
 
     Args:
       x: queries [B, Q, D].
-      memory: [B, K, D]; None attends to x itself.
-      bias: additive logits [G, H, Q, K], each shared by B / G examples that
-        follow one another.
-      key_mask: bool [B, K], True where the key is valid, or None.
+      memory: [B, K, D], or keys and values projected before; None attends to
+        x itself.
+      attend: what happens between the projections, such as `attend_to`.
 
     Returns:
       [B, Q, D].
@@ -144,17 +163,11 @@ class Attention(nn.Module):
       q, k, v = Projection(cfg, 3, name="qkv")(x)
     else:
       (q,) = Projection(cfg, 1, name="q")(x)
-      k, v = Projection(cfg, 2, name="kv")(memory)
+      k, v = memory if isinstance(memory, KeyValue) else self._project(memory)
     q, k, v = (
       constrain(y, "batch", None, "act_heads", None) for y in (q, k, v)
     )
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q * attention_scale(cfg), k)
-    logits = _add_bias(logits.astype(jnp.float32), bias.astype(jnp.float32))
-    if key_mask is not None:
-      lowest = jnp.finfo(jnp.float32).min
-      logits = jnp.where(key_mask[:, None, None, :], logits, lowest)
-    weights = jax.nn.softmax(logits).astype(cfg.dtype)
-    out = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+    out = attend(q * attention_scale(cfg), KeyValue(k, v))
     gain = self.param("c_attn", ones_init("heads"), (cfg.num_heads,))
     out *= gain.astype(cfg.dtype)[:, None]
     kernel = self.param(
@@ -167,3 +180,25 @@ class Attention(nn.Module):
     out = jnp.einsum("bqhd,hde->bqe", out, kernel)
     out = constrain(out, "batch", None, "act_embed")
     return out + out_bias.astype(cfg.dtype)
+
+  def _project(self, memory: jax.Array) -> KeyValue:
+    return KeyValue(*Projection(self.config, 2, name="kv")(memory))
+
+
+def attend_to(bias: jax.Array, key_mask: jax.Array | None) -> Attend:
+  """Returns plain attention with an additive bias.
+
+  Args:
+    bias: additive logits [G, H, Q, K], each shared by B / G examples that
+      follow one another.
+    key_mask: bool [B, K], True where the key is valid, or None.
+  """
+
+  def attend(q: jax.Array, own: KeyValue) -> jax.Array:
+    logits = add_bias(jnp.einsum("bqhd,bkhd->bhqk", q, own.key), bias)
+    if key_mask is not None:
+      logits = jnp.where(key_mask[:, None, None, :], logits, LOWEST)
+    weights = jax.nn.softmax(logits).astype(own.value.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, own.value)
+
+  return attend

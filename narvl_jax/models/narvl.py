@@ -2,47 +2,21 @@
 
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from narvl_jax.models.attention import normal_init
-from narvl_jax.models.encoder import Encoder
+from narvl_jax.models.encoder import EncoderOutput
+from narvl_jax.models.encoder_decoder import EncoderDecoder
 from narvl_jax.models.query_decoder import QueryDecoder
-from narvl_jax.models.sizes import ModelConfig
 
 
-def project(states: jax.Array, table: jax.Array) -> jax.Array:
-  """Projects decoder states to the vocabulary.
+class NARVL(EncoderDecoder):
+  """Vision-language model that answers in one decoder pass."""
 
-  With the whole table, padding included, this also works where its rows are
-  split over devices: cutting padding off would move them.
+  def setup(self) -> None:
+    """Adds the decoder."""
+    super().setup()
+    self.decoder = QueryDecoder(self.config)
 
-  Args:
-    states: [B, N, D], the dtype of the product.
-    table: [V, D], the tied table `params["embed_tokens"]` or some of its rows.
-
-  Returns:
-    logits float32 [B, N, V].
-  """
-  return jnp.einsum(
-    "bnd,vd->bnv",
-    states,
-    table.astype(states.dtype),
-    preferred_element_type=jnp.float32,
-  )
-
-
-class NARVL(nn.Module):
-  """Vision-language model that answers in one decoder pass.
-
-  One table embeds the text and projects the decoder states to the
-  vocabulary (arXiv 2403.02249, section 3).
-  """
-
-  config: ModelConfig
-
-  @nn.compact
   def __call__(
     self,
     image: jax.Array,
@@ -70,23 +44,9 @@ class NARVL(nn.Module):
     Raises:
       UserError: the picture or the text exceeds the position tables.
     """
-    cfg = self.config
-    table = self.param(
-      "embed_tokens",
-      normal_init("vocab", "embed"),
-      (cfg.padded_vocab_size, cfg.width),
-    )
-    if image_mask is None:
-      image_mask = jnp.ones(image.shape[0], bool)
-    encoded = Encoder(cfg, name="encoder")(
-      image, text, table, image_mask, train
-    )
-    states = QueryDecoder(cfg, name="decoder")(encoded, train)
-    # Padding rows are cut off, so no softmax ever sees them.
-    return project(states, table[: cfg.vocab_size]), {
-      "image_features": encoded.image_features,
-      "encoder_out": encoded.out,
-      "encoder_mask": encoded.mask,
-      "position_embeddings": encoded.positions,
-      "decoder_out": states,
-    }
+    encoded = self.encode(image, text, image_mask=image_mask, train=train)
+    return self._outputs(encoded, self.decode(encoded, train=train))
+
+  def decode(self, encoded: EncoderOutput, *, train: bool = False) -> jax.Array:
+    """Returns the decoder states [B, N, D], which `project` takes."""
+    return self.decoder(encoded, train)

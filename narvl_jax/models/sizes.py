@@ -10,6 +10,7 @@ from narvl_jax.errors import UserError, did_you_mean
 REMAT_POLICIES = ("none", "dots", "full")
 BATCH_NORM_MODES = ("frozen", "batch")
 IMAGE_ENCODERS = ("resnet", "conv")
+DECODERS = ("parallel", "autoregressive")
 
 _COUNTS = (
   "width",
@@ -44,8 +45,12 @@ class ModelConfig:
     decoder_layers: decoder depth.
     resnet_blocks: bottleneck blocks in each of the three stages.
     resnet_width: channels of the stem; the trunk ends in 16 times as many.
-    num_queries: learnable queries N, the length of the CTC input.
-    vocab_size: number of classes V, blank included.
+    decoder: "parallel" answers in one pass (NARVL), "autoregressive" token by
+      token (OFA, the counterpart of section 11 of the reference).
+    num_queries: learnable queries N, the length of the CTC input; only of the
+      parallel decoder.
+    vocab_size: number of classes V; blank, the last, is one of them for the
+      parallel decoder and none for the autoregressive one.
     vocab_multiple: the tied table is padded to a multiple of this.
     pad_id: id of padding in the text.
     max_text_positions: rows of each token position table.
@@ -79,6 +84,7 @@ class ModelConfig:
   decoder_layers: int
   resnet_blocks: tuple[int, int, int]
   resnet_width: int = 64
+  decoder: str = "parallel"
   num_queries: int = 20
   vocab_size: int = 59458
   vocab_multiple: int = 128
@@ -112,6 +118,7 @@ class ModelConfig:
       ("remat", REMAT_POLICIES),
       ("batch_norm", BATCH_NORM_MODES),
       ("image_encoder", IMAGE_ENCODERS),
+      ("decoder", DECODERS),
     ):
       value = getattr(self, name)
       if value not in choices:

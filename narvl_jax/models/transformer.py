@@ -1,5 +1,6 @@
 """Pre-norm transformer layers of encoder and decoders, scanned over depth."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -7,7 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from narvl_jax.models.attention import (
+  Attend,
   Attention,
+  KeyValue,
+  attend_to,
   layer_norm,
   normal_init,
   zeros_init,
@@ -113,7 +117,8 @@ class EncoderLayer(nn.Module):
       token_bias(text, bias.shape[-1] - split, cfg.token_bucket_size)
     )
     h = layer_norm(cfg, "self_attn_layer_norm")(x)
-    h = Attention(cfg, name="self_attn")(h, None, bias, shared["key_mask"])
+    attend = attend_to(bias, shared["key_mask"])
+    h = Attention(cfg, name="self_attn")(h, None, attend)
     x = x + branch(layer_norm(cfg, "attn_ln")(h), rate)
     h = layer_norm(cfg, "final_layer_norm")(x)
     return x + branch(FeedForward(cfg, name="ffn")(h), rate), None
@@ -138,24 +143,56 @@ class DecoderLayer(nn.Module):
         [B, S, D], "memory_mask" [B, S], "self_mask" [B, N] or None.
 
     Returns:
-      The states, and the states again as the scan's per-layer output.
+      The states and None (the scan's per-layer output).
     """
-    cfg, rate = self.config, per_layer["drop_path"]
-    branch = Branch(cfg, cfg.decoder_drop_path, self.train)
+    cfg = self.config
     bias = shared["self_bias"]
     table = per_layer["token_table"].astype(bias.dtype)
     table = per_device(table, None, "heads")
     bias += token_bias(table, x.shape[1], cfg.token_bucket_size)
-    h = layer_norm(cfg, "self_attn_layer_norm")(x)
-    h = Attention(cfg, name="self_attn")(h, None, bias, shared["self_mask"])
-    x = x + branch(layer_norm(cfg, "self_attn_ln")(h), rate)
-    h = layer_norm(cfg, "encoder_attn_layer_norm")(x)
-    h = Attention(cfg, name="encoder_attn")(
-      h, shared["memory"], shared["cross_bias"], shared["memory_mask"]
+    x = decoder_layer(
+      cfg,
+      x,
+      shared["memory"],
+      attend_to(bias, shared["self_mask"]),
+      attend_to(shared["cross_bias"], shared["memory_mask"]),
+      Branch(cfg, cfg.decoder_drop_path, self.train),
+      per_layer["drop_path"],
     )
-    x = x + branch(layer_norm(cfg, "cross_attn_ln")(h), rate)
-    h = layer_norm(cfg, "final_layer_norm")(x)
-    return x + branch(FeedForward(cfg, name="ffn")(h), rate), None
+    return x, None
+
+
+def decoder_layer(
+  cfg: ModelConfig,
+  x: jax.Array,
+  memory: jax.Array | KeyValue,
+  attend_self: Attend,
+  attend_memory: Attend,
+  branch: Callable[[jax.Array, jax.Array], jax.Array],
+  rate: jax.Array,
+) -> jax.Array:
+  """The modules of a decoder layer; to be called in that of the layer.
+
+  Args:
+    cfg: the architecture.
+    x: decoder states [B, N, D].
+    memory: what the encoder says [B, S, D], or its keys and values.
+    attend_self: self-attention.
+    attend_memory: cross-attention.
+    branch: of what (h, rate) is added to the states.
+    rate: of stochastic depth.
+
+  Returns:
+    [B, N, D].
+  """
+  h = layer_norm(cfg, "self_attn_layer_norm")(x)
+  h = Attention(cfg, name="self_attn")(h, None, attend_self)
+  x = x + branch(layer_norm(cfg, "self_attn_ln")(h), rate)
+  h = layer_norm(cfg, "encoder_attn_layer_norm")(x)
+  h = Attention(cfg, name="encoder_attn")(h, memory, attend_memory)
+  x = x + branch(layer_norm(cfg, "cross_attn_ln")(h), rate)
+  h = layer_norm(cfg, "final_layer_norm")(x)
+  return x + branch(FeedForward(cfg, name="ffn")(h), rate)
 
 
 _POLICIES = {

@@ -1,0 +1,98 @@
+"""What the parallel and the causal decoder share: all but their input."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from narvl_jax.models import positions
+from narvl_jax.models.attention import (
+  LOWEST,
+  PositionBias,
+  layer_norm,
+  normal_init,
+)
+from narvl_jax.models.encoder import EncoderOutput
+from narvl_jax.models.sizes import ModelConfig
+from narvl_jax.models.transformer import (
+  DecoderLayer,
+  drop_path_rates,
+  scan_layers,
+)
+from narvl_jax.parallel.constraints import constrain, gathered
+
+
+class Decoder(nn.Module):
+  """Layers that attend to themselves and to the encoder."""
+
+  config: ModelConfig
+
+  def _run(
+    self,
+    x: jax.Array,
+    encoded: EncoderOutput,
+    train: bool,
+    *,
+    self_mask: jax.Array | None = None,
+    causal: bool = False,
+  ) -> jax.Array:
+    """Runs the layers; to be called in the method that is `nn.compact`.
+
+    Args:
+      x: input [B, N, D], not yet normalised.
+      encoded: what is attended to.
+      train: dropout and stochastic depth are on.
+      self_mask: bool [B, N], which inputs may be attended to; None: all.
+      causal: an input only attends to itself and those before it.
+
+    Returns:
+      States [B, N, D] after the last LayerNorm.
+    """
+    cfg = self.config
+    x = layer_norm(cfg, "layernorm_embedding")(x)
+    x = constrain(x, "batch", None, "act_embed")
+    x = nn.Dropout(cfg.dropout, deterministic=not train)(x)
+    length = x.shape[1]
+    table = self.param(
+      "embed_positions",
+      normal_init(None, "embed"),
+      (cfg.max_text_positions, cfg.width),
+    )
+    table = gathered(table, cfg.dtype, None, "embed", scatter=False)
+    pos = layer_norm(cfg, "pos_ln")(table[:length])
+    self_bias = PositionBias(cfg, name="self_position_bias")(pos, pos)
+    if causal:
+      self_bias += causal_bias(length, self_bias.dtype)
+    shared = {
+      "self_bias": self_bias,
+      "cross_bias": PositionBias(cfg, name="cross_position_bias")(
+        pos, encoded.positions
+      ),
+      "memory": encoded.out,
+      "memory_mask": encoded.mask,
+      "self_mask": self_mask,
+    }
+    rows = positions.num_token_buckets(cfg.token_bucket_size)
+    per_layer = {
+      "token_table": self.param(
+        "token_rel_pos_table",
+        normal_init("layers", None, "heads"),
+        (cfg.decoder_layers, rows, cfg.num_heads),
+      ),
+      "drop_path": drop_path_rates(cfg.decoder_drop_path, cfg.decoder_layers),
+    }
+    layers = scan_layers(
+      DecoderLayer,
+      cfg,
+      depth=cfg.decoder_layers,
+      train=train,
+      name="layers",
+    )
+    x, _ = layers(x, per_layer, shared)
+    return layer_norm(cfg, "layer_norm")(x)
+
+
+def causal_bias(length: int, dtype: jnp.dtype) -> jax.Array:
+  """Returns [L, L]: 0 where a key is not after the query, else very low."""
+  # Half: what is added to it must not overflow.
+  future = jnp.triu(jnp.ones((length, length), bool), 1)
+  return jnp.where(future, LOWEST / 2, 0.0).astype(dtype)
