@@ -19,12 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
-from absl import logging
-
 from narvl_jax.data import records
 from narvl_jax.data.example import TASKS
 from narvl_jax.data.manifest import (
-  SUFFIX,
   Manifest,
   Shard,
   read_manifest,
@@ -32,9 +29,10 @@ from narvl_jax.data.manifest import (
   verify,
   write_json,
 )
+from narvl_jax.data.shard_formats import FORMATS
 from narvl_jax.data.shard_writer import (
-  CONTINUE,
   PROGRESS,
+  BadAccount,
   Job,
   write_all,
   write_error,
@@ -42,7 +40,8 @@ from narvl_jax.data.shard_writer import (
 from narvl_jax.data.sources import MANIFEST, files, open_source, parse_spec
 from narvl_jax.errors import UserError, did_you_mean
 
-_MAX_LOGGED = 20
+# (job, numbers of shards) -> (number, note) of each; see `write_all`.
+Write = Callable[[Job, Sequence[int]], Iterator[tuple[int, dict[str, Any]]]]
 
 
 def plan(
@@ -58,6 +57,7 @@ def plan(
   shard_size: int = 2000,
   image_size: int = 0,
   quality: int = 95,
+  format: str = "array_record",
 ) -> tuple[Job, dict[str, Any]]:
   """Opens the source once; returns the job and what identifies its input.
 
@@ -73,6 +73,7 @@ def plan(
     shard_size: records of a shard, about.
     image_size: see `Job`.
     quality: see `Job`.
+    format: see `Job`.
 
   Raises:
     UserError: the source cannot be opened or has no record.
@@ -94,7 +95,7 @@ def plan(
     )
   job = Job(
     spec, task, split, options, folder, name or _file_name(task, found_split),
-    count, num_shards, image_size, quality,
+    count, num_shards, image_size, quality, format,
   )  # fmt: skip
   origin = {
     "spec": spec,
@@ -135,6 +136,7 @@ def convert(
   num_workers: int = 0,
   max_bad_fraction: float = 0.01,
   tell: Callable[[str], None] = print,
+  write: Write | None = None,
 ) -> Manifest:
   """Writes the shards that are not there yet, and the manifest.
 
@@ -144,6 +146,7 @@ def convert(
     num_workers: number of processes; 0 works in this one.
     max_bad_fraction: of the records that may be bad and left out.
     tell: gets a line for each shard.
+    write: writes shards instead of `write_all`.
 
   Raises:
     UserError: too many records are bad, the folder holds something else or
@@ -159,10 +162,11 @@ def convert(
     if notes:
       tell(f"{len(notes)} of {job.num_shards} shards are there already")
     todo = [k for k in range(job.num_shards) if k not in notes]
-    account = _Account(job, max_bad_fraction)
+    account = BadAccount(job, max_bad_fraction)
     for note in notes.values():
       account.add(note, log=False)
-    for number, note in write_all(job, todo, num_workers):
+    written = write(job, todo) if write else write_all(job, todo, num_workers)
+    for number, note in written:
       account.add(note)
       write_json(progress / f"{number:05d}.json", note)
       notes[number] = note
@@ -191,7 +195,15 @@ def _manifest(
     records=sum(shard.records for shard in shards),
     bad_records=[bad for note in notes for bad in note["bad"]],
     shards=shards,
+    labels=_summed([note["labels"] for note in notes if "labels" in note]),
   )
+
+
+def _summed(counts: Sequence[dict[str, float]]) -> dict[str, float] | None:
+  """Returns the sum of each count; None if nothing was counted."""
+  if not counts:
+    return None
+  return {key: sum(count[key] for count in counts) for key in counts[0]}
 
 
 def _settings(job: Job, origin: dict[str, Any]) -> dict[str, Any]:
@@ -227,9 +239,10 @@ def _finished(
         " to a new folder, or remove the old one"
       )
     return manifest
-  if not (folder / PROGRESS).exists() and any(folder.glob("*" + SUFFIX)):
+  suffix = FORMATS[job.format].suffix
+  if not (folder / PROGRESS).exists() and any(folder.glob("*" + suffix)):
     raise UserError(
-      f'"{folder}" has files *{SUFFIX} of unknown origin; set --to to another'
+      f'"{folder}" has files *{suffix} of unknown origin; set --to to another'
       " folder, or remove them"
     )
   return None
@@ -309,32 +322,3 @@ def _kept_notes(
   with futures.ThreadPoolExecutor(num_threads) as pool:
     notes = list(pool.map(check, range(job.num_shards)))
   return {k: note for k, note in enumerate(notes) if note is not None}
-
-
-class _Account:
-  """Counts bad records, logs the first, stops when there are too many."""
-
-  def __init__(self, job: Job, max_bad_fraction: float) -> None:
-    self._job = job
-    self._limit = max_bad_fraction
-    self._bad = 0
-    self._logged = 0
-
-  def add(self, note: dict[str, Any], *, log: bool = True) -> None:
-    self._bad += len(note["bad"])
-    for bad in note["bad"] if log else ():
-      self._logged += 1
-      if self._logged <= _MAX_LOGGED:
-        logging.warning(
-          "bad record left out: %s (%s): %s",
-          bad["place"], bad["id"], bad["reason"],
-        )  # fmt: skip
-      elif self._logged == _MAX_LOGGED + 1:
-        logging.warning("more bad records: see bad_records in %s", MANIFEST)
-    if self._bad > self._limit * self._job.count:
-      last = note["bad"][-1] if note["bad"] else {"place": "?", "reason": "?"}
-      raise UserError(
-        f"{self._bad} of {self._job.count} records are bad, such as"
-        f" {last['place']}: {last['reason']}; mend the data, or allow more with"
-        f" --max_bad_fraction (now {self._limit:g}){CONTINUE}"
-      )

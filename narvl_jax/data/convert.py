@@ -6,17 +6,16 @@
 Exit codes: 0, 1 (`--verify` found faults, a line each), 2 (a mistake).
 """
 
-import json
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 
 from narvl_jax import cli
 from narvl_jax.data import conversion, manifest
+from narvl_jax.data.sources import parse_options
 from narvl_jax.errors import UserError
 
 _TO = flags.DEFINE_string("to", "", "Folder that gets the shards.")
@@ -85,7 +84,7 @@ def _convert(spec: str) -> None:
     _TO.value,
     task=_TASK.value,
     split=_SPLIT.value,
-    options=_parse_options(_OPTIONS.value),
+    options=parse_options(_OPTIONS.value),
     name=_NAME.value,
     limit=_LIMIT.value,
     shards=_SHARDS.value,
@@ -121,22 +120,6 @@ def _verify(folder: pathlib.Path) -> None:
   if faults:
     sys.exit(1)
   print(f"{folder}: every shard is as the manifest says")
-
-
-def _parse_options(text: str) -> dict[str, Any]:
-  try:
-    options = json.loads(text)
-  except ValueError as e:
-    raise UserError(
-      f"--options={text!r} is no JSON ({e}); pass an object such as"
-      ' --options=\'{"columns": "0,4,2"}\''
-    ) from e
-  if not isinstance(options, dict):
-    raise UserError(
-      f"--options={text!r} must be a JSON object in braces, such as"
-      ' --options=\'{"columns": "0,4,2"}\''
-    )
-  return options
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ class Record:
     objects: VQA only: names of detected objects; None leaves the object
       prompt out altogether.
     kind: sub-category for reports, such as "count" or "attribute".
+    score: log-probability that a teacher gave to its answer, where the target
+      is that answer; None where it is not.
   """
 
   id: str
@@ -56,3 +58,4 @@ class Record:
   premise: str = ""
   objects: tuple[str, ...] | None = None
   kind: str = ""
+  score: float | None = None

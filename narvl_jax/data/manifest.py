@@ -1,4 +1,4 @@
-"""`manifest.json`: what a folder of ArrayRecord shards holds, and its check."""
+"""`manifest.json`: what a folder of shards holds, and its check."""
 
 import dataclasses
 import hashlib
@@ -9,15 +9,11 @@ from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
 
-from array_record.python import (
-  array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
-)
-
 from narvl_jax.data.records import SCHEMA_VERSION
+from narvl_jax.data.shard_formats import format_of
 from narvl_jax.data.sources import MANIFEST
 from narvl_jax.errors import UserError
 
-SUFFIX = ".array_record"
 _AGAIN = "; convert the data again with python -m narvl_jax.data.convert"
 _BLOCK = 1 << 20
 
@@ -48,12 +44,16 @@ class Manifest:
     name: the shards are NAME-00000-of-00012.array_record.
     task: one of `TASKS`.
     split: such as "train".
-    source: what was converted: spec, options, fingerprint, length.
+    source: what was converted: spec, options, fingerprint, length; of
+      distilled data also teacher, checkpoint_step, vocabulary (its
+      fingerprint), decoding and format.
     image: how pictures are stored: {"encoding": "original"}, or "jpeg" with
       size and quality.
     records: number of records in all.
     bad_records: what was left out: index, place, id and reason each.
     shards: the files in order.
+    labels: of distilled data, sums over its records; see
+      `distilled.Labelled.counts`.
   """
 
   schema_version: int
@@ -65,10 +65,13 @@ class Manifest:
   records: int
   bad_records: list[dict[str, Any]]
   shards: list[Shard]
+  labels: dict[str, float] | None = None
 
   def write(self, folder: pathlib.Path) -> None:
     """Writes the manifest at once or not at all."""
     fields = dataclasses.asdict(self)
+    if self.labels is None:
+      del fields["labels"]
     write_json(folder / MANIFEST, fields)
 
 
@@ -123,15 +126,6 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
   return manifest
 
 
-def num_records(path: pathlib.Path) -> int:
-  """Returns the number of records in a shard, 0 if it is damaged."""
-  reader = array_record_module.ArrayRecordReader(str(path))
-  try:
-    return reader.num_records()
-  finally:
-    reader.close()
-
-
 def quick_fault(folder: pathlib.Path, shard: Shard) -> str:
   """Returns what is wrong with a shard, "" if nothing; its data is not read."""
   path = folder / shard.file
@@ -143,7 +137,7 @@ def quick_fault(folder: pathlib.Path, shard: Shard) -> str:
     word = "truncated" if size < shard.bytes else "too long"
     return f"{shard.file}: {word}: {size:,} bytes of {shard.bytes:,}"
   try:
-    count = num_records(path)
+    count = format_of(path).count(path)
   except Exception as e:  # Damage shows in the library's own ways.
     return f"{shard.file}: cannot be read: {e}"
   if count != shard.records:
@@ -171,8 +165,12 @@ def verify(folder: pathlib.Path, *, num_threads: int = 1) -> list[str]:
   """
   manifest = read_manifest(folder)
   listed = {shard.file for shard in manifest.shards}
+  suffixes = {format_of(shard.file).suffix for shard in manifest.shards}
   strays = sorted(
-    path for path in folder.glob("*" + SUFFIX) if path.name not in listed
+    path
+    for suffix in suffixes
+    for path in folder.glob("*" + suffix)
+    if path.name not in listed
   )
   with futures.ThreadPoolExecutor(max(num_threads, 1)) as pool:
     faults = list(

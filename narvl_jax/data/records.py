@@ -13,6 +13,7 @@ Schema 1: one MessagePack map a record, with the fields of `Record` by name:
 | premise | str                                                         |
 | objects | array of str; absent for None, which is not an empty array  |
 | kind    | str                                                         |
+| score   | float: log-probability of a teacher's answer                |
 
 Fields that have their default value are left out. `id`, `task` and `image`
 are always there. Numbers are 64-bit floats.
@@ -42,7 +43,7 @@ def serialize(record: Record) -> bytes:
   fields: dict[str, Any] = {
     "id": record.id,
     "task": record.task,
-    "image": _encoded(record.image),
+    "image": encoded_image(record.image),
     "prompt": record.prompt,
     "answers": [[a, float(score)] for a, score in record.answers.items()],
     "box": None if record.box is None else [float(c) for c in record.box],
@@ -53,6 +54,8 @@ def serialize(record: Record) -> bytes:
   kept["id"] = record.id
   if record.objects is not None:
     kept["objects"] = list(record.objects)
+  if record.score is not None:
+    kept["score"] = float(record.score)
   try:
     data = msgpack.packb(kept, use_bin_type=True)
   except (TypeError, ValueError, OverflowError) as e:
@@ -75,6 +78,7 @@ def deserialize(data: bytes) -> Record:
       answers={str(a): float(score) for a, score in fields.get("answers", ())},
       box=_box(fields.get("box")),
       objects=tuple(fields["objects"]) if "objects" in fields else None,
+      score=float(fields["score"]) if "score" in fields else None,
     )
   except Exception as e:  # Whatever the bytes are.
     raise UserError(
@@ -96,8 +100,12 @@ def _box(values: Any) -> tuple[float, float, float, float] | None:
   return x0, y0, x1, y1
 
 
-def _encoded(image: bytes | np.ndarray) -> bytes:
-  """Returns encoded pictures as they are and arrays as PNG."""
+def encoded_image(image: bytes | np.ndarray) -> bytes:
+  """Returns encoded pictures as they are and arrays as PNG.
+
+  Raises:
+    UserError: it is empty or no picture.
+  """
   if isinstance(image, bytes):
     if not image:
       raise UserError("the image is empty: 0 bytes")

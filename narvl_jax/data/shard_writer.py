@@ -14,22 +14,20 @@ from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
-from array_record.python import (
-  array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
-)
+from absl import logging
 from PIL import Image
 
-from narvl_jax.data import images, records
+from narvl_jax.data import images
 from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
-from narvl_jax.data.manifest import SUFFIX, Shard, sha256_of
+from narvl_jax.data.manifest import Shard, sha256_of
 from narvl_jax.data.processes import exit_with_parent
-from narvl_jax.data.sources import locate, open_source
+from narvl_jax.data.shard_formats import FORMATS, ShardFormat
+from narvl_jax.data.sources import MANIFEST, locate, open_source
 from narvl_jax.errors import UserError
 
 PROGRESS = ".convert"
+_MAX_LOGGED = 20
 CONTINUE = "; the same command continues"
-# Pictures are compressed already.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +45,7 @@ class Job:
     num_shards: number of files.
     image_size: side of the square JPEG pictures; 0 keeps the original bytes.
     quality: of these JPEG pictures, 1 to 100.
+    format: of the files, one of `shard_formats.FORMATS`.
   """
 
   spec: str
@@ -59,10 +58,23 @@ class Job:
   num_shards: int
   image_size: int = 0
   quality: int = 95
+  format: str = "array_record"
 
   def file(self, number: int) -> str:
     """Returns the name of a shard."""
-    return f"{self.name}-{number:05d}-of-{self.num_shards:05d}{SUFFIX}"
+    suffix = FORMATS[self.format].suffix
+    return f"{self.name}-{number:05d}-of-{self.num_shards:05d}{suffix}"
+
+  def indices(self, number: int) -> range:
+    """Returns which records of the source a shard holds."""
+    ends = [k * self.count // self.num_shards for k in (number, number + 1)]
+    return range(*ends)
+
+  def open(self) -> Sequence[Record]:
+    """Opens the source."""
+    return open_source(
+      self.spec, task=self.task, split=self.split, **self.options
+    )
 
   def image(self) -> dict[str, Any]:
     """Returns how pictures are stored."""
@@ -98,7 +110,7 @@ def write_all(
     UserError: a shard cannot be written, or a process died.
   """
   if num_workers < 1 or not todo:
-    source = _open(job) if todo else ()
+    source = job.open() if todo else ()
     for number in todo:
       yield number, write_shard(source, job, number)
     return
@@ -154,12 +166,8 @@ def _start_worker(job: Job, parent: int) -> None:
 def _write_in_worker(number: int) -> dict[str, Any]:
   job = _worker["job"]
   if "source" not in _worker:
-    _worker["source"] = _open(job)
+    _worker["source"] = job.open()
   return write_shard(_worker["source"], job, number)
-
-
-def _open(job: Job) -> Sequence[Record]:
-  return open_source(job.spec, task=job.task, split=job.split, **job.options)
 
 
 def write_shard(
@@ -180,7 +188,7 @@ def write_shard(
   bad: list[dict[str, Any]] = []
   try:
     count, digest = _write(source, job, number, temporary, bad)
-    if _digest(temporary) != (count, digest):
+    if _digest(temporary, FORMATS[job.format]) != (count, digest):
       raise OSError("what was read back differs from what was written")
     with open(temporary, "rb") as written:
       os.fsync(written.fileno())
@@ -204,13 +212,13 @@ def _write(
   """Returns the number of records and the SHA-256 of their stored forms."""
   digest = hashlib.sha256()
   count = 0
-  writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
-  try:
-    for index in _indices(job, number):
+  shards = FORMATS[job.format]
+  with shards.writing(path) as write:
+    for index in job.indices(number):
       record = None
       try:
         record = source[index]
-        data = records.serialize(_with_stored_image(record, job))
+        data = shards.serialize(_with_stored_image(record, job))
       except BAD_RECORD_ERRORS as e:
         bad.append(
           {
@@ -221,28 +229,18 @@ def _write(
           }
         )
         continue
-      writer.write(data)
+      write(data)
       digest.update(data)
       count += 1
-  finally:
-    writer.close()
   return count, digest.hexdigest()
 
 
-def _indices(job: Job, number: int) -> range:
-  ends = [k * job.count // job.num_shards for k in (number, number + 1)]
-  return range(*ends)
-
-
-def _digest(path: pathlib.Path) -> tuple[int, str]:
+def _digest(path: pathlib.Path, shards: ShardFormat) -> tuple[int, str]:
   digest = hashlib.sha256()
-  reader = array_record_module.ArrayRecordReader(str(path))
-  try:
-    count = reader.num_records()
-    for position in range(count):
-      digest.update(reader.read([position])[0])
-  finally:
-    reader.close()
+  count = 0
+  for data in shards.read(path):
+    digest.update(data)
+    count += 1
   return count, digest.hexdigest()
 
 
@@ -263,3 +261,38 @@ def _with_stored_image(record: Record, job: Job) -> Record:
       box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y,
     )  # fmt: skip
   return dataclasses.replace(record, image=out.getvalue(), box=box)
+
+
+class BadAccount:
+  """Counts bad records, logs the first, stops when there are too many."""
+
+  def __init__(self, job: Job, max_bad_fraction: float) -> None:
+    """Takes the share of the job's records that may be bad."""
+    self._job = job
+    self._limit = max_bad_fraction
+    self._bad = 0
+    self._logged = 0
+
+  def add(self, note: dict[str, Any], *, log: bool = True) -> None:
+    """Takes the note of a shard.
+
+    Raises:
+      UserError: there are too many now.
+    """
+    self._bad += len(note["bad"])
+    for bad in note["bad"] if log else ():
+      self._logged += 1
+      if self._logged <= _MAX_LOGGED:
+        logging.warning(
+          "bad record left out: %s (%s): %s",
+          bad["place"], bad["id"], bad["reason"],
+        )  # fmt: skip
+      elif self._logged == _MAX_LOGGED + 1:
+        logging.warning("more bad records: see bad_records in %s", MANIFEST)
+    if self._bad > self._limit * self._job.count:
+      last = note["bad"][-1] if note["bad"] else {"place": "?", "reason": "?"}
+      raise UserError(
+        f"{self._bad} of {self._job.count} records are bad, such as"
+        f" {last['place']}: {last['reason']}; mend the data, or allow more with"
+        f" --max_bad_fraction (now {self._limit:g}){CONTINUE}"
+      )

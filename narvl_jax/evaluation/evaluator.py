@@ -66,7 +66,7 @@ def evaluate_tasks(
     source = load_dataset(config, name, split)
     indices = spread(len(source), max_examples)
     for answer in predictor.answers(
-      _Subset(source, indices), entry.task, batch_size=batch_size
+      Subset(source, indices), entry.task, batch_size=batch_size
     ):
       place = {"dataset": name, "index": int(indices[answer.index])}
       predictions.append(describe(answer) | place)
@@ -165,7 +165,7 @@ def spread(size: int, limit: int | None) -> np.ndarray:
   return np.arange(count) * size // max(count, 1)
 
 
-class _Subset(Sequence[Record]):
+class Subset(Sequence[Record]):
   """Some records of a source, by position."""
 
   def __init__(self, source: Sequence[Record], indices: np.ndarray) -> None:

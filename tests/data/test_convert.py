@@ -417,7 +417,7 @@ def test_a_full_disk_is_one_line(tmp_path: pathlib.Path) -> None:
 def test_what_was_written_is_read_back(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  monkeypatch.setattr(shard_writer, "_digest", lambda path: (12, "other"))
+  monkeypatch.setattr(shard_writer, "_digest", lambda *_: (12, "other"))
   with pytest.raises(UserError, match="read back differs from what was"):
     convert(tmp_path)
   assert list(tmp_path.glob("*.array_record")) == []

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -104,6 +105,27 @@ def open_source(
   return load_source(
     name, task=task, split=split or default, **{**found, **options}
   )
+
+
+def parse_options(text: str) -> dict[str, Any]:
+  """Returns the options of a source that a command gives as JSON.
+
+  Raises:
+    UserError: it is no JSON object.
+  """
+  try:
+    options = json.loads(text)
+  except ValueError as e:
+    raise UserError(
+      f"--options={text!r} is no JSON ({e}); pass an object such as"
+      ' --options=\'{"columns": "0,4,2"}\''
+    ) from e
+  if not isinstance(options, dict):
+    raise UserError(
+      f"--options={text!r} must be a JSON object in braces, such as"
+      ' --options=\'{"columns": "0,4,2"}\''
+    )
+  return options
 
 
 def locate(source: Sequence[Record], index: int) -> str:

@@ -12,9 +12,12 @@ from array_record.python import array_record_data_source
 from narvl_jax.data import records
 from narvl_jax.data.example import Record
 from narvl_jax.data.manifest import Manifest, Shard, quick_fault, read_manifest
+from narvl_jax.data.shard_formats import FORMATS
 from narvl_jax.data.sources import MANIFEST, files
 from narvl_jax.data.sources.base import RecordSource
 from narvl_jax.errors import UserError
+
+_SUFFIX = FORMATS["array_record"].suffix
 
 
 class ArrayRecordSource(RecordSource):
@@ -129,6 +132,12 @@ def _check_contents(
         f'array_record: "{folder}" holds the {name} "{found}", not "{value}";'
         f' set {name}="{found}" or another options.path'
       )
+  other = [s.file for s in manifest.shards if not s.file.endswith(_SUFFIX)]
+  if other:
+    raise UserError(
+      f'array_record: "{folder}" holds other files, such as {other[0]}; read'
+      f' them with the source ofa_tsv and path="{folder}/*.tsv"'
+    )
   faults = [fault for s in manifest.shards if (fault := quick_fault(folder, s))]
   if faults:
     more = f" (and {len(faults) - 1} more)" if faults[1:] else ""

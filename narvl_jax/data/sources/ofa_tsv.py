@@ -33,7 +33,7 @@ COLUMNS = {
   "entailment": (0, 2, 3, 4, 5),
 }
 _OPTIONAL = {"vqa": 1}
-_SEPARATOR = "&&"
+SEPARATOR = "&&"
 _STANDARD = bytes.maketrans(b"-_", b"+/")
 # Rows at the start of a file that tell how many columns it has.
 _FIRST_ROWS = 5
@@ -158,7 +158,7 @@ def _parse_columns(columns: Any, task: str) -> tuple[int, ...]:
 
 
 def _caption(captions: str) -> dict[str, Any]:
-  return {"answers": fields.captions(captions.split(_SEPARATOR))}
+  return {"answers": fields.captions(captions.split(SEPARATOR))}
 
 
 def _vqa(
@@ -166,7 +166,7 @@ def _vqa(
 ) -> dict[str, Any]:
   pairs = []
   # A test set has no answers.
-  for item in answers.split(_SEPARATOR) if answers.strip() else ():
+  for item in answers.split(SEPARATOR) if answers.strip() else ():
     score, mark, answer = item.partition("|!+")
     if not mark:
       raise UserError(
@@ -176,7 +176,7 @@ def _vqa(
     pairs.append((answer, score))
   names = None
   if objects is not None:
-    names = tuple(objects.split(_SEPARATOR)) if objects else ()
+    names = tuple(objects.split(SEPARATOR)) if objects else ()
   return {
     "prompt": question,
     "answers": fields.scored_answers(pairs),
