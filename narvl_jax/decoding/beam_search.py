@@ -1,0 +1,288 @@
+"""Beam search for an autoregressive decoder, in one compiled loop."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from narvl_jax.decoding.constraint import START, Automaton, advance
+from narvl_jax.decoding.rules import Rules
+from narvl_jax.errors import UserError
+
+# (tokens int32 [B, K], t int32, cache) -> (logits [B, K, V], cache).
+Step = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+# (cache, parents int32 [B, K]) -> cache.
+Reorder = Callable[[Any, jax.Array], Any]
+
+
+class _Search(NamedTuple):
+  """State of the loop.
+
+  Attributes:
+    t: int32, decoder passes so far.
+    cache: of the decoder.
+    tokens: int32 [B, K, 1 + G], first token and what was said after it.
+    log_probs: [B, K] of the hypotheses; -inf: the place is empty.
+    states: int32 [B, K], states of the constraint.
+    done: bool [B].
+    count: int32 [B], number of finished hypotheses.
+    ended_ids: int32 [B, K, G], finished hypotheses in the order of finishing.
+    ended_lengths: int32 [B, K], without eos.
+    ended_log_probs: [B, K]; -inf: no such hypothesis.
+  """
+
+  t: jax.Array
+  cache: Any
+  tokens: jax.Array
+  log_probs: jax.Array
+  states: jax.Array
+  done: jax.Array
+  count: jax.Array
+  ended_ids: jax.Array
+  ended_lengths: jax.Array
+  ended_log_probs: jax.Array
+
+
+def beam_search(
+  step: Step,
+  reorder: Reorder,
+  cache: Any,
+  first_tokens: jax.Array,
+  *,
+  eos_id: int,
+  pad_id: int,
+  beam_size: int,
+  length_limit: int,
+  num_best: int = 1,
+  min_length: int | jax.Array = 1,
+  max_length: int | jax.Array | None = None,
+  no_repeat_ngram: int = 0,
+  normalize: bool = True,
+  constraint: Automaton | None = None,
+  vocab_size: int | None = None,
+  forbidden: np.ndarray | jax.Array | None = None,
+) -> dict[str, jax.Array]:
+  """Returns the best answers that a beam search finds.
+
+  The rules are those of fairseq. Of all continuations of an example's K
+  hypotheses the 2 K most probable are candidates. Those among the first K that
+  say eos are finished; the best K that do not go on. An example ends with its
+  K-th finished hypothesis, or at `max_length`, where only eos is allowed.
+  Beam size 1 is greedy search. The lowest index wins a tie: of the hypotheses,
+  then of the tokens.
+
+  Constraint and forbidden classes act before the softmax, so that what is
+  left is a distribution of its own; pad, lengths and n-grams act after it.
+
+  Args:
+    step: decoder pass; given tokens [B, K] that were said last, t and the
+      cache, returns the logits [B, K, V] of token t and the cache. At t = 0
+      the tokens are `first_tokens`.
+    reorder: returns the cache in which hypothesis k of an example goes on
+      from its hypothesis parents[b, k]. Not called if K is 1.
+    cache: any pytree of arrays; holds the prompt but for its last token, for
+      every one of the K hypotheses.
+    first_tokens: int32 [B], the last tokens of the prompts, or bos. They count
+      as said where n-grams must not repeat.
+    eos_id: ends an answer.
+    pad_id: fills the tails of `ids`; never said.
+    beam_size: K.
+    length_limit: G, room for the tokens of an answer; static.
+    num_best: answers to return, at most K.
+    min_length: int32 scalar or [B]; tokens before eos is allowed. Counts as
+      `max_length` if it exceeds that.
+    max_length: int32 scalar or [B]; tokens at most, without eos. None: G, which
+      is also its limit. Under jit both may be traced, so that other lengths
+      compile nothing.
+    no_repeat_ngram: no sequence of so many tokens is said twice; 0 allows all.
+    normalize: rank hypotheses by log-probability over number of tokens, eos
+      included, instead of by log-probability.
+    constraint: only its answers are said; None: any answer. If all of them are
+      longer than `max_length` or shorter than `min_length`, none is found.
+    vocab_size: number of true classes, those after it are padding of the
+      table; None for all V.
+    forbidden: bool [vocab_size], classes that must not be said.
+
+  Returns:
+    ids int32 [B, num_best, G] without eos; lengths int32 [B, num_best];
+    scores float32 [B, num_best], by which they are ranked, best first;
+    log_probs float32 [B, num_best], natural, eos included; steps int32 scalar,
+    the number of decoder passes. Where fewer answers than `num_best` are
+    found, the rest have length 0 and score and log-probability -inf.
+
+  Raises:
+    UserError: `num_best` exceeds the beam, or the beam the vocabulary.
+
+  Source: Ott et al. 2019 (fairseq), `sequence_generator.py`, as in OFA.
+  """
+  if num_best > beam_size:
+    raise UserError(
+      f"num_best={num_best} exceeds beam_size={beam_size};"
+      f" nearest: {beam_size} (--num_best)"
+    )
+  batch = first_tokens.shape[:1]
+  limit = length_limit if max_length is None else max_length
+  longest = jnp.broadcast_to(jnp.minimum(limit, length_limit), batch)
+  rules = Rules(
+    eos_id=eos_id,
+    pad_id=pad_id,
+    min_length=jnp.minimum(min_length, longest),
+    max_length=longest,
+    no_repeat_ngram=no_repeat_ngram,
+    constraint=constraint,
+    vocab_size=vocab_size,
+    forbidden=forbidden,
+  )
+
+  def decode(search: _Search) -> _Search:
+    said = jax.lax.dynamic_index_in_dim(
+      search.tokens, search.t, axis=2, keepdims=False
+    )
+    logits, cache = step(said, search.t, search.cache)
+    _check_beam(beam_size, logits.shape[-1], vocab_size)
+    log_probs = rules.log_probs(logits, search.tokens, search.states, search.t)
+    search, parents = _select(log_probs, search, rules)
+    # With one hypothesis the order never changes.
+    cache = cache if beam_size == 1 else reorder(cache, parents)
+    return search._replace(cache=cache)
+
+  search = jax.lax.while_loop(
+    lambda search: ~jnp.all(search.done),
+    decode,
+    _start(first_tokens, cache, beam_size, length_limit, pad_id),
+  )
+  return _ranked(search, num_best, normalize)
+
+
+def _check_beam(beam_size: int, classes: int, vocab_size: int | None) -> None:
+  """Pad is a class, but never said."""
+  largest = (classes if vocab_size is None else vocab_size) - 1
+  if beam_size > largest:
+    raise UserError(
+      f"beam_size={beam_size} exceeds the {largest} tokens that the"
+      f" vocabulary has besides pad; nearest: {largest} (--beam_size)"
+    )
+
+
+def _start(
+  first_tokens: jax.Array,
+  cache: Any,
+  beam_size: int,
+  length_limit: int,
+  pad_id: int,
+) -> _Search:
+  """All hypotheses are equal at first, so that only one of them counts."""
+  (batch,) = first_tokens.shape
+  tokens = jnp.full((batch, beam_size, 1 + length_limit), pad_id, jnp.int32)
+  tokens = tokens.at[..., 0].set(first_tokens[:, None])
+  empty = jnp.full((batch, beam_size), -jnp.inf, jnp.float32)
+  return _Search(
+    t=jnp.int32(0),
+    cache=cache,
+    tokens=tokens,
+    log_probs=empty.at[:, 0].set(0.0),
+    states=jnp.full((batch, beam_size), START, jnp.int32),
+    done=jnp.zeros(batch, bool),
+    count=jnp.zeros(batch, jnp.int32),
+    ended_ids=jnp.full((batch, beam_size, length_limit), pad_id, jnp.int32),
+    ended_lengths=jnp.zeros((batch, beam_size), jnp.int32),
+    ended_log_probs=empty,
+  )
+
+
+def _select(
+  log_probs: jax.Array, search: _Search, rules: Rules
+) -> tuple[_Search, jax.Array]:
+  """Moves on by one token, given its log-probabilities [B, K, V].
+
+  Returns:
+    The state, but for its cache, and parents int32 [B, K].
+  """
+  beam_size = log_probs.shape[1]
+  totals = log_probs + search.log_probs[..., None]
+  values, parents, tokens = _best(totals, 2 * beam_size)
+  is_eos = tokens == rules.eos_id
+  search = _finish(search, values, parents, is_eos)
+  # Stable, so that candidates stay ordered.
+  order = jnp.argsort(is_eos, axis=1, stable=True)[:, :beam_size]
+  values, parents, tokens = (
+    jnp.take_along_axis(x, order, axis=1)
+    for x in (jnp.where(is_eos, -jnp.inf, values), parents, tokens)
+  )
+  states = jnp.take_along_axis(search.states, parents, axis=1)
+  if rules.constraint is not None:
+    states = advance(rules.constraint, states, tokens)
+  history = jnp.take_along_axis(search.tokens, parents[..., None], axis=1)
+  done = search.done | (search.count >= beam_size)
+  # Nothing comes of hypotheses that are all empty.
+  done |= (search.t >= rules.max_length) | jnp.all(values == -jnp.inf, axis=1)
+  return search._replace(
+    t=search.t + 1,
+    # Dropped by JAX if there is no room, where all examples are done.
+    tokens=history.at[..., search.t + 1].set(tokens),
+    log_probs=values,
+    states=states,
+    done=done,
+  ), parents
+
+
+def _best(
+  totals: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns values, hypotheses and tokens [B, count] of the largest totals."""
+  batch, beam_size, classes = totals.shape
+  # The largest of each hypothesis hold the largest of all.
+  each = min(count, classes)
+  values, tokens = jax.lax.top_k(totals, each)
+  values, places = jax.lax.top_k(values.reshape(batch, -1), count)
+  tokens = jnp.take_along_axis(
+    tokens.reshape(batch, beam_size * each), places, axis=1
+  )
+  return values, places // each, tokens
+
+
+def _finish(
+  search: _Search, values: jax.Array, parents: jax.Array, is_eos: jax.Array
+) -> _Search:
+  """Stores the candidates [B, 2 K] that end; those after the first K do not."""
+  batch, beam_size, _ = search.tokens.shape
+  values, parents = values[:, :beam_size], parents[:, :beam_size]
+  ends = is_eos[:, :beam_size] & (values > -jnp.inf) & ~search.done[:, None]
+  place = search.count[:, None] + jnp.cumsum(ends, axis=1) - 1
+  # Beyond the last place, what is stored is dropped.
+  place = jnp.where(ends, place, beam_size)
+  row = jnp.arange(batch)[:, None]
+  ids = jnp.take_along_axis(search.tokens, parents[..., None], axis=1)[..., 1:]
+  return search._replace(
+    count=search.count + jnp.sum(ends, axis=1, dtype=jnp.int32),
+    ended_ids=search.ended_ids.at[row, place].set(ids, mode="drop"),
+    ended_lengths=search.ended_lengths.at[row, place].set(
+      search.t, mode="drop"
+    ),
+    ended_log_probs=search.ended_log_probs.at[row, place].set(
+      values, mode="drop"
+    ),
+  )
+
+
+def _ranked(
+  search: _Search, num_best: int, normalize: bool
+) -> dict[str, jax.Array]:
+  """Returns the finished hypotheses, best first; the first of equals leads."""
+  scores = search.ended_log_probs
+  if normalize:
+    scores /= search.ended_lengths + 1
+  order = jnp.argsort(-scores, axis=1, stable=True)[:, :num_best]
+
+  def pick(x: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, order, axis=1)
+
+  return {
+    "ids": jnp.take_along_axis(search.ended_ids, order[..., None], axis=1),
+    "lengths": pick(search.ended_lengths),
+    "scores": pick(scores),
+    "log_probs": pick(search.ended_log_probs),
+    "steps": search.t,
+  }

@@ -1,0 +1,108 @@
+"""What an autoregressive decoder may say next."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from narvl_jax.decoding.constraint import Automaton, allowed_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """What may be said next.
+
+  Classes and constraint act before the softmax, so that what is left is a
+  distribution of its own; pad, lengths and n-grams act after it.
+
+  Attributes:
+    eos_id: ends an answer.
+    pad_id: never said.
+    min_length: int32 [B], tokens before eos is allowed.
+    max_length: int32 [B], tokens after which only eos is allowed.
+    no_repeat_ngram: no sequence of so many tokens is said twice; 0 allows all.
+    constraint: only its answers are said.
+    vocab_size: number of true classes; None for all.
+    forbidden: bool [vocab_size], classes that are never said.
+  """
+
+  eos_id: int
+  pad_id: int
+  min_length: jax.Array
+  max_length: jax.Array
+  no_repeat_ngram: int
+  constraint: Automaton | None
+  vocab_size: int | None
+  forbidden: np.ndarray | jax.Array | None
+
+  def log_probs(
+    self, logits: jax.Array, tokens: jax.Array, states: jax.Array, t: jax.Array
+  ) -> jax.Array:
+    """Returns float32 [B, K, V], -inf for what must not be said.
+
+    Args:
+      logits: [B, K, V] of token t.
+      tokens: int32 [B, K, 1 + G], of which 0..t have been said; the first is
+        that from which the decoder starts.
+      states: int32 [B, K], states of the constraint.
+      t: int32, number of tokens so far.
+    """
+    classes = logits.shape[-1]
+    allowed = allowed_classes(classes, self.vocab_size, self.forbidden)
+    if self.constraint is not None:
+      allowed &= allowed_tokens(self.constraint, states, classes, self.eos_id)
+    logits = jnp.where(allowed, logits.astype(jnp.float32), -jnp.inf)
+    log_probs = jax.nn.log_softmax(logits)
+    ids = jnp.arange(classes)
+    # Not a number where all is forbidden; the comparison is false there.
+    sayable = (log_probs > -jnp.inf) & (ids != self.pad_id)
+    early = (t < self.min_length)[:, None, None]
+    late = (t >= self.max_length)[:, None, None]
+    sayable &= ~jnp.where(ids == self.eos_id, early, late)
+    if self.no_repeat_ngram:
+      sayable &= ~_repeating(tokens, t, self.no_repeat_ngram, classes)
+    return jnp.where(sayable, log_probs, -jnp.inf)
+
+
+def allowed_classes(
+  classes: int,
+  vocab_size: int | None,
+  forbidden: np.ndarray | jax.Array | None,
+) -> jax.Array:
+  """Returns bool [V], the classes that are neither padding nor forbidden.
+
+  Args:
+    classes: V, of the padded table.
+    vocab_size: number of true classes; None for all V.
+    forbidden: bool [vocab_size]; None forbids nothing.
+  """
+  size = classes if vocab_size is None else vocab_size
+  never = jnp.zeros(size, bool) if forbidden is None else forbidden
+  return ~jnp.pad(never, (0, classes - size), constant_values=True)
+
+
+def _repeating(
+  tokens: jax.Array, t: jax.Array, size: int, classes: int
+) -> jax.Array:
+  """Returns bool [B, K, V], tokens that would say an n-gram once more.
+
+  Args:
+    tokens: int32 [B, K, 1 + G], of which 0..t have been said.
+    t: int32.
+    size: n, at least 1.
+    classes: V.
+  """
+  mask = jnp.zeros((*tokens.shape[:2], classes), bool)
+  count = tokens.shape[-1] - size + 1
+  if count < 1:
+    return mask
+  # The last n-1 tokens are held against those from each place on.
+  recent = t - size + 2
+  same = (jnp.arange(count) + size - 1 <= t) & (recent >= 0)
+  same = jnp.broadcast_to(same, (*tokens.shape[:2], count))
+  for i in range(size - 1):
+    token = jax.lax.dynamic_index_in_dim(tokens, recent + i, axis=2)
+    same &= tokens[..., i : i + count] == token
+  b, k = jnp.indices(tokens.shape[:2])[..., None]
+  return mask.at[b, k, tokens[..., size - 1 :]].max(same)
