@@ -72,6 +72,12 @@ def default_config(*tasks: str) -> Config:
       # Classes whose logits exist at a time; 0: all. A larger vocabulary is
       # computed twice, in chunks; see README.
       "chunk_size": 4096,
+      # Autoregressive models only. Renormalise over what may follow in the
+      # closed answer sets of VQA and entailment.
+      "constrained": False,
+      # Leave out this share of the labels, the worst, from an update on.
+      "drop_worst": 0.0,
+      "drop_worst_after": 0,
     }
   )
   config.optimizer = ConfigDict(

@@ -121,6 +121,8 @@ _RANGES: dict[str, tuple[float, float | None]] = {
   "data.temperature": (0, None),
   "loss.label_smoothing": (0, 0.999),
   "loss.chunk_size": (0, None),
+  "loss.drop_worst": (0, 0.999),
+  "loss.drop_worst_after": (0, None),
   "optimizer.learning_rate": (0, None),
   "optimizer.weight_decay": (0, None),
   "optimizer.b1": (0, 0.99999),

@@ -13,7 +13,7 @@ from flax.linen import meta
 from narvl_jax.config import Config
 from narvl_jax.config_checks import validate
 from narvl_jax.data.batching import short_reason
-from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
+from narvl_jax.data.example import BAD_RECORD_ERRORS, TASKS, Record
 from narvl_jax.data.mixture import Entry, Mixture
 from narvl_jax.data.sources import load_source, locate
 from narvl_jax.data.tasks import (
@@ -27,7 +27,13 @@ from narvl_jax.data.tasks.base import required_queries
 from narvl_jax.data.vocabulary import OFFICIAL_FIXED_IDS, Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import load_dataset
-from narvl_jax.models import NARVL, ModelConfig, model_config
+from narvl_jax.models import (
+  EncoderDecoder,
+  ModelConfig,
+  make_model,
+  model_config,
+)
+from narvl_jax.models.autoregressive import check_decoder_length
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import Checkpoints, choose_step
 from narvl_jax.training.optimizer import assign_rules, flatten, split_frozen
@@ -60,7 +66,34 @@ class Experiment:
   vocabulary: Vocabulary
   tasks: dict[str, Task[Any]]
   model_config: ModelConfig
-  model: NARVL
+  model: EncoderDecoder
+
+  @property
+  def autoregressive(self) -> bool:
+    """Whether the model answers token by token."""
+    return is_autoregressive(self.config)
+
+  @property
+  def label_length(self) -> int:
+    """Labels of a target at most, those of an autoregressive one with eos."""
+    return label_length(self.config)
+
+  @property
+  def prompted(self) -> tuple[bool, ...]:
+    """By the order of `TASKS`: a decoder reads the source before it answers."""
+    tasks = self.config.tasks
+    return tuple(
+      self.autoregressive and name in tasks and tasks[name].decoder_prompt
+      for name in TASKS
+    )
+
+  @property
+  def answer_positions(self) -> tuple[int, int] | None:
+    """Positions that an autoregressive decoder reads, and that it predicts."""
+    if not self.autoregressive:
+      return None
+    prompt = self.config.data.max_text_length - 1 if any(self.prompted) else 1
+    return prompt + self.label_length - 1, self.label_length
 
   def save(self, workdir: str | os.PathLike[str]) -> None:
     """Writes vocabulary and config, from which `restore` builds it again."""
@@ -103,23 +136,31 @@ def build(
     vocabulary = Vocabulary.load(pathlib.Path(workdir) / VOCABULARY_FOLDER)
   else:
     vocabulary = make_vocabulary(config)
+  # An autoregressive model must learn where to stop.
+  always = {"eos": True} if is_autoregressive(config) else {}
   tasks = {
-    name: make_task(name, vocabulary, dict(settings))
+    name: make_task(name, vocabulary, dict(settings) | always)
     for name, settings in config.tasks.items()
     if not shapes_only
   }
   architecture = resolve_model_config(config, vocabulary)
-  return Experiment(
+  experiment = Experiment(
     config=config,
     vocabulary=vocabulary,
     tasks=tasks,
     model_config=architecture,
-    model=NARVL(architecture),
+    model=make_model(architecture),
   )
+  if experiment.answer_positions is not None:
+    check_decoder_length(architecture, experiment.answer_positions[0])
+  return experiment
 
 
 def restore(
-  workdir: str | os.PathLike[str], checkpoint: str | int = "best"
+  workdir: str | os.PathLike[str],
+  checkpoint: str | int = "best",
+  *,
+  sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[Experiment, dict[str, Any], int]:
   """Reads a trained experiment.
 
@@ -127,10 +168,11 @@ def restore(
     workdir: folder of the run.
     checkpoint: "best" (by the evaluations during training), "last", or a
       step.
+    sharding: where each variable shall lie; None: on the first device.
 
   Returns:
-    The experiment, its variables (moving averages if the run has them), on
-    the first device, and the step of the checkpoint.
+    The experiment, its variables (moving averages if the run has them), and
+    the step of the checkpoint.
 
   Raises:
     UserError: there is no run or no such checkpoint.
@@ -146,12 +188,13 @@ def restore(
     rules = assign_rules(config.optimizer.rules, paths)
     trained, _ = split_frozen(shapes["params"], rules)
     ema = {"params": trained, "batch_stats": shapes["batch_stats"]}
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
   def placed(tree: Any) -> Any:
     return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=device
+        leaf.shape, leaf.dtype, sharding=sharding
       ),
       tree,
     )
@@ -162,6 +205,22 @@ def restore(
       step, placed(shapes), None if ema is None else placed(ema)
     )
   return experiment, variables, step
+
+
+def is_autoregressive(config: Config) -> bool:
+  """Returns whether the model of a config answers token by token."""
+  return config.model.decoder == "autoregressive"
+
+
+def label_length(config: Config) -> int:
+  """Returns the labels that a target may have.
+
+  `data.max_label_length`, and one more for an autoregressive model if that
+  leaves eos out.
+  """
+  without_eos = any(not task.eos for task in config.tasks.values())
+  extra = is_autoregressive(config) and without_eos
+  return config.data.max_label_length + int(extra)
 
 
 def resolve_model_config(config: Config, vocabulary: Vocabulary) -> ModelConfig:
@@ -177,7 +236,8 @@ def resolve_model_config(config: Config, vocabulary: Vocabulary) -> ModelConfig:
   }
   return model_config(
     config.model.size,
-    vocab_size=vocabulary.size,
+    # Blank is the last id.
+    vocab_size=vocabulary.size - int(is_autoregressive(config)),
     pad_id=vocabulary.pad_id,
     dtype=compute_dtype(config.model.dtype),
     **overrides,
@@ -328,26 +388,31 @@ def check_targets(
     UserError: not even the shortest target of a task fits, or no record is
       good.
   """
-  limit = experiment.config.data.max_label_length
-  queries = experiment.model_config.num_queries
+  config = experiment.config
+  limit = config.data.max_label_length
+  # Every target can be written token by token.
+  queries = None
+  if not experiment.autoregressive:
+    queries = experiment.model_config.num_queries
   notes = []
   for source, task, _, name in mixture:
     encoded = _encode_first(source, experiment.tasks[task], name)
-    check_num_queries({task: encoded}, queries)
-    needed = [required_queries(example.label_ids) for example in encoded]
-    too_long = sum(number > queries for number in needed)
-    if too_long:
-      notes.append(
-        f"{too_long} of {len(encoded)} targets of {name} need more than"
-        f" {queries} queries and teach nothing:"
-        f" --config.model.num_queries={max(needed)}"
-      )
-    shortest = min(len(example.label_ids) for example in encoded)
-    if shortest > limit:
+    if queries is not None:
+      check_num_queries({task: encoded}, queries)
+      needed = [required_queries(example.label_ids) for example in encoded]
+      too_long = sum(number > queries for number in needed)
+      if too_long:
+        notes.append(
+          f"{too_long} of {len(encoded)} targets of {name} need more than"
+          f" {queries} queries and teach nothing:"
+          f" --config.model.num_queries={max(needed)}"
+        )
+    over = min(len(x.label_ids) for x in encoded) - experiment.label_length
+    if over > 0:
       raise UserError(
         f"data.max_label_length={limit} is shorter than every target of"
-        f' "{name}", which has {shortest} or more labels:'
-        f" --config.data.max_label_length={shortest}"
+        f' "{name}", which has {limit + over} or more labels:'
+        f" --config.data.max_label_length={limit + over}"
       )
   return notes
 

@@ -185,7 +185,7 @@ def _fit(
     rows=local_rows(setup.mesh, config.train.batch_size),
     image_size=tuple(config.data.image_size),
     max_text_length=config.data.max_text_length,
-    max_label_length=config.data.max_label_length,
+    max_label_length=experiment.label_length,
     temperature=config.data.temperature,
     num_workers=config.data.num_workers,
     num_threads=config.data.num_threads,

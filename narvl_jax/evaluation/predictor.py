@@ -134,7 +134,7 @@ class Predictor:
     return {
       "image_size": tuple(data.image_size),
       "max_text_length": data.max_text_length,
-      "max_label_length": data.max_label_length,
+      "max_label_length": self._experiment.label_length,
     }
 
   def _whole(self, batch_size: int) -> int:

@@ -33,13 +33,16 @@ def train_flops(
   image_size: tuple[int, int],
   text_length: int,
   batch_size: int,
+  answer: tuple[int, int] | None = None,
 ) -> float:
   """Returns the operations of an update: three forward passes.
 
   A product costs its gradient two of its size. What `remat` or a head in
   chunks computes a second time is no progress and does not count.
   """
-  return 3.0 * forward_flops(config, image_size, text_length, batch_size)
+  return 3.0 * forward_flops(
+    config, image_size, text_length, batch_size, answer
+  )
 
 
 def forward_flops(
@@ -47,6 +50,7 @@ def forward_flops(
   image_size: tuple[int, int],
   text_length: int,
   batch_size: int,
+  answer: tuple[int, int] | None = None,
 ) -> float:
   """Returns the operations of a forward pass.
 
@@ -65,7 +69,10 @@ def forward_flops(
     image_size: (height, width) in pixels.
     text_length: source tokens T, padding included.
     batch_size: examples.
+    answer: tokens that an autoregressive decoder reads, and those of them
+      whose output is projected to the vocabulary; None: N queries, all.
   """
+  read, projected = answer or (config.num_queries, config.num_queries)
   stride = config.image_stride
   image = _ceil(image_size[0], stride) * _ceil(image_size[1], stride)
   source = image + text_length
@@ -76,10 +83,10 @@ def forward_flops(
     image_encoder_flops(config, image_size)
     + 2 * image * channels * config.width
     + config.encoder_layers * encoder_layer_flops(config, source)
-    + config.decoder_layers * decoder_layer_flops(config, source)
-    + 2 * config.num_queries * config.width * config.padded_vocab_size
+    + config.decoder_layers * decoder_layer_flops(config, source, read)
+    + 2 * projected * config.width * config.padded_vocab_size
   )
-  return float(batch_size * example + position_flops(config, source))
+  return float(batch_size * example + position_flops(config, source, read))
 
 
 def encoder_layer_flops(config: ModelConfig, source: int) -> int:
@@ -89,22 +96,22 @@ def encoder_layer_flops(config: ModelConfig, source: int) -> int:
   return 2 * source * d * (4 * d + 2 * source + 2 * f)
 
 
-def decoder_layer_flops(config: ModelConfig, source: int) -> int:
-  """Returns the operations of a decoder layer for one example."""
-  d, f, n = config.width, config.mlp_width, config.num_queries
+def decoder_layer_flops(config: ModelConfig, source: int, n: int) -> int:
+  """Returns the operations of a decoder layer for n tokens of one example."""
+  d, f = config.width, config.mlp_width
   # Four products in self-attention, two in cross-attention.
   queries = 2 * n * d * (6 * d + 2 * n + 2 * source + 2 * f)
   # Keys and values of the source.
   return queries + 2 * source * d * 2 * d
 
 
-def position_flops(config: ModelConfig, source: int) -> int:
+def position_flops(config: ModelConfig, source: int, n: int) -> int:
   """Returns the operations of the three position biases.
 
   Encoder, decoder and between them: positions [Q, D] and [K, D] are projected,
   and multiplied to [H, Q, K]. They do not depend on the batch.
   """
-  n, d = config.num_queries, config.width
+  d = config.width
 
   def bias(queries: int, keys: int) -> int:
     return 2 * d * (d * (queries + keys) + queries * keys)

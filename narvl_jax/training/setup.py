@@ -25,6 +25,7 @@ from narvl_jax.parallel import (
 )
 from narvl_jax.query_ctc import MeshAxes
 from narvl_jax.training.flops import train_flops
+from narvl_jax.training.objective import AutoregressiveLoss, QueryCtcLoss
 from narvl_jax.training.optimizer import (
   ParameterRule,
   assign_rules,
@@ -106,6 +107,7 @@ class Setup:
       tuple(data.image_size),
       data.max_text_length,
       self.experiment.config.train.batch_size,
+      self.experiment.answer_positions,
     )
 
   def sharding_table(self) -> str:
@@ -199,7 +201,7 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
       train.batch_size,
       image_size,
       data.max_text_length,
-      data.max_label_length,
+      experiment.label_length,
     ),
     init=jax.jit(
       init, out_shardings=shardings, compiler_options=_init_options()
@@ -244,15 +246,33 @@ def step_config(experiment: Experiment) -> StepConfig:
   return StepConfig(
     seed=config.seed,
     task_names=TASKS,
-    blank_id=experiment.vocabulary.blank_id,
-    vocab_size=experiment.vocabulary.size,
-    label_smoothing=config.loss.label_smoothing,
-    confidence_mode=config.loss.confidence,
-    chunk_size=config.loss.chunk_size,
-    axes=MeshAxes(batch=BATCH_AXES, vocab=VOCAB_AXIS, width=WIDTH_AXIS),
+    objective=_objective(experiment),
     accumulation_steps=config.train.accumulation_steps,
     ema_decay=config.optimizer.ema_decay,
     ema_warmup=config.optimizer.ema_warmup,
+  )
+
+
+def _objective(experiment: Experiment) -> QueryCtcLoss | AutoregressiveLoss:
+  """Returns the loss of the model that is trained."""
+  loss, vocabulary = experiment.config.loss, experiment.vocabulary
+  if not experiment.autoregressive:
+    return QueryCtcLoss(
+      blank_id=vocabulary.blank_id,
+      vocab_size=vocabulary.size,
+      label_smoothing=loss.label_smoothing,
+      confidence_mode=loss.confidence,
+      chunk_size=loss.chunk_size,
+      axes=MeshAxes(batch=BATCH_AXES, vocab=VOCAB_AXIS, width=WIDTH_AXIS),
+    )
+  return AutoregressiveLoss(
+    vocab_size=experiment.model_config.vocab_size,
+    pad_id=vocabulary.pad_id,
+    eos_id=vocabulary.eos_id,
+    prompted=experiment.prompted,
+    label_smoothing=loss.label_smoothing,
+    drop_worst=loss.drop_worst,
+    drop_worst_after=loss.drop_worst_after,
   )
 
 

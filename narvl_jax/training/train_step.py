@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from narvl_jax.models import project
-from narvl_jax.query_ctc import (
-  ChunkedLogits,
-  MeshAxes,
-  query_ctc_objective,
+from narvl_jax.training.objective import (
+  AutoregressiveLoss,
+  Batch,
+  Metrics,
+  QueryCtcLoss,
 )
 from narvl_jax.training.optimizer import (
   ParameterRule,
@@ -25,9 +25,6 @@ from narvl_jax.training.optimizer import (
 )
 from narvl_jax.training.train_state import TrainState
 
-Batch = Mapping[str, Any]
-Metrics = dict[str, jax.Array]
-
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
@@ -36,13 +33,7 @@ class StepConfig:
   Attributes:
     seed: seed of dropout.
     task_names: names by the task index of a batch.
-    blank_id: id of blank.
-    vocab_size: number of classes.
-    label_smoothing: in [0, 1).
-    confidence_mode: "weight" or "temper".
-    chunk_size: classes whose logits exist at a time, at the price of computing
-      them twice; 0, or a vocabulary that fits, for all and once.
-    axes: mesh axes that split the batch and the vocabulary.
+    objective: the loss.
     accumulation_steps: micro-batches in an update.
     ema_decay: decay of the moving averages, 0 for none.
     ema_warmup: see `ema_decay_at`.
@@ -50,12 +41,7 @@ class StepConfig:
 
   seed: int
   task_names: tuple[str, ...]
-  blank_id: int
-  vocab_size: int
-  label_smoothing: float = 0.0
-  confidence_mode: str = "weight"
-  chunk_size: int = 0
-  axes: MeshAxes = dataclasses.field(default_factory=MeshAxes)
+  objective: QueryCtcLoss | AutoregressiveLoss
   accumulation_steps: int = 1
   ema_decay: float = 0.0
   ema_warmup: bool = True
@@ -95,9 +81,9 @@ def make_train_step(
   """Returns the function (state, batch) -> (new state, metrics).
 
   The batch holds the arrays of `batch_spec`. With accumulation its rows are
-  dealt out to micro-batches; their gradients are weighted by their examples,
-  so the update is that of the whole batch. BatchNorm normalises within each
-  micro-batch and updates its statistics one after the other.
+  dealt out to micro-batches; their gradients are weighted by what they average
+  over, so the update is that of the whole batch. BatchNorm normalises within
+  each micro-batch and updates its statistics one after the other.
 
   Metrics are float32 scalars: loss, nll, infeasible_fraction, examples,
   grad_norm (before clipping), learning_rate, and nll/TASK, which is nan for a
@@ -115,7 +101,7 @@ def make_train_step(
         "params": merge(trained, frozen),
         "batch_stats": batch_stats,
       }
-      return _forward(model, config, variables, batch, key)
+      return _forward(model, config, variables, batch, key, state.step)
 
     gradient, batch_stats, metrics = _gradient(
       loss_of, config.accumulation_steps, trained, state.batch_stats, batch, key
@@ -152,43 +138,18 @@ def _forward(
   variables: Params,
   batch: Batch,
   key: jax.Array,
+  step: jax.Array,
 ) -> tuple[jax.Array, tuple[Params, Metrics]]:
   """Returns the loss, the new running statistics and the metrics."""
-  outputs: Any = model.apply(
-    variables,
-    batch["image"],
-    batch["text"],
-    image_mask=batch["image_mask"],
-    train=True,
-    rngs={"dropout": key},
-    mutable=["batch_stats"],
-  )
-  (_, aux), updated = outputs
-  # From the padded table: cutting off the padding would move its rows between
-  # devices. Nobody reads the logits of the model, so XLA leaves them out.
-  states, table = aux["decoder_out"], variables["params"]["embed_tokens"]
-  if 0 < config.chunk_size < len(table):
-    logits = ChunkedLogits(states, table, config.chunk_size)
-  else:
-    logits = project(states, table)
-  loss, metrics = query_ctc_objective(
-    logits,
-    batch["labels"],
-    batch["label_length"],
-    blank_id=config.blank_id,
-    vocab_size=config.vocab_size,
-    label_smoothing=config.label_smoothing,
-    confidence=batch["confidence"],
-    confidence_mode=config.confidence_mode,
-    example_mask=batch["valid"],
-    axes=config.axes,
+  loss, metrics, batch_stats = config.objective(
+    model, variables, batch, key, step
   )
   nll = metrics.pop("nll_per_example")
   for index, name in enumerate(config.task_names):
     here = (batch["task"] == index) & batch["valid"]
     metrics[f"sum/{name}"] = jnp.sum(jnp.where(here, nll, 0.0))
     metrics[f"count/{name}"] = jnp.sum(here.astype(jnp.float32))
-  return loss, (updated.get("batch_stats", {}), metrics)
+  return loss, (batch_stats, metrics)
 
 
 def _gradient(
@@ -221,7 +182,7 @@ def _gradient(
     gradient, (batch_stats, metrics) = value_and_grad(
       trained, batch_stats, micro_batch, jax.random.fold_in(key, index)
     )
-    weight = metrics["examples"]
+    weight = metrics["weight"]
     total = jax.tree.map(lambda t, g: t + weight * g, total, gradient)
     return (total, batch_stats), metrics
 
@@ -230,12 +191,12 @@ def _gradient(
     (jax.tree.map(jnp.zeros_like, trained), batch_stats),
     (micro_batches, jnp.arange(accumulation_steps)),
   )
-  examples = jnp.maximum(jnp.sum(stacked["examples"]), 1.0)
-  gradient = jax.tree.map(lambda t: t / examples, total)
+  weight = jnp.maximum(jnp.sum(stacked["weight"]), 1.0)
+  gradient = jax.tree.map(lambda t: t / weight, total)
   metrics = {
     name: jnp.sum(value)
     if name == "examples" or "/" in name
-    else jnp.sum(value * stacked["examples"]) / examples
+    else jnp.sum(value * stacked["weight"]) / weight
     for name, value in stacked.items()
   }
   return gradient, batch_stats, _finish(metrics)
@@ -243,6 +204,7 @@ def _gradient(
 
 def _finish(metrics: Metrics) -> Metrics:
   """Turns sums and counts per task into means."""
+  metrics = {key: value for key, value in metrics.items() if key != "weight"}
   done = {name: value for name, value in metrics.items() if "/" not in name}
   for name, total in metrics.items():
     if name.startswith("sum/"):

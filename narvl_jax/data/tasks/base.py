@@ -45,14 +45,18 @@ class Settings:
   """Settings that every task has.
 
   Attributes:
-    eos: targets end with eos, which costs one query.
+    eos: targets end with eos, which costs one query; those of autoregressive
+      models always do.
     merge_repeats: decoding merges equal neighbours before it drops blanks.
+    decoder_prompt: an autoregressive decoder reads the source, too, before the
+      answer.
     allow_empty: accept an empty prompt, premise or target text, as the
       reference does.
   """
 
   eos: bool = True
   merge_repeats: bool = True
+  decoder_prompt: bool = False
   allow_empty: bool = False
 
 

@@ -31,6 +31,7 @@ class EntailmentSettings(base.Settings):
   """
 
   merge_repeats: bool = False
+  decoder_prompt: bool = True
   prompt: str = 'does the image describe " {} "?'
   premise_prompt: str = 'can image and text1 " {} " imply text2 " {} "?'
   add_caption: bool = True

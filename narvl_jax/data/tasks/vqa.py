@@ -22,6 +22,7 @@ class VqaSettings(augmented.AugmentedSettings):
     max_objects: names that are kept; 0 keeps all.
   """
 
+  decoder_prompt: bool = True
   prompt: str = "{}"
   max_source_words: int = 80
   max_target_words: int = 0
