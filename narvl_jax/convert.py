@@ -2,16 +2,17 @@
 
 python -m narvl_jax.convert --from=ofa_base.pt --to=DIR [--vocabulary=FOLDER]
     [--config=configs/FILE.py] [--num_queries=N] [--check]
+    [--decoder=autoregressive]
 python -m narvl_jax.convert --from=RUN --to=official.pt
 
 `--from` is an official file of OFA or NARVL (any size, float32 or half), or a
-folder of the Hugging Face port. Nothing in it is run. DIR is a run folder:
-`train --config.init_from=DIR` starts from it; with the files of the vocabulary
-`evaluate` and `predict` read it, too. DIR/report.json tells where every tensor
-went. The way back is bit by bit the same.
+folder of the Hugging Face port. Nothing in it is run. OFA becomes a NARVL with
+new queries, or stays the autoregressive model that it is if asked to. DIR is a
+run folder: `train --config.init_from=DIR` starts from it; with the files of the
+vocabulary `evaluate` and `predict` read it, too. DIR/report.json tells where
+every tensor went. The way back is bit by bit the same.
 """
 
-import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from narvl_jax.config import (
 from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
 from narvl_jax.interop import run_folder
-from narvl_jax.interop.adapt import BLANK_ROWS, Options
+from narvl_jax.interop.adapt import BLANK_ROWS, Options, with_config
 from narvl_jax.interop.check_forward import format_forward, forward
 from narvl_jax.interop.conversion import Conversion, convert_official
 from narvl_jax.interop.export import save_official
@@ -47,6 +48,7 @@ _IMPORT_FLAGS = (
   "num_codes",
   "num_bins",
   "ema",
+  "decoder",
   "num_queries",
   "blank_row",
   "stretch_images",
@@ -79,8 +81,8 @@ def import_official(
     num_codes: image codes of the vocabulary; None: as the file says.
     num_bins: coordinate bins of the vocabulary; None: as the file says.
     config: of the run; None: all tasks, and made up scenes as data. Its size
-      must be that of the weights, its number of queries is taken; what else
-      the weights determine is set here.
+      must be that of the weights, its decoder and its number of queries are
+      taken; what else the weights determine is set here.
     check: run a fixed request and report what comes out.
 
   Returns:
@@ -90,7 +92,9 @@ def import_official(
     UserError: the file, an option or the folder is wrong; nothing is written.
   """
   run_folder.check_target(target)
-  options = _with_queries(options or Options(), config)
+  options = options or Options()
+  if config is not None:
+    options = with_config(options, config)
   made = convert_official(source, options, ema=ema)
   if config is not None:
     run_folder.check_size(made, config)
@@ -104,20 +108,6 @@ def import_official(
     report["check"] = forward(made.config, made.variables)
   run_folder.write_run(target, made, settings, words, report)
   return report
-
-
-def _with_queries(options: Options, config: Any) -> Options:
-  """Takes the number of queries from the config, if it has one."""
-  wanted = None if config is None else config.model.num_queries
-  if wanted is None or wanted == options.num_queries:
-    return options
-  if options.num_queries is not None:
-    raise UserError(
-      f"--num_queries={options.num_queries}, but --config has"
-      f" model.num_queries={wanted}; leave --num_queries out, or set"
-      f" --config.model.num_queries={options.num_queries}"
-    )
-  return dataclasses.replace(options, num_queries=wanted)
 
 
 def run_config(
@@ -183,12 +173,14 @@ def export_official(
 def format_import(report: dict[str, Any], target: PathLike) -> str:
   """Returns the report of an import as a few lines."""
   source, model = report["source"], report["model"]
+  queries = "autoregressive"
+  if model["decoder"] == "parallel":
+    queries = f"{model['num_queries']} queries"
   lines = [
     f"{source['model']} weights ({source['format']} names, {source['weights']},"
     f" {report['dtype']}): {source['file']}",
     f"file       {source['bytes']:,} bytes, sha256 {source['sha256']}",
-    f"model      {model['size']}, {model['num_queries']} queries,"
-    f" {model['vocab_size']} ids",
+    f"model      {model['size']}, {queries}, {model['vocab_size']} ids",
     f"tensors    {len(report['tensors'])} in the file, each used once",
     f"variables  {len(report['variables'])}, each filled once,"
     f" sha256 {report['sha256']}",
@@ -226,6 +218,12 @@ def define_flags() -> None:
   _define_number("num_codes", None, "Image codes of the vocabulary.")
   _define_number("num_bins", None, "Coordinate bins of the vocabulary.")
   flags.DEFINE_bool("ema", False, "Take the moving averages of the file.")
+  flags.DEFINE_string(
+    "decoder",
+    None,
+    "What OFA becomes: parallel, a NARVL (the default), or autoregressive, as"
+    " it is.",
+  )
   _define_number(
     "num_queries", None, "Queries: those of the file are kept, cut, extended."
   )
@@ -285,7 +283,7 @@ def main(argv: Sequence[str]) -> None:
     )
     if report["made"]:
       print(
-        f"note: {len(report['made'])} tensors that NARVL never reads are not"
+        f"note: {len(report['made'])} tensors that no answer depends on are not"
         " known here and were filled with zeros and ones"
       )
     print(f"wrote {target}: step {report['step']}, sha256 {report['sha256']}")
@@ -321,6 +319,7 @@ def _options(values: flags.FlagValues) -> Options:
       ) from error
     pixels = (before, after)
   return Options(
+    decoder=values.decoder,
     num_queries=values.num_queries,
     blank_row=values.blank_row,
     stretch_images=pixels,

@@ -1,11 +1,12 @@
-"""What changes when an official checkpoint becomes a NARVL of ours.
+"""What changes when an official checkpoint becomes a model of ours.
 
 The weights of OFA, which writes its answers token by token, lack the queries
-and the blank; other changes are choices of the user.
+and the blank of NARVL; other changes are choices of the user.
 """
 
 import dataclasses
 import zlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from narvl_jax.interop.settings import (
   settings_of,
 )
 from narvl_jax.interop.tensors import Tensor
+from narvl_jax.models.sizes import DECODERS
 
 BLANK_ROWS = ("noise", "mean", "unk")
 _UNK_ID = 3
@@ -32,6 +34,8 @@ class Options:
   """Choices of a conversion.
 
   Attributes:
+    decoder: "parallel" makes a NARVL of any file, "autoregressive" keeps OFA
+      as it is; None is the former.
     num_queries: N; None keeps that of the file, and is 20 without one.
     blank_row: what the blank starts as if the file has none: "noise"
       (reference: normal, standard deviation D ** -0.5), "mean" of all rows,
@@ -42,6 +46,7 @@ class Options:
     seed: of all that is drawn.
   """
 
+  decoder: str | None = None
   num_queries: int | None = None
   blank_row: str = "noise"
   stretch_images: tuple[int, int] | None = None
@@ -49,6 +54,13 @@ class Options:
 
   def __post_init__(self) -> None:
     """Checks the values."""
+    if self.decoder is not None and self.decoder not in DECODERS:
+      raise UserError(
+        f'--decoder="{self.decoder}" is unknown.'
+        f"{did_you_mean(self.decoder, DECODERS)} (--decoder)"
+      )
+    if self.autoregressive:
+      self._check_nothing_new()
     if self.num_queries is not None and self.num_queries < 1:
       raise UserError(
         f"--num_queries={self.num_queries} is below 1; nearest valid:"
@@ -68,6 +80,49 @@ class Options:
           f"--stretch_images: {pixels} is not a multiple of 16 from 32 on;"
           f" nearest valid: {near}"
         )
+
+  @property
+  def autoregressive(self) -> bool:
+    """Whether weights of OFA stay those of OFA."""
+    return self.decoder == "autoregressive"
+
+  def _check_nothing_new(self) -> None:
+    """Raises UserError for a choice of what only NARVL has."""
+    blank = self.blank_row
+    for flag, given in (
+      (f"--num_queries={self.num_queries}", self.num_queries is not None),
+      (f"--blank_row={blank}", blank != BLANK_ROWS[0]),
+    ):
+      if given:
+        raise UserError(
+          f"{flag} has no meaning with --decoder=autoregressive, which has"
+          " neither queries nor a blank; leave it out"
+        )
+
+
+def with_config(options: Options, config: Any) -> Options:
+  """Returns options completed by what the config of a run asks for.
+
+  Raises:
+    UserError: the two contradict each other.
+  """
+  options = _take(options, "decoder", config.model.decoder)
+  if options.autoregressive:
+    return options  # Which has no queries.
+  return _take(options, "num_queries", config.model.num_queries)
+
+
+def _take(options: Options, name: str, wanted: Any) -> Options:
+  """Takes one option; None: the config leaves it open."""
+  given = getattr(options, name)
+  if wanted is None or wanted == given:
+    return options
+  if given is not None:
+    raise UserError(
+      f"--{name}={given}, but --config has model.{name}={wanted}; leave"
+      f" --{name} out, or set --config.model.{name}={given}"
+    )
+  return dataclasses.replace(options, **{name: wanted})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +152,7 @@ def adapt(
     options: the choices.
 
   Returns:
-    The new state dict, its changes, and whether the file was of OFA, whose
+    The new state dict, its changes, and whether the file is of OFA, whose
     vocabulary has no blank.
 
   Raises:
@@ -109,14 +164,20 @@ def adapt(
       " NARVL"
     )
   work = _Adaptation(dict(state), options)
-  autoregressive = QUERY_KEY not in state
-  if autoregressive:
-    work.add_blank()
-  work.fit_queries()
+  of_ofa = QUERY_KEY not in state
+  if options.autoregressive and not of_ofa:
+    raise UserError(
+      f"--decoder=autoregressive, but the weights are of NARVL: they have"
+      f" {QUERY_KEY}; nearest valid: --decoder=parallel"
+    )
+  if not options.autoregressive:
+    if of_ofa:
+      work.add_blank()
+    work.fit_queries()
   work.complete_image_positions()
   if options.stretch_images is not None:
     work.stretch_images(*options.stretch_images)
-  return work.state, work.changes, autoregressive
+  return work.state, work.changes, of_ofa
 
 
 class _Adaptation:

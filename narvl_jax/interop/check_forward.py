@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from narvl_jax.models import NARVL, ModelConfig
+from narvl_jax.models import ModelConfig, make_model
 
 _SIDE = 256
 _TOKENS = 12
@@ -40,16 +40,18 @@ def forward(
 
   Returns:
     Names and a few numbers each: "encoder_out", "decoder_out" and "logits"
-    with mean, root mean square and first values; "best ids" for every query.
+    with mean, root mean square and first values; "best ids" for every query,
+    or for every token of the prompt, which the autoregressive decoder reads.
   """
   image, text = request(config)
-  model = NARVL(config)
+  model = make_model(config)
+  decoder_input = () if config.decoder == "parallel" else (text,)
 
   @jax.jit
   def run(variables: Any, image: jax.Array, text: jax.Array) -> Any:
     # In the program, so that only one copy in float32 exists.
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), variables)
-    logits, parts = model.apply(wide, image, text)  # pyright: ignore
+    logits, parts = model.apply(wide, image, text, *decoder_input)  # pyright: ignore
     return {
       "encoder_out": parts["encoder_out"],
       "decoder_out": parts["decoder_out"],

@@ -75,7 +75,7 @@ def convert_official(
     renamed = official_names(source.state)
     state = dict(renamed.state)
     _check_tied(state)
-    state, changes, autoregressive = adapt(state, options)
+    state, changes, of_ofa = adapt(state, options)
     settings = settings_of(state)
     size, overrides = size_of(settings)
     config = model_config(size, **settings)
@@ -90,7 +90,7 @@ def convert_official(
       "sha256": file_hash(source.path),
       "weights": "moving averages" if ema else "model",
       "format": "Hugging Face" if renamed.hugging_face else "official",
-      "model": "OFA" if autoregressive else "NARVL",
+      "model": "OFA" if of_ofa else "NARVL",
     },
     "options": dataclasses.asdict(options),
     "model": {"size": size, **settings},

@@ -18,6 +18,21 @@ _TOKEN_POSITIONS = 1024
 _VERSION = 3.0
 # The grid of image codes that the decoder could write, and what fills up.
 _CODE_GRID, _CODE_FILLER = 16, 1024
+# What names of architectures begin with, and the class of the loss.
+_ARCHITECTURES = {"parallel": "na_ofa_", "autoregressive": "ofa_"}
+_CRITERIA = {
+  "parallel": "LabelSmoothedDualImitationCriterion",
+  "autoregressive": "AdjustLabelSmoothedCrossEntropyCriterion",
+}
+# Settings that OFA has not.
+_PARALLEL = {
+  "apply_bert_init": True,
+  "decoder_input_type": "query",
+  "dynamic_upsample": True,
+  "glat_sampling_ratio": 0.0,
+  "latent_dim": 0,
+  "src_upsample": 1.0,
+}
 _RESNETS = {(3, 4, 6): "resnet50", (3, 4, 23): "resnet101"}
 
 
@@ -29,13 +44,15 @@ def save_official(
   unused: State | None = None,
   settings: Mapping[str, Any] | None = None,
 ) -> list[str]:
-  """Writes an official NARVL checkpoint; torch is not needed.
+  """Writes an official checkpoint; torch is not needed.
+
+  It is one of NARVL or, if the decoder is autoregressive, of OFA.
 
   Args:
     path: the file.
     config: the architecture.
     variables: {"params", "batch_stats"} of arrays, unboxed; their type stays.
-    unused: official tensors that the parallel decoder never reads, as they
+    unused: official tensors that only image generation reads, as they
       came with the weights; those that are absent or do not fit are made.
     settings: "args" and "cfg" of the file that the weights came from.
 
@@ -63,7 +80,7 @@ def save_official(
     "criterion": None,
     "optimizer_history": [
       {
-        "criterion_name": "LabelSmoothedDualImitationCriterion",
+        "criterion_name": _CRITERIA[config.decoder],
         "optimizer_name": "FairseqAdam",
         "lr_scheduler_state": {"best": None},
         "num_updates": 0,
@@ -148,8 +165,9 @@ def _settings(
   known = cfg.get("model") or (settings or {}).get("args")
   if isinstance(known, types.SimpleNamespace):
     arch = str(getattr(known, "arch", ""))
-    # That of OFA cannot build NARVL.
-    keep = vars(known) if arch.startswith("na_") else {}
+    # That of OFA cannot build NARVL, nor the reverse.
+    same = arch.startswith(_ARCHITECTURES[config.decoder])
+    keep = vars(known) if same else {}
     model = {**_defaults(config), **keep, **_architecture(config)}
   cfg["model"] = types.SimpleNamespace(**model)
   cfg.setdefault("task", None)
@@ -164,6 +182,7 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
     "ffn_embed_dim": config.mlp_width,
     "attention_heads": config.num_heads,
   }
+  parallel = config.decoder == "parallel"
   return {
     **{f"encoder_{key}": value for key, value in each.items()},
     **{f"decoder_{key}": value for key, value in each.items()},
@@ -171,7 +190,7 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
     "decoder_layers": config.decoder_layers,
     "decoder_input_dim": config.width,
     "decoder_output_dim": config.width,
-    "num_queries": config.num_queries,
+    **({"num_queries": config.num_queries} if parallel else {}),
     "token_bucket_size": config.token_bucket_size,
     "image_bucket_size": config.image_bucket_size,
     "max_source_positions": config.max_text_positions - 2,
@@ -182,7 +201,9 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
 def _defaults(config: ModelConfig) -> dict[str, Any]:
   """Returns what the official scripts set for every model."""
   size, _ = size_of(vars(config))
-  arch = f"na_ofa_{'tiny' if size == 'micro' else size}"
+  size = "tiny" if size == "micro" else size
+  arch = _ARCHITECTURES[config.decoder] + size
+  parallel = config.decoder == "parallel"
   flags = (
     "encoder_normalize_before",
     "decoder_normalize_before",
@@ -198,16 +219,11 @@ def _defaults(config: ModelConfig) -> dict[str, Any]:
     "scale_fc",
     "scale_heads",
     "disable_entangle",
-    "apply_bert_init",
-    "add_blank_id_to_dict",
-    "dynamic_upsample",
     "no_scale_embedding",
   )
   return {
     "_name": arch,
     "arch": arch,
-    "decoder_input_type": "query",
-    "src_upsample": 1.0,
     "dropout": config.dropout,
     "attention_dropout": 0.0,
     "encoder_drop_path_rate": config.encoder_drop_path,
@@ -216,8 +232,8 @@ def _defaults(config: ModelConfig) -> dict[str, Any]:
     "resnet_type": _RESNETS.get(config.resnet_blocks, "resnet152"),
     "activation_fn": "gelu",
     "attn_scale_factor": 2,
-    "glat_sampling_ratio": 0.0,
-    "latent_dim": 0,
+    "add_blank_id_to_dict": parallel,
     **dict.fromkeys(flags, True),
+    **(_PARALLEL if parallel else {}),
     **_architecture(config),
   }

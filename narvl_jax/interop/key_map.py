@@ -58,8 +58,9 @@ _ENCODER = (
   ("/image_rel_pos_table", ".image_rel_pos_table_list.*", "table"),
   ("/layer_norm", ".layer_norm", "norm"),
 )
+# The autoregressive decoder reads tokens instead of queries.
+_QUERIES = ("/query_embed", ".query_embed", "table")
 _DECODER = (
-  ("/query_embed", ".query_embed", "table"),
   ("/embed_positions", ".embed_positions", "table"),
   ("/layernorm_embedding", ".layernorm_embedding", "norm"),
   ("/pos_ln", ".pos_ln", "norm"),
@@ -118,8 +119,7 @@ _KINDS = {
 TABLE_KEY = "encoder.embed_tokens.weight"
 TIED_KEYS = ("decoder.embed_tokens.weight", "decoder.output_projection.weight")
 
-# Regenerated buffers, and decoder tables that the parallel decoder never
-# reads.
+# Regenerated buffers, and decoder tables that only image generation reads.
 IGNORED = re.compile(
   r"(encoder|decoder)\.(version|token_rp_bucket|image_rp_bucket)"
   r"|decoder\.image_position_idx"
@@ -148,7 +148,7 @@ class Leaf:
 
 
 def key_map(config: ModelConfig) -> list[Leaf]:
-  """Returns the table of all arrays of `NARVL(config)`.
+  """Returns the table of all arrays of `make_model(config)`.
 
   Raises:
     UserError: the configuration has parts that the official code lacks.
@@ -176,10 +176,13 @@ def key_map(config: ModelConfig) -> list[Leaf]:
 def _rows(config: ModelConfig) -> Iterator[tuple[str, str, str, range]]:
   """Yields (our path, official pattern, kind, layers) of the whole model."""
   once = range(1)
+  decoder = _DECODER
+  if config.decoder == "parallel":
+    decoder = (_QUERIES, *decoder)
   yield "embed_tokens", "encoder.embed_tokens", "vocabulary", once
   for side, depth, table, layer in (
     ("encoder", config.encoder_layers, _ENCODER, _ENCODER_LAYER),
-    ("decoder", config.decoder_layers, _DECODER, _DECODER_LAYER),
+    ("decoder", config.decoder_layers, decoder, _DECODER_LAYER),
   ):
     for ours, official, kind in table:
       layers = range(depth) if "*" in official else once

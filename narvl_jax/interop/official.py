@@ -15,7 +15,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.interop.key_map import IGNORED, TABLE_KEY, TIED_KEYS, key_map
 from narvl_jax.interop.settings import settings_of
 from narvl_jax.interop.tensors import State, same
-from narvl_jax.models import NARVL, ModelConfig
+from narvl_jax.models import ModelConfig, make_model
 
 _DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 
@@ -23,7 +23,7 @@ _DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 def variables_from_official(
   state: State, config: ModelConfig, *, dtype: Any = np.float32
 ) -> dict[str, Any]:
-  """Converts an official NARVL state dict to variables of `NARVL(config)`.
+  """Converts an official state dict to variables of `make_model(config)`.
 
   Integer buffers and the decoder tables that only image generation reads are
   ignored. Rows that pad the tied table are zero.
@@ -31,7 +31,8 @@ def variables_from_official(
   Args:
     state: official key -> array of any float dtype, or a tensor of a file,
       which is read once.
-    config: the model that the weights are for; `image_encoder="resnet"`.
+    config: the model that the weights are for, NARVL or, autoregressive, OFA;
+      `image_encoder="resnet"`.
     dtype: of the variables.
 
   Returns:
@@ -61,11 +62,11 @@ def variables_from_official(
 def official_from_variables(
   variables: Mapping[str, Any], config: ModelConfig
 ) -> dict[str, Any]:
-  """Converts variables of `NARVL(config)` to the official keys and layouts.
+  """Converts variables of a model to the official keys and layouts.
 
   The reverse of `variables_from_official`, bit by bit. Since every transform
   is a permutation, gradients convert in the same way. Integer buffers and the
-  decoder tables that the parallel decoder lacks are not made up; the tied
+  decoder tables that only image generation reads are not made up; the tied
   table appears under its three names.
 
   Args:
@@ -97,7 +98,7 @@ def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def variable_paths(config: ModelConfig) -> set[tuple[str, ...]]:
-  """Returns the paths of all variables of `NARVL(config)`."""
+  """Returns the paths of all variables of `make_model(config)`."""
   flat = flax.traverse_util.flatten_dict(_abstract_variables(config))
   return set(flat)  # pyright: ignore
 
@@ -109,7 +110,7 @@ def _abstract_variables(config: ModelConfig) -> dict[str, Any]:
   def init() -> dict[str, Any]:
     image = jnp.zeros((1, 16, 16, 3))
     text = jnp.zeros((1, 1), jnp.int32)
-    variables = NARVL(config).init(jax.random.key(0), image, text)
+    variables = make_model(config).init(jax.random.key(0), image, text)
     return nn.meta.unbox(variables)
 
   return jax.eval_shape(init)

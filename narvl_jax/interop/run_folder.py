@@ -151,10 +151,12 @@ def find_vocabulary(
         f"--vocabulary={folder} holds neither {', '.join(_OFFICIAL_FILES)} nor"
         f" {', '.join(_HUGGING_FACE_FILES)}"
       )
-  size = made.config.vocab_size
-  if vocabulary.size != size:
+  # OFA predicts no blank.
+  blank = 1 if made.config.decoder == "parallel" else 0
+  found, size = vocabulary.size - 1 + blank, made.config.vocab_size
+  if found != size:
     raise UserError(
-      f"the vocabulary in {place} has {vocabulary.size} ids with"
+      f"the vocabulary in {place} has {found} ids with"
       f" {counts['num_codes']} codes and {counts['num_bins']} bins, the"
       f" weights have {size}; set --vocabulary to the folder of their files,"
       " --num_codes and --num_bins"
@@ -240,6 +242,8 @@ def _check_same(made: ModelConfig, wanted: ModelConfig) -> None:
   """Compares what parameters depend on."""
   free = {"dtype", "dropout", "encoder_drop_path", "decoder_drop_path"}
   free |= {"batch_norm", "remat", "scan_unroll", "init_stddev"}
+  if wanted.decoder == "autoregressive":
+    free.add("num_queries")
   for name, value in vars(wanted).items():
     if name not in free and getattr(made, name) != value:
       raise UserError(
@@ -276,7 +280,9 @@ def read_run(
     vocabulary = Vocabulary.load(words)
   else:
     model = read_json_object(path / REPORT_FILE)["model"]
-    vocabulary = Vocabulary.placeholder(model["vocab_size"], 0, 0)
+    # The blank is a word, but no class of an autoregressive model.
+    blank = config.model.decoder == "autoregressive"
+    vocabulary = Vocabulary.placeholder(model["vocab_size"] + blank, 0, 0)
   architecture = experiment_lib.resolve_model_config(config, vocabulary)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

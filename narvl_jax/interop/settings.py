@@ -54,6 +54,7 @@ def settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
     "decoder_layers": count("decoder.layers"),
     "resnet_blocks": blocks if all(blocks) else None,
     "resnet_width": rows(f"{trunk}.conv1.weight"),
+    "decoder": _decoder(state),
     "num_queries": rows(QUERY_KEY),
     "vocab_size": rows(TABLE_KEY),
     "max_text_positions": rows("encoder.embed_positions.weight"),
@@ -64,6 +65,16 @@ def settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
     "token_bucket_size": token_buckets and (token_buckets + 1) // 2,
   }
   return {name: value for name, value in found.items() if value}
+
+
+def _decoder(state: Mapping[str, Any]) -> str | None:
+  """Returns the kind of decoder; None if none is to be seen."""
+  if QUERY_KEY in state:
+    return "parallel"
+  # The two share all other names.
+  if any(key.startswith("decoder.layers.") for key in state):
+    return "autoregressive"
+  return None
 
 
 def _image_bucket_size(

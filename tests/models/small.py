@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from narvl_jax.models import NARVL, ModelConfig, model_config
+from narvl_jax.models import NARVL, ModelConfig, make_model, model_config
 
 B, H, W, T, N, V = 3, 16, 24, 7, 5, 253
 IMAGE_TOKENS = (H // 8) * (W // 8)
@@ -52,7 +52,8 @@ def shapes(config: ModelConfig = CONFIG) -> Any:
   """Shapes of the variables, without axis names."""
 
   def init() -> Any:
-    return NARVL(config).init(jax.random.key(0), image(B, 32, 32), text())
+    model = make_model(config)
+    return model.init(jax.random.key(0), image(B, 32, 32), text())
 
   return nn.meta.unbox(jax.eval_shape(init))
 
