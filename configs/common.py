@@ -11,6 +11,7 @@ A config file builds on these:
       return config
 """
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,9 +22,11 @@ from narvl_jax.config import (
   evaluation_source,
   train_source,
 )
+from narvl_jax.data.distilled import distilled_sets
 from narvl_jax.errors import UserError, did_you_mean
 
 __all__ = [
+  "add_distilled",
   "choose_variant",
   "default_config",
   "evaluation_source",
@@ -96,3 +99,55 @@ def from_scratch(config: ConfigDict, *, width: int) -> None:
     task.eos = False
     # Where there are more queries than labels, a label may be said twice.
     task.merge_repeats = True
+
+
+def add_distilled(config: ConfigDict, folder: str, weight: float = 0.5) -> None:
+  """Has a config train on a teacher's answers beside the original targets.
+
+  Each data set NAME of the folder becomes an entry `distilled_NAME` of
+  `data.train`, and gets its share from the entry NAME.
+
+  Args:
+    config: is changed; its `data.train` has an entry for each data set.
+    folder: that `python -m narvl_jax.distill` got as `--to`.
+    weight: share of the teacher's answers, above 0; 1 leaves the original
+      targets out.
+
+  Raises:
+    UserError: the share is out of range, the folder has no complete data sets,
+      or the config has no such entry.
+  """
+  if not 0 < weight <= 1:
+    near = 1.0 if weight > 1 else 0.5
+    raise UserError(
+      f"add_distilled(weight={weight}): the share must be above 0, at most 1;"
+      f" such as weight={near}"
+    )
+  data: Any = config.data
+  entries = data.train
+  for found in distilled_sets(pathlib.Path(folder)):
+    entry = entries.get(found.name)
+    if entry is None or entry.task != found.task:
+      names = [name for name in entries if entries[name].task == found.task]
+      raise UserError(
+        f'"{folder}" has the data set "{found.name}" of the task {found.task},'
+        f" and data.train has no such entry.{did_you_mean(found.name, names)}"
+        " Rename the entry, or add the data set with train_source"
+      )
+    whole = entry.get("weight", 1.0)
+    with config.unlocked(), config.ignore_type():
+      entry.weight = _scaled(whole, 1 - weight)
+      entries[f"distilled_{found.name}"] = train_source(
+        found.source,
+        found.task,
+        split=found.split,
+        weight=_scaled(whole, weight),
+        **found.options,
+      )
+
+
+def _scaled(weight: Any, factor: float) -> Any:
+  """Returns a weight, or the weights of a schedule, times a factor."""
+  if isinstance(weight, int | float):
+    return weight * factor
+  return tuple((step, value * factor) for step, value in weight)

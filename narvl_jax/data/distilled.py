@@ -212,3 +212,42 @@ def _describe(folder: pathlib.Path) -> DistilledSet:
 
 def _is_tsv(shards: Sequence[Shard]) -> bool:
   return any(format_of(shard.file).suffix == ".tsv" for shard in shards)
+
+
+def summary(manifest: Manifest) -> str:
+  """Returns what became of the targets of a data set, in one line."""
+  labels = manifest.labels or dict.fromkeys(COUNTS, 0)
+  answers, compared = labels["teacher"], labels["compared"]
+  parts = [f"{manifest.records} records", f"{answers} answers"]
+  if compared:
+    equal = labels["equal"] / compared
+    parts.append(f"{equal:.1%} of them equal to the original target")
+  if answers:
+    parts.append(f"mean log-probability {labels['score'] / answers:.3f}")
+  if labels["original"]:
+    parts.append(f"{labels['original']} of no use, the original target kept")
+  if manifest.bad_records:
+    parts.append(f"{len(manifest.bad_records)} bad records left out")
+  return ", ".join(parts)
+
+
+def how_to_use(folder: pathlib.Path, sets: Sequence[DistilledSet]) -> str:
+  """Returns the lines of a config that reads the data sets."""
+  lines = [
+    "to train on them and on the original targets, half of the time each, in a",
+    f"config whose data.train has {', '.join(found.name for found in sets)}:",
+    "",
+    "  from configs.common import add_distilled",
+    f'  add_distilled(config, "{folder}", weight=0.5)',
+    "",
+    "or one by one, with weights of your own:",
+    "",
+  ]
+  for found in sets:
+    options = "".join(f', {k}="{v}"' for k, v in found.options.items())
+    lines += [
+      f"  config.data.train.distilled_{found.name} = train_source(",
+      f'    "{found.source}", "{found.task}", split="{found.split}"{options}',
+      "  )",
+    ]
+  return "\n".join(lines)

@@ -1,0 +1,330 @@
+"""Replaces the targets of a data set by the answers of a trained teacher.
+
+    python -m narvl_jax.distill --teacher=runs/ar --to=distilled
+    python -m narvl_jax.distill --teacher=runs/ar --to=distilled \
+      --datasets=caption,vqa --checkpoint=best --max_examples=1000
+    python -m narvl_jax.distill vqa_train.tsv --task=vqa --teacher=runs/ar \
+      --to=distilled --format=tsv
+
+Every entry of the teacher's `data.train` (or those of --datasets, or the data
+set that is named first, as for `narvl_jax.data.convert`) becomes a folder
+DIR/NAME of shards with a manifest. Of a data set that is cut off by
+--max_examples the first records are taken.
+
+Killed at any moment, the same command goes on with the shards that are not
+there yet. Several hosts (--coordinator_address and so on) share the work and
+the folder.
+"""
+
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from narvl_jax import cli
+from narvl_jax.config import to_json
+from narvl_jax.data import conversion
+from narvl_jax.data.distilled import (
+  DistilledSet,
+  distilled_sets,
+  how_to_use,
+  summary,
+)
+from narvl_jax.data.shard_formats import FORMATS
+from narvl_jax.data.shard_writer import PROGRESS, Job
+from narvl_jax.data.sources import MANIFEST, parse_options
+from narvl_jax.decoding.settings import Decoding
+from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.evaluation.labelling import Teacher
+from narvl_jax.parallel import distributed
+from narvl_jax.training import hosts
+from narvl_jax.training import workdir as workdir_lib
+from narvl_jax.training.announce import explain_failure
+from narvl_jax.training.interrupt import termination_raises
+
+# Name of a data set -> what is written, and what identifies it.
+Jobs = dict[str, tuple[Job, dict[str, Any]]]
+
+
+def distill(
+  teacher: str,
+  to: str,
+  *,
+  spec: str = "",
+  task: str = "",
+  options: Mapping[str, Any] | None = None,
+  name: str = "",
+  datasets: Sequence[str] = (),
+  split: str = "",
+  checkpoint: str | int = "best",
+  decodings: Mapping[str, Decoding] | None = None,
+  file_format: str = "array_record",
+  max_examples: int | None = None,
+  batch_size: int | None = None,
+  examples_per_shard: int = 2000,
+  max_bad_fraction: float | None = None,
+) -> list[DistilledSet]:
+  """Writes the data sets that are not there yet, and says how it went.
+
+  Args:
+    teacher: run folder.
+    to: folder that gets a folder for each data set.
+    spec: a data set, see `open_source`; "": entries of the teacher's
+      `data.train`.
+    task: of `spec`; may be "" if the source knows it.
+    options: of the source of `spec`.
+    name: of the data set of `spec`; by default that of its file or folder.
+    datasets: names of entries; all by default.
+    split: by default that of the entry, or of the source of `spec`.
+    checkpoint: "best", "last" or a step.
+    decodings: task -> how the teacher answers; greedily by default.
+    file_format: one of `FORMATS`.
+    max_examples: the first records of each data set; all if None.
+    batch_size: of all devices; that of the teacher's evaluation if None.
+    examples_per_shard: records of a file, about.
+    max_bad_fraction: share of a data set that may be bad and left out; that of
+      the teacher's config if None.
+
+  Returns:
+    The data sets, complete.
+
+  Raises:
+    UserError: no such run, checkpoint, data set or task; a number out of
+      range; the folder holds something else; too many records are bad.
+  """
+  _check_numbers(
+    max_examples=max_examples,
+    batch_size=batch_size,
+    examples_per_shard=examples_per_shard,
+  )
+  model = Teacher(
+    teacher,
+    checkpoint=checkpoint,
+    decodings=decodings,
+    batch_size=batch_size,
+  )
+  wanted = _chosen(
+    model.config,
+    datasets,
+    {"spec": spec, "task": task, "options": dict(options or {})},
+    name,
+  )
+  folder = pathlib.Path(to)
+  _check_folder(folder)
+  jobs: Jobs = {}
+  for key, data in wanted.items():
+    # All are opened first: what is wrong with one is told at once.
+    job, origin = conversion.plan(
+      folder=str(folder / key),
+      limit=max_examples or 0,
+      shard_size=examples_per_shard,
+      format=file_format,
+      **{**data, "split": split or data["split"]},
+    )
+    _check_task(model.config, job.task)
+    origin["source"] |= {**model.describe(job.task), "format": file_format}
+    jobs[key] = job, origin
+  if max_bad_fraction is None:
+    max_bad_fraction = float(model.config.data.max_bad_fraction)
+  for key, (job, origin) in jobs.items():
+    _write(model, key, job, origin, max_bad_fraction)
+  distributed.barrier("data sets written")
+  done = distilled_sets(folder, list(jobs))
+  print(f"\n{how_to_use(folder, done)}", flush=True)
+  return done
+
+
+def _check_numbers(**numbers: int | None) -> None:
+  for flag, value in numbers.items():
+    if value is not None and value < 1:
+      raise UserError(f"--{flag}={value} is below 1; nearest valid: --{flag}=1")
+
+
+def _chosen(
+  config: Any, names: Sequence[str], given: dict[str, Any], name: str
+) -> dict[str, dict[str, Any]]:
+  """Returns name -> arguments of `conversion.plan`."""
+  spec = given["spec"]
+  if spec:
+    if names:
+      raise UserError(
+        f"--datasets={','.join(names)} names entries of the teacher's"
+        f' data.train, and "{spec}" is other data; drop one of them'
+      )
+    key = name or pathlib.PurePath(spec.replace(":", "_")).stem
+    return {key: {**given, "split": ""}}
+  for flag, value in (("task", given["task"]), ("name", name)):
+    if value:
+      raise UserError(
+        f"--{flag}={value} is for a data set that is named first; for entries"
+        " of the teacher's data.train use --datasets=NAME,NAME"
+      )
+  entries = config.data.train
+  for name in names:
+    if name not in entries:
+      raise UserError(
+        f'--datasets: the teacher\'s data.train has no "{name}".'
+        f"{did_you_mean(name, entries.keys())}"
+      )
+  return {
+    name: {
+      "spec": entry.source,
+      "task": entry.task,
+      "options": to_json(entry.get("options", {})),
+      "split": entry.get("split", "train"),
+    }
+    for name, entry in entries.items()
+    if not names or name in names
+  }
+
+
+def _check_task(config: Any, task: str) -> None:
+  if task not in config.tasks:
+    raise UserError(
+      f'the teacher was not trained on the task "{task}".'
+      f"{did_you_mean(task, config.tasks.keys())} (--task, --teacher)"
+    )
+
+
+def _check_folder(folder: pathlib.Path) -> None:
+  """Refuses a folder that holds anything but distilled data."""
+  if not folder.is_dir():
+    return
+  for path in sorted(folder.iterdir()):
+    known = path.is_dir() and (
+      path.name == hosts.LOG_FOLDER
+      or not any(path.iterdir())
+      or any((path / part).exists() for part in (MANIFEST, PROGRESS))
+    )
+    if not known:
+      raise UserError(
+        f'--to="{folder}" holds something else: {path.name}; set --to to a new'
+        " folder, or to one of narvl_jax.distill"
+      )
+
+
+def _write(
+  teacher: Teacher,
+  name: str,
+  job: Job,
+  origin: dict[str, Any],
+  max_bad_fraction: float,
+) -> None:
+  """Writes a data set; the first host decides what there is to do."""
+  if not distributed.is_first():
+    todo = distributed.gather_json(None)[0]
+    for _ in teacher.write(job, todo):
+      pass
+    return
+  told = False
+
+  def write(
+    job: Job, todo: Sequence[int]
+  ) -> Iterator[tuple[int, dict[str, Any]]]:
+    nonlocal told
+    told = True
+    distributed.gather_json(list(todo))
+    yield from teacher.write(job, todo)
+
+  answered, seconds = teacher.answered, teacher.seconds
+  print(
+    f"{name}: {job.count} records of {job.task} for step {teacher.step} of"
+    f" {teacher.workdir}",
+    flush=True,
+  )
+  manifest = conversion.convert(
+    job,
+    origin,
+    max_bad_fraction=max_bad_fraction,
+    tell=lambda line: print(line, flush=True),
+    write=write,
+  )
+  if not told:
+    distributed.gather_json([])
+  line = f"{name}: {summary(manifest)}"
+  if teacher.answered > answered:
+    speed = (teacher.answered - answered) / (teacher.seconds - seconds)
+    line += f"; {speed:.3g} examples/s"
+  print(line, flush=True)
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("teacher", None, "Folder of the teacher's run.")
+  flags.DEFINE_string("to", None, "Folder that gets the data sets.")
+  flags.DEFINE_string("checkpoint", "best", "best, last or a step.")
+  flags.DEFINE_list(
+    "datasets", [], "Entries of the teacher's data.train; default: all."
+  )
+  flags.DEFINE_string("split", "", "Split; that of the entry by default.")
+  flags.DEFINE_string("task", "", "Task of a data set that is no entry.")
+  flags.DEFINE_string("options", "{}", "Options of its source as JSON.")
+  flags.DEFINE_string(
+    "name", "", "Its name; default: that of the file or folder."
+  )
+  flags.DEFINE_enum("format", "array_record", [*FORMATS], "Of the shards.")
+  flags.DEFINE_integer(
+    "max_examples", None, "Only the first records of each data set."
+  )
+  flags.DEFINE_integer(
+    "batch_size", None, "Batch size; evaluation.batch_size by default."
+  )
+  flags.DEFINE_integer("examples_per_shard", 2000, "Records a file, about.")
+  flags.DEFINE_float(
+    "max_bad_fraction",
+    None,
+    "Share of records that may be bad; data.max_bad_fraction by default.",
+    lower_bound=0,
+    upper_bound=1,
+  )
+  distributed.define_flags()
+  flags.mark_flags_as_required(["teacher", "to"])
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry point; on failure the last line says what to do."""
+  settings = flags.FLAGS
+  folder = pathlib.Path(settings.to)
+  arguments = {
+    "spec": argv[1] if argv[1:] else "",
+    "task": settings.task,
+    "options": parse_options(settings.options),
+    "name": settings.name,
+    "datasets": settings.datasets,
+    "split": settings.split,
+    "checkpoint": settings.checkpoint,
+    "file_format": settings.format,
+    "max_examples": settings.max_examples,
+    "batch_size": settings.batch_size,
+    "examples_per_shard": settings.examples_per_shard,
+    "max_bad_fraction": settings.max_bad_fraction,
+  }
+
+  def explain(error: BaseException) -> tuple[int, str]:
+    return explain_failure(error, folder)
+
+  try:
+    with (
+      termination_raises(),
+      hosts.together(
+        distributed.detect(settings),
+        folder / hosts.LOG_FOLDER,
+        lambda: workdir_lib.facts({"teacher": settings.teacher, **arguments}),
+        explain,
+        lambda line: print(line, flush=True),
+      ),
+    ):
+      distill(settings.teacher, settings.to, **arguments)
+  except UserError:
+    raise
+  except (KeyboardInterrupt, Exception) as error:
+    code, message = explain(error)
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main, positional=(0, 1), positional_name="a data set")
