@@ -53,12 +53,13 @@ class QueriesNeeded(NamedTuple):
 def queries_needed(
   automaton: Automaton, merge_repeats: Any, num_queries: int
 ) -> QueriesNeeded:
-  """Returns what the rest of an answer takes, at least `UNREACHABLE` if more.
+  """Returns what the rest of an answer takes, up to a bound.
 
   Args:
     automaton: with E edges and S states.
     merge_repeats: bool scalar.
-    num_queries: what is known to need more counts as unreachable.
+    num_queries: the bound; what needs more counts as more, up to
+      `UNREACHABLE`.
   """
   source, token, target, accepting = as_arrays(automaton)
   states = accepting.shape[0]
