@@ -205,11 +205,11 @@ def _select(
   values, parents, tokens = _best(totals, 2 * beam_size)
   is_eos = tokens == rules.eos_id
   search = _finish(search, values, parents, is_eos)
-  # Stable, so that candidates stay ordered.
+  # Stable, so that candidates stay ordered. At most K of the 2 K say eos, one
+  # of each hypothesis, so that K are left.
   order = jnp.argsort(is_eos, axis=1, stable=True)[:, :beam_size]
   values, parents, tokens = (
-    jnp.take_along_axis(x, order, axis=1)
-    for x in (jnp.where(is_eos, -jnp.inf, values), parents, tokens)
+    jnp.take_along_axis(x, order, axis=1) for x in (values, parents, tokens)
   )
   states = jnp.take_along_axis(search.states, parents, axis=1)
   if rules.constraint is not None:
@@ -246,10 +246,13 @@ def _best(
 def _finish(
   search: _Search, values: jax.Array, parents: jax.Array, is_eos: jax.Array
 ) -> _Search:
-  """Stores the candidates [B, 2 K] that end; those after the first K do not."""
+  """Stores the candidates [B, 2 K] that end; those after the first K do not.
+
+  An example that is done gains nothing: it has no room left or no hypothesis.
+  """
   batch, beam_size, _ = search.tokens.shape
   values, parents = values[:, :beam_size], parents[:, :beam_size]
-  ends = is_eos[:, :beam_size] & (values > -jnp.inf) & ~search.done[:, None]
+  ends = is_eos[:, :beam_size] & (values > -jnp.inf)
   place = search.count[:, None] + jnp.cumsum(ends, axis=1) - 1
   # Beyond the last place, what is stored is dropped.
   place = jnp.where(ends, place, beam_size)

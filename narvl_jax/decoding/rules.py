@@ -99,7 +99,7 @@ def _repeating(
     return mask
   # The last n-1 tokens are held against those from each place on.
   recent = t - size + 2
-  same = (jnp.arange(count) + size - 1 <= t) & (recent >= 0)
+  same = jnp.arange(count) + size - 1 <= t
   same = jnp.broadcast_to(same, (*tokens.shape[:2], count))
   for i in range(size - 1):
     token = jax.lax.dynamic_index_in_dim(tokens, recent + i, axis=2)

@@ -337,10 +337,23 @@ def test_missing_answers_are_empty_and_impossible():
   short = _search(GARDEN_PATH, constraint=only, max_length=1)
   assert short["lengths"] == [[0]]
   assert short["scores"] == [[-np.inf]]
-  # So does a model that gives no numbers.
-  broken = _search(np.full((5, 5), np.nan))
-  assert broken["lengths"] == [[0]]
-  assert broken["scores"] == [[-np.inf]]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_hypotheses_without_numbers_end_alone(sign):
+  table = GARDEN_PATH.copy()
+  table[3] = np.copysign(np.nan, sign)
+  found = _search(table, num_best=2)
+  assert found["ids"][0].tolist() == [[4, PAD, PAD, PAD], 4 * [PAD]]
+  np.testing.assert_allclose(
+    found["log_probs"], [[np.log(0.36), -np.inf]], rtol=1e-5
+  )
+
+
+def test_ngrams_may_be_longer_than_answers():
+  free = _search(GARDEN_PATH, num_best=2)
+  bound = _search(GARDEN_PATH, num_best=2, no_repeat_ngram=9)
+  jax.tree.map(np.testing.assert_array_equal, bound, free)
 
 
 def test_other_lengths_compile_nothing_and_each_step_is_one_pass():
