@@ -121,6 +121,7 @@ def distill(
       limit=max_examples or 0,
       shard_size=examples_per_shard,
       format=file_format,
+      size_flags="--max_examples or --examples_per_shard",
       **{**data, "split": split or data["split"]},
     )
     _check_task(model.config, job.task)

@@ -58,6 +58,7 @@ def plan(
   image_size: int = 0,
   quality: int = 95,
   format: str = "array_record",
+  size_flags: str = "--shards, --shard_size or --limit",
 ) -> tuple[Job, dict[str, Any]]:
   """Opens the source once; returns the job and what identifies its input.
 
@@ -74,6 +75,7 @@ def plan(
     image_size: see `Job`.
     quality: see `Job`.
     format: see `Job`.
+    size_flags: what the user may change if there are too many shards.
 
   Raises:
     UserError: the source cannot be opened or has no record.
@@ -91,7 +93,7 @@ def plan(
   if num_shards > min(count, 99999):
     raise UserError(
       f"{num_shards} shards for {count} records are too many; there may be"
-      f" {min(count, 99999)}: change --shards, --shard_size or --limit"
+      f" {min(count, 99999)}: change {size_flags}"
     )
   job = Job(
     spec, task, split, options, folder, name or _file_name(task, found_split),
