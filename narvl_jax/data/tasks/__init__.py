@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from narvl_jax.data.example import BAD_RECORD_ERRORS, TASKS, Record
+from narvl_jax.data.tasks.base import AnswerSpace as AnswerSpace
 from narvl_jax.data.tasks.base import Encoded as Encoded
 from narvl_jax.data.tasks.base import Task as Task
 from narvl_jax.data.tasks.base import check_num_queries as check_num_queries
-from narvl_jax.data.tasks.base import parse_settings
 from narvl_jax.data.tasks.caption import CaptionTask
 from narvl_jax.data.tasks.entailment import EntailmentTask
 from narvl_jax.data.tasks.grounding import GroundingTask
+from narvl_jax.data.tasks.settings import parse_settings
 from narvl_jax.data.tasks.vqa import VqaTask
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError, did_you_mean

@@ -1,9 +1,8 @@
-"""What the tasks share: settings, cleaning of text, encoding of a record."""
+"""What the tasks share: cleaning of text, encoding of a record."""
 
 import abc
 import dataclasses
 import itertools
-import math
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,9 @@ import numpy as np
 
 from narvl_jax.data.example import Box, Record
 from narvl_jax.data.images import Change
+from narvl_jax.data.tasks.settings import Settings as Settings
 from narvl_jax.data.vocabulary import Vocabulary
-from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.errors import UserError
 
 # Sources whose ids are kept; questions repeat over pictures.
 # Few: a large data set would fill any cache, and encoding is a hundredth of the
@@ -22,7 +22,6 @@ from narvl_jax.errors import UserError, did_you_mean
 _CACHE_SIZE = 1 << 12
 _LEADING = ",.!?*#:;~"
 _SPACES = re.compile(r"\s{2,}")
-_FORMATTER = string.Formatter()
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -41,23 +40,20 @@ class Encoded(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-  """Settings that every task has.
+class AnswerSpace:
+  """All answers that a task allows, as ids without eos.
+
+  Either `sequences` lists them, or each is `count` free choices of `tokens`.
 
   Attributes:
-    eos: targets end with eos, which costs one query; those of autoregressive
-      models always do.
-    merge_repeats: decoding merges equal neighbours before it drops blanks.
-    decoder_prompt: an autoregressive decoder reads the source, too, before the
-      answer.
-    allow_empty: accept an empty prompt, premise or target text, as the
-      reference does.
+    sequences: each at least one id long.
+    tokens: ids.
+    count: how many.
   """
 
-  eos: bool = True
-  merge_repeats: bool = True
-  decoder_prompt: bool = False
-  allow_empty: bool = False
+  sequences: tuple[tuple[int, ...], ...] = ()
+  tokens: tuple[int, ...] = ()
+  count: int = 0
 
 
 S = TypeVar("S", bound=Settings)
@@ -160,6 +156,27 @@ class Task(abc.ABC, Generic[S]):
       original_size: (width, height) of the picture in pixels.
     """
 
+  def answer_space(self) -> AnswerSpace | None:
+    """Returns the answers that the task allows, None if any text is one.
+
+    Raises:
+      UserError: they are in a list that the settings do not name.
+    """
+    return None
+
+  def candidates(self) -> list[list[int]] | None:
+    """Returns the ids without eos of every allowed answer.
+
+    None if there is no such list: for free texts and for boxes.
+
+    Raises:
+      UserError: see `answer_space`.
+    """
+    space = self.answer_space()
+    if space is None or not space.sequences:
+      return None
+    return [list(sequence) for sequence in space.sequences]
+
   @abc.abstractmethod
   def _source_key(self, record: Record) -> Any:
     """Returns what the source depends on; hashable."""
@@ -209,74 +226,6 @@ class Task(abc.ABC, Generic[S]):
   def __getstate__(self) -> dict[str, Any]:
     # Worker processes fill a cache of their own.
     return {**self.__dict__, "_sources": {}}
-
-
-def parse_settings(
-  name: str, settings_class: type[S], values: Mapping[str, Any]
-) -> S:
-  """Returns checked settings.
-
-  Raises:
-    UserError: a key is unknown, a value has the wrong type or is outside its
-      range.
-  """
-  parsed: dict[str, Any] = {}
-  fields = {f.name: f for f in dataclasses.fields(settings_class)}
-  for key, given in values.items():
-    value: Any = given
-    flag = f"--config.tasks.{name}.{key}"
-    if key not in fields:
-      raise UserError(
-        f'task "{name}" has no setting "{key}".{did_you_mean(key, fields)}'
-        f" Change {flag}"
-      )
-    default = fields[key].default
-    if isinstance(default, float) and type(value) is int:
-      value = float(value)
-    if type(value) is not type(default):
-      raise UserError(
-        f"{flag} is {value!r}, a {type(value).__name__}; it must be a"
-        f" {type(default).__name__} such as {default!r}"
-      )
-    if isinstance(default, int) and value < 0:
-      raise UserError(f"{flag} is {value}; it must be 0 (no limit) or more")
-    if isinstance(default, float):
-      _check_range(flag, value, fields[key].metadata.get("most", math.inf))
-    if isinstance(default, str):
-      _check_template(flag, value, default)
-    parsed[key] = value
-  return settings_class(**parsed)
-
-
-def _check_range(flag: str, value: float, most: float) -> None:
-  if not 0 <= value <= most:
-    allowed = "0 or more" if most == math.inf else f"between 0 and {most:g}"
-    nearest = f"; the nearest is {min(max(value, 0), most):g}"
-    raise UserError(
-      f"{flag} is {value:g}; it must be {allowed}"
-      f"{'' if math.isnan(value) else nearest}"
-    )
-
-
-def _check_template(flag: str, value: str, default: str) -> None:
-  """Checks that a prompt has as many places as its default."""
-
-  def places(template: str) -> list[str]:
-    return [
-      field for _, field, *_ in _FORMATTER.parse(template) if field is not None
-    ]
-
-  try:
-    seen = places(value)
-  except ValueError as e:
-    raise UserError(
-      f'{flag} is "{value}": {e}; the default is "{default}"'
-    ) from e
-  if seen != places(default):
-    raise UserError(
-      f'{flag} is "{value}" with {len(seen)} places {{}}; it must have'
-      f' {len(places(default))} like the default "{default}"'
-    )
 
 
 def limit_words(text: str, max_words: int) -> str:

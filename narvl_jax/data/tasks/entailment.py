@@ -68,6 +68,13 @@ class EntailmentTask(base.Task[EntailmentSettings]):
     answer = vocabulary.decode(symbols[: self._answer_length])
     return answer.replace(" ", "")
 
+  def answer_space(self) -> base.AnswerSpace:
+    """See `Task`: yes, no and maybe."""
+    encode = self.vocabulary.encode
+    return base.AnswerSpace(
+      sequences=tuple(tuple(encode(" " + answer)) for answer in ANSWERS)
+    )
+
   def _source_key(self, record: Record) -> Any:
     return record.prompt, record.premise
 

@@ -64,6 +64,11 @@ class GroundingTask(base.Task[GroundingSettings]):
     x0, y0, x1, y1 = (k / (count - 1) for k in bins)
     return (x0 * width, y0 * height, x1 * width, y1 * height)
 
+  def answer_space(self) -> base.AnswerSpace:
+    """See `Task`: any four bins."""
+    first, count = self.vocabulary.bin_start, self.vocabulary.num_bins
+    return base.AnswerSpace(tokens=tuple(range(first, first + count)), count=4)
+
   def _source_key(self, record: Record) -> Any:
     return record.prompt
 

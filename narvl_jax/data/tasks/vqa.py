@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from narvl_jax.data.answers import encode_answers, load_answers
 from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import augmented, base
+from narvl_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,8 @@ class VqaSettings(augmented.AugmentedSettings):
       such field.
     object_prompt: holds the names.
     max_objects: names that are kept; 0 keeps all.
+    answers: file with all answers that are allowed when decoding is
+      constrained; see `narvl_jax.data.answers`.
   """
 
   decoder_prompt: bool = True
@@ -29,6 +33,7 @@ class VqaSettings(augmented.AugmentedSettings):
   add_object: bool = True
   object_prompt: str = "object: {}"
   max_objects: int = 30
+  answers: str = dataclasses.field(default="", metadata={"path": True})
 
 
 class VqaTask(augmented.AugmentedTask[VqaSettings]):
@@ -41,6 +46,20 @@ class VqaTask(augmented.AugmentedTask[VqaSettings]):
     """Returns the answer."""
     del original_size
     return self.vocabulary.decode(ids).strip()
+
+  def answer_space(self) -> base.AnswerSpace:
+    """See `Task`: the answers of a file, shortened as targets are."""
+    path = self.settings.answers
+    if not path:
+      raise UserError(
+        "there is no list of the answers that vqa allows; write one by python"
+        " -m narvl_jax.data.answers SPEC --to=answers.txt, and set"
+        " --config.tasks.vqa.answers=answers.txt"
+      )
+    # Cut short, several may become the same.
+    texts = dict.fromkeys(map(self._target_text, load_answers(path)))
+    encoded = encode_answers(list(texts), self.vocabulary, eos=False)
+    return base.AnswerSpace(sequences=tuple(map(tuple, encoded)))
 
   def _source_key(self, record: Record) -> Any:
     return record.prompt, record.objects

@@ -1,0 +1,241 @@
+"""Closed lists of answers: read from files, collected from data sets.
+
+  python -m narvl_jax.data.answers SPEC --to=answers.txt [--max_answers=3129]
+
+writes the answers of a data set, the most frequent first, one a line. SPEC is
+what `narvl_jax.data.check` takes: a file `*.tsv` or `*.jsonl`, a folder of
+ArrayRecord shards, `tfds:NAME` or the name of a source.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from narvl_jax import cli
+from narvl_jax.data import sources
+from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
+from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.errors import UserError
+
+_FLAG = "--config.tasks.vqa.answers"
+# Tasks whose answers may form a closed list that is not known beforehand.
+_TASKS = ("vqa",)
+
+
+def load_answers(path: str | os.PathLike[str]) -> list[str]:
+  """Reads a list of answers.
+
+  Args:
+    path: a text file with an answer a line; a JSON list of them, or an object
+      whose keys they are; or the reference's `trainval_ans2label.pkl`, a pickle
+      of such an object. No code in a pickle is run.
+
+  Returns:
+    The answers in the order of the file, without spaces around them.
+
+  Raises:
+    UserError: the file cannot be read, has an empty entry or one twice.
+  """
+  path = pathlib.Path(path)
+  readers = {".json": _read_json, ".pkl": _read_pickle, ".txt": _read_lines}
+  if path.suffix not in readers:
+    raise UserError(
+      f'the list of answers "{path}" ends in "{path.suffix}"; it must be a'
+      f" .txt with an answer a line, a .json or a .pkl ({_FLAG})"
+    )
+  try:
+    entries = readers[path.suffix](path)
+  except OSError as e:
+    raise UserError(
+      f'cannot read the list of answers "{path}": {e.strerror or e} ({_FLAG})'
+    ) from e
+  except UnicodeDecodeError as e:
+    raise UserError(
+      f'the list of answers "{path}" is not UTF-8: {e} ({_FLAG})'
+    ) from e
+  return _check(entries, path)
+
+
+def _read_lines(path: pathlib.Path) -> list[Any]:
+  text = path.read_text(encoding="utf-8")
+  return text.removesuffix("\n").split("\n") if text else []
+
+
+def _read_json(path: pathlib.Path) -> list[Any]:
+  try:
+    return _entries(json.loads(path.read_text(encoding="utf-8")), path)
+  except json.JSONDecodeError as e:
+    raise UserError(
+      f'the list of answers "{path}" is not JSON: {e} ({_FLAG})'
+    ) from e
+
+
+class _PlainUnpickler(pickle.Unpickler):
+  """Builds dicts, lists, texts and numbers; imports and calls nothing."""
+
+  def find_class(self, module_name: str, global_name: str, /) -> Any:
+    """Refuses all names: what a pickle could do comes by way of one."""
+    raise pickle.UnpicklingError(
+      f"it asks for {module_name}.{global_name}, which could run code"
+    )
+
+
+def _read_pickle(path: pathlib.Path) -> list[Any]:
+  with path.open("rb") as file:
+    try:
+      content = _PlainUnpickler(file).load()
+    except OSError:
+      raise
+    except Exception as e:  # A damaged pickle can raise nearly anything.
+      raise UserError(
+        f'the list of answers "{path}" is refused: {e or "it is damaged"}; it'
+        " must be a pickle of a dict or list of texts, or write it as JSON"
+        f" ({_FLAG})"
+      ) from e
+  return _entries(content, path)
+
+
+def _entries(content: Any, path: pathlib.Path) -> list[Any]:
+  if not isinstance(content, dict | list):
+    raise UserError(
+      f'the list of answers "{path}" holds a {type(content).__name__}; it must'
+      f" be a list of answers or an object whose keys they are ({_FLAG})"
+    )
+  return list(content)
+
+
+def _check(entries: Sequence[Any], path: pathlib.Path) -> list[str]:
+  """Returns the answers; entries are counted from 1, as lines are."""
+  places: dict[str, int] = {}
+  for number, entry in enumerate(entries, 1):
+    where = f'entry {number} of the list of answers "{path}"'
+    if not isinstance(entry, str):
+      raise UserError(f"{where} is {entry!r}, not a text ({_FLAG})")
+    answer = entry.strip()
+    if not answer:
+      raise UserError(f"{where} is empty; remove it ({_FLAG})")
+    if answer in places:
+      raise UserError(
+        f'{where}, "{answer}", is also entry {places[answer]}; remove one'
+        f" ({_FLAG})"
+      )
+    places[answer] = number
+  if not places:
+    raise UserError(f'the list of answers "{path}" is empty ({_FLAG})')
+  return list(places)
+
+
+def encode_answers(
+  answers: Sequence[str], vocabulary: Vocabulary, *, eos: bool
+) -> list[list[int]]:
+  """Returns the ids of answers as targets have them.
+
+  Args:
+    answers: without the leading space that targets have.
+    vocabulary: of the run.
+    eos: end each with eos.
+
+  Raises:
+    UserError: an answer has characters that the vocabulary lacks, or none.
+  """
+  end = [vocabulary.eos_id] if eos else []
+  encoded = []
+  for number, answer in enumerate(answers, 1):
+    ids = vocabulary.encode(" " + answer)
+    if not ids or not answer.strip() or vocabulary.unk_id in ids:
+      problem = (
+        "no text" if not answer.strip() else "characters without a token"
+      )
+      raise UserError(
+        f'answer {number}, "{answer}" (its line in the list), cannot be'
+        f" tokenised: it has {problem} in this vocabulary of"
+        f" {vocabulary.size:,} ids; remove it or take the list of another data"
+        f" set ({_FLAG})"
+      )
+    encoded.append(ids + end)
+  return encoded
+
+
+def collect_answers(
+  source: Sequence[Record], task: str, *, max_records: int = 0
+) -> dict[str, int]:
+  """Counts in how many records each answer is valid.
+
+  Args:
+    source: records; bad ones are passed over.
+    task: of the records.
+    max_records: how many are read, the first; 0 for all.
+
+  Returns:
+    Answer to count, the most frequent first, equal ones in the order of the
+    alphabet.
+
+  Raises:
+    UserError: the answers of the task are no list, or there are none.
+  """
+  if task not in _TASKS:
+    raise UserError(
+      f'the answers of task "{task}" are not collected in a list: those of'
+      " entailment and grounding are known, captions are free; nearest:"
+      f" --task={_TASKS[0]}"
+    )
+  counts: collections.Counter[str] = collections.Counter()
+  number = min(len(source), max_records or len(source))
+  for index in range(number):
+    with contextlib.suppress(*BAD_RECORD_ERRORS):
+      # One line each in the file.
+      answers = {" ".join(answer.split()) for answer in source[index].answers}
+      counts.update(answers - {""})
+  if not counts:
+    raise UserError(
+      f"none of the {number:,} records has an answer; choose a split whose"
+      " truth is known (--split)"
+    )
+  return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("to", "", "File to write, *.txt.")
+  flags.DEFINE_string("task", "", "Task of the records.")
+  flags.DEFINE_string("split", "", "Split to read.")
+  flags.DEFINE_integer(
+    "max_answers", 0, "Keep only the most frequent; 0: all.", lower_bound=0
+  )
+  flags.DEFINE_integer(
+    "max_records", 0, "Read only the first; 0: all.", lower_bound=0
+  )
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry point."""
+  options = flags.FLAGS
+  target = pathlib.Path(options.to)
+  if target.suffix != ".txt":
+    raise UserError(f'--to="{options.to}" must be a file *.txt')
+  if not target.parent.is_dir():
+    raise UserError(f'--to="{target}" lies in no folder; create it first')
+  source = sources.open_source(argv[1], task=options.task, split=options.split)
+  task = options.task or getattr(source, "task", "") or source[0].task
+  counts = collect_answers(source, task, max_records=options.max_records)
+  kept = list(counts)[: options.max_answers or None]
+  part = target.with_name(f"{target.name}.{os.getpid()}.part")
+  part.write_text("".join(f"{answer}\n" for answer in kept), encoding="utf-8")
+  part.replace(target)
+  share = sum(counts[answer] for answer in kept) / sum(counts.values())
+  print(
+    f"{len(kept):,} of {len(counts):,} answers, {share:.1%} of those given, in"
+    f" {target}; use them by {_FLAG}={target}"
+  )
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main, positional=1, positional_name="the source of the answers")
