@@ -73,7 +73,7 @@ def score_candidates(
 
   def score(group: tuple[jax.Array, jax.Array]) -> jax.Array:
     said, ends = group
-    # Those from which and to which the decoder goes, [C', L + 1].
+    # [C', L + 1], candidate and eos.
     targets = jnp.pad(said, ((0, 0), (0, 1)))
     places = jnp.arange(targets.shape[1])
     targets = jnp.where(places == ends[:, None], eos_id, targets)

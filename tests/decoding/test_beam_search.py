@@ -1,7 +1,7 @@
 """Beam search against plain Python on random models."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,61 +9,25 @@ import numpy as np
 import pytest
 
 from narvl_jax.decoding.beam_search import beam_search
-from narvl_jax.decoding.constraint import Automaton, answer_trie
+from narvl_jax.decoding.constraint import answer_trie
 from narvl_jax.errors import UserError
 from tests.decoding.slow_beam_search import Hypothesis, slow_beam_search
+from tests.decoding.table_model import (
+  BATCH,
+  BOS,
+  CLASSES,
+  EOS,
+  PAD,
+  ROWS,
+  fixed_shape,
+  logits_of,
+  random_answers,
+  random_model,
+  reorder,
+  step,
+)
 
-BOS, PAD, EOS = 0, 1, 2
-BATCH, CLASSES, LIMIT, ROWS, EDGES = 4, 8, 6, 97, 24
-
-
-class Model(NamedTuple):
-  """A table of logits; which row counts depends on all that was said.
-
-  Attributes:
-    table: float32 [B, ROWS, V].
-    factor: int32 [B]; 0: the row depends on the last token and its place
-      alone. Without the place, paths of equal steps in another order would tie
-      up to rounding.
-    seen: int32 [B, K], summary of what was said; the cache proper.
-  """
-
-  table: Any
-  factor: Any
-  seen: Any
-
-
-def _row(factor, seen, token, t):
-  """Returns the row; for Python's integers and arrays."""
-  return (factor * seen + token + 13 * t + 1) % ROWS
-
-
-def _step(tokens, t, model: Model):
-  row = _row(model.factor[:, None], model.seen, tokens, t)
-  logits = model.table[jnp.arange(len(tokens))[:, None], row]
-  return logits, model._replace(seen=row)
-
-
-def _reorder(model: Model, parents):
-  seen = jnp.take_along_axis(model.seen, parents, axis=1)
-  return model._replace(seen=seen)
-
-
-def _logits_of(model: Model, i: int, first: int, said):
-  row = 0
-  for t, token in enumerate([first, *said]):
-    row = _row(int(model.factor[i]), row, token, t)
-  return model.table[i, row]
-
-
-def _random_model(rng, beam: int, classes: int = CLASSES) -> Model:
-  table = 2 * rng.normal(size=(BATCH, ROWS, classes))
-  table[..., EOS] += rng.choice([-2, 0, 3], size=(BATCH, 1))
-  return Model(
-    table.astype(np.float32),
-    rng.choice([0, 31, 37], size=BATCH).astype(np.int32),
-    np.zeros((BATCH, beam), np.int32),
-  )
+LIMIT = 6
 
 
 class Setting(NamedTuple):
@@ -80,8 +44,8 @@ class Setting(NamedTuple):
 def _searcher(setting: Setting):
   def run(model, first, min_length, max_length, forbidden, constraint):
     return beam_search(
-      _step,
-      _reorder,
+      step,
+      reorder,
       model,
       first,
       eos_id=EOS,
@@ -99,25 +63,6 @@ def _searcher(setting: Setting):
     )
 
   return jax.jit(run)
-
-
-def _padded(trie: Automaton) -> Automaton:
-  """As many edges and states for every trie; no walk takes the new ones."""
-  more = EDGES - len(trie.source)
-  # No walk is ever in state -1.
-  source = np.pad(trie.source, (0, more), constant_values=-1)
-  token, target = (np.pad(x, (0, more)) for x in (trie.token, trie.target))
-  ends = np.pad(trie.accepting, (0, EDGES + 1 - len(trie.accepting)))
-  return Automaton(source, token, target, accepting=ends)
-
-
-def _random_answers(rng, size: int) -> list[tuple[int, ...]]:
-  words = [i for i in range(size) if i not in (PAD, EOS)]
-  answers = {
-    tuple(map(int, rng.choice(words, rng.integers(1, 4))))
-    for _ in range(rng.integers(1, 9))
-  }
-  return sorted(answers)
 
 
 def _hypotheses(found, i: int) -> list[Hypothesis]:
@@ -143,7 +88,7 @@ def _check(setting: Setting, model, rng, answers=None, forbidden=()) -> list:
   most = np.minimum(least + rng.integers(0, 5, size=BATCH), LIMIT)
   size = setting.vocab_size or CLASSES
   mask = np.isin(np.arange(size), forbidden)
-  constraint = _padded(answer_trie(answers)) if answers else None
+  constraint = fixed_shape(answer_trie(answers)) if answers else None
   found = _searcher(setting)(
     model, first, least, most.astype(np.int32), mask, constraint
   )
@@ -151,7 +96,7 @@ def _check(setting: Setting, model, rng, answers=None, forbidden=()) -> list:
   expected, steps = [], []
   for i in range(BATCH):
     hypotheses, used = slow_beam_search(
-      lambda said, i=i: _logits_of(model, i, int(first[i]), said)[:size],
+      lambda said, i=i: logits_of(model, i, int(first[i]), said)[:size],
       int(first[i]),
       eos=EOS,
       pad=PAD,
@@ -191,7 +136,7 @@ def test_equals_plain_search(setting):
   rng = np.random.default_rng(0)
   counts, lengths = set(), set()
   for _ in range(60):
-    model = _random_model(rng, setting.beam)
+    model = random_model(rng, setting.beam)
     size = setting.vocab_size or CLASSES
     # Sometimes very little is left to say.
     gone = rng.choice(size, rng.integers(0, size - 1), replace=False)
@@ -219,8 +164,8 @@ def test_equals_plain_search_among_given_answers(setting):
   rng = np.random.default_rng(1)
   several = none = 0
   for _ in range(60):
-    model = _random_model(rng, setting.beam)
-    answers = _random_answers(rng, CLASSES)
+    model = random_model(rng, setting.beam)
+    answers = random_answers(rng)
     forbidden = [int(x) for x in rng.choice([0, 3, 4], rng.integers(0, 2))]
     for hypotheses in _check(setting, model, rng, answers, forbidden):
       assert {h.ids for h in hypotheses} <= set(answers)
@@ -249,7 +194,7 @@ def test_lowest_index_wins_ties(setting):
       row[rng.choice(words, rng.choice([1, 2, 4]), replace=False)] = 0
     if number == 0:
       table[:] = 0
-    _check(setting, _random_model(rng, setting.beam)._replace(table=table), rng)
+    _check(setting, random_model(rng, setting.beam)._replace(table=table), rng)
 
 
 def _search(table, beam_size=2, length_limit=4, **settings):
@@ -359,7 +304,7 @@ def test_ngrams_may_be_longer_than_answers():
 def test_other_lengths_compile_nothing_and_each_step_is_one_pass():
   passes, traces = [], []
 
-  def step(tokens, t, cache):
+  def counted(tokens, t, cache):
     traces.append(t)
     jax.debug.callback(lambda t: passes.append(int(t)), t, ordered=True)
     return jnp.asarray(GARDEN_PATH)[tokens], cache
@@ -370,7 +315,7 @@ def test_other_lengths_compile_nothing_and_each_step_is_one_pass():
   @jax.jit
   def search(min_length, max_length):
     return beam_search(
-      step,
+      counted,
       unused,
       jnp.zeros(()),
       jnp.array([BOS, 3]),
