@@ -142,6 +142,27 @@ def test_greedy_is_the_best_alignment(seed: int) -> None:
     )
 
 
+def test_no_label_follows_its_like_from_elsewhere() -> None:
+  # Two ways lead by 0 into state 1, which 0 leaves again: neither may be
+  # followed by that at once.
+  automaton = Automaton(
+    *np.array(
+      [(0, 0, 1), (2, 0, 1), (0, 1, 2), (0, 2, 1), (1, 0, 3)], np.int32
+    ).T,
+    accepting=np.arange(4) == 3,
+  )
+  probabilities = [
+    [0.5, 0.1, 0.05, 0.35],
+    [0.9, 0.07, 0.02, 0.01],
+    [0.9, 0.05, 0.04, 0.01],
+  ]
+  logits = np.log(np.array([probabilities], np.float32))
+  found = constrained_greedy(logits, automaton, **IDS, merge_repeats=True)
+  assert np.asarray(found["ids"]).tolist() == [[2, 0, PAD]]
+  path = np.log(0.05 * 0.9 * 0.9)
+  np.testing.assert_allclose(found["path_log_prob"], path, rtol=1e-5)
+
+
 def test_some_random_automata_have_answers() -> None:
   counts = [len(answers_of(random_automaton(seed), 5)) for seed in range(12)]
   assert sum(count > 10 for count in counts) >= 6
