@@ -81,7 +81,7 @@ def repeated(
       f"the constraint allows no answer at all: {count} places for"
       f" {len(tokens)} tokens; both must be at least 1"
     )
-  edges = [(s, t, s + 1) for s in range(count) for t in sorted(tokens)]
+  edges = [(s, t, s + 1) for s in range(count) for t in sorted(set(tokens))]
   edges += [(count + i, t, count + i + 1) for i, t in enumerate(then)]
   ends = np.zeros(count + len(then) + 1, bool)
   ends[-1] = True
@@ -119,5 +119,6 @@ def advance(
   """Returns the states after tokens int32 [...]; same state if not allowed."""
   edges = leaving(automaton, states)
   edges &= jnp.asarray(automaton.token) == tokens[..., None]
-  target = jnp.asarray(automaton.target)[jnp.argmax(edges, axis=-1)]
-  return jnp.where(jnp.any(edges, axis=-1), target, states)
+  # At most one edge is left.
+  target = jnp.max(jnp.where(edges, automaton.target, -1), axis=-1)
+  return jnp.where(target >= 0, target, states)
