@@ -2,6 +2,7 @@
 
 python -m narvl_jax.evaluate --workdir=runs/shapes [--split=test]
     [--checkpoint=best|last|STEP] [--max_examples=N] [--batch_size=B]
+    [--decoding=greedy|beam|candidates|reference] [--constrained]
 
 Prints a table and writes into the run folder: evaluation.json,
 predictions/SPLIT.jsonl and predictions/SPLIT.png.
@@ -9,7 +10,7 @@ predictions/SPLIT.jsonl and predictions/SPLIT.png.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -17,7 +18,7 @@ from absl import flags
 from narvl_jax import cli
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.errors import UserError
-from narvl_jax.evaluation import evaluator, reporting, results
+from narvl_jax.evaluation import decoding_flags, evaluator, reporting, results
 
 
 def evaluate(
@@ -28,6 +29,7 @@ def evaluate(
   max_examples: int | None = None,
   batch_size: int | None = None,
   max_bad_fraction: float | None = None,
+  decoding: Mapping[str, Any] | None = None,
 ) -> reporting.Report:
   """Evaluates a checkpoint, prints the table and writes the results.
 
@@ -39,6 +41,7 @@ def evaluate(
       `config.evaluation.max_examples` if None.
     batch_size: `config.evaluation.batch_size` if None.
     max_bad_fraction: of the records; `config.data.max_bad_fraction` if None.
+    decoding: see `decoding_flags.decodings_for`.
 
   Returns:
     The report, see `evaluator.evaluate_tasks`.
@@ -66,6 +69,7 @@ def evaluate(
     max_examples=max_examples,
     batch_size=settings.batch_size if batch_size is None else batch_size,
     step=step,
+    decodings=decoding_flags.decodings_for(experiment, decoding),
   )
   seconds = time.monotonic() - start
   print(reporting.format_table(report))
@@ -95,6 +99,7 @@ def define_flags() -> None:
     lower_bound=0,
     upper_bound=1,
   )
+  decoding_flags.define_flags()
   flags.mark_flag_as_required("workdir")
 
 
@@ -109,6 +114,7 @@ def main(argv: Sequence[str]) -> None:
     max_examples=settings.max_examples,
     batch_size=settings.batch_size,
     max_bad_fraction=settings.max_bad_fraction,
+    decoding=decoding_flags.from_flags(),
   )
 
 

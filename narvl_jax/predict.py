@@ -7,11 +7,12 @@ Prints the answer and its probability; for grounding the box in pixels of the
 picture, and writes the picture with the box (--overlay=FILE.png). Captions
 need no prompt. `--example=INDEX` instead of `--image` takes picture and prompt
 from the run's own test data, saves the picture, and prints the truth, too.
-`--json` prints one JSON object.
+`--json` prints one JSON object; `--decoding=beam --num_best=3` more answers.
 """
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,13 @@ from narvl_jax import experiment as experiment_lib
 from narvl_jax.data import images
 from narvl_jax.data.example import Record
 from narvl_jax.errors import UserError, did_you_mean
-from narvl_jax.evaluation import evaluator, rendering, reporting, results
+from narvl_jax.evaluation import (
+  decoding_flags,
+  evaluator,
+  rendering,
+  reporting,
+  results,
+)
 from narvl_jax.evaluation.predictor import Answer, Predictor
 from narvl_jax.training import workdir as workdir_lib
 
@@ -43,6 +50,7 @@ def predict(
   premise: str | None = None,
   overlay: str | os.PathLike[str] | None = None,
   checkpoint: str | int = "best",
+  decoding: Mapping[str, Any] | None = None,
 ) -> Outcome:
   """Answers one request; exactly one of `image` and `example` is given.
 
@@ -56,11 +64,13 @@ def predict(
     premise: entailment only: what else is known about the picture.
     overlay: grounding only: PNG to write; by default in the run folder.
     checkpoint: "best", "last" or a step.
+    decoding: see `decoding_flags.decodings_for`.
 
   Returns:
     step, task, image (path), prompt, answer (text; grounding: box in pixels of
-    the picture, None if the model gave no box), probability; with `example`
-    also truth; for grounding also overlay (path).
+    the picture, None if the model gave no box), probability; with
+    `num_best` above 1 also alternatives (answer and probability, best first);
+    with `example` also truth; for grounding also overlay (path).
 
   Raises:
     UserError: run, picture, task or prompt is wrong or missing.
@@ -85,7 +95,8 @@ def predict(
     record = dataclasses.replace(record, prompt="")
   _check_length(record, config.tasks[name])
   experiment, variables, step = experiment_lib.restore(workdir, checkpoint)
-  answer = Predictor(experiment, variables).answer(record)
+  decodings = decoding_flags.decodings_for(experiment, decoding)
+  answer = Predictor(experiment, variables, decodings).answer(record)
 
   if image is None:
     results.write_image(path, Image.fromarray(_pixels(record)))
@@ -132,6 +143,10 @@ def format_outcome(outcome: Outcome) -> str:
     ("box" if grounded else outcome["task"], shown),
     ("probability", f"{100 * outcome['probability']:.1f} %"),
   ]
+  for other in outcome.get("alternatives", ()):
+    value = other["answer"]
+    text = _format_box(value) if grounded else reporting.format_answer(value)
+    rows.append(("or", f"{text} ({100 * other['probability']:.1f} %)"))
   truth = outcome.get("truth")
   if truth is not None:
     rows.append(("truth", _format_box(truth) if grounded else truth))
@@ -206,6 +221,14 @@ def _plain_answer(answer: Answer) -> Outcome:
     "answer": None if no_box else described["prediction"],
     "probability": answer.probability,
   }
+  if answer.alternatives:
+    plain["alternatives"] = [
+      {
+        "answer": value if isinstance(value, str) else list(value),
+        "probability": math.exp(log_prob),
+      }
+      for value, log_prob in answer.alternatives
+    ]
   if described["target"] is not None:
     plain["truth"] = described["target"]
   return plain
@@ -249,6 +272,7 @@ def define_flags() -> None:
   )
   flags.DEFINE_string("overlay", None, "Grounding: PNG file to write.")
   flags.DEFINE_bool("json", False, "Print one JSON object.")
+  decoding_flags.define_flags()
   flags.mark_flag_as_required("workdir")
 
 
@@ -265,6 +289,7 @@ def main(argv: Sequence[str]) -> None:
     premise=settings.premise,
     overlay=settings.overlay,
     checkpoint=settings.checkpoint,
+    decoding=decoding_flags.from_flags(),
   )
   if settings.json:
     print(json.dumps(outcome, ensure_ascii=False))

@@ -142,9 +142,9 @@ def test_incomplete_box_is_no_box(workdir, photo, monkeypatch):
 
 def _decoded(ids: list[int], probability: float) -> dict[str, np.ndarray]:
   return {
-    "ids": np.array([ids]),
-    "lengths": np.array([len(ids)]),
-    "probability": np.array([probability]),
+    "ids": np.array([[ids]]),
+    "lengths": np.array([[len(ids)]]),
+    "log_probs": np.log([[probability]]),
   }
 
 

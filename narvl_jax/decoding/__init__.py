@@ -1,5 +1,23 @@
-"""Decoding: from logits to token ids."""
+"""Decoding: from what a model says to token ids."""
 
-from narvl_jax.decoding.greedy import greedy_decode, make_predict_step
+from narvl_jax.decoding.autoregressive_reader import (
+  AutoregressiveReader,
+  prepare_variables,
+)
+from narvl_jax.decoding.classes import Classes
+from narvl_jax.decoding.greedy import greedy_decode
+from narvl_jax.decoding.parallel_reader import ParallelReader
+from narvl_jax.decoding.settings import Decoding
+from narvl_jax.decoding.steps import Inputs, Steps, make_steps
 
-__all__ = ["greedy_decode", "make_predict_step"]
+__all__ = [
+  "AutoregressiveReader",
+  "Classes",
+  "Decoding",
+  "Inputs",
+  "ParallelReader",
+  "Steps",
+  "greedy_decode",
+  "make_steps",
+  "prepare_variables",
+]

@@ -1,15 +1,9 @@
 """Greedy decoding: one forward pass, arg-max per query, collapse on device."""
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from narvl_jax.models import project
 from narvl_jax.query_ctc import MeshAxes, collapse, query_ctc_loss
 from narvl_jax.query_ctc.axes import split_of
 
@@ -17,8 +11,6 @@ from narvl_jax.query_ctc.axes import split_of
 _NEVER = -1e9
 
 _WHOLE = MeshAxes()
-
-PredictStep = Callable[..., dict[str, jax.Array]]
 
 
 def greedy_decode(
@@ -31,7 +23,7 @@ def greedy_decode(
   vocab_size: int | None = None,
   axes: MeshAxes = _WHOLE,
 ) -> dict[str, jax.Array]:
-  """Returns the greedy answer of every example and its probability.
+  """Returns the greedy answer of every example and its log-probability.
 
   The probability is that of the answer under the rule by which it is read:
   where repeats are merged, the sum over all alignments that collapse to the
@@ -53,7 +45,7 @@ def greedy_decode(
     axes: mesh axes that split batch and classes.
 
   Returns:
-    ids [B, N] int32, lengths [B] int32, probability [B] float32.
+    ids [B, N] int32, lengths [B] int32, log_prob [B] float32.
 
   Raises:
     UserError: the classes do not divide by their mesh axis.
@@ -79,7 +71,7 @@ def greedy_decode(
     "ids": ids,
     "lengths": lengths,
     # Rounding may push the sum over alignments past 1.
-    "probability": jnp.minimum(jnp.exp(log_prob), 1.0),
+    "log_prob": jnp.minimum(log_prob, 0.0),
   }
 
 
@@ -112,79 +104,3 @@ def _best_classes(
     in_specs=(split.logits,),
     out_specs=(split.rows, split.rows),
   )
-
-
-def make_predict_step(
-  model: nn.Module,
-  *,
-  blank_id: int,
-  pad_id: int,
-  forbidden: np.ndarray | None = None,
-  axes: MeshAxes = _WHOLE,
-  rules: tuple[Any, ...] = (),
-) -> PredictStep:
-  """Returns the jitted predict step of a model.
-
-  Equal arguments return the same function, so that nothing is compiled twice
-  for one batch shape, whoever asks.
-
-  Args:
-    model: its `apply` returns (logits [B, N, V], aux), where aux holds the
-      states "decoder_out" that `project` takes together with its parameter
-      "embed_tokens".
-    blank_id: id of the CTC blank.
-    pad_id: padding of texts and answers.
-    forbidden: [V] bool, classes that must not be predicted; None allows all,
-      as the official checkpoints expect.
-    axes: mesh axes that split batch and classes; they count if the step is
-      called under `jax.set_mesh`.
-    rules: for `flax.linen.logical_axis_rules`, which say how the activations
-      are split; they count likewise.
-
-  Returns:
-    `step(variables, image, text, image_mask, merge_repeats)` with image
-    [B, H, W, 3] uint8 or float32, text [B, T] int32, image_mask [B] bool and
-    merge_repeats [B] bool; it returns what `greedy_decode` returns.
-  """
-  packed = None if forbidden is None else np.asarray(forbidden, bool).tobytes()
-  return _predict_step(model, blank_id, pad_id, packed, axes, rules)
-
-
-@functools.lru_cache(maxsize=16)
-def _predict_step(
-  model: nn.Module,
-  blank_id: int,
-  pad_id: int,
-  packed: bytes | None,
-  axes: MeshAxes,
-  rules: tuple[Any, ...],
-) -> PredictStep:
-  """Builds the step; the key is hashable, hence the packed mask."""
-  forbidden = None if packed is None else np.frombuffer(packed, bool)
-
-  @jax.jit
-  def step(
-    variables: Any,
-    image: jax.Array,
-    text: jax.Array,
-    image_mask: jax.Array,
-    merge_repeats: jax.Array,
-  ) -> dict[str, jax.Array]:
-    with nn.logical_axis_rules(rules):
-      outputs: Any = model.apply(
-        variables, image, text, image_mask=image_mask, train=False
-      )
-    # Of these logits only the shape is used: cutting the padding off the table
-    # would move its rows between devices.
-    logits, aux = outputs
-    return greedy_decode(
-      project(aux["decoder_out"], variables["params"]["embed_tokens"]),
-      merge_repeats,
-      blank_id=blank_id,
-      pad_id=pad_id,
-      forbidden=forbidden,
-      vocab_size=logits.shape[-1],
-      axes=axes,
-    )
-
-  return step

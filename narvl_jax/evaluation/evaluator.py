@@ -8,6 +8,7 @@ import numpy as np
 
 from narvl_jax.data import sources
 from narvl_jax.data.example import Box, Record
+from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import caption, entailment, grounding, vqa
 from narvl_jax.evaluation.predictor import Answer, Predictor
@@ -34,6 +35,7 @@ def evaluate_tasks(
   max_examples: int | None = None,
   batch_size: int,
   step: int | None = None,
+  decodings: Mapping[str, Decoding] | None = None,
 ) -> tuple[Report, list[Prediction]]:
   """Answers every data set of `config.data.evaluation` and scores the answers.
 
@@ -48,6 +50,7 @@ def evaluate_tasks(
     max_examples: at most this many of every data set, spread evenly over it.
     batch_size: rounded up to a multiple of the devices that share a batch.
     step: training step of `variables`, for the report.
+    decodings: by task; greedy for those that are not named.
 
   Returns:
     The report and one prediction per example. The report has split, step,
@@ -60,7 +63,7 @@ def evaluate_tasks(
     UserError: a data set, `split` or too many records are at fault.
   """
   config: Any = experiment.config
-  predictor = Predictor(experiment, variables)
+  predictor = Predictor(experiment, variables, decodings)
   predictions: list[Prediction] = []
   for name, entry in config.data.evaluation.items():
     source = load_dataset(config, name, split)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 import time
@@ -17,17 +16,14 @@ from narvl_jax.data.distilled import Label, Labelled
 from narvl_jax.data.example import Record
 from narvl_jax.data.pipeline import Batcher
 from narvl_jax.data.shard_writer import Job, write_shard
-from narvl_jax.data.vocabulary import Vocabulary
-from narvl_jax.decoding.settings import Decoding
-from narvl_jax.errors import UserError
+from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.evaluation.decoding_flags import decodings_for
 from narvl_jax.evaluation.evaluator import Subset
-from narvl_jax.evaluation.predictor import Answer, Predictor
+from narvl_jax.evaluation.predictor import Predictor
+from narvl_jax.evaluation.readers import make_reader
 from narvl_jax.parallel import distributed, make_mesh, replicated
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import Checkpoints, choose_step
-
-# The logarithm of what a float32 rounds to 0 must be finite.
-_SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 
 
 class Teacher:
@@ -39,8 +35,6 @@ class Teacher:
     workdir: folder of the run.
     config: of the run.
     step: of the checkpoint.
-    vocabulary: fingerprint of its vocabulary.
-    decodings: task -> how it is decoded; tasks that are not there: greedily.
     answered: records that were answered.
     seconds: that answering and writing them took.
   """
@@ -50,7 +44,7 @@ class Teacher:
     workdir: str | os.PathLike[str],
     *,
     checkpoint: str | int = "best",
-    decodings: Mapping[str, Decoding] | None = None,
+    decoding: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
   ) -> None:
     """Looks at the run.
@@ -58,7 +52,7 @@ class Teacher:
     Args:
       workdir: folder of the run.
       checkpoint: "best", "last" or a step.
-      decodings: see the class.
+      decoding: see `decoding_flags.decodings_for`.
       batch_size: of all devices; `config.evaluation.batch_size` if None.
 
     Raises:
@@ -71,26 +65,38 @@ class Teacher:
         f" {workdir_lib.CONFIG_FILE}; pass the --workdir of a training"
       )
     self.config: Any = workdir_lib.read_config(self.workdir)
-    self.decodings = dict(decodings or {})
     self._batch_size = batch_size or self.config.evaluation.batch_size
     with Checkpoints(self.workdir) as checkpoints:
       self.step = choose_step(checkpoints, checkpoint)
-    folder = self.workdir / experiment_lib.VOCABULARY_FOLDER
-    self.vocabulary = Vocabulary.load(folder).fingerprint
+    self._experiment = experiment_lib.build(self.config, self.workdir)
+    self._decodings = decodings_for(self._experiment, decoding)
+    self._tasks: set[str] = set()
     self.answered = 0
     self.seconds = 0.0
 
-  def describe(self, task: str) -> dict[str, Any]:
-    """Returns what the answers to a task depend on, as JSON can hold it."""
+  def prepare(self, task: str) -> dict[str, Any]:
+    """Checks that it can answer a task, which comes before any answers.
+
+    Returns:
+      What the answers depend on, as JSON can hold it.
+
+    Raises:
+      UserError: it was not trained on the task, or cannot be decoded so.
+    """
+    if task not in self._decodings:
+      raise UserError(
+        f'the teacher was not trained on the task "{task}".'
+        f"{did_you_mean(task, self._decodings)} (--task, --teacher)"
+      )
+    decoding = self._decodings[task]
+    make_reader(self._experiment, task, decoding)
+    self._tasks.add(task)
     return {
       "teacher": str(self.workdir.resolve()),
       "checkpoint_step": self.step,
-      "vocabulary": self.vocabulary,
-      "decoding": dataclasses.asdict(self._decoding(task)),
+      "vocabulary": self._experiment.vocabulary.fingerprint,
+      "decoding": dataclasses.asdict(decoding),
     }
-
-  def _decoding(self, task: str) -> Decoding:
-    return self.decodings.get(task, Decoding())
 
   @functools.cached_property
   def _loaded(self) -> tuple[experiment_lib.Experiment, Predictor]:
@@ -99,7 +105,8 @@ class Teacher:
     )
     # Whoever writes the shards counts bad records, over all of them.
     experiment.config.data.max_bad_fraction = 1.0
-    return experiment, Predictor(experiment, variables)
+    decodings = {task: self._decodings[task] for task in self._tasks}
+    return experiment, Predictor(experiment, variables, decodings)
 
   def write(
     self, job: Job, todo: Sequence[int]
@@ -154,7 +161,7 @@ class Teacher:
     # Batches begin with the shard: the answers do not depend, not even by
     # rounding, on which shards are there already.
     own = [
-      (indices[answer.index], answer.value, _score(answer))
+      (indices[answer.index], answer.value, answer.log_prob)
       for answer in predictor.answers(
         Subset(source, np.asarray(indices)),
         job.task,
@@ -191,8 +198,3 @@ def _write(
   bad = {record["index"] for record in note["bad"]}
   kept = [index for index in job.indices(number) if index not in bad]
   return {**note, "labels": labelled.counts(kept)}
-
-
-def _score(answer: Answer) -> float:
-  """Returns the log-probability of an answer."""
-  return math.log(max(answer.probability, _SMALLEST))

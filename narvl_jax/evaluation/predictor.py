@@ -1,6 +1,7 @@
 """Answers requests with a trained model, one at a time or by the batch."""
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,10 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from narvl_jax.data import images, pipeline
 from narvl_jax.data.example import Box, Record
-from narvl_jax.decoding import make_predict_step
+from narvl_jax.decoding import Decoding, Steps, make_steps, prepare_variables
+from narvl_jax.evaluation.readers import answer_lengths, make_reader
 from narvl_jax.parallel import (
-  BATCH_AXES,
-  VOCAB_AXIS,
   activation_rules,
   batch_sharding,
   data_parallel_size,
@@ -22,13 +22,15 @@ from narvl_jax.parallel import (
   local_values,
   shard_batch,
 )
-from narvl_jax.query_ctc import MeshAxes
 
 if TYPE_CHECKING:
   from narvl_jax.data.tasks import Task
   from narvl_jax.experiment import Experiment
 
 _BATCH_KEYS = ("image", "text", "image_mask")
+# What travels back from the devices.
+_RESULT_KEYS = ("ids", "lengths", "log_probs")
+_GREEDY = Decoding()
 
 
 class Answer(NamedTuple):
@@ -38,13 +40,23 @@ class Answer(NamedTuple):
     record: the request.
     index: position of the record in its source.
     value: text, or a box in pixels of the original image.
-    probability: see `narvl_jax.decoding.greedy_decode`.
+    log_prob: natural logarithm of its probability, see the readers in
+      `narvl_jax.decoding`; that of greedy decoding sums over all alignments
+      where repeats are merged.
+    alternatives: the next best answers with their log-probabilities, if the
+      decoding returns more than one.
   """
 
   record: Record
   index: int
   value: str | Box
-  probability: float
+  log_prob: float
+  alternatives: tuple[tuple[str | Box, float], ...] = ()
+
+  @property
+  def probability(self) -> float:
+    """Probability of the answer."""
+    return math.exp(self.log_prob)
 
 
 class Predictor:
@@ -55,23 +67,46 @@ class Predictor:
   several hosts, all must ask the same and each gets a part of the answers.
   """
 
-  def __init__(self, experiment: "Experiment", variables: Any) -> None:
-    """Takes the variables of `experiment.model`, unboxed."""
+  def __init__(
+    self,
+    experiment: "Experiment",
+    variables: Any,
+    decodings: Mapping[str, Decoding] | None = None,
+  ) -> None:
+    """Takes the variables of `experiment.model`, unboxed.
+
+    Args:
+      experiment: the run.
+      variables: its weights.
+      decodings: by task; greedy for those that are not named.
+    """
     self._experiment = experiment
     self._config: Any = experiment.config
-    self._variables = variables
+    self._variables = prepare_variables(experiment.model, variables)
     self._mesh = _mesh_of(variables)
-    vocabulary = experiment.vocabulary
-    mask_specials = self._config.evaluation.mask_specials
-    self._step = make_predict_step(
-      experiment.model,
-      blank_id=vocabulary.blank_id,
-      pad_id=vocabulary.pad_id,
-      forbidden=vocabulary.forbidden if mask_specials else None,
-      axes=MeshAxes(BATCH_AXES, VOCAB_AXIS),
-      rules=activation_rules(self._config.mesh.rules),
-    )
+    self._decodings = dict(decodings or {})
+    self._rules = activation_rules(self._config.mesh.rules)
     self._shared = self._mesh is not None and jax.process_count() > 1
+
+  @property
+  def variables(self) -> Any:
+    """The weights as the steps take them."""
+    return self._variables
+
+  def steps(self, task_name: str) -> Steps:
+    """Returns the compiled programs of a task; tasks may share them.
+
+    Raises:
+      UserError: its decoding does not fit the task or the model.
+    """
+    decoding = self._decodings.get(task_name, _GREEDY)
+    reader = make_reader(self._experiment, task_name, decoding)
+    return make_steps(self._experiment.model, reader, self._rules)
+
+  def lengths(self, task_name: str) -> np.ndarray:
+    """Returns least and most tokens of an answer, int32 [2]."""
+    decoding = self._decodings.get(task_name, _GREEDY)
+    return answer_lengths(self._experiment, decoding)
 
   def answer(self, record: Record) -> Answer:
     """Answers one request.
@@ -152,7 +187,10 @@ class Predictor:
       arrays = shard_batch(arrays, self._mesh, size)
     context = jax.set_mesh(self._mesh) if self._mesh else nullcontext()
     with context:
-      decoded = self._step(self._variables, **arrays)
+      decoded = self.steps(task.name).predict(
+        self._variables, **arrays, lengths=self.lengths(task.name)
+      )
+    decoded = {key: decoded[key] for key in _RESULT_KEYS}
     return _split(decoded, self._mesh) if self._shared else decoded
 
   def _finish(
@@ -165,10 +203,16 @@ class Predictor:
     """Waits for a batch and turns its ids into answers."""
     host = self._fetch(decoded)
     for row, record in enumerate(records):
-      ids = host["ids"][row, : host["lengths"][row]].tolist()
-      value = task.decode(ids, images.original_size(record.image))
-      probability = float(host["probability"][row])
-      yield Answer(record, int(batch["index"][row]), value, probability)
+      size = images.original_size(record.image)
+      ranked = [
+        (task.decode(ids[:length].tolist(), size), float(log_prob))
+        for ids, length, log_prob in zip(
+          *(host[key][row] for key in _RESULT_KEYS), strict=True
+        )
+      ]
+      yield Answer(
+        record, int(batch["index"][row]), *ranked[0], tuple(ranked[1:])
+      )
 
   def _fetch(self, decoded: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Waits for the rows of this host."""

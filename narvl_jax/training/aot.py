@@ -9,10 +9,9 @@ from typing import Any
 import jax
 
 from narvl_jax import experiment as experiment_lib
-from narvl_jax.decoding import make_predict_step
+from narvl_jax.decoding import Decoding, make_steps, prepare_variables
+from narvl_jax.evaluation.readers import answer_lengths, make_reader
 from narvl_jax.parallel import (
-  BATCH_AXES,
-  VOCAB_AXIS,
   activation_rules,
   batch_sharding,
   data_parallel_size,
@@ -20,7 +19,6 @@ from narvl_jax.parallel import (
 )
 from narvl_jax.parallel.program import Program, read_program
 from narvl_jax.parallel.topology import Topology
-from narvl_jax.query_ctc import MeshAxes
 from narvl_jax.training.setup import Setup, build_setup
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -155,15 +153,13 @@ def predict_batch_size(setup: Setup) -> int:
 def _compile_predict_step(setup: Setup) -> jax.stages.Compiled:
   """Compiles for the weights where training leaves them."""
   experiment, mesh = setup.experiment, setup.mesh
-  config, vocabulary = experiment.config, experiment.vocabulary
-  masked = config.evaluation.mask_specials
-  step: Any = make_predict_step(
+  config = experiment.config
+  # All tasks share the program, unless a decoder reads the prompts of some.
+  name = next(iter(config.tasks))
+  steps = make_steps(
     experiment.model,
-    blank_id=vocabulary.blank_id,
-    pad_id=vocabulary.pad_id,
-    forbidden=vocabulary.forbidden if masked else None,
-    axes=MeshAxes(batch=BATCH_AXES, vocab=VOCAB_AXIS),
-    rules=activation_rules(config.mesh.rules),
+    make_reader(experiment, name, Decoding()),
+    activation_rules(config.mesh.rules),
   )
   state, shardings = setup.abstract_state, setup.shardings
 
@@ -184,8 +180,14 @@ def _compile_predict_step(setup: Setup) -> jax.stages.Compiled:
     if name in ("image", "text", "image_mask")
   }
   batch["merge_repeats"] = batch["image_mask"]
+  batch["lengths"] = answer_lengths(experiment, Decoding())
+
+  def predict(variables: Any, batch: Any) -> Any:
+    prepared = prepare_variables(experiment.model, variables)
+    return steps.predict(prepared, **batch)
+
   with jax.set_mesh(mesh):
-    return step.lower(variables, **batch).compile()
+    return jax.jit(predict).lower(variables, batch).compile()
 
 
 def _check(

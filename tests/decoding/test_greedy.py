@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from narvl_jax import decoding
-from narvl_jax.models import NARVL, model_config, project
+from narvl_jax.models import NARVL, model_config
 
 PAD, BLANK, CLASSES, QUERIES = 1, 4, 5, 4
+# Not heeded by a parallel decoder.
+LENGTHS = np.zeros(2, np.int32)
 
 
 def _collapse(path: tuple[int, ...], merge: bool) -> tuple[int, ...]:
@@ -52,7 +54,9 @@ def test_merged_answer_has_the_sum_over_all_its_alignments(logits):
       for path in itertools.product(range(CLASSES), repeat=QUERIES)
       if _collapse(path, merge=True) == answer
     )
-    np.testing.assert_allclose(decoded["probability"][i], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+      np.exp(decoded["log_prob"][i]), expected, rtol=1e-5
+    )
     longer += expected > 1.01 * np.prod(p.max(-1))
   assert longer > 5  # Some answers have more than one alignment.
 
@@ -61,7 +65,7 @@ def test_unmerged_answer_has_the_probability_of_its_only_path(logits):
   decoded = _decode(logits, [False] * len(logits))
   probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   np.testing.assert_allclose(
-    decoded["probability"], probs.max(-1).prod(-1), rtol=1e-5
+    np.exp(decoded["log_prob"]), probs.max(-1).prod(-1), rtol=1e-5
   )
   for i, p in enumerate(probs):
     answer = tuple(decoded["ids"][i, : decoded["lengths"][i]])
@@ -74,7 +78,7 @@ def test_merging_is_chosen_row_by_row():
   decoded = _decode(logits, [True, False])
   np.testing.assert_array_equal(decoded["lengths"], [2, 3])
   np.testing.assert_array_equal(decoded["ids"], [[2, 2, 1, 1], [2, 2, 2, 1]])
-  assert (decoded["probability"] > 0.99).all()
+  assert (np.exp(decoded["log_prob"]) > 0.99).all()
 
 
 def test_all_blank_is_the_empty_answer():
@@ -83,7 +87,7 @@ def test_all_blank_is_the_empty_answer():
   decoded = _decode(logits, [True])
   assert decoded["lengths"] == [0]
   blank = np.exp(3) / (np.exp(3) + CLASSES - 1)
-  np.testing.assert_allclose(decoded["probability"], [blank**4], rtol=1e-5)
+  np.testing.assert_allclose(np.exp(decoded["log_prob"]), [blank**4], rtol=1e-5)
 
 
 def test_forbidden_classes_lose_their_mass(logits):
@@ -96,7 +100,7 @@ def test_forbidden_classes_lose_their_mass(logits):
   expected = _decode(gone, merge)
   np.testing.assert_array_equal(masked["ids"], expected["ids"])
   np.testing.assert_allclose(
-    masked["probability"], expected["probability"], rtol=1e-5
+    masked["log_prob"], expected["log_prob"], rtol=1e-5
   )
   assert np.isin(_decode(logits, merge)["ids"], [0]).any()
 
@@ -106,29 +110,39 @@ class _Lookup(nn.Module):
 
   scale: float = 1.0
 
-  @nn.compact
-  def __call__(self, image, text, *, image_mask, train):
-    assert not train
-    table = self.param("table", nn.initializers.normal(), (8, CLASSES))
+  def setup(self):
+    self.table = self.param("table", nn.initializers.normal(), (8, CLASSES))
+
+  def encode(self, image, text, *, image_mask):
     shift = jnp.where(image_mask, jnp.mean(image, (1, 2, 3)), 0.0)
-    states = self.scale * table[text] + shift[:, None, None]
-    # Eight rows, three of them padding.
-    rows = self.param("embed_tokens", nn.initializers.normal(), (8, CLASSES))
-    return project(states, rows[:CLASSES]), {"decoder_out": states}
+    return self.scale * self.table[text] + shift[:, None, None]
+
+  def decode(self, encoded):
+    return encoded
+
+
+def _predict_step(model, forbidden=None):
+  classes = decoding.Classes.of(
+    CLASSES, pad_id=PAD, blank_id=BLANK, forbidden=forbidden
+  )
+  return decoding.make_steps(model, decoding.ParallelReader(classes)).predict
 
 
 def test_predict_step_runs_the_model_without_training():
   model = _Lookup()
   table = 9 * np.eye(8, CLASSES, dtype=np.float32)
-  step = decoding.make_predict_step(model, blank_id=BLANK, pad_id=PAD)
+  step = _predict_step(model)
   decoded = step(
     {"params": {"table": table, "embed_tokens": np.eye(8, CLASSES)}},
     np.zeros((2, 4, 4, 3), np.float32),
     np.array([[2, 2, 4, 3], [4, 2, 2, 4]]),
     np.ones(2, bool),
     np.array([True, False]),
+    LENGTHS,
   )
-  np.testing.assert_array_equal(decoded["ids"], [[2, 3, 1, 1], [2, 2, 1, 1]])
+  np.testing.assert_array_equal(
+    decoded["ids"][:, 0], [[2, 3, 1, 1], [2, 2, 1, 1]]
+  )
 
 
 def test_rows_that_only_pad_the_table_are_never_predicted():
@@ -143,12 +157,13 @@ def test_rows_that_only_pad_the_table_are_never_predicted():
     resnet_blocks=(1, 1, 1),
   )
   model = NARVL(config)
-  step = decoding.make_predict_step(model, blank_id=BLANK, pad_id=PAD)
+  step = _predict_step(model)
   inputs = (
     np.zeros((2, 32, 32, 3), np.float32),
     np.array([[0, 3, 2], [0, 2, 1]]),
     np.ones(2, bool),
     np.zeros(2, bool),
+    LENGTHS,
   )
   shapes = nn.unbox(
     jax.eval_shape(
@@ -170,13 +185,11 @@ def test_rows_that_only_pad_the_table_are_never_predicted():
     decoded = step(variables, *inputs)
     assert np.all(decoded["ids"] < CLASSES)
     np.testing.assert_array_equal(decoded["ids"], expected["ids"])
-    np.testing.assert_array_equal(
-      decoded["probability"], expected["probability"]
-    )
+    np.testing.assert_array_equal(decoded["log_probs"], expected["log_probs"])
 
 
 def test_decoding_runs_inside_the_jitted_step():
-  step = decoding.make_predict_step(_Lookup(), blank_id=BLANK, pad_id=PAD)
+  step = _predict_step(_Lookup())
   table = jax.ShapeDtypeStruct((8, CLASSES), jnp.float32)
   lowered = step.lower(
     {"params": {"table": table, "embed_tokens": table}},
@@ -184,13 +197,14 @@ def test_decoding_runs_inside_the_jitted_step():
     jax.ShapeDtypeStruct((2, QUERIES), jnp.int32),
     jax.ShapeDtypeStruct((2,), bool),
     jax.ShapeDtypeStruct((2,), bool),
+    jax.ShapeDtypeStruct((2,), jnp.int32),
   )
   # All that leaves the device is the answer; no [B, N, V].
   shapes = jax.tree.map(lambda x: (x.shape, x.dtype), lowered.out_info)
   assert shapes == {
-    "ids": ((2, QUERIES), jnp.int32),
-    "lengths": ((2,), jnp.int32),
-    "probability": ((2,), jnp.float32),
+    "ids": ((2, 1, QUERIES), jnp.int32),
+    "lengths": ((2, 1), jnp.int32),
+    "log_probs": ((2, 1), jnp.float32),
   }
 
 
@@ -198,9 +212,7 @@ def test_equal_models_share_one_predict_step():
   forbidden = np.zeros(CLASSES, bool)
 
   def make(scale, mask):
-    return decoding.make_predict_step(
-      _Lookup(scale), blank_id=BLANK, pad_id=PAD, forbidden=mask
-    )
+    return _predict_step(_Lookup(scale), mask)
 
   assert make(1.0, forbidden) is make(1.0, forbidden.copy())
   assert make(1.0, forbidden) is not make(2.0, forbidden)

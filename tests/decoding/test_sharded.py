@@ -85,7 +85,7 @@ class TestOnEightDevices:
     np.testing.assert_array_equal(found["lengths"], expected["lengths"])
     # Numbers near -300 are spaced by 3e-5.
     np.testing.assert_allclose(
-      found["probability"], expected["probability"], rtol=1e-4
+      np.exp(found["log_prob"]), np.exp(expected["log_prob"]), rtol=1e-4
     )
     # The smallest id won every tie.
     assert found["ids"][0, :3].tolist() == [40, 31, 2]

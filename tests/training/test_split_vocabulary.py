@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from narvl_jax.decoding import make_predict_step
+from narvl_jax.decoding import Classes, ParallelReader, make_steps
 from narvl_jax.parallel import (
   AXES,
   BATCH_AXES,
@@ -63,13 +63,11 @@ def test_train_step_in_chunks():
 
 
 def predict_step(run):
-  return make_predict_step(
-    run.experiment.model,
-    blank_id=runs.VOCAB - 1,
-    pad_id=1,
-    axes=MeshAxes(BATCH_AXES, VOCAB_AXIS),
-    rules=activation_rules(run.experiment.config.mesh.rules),
-  )
+  classes = Classes.of(runs.VOCAB, pad_id=1, blank_id=runs.VOCAB - 1)
+  axes = MeshAxes(BATCH_AXES, VOCAB_AXIS)
+  rules = activation_rules(run.experiment.config.mesh.rules)
+  reader = ParallelReader(classes, axes=axes)
+  return make_steps(run.experiment.model, reader, rules).predict
 
 
 def test_predict_step():
@@ -78,16 +76,17 @@ def test_predict_step():
     name: runs.host_batch(0)[name] for name in ("image", "text", "image_mask")
   }
   batch["merge_repeats"] = np.arange(runs.ROWS) % 2 == 0
+  lengths = np.zeros(2, np.int32)
   params = single.init(jax.random.key(0)).params
-  expected = predict_step(single)({"params": params}, **batch)
+  expected = predict_step(single)({"params": params}, **batch, lengths=lengths)
   with jax.set_mesh(run.mesh):
     variables = {"params": jax.device_put(params, run.shardings.params)}
     args = shard_batch(batch, run.mesh)
-    step = predict_step(run).lower(variables, **args).compile()
-    found = step(variables, **args)
+    step = predict_step(run).lower(variables, **args, lengths=lengths).compile()
+    found = step(variables, **args, lengths=lengths)
   np.testing.assert_array_equal(found["ids"], expected["ids"])
   np.testing.assert_allclose(
-    found["probability"], expected["probability"], rtol=1e-4
+    np.exp(found["log_probs"]), np.exp(expected["log_probs"]), rtol=1e-4
   )
   rows, queries = runs.ROWS // 4, runs.QUERIES
   assert {(rows, queries), (rows, queries, queries + 1)} <= check(

@@ -1,0 +1,64 @@
+"""What a task allows as answers, in a form that programs can be kept by."""
+
+import dataclasses
+
+import numpy as np
+
+from narvl_jax.decoding.constraint import Automaton, answer_trie, repeated
+from narvl_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerSet:
+  """A closed list of answers, or a number of free choices; hashable.
+
+  Attributes:
+    name: of the task, for messages.
+    sequences: token ids of every answer; empty if there is no list.
+    tokens: ids of which each of `count` places holds one, without a list.
+    count: number of places.
+    then: ids that end every answer, such as eos.
+  """
+
+  name: str
+  sequences: tuple[tuple[int, ...], ...] = ()
+  tokens: tuple[int, ...] = ()
+  count: int = 0
+  then: tuple[int, ...] = ()
+
+  @property
+  def closed(self) -> bool:
+    """Whether all answers can be scored one by one."""
+    return bool(self.sequences)
+
+  def automaton(self) -> Automaton:
+    """Returns the constraint.
+
+    Raises:
+      UserError: it allows nothing.
+    """
+    if self.closed:
+      return answer_trie([(*answer, *self.then) for answer in self.sequences])
+    return repeated(self.tokens, self.count, self.then)
+
+
+def pad_answers(
+  answers: AnswerSet, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns a closed set as ids int32 [C, L] and lengths int32 [C].
+
+  Raises:
+    UserError: it is not closed.
+  """
+  if not answers.closed:
+    raise UserError(
+      f"{answers.name} has no list of answers to choose from, so"
+      " --decoding=candidates cannot be used; nearest: --decoding=beam"
+      " --constrained"
+    )
+  rows = [(*answer, *answers.then) for answer in answers.sequences]
+  lengths = np.asarray([len(row) for row in rows], np.int32)
+  ids = np.full((len(rows), lengths.max()), pad_id, np.int32)
+  for row, answer in zip(ids, rows, strict=True):
+    row[: len(answer)] = answer
+  return ids, lengths

@@ -1,0 +1,178 @@
+"""Reads answers token by token, with a cache of keys and values."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from narvl_jax.decoding.answers import AnswerSet, pad_answers
+from narvl_jax.decoding.beam_search import beam_search
+from narvl_jax.decoding.candidates import score_candidates
+from narvl_jax.decoding.classes import Classes
+from narvl_jax.decoding.settings import Decoding
+from narvl_jax.decoding.steps import Decoded, Inputs
+from narvl_jax.models import cached_decoder, project
+from narvl_jax.models.autoregressive import Prompt, make_prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoregressiveReader:
+  """Beam search (greedy search is a beam of 1), or scores of all candidates.
+
+  The variables must be those that `prepare_variables` returns.
+
+  Attributes:
+    classes: ids with a meaning.
+    decoding: the way to decode; its lengths come with the inputs instead.
+    length_limit: room for the tokens of an answer, without eos.
+    prompted: the decoder reads the source before it answers.
+    answers: what is allowed, without eos; None: anything.
+    group_size: candidates that are scored at a time.
+  """
+
+  classes: Classes
+  decoding: Decoding
+  length_limit: int
+  prompted: bool = False
+  answers: AnswerSet | None = None
+  group_size: int = 64
+
+  def __call__(
+    self, model: nn.Module, variables: Any, encoded: Any, inputs: Inputs
+  ) -> Decoded:
+    """See `steps.Reader`; also "steps", the decoder passes, int32."""
+    prompt = make_prompt(inputs.text, self.prompted, self.classes.pad_id)
+    if self.decoding.method == "candidates":
+      return self._candidates(model, variables, encoded, prompt)
+    return self._search(model, variables, encoded, prompt, inputs.lengths)
+
+  def _search(
+    self,
+    model: Any,
+    variables: Any,
+    encoded: Any,
+    prompt: Prompt,
+    lengths: jax.Array,
+  ) -> Decoded:
+    size = self.decoding.beam_size if self.decoding.method == "beam" else 1
+    network = _Network(model.config, variables["params"])
+    constraint = None
+    if self.decoding.constrained and self.answers is not None:
+      constraint = self.answers.automaton()
+    found = beam_search(
+      network.step,
+      cached_decoder.reorder,
+      network.start(encoded, prompt, size, self.length_limit),
+      _last(prompt),
+      eos_id=self.classes.eos_id,
+      pad_id=self.classes.pad_id,
+      beam_size=size,
+      length_limit=self.length_limit,
+      num_best=min(self.decoding.num_best, size),
+      min_length=lengths[0],
+      max_length=lengths[1],
+      no_repeat_ngram=self.decoding.no_repeat_ngram,
+      normalize=self.decoding.normalize,
+      constraint=constraint,
+      vocab_size=self.classes.vocab_size,
+      forbidden=self.classes.mask(),
+    )
+    return {
+      name: found[name]
+      for name in ("ids", "lengths", "log_probs", "scores", "steps")
+    }
+
+  def _candidates(
+    self, model: Any, variables: Any, encoded: Any, prompt: Prompt
+  ) -> Decoded:
+    """Ranks the answers of a closed set by their log-probability."""
+    assert self.answers is not None
+    ids, lengths = pad_answers(self.answers, self.classes.pad_id)
+    network = _Network(model.config, variables["params"])
+    group = min(self.group_size, len(ids))
+    log_probs = score_candidates(
+      network.extend,
+      network.start(encoded, prompt, group, ids.shape[1] + 1),
+      _last(prompt),
+      ids,
+      lengths,
+      eos_id=self.classes.eos_id,
+      constraint=self.answers.automaton(),
+      vocab_size=self.classes.vocab_size,
+      forbidden=self.classes.mask(),
+      group_size=group,
+    )
+    best = min(self.decoding.num_best, len(ids))
+    values, places = jax.lax.top_k(log_probs, best)
+    passes = -(-len(ids) // group)
+    return {
+      "ids": jnp.asarray(ids)[places],
+      "lengths": jnp.asarray(lengths)[places],
+      "log_probs": values,
+      "scores": values,
+      "steps": jnp.int32(passes),
+    }
+
+
+class _Network:
+  """The cached decoder and the vocabulary, as the searches call them."""
+
+  def __init__(self, config: Any, params: Any) -> None:
+    self._config = config
+    self._params = params["decoder"]
+    self._table = params["embed_tokens"]
+
+  def start(
+    self, encoded: Any, prompt: Prompt, hypotheses: int, limit: int
+  ) -> cached_decoder.Cache:
+    return cached_decoder.start_cache(
+      self._config,
+      self._params,
+      encoded,
+      self._table,
+      prompt,
+      hypotheses=hypotheses,
+      # The last token of the prompt is said before the first new one.
+      length_limit=limit + 1,
+    )
+
+  def step(
+    self, tokens: jax.Array, t: jax.Array, cache: cached_decoder.Cache
+  ) -> tuple[jax.Array, cached_decoder.Cache]:
+    logits, cache = self._run(tokens[..., None], t, cache)
+    return logits[:, :, 0], cache
+
+  def extend(self, tokens: jax.Array, cache: cached_decoder.Cache) -> jax.Array:
+    return self._run(tokens, 0, cache)[0]
+
+  def _run(
+    self, tokens: jax.Array, t: Any, cache: cached_decoder.Cache
+  ) -> tuple[jax.Array, cached_decoder.Cache]:
+    states, cache = cached_decoder.extend(
+      self._config, self._params, cache, self._table, tokens, t
+    )
+    return project(states, self._table), cache
+
+
+def _last(prompt: Prompt) -> jax.Array:
+  """Returns the last tokens of the prompts, int32 [B]."""
+  last = jnp.take_along_axis(prompt.ids, prompt.length[:, None] - 1, axis=1)
+  return last[:, 0]
+
+
+def prepare_variables(model: nn.Module, variables: Any) -> Any:
+  """Returns the variables in the form that the reader of a model takes.
+
+  Those of the causal decoder are split by layer. Once, for as a part of the
+  program every call would copy them.
+  """
+  config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
+  if config.decoder != "autoregressive":
+    return variables
+  params = variables["params"]
+  decoder = cached_decoder.split_layers(
+    params["decoder"], config.decoder_layers
+  )
+  return {**variables, "params": {**params, "decoder": decoder}}

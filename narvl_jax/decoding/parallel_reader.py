@@ -1,0 +1,121 @@
+"""Reads answers from the one pass of the parallel decoder."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from narvl_jax.decoding import ctc
+from narvl_jax.decoding.answers import AnswerSet, pad_answers
+from narvl_jax.decoding.classes import Classes
+from narvl_jax.decoding.constraint import Automaton
+from narvl_jax.decoding.greedy import greedy_decode
+from narvl_jax.decoding.settings import Decoding
+from narvl_jax.decoding.steps import Decoded, Inputs
+from narvl_jax.errors import UserError
+from narvl_jax.models import project
+from narvl_jax.query_ctc import MeshAxes
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelReader:
+  """Greedy decoding, prefix beam search, or scores of all candidates.
+
+  Attributes:
+    classes: ids with a meaning.
+    decoding: the way to decode.
+    answers: what is allowed, eos included if targets have it; None: anything.
+    axes: mesh axes that split batch and classes, for greedy decoding; the
+      others gather the logits. They count under `jax.set_mesh`.
+  """
+
+  classes: Classes
+  decoding: Decoding = dataclasses.field(default_factory=Decoding)
+  answers: AnswerSet | None = None
+  axes: MeshAxes = dataclasses.field(default_factory=MeshAxes)
+
+  def __call__(
+    self, model: nn.Module, variables: Any, encoded: Any, inputs: Inputs
+  ) -> Decoded:
+    """See `steps.Reader`."""
+    states: Any = model.apply(variables, encoded, method="decode")
+    logits = project(states, variables["params"]["embed_tokens"])
+    if self.decoding.method == "candidates":
+      return self._candidates(logits, inputs)
+    if self.decoding.method == "beam":
+      return ctc.prefix_beam(
+        logits,
+        beam_size=self.decoding.beam_size,
+        num_best=self.decoding.num_best,
+        merge_repeats=inputs.merge_repeats,
+        constraint=self._constraint(),
+        **self._ids(),
+      )
+    return self._greedy(logits, inputs)
+
+  def _greedy(self, logits: jax.Array, inputs: Inputs) -> Decoded:
+    constraint = self._constraint()
+    if constraint is None:
+      best = greedy_decode(
+        logits, inputs.merge_repeats, axes=self.axes, **self._ids()
+      )
+    else:
+      best = ctc.constrained_greedy(
+        logits,
+        constraint,
+        merge_repeats=inputs.merge_repeats,
+        **self._ids(),
+      )
+    return {
+      "ids": best["ids"][:, None],
+      "lengths": best["lengths"][:, None],
+      "log_probs": best["log_prob"][:, None],
+    }
+
+  def _candidates(self, logits: jax.Array, inputs: Inputs) -> Decoded:
+    """Ranks the answers of a closed set."""
+    assert self.answers is not None
+    ids, lengths = pad_answers(self.answers, self.classes.pad_id)
+    options = self._ids()
+    del options["pad_id"]
+    _, log_probs = ctc.best_candidate(
+      logits, ids, lengths, merge_repeats=inputs.merge_repeats, **options
+    )
+    best = min(self.decoding.num_best, len(ids))
+    values, places = jax.lax.top_k(log_probs, best)
+    return {
+      "ids": jnp.asarray(ids)[places],
+      "lengths": jnp.asarray(lengths)[places],
+      "log_probs": values,
+    }
+
+  def _constraint(self) -> Automaton | None:
+    if not self.decoding.constrained or self.answers is None:
+      return None
+    return self.answers.automaton()
+
+  def _ids(self) -> dict[str, Any]:
+    return {
+      "blank_id": self.classes.blank_id,
+      "pad_id": self.classes.pad_id,
+      "forbidden": self.classes.mask(),
+      "vocab_size": self.classes.vocab_size,
+    }
+
+
+def check_queries(
+  answers: AnswerSet, num_queries: int, *, merge_repeats: bool
+) -> None:
+  """Checks that some allowed answer fits on the queries.
+
+  Raises:
+    UserError: none does.
+  """
+  try:
+    ctc.check_constraint(
+      answers.automaton(), num_queries, merge_repeats=merge_repeats
+    )
+  except UserError as error:
+    raise UserError(f"{answers.name}: {error}") from error

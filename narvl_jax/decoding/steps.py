@@ -1,0 +1,102 @@
+"""Compiled programs from a batch to its answers, whatever reads them."""
+
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+
+Decoded = dict[str, jax.Array]
+
+
+class Inputs(NamedTuple):
+  """What a reader may look at beside the encoder's output.
+
+  Attributes:
+    text: int32 [B, T] source ids, right padded.
+    merge_repeats: bool [B], whether equal neighbours are one token.
+    lengths: int32 [2], least and most tokens of an answer; only
+      autoregressive readers heed it. Traced: other lengths compile nothing.
+  """
+
+  text: jax.Array
+  merge_repeats: jax.Array
+  lengths: jax.Array
+
+
+class Reader(Protocol):
+  """Reads answers from an encoded batch; hashable.
+
+  Its result has ids int32 [B, M, L], lengths int32 [B, M] and log_probs float32
+  [B, M] of the M best answers, best first, and may have more. Where there are
+  fewer than M answers the rest have length 0.
+  """
+
+  def __call__(
+    self, model: nn.Module, variables: Any, encoded: Any, inputs: Inputs
+  ) -> Decoded:
+    """Decodes; see the class."""
+    ...
+
+  def __hash__(self) -> int:
+    """Equal readers share compiled programs."""
+    ...
+
+
+class Steps(NamedTuple):
+  """Jitted functions of a model and a reader.
+
+  Attributes:
+    encode: (variables, image [B, H, W, 3], text, image_mask bool [B]) -> what
+      the model's `encode` returns.
+    decode: (variables, encoded, inputs) -> what the reader returns.
+    predict: (variables, image, text, image_mask, merge_repeats, lengths) ->
+      the same, as one program.
+  """
+
+  encode: Any
+  decode: Any
+  predict: Any
+
+
+@functools.lru_cache(maxsize=32)
+def make_steps(
+  model: nn.Module, reader: Reader, rules: tuple[Any, ...] = ()
+) -> Steps:
+  """Returns the compiled steps of a model.
+
+  Equal arguments return the same functions, so that nothing is compiled twice
+  for one batch shape, whoever asks.
+
+  Args:
+    model: with a method `encode`, and whatever the reader calls.
+    reader: from what the model says to answers.
+    rules: for `flax.linen.logical_axis_rules`, which say how the activations
+      are split; they count if the steps are called under `jax.set_mesh`.
+  """
+
+  def encode(
+    variables: Any, image: jax.Array, text: jax.Array, image_mask: jax.Array
+  ) -> Any:
+    with nn.logical_axis_rules(rules):
+      return model.apply(
+        variables, image, text, image_mask=image_mask, method="encode"
+      )
+
+  def decode(variables: Any, encoded: Any, inputs: Inputs) -> Decoded:
+    with nn.logical_axis_rules(rules):
+      return reader(model, variables, encoded, inputs)
+
+  def predict(
+    variables: Any,
+    image: jax.Array,
+    text: jax.Array,
+    image_mask: jax.Array,
+    merge_repeats: jax.Array,
+    lengths: jax.Array,
+  ) -> Decoded:
+    encoded = encode(variables, image, text, image_mask)
+    inputs = Inputs(text, merge_repeats, lengths)
+    return decode(variables, encoded, inputs)
+
+  return Steps(jax.jit(encode), jax.jit(decode), jax.jit(predict))
