@@ -27,6 +27,8 @@ from narvl_jax.errors import UserError
 _FLAG = "--config.tasks.vqa.answers"
 # Tasks whose answers may form a closed list that is not known beforehand.
 _TASKS = ("vqa",)
+# Only procedural sources have more records.
+_MOST_RECORDS = 10**8
 
 
 def load_answers(path: str | os.PathLike[str]) -> list[str]:
@@ -178,13 +180,19 @@ def collect_answers(
     alphabet.
 
   Raises:
-    UserError: the answers of the task are no list, or there are none.
+    UserError: the answers of the task are no list, there are none, or the
+      records have no end.
   """
   if task not in _TASKS:
     raise UserError(
       f'the answers of task "{task}" are not collected in a list: those of'
       " entailment and grounding are known, captions are free; nearest:"
       f" --task={_TASKS[0]}"
+    )
+  if not max_records and len(source) > _MOST_RECORDS:
+    raise UserError(
+      f"the source makes {len(source):,} records, too many to read; set"
+      " --max_records, for example to 100000"
     )
   counts: collections.Counter[str] = collections.Counter()
   number = min(len(source), max_records or len(source))

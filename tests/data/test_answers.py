@@ -9,6 +9,7 @@ import pytest
 
 from narvl_jax.data import answers, tasks
 from narvl_jax.data.example import Record
+from narvl_jax.data.sources import load_source
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from tests.data.task_records import PICTURE, RECORDS, make_vocabulary
@@ -150,6 +151,12 @@ def test_collect() -> None:
     answers.collect_answers(_records({}), "vqa")
   with pytest.raises(UserError, match=r'"caption" are not .*--task=vqa'):
     answers.collect_answers(records, "caption")
+
+
+def test_collect_from_an_endless_source() -> None:
+  source = load_source("shapes", task="vqa", split="train")
+  with pytest.raises(UserError, match=r"too many to read; set --max_records"):
+    answers.collect_answers(source, "vqa")
 
 
 def _run(*arguments: Any) -> subprocess.CompletedProcess[str]:
