@@ -11,6 +11,9 @@ set that is named first, as for `narvl_jax.data.convert`) becomes a folder
 DIR/NAME of shards with a manifest. Of a data set that is cut off by
 --max_examples the first records are taken.
 
+The teacher decodes as the official code does (--decoding=reference), or as
+--decoding=beam --beam_size=5 and so on say.
+
 Killed at any moment, the same command goes on with the shards that are not
 there yet. Several hosts (--coordinator_address and so on) share the work and
 the folder.
@@ -35,8 +38,8 @@ from narvl_jax.data.distilled import (
 from narvl_jax.data.shard_formats import FORMATS
 from narvl_jax.data.shard_writer import PROGRESS, Job
 from narvl_jax.data.sources import MANIFEST, parse_options
-from narvl_jax.decoding.settings import Decoding
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.evaluation import decoding_flags
 from narvl_jax.evaluation.labelling import Teacher
 from narvl_jax.parallel import distributed
 from narvl_jax.training import hosts
@@ -59,7 +62,7 @@ def distill(
   datasets: Sequence[str] = (),
   split: str = "",
   checkpoint: str | int = "best",
-  decodings: Mapping[str, Decoding] | None = None,
+  decoding: Mapping[str, Any] | None = None,
   file_format: str = "array_record",
   max_examples: int | None = None,
   batch_size: int | None = None,
@@ -79,7 +82,7 @@ def distill(
     datasets: names of entries; all by default.
     split: by default that of the entry, or of the source of `spec`.
     checkpoint: "best", "last" or a step.
-    decodings: task -> how the teacher answers; greedily by default.
+    decoding: see `decoding_flags.decodings_for`; greedily if None.
     file_format: one of `FORMATS`.
     max_examples: the first records of each data set; all if None.
     batch_size: of all devices; that of the teacher's evaluation if None.
@@ -102,7 +105,7 @@ def distill(
   model = Teacher(
     teacher,
     checkpoint=checkpoint,
-    decodings=decodings,
+    decoding=decoding,
     batch_size=batch_size,
   )
   wanted = _chosen(
@@ -124,8 +127,7 @@ def distill(
       size_flags="--max_examples or --examples_per_shard",
       **{**data, "split": split or data["split"]},
     )
-    _check_task(model.config, job.task)
-    origin["source"] |= {**model.describe(job.task), "format": file_format}
+    origin["source"] |= {**model.prepare(job.task), "format": file_format}
     jobs[key] = job, origin
   if max_bad_fraction is None:
     max_bad_fraction = float(model.config.data.max_bad_fraction)
@@ -179,14 +181,6 @@ def _chosen(
     for name, entry in entries.items()
     if not names or name in names
   }
-
-
-def _check_task(config: Any, task: str) -> None:
-  if task not in config.tasks:
-    raise UserError(
-      f'the teacher was not trained on the task "{task}".'
-      f"{did_you_mean(task, config.tasks.keys())} (--task, --teacher)"
-    )
 
 
 def _check_folder(folder: pathlib.Path) -> None:
@@ -280,6 +274,7 @@ def define_flags() -> None:
     lower_bound=0,
     upper_bound=1,
   )
+  decoding_flags.define_flags(default="reference")
   distributed.define_flags()
   flags.mark_flags_as_required(["teacher", "to"])
 
@@ -296,6 +291,7 @@ def main(argv: Sequence[str]) -> None:
     "datasets": settings.datasets,
     "split": settings.split,
     "checkpoint": settings.checkpoint,
+    "decoding": decoding_flags.from_flags(),
     "file_format": settings.format,
     "max_examples": settings.max_examples,
     "batch_size": settings.batch_size,

@@ -26,6 +26,7 @@ from narvl_jax.evaluation.predictor import Predictor
 from tests.evaluation import tiny_run
 from tests.parallel.processes import start_together
 
+DATA = ("train", "evaluation")
 SIZES: dict[str, Any] = {"max_examples": 20, "examples_per_shard": 8}
 
 
@@ -174,6 +175,10 @@ def test_complete_data_needs_no_weights(whole, monkeypatch, capsys):
     ({"examples_per_shard": 20}, r"shards=3, this command has 1"),
     ({"file_format": "tsv"}, r"source.format='array_record', .* has 'tsv'"),
     ({"split": "test"}, r"with name='vqa-train', this command has 'vqa-test'"),
+    (
+      {"decoding": {"method": "beam", "beam_size": 2}},
+      r"source.decoding=.*'greedy'.*, this command has .*'beam'.*: 2,.*",
+    ),
   ],
 )
 def test_other_settings_need_another_folder(whole, options, message):
@@ -232,6 +237,11 @@ def test_data_of_others(tmp_path, capsys):
     ({"task": "vqa"}, r"--task=vqa is for a data set that is named first"),
     ({"datasets": (), "spec": "shapes"}, r'unknown task ""\. Valid: caption'),
     ({"split": "tset"}, r'unknown split "tset".*Did you mean "test"'),
+    ({"decoding": {"method": "beem"}}, r'="beem" is unknown. Did .* "beam"'),
+    (
+      {"decoding": {"method": "candidates"}, "datasets": ["caption"]},
+      r"caption has no set of answers.*choose another --decoding",
+    ),
     ({"max_examples": None}, r"too many; .* --max_examples or --examples_per"),
   ],
 )
@@ -247,7 +257,8 @@ def test_teachers_that_cannot_answer(tmp_path):
     distill(str(tmp_path / "nowhere"), str(tmp_path / "out"))
   run = tiny_run.copy_run(tmp_path / "run")
   config = json.loads((run / "config.json").read_text())
-  del config["tasks"]["vqa"]
+  for section in (config["tasks"], *map(config["data"].get, DATA)):
+    del section["vqa"]
   (run / "config.json").write_text(json.dumps(config))
   with pytest.raises(
     UserError, match=r'not trained on the task "vqa"\. Valid: caption'

@@ -89,7 +89,10 @@ class Teacher:
         f"{did_you_mean(task, self._decodings)} (--task, --teacher)"
       )
     decoding = self._decodings[task]
-    make_reader(self._experiment, task, decoding)
+    try:
+      make_reader(self._experiment, task, decoding)
+    except UserError as error:
+      raise UserError(f"{error} (or choose another --decoding)") from error
     self._tasks.add(task)
     return {
       "teacher": str(self.workdir.resolve()),
