@@ -14,7 +14,7 @@ from narvl_jax.query_ctc import query_ctc_loss
 from tests.query_ctc import slow_search
 
 BLANK, PAD = 3, 99
-IDS = {"blank_id": BLANK, "pad_id": PAD}
+IDS: dict[str, Any] = {"blank_id": BLANK, "pad_id": PAD}
 
 constrained_greedy = jax.jit(
   ctc.constrained_greedy, static_argnames=("blank_id", "pad_id", "vocab_size")
