@@ -45,6 +45,8 @@ def test_trie_holds_its_answers():
 def test_repeated_holds_all_choices():
   free = constraint.repeated([6, 3, 6], 3)
   assert _answers(free, 5) == set(itertools.product([3, 6], repeat=3))
+  # A token that is named twice is one choice.
+  assert len(free.source) == 6
   ended = constraint.repeated([6, 3], 2, then=[EOS])
   assert _answers(ended, 5) == {
     (a, b, EOS) for a, b in itertools.product([3, 6], repeat=2)
