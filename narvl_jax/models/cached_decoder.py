@@ -190,7 +190,8 @@ def extend(
     tokens.
   """
   b, k, length = tokens.shape
-  x = embedding[tokens.reshape(b, k * length)].astype(config.dtype)
+  x = jnp.take(embedding, tokens.reshape(b, k * length), axis=0)
+  x = x.astype(config.dtype)
   x = _apply(LayerNorm(config.dtype, "norm"), params["layernorm_embedding"])(x)
   # Of every new token; the hypotheses of an example share them.
   places = cache.start[:, None] + t + jnp.arange(length)
