@@ -53,9 +53,9 @@ def narvl_state(dtype: Any = np.float32) -> State:
   return state
 
 
-def ofa_state() -> State:
+def ofa_state(dtype: Any = np.float32) -> State:
   """Returns weights without queries and blank."""
-  state = narvl_state()
+  state = narvl_state(dtype)
   del state[QUERY_KEY]
   table = state[TABLE_KEY][:-1]
   return state | {key: table for key in (TABLE_KEY, *TIED_KEYS)}

@@ -1,5 +1,6 @@
 """Official files in, and the outputs that the official code recorded."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -15,48 +16,46 @@ from narvl_jax.interop import (
   official_from_variables,
 )
 from narvl_jax.models import NARVL
+from tests.models import test_autoregressive_fixture as autoregressive
 from tests.models import test_micro_fixture as micro
+from tests.models.recorded import Recorded, inputs
 from tests.models.small import FAST_COMPILE
 
 
-def forward(config: Any, variables: Any, arrays: dict[str, np.ndarray]) -> Any:
-  """Logits and intermediates for the recorded inputs."""
+def forward(config: Any, variables: Any, recorded: Recorded) -> Any:
+  """Logits and intermediates of NARVL for the recorded inputs."""
+  image, text, mask = inputs(recorded)
   apply = jax.jit(NARVL(config).apply, compiler_options=FAST_COMPILE)
-  return jax.device_get(
-    apply(
-      variables,
-      arrays["patch_images"].transpose(0, 2, 3, 1),
-      arrays["src_tokens"].astype(np.int32),
-      image_mask=arrays["patch_masks"],
-    )
-  )
+  return jax.device_get(apply(variables, image, text, image_mask=mask))
 
 
-def load(folder: pathlib.Path, name: str) -> dict[str, np.ndarray]:
+def read(folder: pathlib.Path, name: str, config: Any, variables: Any) -> Any:
+  """As in the tests of the model, but with the weights of the file."""
   with np.load(folder / f"{name}.npz") as arrays:
-    return dict(arrays)
+    return Recorded(
+      dict(arrays),
+      json.loads((folder / f"{name}.json").read_text()),
+      official_from_variables(variables, config),
+    )
 
 
 @pytest.fixture(scope="module")
-def recorded(shared_files: pathlib.Path) -> micro.Recorded:
-  """As in the tests of the model, but with the weights of the file."""
-  folder = shared_files / "fixtures"
+def folder(shared_files: pathlib.Path) -> pathlib.Path:
+  return shared_files / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def recorded(folder: pathlib.Path) -> Recorded:
   config, variables = load_official(folder / "micro_nar.lean.pt")
   assert config.num_queries == 5
-  return micro.Recorded(
-    load(folder, "micro_nar"),
-    json.loads((folder / "micro_nar.json").read_text()),
-    official_from_variables(variables, config),
-  )
+  return read(folder, "micro_nar", config, variables)
 
 
 def test_outputs_losses_and_tokens(
-  shared_files: pathlib.Path, recorded: micro.Recorded
+  folder: pathlib.Path, recorded: Recorded
 ) -> None:
-  config, variables = load_official(
-    shared_files / "fixtures" / "micro_nar.lean.pt"
-  )
-  outputs = forward(config, variables, recorded.arrays)
+  config, variables = load_official(folder / "micro_nar.lean.pt")
+  outputs = forward(config, variables, recorded)
   micro.test_outputs(recorded, outputs)
   micro.test_greedy(recorded, outputs)
   micro.test_losses(recorded, outputs)
@@ -64,17 +63,14 @@ def test_outputs_losses_and_tokens(
     micro.test_collapse(recorded, outputs, mode)
 
 
-def test_gradients(recorded: micro.Recorded) -> None:
+def test_gradients(recorded: Recorded) -> None:
   micro.test_gradients(recorded)
 
 
-def test_half_precision(
-  shared_files: pathlib.Path, recorded: micro.Recorded
-) -> None:
+def test_half_precision(folder: pathlib.Path, recorded: Recorded) -> None:
   """Equal but for the rounding of the weights."""
-  path = shared_files / "fixtures" / "micro_nar.half.lean.pt"
-  config, variables = load_official(path)
-  logits, _ = forward(config, variables, recorded.arrays)
+  config, variables = load_official(folder / "micro_nar.half.lean.pt")
+  logits, _ = forward(config, variables, recorded)
   sure = recorded.arrays["greedy_margin"] > 0.1
   np.testing.assert_array_equal(
     logits.argmax(-1)[sure], recorded.arrays["greedy"][sure]
@@ -86,18 +82,37 @@ def test_half_precision(
     )
 
 
-def test_micro_fixture_of_ofa(shared_files: pathlib.Path) -> None:
+def test_ofa_as_a_narvl(folder: pathlib.Path) -> None:
   """The encoder of AR weights gives what the official one gave."""
-  folder = shared_files / "fixtures"
   made = convert_official(folder / "micro_ar.lean.pt", Options(num_queries=5))
-  recorded = load(folder, "micro_ar")
-  _, parts = jax.jit(NARVL(made.config).apply, compiler_options=FAST_COMPILE)(
-    made.variables,
-    recorded["patch_images"].transpose(0, 2, 3, 1),
-    recorded["src_tokens"].astype(np.int32),
-    image_mask=recorded["patch_masks"],
-  )
-  valid = ~recorded["encoder_padding_mask"]
+  recorded = read(folder, "micro_ar", made.config, made.variables)
+  _, parts = forward(made.config, made.variables, recorded)
+  valid = ~recorded.arrays["encoder_padding_mask"]
   np.testing.assert_allclose(
-    parts["encoder_out"][valid], recorded["encoder_out"][valid], atol=1e-4
+    parts["encoder_out"][valid],
+    recorded.arrays["encoder_out"][valid],
+    atol=1e-4,
   )
+
+
+def test_ofa_as_it_is(folder: pathlib.Path) -> None:
+  """Outputs, losses, gradients and answers of the autoregressive model."""
+  config, variables = load_official(
+    folder / "micro_ar.lean.pt", options=Options(decoder="autoregressive")
+  )
+  # What the parameters do not show, and a file does not say.
+  assert config == dataclasses.replace(
+    autoregressive.CONFIG, dropout=config.dropout
+  )
+  recorded = read(folder, "micro_ar", config, variables)
+  autoregressive.test_weights(recorded)
+  tokens, _ = autoregressive.forcing(recorded)
+  outputs = jax.device_get(
+    autoregressive.apply(variables, *inputs(recorded), tokens)
+  )
+  autoregressive.test_outputs(recorded, outputs)
+  autoregressive.test_losses(recorded, outputs)
+  autoregressive.test_gradients(recorded)
+  encoded = autoregressive.encode(recorded, variables)
+  for case in ("greedy", "beam5_refcoco", "beam3_prefix_trie"):
+    autoregressive.test_generation(recorded, variables, encoded, case)

@@ -5,11 +5,8 @@ The official run had dropout and stochastic depth switched off.
 """
 
 import functools
-import importlib.util
-import json
 import pathlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from narvl_jax.interop import (
-  official_from_variables,
-  official_shapes,
-  variables_from_official,
-)
+from narvl_jax.interop import official_from_variables, variables_from_official
 from narvl_jax.models import NARVL, model_config
 from narvl_jax.query_ctc import collapse, query_ctc_objective
+from tests.models.recorded import (
+  Outputs,
+  Recorded,
+  State,
+  compare_gradients,
+  compare_outputs,
+  compare_weights,
+  inputs,
+  read_recorded,
+)
 
 CONFIG = model_config(
   "micro",
@@ -37,21 +40,6 @@ CONFIG = model_config(
 MODEL = NARVL(CONFIG)
 BLANK, PAD = 252, 1
 LEARNING_RATES = (5e-5, 5e-5, 4.736842105263158e-05)
-# The recorded gradients of two tables are these rows.
-GRADIENT_ROWS = {
-  "encoder.embed_image_positions.weight": range(8),
-  "encoder.image_rel_pos_table_list.0.weight": range(3443, 3450),
-}
-
-State = dict[str, np.ndarray]
-
-
-class Recorded(NamedTuple):
-  """The recorded arrays, their description and the official weights."""
-
-  arrays: dict[str, np.ndarray]
-  about: dict[str, Any]
-  state: State
 
 
 class Step(NamedTuple):
@@ -60,15 +48,6 @@ class Step(NamedTuple):
   loss: float
   stats: State
   gradient: State
-
-
-def inputs(recorded: Recorded) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Pictures NHWC, text and picture mask."""
-  return (
-    jnp.asarray(recorded.arrays["patch_images"].transpose(0, 2, 3, 1)),
-    jnp.asarray(recorded.arrays["src_tokens"], jnp.int32),
-    jnp.asarray(recorded.arrays["patch_masks"]),
-  )
 
 
 @functools.partial(jax.jit, static_argnames="smoothing")
@@ -131,30 +110,13 @@ def make_step(recorded: Recorded, *, train: bool) -> Callable[[State], Step]:
   return run
 
 
-def import_file(path: pathlib.Path) -> ModuleType:
-  """Imports a Python file that is not part of a package."""
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  assert spec is not None
-  assert spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
 @pytest.fixture(scope="module")
 def recorded(shared_files: pathlib.Path) -> Recorded:
-  folder = shared_files / "fixtures"
-  about = json.loads((folder / "micro_nar.json").read_text())
-  recipe = import_file(folder / "recipe.py")
-  state = recipe.fill(
-    official_shapes(CONFIG), about["recipe_base"], about["pulls"]
-  )
-  with np.load(folder / "micro_nar.npz") as arrays:
-    return Recorded(dict(arrays), about, state)
+  return read_recorded(shared_files, "micro_nar", CONFIG)
 
 
 @pytest.fixture(scope="module")
-def outputs(recorded: Recorded) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def outputs(recorded: Recorded) -> Outputs:
   image, text, mask = inputs(recorded)
   variables = variables_from_official(recorded.state, CONFIG)
   apply = jax.jit(lambda v: MODEL.apply(v, image, text, image_mask=mask))
@@ -167,47 +129,14 @@ def train_step(recorded: Recorded) -> Callable[[State], Step]:
 
 
 def test_weights(recorded: Recorded) -> None:
-  for name, value in recorded.state.items():
-    shape, _, (total, squares, norm) = recorded.about["state_dict"][name]
-    wide = value.astype(np.float64)
-    assert list(value.shape) == shape, name
-    np.testing.assert_allclose(
-      [wide.sum(), np.abs(wide).sum(), np.linalg.norm(wide)],
-      [total, squares, norm],
-      rtol=1e-9,
-      atol=1e-9,
-      err_msg=name,
-    )
+  compare_weights(recorded)
 
 
-def test_outputs(
-  recorded: Recorded, outputs: tuple[np.ndarray, dict[str, np.ndarray]]
-) -> None:
-  arrays, (logits, aux) = recorded.arrays, outputs
-  valid = ~arrays["encoder_padding_mask"]
-  np.testing.assert_array_equal(aux["encoder_mask"], valid)
-  positions = np.broadcast_to(
-    aux["position_embeddings"], arrays["position_embeddings"].shape
-  )
-  for name, actual, expected in (
-    (
-      "image_features",
-      aux["image_features"].transpose(0, 3, 1, 2),
-      arrays["image_features"],
-    ),
-    ("encoder_out", aux["encoder_out"][valid], arrays["encoder_out"][valid]),
-    ("position_embeddings", positions, arrays["position_embeddings"]),
-    ("decoder_out", aux["decoder_out"], arrays["decoder_features"]),
-    ("logits", logits, arrays["logits"]),
-  ):
-    np.testing.assert_allclose(
-      actual, expected, rtol=0, atol=1e-4, err_msg=name
-    )
+def test_outputs(recorded: Recorded, outputs: Outputs) -> None:
+  compare_outputs(recorded, outputs)
 
 
-def test_greedy(
-  recorded: Recorded, outputs: tuple[np.ndarray, dict[str, np.ndarray]]
-) -> None:
+def test_greedy(recorded: Recorded, outputs: Outputs) -> None:
   arrays = recorded.arrays
   log_probs = jax.nn.log_softmax(outputs[0])
   ids = log_probs.argmax(-1)
@@ -222,7 +151,7 @@ def test_greedy(
 @pytest.mark.parametrize("mode", ["plain", "collapse"])
 def test_collapse(
   recorded: Recorded,
-  outputs: tuple[np.ndarray, dict[str, np.ndarray]],
+  outputs: Outputs,
   mode: str,
 ) -> None:
   ids, lengths = collapse(
@@ -239,9 +168,7 @@ def test_collapse(
     assert row[:length].tolist() == expected
 
 
-def test_losses(
-  recorded: Recorded, outputs: tuple[np.ndarray, dict[str, np.ndarray]]
-) -> None:
+def test_losses(recorded: Recorded, outputs: Outputs) -> None:
   for row in recorded.about["losses"]:
     target, smoothing, mode, expected, *_ = row
     confidence = recorded.arrays["conf"] if mode == "conf" else np.ones(3)
@@ -253,36 +180,8 @@ def test_losses(
 
 
 def test_gradients(recorded: Recorded) -> None:
-  arrays, case = recorded.arrays, "full_0.1_none"
   gradient = make_step(recorded, train=False)(recorded.state).gradient
-  norms = dict(
-    zip(arrays[f"{case}/grad_names"], arrays[f"{case}/grad_norms"], strict=True)
-  )
-  for name, norm in norms.items():
-    if name not in gradient:
-      assert np.isnan(norm), name  # The official code has no gradient either.
-      continue
-    # Biases of keys have a gradient of zero up to rounding.
-    assert np.linalg.norm(gradient[name]) == pytest.approx(
-      norm, rel=1e-4, abs=1e-6
-    ), name
-  rows = GRADIENT_ROWS | {
-    "encoder.embed_tokens.weight": arrays[f"{case}/embed_rows"]
-  }
-  compared = 0
-  for key, expected in arrays.items():
-    if not key.startswith((f"{case}/grad/", f"{case}/grad_rows/")):
-      continue
-    name = key.rsplit("/", 1)[-1]
-    actual = gradient[name]
-    if "/grad_rows/" in key:
-      actual = actual[np.asarray(rows[name])]
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(
-      actual, expected, rtol=0, atol=max(1e-4 * scale, 1e-7), err_msg=name
-    )
-    compared += 1
-  assert compared == 33
+  assert compare_gradients(recorded, "full_0.1_none", gradient) == 33
 
 
 def test_one_training_step(

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from narvl_jax.interop import official_shapes, variables_from_official
-from narvl_jax.models import NARVL, model_config
+from narvl_jax.models import NARVL, Autoregressive, model_config, project
+from narvl_jax.models.encoder import EncoderOutput
 from narvl_jax.models.resnet import ResNet
 from narvl_jax.query_ctc import query_ctc_objective
 from tests.models import reference_fill
 
 CONFIG = model_config("tiny", num_queries=5, vocab_size=59458)
+COUNTERPART = model_config("tiny", decoder="autoregressive", vocab_size=59457)
 TEXT = np.array(
   [[0, 100, 2000, 30000, 45, 7, 2], [0, 61, 50263, 9, 2, 1, 1]], np.int32
 )
@@ -37,8 +39,12 @@ def image() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def variables() -> dict[str, Any]:
-  state = reference_fill.fill(official_shapes(CONFIG))
+def state() -> dict[str, np.ndarray]:
+  return reference_fill.fill(official_shapes(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def variables(state: dict[str, np.ndarray]) -> dict[str, Any]:
   return jax.device_put(variables_from_official(state, CONFIG))
 
 
@@ -167,3 +173,46 @@ def test_batch_statistics(image: np.ndarray, variables: dict[str, Any]) -> None:
   running = updates["batch_stats"]["bn1"]
   close(running["mean"][:4], -0.0236713, -0.0614112, -0.0629448, -0.0573241)
   close(running["var"][:4], 1.09925, 0.956433, 1.2383, 1.00784)
+
+
+def test_autoregressive_logits(
+  outputs: list[Outputs], state: dict[str, np.ndarray]
+) -> None:
+  # A shorter table has the same first rows, so the encoder sees no difference.
+  shapes = official_shapes(COUNTERPART)
+  assert set(state) - set(shapes) == {"decoder.query_embed.weight"}
+  shorter = {key: state[key][: shape[0]] for key, shape in shapes.items()}
+  aux = outputs[0][1]
+  encoded = EncoderOutput(
+    *(
+      jnp.asarray(aux[name])
+      for name in (
+        "encoder_out",
+        "encoder_mask",
+        "position_embeddings",
+        "image_features",
+      )
+    )
+  )
+  tokens = np.array([[0, 58500, 58700, 59000, 59400], [0, 5, 5, 1, 1]])
+  decode = jax.jit(
+    lambda v: Autoregressive(COUNTERPART).apply(
+      v, encoded, tokens, method=Autoregressive.decode
+    )
+  )
+  variables = variables_from_official(shorter, COUNTERPART)
+  table = variables["params"]["embed_tokens"][: COUNTERPART.vocab_size]
+  logits = project(decode(variables), table)
+  ids = [*IDS[:-1], 59456]
+  close(
+    logits[0, 0, ids],
+    *(31.6672, -1.63629, 4.3195, 1.13429, -4.91038, 4.50956),
+  )
+  close(
+    logits[0, 4, ids],
+    *(10.2585, -3.54793, 6.58957, -5.08131, -6.06055, -3.0836),
+  )
+  close(
+    logits[1, 2, ids],
+    *(11.5042, 2.5861, 3.47205, -2.35061, -2.80534, 4.61802),
+  )
