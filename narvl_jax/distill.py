@@ -63,6 +63,7 @@ def distill(
   split: str = "",
   checkpoint: str | int = "best",
   decoding: Mapping[str, Any] | None = None,
+  answers: str = "",
   file_format: str = "array_record",
   max_examples: int | None = None,
   batch_size: int | None = None,
@@ -83,6 +84,8 @@ def distill(
     split: by default that of the entry, or of the source of `spec`.
     checkpoint: "best", "last" or a step.
     decoding: see `decoding_flags.decodings_for`; greedily if None.
+    answers: file of the answers that VQA allows; that of the teacher's config
+      if "".
     file_format: one of `FORMATS`.
     max_examples: the first records of each data set; all if None.
     batch_size: of all devices; that of the teacher's evaluation if None.
@@ -106,6 +109,7 @@ def distill(
     teacher,
     checkpoint=checkpoint,
     decoding=decoding,
+    answers=answers,
     batch_size=batch_size,
   )
   wanted = _chosen(
@@ -274,6 +278,9 @@ def define_flags() -> None:
     lower_bound=0,
     upper_bound=1,
   )
+  flags.DEFINE_string(
+    "answers", "", "File of answers that VQA allows; by default the teacher's."
+  )
   decoding_flags.define_flags(default="reference")
   distributed.define_flags()
   flags.mark_flags_as_required(["teacher", "to"])
@@ -292,6 +299,7 @@ def main(argv: Sequence[str]) -> None:
     "split": settings.split,
     "checkpoint": settings.checkpoint,
     "decoding": decoding_flags.from_flags(),
+    "answers": settings.answers,
     "file_format": settings.format,
     "max_examples": settings.max_examples,
     "batch_size": settings.batch_size,

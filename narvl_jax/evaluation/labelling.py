@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 import time
@@ -45,6 +46,7 @@ class Teacher:
     *,
     checkpoint: str | int = "best",
     decoding: Mapping[str, Any] | None = None,
+    answers: str = "",
     batch_size: int | None = None,
   ) -> None:
     """Looks at the run.
@@ -53,6 +55,7 @@ class Teacher:
       workdir: folder of the run.
       checkpoint: "best", "last" or a step.
       decoding: see `decoding_flags.decodings_for`.
+      answers: file of the answers that VQA allows; that of the config if "".
       batch_size: of all devices; `config.evaluation.batch_size` if None.
 
     Raises:
@@ -68,11 +71,21 @@ class Teacher:
     self._batch_size = batch_size or self.config.evaluation.batch_size
     with Checkpoints(self.workdir) as checkpoints:
       self.step = choose_step(checkpoints, checkpoint)
+    if answers:
+      self._set_answers(answers)
     self._experiment = experiment_lib.build(self.config, self.workdir)
     self._decodings = decodings_for(self._experiment, decoding)
     self._tasks: set[str] = set()
     self.answered = 0
     self.seconds = 0.0
+
+  def _set_answers(self, path: str) -> None:
+    if "vqa" not in self.config.tasks:
+      raise UserError(
+        f'--answers="{path}" is for vqa, on which the teacher was not trained;'
+        " leave it out"
+      )
+    self.config.tasks.vqa.answers = path
 
   def prepare(self, task: str) -> dict[str, Any]:
     """Checks that it can answer a task, which comes before any answers.
@@ -92,22 +105,30 @@ class Teacher:
     try:
       make_reader(self._experiment, task, decoding)
     except UserError as error:
-      raise UserError(f"{error} (or choose another --decoding)") from error
+      raise UserError(
+        f"{error} (distill: --answers=FILE, or another --decoding)"
+      ) from error
     self._tasks.add(task)
-    return {
+    described = {
       "teacher": str(self.workdir.resolve()),
       "checkpoint_step": self.step,
       "vocabulary": self._experiment.vocabulary.fingerprint,
       "decoding": dataclasses.asdict(decoding),
     }
+    if decoding.constrained or decoding.method == "candidates":
+      allowed = repr(self._experiment.tasks[task].answer_space())
+      described["answers"] = hashlib.sha256(allowed.encode()).hexdigest()
+    return described
 
   @functools.cached_property
   def _loaded(self) -> tuple[experiment_lib.Experiment, Predictor]:
-    experiment, variables, _ = experiment_lib.restore(
+    _, variables, _ = experiment_lib.restore(
       self.workdir, self.step, sharding=replicated(make_mesh())
     )
+    config = self.config.copy_and_resolve_references()
     # Whoever writes the shards counts bad records, over all of them.
-    experiment.config.data.max_bad_fraction = 1.0
+    config.data.max_bad_fraction = 1.0
+    experiment = dataclasses.replace(self._experiment, config=config)
     decodings = {task: self._decodings[task] for task in self._tasks}
     return experiment, Predictor(experiment, variables, decodings)
 
