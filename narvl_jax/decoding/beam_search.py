@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from narvl_jax.decoding.constraint import START, Automaton, advance
-from narvl_jax.decoding.rules import Rules
+from narvl_jax.decoding.rules import Rules, num_classes
 from narvl_jax.errors import UserError
 
 # (tokens int32 [B, K], t int32, cache) -> (logits [B, K, V], cache).
@@ -63,6 +63,7 @@ def beam_search(
   constraint: Automaton | None = None,
   vocab_size: int | None = None,
   forbidden: np.ndarray | jax.Array | None = None,
+  alphabet: np.ndarray | None = None,
 ) -> dict[str, jax.Array]:
   """Returns the best answers that a beam search finds.
 
@@ -104,6 +105,9 @@ def beam_search(
     vocab_size: number of true classes, those after it are padding of the
       table; None for all V.
     forbidden: bool [vocab_size], classes that must not be said.
+    alphabet: int32 [U], ascending, given with `vocab_size`: the logits are
+      [B, K, U], of these tokens; no other is said. That of the constraint
+      gives the same answers for less work. None: of all tokens.
 
   Returns:
     ids int32 [B, num_best, G] without eos; lengths int32 [B, num_best];
@@ -134,6 +138,7 @@ def beam_search(
     constraint=constraint,
     vocab_size=vocab_size,
     forbidden=forbidden,
+    alphabet=alphabet,
   )
 
   def decode(search: _Search) -> _Search:
@@ -141,7 +146,9 @@ def beam_search(
       search.tokens, search.t, axis=2, keepdims=False
     )
     logits, cache = step(said, search.t, search.cache)
-    _check_beam(beam_size, logits.shape[-1], vocab_size)
+    _check_beam(
+      beam_size, num_classes(logits, vocab_size, alphabet), vocab_size
+    )
     log_probs = rules.log_probs(logits, search.tokens, search.states, search.t)
     search, parents = _select(log_probs, search, rules)
     # With one hypothesis the order never changes.
@@ -203,6 +210,8 @@ def _select(
   beam_size = log_probs.shape[1]
   totals = log_probs + search.log_probs[..., None]
   values, parents, tokens = _best(totals, 2 * beam_size)
+  if rules.alphabet is not None:
+    tokens = jnp.asarray(rules.alphabet)[tokens]
   is_eos = tokens == rules.eos_id
   search = _finish(search, values, parents, is_eos)
   # Stable, so that candidates stay ordered. At most K of the 2 K say eos, one

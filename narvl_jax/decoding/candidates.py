@@ -13,7 +13,7 @@ from narvl_jax.decoding.constraint import (
   advance,
   allowed_tokens,
 )
-from narvl_jax.decoding.rules import allowed_classes
+from narvl_jax.decoding.rules import allowed_classes, num_classes
 from narvl_jax.errors import UserError
 
 # (tokens int32 [B, C', L + 1], cache) -> logits [B, C', L + 1, V].
@@ -32,6 +32,7 @@ def score_candidates(
   constraint: Automaton | None = None,
   vocab_size: int | None = None,
   forbidden: np.ndarray | jax.Array | None = None,
+  alphabet: np.ndarray | None = None,
 ) -> jax.Array:
   """Returns the log-probabilities float32 [B, C] of the candidates.
 
@@ -56,6 +57,9 @@ def score_candidates(
     vocab_size: number of true classes, those after it are padding of the
       table; None for all V.
     forbidden: bool [vocab_size], classes that must not be said.
+    alphabet: int32 [U], ascending, given with `vocab_size`: the logits are
+      [B, C', L + 1, U], of these tokens. That of the constraint gives the same
+      scores for less work. None: of all tokens.
 
   Raises:
     UserError: there are no candidates, or groups of none.
@@ -78,12 +82,19 @@ def score_candidates(
     places = jnp.arange(targets.shape[1])
     targets = jnp.where(places == ends[:, None], eos_id, targets)
     logits = extend(_after(first_tokens, said), cache).astype(jnp.float32)
-    classes = logits.shape[-1]
+    classes = num_classes(logits, vocab_size, alphabet)
     allowed = allowed_classes(classes, vocab_size, forbidden)
     if constraint is not None:
       states = _walk(constraint, said)
       allowed &= allowed_tokens(constraint, states, classes, eos_id)
-    log_probs = _log_probs(logits, targets, allowed)
+    if alphabet is None:
+      log_probs = _log_probs(logits, targets, allowed)
+    else:
+      letters = jnp.asarray(alphabet)
+      index = jnp.minimum(jnp.searchsorted(letters, targets), len(letters) - 1)
+      log_probs = _log_probs(logits, index, allowed[..., letters])
+      known = letters[index] == targets
+      log_probs = jnp.where(known, log_probs, -jnp.inf)
     return jnp.sum(jnp.where(places <= ends[:, None], log_probs, 0.0), axis=-1)
 
   scores = jax.lax.map(

@@ -88,6 +88,15 @@ def repeated(
   return Automaton(*np.asarray(edges, np.int32).T, accepting=ends)
 
 
+def alphabet(automaton: Automaton, eos_id: int) -> np.ndarray:
+  """Returns int32 [U], sorted: eos and the tokens that an answer may hold.
+
+  Logits of other tokens need not be computed.
+  """
+  tokens = np.append(np.asarray(automaton.token), eos_id)
+  return np.unique(tokens).astype(np.int32)
+
+
 def leaving(automaton: Automaton, states: jax.Array) -> jax.Array:
   """Returns bool [..., E], the edges that leave states int32 [...]."""
   return jnp.asarray(automaton.source) == states[..., None]

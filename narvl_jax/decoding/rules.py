@@ -25,6 +25,8 @@ class Rules:
     constraint: only its answers are said.
     vocab_size: number of true classes; None for all.
     forbidden: bool [vocab_size], classes that are never said.
+    alphabet: int32 [U], tokens that the classes stand for, ascending; no other
+      is ever said. None: each for itself.
   """
 
   eos_id: int
@@ -35,6 +37,7 @@ class Rules:
   constraint: Automaton | None
   vocab_size: int | None
   forbidden: np.ndarray | jax.Array | None
+  alphabet: np.ndarray | None = None
 
   def log_probs(
     self, logits: jax.Array, tokens: jax.Array, states: jax.Array, t: jax.Array
@@ -48,21 +51,33 @@ class Rules:
       states: int32 [B, K], states of the constraint.
       t: int32, number of tokens so far.
     """
-    classes = logits.shape[-1]
+    classes = num_classes(logits, self.vocab_size, self.alphabet)
     allowed = allowed_classes(classes, self.vocab_size, self.forbidden)
     if self.constraint is not None:
       allowed &= allowed_tokens(self.constraint, states, classes, self.eos_id)
-    logits = jnp.where(allowed, logits.astype(jnp.float32), -jnp.inf)
-    log_probs = jax.nn.log_softmax(logits)
     ids = jnp.arange(classes)
-    # Not a number where all is forbidden; the comparison is false there.
-    sayable = (log_probs > -jnp.inf) & (ids != self.pad_id)
+    later = ids != self.pad_id
     early = (t < self.min_length)[:, None, None]
     late = (t >= self.max_length)[:, None, None]
-    sayable &= ~jnp.where(ids == self.eos_id, early, late)
+    later &= ~jnp.where(ids == self.eos_id, early, late)
     if self.no_repeat_ngram:
-      sayable &= ~_repeating(tokens, t, self.no_repeat_ngram, classes)
-    return jnp.where(sayable, log_probs, -jnp.inf)
+      later &= ~_repeating(tokens, t, self.no_repeat_ngram, classes)
+    if self.alphabet is not None:
+      allowed, later = (x[..., self.alphabet] for x in (allowed, later))
+    logits = jnp.where(allowed, logits.astype(jnp.float32), -jnp.inf)
+    log_probs = jax.nn.log_softmax(logits)
+    # Not a number where all is forbidden; the comparison is false there.
+    return jnp.where(later & (log_probs > -jnp.inf), log_probs, -jnp.inf)
+
+
+def num_classes(
+  logits: jax.Array, vocab_size: int | None, alphabet: np.ndarray | None
+) -> int:
+  """Returns V, to which ids refer; with an alphabet the logits hold fewer."""
+  if alphabet is None:
+    return logits.shape[-1]
+  assert vocab_size is not None, "an alphabet is one of a vocabulary"
+  return vocab_size
 
 
 def allowed_classes(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from narvl_jax.decoding.beam_search import beam_search
-from narvl_jax.decoding.constraint import answer_trie
+from narvl_jax.decoding.constraint import alphabet, answer_trie
 from narvl_jax.errors import UserError
 from tests.decoding.slow_beam_search import Hypothesis, slow_beam_search
 from tests.decoding.table_model import (
@@ -282,6 +282,49 @@ def test_missing_answers_are_empty_and_impossible():
   short = _search(GARDEN_PATH, constraint=only, max_length=1)
   assert short["lengths"] == [[0]]
   assert short["scores"] == [[-np.inf]]
+
+
+def test_logits_of_an_alphabet_are_enough():
+  rng = np.random.default_rng(3)
+  answers = [(3,), (3, 5), (5, 5, 7), (7, 7, 7), (5, 3)]
+  trie = answer_trie(answers)
+  letters = alphabet(trie, EOS)
+  assert letters.tolist() == [EOS, 3, 5, 7]
+
+  def few(tokens, t, model):
+    logits, model = step(tokens, t, model)
+    return logits[..., letters], model
+
+  def search(step, model, alphabet=None):
+    return beam_search(
+      step,
+      reorder,
+      model,
+      jnp.full(BATCH, BOS, jnp.int32),
+      eos_id=EOS,
+      pad_id=PAD,
+      beam_size=5,
+      num_best=5,
+      length_limit=LIMIT,
+      no_repeat_ngram=2,
+      constraint=trie,
+      vocab_size=CLASSES,
+      forbidden=np.arange(CLASSES) == 4,
+      alphabet=alphabet,
+    )
+
+  both = jax.jit(
+    lambda model: (search(step, model), search(few, model, letters))
+  )
+  for _ in range(20):
+    whole, part = jax.device_get(both(random_model(rng, beam=5)))
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6),
+      whole,
+      part,
+    )
+    # "7 7 7" says "7 7" twice.
+    assert (np.isfinite(part["scores"]).sum(axis=1) == 4).all()
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -9,7 +9,7 @@ import pytest
 
 from narvl_jax.decoding.beam_search import beam_search
 from narvl_jax.decoding.candidates import score_candidates
-from narvl_jax.decoding.constraint import answer_trie
+from narvl_jax.decoding.constraint import alphabet, answer_trie
 from narvl_jax.errors import UserError
 from tests.decoding.slow_beam_search import allowed_next, log_softmax
 from tests.decoding.table_model import (
@@ -131,6 +131,32 @@ def test_groups_do_not_matter(group_size):
   np.testing.assert_allclose(scores, expected, rtol=1e-6)
   # A distribution over all answers.
   np.testing.assert_allclose(np.exp(scores).sum(axis=1), 1, rtol=1e-5)
+
+
+def test_logits_of_an_alphabet_are_enough():
+  model = random_model(np.random.default_rng(4), beam=1)
+  first = jnp.full(BATCH, BOS, jnp.int32)
+  # Of these the constraint lacks some, and the alphabet their tokens.
+  answers = [(3,), (3, 5), (4, 3), (5, 5, 3), (7,), (3, 7)]
+  ids, lengths = _arrays(answers, len(answers))
+  trie = fixed_shape(answer_trie([(3,), (3, 5), (5, 5, 3)]))
+  letters = alphabet(answer_trie([(3,), (3, 5), (5, 5, 3)]), EOS)
+  assert letters.tolist() == [EOS, 3, 5]
+  whole = _score(model, first, ids, lengths, trie)
+  part = score_candidates(
+    jax.jit(lambda tokens, model: _extend(tokens, model)[..., letters]),
+    jax.tree.map(jnp.asarray, model),
+    first,
+    ids,
+    lengths,
+    eos_id=EOS,
+    group_size=GROUP,
+    constraint=trie,
+    vocab_size=CLASSES,
+    alphabet=letters,
+  )
+  np.testing.assert_allclose(part, whole, rtol=1e-6)
+  assert (np.isinf(part).sum(axis=1) == 3).all()
 
 
 def test_a_beam_as_large_as_the_set_finds_the_same_answers():
