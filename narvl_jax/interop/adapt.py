@@ -168,7 +168,8 @@ def adapt(
   if options.autoregressive and not of_ofa:
     raise UserError(
       f"--decoder=autoregressive, but the weights are of NARVL: they have"
-      f" {QUERY_KEY}; nearest valid: --decoder=parallel"
+      f" {QUERY_KEY}; nearest valid: --decoder=parallel (--decoder or, of"
+      " --config, model.decoder)"
     )
   if not options.autoregressive:
     if of_ofa:
