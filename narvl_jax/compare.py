@@ -1,0 +1,319 @@
+"""Compares the parallel model with its autoregressive counterpart.
+
+    python -m narvl_jax.compare --nar=runs/nar --ar=runs/ar
+    python -m narvl_jax.compare --nar=runs/nar --ar=runs/ar \
+      --tasks=caption,vqa --batch_sizes=1,8 --rounds=20 --to=comparison
+    python -m narvl_jax.compare --size=base --uncached --batch_sizes=1
+
+Prints tables of quality and latency of every way to decode, and writes
+comparison.json and latency.png into --to. With --size, latency alone, of
+random weights at the resolutions of the official models.
+`narvl_jax/comparison/README.md` says what is measured and how to read it.
+"""
+
+import datetime
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from absl import flags
+
+from narvl_jax import cli
+from narvl_jax.benchmarks import timing
+from narvl_jax.comparison import latency, random_weights, report, runs
+from narvl_jax.comparison.case import Case, length_programs
+from narvl_jax.comparison.plot import draw_lengths
+from narvl_jax.comparison.ways import UNCACHED
+from narvl_jax.errors import UserError
+from narvl_jax.evaluation.reporting import write_json
+
+JSON_FILE, PLOT_FILE = "comparison.json", "latency.png"
+
+
+def compare(
+  nar: str = "",
+  ar: str = "",
+  *,
+  size: str = "",
+  tasks: Sequence[str] = (),
+  split: str = "test",
+  max_examples: int | None = None,
+  checkpoint: str | int = "last",
+  image_size: int | None = None,
+  batch_sizes: Sequence[int] = (1, 8),
+  rounds: int = 10,
+  lengths: Sequence[int] = (1, 2, 4, 8, 16, 20),
+  beam_size: int = 5,
+  ways: Sequence[str] = (),
+  uncached: bool = False,
+  measure_quality: bool = True,
+  measure_latency: bool = True,
+  to: str | None = None,
+) -> dict[str, Any]:
+  """Measures, prints tables and writes the results.
+
+  Args:
+    nar: run folder of a parallel model.
+    ar: run folder of an autoregressive one.
+    size: a named size with random weights instead of the runs.
+    tasks: all that the runs share by default.
+    split: of the data sets.
+    max_examples: at most this many of every data set; all if None.
+    checkpoint: "best", "last" or a step.
+    image_size: pixels a side, for `size`; those of the task if None.
+    batch_sizes: for latency.
+    rounds: how often each program is timed.
+    lengths: tokens of an answer at which decoders are timed; may be empty.
+    beam_size: of both models.
+    ways: labels such as "AR beam"; all by default.
+    uncached: also time greedy search without a cache.
+    measure_quality: on the split; not for `size`.
+    measure_latency: of encoders and decoders.
+    to: folder for the results; None: they are only printed.
+
+  Returns:
+    What `comparison.json` holds, see `narvl_jax/comparison/README.md`.
+
+  Raises:
+    UserError: an argument is wrong, or the runs do not belong together.
+  """
+  _check(nar, ar, size, image_size, measure_quality, measure_latency)
+  _check_numbers(
+    max_examples=[max_examples] if max_examples is not None else [],
+    batch_sizes=batch_sizes,
+    rounds=[rounds],
+    lengths=lengths,
+    beam_size=[beam_size],
+  )
+  options: dict[str, Any] = {
+    "beam_size": beam_size,
+    "wanted": ways,
+    "uncached": uncached,
+  }
+  opened: dict[str, runs.Run] = {}
+  cases: dict[str, Callable[[], Case]] = {}
+  if size:
+    measure_quality = False
+    loads = random_weights.workloads(tasks, image_size)
+    for task, load in loads.items():
+      cases[task] = lambda t=task, w=load: random_weights.make_case(
+        size, t, w, **options
+      )
+  else:
+    opened = runs.open_runs(nar, ar, checkpoint)
+    for task in runs.common_tasks(opened, tasks):
+      cases[task] = lambda t=task: runs.make_case(opened, t, split, **options)
+  result = _header(opened, size, batch_sizes, rounds, measure_latency)
+  for task, make in cases.items():
+    print(f"{task} ...", flush=True)
+    case = make()
+    entry = _entry(case)
+    result["tasks"][task] = entry
+    if measure_quality:
+      _add_quality(entry, case, opened, split, max_examples)
+    if measure_latency:
+      _add_latency(entry, case, batch_sizes, rounds)
+      if lengths and "lengths" not in result:
+        result["lengths"] = _curves(case, lengths, beam_size, rounds)
+  print(report.format_report(result), flush=True)
+  if to is not None:
+    _write(pathlib.Path(to), result)
+  return result
+
+
+def _check(
+  nar: str,
+  ar: str,
+  size: str,
+  image_size: int | None,
+  measure_quality: bool,
+  measure_latency: bool,
+) -> None:
+  if size and (nar or ar):
+    raise UserError(
+      f"--size={size} has random weights and needs no runs; drop --size, or"
+      " --nar and --ar"
+    )
+  if not size:
+    for flag, value in (("nar", nar), ("ar", ar)):
+      if not value:
+        raise UserError(f"--{flag}=RUN is missing (or use --size=base)")
+    if image_size is not None:
+      raise UserError(
+        f"--image_size={image_size} is for --size; runs have their own"
+      )
+  if not (measure_latency or (measure_quality and not size)):
+    raise UserError(
+      "nothing is left to measure; drop --no_latency"
+      + ("" if size else " or --no_quality")
+    )
+
+
+def _check_numbers(**numbers: Sequence[int]) -> None:
+  for flag, values in numbers.items():
+    for value in values:
+      if value < 1:
+        raise UserError(
+          f"--{flag}={value} is below 1; nearest valid: --{flag}=1"
+        )
+
+
+def _header(
+  opened: dict[str, runs.Run],
+  size: str,
+  batch_sizes: Sequence[int],
+  rounds: int,
+  measure_latency: bool,
+) -> dict[str, Any]:
+  models = {kind: run.describe() for kind, run in opened.items()}
+  dtype = "float32 weights"
+  now = datetime.datetime.now(datetime.UTC)
+  return {
+    "date": now.isoformat(timespec="seconds"),
+    "environment": {
+      **timing.environment(),
+      "devices": jax.device_count(),
+      "flax": flax.__version__,
+      "numpy": np.__version__,
+    },
+    "dtype": dtype,
+    "models": models or {"both": {"size": size, "weights": "random"}},
+    "latency": measure_latency,
+    "batch_sizes": list(batch_sizes),
+    "rounds": rounds,
+    "tasks": {},
+  }
+
+
+def _entry(case: Case) -> dict[str, Any]:
+  ways: dict[str, Any] = {}
+  for way in case.ways:
+    ways[way.label] = (
+      {"not_applicable": way.reason}
+      if way.decoding is None
+      else {"decoding": dict(vars(way.decoding))}
+    )
+  return {"facts": dict(case.facts), "ways": ways}
+
+
+def _add_quality(
+  entry: dict[str, Any],
+  case: Case,
+  opened: dict[str, runs.Run],
+  split: str,
+  max_examples: int | None,
+) -> None:
+  for way in case.ways:
+    # Without a cache the answers are the same.
+    if way.decoding is not None and way.label != UNCACHED:
+      entry["ways"][way.label]["quality"] = runs.quality(
+        opened[way.model], case.task, way, split, max_examples
+      )
+
+
+def _add_latency(
+  entry: dict[str, Any], case: Case, batch_sizes: Sequence[int], rounds: int
+) -> None:
+  for size in batch_sizes:
+    times = latency.measure(
+      case.encoders, case.programs, case.batches(size, rounds), rounds=rounds
+    )
+    for label, measured in times.items():
+      way = entry["ways"][label]
+      way.setdefault("latency", {})[str(size)] = measured
+
+
+def _curves(
+  case: Case, lengths: Sequence[int], beam_size: int, rounds: int
+) -> dict[str, Any]:
+  return {
+    "task": case.task,
+    "batch": 1,
+    "queries": case.facts["queries"],
+    "curves": latency.length_curves(
+      case.encoders,
+      length_programs(case, sorted(set(lengths)), beam_size),
+      case.batches(1, 1)[0],
+      rounds=rounds,
+    ),
+  }
+
+
+def _write(folder: pathlib.Path, result: dict[str, Any]) -> None:
+  write_json(folder / JSON_FILE, result)
+  print(f"wrote {folder / JSON_FILE}")
+  if "lengths" in result:
+    draw_lengths(folder / PLOT_FILE, result["lengths"])
+    print(f"wrote {folder / PLOT_FILE}")
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("nar", "", "Run folder of a parallel model.")
+  flags.DEFINE_string("ar", "", "Run folder of an autoregressive model.")
+  flags.DEFINE_string(
+    "size", "", "Random weights of this size instead, for latency alone."
+  )
+  flags.DEFINE_list("tasks", [], "Tasks; default: all.")
+  flags.DEFINE_string("split", "test", "Split of the data sets.")
+  flags.DEFINE_integer(
+    "max_examples", None, "At most this many of every data set."
+  )
+  flags.DEFINE_string("checkpoint", "last", "best, last or a step.")
+  flags.DEFINE_integer("image_size", None, "Pixels a side, for --size.")
+  flags.DEFINE_list("batch_sizes", ["1", "8"], "Examples at a time.")
+  flags.DEFINE_integer("rounds", 10, "How often each program is timed.")
+  flags.DEFINE_list(
+    "lengths",
+    ["1", "2", "4", "8", "16", "20"],
+    "Tokens of an answer, for the plot; empty: no plot.",
+  )
+  flags.DEFINE_integer("beam_size", 5, "Hypotheses of the beam searches.")
+  flags.DEFINE_list("ways", [], "Such as ar-beam; default: all.")
+  flags.DEFINE_bool("uncached", False, "Time greedy search without a cache.")
+  flags.DEFINE_bool("no_quality", False, "Do not score the answers.")
+  flags.DEFINE_bool("no_latency", False, "Do not time anything.")
+  flags.DEFINE_string("to", None, "Folder for the results.")
+
+
+def _numbers(flag: str) -> list[int]:
+  values = getattr(flags.FLAGS, flag)
+  for value in values:
+    if not value.strip().isdecimal():
+      raise UserError(
+        f'--{flag}: "{value}" is no whole number; such as --{flag}=1,8'
+      )
+  return [int(value) for value in values]
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry point."""
+  del argv
+  settings = flags.FLAGS
+  compare(
+    settings.nar,
+    settings.ar,
+    size=settings.size,
+    tasks=settings.tasks,
+    split=settings.split,
+    max_examples=settings.max_examples,
+    checkpoint=settings.checkpoint,
+    image_size=settings.image_size,
+    batch_sizes=_numbers("batch_sizes"),
+    rounds=settings.rounds,
+    lengths=_numbers("lengths"),
+    beam_size=settings.beam_size,
+    ways=settings.ways,
+    uncached=settings.uncached,
+    measure_quality=not settings.no_quality,
+    measure_latency=not settings.no_latency,
+    to=settings.to,
+  )
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)

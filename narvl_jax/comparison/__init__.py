@@ -1,0 +1,1 @@
+"""The parallel model against its autoregressive counterpart; see README.md."""

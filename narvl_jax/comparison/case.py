@@ -1,0 +1,143 @@
+"""What is timed for one task, wherever models and pictures come from."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from narvl_jax.comparison.latency import Batch, Network, Program
+from narvl_jax.comparison.uncached import UncachedReader
+from narvl_jax.comparison.ways import AR, BASELINE, NAR, UNCACHED, Way
+from narvl_jax.decoding import (
+  AutoregressiveReader,
+  Decoding,
+  prepare_variables,
+)
+from narvl_jax.decoding.steps import Reader
+from narvl_jax.models import make_model
+
+
+class Model(NamedTuple):
+  """A model of the comparison.
+
+  Attributes:
+    encoder: name of its encoder in `Case.encoders`.
+    network: with variables as the readers take them.
+    variables: as they were restored, of the model without a cache.
+  """
+
+  encoder: str
+  network: Network
+  variables: Any
+
+  @classmethod
+  def of(
+    cls, encoder: str, model: Any, variables: Any, rules: tuple[Any, ...] = ()
+  ) -> "Model":
+    """Prepares the variables for the readers."""
+    prepared = prepare_variables(model, variables)
+    return cls(encoder, Network(model, prepared, rules), variables)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A task of the comparison.
+
+  Attributes:
+    task: its name.
+    models: "AR" and "NAR".
+    ways: all, also those that do not apply.
+    programs: of those that do, by label.
+    batches: (batch size, number) -> batches of the same pictures and prompts
+      for both models.
+    facts: shapes, for the report.
+  """
+
+  task: str
+  models: Mapping[str, Model]
+  ways: Sequence[Way]
+  programs: Mapping[str, Program]
+  batches: Callable[[int, int], list[Batch]]
+  facts: Mapping[str, Any]
+
+  @property
+  def encoders(self) -> dict[str, Network]:
+    """Every encoder once, by name."""
+    return {model.encoder: model.network for model in self.models.values()}
+
+
+def program_of(
+  model: Model, label: str, reader: Reader, lengths: np.ndarray
+) -> Program:
+  """Returns what runs a way to decode."""
+  network = model.network
+  if label == UNCACHED:
+    assert isinstance(reader, AutoregressiveReader)
+    reader = UncachedReader(
+      reader.classes, reader.length_limit, reader.prompted
+    )
+    network = network._replace(variables=model.variables)
+  return Program(network, model.encoder, reader, lengths)
+
+
+def length_programs(
+  case: Case, lengths: Sequence[int], beam_size: int
+) -> dict[str, dict[int, Program]]:
+  """Returns label -> tokens of an answer -> program, for `length_curves`.
+
+  The autoregressive model is made to say exactly so many tokens and eos, by
+  lengths that are inputs of one program. The parallel one has its own queries
+  at all lengths, and as many as tokens and eos in the curve of that name.
+  """
+  ar, nar = case.models[AR], case.models[NAR]
+  greedy = case.programs[f"{AR} greedy"].reader
+  assert isinstance(greedy, AutoregressiveReader)
+  base = case.programs[BASELINE]
+  readers = {
+    f"{AR} greedy": Decoding(min_length=0),
+    f"{AR} beam {beam_size}": Decoding(
+      "beam", beam_size=beam_size, min_length=0
+    ),
+  }
+  if UNCACHED in case.programs:
+    readers[UNCACHED] = Decoding(min_length=0)
+  programs = {
+    label: {
+      length: program_of(
+        ar,
+        label,
+        dataclasses.replace(
+          greedy, decoding=decoding, length_limit=max(lengths)
+        ),
+        np.full(2, length, np.int32),
+      )
+      for length in lengths
+    }
+    for label, decoding in readers.items()
+  }
+  queries: Any = nar.network.model
+  own = queries.config.num_queries
+  programs[f"{NAR} greedy, {own} queries"] = dict.fromkeys(lengths, base)
+  programs[f"{NAR} greedy, a query a token"] = {
+    length: base._replace(network=with_queries(nar.network, length + 1))
+    for length in lengths
+  }
+  return programs
+
+
+def with_queries(network: Network, count: int) -> Network:
+  """Returns a parallel model with some number of its queries, repeated."""
+  model: Any = network.model
+  params = network.variables["params"]
+  queries = params["decoder"]["query_embed"]
+  queries = np.resize(np.asarray(queries), (count, queries.shape[1]))
+  decoder = {**params["decoder"], "query_embed": jax.numpy.asarray(queries)}
+  return network._replace(
+    model=make_model(dataclasses.replace(model.config, num_queries=count)),
+    variables={
+      **network.variables,
+      "params": {**params, "decoder": decoder},
+    },
+  )

@@ -1,0 +1,99 @@
+"""What the comparison prints and writes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from narvl_jax.benchmarks.timing import format_megabytes, format_table
+
+_HEADING = (
+  "",
+  "quality",
+  "encoder ms",
+  "decoder ms (p95)",
+  "whole ms (p95)",
+  "passes",
+  "temp MB",
+  "decoder x",
+  "whole x",
+)
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+  """Returns the report of `compare` as tables for people.
+
+  A table for each task and batch size. "decoder x" and "whole x" are the
+  times over those of the parallel model's greedy decoding.
+  """
+  facts = {**report["environment"], "dtype": report["dtype"]}
+  parts = [
+    f"{report['date']} " + " ".join(f"{k}={v}" for k, v in facts.items()),
+    *(
+      f"{kind}: " + " ".join(f"{k}={v}" for k, v in entry.items())
+      for kind, entry in report["models"].items()
+    ),
+  ]
+  for task, entry in report["tasks"].items():
+    sizes = report["batch_sizes"] if report["latency"] else [None]
+    for size in sizes:
+      parts += ["", _title(task, entry, size), "", _table(entry, size)]
+    parts += _reasons(entry)
+  if report.get("lengths"):
+    parts += ["", _lengths(report["lengths"])]
+  return "\n".join(parts)
+
+
+def _title(task: str, entry: Mapping[str, Any], size: int | None) -> str:
+  facts = {} if size is None else {"batch": size, **entry["facts"]}
+  return " ".join([f"{task}:", *(f"{k}={v}" for k, v in facts.items())])
+
+
+def _table(entry: Mapping[str, Any], size: int | None) -> str:
+  rows: list[tuple[str, ...]] = [_HEADING]
+  for label, way in entry["ways"].items():
+    if "not_applicable" in way:
+      rows.append((label, "n/a", *("",) * (len(_HEADING) - 2)))
+      continue
+    times = way.get("latency", {}).get(str(size))
+    rows.append((label, _quality(way), *_times(times)))
+  return format_table(rows)
+
+
+def _quality(way: Mapping[str, Any]) -> str:
+  metrics = way.get("quality", {}).get("metrics")
+  if not metrics:
+    return "-"
+  name, value = next(iter(metrics.items()))
+  return f"{name} {100 * value:.1f} %"
+
+
+def _times(times: Mapping[str, Any] | None) -> tuple[str, ...]:
+  if times is None:
+    return ("-",) * (len(_HEADING) - 2)
+  return (
+    f"{times['encoder_ms']['median']:.1f}",
+    *(
+      f"{times[key]['median']:.1f} ({times[key]['p95']:.1f})"
+      for key in ("decoder_ms", "whole_ms")
+    ),
+    f"{times['passes']:.1f}",
+    format_megabytes(times["memory"].get("temp")),
+    f"{times['decoder_ratio']:.2f}",
+    f"{times['whole_ratio']:.2f}",
+  )
+
+
+def _reasons(entry: Mapping[str, Any]) -> list[str]:
+  return [
+    f"{label}: n/a, {way['not_applicable']}"
+    for label, way in entry["ways"].items()
+    if "not_applicable" in way
+  ]
+
+
+def _lengths(lengths: Mapping[str, Any]) -> str:
+  """Returns the median decoder time at every length of an answer."""
+  counts = next(iter(lengths["curves"].values()))["lengths"]
+  rows = [("decoder ms at tokens", *map(str, counts))]
+  for label, curve in lengths["curves"].items():
+    rows.append((label, *(f"{x:.1f}" for x in curve["decoder_ms"])))
+  return f"{lengths['task']}: batch={lengths['batch']}\n\n" + format_table(rows)

@@ -1,0 +1,313 @@
+"""The comparison of two trained runs: checks, pictures, quality."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from narvl_jax import experiment as experiment_lib
+from narvl_jax.comparison.case import Case, Model, program_of
+from narvl_jax.comparison.latency import Batch
+from narvl_jax.comparison.ways import AR, NAR, Way, choose, ways_of
+from narvl_jax.config import to_json
+from narvl_jax.data import pipeline
+from narvl_jax.data.example import Record
+from narvl_jax.decoding import Decoding
+from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.evaluation import evaluator
+from narvl_jax.evaluation.predictor import Predictor
+from narvl_jax.evaluation.readers import (
+  answer_lengths,
+  make_reader,
+  reference_decoding,
+)
+from narvl_jax.parallel import activation_rules
+from narvl_jax.training import workdir as workdir_lib
+
+# Both must see the same pictures and prompts.
+_SAME_DATA = ("image_size", "max_text_length")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A restored run.
+
+  Attributes:
+    flag: "nar" or "ar".
+    workdir: its folder.
+    experiment: model, vocabulary and tasks.
+    variables: weights.
+    step: of the checkpoint.
+  """
+
+  flag: str
+  workdir: str
+  experiment: experiment_lib.Experiment
+  variables: Any
+  step: int
+
+  def describe(self) -> dict[str, Any]:
+    """Returns what the report says of it."""
+    leaves = jax.tree.leaves(self.variables["params"])
+    config = self.experiment.model_config
+    return {
+      "run": str(self.workdir),
+      "step": self.step,
+      "parameters": sum(leaf.size for leaf in leaves),
+      "dtype": np.dtype(config.dtype).name,
+      "vocabulary": self.experiment.vocabulary.fingerprint,
+      "size": self.experiment.config.model.size,
+    }
+
+
+def open_runs(nar: str, ar: str, checkpoint: str | int) -> dict[str, Run]:
+  """Reads both runs, "NAR" and "AR".
+
+  Raises:
+    UserError: a folder holds no run, or one of the other kind; vocabularies,
+      pictures or prompts differ.
+  """
+  for flag, path in (("nar", nar), ("ar", ar)):
+    if not workdir_lib.is_run(workdir_lib.pathlib.Path(path)):
+      raise UserError(
+        f'"{path}" holds no run (--{flag}=RUN, a folder of narvl_jax.train)'
+      )
+  runs = {
+    kind: Run(flag, path, *experiment_lib.restore(path, checkpoint))
+    for kind, flag, path in ((NAR, "nar", nar), (AR, "ar", ar))
+  }
+  kinds = {kind: run.experiment.autoregressive for kind, run in runs.items()}
+  if kinds[NAR] and not kinds[AR]:
+    raise UserError(
+      f"the runs are in each other's place, swap them: --nar={ar} --ar={nar}"
+    )
+  if kinds[NAR]:
+    raise UserError(
+      f"--nar={nar} is an autoregressive run; give one of the parallel model"
+      ' (config.model.decoder="parallel")'
+    )
+  if not kinds[AR]:
+    raise UserError(
+      f"--ar={ar} is a run of the parallel model; give an autoregressive one"
+      ' (config.model.decoder="autoregressive")'
+    )
+  _check_same(runs[NAR], runs[AR])
+  return runs
+
+
+def _check_same(nar: Run, ar: Run) -> None:
+  one, other = (run.experiment.vocabulary.fingerprint for run in (nar, ar))
+  if one != other:
+    raise UserError(
+      f"the runs have different vocabularies, {one[:12]} in {nar.workdir} and"
+      f" {other[:12]} in {ar.workdir}; train one with the vocabulary of the"
+      " other, or name others (--nar, --ar)"
+    )
+  for key in _SAME_DATA:
+    values = [to_json(run.experiment.config.data)[key] for run in (nar, ar)]
+    if values[0] != values[1]:
+      raise UserError(
+        f"data.{key} is {values[0]} in {nar.workdir} and {values[1]} in"
+        f" {ar.workdir}; train one again with --config.data.{key} of the other,"
+        " or name others (--nar, --ar)"
+      )
+
+
+def common_tasks(runs: dict[str, Run], wanted: Sequence[str]) -> list[str]:
+  """Returns the tasks to compare.
+
+  Raises:
+    UserError: one is unknown, or is evaluated on other data by one run; there
+      is none.
+  """
+  entries = {
+    kind: to_json(run.experiment.config.data.evaluation)
+    for kind, run in runs.items()
+  }
+  tasks = {
+    kind: list(dict.fromkeys(entry["task"] for entry in found.values()))
+    for kind, found in entries.items()
+  }
+  common = [task for task in tasks[NAR] if task in tasks[AR]]
+  for task in wanted:
+    if task not in common:
+      raise UserError(
+        f'--tasks: the runs do not share a task "{task}".'
+        f"{did_you_mean(task, common)}"
+      )
+  if not common:
+    raise UserError(
+      f"the runs share no task: {', '.join(tasks[NAR])} (--nar) and"
+      f" {', '.join(tasks[AR])} (--ar)"
+    )
+  chosen = list(dict.fromkeys(wanted)) or common
+  for task in chosen:
+    one, other = (
+      {name: e for name, e in found.items() if e["task"] == task}
+      for found in (entries[NAR], entries[AR])
+    )
+    if one != other:
+      raise UserError(
+        f"the runs evaluate {task} on different data: {one} and {other}; leave"
+        " it out of --tasks, or name other runs (--nar, --ar)"
+      )
+  return chosen
+
+
+def make_case(
+  runs: dict[str, Run],
+  task: str,
+  split: str,
+  *,
+  beam_size: int,
+  wanted: Sequence[str],
+  uncached: bool,
+) -> Case:
+  """Returns what is timed of a task.
+
+  Raises:
+    UserError: a way to decode does not fit the models, or there is no such
+      split.
+  """
+  space, reason = None, "any text is an answer"
+  try:
+    space = runs[NAR].experiment.tasks[task].answer_space()
+  except UserError as error:
+    reason = str(error)
+  reference = reference_decoding(runs[AR].experiment, task)
+  ways = choose(
+    ways_of(space, reason, reference, beam_size=beam_size, uncached=uncached),
+    wanted,
+  )
+  models = {
+    kind: Model.of(
+      kind,
+      run.experiment.model,
+      run.variables,
+      activation_rules(run.experiment.config.mesh.rules),
+    )
+    for kind, run in runs.items()
+  }
+  programs = {
+    way.label: program_of(
+      models[way.model],
+      way.label,
+      make_reader(runs[way.model].experiment, task, way.decoding),
+      answer_lengths(runs[way.model].experiment, way.decoding),
+    )
+    for way in ways
+    if way.decoding is not None
+  }
+  records = _records(runs[NAR].experiment, task, split)
+  config: Any = runs[NAR].experiment
+  data = config.config.data
+  return Case(
+    task,
+    models,
+    ways,
+    programs,
+    lambda size, count: _batches(runs, task, records, size, count),
+    {
+      "image_size": list(data.image_size),
+      "text_length": data.max_text_length,
+      "queries": config.model_config.num_queries,
+    },
+  )
+
+
+def _records(
+  experiment: experiment_lib.Experiment, task: str, split: str
+) -> Sequence[Record]:
+  """Opens the first data set of a task."""
+  config: Any = experiment.config
+  names = [n for n, e in config.data.evaluation.items() if e.task == task]
+  return evaluator.load_dataset(config, names[0], split)
+
+
+def _batches(
+  runs: dict[str, Run],
+  task: str,
+  records: Sequence[Record],
+  size: int,
+  count: int,
+) -> list[Batch]:
+  """Returns batches of records that are spread over a source.
+
+  Raises:
+    UserError: the runs make different prompts of a record.
+  """
+  indices = np.resize(
+    evaluator.spread(len(records), size * count), size * count
+  )
+  batches = []
+  for rows in indices.reshape(count, size):
+    one, other = (
+      _batch(run, task, [records[int(row)] for row in rows])
+      for run in runs.values()
+    )
+    if not np.array_equal(one["text"], other["text"]):
+      raise UserError(
+        f"the runs make different prompts of the same {task} records; their"
+        f" --config.tasks.{task} must be the same"
+      )
+    batches.append(one)
+  return batches
+
+
+def _batch(run: Run, name: str, records: Sequence[Record]) -> Batch:
+  experiment: Any = run.experiment
+  data, task = experiment.config.data, experiment.tasks[name]
+  batcher = pipeline.Batcher(
+    tuple(data.image_size), data.max_text_length, experiment.label_length
+  )
+  batch = batcher.empty(len(records))
+  for row, record in enumerate(records):
+    batcher.write(batch, row, record, task, target="none")
+  arrays = {key: batch[key] for key in ("image", "text", "image_mask")}
+  return {**arrays, "merge_repeats": np.full(len(records), task.merge_repeats)}
+
+
+def quality(
+  run: Run,
+  task: str,
+  way: Way,
+  split: str,
+  max_examples: int | None,
+) -> dict[str, Any]:
+  """Returns "metrics" of a way to decode, main one first, and "examples".
+
+  Raises:
+    UserError: no such split, or too many records are bad.
+  """
+  assert way.decoding is not None
+  predictions = list(_predictions(run, task, way.decoding, split, max_examples))
+  report = evaluator.summarise(predictions, split=split, step=run.step)
+  return {
+    "metrics": report["tasks"].get(task, {}),
+    "examples": report["counts"].get(task, 0),
+  }
+
+
+def _predictions(
+  run: Run,
+  task: str,
+  decoding: Decoding,
+  split: str,
+  max_examples: int | None,
+) -> Iterable[dict[str, Any]]:
+  config: Any = run.experiment.config
+  predictor = Predictor(run.experiment, run.variables, {task: decoding})
+  for name, entry in config.data.evaluation.items():
+    if entry.task != task:
+      continue
+    source = evaluator.load_dataset(config, name, split)
+    indices = evaluator.spread(len(source), max_examples)
+    for answer in predictor.answers(
+      evaluator.Subset(source, indices),
+      task,
+      batch_size=config.evaluation.batch_size,
+    ):
+      place = {"dataset": name, "index": int(indices[answer.index])}
+      yield evaluator.describe(answer) | place

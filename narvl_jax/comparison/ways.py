@@ -1,0 +1,112 @@
+"""The ways to decode that are compared."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from narvl_jax.data.tasks import AnswerSpace
+from narvl_jax.decoding import Decoding
+from narvl_jax.errors import UserError, did_you_mean
+
+AR, NAR = "AR", "NAR"
+# What all others are divided by.
+BASELINE = f"{NAR} greedy"
+UNCACHED = f"{AR} uncached"
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+  """A model and how its answers are read.
+
+  Attributes:
+    model: "AR" or "NAR".
+    name: of the decoding.
+    decoding: None if it does not apply.
+    reason: why not.
+  """
+
+  model: str
+  name: str
+  decoding: Decoding | None
+  reason: str = ""
+
+  @property
+  def label(self) -> str:
+    """What tables call it."""
+    return f"{self.model} {self.name}"
+
+
+def ways_of(
+  space: AnswerSpace | None,
+  reason: str,
+  reference: Decoding,
+  *,
+  beam_size: int,
+  uncached: bool = False,
+) -> list[Way]:
+  """Returns the ways to decode a task.
+
+  The searches heed the task's set of answers where it has one. The
+  autoregressive beam search has the official settings of the task; where the
+  official code scores all answers instead, those of its other mode: the
+  log-probability is not divided by the length.
+
+  Args:
+    space: the answers that the task allows; None: any.
+    reason: why there is no `space`.
+    reference: official decoding of the autoregressive model.
+    beam_size: of both models.
+    uncached: also greedy search that recomputes all tokens for each.
+  """
+  constrained = space is not None
+  closed = space is not None and bool(space.sequences)
+  if closed or not constrained:
+    no_list = reason
+  else:
+    no_list = "there is no list of the answers"
+  beam = Decoding("beam", constrained=constrained, normalize=False)
+  if reference.method == "beam":
+    beam = reference
+  beam = dataclasses.replace(beam, beam_size=beam_size)
+  candidates = Decoding("candidates", constrained=True) if closed else None
+  fenced = Decoding(constrained=True) if constrained else None
+  parallel_beam = Decoding("beam", constrained=constrained, beam_size=beam_size)
+  ways = [
+    Way(AR, "greedy", Decoding()),
+    Way(AR, f"beam {beam_size}", beam),
+    Way(AR, "candidates", candidates, "" if closed else no_list),
+    Way(NAR, "greedy", Decoding()),
+    Way(NAR, "constrained", fenced, "" if constrained else reason),
+    Way(NAR, f"beam {beam_size}", parallel_beam),
+    Way(NAR, "candidates", candidates, "" if closed else no_list),
+  ]
+  if uncached:
+    ways.insert(1, Way(AR, "uncached", Decoding()))
+  return ways
+
+
+def choose(ways: Sequence[Way], wanted: Sequence[str]) -> list[Way]:
+  """Returns the ways of these labels; "AR beam" and "AR-beam-5" do as well.
+
+  Greedy decoding of the parallel model is always one of them.
+
+  Raises:
+    UserError: there is no such way.
+  """
+  if not wanted:
+    return list(ways)
+  names = {_plain(way.label): way for way in ways}
+  chosen = {BASELINE}
+  for label in wanted:
+    plain = _plain(label)
+    found = [n for n in names if n == plain or n.startswith(plain + "-")]
+    if not found:
+      raise UserError(
+        f'--ways: there is no way to decode "{label}".'
+        f"{did_you_mean(plain, names)}"
+      )
+    chosen |= {names[n].label for n in found}
+  return [way for way in ways if way.label in chosen]
+
+
+def _plain(label: str) -> str:
+  return "-".join(label.lower().replace("-", " ").replace("/", " ").split())
