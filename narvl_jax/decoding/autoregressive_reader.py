@@ -6,11 +6,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from narvl_jax.decoding.answers import AnswerSet, pad_answers
 from narvl_jax.decoding.beam_search import beam_search
 from narvl_jax.decoding.candidates import score_candidates
 from narvl_jax.decoding.classes import Classes
+from narvl_jax.decoding.constraint import alphabet
 from narvl_jax.decoding.settings import Decoding
 from narvl_jax.decoding.steps import Decoded, Inputs
 from narvl_jax.models import cached_decoder, project
@@ -37,7 +39,7 @@ class AutoregressiveReader:
   length_limit: int
   prompted: bool = False
   answers: AnswerSet | None = None
-  group_size: int = 64
+  group_size: int = 16
 
   def __call__(
     self, model: nn.Module, variables: Any, encoded: Any, inputs: Inputs
@@ -57,10 +59,12 @@ class AutoregressiveReader:
     lengths: jax.Array,
   ) -> Decoded:
     size = self.decoding.beam_size if self.decoding.method == "beam" else 1
-    network = _Network(model.config, variables["params"])
-    constraint = None
+    constraint = tokens = None
     if self.decoding.constrained and self.answers is not None:
       constraint = self.answers.automaton()
+      # No other logits are needed.
+      tokens = alphabet(constraint, self.classes.eos_id)
+    network = _Network(model.config, variables["params"], tokens)
     found = beam_search(
       network.step,
       cached_decoder.reorder,
@@ -78,6 +82,7 @@ class AutoregressiveReader:
       constraint=constraint,
       vocab_size=self.classes.vocab_size,
       forbidden=self.classes.mask(),
+      alphabet=tokens,
     )
     return {
       name: found[name]
@@ -90,7 +95,9 @@ class AutoregressiveReader:
     """Ranks the answers of a closed set by their log-probability."""
     assert self.answers is not None
     ids, lengths = pad_answers(self.answers, self.classes.pad_id)
-    network = _Network(model.config, variables["params"])
+    constraint = self.answers.automaton()
+    tokens = alphabet(constraint, self.classes.eos_id)
+    network = _Network(model.config, variables["params"], tokens)
     group = min(self.group_size, len(ids))
     log_probs = score_candidates(
       network.extend,
@@ -99,7 +106,8 @@ class AutoregressiveReader:
       ids,
       lengths,
       eos_id=self.classes.eos_id,
-      constraint=self.answers.automaton(),
+      constraint=constraint,
+      alphabet=tokens,
       vocab_size=self.classes.vocab_size,
       forbidden=self.classes.mask(),
       group_size=group,
@@ -119,10 +127,14 @@ class AutoregressiveReader:
 class _Network:
   """The cached decoder and the vocabulary, as the searches call them."""
 
-  def __init__(self, config: Any, params: Any) -> None:
+  def __init__(
+    self, config: Any, params: Any, tokens: np.ndarray | None
+  ) -> None:
+    """Takes the tokens whose logits are wanted; None: all."""
     self._config = config
     self._params = params["decoder"]
     self._table = params["embed_tokens"]
+    self._rows = self._table if tokens is None else self._table[tokens]
 
   def start(
     self, encoded: Any, prompt: Prompt, hypotheses: int, limit: int
@@ -153,7 +165,7 @@ class _Network:
     states, cache = cached_decoder.extend(
       self._config, self._params, cache, self._table, tokens, t
     )
-    return project(states, self._table), cache
+    return project(states, self._rows), cache
 
 
 def _last(prompt: Prompt) -> jax.Array:
