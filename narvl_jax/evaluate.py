@@ -3,6 +3,7 @@
 python -m narvl_jax.evaluate --workdir=runs/shapes [--split=test]
     [--checkpoint=best|last|STEP] [--max_examples=N] [--batch_size=B]
     [--decoding=greedy|beam|candidates|reference] [--constrained]
+    [--answers=answers.txt]
 
 Prints a table and writes into the run folder: evaluation.json,
 predictions/SPLIT.jsonl and predictions/SPLIT.png.
@@ -19,6 +20,7 @@ from narvl_jax import cli
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import decoding_flags, evaluator, reporting, results
+from narvl_jax.evaluation.answer_list import with_answers
 
 
 def evaluate(
@@ -30,6 +32,7 @@ def evaluate(
   batch_size: int | None = None,
   max_bad_fraction: float | None = None,
   decoding: Mapping[str, Any] | None = None,
+  answers: str = "",
 ) -> reporting.Report:
   """Evaluates a checkpoint, prints the table and writes the results.
 
@@ -42,12 +45,15 @@ def evaluate(
     batch_size: `config.evaluation.batch_size` if None.
     max_bad_fraction: of the records; `config.data.max_bad_fraction` if None.
     decoding: see `decoding_flags.decodings_for`.
+    answers: file of the answers that constrained VQA allows, see
+      `narvl_jax.data.answers`; that of the config if "".
 
   Returns:
     The report, see `evaluator.evaluate_tasks`.
 
   Raises:
-    UserError: no such run, checkpoint or split, or a number below 1.
+    UserError: no such run, checkpoint or split, or a number below 1; or
+      answers for a run without VQA.
   """
   for flag, value in (
     ("max_examples", max_examples),
@@ -59,6 +65,8 @@ def evaluate(
   settings: Any = experiment.config.evaluation
   if max_bad_fraction is not None:
     experiment.config.data.max_bad_fraction = max_bad_fraction
+  if answers:
+    experiment = with_answers(experiment, answers)
   if max_examples is None:
     max_examples = settings.max_examples or None
   start = time.monotonic()
@@ -99,6 +107,9 @@ def define_flags() -> None:
     lower_bound=0,
     upper_bound=1,
   )
+  flags.DEFINE_string(
+    "answers", "", "File of answers that VQA allows; by default the run's."
+  )
   decoding_flags.define_flags()
   flags.mark_flag_as_required("workdir")
 
@@ -115,6 +126,7 @@ def main(argv: Sequence[str]) -> None:
     batch_size=settings.batch_size,
     max_bad_fraction=settings.max_bad_fraction,
     decoding=decoding_flags.from_flags(),
+    answers=settings.answers,
   )
 
 

@@ -1,0 +1,170 @@
+"""Trains models that differ only in their decoder, and compares them.
+
+    python -m narvl_jax.benchmarks.twins --runs=runs/twins \
+      [--data=shapes,easy_vqa] [--seeds=0,1] [--kinds=nar,ar,distilled]
+    python -m narvl_jax.benchmarks.twins --table
+
+For each data set and seed: the parallel model (nar); its autoregressive twin
+(ar) with the same config, seed, steps and batches; and the parallel model once
+more, its captions those that the twin says of the first --labels scenes of the
+training split (distilled).
+
+The last checkpoint of each is read in several ways: nar and distilled greedily,
+greedily within the answers that a task allows, and by beam search within them;
+ar greedily and as the official code does. Which of them counts is decided for
+each task on the validation split, so that the other splits stay out of every
+choice. Pictures of the validation split of easy_vqa are trained on.
+
+Everything can be killed at any time; the same command goes on. Finished runs
+are not trained again, and each adds one line to --results. RUNS/DATA_KIND_SEED
+may also come from `python -m narvl_jax.train` with the config of the data set
+(`twins_runs.STUDIES`), --config.seed and --config.model.decoder. With --notrain
+only finished runs are read, so that others may still be trained elsewhere.
+"""
+
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from narvl_jax import cli
+from narvl_jax.benchmarks.twins_runs import STUDIES, Study, Twins
+from narvl_jax.benchmarks.twins_table import (
+  append_row,
+  format_table,
+  read_rows,
+)
+from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.training.announce import explain_failure
+from narvl_jax.training.interrupt import termination_raises
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "twins.jsonl"
+# In the order in which they are trained.
+_KINDS = ("nar", "ar", "distilled")
+
+
+def run(
+  runs: pathlib.Path,
+  results: pathlib.Path,
+  *,
+  studies: Mapping[str, Study],
+  seeds: Sequence[int],
+  kinds: Sequence[str],
+  labels: int = 20_000,
+  trains: bool = True,
+) -> None:
+  """Trains and measures what has no line in the results yet.
+
+  Args:
+    runs: folder of the run folders.
+    results: file with a line for each run.
+    studies: name -> data set.
+    seeds: of the runs.
+    kinds: some of "nar", "ar" and "distilled"; the twin that a student learns
+      from is trained too.
+    labels: captions that a twin says.
+    trains: whether runs that are not finished are trained.
+
+  Raises:
+    UserError: a folder holds something else, or a file cannot be read.
+  """
+  for name, study in studies.items():
+    twins = Twins(name, study, runs, labels, trains)
+    for seed in seeds:
+      for kind in kinds:
+        if (name, kind, seed) in read_rows(results):
+          continue
+        # A student learns captions.
+        if kind == "distilled" and not study.captions:
+          continue
+        print(f"\n{name}, {kind}, seed {seed}", flush=True)
+        if twins.prepare(kind, seed):
+          append_row(results, twins.measure(kind, seed))
+          print(f"added to {results}", flush=True)
+
+
+def table(results: pathlib.Path) -> str:
+  """Returns the table of a results file; see `twins_table.format_table`."""
+  return format_table(
+    read_rows(results),
+    {name: study.tasks for name, study in STUDIES.items()},
+    {name: study.splits for name, study in STUDIES.items()},
+  )
+
+
+def _chosen(flag: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
+  for name in names:
+    if name not in known:
+      raise UserError(f'--{flag}: no "{name}".{did_you_mean(name, known)}')
+  if not names:
+    raise UserError(f"--{flag} is empty; choose from {', '.join(known)}")
+  # In their order.
+  return [name for name in known if name in names]
+
+
+def _seeds(texts: Sequence[str]) -> list[int]:
+  for text in texts:
+    if not text.isdecimal():
+      raise UserError(f'--seeds: "{text}" is no seed; such as --seeds=0,1')
+  if not texts:
+    raise UserError("--seeds is empty; such as --seeds=0,1")
+  return sorted({int(text) for text in texts})
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("runs", "", "Folder of the run folders.")
+  flags.DEFINE_list("data", list(STUDIES), "Data sets.")
+  flags.DEFINE_list("seeds", ["0", "1"], "Seeds of the runs.")
+  flags.DEFINE_list("kinds", list(_KINDS), "What to train.")
+  flags.DEFINE_integer(
+    "labels", 20_000, "Captions that a twin says.", lower_bound=1
+  )
+  flags.DEFINE_bool("train", True, "Train what is not finished.")
+  flags.DEFINE_string("results", str(RESULTS), "File with a line a run.")
+  flags.DEFINE_bool("table", False, "Only print the table of the results.")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry point; on failure the last line says what to do."""
+  del argv
+  settings = flags.FLAGS
+  results = pathlib.Path(settings.results)
+  if results.is_dir():
+    raise UserError(f'--results="{results}" is a folder; give a file')
+  if not settings.table:
+    if not settings.runs:
+      raise UserError(
+        "--runs is missing: the folder of the run folders, such as"
+        " --runs=runs/twins; or --table to print what there is"
+      )
+    names = _chosen("data", settings.data, list(STUDIES))
+    _train_and_measure(
+      pathlib.Path(settings.runs),
+      results,
+      studies={name: STUDIES[name] for name in names},
+      seeds=_seeds(settings.seeds),
+      kinds=_chosen("kinds", settings.kinds, _KINDS),
+      labels=settings.labels,
+      trains=settings.train,
+    )
+  print(table(results))
+
+
+def _train_and_measure(runs: pathlib.Path, *args: Any, **kwargs: Any) -> None:
+  try:
+    with termination_raises():
+      run(runs, *args, **kwargs)
+  except UserError:
+    raise
+  except (KeyboardInterrupt, Exception) as error:
+    code, message = explain_failure(error, runs)
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)

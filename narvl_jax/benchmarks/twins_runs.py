@@ -1,0 +1,269 @@
+"""What is trained on a data set, where it lies, and how it is measured."""
+
+import dataclasses
+import datetime
+import functools
+import importlib
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from narvl_jax import experiment as experiment_lib
+from narvl_jax.benchmarks.twins_table import CHOICE_SPLIT, Row
+from narvl_jax.data.answers import collect_answers
+from narvl_jax.data.example import TASKS
+from narvl_jax.data.sources import load_source
+from narvl_jax.decoding import Decoding
+from narvl_jax.distill import distill
+from narvl_jax.errors import UserError
+from narvl_jax.evaluation.answer_list import with_answers
+from narvl_jax.evaluation.evaluator import evaluate_tasks
+from narvl_jax.evaluation.readers import reference_decoding
+from narvl_jax.evaluation.reporting import replacing
+from narvl_jax.train import train
+from narvl_jax.training import workdir as workdir_lib
+from narvl_jax.training.checkpoints import Checkpoints
+
+# Records of the training split whose answers are those that VQA allows.
+_ANSWER_RECORDS = 5000
+# Enough to choose among ways to decode.
+_CHOICE_EXAMPLES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """A data set on which twins are trained.
+
+  Attributes:
+    config: returns a new config of the parallel model.
+    tasks: those that it evaluates.
+    splits: those that are reported.
+    questions: name of its training data for VQA.
+    captions: name of the training data that a twin labels; "": none.
+    max_examples: of each reported split and task; None: all.
+  """
+
+  config: Callable[[], Any]
+  tasks: tuple[str, ...]
+  splits: tuple[str, ...]
+  questions: str
+  captions: str = ""
+  max_examples: int | None = None
+
+
+def _module(name: str) -> Any:
+  """Imports a module of the folder `configs`."""
+  try:
+    return importlib.import_module(f"configs.{name}")
+  except ModuleNotFoundError as error:
+    raise UserError(
+      f"there is no module configs.{name}: {error}; start the command in the"
+      ' folder of the repository, which holds "configs"'
+    ) from error
+
+
+def _config(name: str, variant: str = "") -> Any:
+  return _module(name).get_config(variant)
+
+
+STUDIES: Mapping[str, Study] = {
+  "shapes": Study(
+    functools.partial(_config, "shapes", "long"),
+    TASKS,
+    ("test", "held_out"),
+    questions="vqa",
+    captions="caption",
+  ),
+  "easy_vqa": Study(
+    functools.partial(_config, "easy_vqa"),
+    ("vqa",),
+    ("test",),
+    questions="questions",
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Twins:
+  """Where the runs of a study lie, and how they come to be.
+
+  Attributes:
+    name: of the study.
+    study: what is trained.
+    runs: folder of the run folders.
+    labels: captions that a twin says.
+    trains: whether runs that are not finished are trained.
+  """
+
+  name: str
+  study: Study
+  runs: pathlib.Path
+  labels: int = 20_000
+  trains: bool = True
+
+  def folder(self, kind: str, seed: int) -> pathlib.Path:
+    """Returns the run folder."""
+    return self.runs / f"{self.name}_{kind}_{seed}"
+
+  def config(self, kind: str, seed: int) -> Any:
+    """Returns the config; that of a student needs the teacher's captions."""
+    config = self.study.config()
+    config.seed = seed
+    if kind == "ar":
+      config.model.decoder = "autoregressive"
+    if kind == "distilled":
+      folder = str(self._captions(seed))
+      _module("common").add_distilled(config, folder, weight=1.0)
+    return config
+
+  def prepare(self, kind: str, seed: int) -> bool:
+    """Trains a run unless it is finished, and first what it learns from.
+
+    Returns:
+      Whether it is finished, which it is in the end if `trains`.
+
+    Raises:
+      UserError: its folder holds something else.
+    """
+    if kind == "distilled":
+      if not self.prepare("ar", seed):
+        return False
+      distill(
+        str(self.folder("ar", seed)),
+        str(self._captions(seed)),
+        datasets=[self.study.captions],
+        checkpoint="last",
+        decoding={"method": "reference"},
+        max_examples=self.labels,
+      )
+    folder, config = self.folder(kind, seed), self.config(kind, seed)
+    if _is_finished(folder, config):
+      return True
+    if not self.trains:
+      print(f"{folder} is not finished, passed over", flush=True)
+      return False
+    train(config, folder)
+    return True
+
+  def measure(self, kind: str, seed: int) -> Row:
+    """Reads the last checkpoint of a finished run in all ways.
+
+    Returns:
+      A line of the results, see `twins_table`.
+    """
+    start = time.monotonic()
+    folder = self.folder(kind, seed)
+    experiment, variables, step = experiment_lib.restore(folder, "last")
+    if "vqa" in experiment.tasks:
+      experiment = with_answers(experiment, self._answers())
+    settings = experiment.config.evaluation
+    limits = dict.fromkeys(self.study.splits, self.study.max_examples)
+    limits = {CHOICE_SPLIT: _CHOICE_EXAMPLES, **limits}
+    results: dict[str, Any] = {}
+    counts = {}
+    for split, limit in limits.items():
+      results[split] = {}
+      for name, decodings in ways_to_decode(experiment):
+        report, _ = evaluate_tasks(
+          experiment,
+          variables,
+          split=split,
+          max_examples=limit,
+          batch_size=settings.batch_size,
+          step=step,
+          decodings=decodings,
+        )
+        results[split][name] = report["tasks"]
+        counts[split] = report["counts"]
+        seconds = time.monotonic() - start
+        print(f"{folder.name}: {split}, {name}: {seconds:.0f} s", flush=True)
+    return {
+      **{"data": self.name, "kind": kind, "seed": seed},
+      **_facts(folder, experiment.config),
+      "evaluation_seconds": round(time.monotonic() - start),
+      "command": "python -m narvl_jax.benchmarks.twins --runs=runs/twins"
+      f" --data={self.name} --kinds={kind} --seeds={seed}"
+      + (f" --labels={self.labels}" if kind == "distilled" else ""),
+      "examples": counts,
+      "results": results,
+    }
+
+  def _captions(self, seed: int) -> pathlib.Path:
+    # A run keeps the path in its config, wherever it is started.
+    return (self.runs / f"{self.name}_labels_{seed}").resolve()
+
+  def _answers(self) -> pathlib.Path:
+    """Writes the answers of the training split, once."""
+    path = self.runs / f"{self.name}_answers.txt"
+    if not path.exists():
+      entry = self.study.config().data.train[self.study.questions]
+      source = load_source(
+        entry.source, task=entry.task, split=entry.split, **entry.options
+      )
+      counts = collect_answers(source, entry.task, max_records=_ANSWER_RECORDS)
+      with replacing(path) as temporary:
+        temporary.write_text("\n".join(counts) + "\n", encoding="utf-8")
+    return path
+
+
+def ways_to_decode(
+  experiment: experiment_lib.Experiment,
+) -> Iterator[tuple[str, dict[str, Decoding]]]:
+  """Yields the name of each way and the decoding of every task, cheap first.
+
+  A constraint is heeded where the task allows a set of answers.
+  """
+  tasks = experiment.tasks
+  yield "greedy", {}
+  if experiment.autoregressive:
+    yield (
+      "reference",
+      {name: reference_decoding(experiment, name) for name in tasks},
+    )
+    return
+  closed = {
+    name: task.answer_space() is not None for name, task in tasks.items()
+  }
+  for name, method in (("constrained", "greedy"), ("beam", "beam")):
+    yield (
+      name,
+      {task: Decoding(method, constrained=closed[task]) for task in tasks},
+    )
+
+
+def _is_finished(folder: pathlib.Path, config: Any) -> bool:
+  if not workdir_lib.check(folder, config):
+    return False
+  with Checkpoints(folder) as checkpoints:
+    return checkpoints.last_step == config.train.steps
+
+
+def _facts(folder: pathlib.Path, config: Any) -> dict[str, Any]:
+  """Returns how a run was trained."""
+  environment = json.loads(
+    (folder / workdir_lib.ENVIRONMENT_FILE).read_text(encoding="utf-8")
+  )
+  devices = environment["devices"]
+  return {
+    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    "device": f"{devices['count']} x {devices['kind']}",
+    "jax": environment["versions"]["jax"],
+    "steps": config.train.steps,
+    "batch_size": config.train.batch_size,
+    "training_seconds": _training_seconds(folder, config.train.batch_size),
+  }
+
+
+def _training_seconds(folder: pathlib.Path, batch_size: int) -> int:
+  """Returns the seconds of all updates, without compiling and evaluations."""
+  total, last = 0.0, 0
+  with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
+    for line in file:
+      values = json.loads(line)
+      rate = values.get("train/examples_per_second")
+      if rate:
+        total += (values["step"] - last) * batch_size / rate
+        last = values["step"]
+  return round(total)
