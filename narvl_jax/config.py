@@ -31,6 +31,7 @@ def default_config(*tasks: str) -> Config:
   config: Config = ConfigDict()
   config.seed = 0
   # Folder of a run or of converted weights to start from; "": random weights.
+  # A parallel model may start from its autoregressive twin, and the reverse.
   config.init_from = ""
   config.model = _model_defaults()
   config.vocabulary = ConfigDict(
@@ -78,6 +79,18 @@ def default_config(*tasks: str) -> Config:
       # Leave out this share of the labels, the worst, from an update on.
       "drop_worst": 0.0,
       "drop_worst_after": 0,
+    }
+  )
+  # Learn also what an autoregressive model says at each label; parallel models
+  # only. See narvl_jax/training/objective.py.
+  config.distillation = ConfigDict(
+    {
+      # Folder of its run, with the vocabulary of this one; "": none.
+      "teacher": "",
+      # Share of this loss; the rest is that of the labels.
+      "weight": 0.5,
+      # Above 1 softens both distributions.
+      "temperature": 1.0,
     }
   )
   config.optimizer = ConfigDict(

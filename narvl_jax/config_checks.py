@@ -123,6 +123,8 @@ _RANGES: dict[str, tuple[float, float | None]] = {
   "loss.chunk_size": (0, None),
   "loss.drop_worst": (0, 0.999),
   "loss.drop_worst_after": (0, None),
+  "distillation.weight": (0, 1),
+  "distillation.temperature": (0.01, None),
   "optimizer.learning_rate": (0, None),
   "optimizer.weight_decay": (0, None),
   "optimizer.b1": (0, 0.99999),
@@ -159,9 +161,26 @@ def _check_values(config: Config) -> None:
   _one_of("optimizer.name", config.optimizer.name, OPTIMIZERS)
   _one_of("model.dtype", config.model.dtype, DTYPES)
   _one_of("loss.confidence", config.loss.confidence, CONFIDENCE_MODES)
+  _check_decoder(config)
   size = config.data.image_size
   if len(size) != 2 or not all(isinstance(x, int) and x > 0 for x in size):
     raise UserError(
       f"data.image_size={tuple(size)} is not (height, width) in pixels:"
       " --config.data.image_size='(480,480)'"
+    )
+
+
+def _check_decoder(config: Config) -> None:
+  """Raises UserError for what only the other kind of decoder can do."""
+  autoregressive = config.model.decoder == "autoregressive"
+  if config.loss.constrained and not autoregressive:
+    raise UserError(
+      "loss.constrained=True is for autoregressive models; the Query-CTC loss"
+      " of a parallel one knows no constraint: --config.loss.constrained=False"
+    )
+  if config.distillation.teacher and autoregressive:
+    raise UserError(
+      f'distillation.teacher="{config.distillation.teacher}" is for parallel'
+      " models; an autoregressive one learns from answers that python -m"
+      " narvl_jax.distill writes: --config.distillation.teacher="
     )

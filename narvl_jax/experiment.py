@@ -396,7 +396,7 @@ def check_targets(
     queries = experiment.model_config.num_queries
   notes = []
   for source, task, _, name in mixture:
-    encoded = _encode_first(source, experiment.tasks[task], name)
+    encoded = encode_first(source, experiment.tasks[task], name)
     if queries is not None:
       check_num_queries({task: encoded}, queries)
       needed = [required_queries(example.label_ids) for example in encoded]
@@ -417,7 +417,7 @@ def check_targets(
   return notes
 
 
-def _encode_first(
+def encode_first(
   source: Sequence[Record], task: Task[Any], name: str
 ) -> list[Encoded]:
   """Encodes the first records that are good."""

@@ -15,6 +15,7 @@ _START = time.monotonic()
 # The imports are part of the time that a user waits, so the clock runs.
 # ruff: noqa: E402
 import contextlib
+import functools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ from narvl_jax.training.announce import (
 )
 from narvl_jax.training.announce import dry_run as print_dry_run
 from narvl_jax.training.checkpoints import Checkpoints
+from narvl_jax.training.constrained import check_answers
 from narvl_jax.training.init_from import check_init_from
 from narvl_jax.training.interrupt import StopRequest, termination_raises
 from narvl_jax.training.ledger import Ledger
@@ -102,6 +104,7 @@ def train(
     )
     for note in experiment_lib.check_targets(experiment, mixture):
       say(f"note: {note}")
+    check_answers(experiment, mixture)
     experiment_lib.check_evaluation(config)
     for (source, task, _, name), count in zip(mixture, used, strict=True):
       say(
@@ -110,7 +113,8 @@ def train(
       )
     setup = build_setup(experiment, mesh)
     if config.init_from and not resumes:
-      check_init_from(setup)
+      for note in check_init_from(setup):
+        say(f"note: {note}")
     describe_model(setup, say)
   if explain_sharding and not dry_run:
     print(setup.sharding_table(), flush=True)
@@ -205,6 +209,8 @@ def _fit(
     with ledger.stage("compile"):
       step = setup.compile_step()
     say(f"compiled in {ledger.seconds()['compile']:.1f} s")
+    if setup.teacher is not None:
+      step = functools.partial(step, setup.teacher.read())
     # Gloo, on CPUs, gives a host half a minute for its first collective.
     distributed.barrier("step compiled")
 

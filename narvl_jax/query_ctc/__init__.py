@@ -9,6 +9,7 @@ from narvl_jax.query_ctc.loss import (
   query_ctc_loss,
   query_ctc_objective,
 )
+from narvl_jax.query_ctc.posterior import label_posterior
 
 __all__ = [
   "CONFIDENCE_MODES",
@@ -16,6 +17,7 @@ __all__ = [
   "MeshAxes",
   "collapse",
   "feasible",
+  "label_posterior",
   "query_ctc_loss",
   "query_ctc_objective",
 ]

@@ -60,7 +60,10 @@ class LogitGradient(NamedTuple):
 class Head(Protocol):
   """Where logits come from; hashable."""
 
-  vocab_size: int
+  @property
+  def vocab_size(self) -> int:
+    """Number of true classes."""
+    ...
 
   def summarize(self, inputs: Any, columns: jax.Array) -> Summary:
     """Returns what the loss needs to know, given the columns [B, L+1]."""
@@ -125,7 +128,7 @@ def _forward(
   label_lengths: jax.Array,
   temper: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
-  columns, first = _columns(labels, label_lengths, blank_id)
+  columns, first = class_columns(labels, label_lengths, blank_id)
   lse, total, gathered = head.summarize(inputs, columns)
   compact = gathered - lse[:, :, None]
   valid = jnp.arange(labels.shape[1]) < label_lengths[:, None]
@@ -175,7 +178,7 @@ ctc_terms = jax.custom_vjp(_terms, nondiff_argnums=(0, 1))
 ctc_terms.defvjp(_forward, _backward)
 
 
-def _columns(
+def class_columns(
   labels: jax.Array, label_lengths: jax.Array, blank_id: int
 ) -> tuple[jax.Array, jax.Array]:
   """Vocabulary ids of the compact classes, and the first class of equal id.
@@ -208,7 +211,7 @@ def _compact_ctc(
 
   Args:
     log_probs: [B, N, L+1], blank first.
-    first: int32 [B, L+1], see `_columns`.
+    first: int32 [B, L+1], see `class_columns`.
     valid: bool [B, L], False for padding.
     temper: [B].
 

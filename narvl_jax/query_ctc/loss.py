@@ -9,13 +9,15 @@ and vocabulary table, and then never compute [B, N, V] as a whole. With
 `MeshAxes` the vocabulary may be split over the devices of a mesh.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.query_ctc.axes import MeshAxes, split_of
 from narvl_jax.query_ctc.chunked import ChunkedHead, ChunkedLogits
-from narvl_jax.query_ctc.compact import ctc_terms, feasible
+from narvl_jax.query_ctc.compact import Head, ctc_terms, feasible
 from narvl_jax.query_ctc.dense import DenseHead
 
 CONFIDENCE_MODES = ("weight", "temper")
@@ -164,6 +166,18 @@ def query_ctc_objective(
   return loss, jax.lax.stop_gradient(metrics)
 
 
+def make_head(
+  logits: jax.Array | ChunkedLogits, vocab_size: int, axes: MeshAxes
+) -> tuple[Head, Any]:
+  """Returns the head for logits [B, N, V], and its inputs."""
+  b, _, v = logits.shape
+  if isinstance(logits, ChunkedLogits):
+    split = split_of(axes, b, v, width=logits.table.shape[1])
+    head = ChunkedHead(vocab_size, logits.chunk_size, split)
+    return head, (logits.states, logits.table)
+  return DenseHead(vocab_size, split_of(axes, b, v)), logits
+
+
 def _terms(
   logits: jax.Array | ChunkedLogits,
   labels: jax.Array,
@@ -174,13 +188,7 @@ def _terms(
   axes: MeshAxes,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns nll and mean log-probability [B]; see `compact.ctc_terms`."""
-  b, _, v = logits.shape
-  if isinstance(logits, ChunkedLogits):
-    split = split_of(axes, b, v, width=logits.table.shape[1])
-    head = ChunkedHead(vocab_size, logits.chunk_size, split)
-    inputs = (logits.states, logits.table)
-  else:
-    head, inputs = DenseHead(vocab_size, split_of(axes, b, v)), logits
+  head, inputs = make_head(logits, vocab_size, axes)
   return ctc_terms(head, blank_id, inputs, labels, label_lengths, temper)
 
 

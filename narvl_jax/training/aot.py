@@ -240,6 +240,8 @@ def _too_large(setup: Setup, needed: int, limit: int) -> Memory:
   per_device = sum(x.size * x.dtype.itemsize for x in rows)
   per_device //= data_parallel_size(setup.mesh)
   arguments = setup.state_bytes_per_device + per_device
+  if setup.teacher is not None:
+    arguments += setup.teacher.bytes_per_device
   # One form of the message tells only of the temporaries.
   total = max(needed, arguments)
   return Memory(arguments, total - arguments, total, limit)

@@ -6,8 +6,8 @@ what the loss averages over, and "nll_per_example" float32 [B].
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -16,13 +16,25 @@ import jax.numpy as jnp
 from narvl_jax.decoding.constraint import START, Automaton, advance
 from narvl_jax.decoding.constraint import allowed_tokens as allowed_at
 from narvl_jax.models import project
-from narvl_jax.models.autoregressive import make_prompt, teacher_forcing
-from narvl_jax.query_ctc import ChunkedLogits, MeshAxes, query_ctc_objective
+from narvl_jax.query_ctc import (
+  ChunkedLogits,
+  MeshAxes,
+  label_posterior,
+  query_ctc_objective,
+)
 from narvl_jax.training.cross_entropy import label_smoothed_cross_entropy
+from narvl_jax.training.divergence import token_divergences
+from narvl_jax.training.forcing import forced_input, predicting_states
 from narvl_jax.training.optimizer import Params
+from narvl_jax.training.teacher import Teacher
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
+# See the module.
+Objective: TypeAlias = Callable[
+  [nn.Module, Params, Batch, jax.Array, jax.Array],
+  tuple[jax.Array, Metrics, Params],
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +69,25 @@ class QueryCtcLoss:
     """See the module."""
     del step
     aux, batch_stats = _apply(model, variables, batch, key)
+    states, table = aux["decoder_out"], variables["params"]["embed_tokens"]
+    loss, metrics = self.of_logits(self.logits(states, table), batch)
+    return loss, metrics, batch_stats
+
+  def logits(
+    self, states: jax.Array, table: jax.Array
+  ) -> jax.Array | ChunkedLogits:
+    """Returns [B, N, V] from decoder states and the tied table."""
     # From the padded table: cutting off the padding would move its rows
     # between devices. Nobody reads the logits of the model, so XLA leaves them
     # out.
-    states, table = aux["decoder_out"], variables["params"]["embed_tokens"]
     if 0 < self.chunk_size < len(table):
-      logits = ChunkedLogits(states, table, self.chunk_size)
-    else:
-      logits = project(states, table)
+      return ChunkedLogits(states, table, self.chunk_size)
+    return project(states, table)
+
+  def of_logits(
+    self, logits: jax.Array | ChunkedLogits, batch: Batch
+  ) -> tuple[jax.Array, Metrics]:
+    """Returns the loss and its metrics."""
     loss, metrics = query_ctc_objective(
       logits,
       batch["labels"],
@@ -78,7 +101,92 @@ class QueryCtcLoss:
       axes=self.axes,
     )
     metrics["weight"] = metrics["examples"]
+    return loss, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationLoss:
+  """The Query-CTC loss, and what a teacher says at each label.
+
+  With the weight w, gamma[n, l] the probability that query n says label l
+  (`label_posterior`), and D[n, l] the divergence of the query's distribution,
+  blank left out, from the teacher's at that label (`token_divergences`), the
+  loss is
+
+      (1 - w) query_ctc + w mean_b 1/L sum_l sum_n gamma[n, l] / G[l] D[n, l]
+
+  with G[l] the sum of gamma over n. The mean runs over the examples; a target
+  for which the queries do not suffice adds nothing. No gradient flows through
+  gamma. The metrics have the second term as "distillation".
+
+  Attributes:
+    labels: the loss of the labels.
+    teacher: the model that is learned from.
+    variables: its weights.
+    weight: w, in [0, 1].
+    temperature: see `token_divergences`.
+  """
+
+  labels: QueryCtcLoss
+  teacher: Teacher
+  variables: Params
+  weight: float
+  temperature: float = 1.0
+
+  def __call__(
+    self,
+    model: nn.Module,
+    variables: Params,
+    batch: Batch,
+    key: jax.Array,
+    step: jax.Array,
+  ) -> tuple[jax.Array, Metrics, Params]:
+    """See the module."""
+    del step
+    aux, batch_stats = _apply(model, variables, batch, key)
+    states, table = aux["decoder_out"], variables["params"]["embed_tokens"]
+    logits = self.labels.logits(states, table)
+    loss, metrics = self.labels.of_logits(logits, batch)
+    distillation = self._distillation(logits, states, table, batch)
+    loss = (1.0 - self.weight) * loss + self.weight * distillation
+    metrics |= jax.lax.stop_gradient(
+      {"loss": loss, "distillation": distillation}
+    )
     return loss, metrics, batch_stats
+
+  def _distillation(
+    self,
+    logits: jax.Array | ChunkedLogits,
+    states: jax.Array,
+    table: jax.Array,
+    batch: Batch,
+  ) -> jax.Array:
+    """Returns the second term of the loss, without the weight."""
+    labels = self.labels
+    posterior = label_posterior(
+      logits,
+      batch["labels"],
+      batch["label_length"],
+      blank_id=labels.blank_id,
+      vocab_size=labels.vocab_size,
+      axes=labels.axes,
+    )
+    # At least 1 where there is a label, else all are 0.
+    share = posterior / jnp.maximum(jnp.sum(posterior, axis=1), 1.0)[:, None]
+    divergences = token_divergences(
+      states,
+      table,
+      self.teacher.states(self.variables, batch),
+      self.variables["params"]["embed_tokens"],
+      blank_id=labels.blank_id,
+      vocab_size=labels.vocab_size,
+      temperature=self.temperature,
+      chunk_size=labels.chunk_size,
+    )
+    total = jnp.sum(share * divergences, axis=(1, 2))
+    mean = total / jnp.maximum(batch["label_length"], 1)
+    valid = batch["valid"].astype(jnp.float32)
+    return jnp.sum(valid * mean) / jnp.maximum(jnp.sum(valid), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +199,9 @@ class AutoregressiveLoss:
     eos_id: ends every target.
     prompted: by the task index of a batch, whether the decoder reads the
       source before the answer.
-    constraints: task index -> answers that it allows, without eos.
+    constraints: task index -> answers that it allows, without eos. An example
+      with another answer does not count; "infeasible_fraction" tells of how
+      many that is so.
     label_smoothing: in [0, 1).
     drop_worst: share of the labels that is left out, see
       `label_smoothed_cross_entropy`.
@@ -116,20 +226,16 @@ class AutoregressiveLoss:
     step: jax.Array,
   ) -> tuple[jax.Array, Metrics, Params]:
     """See the module."""
-    prompted = False
-    if any(self.prompted):
-      prompted = jnp.asarray(self.prompted)[batch["task"]]
-    prompt = make_prompt(batch["text"], prompted, self.pad_id)
-    decoder_input, places = teacher_forcing(
-      prompt, batch["labels"], batch["label_length"], self.pad_id
-    )
-    aux, batch_stats = _apply(model, variables, batch, key, decoder_input)
+    tokens, places = forced_input(batch, self.prompted, self.pad_id)
+    aux, batch_stats = _apply(model, variables, batch, key, tokens)
     # Only what predicts a label is projected to the vocabulary.
-    states = jnp.take_along_axis(aux["decoder_out"], places[..., None], axis=1)
+    states = predicting_states(aux["decoder_out"], places)
     table = variables["params"]["embed_tokens"]
     drop_worst = self.drop_worst
     if drop_worst:
       drop_worst = jnp.where(step >= self.drop_worst_after, drop_worst, 0.0)
+    allowed = self._allowed(batch, len(table))
+    outside = _outside(batch, allowed)
     loss, metrics = label_smoothed_cross_entropy(
       project(states, table),
       batch["labels"],
@@ -137,10 +243,14 @@ class AutoregressiveLoss:
       vocab_size=self.vocab_size,
       label_smoothing=self.label_smoothing,
       confidence=batch["confidence"],
-      example_mask=batch["valid"],
-      allowed=self._allowed(batch, len(table)),
+      example_mask=batch["valid"] & ~outside,
+      allowed=allowed,
       drop_worst=drop_worst,
     )
+    examples = jnp.sum(batch["valid"], dtype=jnp.float32)
+    lost = jnp.sum(batch["valid"] & outside, dtype=jnp.float32)
+    metrics["examples"] = examples
+    metrics["infeasible_fraction"] = lost / jnp.maximum(examples, 1.0)
     return loss, metrics, batch_stats
 
   def _allowed(self, batch: Batch, classes: int) -> jax.Array | None:
@@ -162,6 +272,18 @@ class AutoregressiveLoss:
       mine = (batch["task"] == index)[:, None, None]
       allowed &= ~mine | here
     return allowed
+
+
+def _outside(batch: Batch, allowed: jax.Array | None) -> jax.Array:
+  """Returns bool [B], examples with a label that the constraint forbids."""
+  labels, lengths = batch["labels"], batch["label_length"]
+  if allowed is None:
+    return jnp.zeros(len(labels), bool)
+  # Not a lookup: where the classes are split over devices they stay there.
+  here = labels[..., None] == jnp.arange(allowed.shape[-1])
+  said = jnp.any(allowed & here, axis=-1)
+  inside = jnp.arange(labels.shape[1]) < lengths[:, None]
+  return jnp.any(inside & ~said, axis=1)
 
 
 def _apply(

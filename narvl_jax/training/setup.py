@@ -1,6 +1,7 @@
 """Everything about a run that is known before an array exists."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -24,8 +25,14 @@ from narvl_jax.parallel import (
   sharding_table,
 )
 from narvl_jax.query_ctc import MeshAxes
-from narvl_jax.training.flops import train_flops
-from narvl_jax.training.objective import AutoregressiveLoss, QueryCtcLoss
+from narvl_jax.training.constrained import answer_constraints
+from narvl_jax.training.flops import forward_flops, train_flops
+from narvl_jax.training.objective import (
+  AutoregressiveLoss,
+  DistillationLoss,
+  Objective,
+  QueryCtcLoss,
+)
 from narvl_jax.training.optimizer import (
   ParameterRule,
   assign_rules,
@@ -34,6 +41,7 @@ from narvl_jax.training.optimizer import (
   make_schedule,
   matrix_axes,
 )
+from narvl_jax.training.teacher import Teacher, find_teacher
 from narvl_jax.training.train_state import (
   TrainState,
   bytes_per_device,
@@ -63,6 +71,8 @@ class Setup:
     batch: shapes of a batch.
     init: jitted, key -> state.
     step: jitted, (state, batch) -> (state, metrics); the state is donated.
+      With a teacher its variables come first: (variables, state, batch).
+    teacher: whose distributions are learned, None for none.
   """
 
   experiment: Experiment
@@ -74,11 +84,14 @@ class Setup:
   batch: dict[str, jax.ShapeDtypeStruct]
   init: Any
   step: Any
+  teacher: Teacher | None = None
 
   def compile_step(self) -> jax.stages.Compiled:
     """Compiles the update for the one shape that batches have."""
+    given = () if self.teacher is None else (self.teacher.shapes,)
     with jax.set_mesh(self.mesh):
-      return self.step.lower(self.abstract_state, self.batch).compile()
+      lowered = self.step.lower(*given, self.abstract_state, self.batch)
+      return lowered.compile()
 
   @property
   def num_parameters(self) -> int:
@@ -102,13 +115,14 @@ class Setup:
   def step_flops(self) -> float:
     """Returns the operations of an update; see `training.flops`."""
     data = self.experiment.config.data
-    return train_flops(
-      self.experiment.model_config,
-      tuple(data.image_size),
-      data.max_text_length,
-      self.experiment.config.train.batch_size,
-      self.experiment.answer_positions,
-    )
+    size, text = tuple(data.image_size), data.max_text_length
+    rows = self.experiment.config.train.batch_size
+    answer = self.experiment.answer_positions
+    flops = train_flops(self.experiment.model_config, size, text, rows, answer)
+    if self.teacher is not None:
+      config, answer = self.teacher.model.config, self.teacher.answer_positions
+      flops += forward_flops(config, size, text, rows, answer)
+    return flops
 
   def sharding_table(self) -> str:
     """Returns where every parameter lies, and the bytes on one device."""
@@ -181,15 +195,11 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
     init, jax.eval_shape(lambda: jax.random.key(0))
   )
   shardings = state_shardings(abstract_state, boxed, mesh, config.mesh.rules)
-  step = make_train_step(
-    experiment.model, optimizer, schedule, rules, step_config(experiment)
-  )
-
-  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    # What the modules say of their activations has a meaning from here on.
-    with nn.logical_axis_rules(activation_rules(config.mesh.rules)):
-      return step(state, batch)
-
+  teacher = find_teacher(experiment, mesh)
+  step = _make_step(experiment, teacher, optimizer, schedule, rules)
+  # The weights of a teacher are an argument: as constants they would be part
+  # of the program.
+  of_teacher = () if teacher is None else (teacher.shardings,)
   return Setup(
     experiment=experiment,
     mesh=mesh,
@@ -207,12 +217,13 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
       init, out_shardings=shardings, compiler_options=_init_options()
     ),
     step=jax.jit(
-      train_step,
-      donate_argnums=0,
-      in_shardings=(shardings, batch_sharding(mesh)),
+      step,
+      donate_argnums=len(of_teacher),
+      in_shardings=(*of_teacher, shardings, batch_sharding(mesh)),
       out_shardings=(shardings, replicated(mesh)),
       compiler_options=_step_options(mesh),
     ),
+    teacher=teacher,
   )
 
 
@@ -240,21 +251,63 @@ def _init_options() -> dict[str, Any] | None:
   return None
 
 
-def step_config(experiment: Experiment) -> StepConfig:
-  """Returns the settings of an update that a config asks for."""
+def _make_step(
+  experiment: Experiment,
+  teacher: Teacher | None,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  rules: dict[str, ParameterRule],
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Returns the update that a config asks for, see `Setup.step`."""
   config = experiment.config
-  return StepConfig(
-    seed=config.seed,
-    task_names=TASKS,
-    objective=_objective(experiment),
-    accumulation_steps=config.train.accumulation_steps,
-    ema_decay=config.optimizer.ema_decay,
-    ema_warmup=config.optimizer.ema_warmup,
-  )
+  of_labels = make_objective(experiment)
+
+  def update(
+    objective: Objective, state: TrainState, batch: Batch
+  ) -> tuple[TrainState, Metrics]:
+    settings = StepConfig(
+      seed=config.seed,
+      task_names=TASKS,
+      objective=objective,
+      accumulation_steps=config.train.accumulation_steps,
+      ema_decay=config.optimizer.ema_decay,
+      ema_warmup=config.optimizer.ema_warmup,
+    )
+    step = make_train_step(
+      experiment.model, optimizer, schedule, rules, settings
+    )
+    # What the modules say of their activations has a meaning from here on.
+    with nn.logical_axis_rules(activation_rules(config.mesh.rules)):
+      return step(state, batch)
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    return update(of_labels, state, batch)
+
+  def student_step(
+    variables: Any, state: TrainState, batch: Batch
+  ) -> tuple[TrainState, Metrics]:
+    assert isinstance(of_labels, QueryCtcLoss)
+    assert teacher is not None
+    objective = DistillationLoss(
+      of_labels,
+      teacher,
+      variables,
+      weight=config.distillation.weight,
+      temperature=config.distillation.temperature,
+    )
+    return update(objective, state, batch)
+
+  return train_step if teacher is None else student_step
 
 
-def _objective(experiment: Experiment) -> QueryCtcLoss | AutoregressiveLoss:
-  """Returns the loss of the model that is trained."""
+def make_objective(
+  experiment: Experiment,
+) -> QueryCtcLoss | AutoregressiveLoss:
+  """Returns the loss of the labels for the model that is trained.
+
+  Raises:
+    UserError: see `answer_constraints`.
+  """
   loss, vocabulary = experiment.config.loss, experiment.vocabulary
   if not experiment.autoregressive:
     return QueryCtcLoss(
@@ -270,6 +323,7 @@ def _objective(experiment: Experiment) -> QueryCtcLoss | AutoregressiveLoss:
     pad_id=vocabulary.pad_id,
     eos_id=vocabulary.eos_id,
     prompted=experiment.prompted,
+    constraints=answer_constraints(experiment),
     label_smoothing=loss.label_smoothing,
     drop_worst=loss.drop_worst,
     drop_worst_after=loss.drop_worst_after,

@@ -10,12 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from narvl_jax.training.objective import (
-  AutoregressiveLoss,
-  Batch,
-  Metrics,
-  QueryCtcLoss,
-)
+from narvl_jax.training.objective import Batch, Metrics, Objective
 from narvl_jax.training.optimizer import (
   ParameterRule,
   Params,
@@ -41,7 +36,7 @@ class StepConfig:
 
   seed: int
   task_names: tuple[str, ...]
-  objective: QueryCtcLoss | AutoregressiveLoss
+  objective: Objective
   accumulation_steps: int = 1
   ema_decay: float = 0.0
   ema_warmup: bool = True
@@ -86,8 +81,8 @@ def make_train_step(
   each micro-batch and updates its statistics one after the other.
 
   Metrics are float32 scalars: loss, nll, infeasible_fraction, examples,
-  grad_norm (before clipping), learning_rate, and nll/TASK, which is nan for a
-  task that the batch lacks.
+  grad_norm (before clipping), learning_rate, nll/TASK, which is nan for a task
+  that the batch lacks, and what the objective adds.
   """
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -1,16 +1,20 @@
 """Runs that start from the weights of others."""
 
 import pathlib
+import shutil
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.linen import meta
 
 from narvl_jax import experiment as experiment_lib
 from narvl_jax import train as train_lib
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import mesh_from_config
+from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import Checkpoints, restore_target
 from narvl_jax.training.init_from import check_init_from, init_from
 from narvl_jax.training.optimizer import flatten
@@ -33,6 +37,25 @@ def make_setup(start: Any, **changes: Any) -> Setup:
     config[section][name] = value
   experiment = experiment_lib.build(config, start)
   return build_setup(experiment, mesh_from_config(config.mesh))
+
+
+def twin_of(
+  target: pathlib.Path, start: pathlib.Path, **model: Any
+) -> tuple[pathlib.Path, dict[str, Any]]:
+  """Returns the folder of a run with the other decoder, and its parameters."""
+  config: Any = tiny_config().copy_and_resolve_references()
+  config.model.update({"decoder": "autoregressive", **model})
+  shutil.copytree(start / "vocabulary", target / "vocabulary")
+  workdir_lib.write_config(target, config)
+  experiment = experiment_lib.build(config, target)
+  rng = np.random.default_rng(1)
+  variables = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32),
+    meta.unbox(experiment.abstract_variables()),
+  )
+  with Checkpoints(target, keep_last=1) as checkpoints:
+    checkpoints.save_variables(0, {"batch_stats": {}, **variables})
+  return target, flatten(jax.device_get(variables["params"]))
 
 
 def stored_in(start: pathlib.Path) -> dict[str, np.ndarray]:
@@ -179,3 +202,82 @@ def test_weights_alone_cannot_be_resumed(start: pathlib.Path) -> None:
     checkpoints.wait()
     with pytest.raises(UserError, match=r"no state of an optimizer.*init_from"):
       checkpoints.restore(0, target)
+
+
+# Tables of as many and fewer rows than that of the student.
+@pytest.mark.parametrize("multiple", [128, 1])
+def test_a_student_starts_from_its_teacher(
+  tmp_path: pathlib.Path, start: pathlib.Path, multiple: int
+) -> None:
+  folder, theirs = twin_of(tmp_path / "ar", start, vocab_multiple=multiple)
+  setup = make_setup(start, optimizer__ema_decay=0.9)
+  setup.experiment.config.init_from = str(folder)
+  words = setup.experiment.vocabulary.size - 1
+  assert check_init_from(setup) == [
+    f'init_from="{folder}" is an autoregressive model: decoder/query_embed and'
+    f" the rows of embed_tokens from {words} on, blank and padding, stay fresh"
+  ]
+  with jax.set_mesh(setup.mesh):
+    fresh = setup.init(jax.random.key(0))
+    before = flatten(jax.device_get(fresh.params))
+    state = init_from(setup, fresh)
+  got = flatten(jax.device_get(state.params))
+  assert set(got) == {*theirs, "decoder/query_embed"} == set(before)
+  for name, value in got.items():
+    if name == "embed_tokens":
+      np.testing.assert_array_equal(value[:words], theirs[name][:words])
+      np.testing.assert_array_equal(value[words:], before[name][words:])
+    else:
+      expected = theirs.get(name, before[name])
+      np.testing.assert_array_equal(value, expected, err_msg=name)
+  assert state.ema is not None
+  averages = flatten(jax.device_get(state.ema["params"]))
+  for name, value in averages.items():
+    np.testing.assert_array_equal(value, got[name])
+  for x, sharding in zip(
+    jax.tree.leaves(state), jax.tree.leaves(setup.shardings), strict=True
+  ):
+    assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+def test_an_autoregressive_model_starts_from_a_parallel_one(
+  start: pathlib.Path,
+) -> None:
+  setup = make_setup(start, model__decoder="autoregressive")
+  words = setup.experiment.vocabulary.size - 1
+  assert check_init_from(setup) == [
+    f'init_from="{start}" is a parallel model: the rows of embed_tokens from'
+    f" {words} on stay fresh"
+  ]
+  with jax.set_mesh(setup.mesh):
+    state = init_from(setup, setup.init(jax.random.key(0)))
+  got, theirs = flatten(jax.device_get(state.params)), stored_in(start)
+  assert {f"params/{name}" for name in got} == {
+    *theirs.keys() - {"params/decoder/query_embed"}
+  }
+  table = got.pop("embed_tokens")
+  np.testing.assert_array_equal(
+    table[:words], theirs["params/embed_tokens"][:words]
+  )
+  assert not np.allclose(table[words], theirs["params/embed_tokens"][words])
+  for name, value in got.items():
+    np.testing.assert_array_equal(value, theirs[f"params/{name}"])
+
+
+def test_a_twin_must_fit_in_all_else(
+  tmp_path: pathlib.Path, start: pathlib.Path
+) -> None:
+  folder, _ = twin_of(tmp_path / "wide", start, width=64)
+  setup = make_setup(start)
+  setup.experiment.config.init_from = str(folder)
+  with pytest.raises(UserError, match=r"another model: .* and \d+ more; set"):
+    check_init_from(setup)
+  # More words than ours; no vocabulary tells of them.
+  folder, _ = twin_of(tmp_path / "long", start, vocab_multiple=512)
+  shutil.rmtree(folder / "vocabulary")
+  config = workdir_lib.read_config(folder)
+  config.model.vocab_multiple = 128
+  workdir_lib.write_config(folder, config)
+  setup.experiment.config.init_from = str(folder)
+  with pytest.raises(UserError, match=r"embed_tokens has 512x32 there and"):
+    check_init_from(setup)

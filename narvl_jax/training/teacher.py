@@ -1,0 +1,194 @@
+"""A trained autoregressive model whose distributions a student learns.
+
+`config.distillation.teacher` names its folder. What it says at each label,
+given the labels before, becomes a target of the queries that say that label
+(`training.objective.DistillationLoss`). It is read again whenever a run starts
+and is no part of its checkpoints.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+from flax.linen import meta
+from jax.sharding import Mesh
+
+from narvl_jax import experiment as experiment_lib
+from narvl_jax.errors import UserError
+from narvl_jax.experiment import VOCABULARY_FOLDER, Experiment
+from narvl_jax.models import EncoderDecoder
+from narvl_jax.parallel import tree_shardings
+from narvl_jax.training import workdir as workdir_lib
+from narvl_jax.training.checkpoints import restore_target
+from narvl_jax.training.forcing import forced_input, predicting_states
+from narvl_jax.training.train_state import bytes_per_device
+from narvl_jax.training.weights import opened, read_weights
+
+_KEY = "distillation.teacher"
+_FLAG = f"--config.{_KEY}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """What is known of a teacher before its weights are read.
+
+  Attributes:
+    path: folder of its run.
+    step: of the checkpoint, the best of the run.
+    model: the network.
+    prompted: see `forced_input`, as it was trained.
+    pad_id: id of padding.
+    answer_positions: how many its decoder reads, and how many of them predict
+      labels.
+    shapes: of its variables {"params", "batch_stats"}.
+    shardings: of its variables.
+  """
+
+  path: str
+  step: int
+  model: EncoderDecoder
+  prompted: tuple[bool, ...]
+  pad_id: int
+  answer_positions: tuple[int, int]
+  shapes: dict[str, Any]
+  shardings: dict[str, Any]
+
+  def read(self) -> dict[str, Any]:
+    """Returns its variables, moving averages if the run has them."""
+    target = restore_target(self.shapes, self.shardings)
+    with opened(self.path, _KEY) as (checkpoints, _):
+      return read_weights(checkpoints, self.step, target)
+
+  def states(self, variables: Any, batch: Any) -> jax.Array:
+    """Returns the decoder states [B, L, D] that predict the labels.
+
+    Args:
+      variables: of `read`.
+      batch: see `training.train_step.batch_spec`; where its labels lack eos
+        the last that the teacher was taught is not asked for.
+    """
+    tokens, places = forced_input(batch, self.prompted, self.pad_id)
+    outputs: Any = self.model.apply(
+      variables,
+      batch["image"],
+      batch["text"],
+      tokens,
+      image_mask=batch["image_mask"],
+    )
+    return predicting_states(outputs[1]["decoder_out"], places)
+
+  @property
+  def num_parameters(self) -> int:
+    """Number of parameters."""
+    return sum(x.size for x in jax.tree.leaves(self.shapes["params"]))
+
+  @property
+  def bytes_per_device(self) -> int:
+    """Bytes of its variables on one device."""
+    return bytes_per_device(self.shapes, self.shardings)
+
+
+def find_teacher(experiment: Experiment, mesh: Mesh) -> Teacher | None:
+  """Looks at the teacher that a config asks for, but not at its weights.
+
+  Args:
+    experiment: the student.
+    mesh: on which the teacher will lie, by the student's rules.
+
+  Returns:
+    The teacher, None if there is none or if it has no weight in the loss.
+
+  Raises:
+    UserError: there is no such run, or the student cannot learn from it.
+  """
+  config = experiment.config
+  path = config.distillation.teacher
+  if not path or not config.distillation.weight:
+    return None
+  with opened(path, _KEY) as (_, step):
+    folder = pathlib.Path(path)
+    for name in (workdir_lib.CONFIG_FILE, VOCABULARY_FOLDER):
+      if not (folder / name).exists():
+        raise UserError(
+          f'{_KEY}="{path}" has no {name}; give the folder of a run, or of'
+          f" weights that were converted with --vocabulary ({_FLAG})"
+        )
+    theirs = workdir_lib.read_config(folder)
+  # The precision of activations is a matter of the devices here.
+  theirs.model.dtype = config.model.dtype
+  teacher = experiment_lib.build(theirs, folder)
+  _check(experiment, teacher, path)
+  boxed = teacher.abstract_variables()
+  return Teacher(
+    path=path,
+    step=step,
+    model=teacher.model,
+    prompted=teacher.prompted,
+    pad_id=teacher.vocabulary.pad_id,
+    answer_positions=_answer_positions(experiment, teacher),
+    shapes={"batch_stats": {}, **meta.unbox(boxed)},
+    shardings={
+      "batch_stats": {},
+      **tree_shardings(boxed, mesh, config.mesh.rules),
+    },
+  )
+
+
+def _check(student: Experiment, teacher: Experiment, path: str) -> None:
+  """Raises UserError unless the teacher can read what the student reads."""
+  ours, theirs = student.config, teacher.config
+  who = f'{_KEY}="{path}"'
+  if not teacher.autoregressive:
+    raise UserError(
+      f"{who} answers in parallel (model.decoder={theirs.model.decoder}), so it"
+      " has no distribution for each label; give a run that was trained with"
+      f" --config.model.decoder=autoregressive ({_FLAG})"
+    )
+  prints = [x.vocabulary.fingerprint for x in (teacher, student)]
+  # Without tasks only shapes are asked for, and the vocabulary is a stand-in.
+  if student.tasks and prints[0] != prints[1]:
+    raise UserError(
+      f"{who} has another vocabulary ({prints[0][:12]}, this run"
+      f" {prints[1][:12]}), so its classes mean other words; set"
+      " --config.vocabulary as in its config.json, and train it on the same"
+      f" data if it is made from that, or give another teacher ({_FLAG})"
+    )
+  missing = [name for name in ours.tasks if name not in theirs.tasks]
+  if missing:
+    raise UserError(
+      f"{who} was trained on {', '.join(theirs.tasks)} and not on"
+      f" {', '.join(missing)}; leave that out of the tasks of this run, or give"
+      f" a teacher of all ({_FLAG})"
+    )
+  sizes = [tuple(x.data.image_size) for x in (theirs, ours)]
+  if sizes[0] != sizes[1]:
+    raise UserError(
+      f"{who} sees pictures of {sizes[0]} pixels, this run of {sizes[1]}:"
+      f" --config.data.image_size='{sizes[0]}' ({_FLAG})"
+    )
+  _check_length(student, teacher, who)
+
+
+def _check_length(student: Experiment, teacher: Experiment, who: str) -> None:
+  """Raises UserError for texts that exceed the teacher's positions."""
+  text = student.config.data.max_text_length
+  limit = teacher.model_config.max_text_positions
+  longest = max(text, _answer_positions(student, teacher)[0])
+  if longest > limit:
+    nearest = text - (longest - limit)
+    raise UserError(
+      f"{who} has {limit} text positions and would need {longest} for the"
+      f" prompts and answers of this run:"
+      f" --config.data.max_text_length={nearest}, or another teacher ({_FLAG})"
+    )
+
+
+def _answer_positions(
+  student: Experiment, teacher: Experiment
+) -> tuple[int, int]:
+  """Returns `Teacher.answer_positions`."""
+  text, labels = student.config.data.max_text_length, student.label_length
+  prompt = text - 1 if any(teacher.prompted) else 1
+  # The last label is only ever predicted.
+  return prompt + labels - 1, labels

@@ -1,0 +1,65 @@
+"""Weights in the folders of other runs: finding and reading them."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.traverse_util
+
+from narvl_jax.errors import UserError
+from narvl_jax.training.checkpoints import FOLDER, Checkpoints, choose_step
+from narvl_jax.training.optimizer import flatten
+
+
+@contextlib.contextmanager
+def opened(path: str, key: str) -> Iterator[tuple[Checkpoints, int]]:
+  """Opens the checkpoints of a folder; yields them and the best step.
+
+  Args:
+    path: folder of a run or of converted weights.
+    key: of the config that names it.
+
+  Raises:
+    UserError: there are none.
+  """
+  place, named, flag = pathlib.Path(path), f'{key}="{path}"', f"--config.{key}"
+  if place.is_file():
+    raise UserError(
+      f"{named} is a file; convert it first: python -m"
+      f" narvl_jax.convert --from={path} --to=FOLDER, then"
+      f" {flag}=FOLDER"
+    )
+  if not place.exists():
+    raise UserError(f"{named}: there is no such folder ({flag})")
+  if not (place / FOLDER).is_dir():
+    raise UserError(
+      f"{named} holds no {FOLDER}; it must be the folder of a run"
+      f" or of converted weights ({flag})"
+    )
+  with Checkpoints(path) as checkpoints:
+    try:
+      step = choose_step(checkpoints, "best")
+    except UserError as error:
+      raise UserError(f"{named} has no checkpoint yet ({flag})") from error
+    yield checkpoints, step
+
+
+def read_weights(
+  checkpoints: Checkpoints, step: int, target: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Reads the weights, moving averages where there are any.
+
+  Args:
+    checkpoints: of the folder.
+    step: one of theirs.
+    target: shapes, dtypes and shardings of {"params", "batch_stats"}.
+  """
+  ema = checkpoints.shapes(step).get("ema")
+  if ema is not None:
+    wanted = flatten(target)
+    # Parameters that were frozen there have no average.
+    ema = {name: wanted[name] for name in flatten(ema)}
+    ema = flax.traverse_util.unflatten_dict(ema, sep="/")
+    ema = {"batch_stats": {}, **ema}
+  return checkpoints.restore_variables(step, target, ema)
