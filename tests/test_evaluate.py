@@ -64,6 +64,25 @@ def test_bad_records_may_be_allowed_by_flag(workdir, monkeypatch):
   assert report["examples"] == 12
 
 
+def test_answers_of_a_file(workdir, tmp_path):
+  path = workdir / "config.json"
+  config = json.loads(path.read_text())
+  config["data"]["evaluation"] = {"vqa": config["data"]["evaluation"]["vqa"]}
+  path.write_text(json.dumps(config))
+  answers = tmp_path / "answers.txt"
+  answers.write_text("yes\nred\n")
+  evaluate(
+    workdir,
+    max_examples=4,
+    answers=str(answers),
+    decoding={"constrained": True},
+  )
+  lines = (workdir / "predictions" / "test.jsonl").read_text().splitlines()
+  said = [json.loads(line)["prediction"] for line in lines]
+  assert len(said) == 4
+  assert {*said} <= {"yes", "red"}
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
