@@ -53,6 +53,13 @@ def describe_model(setup: Setup, say: Announcer) -> None:
     f"model {setup.num_parameters:,} parameters, {frozen:,} of them frozen;"
     f" state {format_bytes(setup.state_bytes_per_device)} per device"
   )
+  if setup.teacher is not None:
+    teacher = setup.teacher
+    say(
+      f"teacher {teacher.path}, step {teacher.step}:"
+      f" {teacher.num_parameters:,} parameters,"
+      f" {format_bytes(teacher.bytes_per_device)} per device"
+    )
   say(describe_parallelism(setup))
 
 

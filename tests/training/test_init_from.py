@@ -5,10 +5,8 @@ import shutil
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.linen import meta
 
 from narvl_jax import experiment as experiment_lib
 from narvl_jax import train as train_lib
@@ -20,6 +18,7 @@ from narvl_jax.training.init_from import check_init_from, init_from
 from narvl_jax.training.optimizer import flatten
 from narvl_jax.training.setup import Setup, build_setup
 from tests.evaluation.tiny_run import copy_run, tiny_config
+from tests.training.twin import twin_of
 
 
 @pytest.fixture
@@ -37,25 +36,6 @@ def make_setup(start: Any, **changes: Any) -> Setup:
     config[section][name] = value
   experiment = experiment_lib.build(config, start)
   return build_setup(experiment, mesh_from_config(config.mesh))
-
-
-def twin_of(
-  target: pathlib.Path, start: pathlib.Path, **model: Any
-) -> tuple[pathlib.Path, dict[str, Any]]:
-  """Returns the folder of a run with the other decoder, and its parameters."""
-  config: Any = tiny_config().copy_and_resolve_references()
-  config.model.update({"decoder": "autoregressive", **model})
-  shutil.copytree(start / "vocabulary", target / "vocabulary")
-  workdir_lib.write_config(target, config)
-  experiment = experiment_lib.build(config, target)
-  rng = np.random.default_rng(1)
-  variables = jax.tree.map(
-    lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32),
-    meta.unbox(experiment.abstract_variables()),
-  )
-  with Checkpoints(target, keep_last=1) as checkpoints:
-    checkpoints.save_variables(0, {"batch_stats": {}, **variables})
-  return target, flatten(jax.device_get(variables["params"]))
 
 
 def stored_in(start: pathlib.Path) -> dict[str, np.ndarray]:
@@ -209,7 +189,8 @@ def test_weights_alone_cannot_be_resumed(start: pathlib.Path) -> None:
 def test_a_student_starts_from_its_teacher(
   tmp_path: pathlib.Path, start: pathlib.Path, multiple: int
 ) -> None:
-  folder, theirs = twin_of(tmp_path / "ar", start, vocab_multiple=multiple)
+  folder = tmp_path / "ar"
+  theirs = twin_of(start, folder, model__vocab_multiple=multiple)
   setup = make_setup(start, optimizer__ema_decay=0.9)
   setup.experiment.config.init_from = str(folder)
   words = setup.experiment.vocabulary.size - 1
@@ -267,13 +248,15 @@ def test_an_autoregressive_model_starts_from_a_parallel_one(
 def test_a_twin_must_fit_in_all_else(
   tmp_path: pathlib.Path, start: pathlib.Path
 ) -> None:
-  folder, _ = twin_of(tmp_path / "wide", start, width=64)
+  folder = tmp_path / "wide"
+  twin_of(start, folder, model__width=64)
   setup = make_setup(start)
   setup.experiment.config.init_from = str(folder)
   with pytest.raises(UserError, match=r"another model: .* and \d+ more; set"):
     check_init_from(setup)
   # More words than ours; no vocabulary tells of them.
-  folder, _ = twin_of(tmp_path / "long", start, vocab_multiple=512)
+  folder = tmp_path / "long"
+  twin_of(start, folder, model__vocab_multiple=512)
   shutil.rmtree(folder / "vocabulary")
   config = workdir_lib.read_config(folder)
   config.model.vocab_multiple = 128

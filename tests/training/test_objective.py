@@ -13,11 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from narvl_jax.data.example import TASKS
 from narvl_jax.decoding.constraint import answer_trie
 from narvl_jax.models import project
-from narvl_jax.query_ctc import label_posterior
+from narvl_jax.parallel import (
+  BATCH_AXES,
+  VOCAB_AXIS,
+  WIDTH_AXIS,
+  make_mesh,
+  shard_batch,
+)
+from narvl_jax.query_ctc import MeshAxes, label_posterior
 from narvl_jax.training.objective import (
   AutoregressiveLoss,
   DistillationLoss,
@@ -348,6 +356,32 @@ def test_the_gradient_of_chunks_is_that_of_the_whole() -> None:
   chunks = gradient_of(distillation_loss(1.0, chunk_size=5), batch())
   for a, b in zip(*map(jax.tree.leaves, (whole, chunks)), strict=True):
     assert np.linalg.norm(a) > 1e-3
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 5])
+def test_devices_that_share_batch_and_classes_change_nothing(
+  chunk_size: int,
+) -> None:
+  whole = gradient_of(distillation_loss(1.0), batch())
+  mesh = make_mesh(2, 2, 2)
+  table = NamedSharding(mesh, PartitionSpec(VOCAB_AXIS, WIDTH_AXIS))
+  loss = distillation_loss(1.0, chunk_size=chunk_size)
+  axes = MeshAxes(batch=BATCH_AXES, vocab=VOCAB_AXIS, width=WIDTH_AXIS)
+  labels = dataclasses.replace(loss.labels, axes=axes)
+
+  def gradient(theirs: Any, ours: Any, rows: Any) -> Any:
+    split = dataclasses.replace(loss, labels=labels, variables=theirs)
+    objective = functools.partial(student_loss, split)
+    return jax.grad(objective, has_aux=True)(ours, rows)[0]
+
+  placed = [
+    jax.tree.map(lambda x: jax.device_put(x, table), tree)
+    for tree in (decoder_variables(), query_variables())
+  ]
+  with jax.set_mesh(mesh):
+    split = jax.jit(gradient)(*placed, shard_batch(batch(), mesh))
+  for a, b in zip(*map(jax.tree.leaves, (whole, split)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
