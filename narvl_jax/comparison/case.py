@@ -101,8 +101,6 @@ def length_programs(
       "beam", beam_size=beam_size, min_length=0
     ),
   }
-  if UNCACHED in case.programs:
-    readers[UNCACHED] = Decoding(min_length=0)
   programs = {
     label: {
       length: program_of(

@@ -1,12 +1,10 @@
 """Decoding: from what a model says to token ids."""
 
-from narvl_jax.decoding.autoregressive_reader import (
-  AutoregressiveReader,
-  prepare_variables,
-)
+from narvl_jax.decoding.autoregressive_reader import AutoregressiveReader
 from narvl_jax.decoding.classes import Classes
 from narvl_jax.decoding.greedy import greedy_decode
 from narvl_jax.decoding.parallel_reader import ParallelReader
+from narvl_jax.decoding.prepare import prepare_variables
 from narvl_jax.decoding.settings import Decoding
 from narvl_jax.decoding.steps import Inputs, Steps, make_steps
 

@@ -75,6 +75,18 @@ def greedy_decode(
   }
 
 
+def _first(found: jax.Array) -> jax.Array:
+  """Returns the place int32 [...] of the first True of bool [..., V].
+
+  On a CPU `argmax` takes ten times as long: it does not use vectors.
+  """
+  classes = found.shape[-1]
+  places = jnp.arange(classes, dtype=jnp.int32)
+  first = jnp.min(jnp.where(found, places, classes), axis=-1)
+  # None where the logits are not numbers.
+  return jnp.minimum(first, classes - 1)
+
+
 def _best_classes(
   logits: jax.Array, axes: MeshAxes
 ) -> tuple[jax.Array, jax.Array]:
@@ -86,7 +98,7 @@ def _best_classes(
 
   def local(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     largest = jnp.max(logits, axis=-1)
-    ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    ids = _first(logits == largest[..., None])
     if split.vocab is not None:
       ids += split.first_class(logits.shape[-1])
       # [devices, B, N]; the first device has the smallest ids.

@@ -15,7 +15,7 @@ from narvl_jax.decoding.greedy import greedy_decode
 from narvl_jax.decoding.settings import Decoding
 from narvl_jax.decoding.steps import Decoded, Inputs
 from narvl_jax.errors import UserError
-from narvl_jax.models import project
+from narvl_jax.models import project, split_decoder
 from narvl_jax.query_ctc import MeshAxes
 
 
@@ -40,8 +40,9 @@ class ParallelReader:
     self, model: nn.Module, variables: Any, encoded: Any, inputs: Inputs
   ) -> Decoded:
     """See `steps.Reader`."""
-    states: Any = model.apply(variables, encoded, method="decode")
-    logits = project(states, variables["params"]["embed_tokens"])
+    logits = project(
+      _states(model, variables, encoded), variables["params"]["embed_tokens"]
+    )
     if self.decoding.method == "candidates":
       return self._candidates(logits, inputs)
     if self.decoding.method == "beam":
@@ -103,6 +104,14 @@ class ParallelReader:
       "forbidden": self.classes.mask(),
       "vocab_size": self.classes.vocab_size,
     }
+
+
+def _states(model: Any, variables: Any, encoded: Any) -> jax.Array:
+  """Returns the decoder states [B, N, D]."""
+  decoder = variables["params"]["decoder"]
+  if isinstance(decoder["layers"], tuple):
+    return split_decoder.decode(model.config, decoder, encoded)
+  return model.apply(variables, encoded, method="decode")
 
 
 def check_queries(

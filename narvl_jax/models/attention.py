@@ -177,7 +177,9 @@ class Attention(nn.Module):
     )
     out_bias = self.param("out_bias", zeros_init("norm"), (cfg.width,))
     kernel = gathered(kernel, cfg.dtype, "heads", "head_width", "embed")
-    out = jnp.einsum("bqhd,hde->bqe", out, kernel)
+    # Heads side by side: summing over heads and their widths as two axes, XLA
+    # turns the kernel round on a CPU, which costs more than the product.
+    out = out.reshape(*out.shape[:2], -1) @ kernel.reshape(-1, cfg.width)
     out = constrain(out, "batch", None, "act_embed")
     return out + out_bias.astype(cfg.dtype)
 

@@ -21,13 +21,13 @@ from narvl_jax.models.attention import (
   LayerNorm,
   PositionBias,
   Projection,
-  attend_to,
 )
 from narvl_jax.models.autoregressive import Prompt, check_decoder_length
 from narvl_jax.models.encoder import EncoderOutput
 from narvl_jax.models.relative_bias import token_bias
 from narvl_jax.models.sizes import ModelConfig
 from narvl_jax.models.transformer import decoder_layer
+from narvl_jax.parallel.constraints import per_device
 
 Params = Mapping[str, Any]
 
@@ -36,7 +36,8 @@ class LayerCache(NamedTuple):
   """Keys and values of a layer.
 
   Attributes:
-    memory: [b, s, h, d] of the encoder's output.
+    memory: [b, h, d, s] of the encoder's output; as the products of attention
+      want it, which else is turned round for every token.
     prompt: [b, p, h, d].
     generated: [b, k, g, h, d].
     self_bias: [h, m, m] attention bias of all decoder positions.
@@ -117,17 +118,18 @@ def start_cache(
   own_bias = _apply(PositionBias(config), params["self_position_bias"])
   cross_bias = _apply(PositionBias(config), params["cross_position_bias"])
   biases = own_bias(pos, pos)
-  tables = params["token_rel_pos_table"].astype(config.dtype)[:, None]
+  tables = params["token_rel_pos_table"].astype(config.dtype)
   batch, heads = len(prompt.ids), (config.num_heads, config.head_width)
   layers = []
   for i, layer in enumerate(params["layers"]):
     project = _apply(Projection(config, 2), layer["encoder_attn"]["kv"])
     shape = (batch, hypotheses, length_limit, *heads)
     nothing = jnp.zeros((batch, 0, *heads), config.dtype)
-    bias = biases + token_bias(tables[i], size, config.token_bucket_size)
+    table = per_device(tables[i], None, "heads")
+    bias = biases + token_bias(table, size, config.token_bucket_size)
     layers.append(
       LayerCache(
-        memory=KeyValue(*project(encoded.out)),
+        memory=_turned(KeyValue(*project(encoded.out))),
         prompt=KeyValue(nothing, nothing),
         generated=KeyValue(*(jnp.zeros(shape, config.dtype),) * 2),
         self_bias=bias[0],
@@ -142,6 +144,11 @@ def start_cache(
   if read:
     cache = _read_prompt(config, params, cache, embedding, prompt, read)
   return cache._replace(start=prompt.length - 1)
+
+
+def _turned(memory: KeyValue) -> KeyValue:
+  """Lays out keys and values [b, s, h, d] as `LayerCache` has them."""
+  return KeyValue(*(x.transpose(0, 2, 3, 1) for x in memory))
 
 
 def _read_prompt(
@@ -195,13 +202,16 @@ def extend(
   x = _apply(LayerNorm(config.dtype, "norm"), params["layernorm_embedding"])(x)
   # Of every new token; the hypotheses of an example share them.
   places = cache.start[:, None] + t + jnp.arange(length)
+  # [b, h, k l, s].
   cross = cache.cross_bias[:, places].swapaxes(0, 1)
-  attend_memory = attend_to(jnp.tile(cross, (1, 1, k, 1)), cache.memory_mask)
+  cross = jnp.tile(cross, (1, 1, k, 1)).astype(jnp.float32)
+  mask = cache.memory_mask[:, None, None]
+  cross = jnp.where(mask, cross, LOWEST)
   layers = []
   for weights, layer in zip(params["layers"], cache.layers, strict=True):
     step = _CachedLayer(config)
     x, generated = step.apply(
-      {"params": weights}, x, layer, cache.start, places, t, attend_memory
+      {"params": weights}, x, layer, cache.start, places, t, cross
     )  # pyright: ignore[reportGeneralTypeIssues]
     layers.append(layer._replace(generated=generated))
   x = _apply(LayerNorm(config.dtype, "norm"), params["layer_norm"])(x)
@@ -235,7 +245,7 @@ class _CachedLayer(nn.Module):
     start: jax.Array,
     places: jax.Array,
     t: jax.Array,
-    attend_memory: Any,
+    cross_bias: jax.Array,
   ) -> tuple[jax.Array, KeyValue]:
     """Maps [b, k l, D] to [b, k l, D]; also returns the longer cache."""
     b, k = cache.generated.key.shape[:2]
@@ -256,13 +266,24 @@ class _CachedLayer(nn.Module):
     x = decoder_layer(
       self.config,
       x,
+      # Keys and values are only handed through.
       cache.memory,
       attend,
-      attend_memory,
+      lambda q, memory: _attend_memory(q, memory, cross_bias),
       lambda h, rate: h,
       jnp.zeros(()),
     )
     return x, longer
+
+
+def _attend_memory(
+  q: jax.Array, memory: KeyValue, bias: jax.Array
+) -> jax.Array:
+  """Attends from new tokens [b, k l, h, d]; bias float32 [b, h, k l, s]."""
+  logits = jnp.einsum("bqhd,bhds->bhqs", q, memory.key).astype(jnp.float32)
+  # Where the bias is the lowest number, rounding keeps it.
+  weights = jax.nn.softmax(logits + bias).astype(memory.value.dtype)
+  return jnp.einsum("bhqs,bhds->bqhd", weights, memory.value)
 
 
 def _attend_cached(

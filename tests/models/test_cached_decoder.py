@@ -128,14 +128,14 @@ def test_only_what_is_generated_is_held_per_hypothesis(
   cache = jax.eval_shape(lambda: start(variables, encoded, tokens))
   heads = (CONFIG.num_heads, CONFIG.head_width)
   for layer in cache.layers:
-    assert layer.memory.key.shape == (B, encoded.out.shape[1], *heads)
+    assert layer.memory.key.shape == (B, *heads, encoded.out.shape[1])
     assert layer.prompt.key.shape == (B, 4, *heads)
     assert layer.generated.key.shape == (B, HYPOTHESES, NEW, *heads)
 
 
 def test_too_long_for_the_positions(variables: Any, encoded: Any) -> None:
   prompt = Prompt(jnp.zeros((B, 1), jnp.int32), jnp.ones(B, jnp.int32))
-  with pytest.raises(UserError, match="decoder input of 25 tokens exceeds"):
+  with pytest.raises(UserError, match="decoder input of 25 tokens .* exceeds"):
     cached_decoder.start_cache(
       CONFIG,
       layers(variables),
