@@ -36,6 +36,8 @@ def default_config(*tasks: str) -> Config:
   config.model = _model_defaults()
   config.vocabulary = ConfigDict(
     {
+      # "train" makes one from the training data, "run" takes that of the run in
+      # the folder `path`; else `path` holds the files.
       "source": "train",
       "size": 1000,
       "path": "",

@@ -13,7 +13,7 @@ from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.query_ctc.loss import CONFIDENCE_MODES
 
 OPTIMIZERS = ("adamw", "muon")
-VOCABULARY_SOURCES = ("train", "official", "huggingface")
+VOCABULARY_SOURCES = ("train", "official", "huggingface", "run")
 DTYPES = ("auto", "float32", "bfloat16")
 _EVALUATION_KEYS = ("source", "task", "options")
 _TRAIN_KEYS = (*_EVALUATION_KEYS, "weight", "split")

@@ -262,6 +262,15 @@ def make_vocabulary(config: Config) -> Vocabulary:
   if settings.source == "train":
     return Vocabulary.train(_texts(config), settings.size, **counts)
   folder = pathlib.Path(settings.path)
+  if settings.source == "run":
+    words = folder / VOCABULARY_FOLDER
+    if not words.is_dir():
+      raise UserError(
+        f'vocabulary.path="{folder}" has no {words.name}; with'
+        " vocabulary.source=run it must be the folder of a run"
+        " (--config.vocabulary.path)"
+      )
+    return Vocabulary.load(words)
   if settings.source == "official":
     return Vocabulary.from_official(
       folder / "dict.txt",
@@ -277,7 +286,7 @@ def make_vocabulary(config: Config) -> Vocabulary:
 def _placeholder_vocabulary(config: Config) -> Vocabulary:
   settings = config.vocabulary
   counts = {"num_codes": settings.num_codes, "num_bins": settings.num_bins}
-  if settings.source == "huggingface":
+  if settings.source in ("huggingface", "run"):
     # Only its files tell the size.
     return make_vocabulary(config)
   size = settings.size

@@ -55,8 +55,8 @@ def check_init_from(setup: Setup) -> list[str]:
     if theirs != ours:
       raise UserError(
         f'init_from="{path}" has another vocabulary ({theirs[:12]}, this run'
-        f" {ours[:12]}), so its embeddings mean other words; set"
-        " --config.vocabulary.source and .path to the files it was made from"
+        f" {ours[:12]}), so its embeddings mean other words; take that one:"
+        f" --config.vocabulary.source=run --config.vocabulary.path={path}"
       )
   return _notes(setup, stored)
 

@@ -150,9 +150,9 @@ def _check(student: Experiment, teacher: Experiment, path: str) -> None:
   if student.tasks and prints[0] != prints[1]:
     raise UserError(
       f"{who} has another vocabulary ({prints[0][:12]}, this run"
-      f" {prints[1][:12]}), so its classes mean other words; set"
-      " --config.vocabulary as in its config.json, and train it on the same"
-      f" data if it is made from that, or give another teacher ({_FLAG})"
+      f" {prints[1][:12]}), so its classes mean other words; take that one:"
+      f" --config.vocabulary.source=run --config.vocabulary.path={path}, or"
+      f" give another teacher ({_FLAG})"
     )
   missing = [name for name in ours.tasks if name not in theirs.tasks]
   if missing:

@@ -135,7 +135,9 @@ def test_another_vocabulary(start: pathlib.Path) -> None:
   words: Any = setup.experiment.vocabulary
   words._symbols = (*words._symbols[:-1], "changed")
   del words.__dict__["fingerprint"]
-  with pytest.raises(UserError, match=r"has another vocabulary .* other words"):
+  with pytest.raises(
+    UserError, match=r"another vocabulary .*source=run .*path="
+  ):
     check_init_from(setup)
 
 

@@ -380,7 +380,9 @@ def test_devices_that_share_batch_and_classes_change_nothing(
     for tree in (decoder_variables(), query_variables())
   ]
   with jax.set_mesh(mesh):
-    split = jax.jit(gradient)(*placed, shard_batch(batch(), mesh))
+    split = jax.jit(gradient)(
+      *placed, shard_batch(jax.device_get(batch()), mesh)
+    )
   for a, b in zip(*map(jax.tree.leaves, (whole, split)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 

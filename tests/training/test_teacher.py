@@ -187,8 +187,22 @@ def test_folders_that_are_no_teacher(
   words: Any = experiment.vocabulary
   words._symbols = (*words._symbols[:-1], "changed")
   del words.__dict__["fingerprint"]
-  with pytest.raises(UserError, match=r"has another vocabulary \(\w+, this"):
+  with pytest.raises(
+    UserError, match=r"another vocabulary \(\w+, .*source=run"
+  ):
     find_teacher(experiment, make_mesh(1))
+
+
+def test_the_vocabulary_of_a_run(tmp_path: pathlib.Path) -> None:
+  config: Any = tiny_config().copy_and_resolve_references()
+  config.vocabulary.update({"source": "run", "path": str(tiny_run())})
+  expected = experiment_lib.build(tiny_config(), tiny_run()).vocabulary
+  for shapes_only in (False, True):
+    experiment = experiment_lib.build(config, shapes_only=shapes_only)
+    assert experiment.vocabulary.fingerprint == expected.fingerprint
+  config.vocabulary.path = str(tmp_path)
+  with pytest.raises(UserError, match=r"has no vocabulary; .*source=run it m"):
+    experiment_lib.build(config)
 
 
 def test_only_parallel_models_have_a_teacher(folder: pathlib.Path) -> None:
