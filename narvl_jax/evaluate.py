@@ -3,7 +3,7 @@
 python -m narvl_jax.evaluate --workdir=runs/shapes [--split=test]
     [--checkpoint=best|last|STEP] [--max_examples=N] [--batch_size=B]
     [--decoding=greedy|beam|candidates|reference] [--constrained]
-    [--answers=answers.txt]
+    [--answers=answers.txt] [--tasks=vqa,grounding]
 
 Prints a table and writes into the run folder: evaluation.json,
 predictions/SPLIT.jsonl and predictions/SPLIT.png.
@@ -33,6 +33,7 @@ def evaluate(
   max_bad_fraction: float | None = None,
   decoding: Mapping[str, Any] | None = None,
   answers: str = "",
+  tasks: Sequence[str] | None = None,
 ) -> reporting.Report:
   """Evaluates a checkpoint, prints the table and writes the results.
 
@@ -47,6 +48,7 @@ def evaluate(
     decoding: see `decoding_flags.decodings_for`.
     answers: file of the answers that constrained VQA allows, see
       `narvl_jax.data.answers`; that of the config if "".
+    tasks: whose data sets are answered; None: all.
 
   Returns:
     The report, see `evaluator.evaluate_tasks`.
@@ -78,6 +80,7 @@ def evaluate(
     batch_size=settings.batch_size if batch_size is None else batch_size,
     step=step,
     decodings=decoding_flags.decodings_for(experiment, decoding),
+    tasks=tasks,
   )
   seconds = time.monotonic() - start
   print(reporting.format_table(report))
@@ -90,6 +93,7 @@ def evaluate(
 def define_flags() -> None:
   """Defines the flags of the command."""
   flags.DEFINE_string("workdir", None, "Folder of the run.")
+  flags.DEFINE_list("tasks", None, "Tasks; all by default.")
   flags.DEFINE_string("split", None, "Split; evaluation.split by default.")
   flags.DEFINE_string("checkpoint", "best", "best, last or a step.")
   flags.DEFINE_integer(
@@ -127,6 +131,7 @@ def main(argv: Sequence[str]) -> None:
     max_bad_fraction=settings.max_bad_fraction,
     decoding=decoding_flags.from_flags(),
     answers=settings.answers,
+    tasks=settings.tasks,
   )
 
 

@@ -34,6 +34,7 @@ from narvl_jax.evaluation import (
   reporting,
   results,
 )
+from narvl_jax.evaluation.answer_list import with_answers
 from narvl_jax.evaluation.predictor import Answer, Predictor
 from narvl_jax.training import workdir as workdir_lib
 
@@ -51,6 +52,7 @@ def predict(
   overlay: str | os.PathLike[str] | None = None,
   checkpoint: str | int = "best",
   decoding: Mapping[str, Any] | None = None,
+  answers: str = "",
 ) -> Outcome:
   """Answers one request; exactly one of `image` and `example` is given.
 
@@ -65,6 +67,8 @@ def predict(
     overlay: grounding only: PNG to write; by default in the run folder.
     checkpoint: "best", "last" or a step.
     decoding: see `decoding_flags.decodings_for`.
+    answers: file of the answers that constrained VQA allows; that of the
+      config if "".
 
   Returns:
     step, task, image (path), prompt, answer (text; grounding: box in pixels of
@@ -95,6 +99,8 @@ def predict(
     record = dataclasses.replace(record, prompt="")
   _check_length(record, config.tasks[name])
   experiment, variables, step = experiment_lib.restore(workdir, checkpoint)
+  if answers:
+    experiment = with_answers(experiment, answers)
   decodings = decoding_flags.decodings_for(experiment, decoding)
   answer = Predictor(experiment, variables, decodings).answer(record)
 
@@ -273,6 +279,9 @@ def define_flags() -> None:
   flags.DEFINE_string("overlay", None, "Grounding: PNG file to write.")
   flags.DEFINE_bool("json", False, "Print one JSON object.")
   decoding_flags.define_flags()
+  flags.DEFINE_string(
+    "answers", "", "File of the answers that constrained VQA allows."
+  )
   flags.mark_flag_as_required("workdir")
 
 
@@ -290,6 +299,7 @@ def main(argv: Sequence[str]) -> None:
     overlay=settings.overlay,
     checkpoint=settings.checkpoint,
     decoding=decoding_flags.from_flags(),
+    answers=settings.answers,
   )
   if settings.json:
     print(json.dumps(outcome, ensure_ascii=False))

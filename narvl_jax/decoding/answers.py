@@ -31,6 +31,11 @@ class AnswerSet:
     """Whether all answers can be scored one by one."""
     return bool(self.sequences)
 
+  @property
+  def shortest(self) -> int:
+    """Tokens of the shortest answer, without those that end it."""
+    return min(map(len, self.sequences), default=self.count)
+
   def automaton(self) -> Automaton:
     """Returns the constraint.
 

@@ -56,6 +56,11 @@ class Decoding:
           f"decoding.{name}={value} must be at least {least}; nearest:"
           f" {least} (--{name})"
         )
+    if self.max_length and self.min_length > self.max_length:
+      raise UserError(
+        f"decoding.min_length={self.min_length} exceeds decoding.max_length="
+        f"{self.max_length}; nearest: {self.max_length} (--min_length)"
+      )
     if self.num_best > self.beam_size and self.method == "beam":
       raise UserError(
         f"decoding.num_best={self.num_best} exceeds decoding.beam_size="

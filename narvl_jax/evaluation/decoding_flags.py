@@ -33,7 +33,11 @@ def define_flags(default: str = "greedy") -> None:
     f"{', '.join(METHODS)}, or {_REFERENCE}: as the official code decodes each"
     " task of an autoregressive model; parallel ones are read greedily.",
   )
-  flags.DEFINE_bool("constrained", None, "Only answers that the task allows.")
+  flags.DEFINE_bool(
+    "constrained",
+    None,
+    "Only answers that the task allows; captions may be anything.",
+  )
   for name, text in (
     ("beam_size", "Hypotheses of a beam search."),
     ("num_best", "Answers of each request."),
@@ -65,7 +69,8 @@ def decodings_for(
   Args:
     experiment: the run.
     settings: "method", one of `METHODS` or "reference", and fields of
-      `Decoding` that replace its defaults; None: greedy.
+      `Decoding` that replace its defaults; None: greedy. What is constrained
+      are the tasks that have a set of answers: all but captions.
 
   Raises:
     UserError: an unknown method or a value out of range.
@@ -93,4 +98,7 @@ def _decoding(
     raise UserError(
       f'--decoding="{method}" is unknown.{did_you_mean(method, names)}'
     )
-  return Decoding(**{**base, **settings})
+  merged = {**base, **settings}
+  if experiment.tasks[task_name].open_ended and merged["method"] != METHODS[-1]:
+    merged["constrained"] = False
+  return Decoding(**merged)

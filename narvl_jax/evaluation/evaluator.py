@@ -36,6 +36,7 @@ def evaluate_tasks(
   batch_size: int,
   step: int | None = None,
   decodings: Mapping[str, Decoding] | None = None,
+  tasks: Sequence[str] | None = None,
 ) -> tuple[Report, list[Prediction]]:
   """Answers every data set of `config.data.evaluation` and scores the answers.
 
@@ -51,6 +52,7 @@ def evaluate_tasks(
     batch_size: rounded up to a multiple of the devices that share a batch.
     step: training step of `variables`, for the report.
     decodings: by task; greedy for those that are not named.
+    tasks: whose data sets are answered; None: all.
 
   Returns:
     The report and one prediction per example. The report has split, step,
@@ -60,12 +62,20 @@ def evaluate_tasks(
     as examples and have no score; bad records count as neither.
 
   Raises:
-    UserError: a data set, `split` or too many records are at fault.
+    UserError: a data set, `split`, a task or too many records are at fault.
   """
   config: Any = experiment.config
+  for name in tasks or ():
+    if name not in experiment.tasks:
+      known = list(experiment.tasks)
+      raise UserError(
+        f'--tasks: the run has no task "{name}".{did_you_mean(name, known)}'
+      )
   predictor = Predictor(experiment, variables, decodings)
   predictions: list[Prediction] = []
   for name, entry in config.data.evaluation.items():
+    if tasks and entry.task not in tasks:
+      continue
     source = load_dataset(config, name, split)
     indices = spread(len(source), max_examples)
     for answer in predictor.answers(

@@ -67,7 +67,7 @@ def make_reader(
       classes,
       # Lengths are inputs of the program.
       dataclasses.replace(decoding, min_length=0, max_length=0),
-      length_limit=experiment.label_length - 1,
+      length_limit=_room(experiment, answers),
       prompted=experiment.prompted[TASKS.index(task_name)],
       answers=answers,
     )
@@ -87,6 +87,23 @@ def answer_lengths(experiment: "Experiment", decoding: Decoding) -> np.ndarray:
   limit = experiment.label_length - 1
   most = min(decoding.max_length or limit, limit)
   return np.asarray([min(decoding.min_length, most), most], np.int32)
+
+
+def _room(experiment: "Experiment", answers: AnswerSet | None) -> int:
+  """Returns the tokens of an answer that there is room for, without eos.
+
+  Raises:
+    UserError: that is not enough for any allowed answer.
+  """
+  room = experiment.label_length - 1
+  shortest = 0 if answers is None else answers.shortest
+  if shortest > room:
+    raise UserError(
+      f"the shortest answer that {answers.name if answers else ''} allows has"
+      f" {shortest} tokens, but the model was trained for {room} and eos"
+      f" (--config.data.max_label_length={shortest + 1})"
+    )
+  return room
 
 
 def _answers(

@@ -26,11 +26,13 @@ class Oracle(nn.Module):
   vocab_size: int
   scale: float = 30.0
 
-  def __call__(self, image, text, *, image_mask, train):
-    del text, image_mask, train
+  def encode(self, image, text, *, image_mask):
+    del text, image_mask
     ids = image[:, 0, :QUERIES, 0].astype(jnp.int32)
-    logits = self.scale * jax.nn.one_hot(ids, self.vocab_size)
-    return logits, {"decoder_out": logits}
+    return self.scale * jax.nn.one_hot(ids, self.vocab_size)
+
+  def decode(self, encoded):
+    return encoded
 
 
 def _oracle(scale: float = 30.0, **data: Any) -> Any:

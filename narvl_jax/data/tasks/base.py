@@ -64,11 +64,13 @@ class Task(abc.ABC, Generic[S]):
 
   Attributes:
     name: one of `TASKS`.
+    open_ended: any text is an answer, so that `answer_space` is None.
     settings: the settings in force.
     merge_repeats: see `Settings`.
   """
 
   name: ClassVar[str]
+  open_ended: ClassVar[bool] = True
   settings_class: ClassVar[type[Settings]]
 
   def __init__(self, vocabulary: Vocabulary | None, settings: S) -> None:

@@ -42,6 +42,7 @@ class EntailmentTask(base.Task[EntailmentSettings]):
   """A hypothesis and maybe a premise; the target is yes, no or maybe."""
 
   name = "entailment"
+  open_ended = False
   settings_class = EntailmentSettings
 
   def __init__(

@@ -42,6 +42,7 @@ class GroundingTask(base.Task[GroundingSettings]):
   """An expression; the target is four bins: x0, y0, x1, y1."""
 
   name = "grounding"
+  open_ended = False
   settings_class = GroundingSettings
 
   def __init__(

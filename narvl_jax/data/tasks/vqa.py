@@ -40,6 +40,7 @@ class VqaTask(augmented.AugmentedTask[VqaSettings]):
   """Question and object names; the target is the best-scored answer."""
 
   name = "vqa"
+  open_ended = False
   settings_class = VqaSettings
 
   def decode(self, ids: Sequence[int], original_size: tuple[int, int]) -> str:
