@@ -25,6 +25,7 @@ setuptools.setup(
     "flax>=0.12,<0.13",
     "grain>=0.2.14,<0.3",
     "jax>=0.10,<0.13",
+    "matplotlib>=3.9,<4",
     "ml-collections>=1.1,<2",
     "ml-dtypes>=0.5,<1",
     "msgpack>=1.0.8,<2",

@@ -1,0 +1,122 @@
+"""Tests of `python -m narvl_jax.compare`."""
+
+import json
+
+import pytest
+
+from narvl_jax.compare import compare
+from narvl_jax.errors import UserError
+from tests.comparison import tiny_pair
+
+WAYS = ("ar-greedy", "ar-uncached", "nar-constrained")
+
+
+@pytest.fixture(scope="module")
+def pair():
+  return {
+    "nar": str(tiny_pair.parallel_run()),
+    "ar": str(tiny_pair.autoregressive_run()),
+  }
+
+
+def test_runs_are_compared(pair, tmp_path, capsys):
+  report = compare(
+    **pair,
+    tasks=("entailment",),
+    max_examples=2,
+    batch_sizes=(2,),
+    rounds=2,
+    lengths=(3,),
+    beam_size=2,
+    ways=WAYS,
+    uncached=True,
+    to=str(tmp_path / "results"),
+  )
+  folder = tmp_path / "results"
+  saved = json.loads((folder / "comparison.json").read_text())
+  assert saved == json.loads(json.dumps(report))
+  assert (folder / "latency.png").stat().st_size > 1000
+  assert saved["models"]["AR"]["run"] == pair["ar"]
+  assert (
+    saved["models"]["NAR"]["vocabulary"]
+    == (saved["models"]["AR"]["vocabulary"])
+  )
+  ways = saved["tasks"]["entailment"]["ways"]
+  assert list(ways) == [
+    "AR greedy",
+    "AR uncached",
+    "NAR greedy",
+    "NAR constrained",
+  ]
+  for label, way in ways.items():
+    times = way["latency"]["2"]
+    whole = zip(
+      *(times[f"{part}_ms"]["rounds"] for part in ("encoder", "decoder")),
+      times["whole_ms"]["rounds"],
+      strict=True,
+    )
+    assert all(abs(a + b - c) < 0.01 for a, b, c in whole)
+    assert times["memory"]["output"] > 0
+    if label != "AR uncached":
+      assert way["quality"]["examples"] == 2
+      assert list(way["quality"]["metrics"]) == ["accuracy"]
+  passes = {k: way["latency"]["2"]["passes"] for k, way in ways.items()}
+  assert passes["NAR greedy"] == passes["NAR constrained"] == 1
+  # The same answers, found without a cache.
+  assert passes["AR greedy"] == passes["AR uncached"] > 1
+  assert ways["NAR greedy"]["latency"]["2"]["decoder_ratio"] == 1
+  curves = saved["lengths"]["curves"]
+  assert list(curves) == [
+    "AR greedy",
+    "AR beam 2",
+    "NAR greedy, 8 queries",
+    "NAR greedy, a query a token",
+  ]
+  assert all(curve["lengths"] == [3] for curve in curves.values())
+  assert "NAR constrained" in capsys.readouterr().out
+
+
+def test_random_weights_say_as_many_tokens_as_the_answers(capsys):
+  report = compare(
+    size="micro",
+    tasks=("grounding",),
+    image_size=32,
+    batch_sizes=(1,),
+    rounds=1,
+    lengths=(),
+    ways=("ar-greedy", "ar-candidates"),
+  )
+  ways = report["tasks"]["grounding"]["ways"]
+  # Four coordinates and eos.
+  assert ways["AR greedy"]["latency"]["1"]["passes"] == 5
+  assert ways["NAR greedy"]["latency"]["1"]["passes"] == 1
+  assert "n/a, there is no list of the answers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({}, "--nar=RUN is missing"),
+    ({"nar": "a"}, "--ar=RUN is missing"),
+    ({"nar": "a", "ar": "b"}, '"a" holds no run.*--nar=RUN'),
+    ({"nar": "a", "size": "base"}, "--size=base has random weights"),
+    ({"size": "bse"}, '--size="bse" is unknown. Did you mean "base"'),
+    ({"size": "micro", "tasks": ["vqq"]}, 'no task "vqq". Did you mean "vqa"'),
+    ({"size": "micro", "image_size": 30}, "nearest: --image_size=32"),
+    ({"size": "micro", "rounds": 0}, "--rounds=0 is below 1"),
+    ({"size": "micro", "measure_latency": False}, "drop --no_latency"),
+    ({"nar": "a", "ar": "b", "image_size": 32}, "--image_size=32 is for"),
+  ],
+)
+def test_mistakes(arguments, message):
+  with pytest.raises(UserError, match=message):
+    compare(**arguments)
+
+
+def test_runs_in_the_wrong_place(pair):
+  with pytest.raises(UserError, match="swap them: --nar="):
+    compare(pair["ar"], pair["nar"])
+  with pytest.raises(UserError, match=r"--nar=.* is an autoregressive run"):
+    compare(pair["ar"], pair["ar"])
+  with pytest.raises(UserError, match=r"--ar=.* is a run of the parallel"):
+    compare(pair["nar"], pair["nar"])
