@@ -65,10 +65,6 @@ def test_bad_records_may_be_allowed_by_flag(workdir, monkeypatch):
 
 
 def test_answers_of_a_file(workdir, tmp_path):
-  path = workdir / "config.json"
-  config = json.loads(path.read_text())
-  config["data"]["evaluation"] = {"vqa": config["data"]["evaluation"]["vqa"]}
-  path.write_text(json.dumps(config))
   answers = tmp_path / "answers.txt"
   answers.write_text("yes\nred\n")
   evaluate(
@@ -76,6 +72,7 @@ def test_answers_of_a_file(workdir, tmp_path):
     max_examples=4,
     answers=str(answers),
     decoding={"constrained": True},
+    tasks=["vqa"],
   )
   lines = (workdir / "predictions" / "test.jsonl").read_text().splitlines()
   said = [json.loads(line)["prediction"] for line in lines]
@@ -90,6 +87,7 @@ def test_answers_of_a_file(workdir, tmp_path):
     ({"checkpoint": "8"}, r'no checkpoint "8".*7'),
     ({"checkpoint": "bset"}, r'no checkpoint "bset"'),
     ({"max_examples": 0}, r"--max_examples=0 .* --max_examples=1"),
+    ({"tasks": ["vqaa"]}, r'no task "vqaa".*Did you mean "vqa"'),
     ({"batch_size": -1}, r"--batch_size=-1 .* --batch_size=1"),
   ],
 )
