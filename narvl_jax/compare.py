@@ -24,9 +24,9 @@ from absl import flags
 from narvl_jax import cli
 from narvl_jax.benchmarks import timing
 from narvl_jax.comparison import latency, random_weights, report, runs
-from narvl_jax.comparison.case import Case, length_programs
+from narvl_jax.comparison.case import Case, check_lengths, length_programs
 from narvl_jax.comparison.plot import draw_lengths
-from narvl_jax.comparison.ways import UNCACHED
+from narvl_jax.comparison.ways import NAR, UNCACHED
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.reporting import write_json
 
@@ -88,40 +88,60 @@ def compare(
     lengths=lengths,
     beam_size=[beam_size],
   )
-  options: dict[str, Any] = {
-    "beam_size": beam_size,
-    "wanted": ways,
-    "uncached": uncached,
-  }
-  opened: dict[str, runs.Run] = {}
-  cases: dict[str, Callable[[], Case]] = {}
-  if size:
-    measure_quality = False
-    loads = random_weights.workloads(tasks, image_size)
-    for task, load in loads.items():
-      cases[task] = lambda t=task, w=load: random_weights.make_case(
-        size, t, w, **options
-      )
-  else:
-    opened = runs.open_runs(nar, ar, checkpoint)
-    for task in runs.common_tasks(opened, tasks):
-      cases[task] = lambda t=task: runs.make_case(opened, t, split, **options)
+  opened = {} if size else runs.open_runs(nar, ar, checkpoint)
+  cases = _cases(
+    opened,
+    size,
+    tasks,
+    split,
+    image_size,
+    beam_size=beam_size,
+    wanted=ways,
+    uncached=uncached,
+  )
+  measure_quality = measure_quality and not size
   result = _header(opened, size, batch_sizes, rounds, measure_latency)
   for task, make in cases.items():
     print(f"{task} ...", flush=True)
     case = make()
     entry = _entry(case)
     result["tasks"][task] = entry
+    result["dtype"] = entry["facts"]["dtype"]
+    if lengths and "lengths" not in result:
+      check_lengths(case, lengths)
     if measure_quality:
       _add_quality(entry, case, opened, split, max_examples)
     if measure_latency:
       _add_latency(entry, case, batch_sizes, rounds)
+      # What has been measured outlives a later failure.
+      _write(to, result)
       if lengths and "lengths" not in result:
         result["lengths"] = _curves(case, lengths, beam_size, rounds)
   print(report.format_report(result), flush=True)
-  if to is not None:
-    _write(pathlib.Path(to), result)
+  for path in _write(to, result):
+    print(f"wrote {path}")
   return result
+
+
+def _cases(
+  opened: dict[str, runs.Run],
+  size: str,
+  tasks: Sequence[str],
+  split: str,
+  image_size: int | None,
+  **options: Any,
+) -> dict[str, Callable[[], Case]]:
+  """Returns task -> what makes its case, one at a time for its memory."""
+  if not size:
+    return {
+      task: lambda t=task: runs.make_case(opened, t, split, **options)
+      for task in runs.common_tasks(opened, tasks)
+    }
+  loads = random_weights.workloads(tasks, image_size)
+  return {
+    task: lambda t=task, w=load: random_weights.make_case(size, t, w, **options)
+    for task, load in loads.items()
+  }
 
 
 def _check(
@@ -169,7 +189,6 @@ def _header(
   measure_latency: bool,
 ) -> dict[str, Any]:
   models = {kind: run.describe() for kind, run in opened.items()}
-  dtype = "float32 weights"
   now = datetime.datetime.now(datetime.UTC)
   return {
     "date": now.isoformat(timespec="seconds"),
@@ -179,7 +198,7 @@ def _header(
       "flax": flax.__version__,
       "numpy": np.__version__,
     },
-    "dtype": dtype,
+    "dtype": "",
     "models": models or {"both": {"size": size, "weights": "random"}},
     "latency": measure_latency,
     "batch_sizes": list(batch_sizes),
@@ -196,7 +215,9 @@ def _entry(case: Case) -> dict[str, Any]:
       if way.decoding is None
       else {"decoding": dict(vars(way.decoding))}
     )
-  return {"facts": dict(case.facts), "ways": ways}
+  model: Any = case.models[NAR].network.model
+  dtype = np.dtype(model.config.dtype).name
+  return {"facts": {**case.facts, "dtype": dtype}, "ways": ways}
 
 
 def _add_quality(
@@ -242,12 +263,17 @@ def _curves(
   }
 
 
-def _write(folder: pathlib.Path, result: dict[str, Any]) -> None:
-  write_json(folder / JSON_FILE, result)
-  print(f"wrote {folder / JSON_FILE}")
+def _write(to: str | None, result: dict[str, Any]) -> list[pathlib.Path]:
+  """Writes what there is so far and returns the files."""
+  if to is None:
+    return []
+  folder = pathlib.Path(to)
+  files = [folder / JSON_FILE]
+  write_json(files[0], result)
   if "lengths" in result:
-    draw_lengths(folder / PLOT_FILE, result["lengths"])
-    print(f"wrote {folder / PLOT_FILE}")
+    files.append(folder / PLOT_FILE)
+    draw_lengths(files[1], result["lengths"])
+  return files
 
 
 def define_flags() -> None:

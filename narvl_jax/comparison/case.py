@@ -16,6 +16,7 @@ from narvl_jax.decoding import (
   prepare_variables,
 )
 from narvl_jax.decoding.steps import Reader
+from narvl_jax.errors import UserError
 from narvl_jax.models import make_model
 
 
@@ -80,6 +81,21 @@ def program_of(
     )
     network = network._replace(variables=model.variables)
   return Program(network, model.encoder, reader, lengths)
+
+
+def check_lengths(case: Case, lengths: Sequence[int]) -> None:
+  """Raises UserError if an answer is longer than the position tables."""
+  reader = case.programs[f"{AR} greedy"].reader
+  assert isinstance(reader, AutoregressiveReader)
+  config: Any = case.models[AR].network.model
+  prompt = case.facts["text_length"] if reader.prompted else 1
+  most = config.config.max_text_positions - prompt
+  if max(lengths) > most:
+    raise UserError(
+      f"--lengths={max(lengths)} exceeds the {most} tokens that"
+      f" model.max_text_positions leaves to answers of {case.task}; nearest:"
+      f" --lengths={most}"
+    )
 
 
 def length_programs(

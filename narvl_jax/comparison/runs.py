@@ -1,6 +1,7 @@
 """The comparison of two trained runs: checks, pictures, quality."""
 
 import dataclasses
+import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ def open_runs(nar: str, ar: str, checkpoint: str | int) -> dict[str, Run]:
       pictures or prompts differ.
   """
   for flag, path in (("nar", nar), ("ar", ar)):
-    if not workdir_lib.is_run(workdir_lib.pathlib.Path(path)):
+    if not workdir_lib.is_run(pathlib.Path(path)):
       raise UserError(
         f'"{path}" holds no run (--{flag}=RUN, a folder of narvl_jax.train)'
       )

@@ -87,7 +87,7 @@ def ways_of(
 def choose(ways: Sequence[Way], wanted: Sequence[str]) -> list[Way]:
   """Returns the ways of these labels; "AR beam" and "AR-beam-5" do as well.
 
-  Greedy decoding of the parallel model is always one of them.
+  Greedy decoding of both models is always among them.
 
   Raises:
     UserError: there is no such way.
@@ -95,7 +95,7 @@ def choose(ways: Sequence[Way], wanted: Sequence[str]) -> list[Way]:
   if not wanted:
     return list(ways)
   names = {_plain(way.label): way for way in ways}
-  chosen = {BASELINE}
+  chosen = {BASELINE, f"{AR} greedy"}
   for label in wanted:
     plain = _plain(label)
     found = [n for n in names if n == plain or n.startswith(plain + "-")]

@@ -1,6 +1,7 @@
 """The split parallel decoder says what the scanned one says."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def _encoded() -> EncoderOutput:
 
 def test_states_are_those_of_the_scanned_decoder() -> None:
   variables, encoded = _variables(), _encoded()
-  expected = MODEL.apply(variables, encoded, method="decode")
+  expected: Any = MODEL.apply(variables, encoded, method="decode")
   decoder = prepare_variables(MODEL, variables)["params"]["decoder"]
   assert isinstance(decoder["layers"], tuple)
   found = split_decoder.decode(CONFIG, decoder, encoded)
