@@ -106,7 +106,12 @@ def test_random_weights_say_as_many_tokens_as_the_answers(capsys):
     ({"size": "micro", "rounds": 0}, "--rounds=0 is below 1"),
     ({"size": "micro", "measure_latency": False}, "drop --no_latency"),
     (
-      {"size": "micro", "tasks": ["caption"], "lengths": [400]},
+      {
+        "size": "micro",
+        "tasks": ["caption"],
+        "image_size": 32,
+        "lengths": [400],
+      },
       "--lengths=400 exceeds the 129 tokens",
     ),
     ({"nar": "a", "ar": "b", "image_size": 32}, "--image_size=32 is for"),
