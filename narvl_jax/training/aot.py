@@ -156,8 +156,10 @@ def _compile_predict_step(setup: Setup) -> jax.stages.Compiled:
   config = experiment.config
   # All tasks share the program, unless a decoder reads the prompts of some.
   name = next(iter(config.tasks))
+  # Hashable, as all of its fields are; its type does not tell.
+  model: Any = experiment.model
   steps = make_steps(
-    experiment.model,
+    model,
     make_reader(experiment, name, Decoding()),
     activation_rules(config.mesh.rules),
   )
@@ -171,7 +173,7 @@ def _compile_predict_step(setup: Setup) -> jax.stages.Compiled:
     for name in ("params", "batch_stats")
   }
   rows = predict_batch_size(setup)
-  batch = {
+  batch: dict[str, Any] = {
     name: placed(
       jax.ShapeDtypeStruct((rows, *spec.shape[1:]), spec.dtype),
       batch_sharding(mesh),
