@@ -108,8 +108,8 @@ class ParallelReader:
 
 def _states(model: Any, variables: Any, encoded: Any) -> jax.Array:
   """Returns the decoder states [B, N, D]."""
-  decoder = variables["params"]["decoder"]
-  if isinstance(decoder["layers"], tuple):
+  decoder = variables["params"].get("decoder", {})
+  if isinstance(decoder.get("layers"), tuple):
     return split_decoder.decode(model.config, decoder, encoded)
   return model.apply(variables, encoded, method="decode")
 
