@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from narvl_jax import cli
+from narvl_jax import cli, run_data
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.config_checks import validate
 from narvl_jax.data.pipeline import BadRecords, train_batches
@@ -98,14 +98,12 @@ def train(
       f"vocabulary {experiment.vocabulary.size} ids,"
       f" tasks {', '.join(experiment.tasks)}"
     )
-    mixture = experiment_lib.load_mixture(config)
-    used = experiment_lib.check_mixture(experiment, mixture).used(
-      config.train.steps
-    )
-    for note in experiment_lib.check_targets(experiment, mixture):
+    mixture = run_data.load_mixture(config)
+    used = run_data.check_mixture(experiment, mixture).used(config.train.steps)
+    for note in run_data.check_targets(experiment, mixture):
       say(f"note: {note}")
     check_answers(experiment, mixture)
-    experiment_lib.check_evaluation(config)
+    run_data.check_evaluation(config)
     for (source, task, _, name), count in zip(mixture, used, strict=True):
       say(
         f"source {name}: {len(source)} examples for {task},"
@@ -169,7 +167,7 @@ def _fit(
   setup: Setup,
   state: TrainState,
   first_step: int,
-  mixture: Sequence[experiment_lib.MixtureEntry],
+  mixture: Sequence[run_data.MixtureEntry],
   checkpoints: Checkpoints,
   writer: MetricsWriter | SilentMetrics,
   ledger: Ledger,

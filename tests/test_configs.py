@@ -6,6 +6,7 @@ import pytest
 
 from configs.common import choose_variant
 from narvl_jax import experiment as experiment_lib
+from narvl_jax import run_data
 from narvl_jax.config_checks import validate
 from narvl_jax.data.tasks.base import required_queries
 from narvl_jax.errors import UserError
@@ -54,9 +55,9 @@ def test_records_fit(name: str, variant: str):
   validate(config)
   experiment = experiment_lib.build(config)
   assert isinstance(experiment.model_config, ModelConfig)
-  mixture = experiment_lib.load_mixture(config)
-  experiment_lib.check_mixture(experiment, mixture)
-  experiment_lib.check_evaluation(config)
+  mixture = run_data.load_mixture(config)
+  run_data.check_mixture(experiment, mixture)
+  run_data.check_evaluation(config)
   for source, task, _, _ in mixture:
     for index in range(RECORDS):
       encoded = experiment.tasks[task].encode(source[index])

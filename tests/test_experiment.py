@@ -13,6 +13,7 @@ from flax.linen import meta
 
 from configs import shapes
 from narvl_jax import experiment as experiment_lib
+from narvl_jax import run_data, run_vocabulary
 from narvl_jax.config import Config, default_config, train_source
 from narvl_jax.data import tasks
 from narvl_jax.data.vocabulary import Vocabulary
@@ -94,11 +95,11 @@ def test_vocabulary_files_that_are_not_there(source, tmp_path):
   config.vocabulary.source = source
   config.vocabulary.path = str(tmp_path)
   with pytest.raises(UserError, match=str(tmp_path)):
-    experiment_lib.make_vocabulary(config)
+    run_vocabulary.make_vocabulary(config)
 
 
-def _mixture(config: Config) -> list[experiment_lib.MixtureEntry]:
-  return experiment_lib.load_mixture(config)
+def _mixture(config: Config) -> list[run_data.MixtureEntry]:
+  return run_data.load_mixture(config)
 
 
 def test_mixture_is_that_of_the_config():
@@ -116,18 +117,18 @@ def test_mixture_is_that_of_the_config():
 def test_queries_and_labels_for_the_shortest_target(built):
   config = tiny_config()
   mixture = _mixture(config)
-  experiment_lib.check_targets(built, mixture)
+  run_data.check_targets(built, mixture)
   small = dataclasses.replace
   few = small(built, model_config=small(built.model_config, num_queries=4))
   with pytest.raises(
     UserError, match=r'num_queries is 4, .*"grounding" needs 5 .*num_queries='
   ):
-    experiment_lib.check_targets(few, mixture)
+    run_data.check_targets(few, mixture)
   config.data.max_label_length = 4
   with pytest.raises(
     UserError, match=r'max_label_length=4 is shorter .* of "grounding",.*=5$'
   ):
-    experiment_lib.check_targets(small(built, config=config), mixture)
+    run_data.check_targets(small(built, config=config), mixture)
 
 
 def test_bad_records_do_not_keep_a_run_from_starting(built):
@@ -151,12 +152,12 @@ def test_bad_records_do_not_keep_a_run_from_starting(built):
   def damaged(good: int) -> list[Any]:
     return [(Damaged(s, good), *rest) for s, *rest in mixture]
 
-  assert experiment_lib.check_targets(built, damaged(3)) == []
+  assert run_data.check_targets(built, damaged(3)) == []
   with pytest.raises(
     UserError,
     match=r"none of the first 9 records of .* is good: a.tsv row 1: torn row",
   ):
-    experiment_lib.check_targets(built, damaged(0))
+    run_data.check_targets(built, damaged(0))
 
   def texts(good: int) -> list[str]:
     source, task, *_ = damaged(good)[1]
@@ -175,7 +176,7 @@ def test_the_vocabulary_of_bad_records(tmp_path):
   with pytest.raises(
     UserError, match=r"no record of own .*a.tsv row 1: .*xxx.*data.check"
   ) as error:
-    experiment_lib.make_vocabulary(config)
+    run_vocabulary.make_vocabulary(config)
   # Not the whole of what was found there.
   assert len(str(error.value)) < 800
 
@@ -184,7 +185,7 @@ def test_targets_that_teach_nothing_are_told():
   config = shapes.get_config()
   config.model.num_queries = 9  # Two objects; three are 14 labels.
   few = experiment_lib.build(config)
-  (note,) = experiment_lib.check_targets(few, _mixture(config))
+  (note,) = run_data.check_targets(few, _mixture(config))
   assert re.fullmatch(
     r"\d+ of 64 targets of caption need more than 9 queries and teach nothing:"
     r" --config.model.num_queries=14",
@@ -194,29 +195,29 @@ def test_targets_that_teach_nothing_are_told():
 
 def test_what_is_evaluated_later_is_opened_at_once():
   config = tiny_config()
-  experiment_lib.check_evaluation(config)
+  run_data.check_evaluation(config)
   config.train.eval_split = "validaton"
   with pytest.raises(
     UserError,
     match=r'data.evaluation.\w+ with train.eval_split="validaton": .*'
     r'Did you mean "validation".*\(--config.train.eval_split\)$',
   ):
-    experiment_lib.check_evaluation(config)
+    run_data.check_evaluation(config)
   # Not used then.
   config.train.eval_every = 0
-  experiment_lib.check_evaluation(config)
+  run_data.check_evaluation(config)
   config.data.evaluation.vqa.options.image_sise = 48
   with pytest.raises(UserError, match=r'option "image_sise"'):
-    experiment_lib.check_evaluation(config)
+    run_data.check_evaluation(config)
 
 
 def test_best_metric_is_of_a_task_that_is_evaluated():
   config = tiny_config()
   config.evaluation.best_metric = "grounding/mean_iou"
-  experiment_lib.check_evaluation(config)
+  run_data.check_evaluation(config)
   del config.data.evaluation["grounding"]
   with pytest.raises(UserError, match=r"grounding/mean_iou.* is not measured"):
-    experiment_lib.check_evaluation(config)
+    run_data.check_evaluation(config)
 
 
 def test_restored_variables_are_on_one_device():

@@ -8,6 +8,7 @@ import pytest
 
 from configs.own_data import get_config
 from narvl_jax import experiment as experiment_lib
+from narvl_jax import run_data
 from narvl_jax.config import from_json, to_json
 from narvl_jax.config_checks import validate
 from narvl_jax.data.example import TASKS
@@ -48,10 +49,10 @@ def test_builds(path: str, arg: str) -> None:
   config = from_json(to_json(config))
   validate(config)
   experiment = experiment_lib.build(config)
-  mixture = experiment_lib.load_mixture(config)
+  mixture = run_data.load_mixture(config)
   assert [len(source) for source, *_ in mixture] == [5] * len(tasks)
-  assert experiment_lib.check_targets(experiment, mixture) == []
-  experiment_lib.check_evaluation(config)
+  assert run_data.check_targets(experiment, mixture) == []
+  run_data.check_evaluation(config)
 
 
 def test_mistakes() -> None:

@@ -80,17 +80,18 @@ def config_load(config: Any) -> Load:
     UserError: the config is wrong.
   """
   # Heavy, and of no use to worker processes.
-  from narvl_jax import experiment
+  from narvl_jax import run_data, run_vocabulary
+  from narvl_jax.config_checks import validate
 
-  experiment.validate(config)
-  vocabulary = experiment.make_vocabulary(config)
+  validate(config)
+  vocabulary = run_vocabulary.make_vocabulary(config)
   tasks = {
     name: make_task(name, vocabulary, dict(settings))
     for name, settings in config.tasks.items()
   }
   data = config.data
   return Load(
-    experiment.load_mixture(config),
+    run_data.load_mixture(config),
     tasks,
     image_size=tuple(data.image_size),
     max_text_length=data.max_text_length,

@@ -172,19 +172,3 @@ def _last(prompt: Prompt) -> jax.Array:
   """Returns the last tokens of the prompts, int32 [B]."""
   last = jnp.take_along_axis(prompt.ids, prompt.length[:, None] - 1, axis=1)
   return last[:, 0]
-
-
-def prepare_variables(model: nn.Module, variables: Any) -> Any:
-  """Returns the variables in the form that the reader of a model takes.
-
-  Those of the causal decoder are split by layer. Once, for as a part of the
-  program every call would copy them.
-  """
-  config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
-  if config.decoder != "autoregressive":
-    return variables
-  params = variables["params"]
-  decoder = cached_decoder.split_layers(
-    params["decoder"], config.decoder_layers
-  )
-  return {**variables, "params": {**params, "decoder": decoder}}

@@ -6,8 +6,12 @@ import flax.linen as nn
 import jax
 from jax.core import Tracer
 
-from narvl_jax.decoding import autoregressive_reader
-from narvl_jax.models import NARVL, split_decoder
+from narvl_jax.models import (
+  NARVL,
+  Autoregressive,
+  cached_decoder,
+  split_decoder,
+)
 
 
 def prepare_variables(model: nn.Module, variables: Any) -> Any:
@@ -17,14 +21,22 @@ def prepare_variables(model: nn.Module, variables: Any) -> Any:
   every call would copy them. The parallel decoder's stay as they are on
   several devices, where each has a part of them.
   """
-  if not isinstance(model, NARVL):
-    return autoregressive_reader.prepare_variables(model, variables)
-  leaves = jax.tree.leaves(variables)
-  if not split_decoder.pays(model.config) or not all(map(_one_device, leaves)):
-    return variables
   params = variables["params"]
-  decoder = split_decoder.split_parameters(model.config, params["decoder"])
+  if isinstance(model, Autoregressive):
+    depth = model.config.decoder_layers
+    decoder = cached_decoder.split_layers(params["decoder"], depth)
+  elif _splits(model, variables):
+    decoder = split_decoder.split_parameters(model.config, params["decoder"])
+  else:
+    return variables
   return {**variables, "params": {**params, "decoder": decoder}}
+
+
+def _splits(model: nn.Module, variables: Any) -> bool:
+  """Returns whether a parallel decoder is faster split."""
+  if not isinstance(model, NARVL) or not split_decoder.pays(model.config):
+    return False
+  return all(map(_one_device, jax.tree.leaves(variables)))
 
 
 def _one_device(leaf: Any) -> bool:

@@ -59,7 +59,6 @@ class Steps(NamedTuple):
   predict: Any
 
 
-@functools.lru_cache(maxsize=32)
 def make_steps(
   model: nn.Module, reader: Reader, rules: tuple[Any, ...] = ()
 ) -> Steps:
@@ -74,7 +73,14 @@ def make_steps(
     rules: for `flax.linen.logical_axis_rules`, which say how the activations
       are split; they count if the steps are called under `jax.set_mesh`.
   """
+  cached: Any = _make_steps
+  return cached(model, reader, rules)
 
+
+@functools.lru_cache(maxsize=32)
+def _make_steps(
+  model: nn.Module, reader: Reader, rules: tuple[Any, ...]
+) -> Steps:
   def encode(
     variables: Any, image: jax.Array, text: jax.Array, image_mask: jax.Array
   ) -> Any:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from narvl_jax.data.example import TASKS
 from narvl_jax.decoding.constraint import Automaton, answer_trie
 from narvl_jax.errors import UserError
-from narvl_jax.experiment import Experiment, MixtureEntry, encode_first
+from narvl_jax.experiment import Experiment
+from narvl_jax.run_data import MixtureEntry, encode_first
 
 _OFF = "--config.loss.constrained=False"
 

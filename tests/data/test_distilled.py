@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from narvl_jax import experiment as experiment_lib
+from narvl_jax import run_data
 from narvl_jax.data import conversion, distilled, images, records
 from narvl_jax.data.distilled import Label, Labelled, relabel
 from narvl_jax.data.example import TASKS, Record
@@ -244,7 +244,7 @@ def sizes(config: Any) -> dict[str, int]:
   """Returns the number of records of each distilled entry by its task."""
   return {
     name.removeprefix("distilled_"): len(source)
-    for source, _, _, name in experiment_lib.load_mixture(config)
+    for source, _, _, name in run_data.load_mixture(config)
     if name.startswith("distilled_")
   }
 

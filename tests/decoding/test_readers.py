@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -37,7 +38,7 @@ def variables() -> Any:
 
 def inputs(least: int = 0, most: int = LIMIT) -> Inputs:
   lengths = np.array([least, most], np.int32)
-  return Inputs(small.text(), np.zeros(B, bool), lengths)
+  return Inputs(small.text(), jnp.zeros(B, bool), jnp.asarray(lengths))
 
 
 @functools.cache

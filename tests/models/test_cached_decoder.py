@@ -135,7 +135,7 @@ def test_only_what_is_generated_is_held_per_hypothesis(
 
 def test_too_long_for_the_positions(variables: Any, encoded: Any) -> None:
   prompt = Prompt(jnp.zeros((B, 1), jnp.int32), jnp.ones(B, jnp.int32))
-  with pytest.raises(UserError, match="decoder input of 25 tokens .* exceeds"):
+  with pytest.raises(UserError, match=r"decoder input of 25 tokens .* exceeds"):
     cached_decoder.start_cache(
       CONFIG,
       layers(variables),

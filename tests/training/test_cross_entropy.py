@@ -64,7 +64,7 @@ def test_formula(smoothing: float, constrained: bool) -> None:
     vocab_size=V,
     label_smoothing=smoothing,
     confidence=jnp.asarray(CONFIDENCE),
-    allowed=allowed,
+    allowed=None if allowed is None else jnp.asarray(allowed),
   )
   losses = by_hand(logits, labels, smoothing, CONFIDENCE, allowed)
   assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)

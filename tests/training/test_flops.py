@@ -1,5 +1,6 @@
 """The formula against counts of what is traced and what is compiled."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,7 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from narvl_jax import experiment as experiment_lib
-from narvl_jax.models import NARVL, ModelConfig, model_config
+from narvl_jax.models import (
+  NARVL,
+  Autoregressive,
+  ModelConfig,
+  model_config,
+)
 from narvl_jax.models.positions import num_image_buckets
 from narvl_jax.models.transformer import DecoderLayer, EncoderLayer
 from narvl_jax.parallel import make_mesh
@@ -71,6 +77,23 @@ def test_forward_pass(config: ModelConfig, image_size: tuple[int, int]):
   assert formula + lookups == counted + cut
 
 
+def test_forward_pass_of_the_autoregressive_twin():
+  config = dataclasses.replace(_TINY, decoder="autoregressive")
+  rows, length, answer = 2, 10, 9
+  model = Autoregressive(config)
+  image, text = _spec(rows, 64, 96, 3), _spec(rows, length, dtype=jnp.int32)
+  tokens = _spec(rows, answer, dtype=jnp.int32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), image, text)
+  padding = config.padded_vocab_size - config.vocab_size
+  cut = 2 * rows * answer * config.width * padding
+  lookups = config.encoder_layers * _lookup(config, 4, 6)
+  counted = matmul_flops(model.apply, variables, image, text, tokens)
+  formula = flops.forward_flops(
+    config, (64, 96), length, rows, (answer, answer)
+  )
+  assert formula + lookups == counted + cut
+
+
 def _layer(
   config: ModelConfig, kind: str, grid: tuple[int, int], text: int
 ) -> Any:
@@ -121,7 +144,8 @@ def test_one_layer_as_the_compiler_counts(
   compiled = jax.jit(function).lower(*args).compile()
   analysis: Any = compiled.cost_analysis()
   source = grid[0] * grid[1] + text
-  expected = 2 * getattr(flops, f"{kind}_layer_flops")(config, source)
+  tokens = (config.num_queries,) if kind == "decoder" else ()
+  expected = 2 * getattr(flops, f"{kind}_layer_flops")(config, source, *tokens)
   if kind == "encoder":
     expected += _lookup(config, *grid)
   assert expected <= analysis["flops"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from narvl_jax import experiment as experiment_lib
+from narvl_jax import run_data
 from narvl_jax.data.answers import load_answers
 from narvl_jax.data.pipeline import Batcher
 from narvl_jax.errors import UserError
@@ -59,7 +60,7 @@ def batch_of(run: Setup) -> dict[str, jax.Array]:
     max_label_length=experiment.label_length,
   )
   rows = batcher.empty(4)
-  mixture = experiment_lib.load_mixture(experiment.config)
+  mixture = run_data.load_mixture(experiment.config)
   for row, (source, name, _, _) in enumerate(mixture):
     batcher.write(rows, row, source[row], experiment.tasks[name])
   arrays = {name: rows[name] for name in run.batch}
@@ -246,7 +247,7 @@ def test_lists_of_answers_constrain(constrained: Callable[..., Any]) -> None:
 
 def test_targets_outside_of_the_list(constrained: Callable[..., Any]) -> None:
   experiment = constrained("red")
-  mixture = experiment_lib.load_mixture(experiment.config)
+  mixture = run_data.load_mixture(experiment.config)
   with pytest.raises(
     UserError, match=r"of data.train.vqa is not among the 1 answers of vqa, .*"
   ):

@@ -1,0 +1,106 @@
+"""The vocabulary of a run: read from files, or trained on its data."""
+
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from narvl_jax.config import Config
+from narvl_jax.data.batching import short_reason
+from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
+from narvl_jax.data.sources import locate
+from narvl_jax.data.tasks import vocabulary_texts
+from narvl_jax.data.vocabulary import OFFICIAL_FIXED_IDS, Vocabulary
+from narvl_jax.errors import UserError
+from narvl_jax.run_data import load_mixture
+
+VOCABULARY_FOLDER = "vocabulary"
+# Records of each source that a trained vocabulary has seen.
+_VOCABULARY_RECORDS = 4000
+
+
+def make_vocabulary(config: Config) -> Vocabulary:
+  """Reads or trains the vocabulary that a config asks for.
+
+  Raises:
+    UserError: its files are missing, or its size is too small.
+  """
+  settings = config.vocabulary
+  counts = {"num_codes": settings.num_codes, "num_bins": settings.num_bins}
+  if settings.source == "train":
+    return Vocabulary.train(_texts(config), settings.size, **counts)
+  folder = pathlib.Path(settings.path)
+  if settings.source == "run":
+    words = folder / VOCABULARY_FOLDER
+    if not words.is_dir():
+      raise UserError(
+        f'vocabulary.path="{folder}" has no {words.name}; with'
+        " vocabulary.source=run it must be the folder of a run"
+        " (--config.vocabulary.path)"
+      )
+    return Vocabulary.load(words)
+  if settings.source == "official":
+    return Vocabulary.from_official(
+      folder / "dict.txt",
+      folder / "encoder.json",
+      folder / "vocab.bpe",
+      **counts,
+    )
+  return Vocabulary.from_huggingface(
+    folder / "vocab.json", folder / "merges.txt", **counts
+  )
+
+
+def placeholder_vocabulary(config: Config) -> Vocabulary:
+  """Returns one of the right size, without training it or reading much."""
+  settings = config.vocabulary
+  counts = {"num_codes": settings.num_codes, "num_bins": settings.num_bins}
+  if settings.source in ("huggingface", "run"):
+    # Only its files tell the size.
+    return make_vocabulary(config)
+  size = settings.size
+  if settings.source == "official":
+    size = OFFICIAL_FIXED_IDS + sum(counts.values())
+  return Vocabulary.placeholder(size, **counts)
+
+
+def _texts(config: Config) -> Iterator[str]:
+  for source, task, _, name in load_mixture(config):
+    count = min(len(source), _VOCABULARY_RECORDS)
+    # Spread over the source, which may be sorted.
+    records = _Strided(source, len(source) // count, count)
+    texts = vocabulary_texts(task, dict(config.tasks[task]), records)
+    first = next(texts, None)
+    if first is None:
+      _raise_first_fault(records, name)
+    else:
+      yield first
+      yield from texts
+
+
+def _raise_first_fault(source: Sequence[Record], name: str) -> None:
+  """Raises `UserError` for a source without a good record."""
+  try:
+    problem = f"record {source[0].id} has no text"
+  except BAD_RECORD_ERRORS as error:
+    problem = f"{locate(source, 0)}: {short_reason(error)}"
+  raise UserError(
+    f"no record of {name} that was read for the vocabulary is good: {problem}"
+    " (python -m narvl_jax.data.check tells more)"
+  )
+
+
+class _Strided(Sequence[Record]):
+  """Every n-th record of a source."""
+
+  def __init__(self, source: Sequence[Record], stride: int, count: int) -> None:
+    self._source, self._stride, self._count = source, stride, count
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, index: Any) -> Any:
+    return self._source[index * self._stride]
+
+  def locate(self, index: int) -> str:
+    """Returns where a record comes from."""
+    return locate(self._source, index * self._stride)
