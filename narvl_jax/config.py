@@ -75,7 +75,11 @@ def default_config(*tasks: str) -> Config:
       # Classes whose logits exist at a time; 0: all. A larger vocabulary is
       # computed twice, in chunks; see README.
       "chunk_size": 4096,
-      # Autoregressive models only. Renormalise over what may follow in the
+      # Autoregressive models only. Whether a batch is averaged over its
+      # "labels" (reference) or "examples", as that of parallel models is: with
+      # tasks of long and of short answers the short ones then count as much.
+      "average": "labels",
+      # Renormalise over what may follow in the
       # closed answer sets of VQA and entailment.
       "constrained": False,
       # Leave out this share of the labels, the worst, from an update on.

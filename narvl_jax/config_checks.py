@@ -11,6 +11,7 @@ from narvl_jax.data.example import TASKS
 from narvl_jax.data.tasks import default_settings
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.query_ctc.loss import CONFIDENCE_MODES
+from narvl_jax.training.cross_entropy import AVERAGES
 
 OPTIMIZERS = ("adamw", "muon")
 VOCABULARY_SOURCES = ("train", "official", "huggingface", "run")
@@ -161,6 +162,7 @@ def _check_values(config: Config) -> None:
   _one_of("optimizer.name", config.optimizer.name, OPTIMIZERS)
   _one_of("model.dtype", config.model.dtype, DTYPES)
   _one_of("loss.confidence", config.loss.confidence, CONFIDENCE_MODES)
+  _one_of("loss.average", config.loss.average, AVERAGES)
   _check_decoder(config)
   size = config.data.image_size
   if len(size) != 2 or not all(isinstance(x, int) and x > 0 for x in size):

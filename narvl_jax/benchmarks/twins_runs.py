@@ -113,6 +113,8 @@ class Twins:
     config.seed = seed
     if kind == "ar":
       config.model.decoder = "autoregressive"
+      # As the loss of its twin does, or short answers would hardly count.
+      config.loss.average = "examples"
     if kind == "distilled":
       folder = str(self._captions(seed))
       _module("common").add_distilled(config, folder, weight=1.0)

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+# What a batch is averaged over.
+AVERAGES = ("labels", "examples")
 # Finite, so that no difference of two of them is NaN.
 _NEVER = -1e9
 
@@ -18,8 +20,9 @@ def label_smoothed_cross_entropy(
   example_mask: jax.Array | None = None,
   allowed: jax.Array | None = None,
   drop_worst: float | jax.Array = 0.0,
+  average: str = "labels",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Cross-entropy of each label, averaged over the labels of the batch.
+  """Cross-entropy of each label, averaged over the batch.
 
   A label costs (1 - e - e') nll + e' sum(-log p), where the sum runs over all
   classes and e' is e / (V - 1), or over the allowed ones and e / (A - 1).
@@ -37,11 +40,13 @@ def label_smoothed_cross_entropy(
       the others count for nothing. None: all.
     drop_worst: share of the labels, those with the largest loss, that are left
       out, for targets that may be wrong.
+    average: "labels", so that long targets count for more (reference), or
+      "examples", of which each counts as the mean of its labels.
 
   Returns:
-    The loss, and metrics: "loss", "nll" (mean over the labels, natural log,
-    times confidence), "infeasible_fraction" (always 0, every target can be
-    written token by token), "examples", "weight" (labels that count) and
+    The loss, and metrics: "loss", "nll" (averaged alike, natural log, times
+    confidence), "infeasible_fraction" (always 0, every target can be written
+    token by token), "examples", "weight" (labels or examples that count) and
     "nll_per_example" float32 [B] (mean over the example's labels).
 
   Source: the official criterion label_smoothed_cross_entropy (reference
@@ -58,24 +63,31 @@ def label_smoothed_cross_entropy(
   nll = -jnp.sum(jnp.where(here, log_probs, 0.0), axis=-1)
   count = jnp.sum(jnp.broadcast_to(inside, logits.shape), axis=-1)
   smooth = -jnp.sum(jnp.where(inside, log_probs, 0.0), axis=-1)
-  share = label_smoothing / jnp.maximum(count - 1, 1)
-  loss = (1 - label_smoothing - share) * nll + share * smooth
+  spread = label_smoothing / jnp.maximum(count - 1, 1)
+  loss = (1 - label_smoothing - spread) * nll + spread * smooth
 
   valid = jnp.arange(length) < label_lengths[:, None]
   if example_mask is not None:
     valid &= example_mask[:, None]
   if confidence is not None:
     nll, loss = (x * confidence[:, None] for x in (nll, loss))
-  kept = _keep_best(loss, valid, drop_worst)
-  weight = jnp.sum(kept, dtype=jnp.float32)
-  total = jnp.maximum(weight, 1.0)
-  loss = jnp.sum(jnp.where(kept, loss, 0.0)) / total
+  share = jnp.ones(batch)
+  if average == "examples":
+    share = 1.0 / jnp.maximum(label_lengths, 1)
+
+  def mean(x: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+    shares = jnp.where(kept, share[:, None], 0.0)
+    weight = jnp.sum(shares)
+    # The least that a label can weigh, so that only zero is divided by more.
+    least = 1.0 / length
+    return jnp.sum(shares * x) / jnp.maximum(weight, least), weight
+
+  loss, weight = mean(loss, _keep_best(loss, valid, drop_worst))
   nll = jnp.where(valid, nll, 0.0)
-  labels_of_all = jnp.maximum(jnp.sum(valid, dtype=jnp.float32), 1.0)
   examples = jnp.ones(batch) if example_mask is None else example_mask
   metrics = {
     "loss": loss,
-    "nll": jnp.sum(nll) / labels_of_all,
+    "nll": mean(nll, valid)[0],
     "infeasible_fraction": jnp.zeros(()),
     "examples": jnp.sum(examples.astype(jnp.float32)),
     "weight": weight,

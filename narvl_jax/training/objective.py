@@ -206,6 +206,7 @@ class AutoregressiveLoss:
     drop_worst: share of the labels that is left out, see
       `label_smoothed_cross_entropy`.
     drop_worst_after: number of updates without that.
+    average: "labels" or "examples", see there.
   """
 
   vocab_size: int
@@ -216,6 +217,7 @@ class AutoregressiveLoss:
   label_smoothing: float = 0.0
   drop_worst: float = 0.0
   drop_worst_after: int = 0
+  average: str = "labels"
 
   def __call__(
     self,
@@ -246,6 +248,7 @@ class AutoregressiveLoss:
       example_mask=batch["valid"] & ~outside,
       allowed=allowed,
       drop_worst=drop_worst,
+      average=self.average,
     )
     examples = jnp.sum(batch["valid"], dtype=jnp.float32)
     lost = jnp.sum(batch["valid"] & outside, dtype=jnp.float32)

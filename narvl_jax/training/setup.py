@@ -327,6 +327,7 @@ def make_objective(
     label_smoothing=loss.label_smoothing,
     drop_worst=loss.drop_worst,
     drop_worst_after=loss.drop_worst_after,
+    average=loss.average,
   )
 
 

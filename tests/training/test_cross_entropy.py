@@ -75,6 +75,25 @@ def test_formula(smoothing: float, constrained: bool) -> None:
   np.testing.assert_allclose(metrics["nll_per_example"], means, rtol=1e-5)
 
 
+def test_every_example_counts_alike() -> None:
+  logits, labels = problem()
+  loss, metrics = label_smoothed_cross_entropy(
+    jnp.asarray(logits),
+    jnp.asarray(labels),
+    jnp.asarray(LENGTHS),
+    vocab_size=V,
+    label_smoothing=0.1,
+    average="examples",
+  )
+  losses = by_hand(logits, labels, 0.1, np.ones(B), None)
+  means = [np.mean(losses[:4]), np.mean(losses[4:6]), np.mean(losses[6:])]
+  assert float(loss) == pytest.approx(np.mean(means), rel=1e-5)
+  assert float(metrics["weight"]) == pytest.approx(B)
+  assert float(metrics["nll"]) == pytest.approx(
+    float(np.mean(metrics["nll_per_example"])), rel=1e-5
+  )
+
+
 def test_rows_that_fill_the_batch_count_for_nothing() -> None:
   logits, labels = problem()
   valid = np.array([True, False, True])
