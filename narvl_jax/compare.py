@@ -12,6 +12,7 @@ random weights at the resolutions of the official models.
 """
 
 import datetime
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +25,12 @@ from absl import flags
 from narvl_jax import cli
 from narvl_jax.benchmarks import timing
 from narvl_jax.comparison import latency, random_weights, report, runs
-from narvl_jax.comparison.case import Case, check_lengths, length_programs
+from narvl_jax.comparison.case import (
+  LENGTHS,
+  Case,
+  choose_lengths,
+  length_programs,
+)
 from narvl_jax.comparison.plot import draw_lengths
 from narvl_jax.comparison.ways import NAR, UNCACHED
 from narvl_jax.errors import UserError
@@ -45,9 +51,10 @@ def compare(
   image_size: int | None = None,
   batch_sizes: Sequence[int] = (1, 8),
   rounds: int = 10,
-  lengths: Sequence[int] = (1, 2, 4, 8, 16, 20),
+  lengths: Sequence[int] | None = None,
   beam_size: int = 5,
   ways: Sequence[str] = (),
+  answers: str = "",
   uncached: bool = False,
   measure_quality: bool = True,
   measure_latency: bool = True,
@@ -66,9 +73,12 @@ def compare(
     image_size: pixels a side, for `size`; those of the task if None.
     batch_sizes: for latency.
     rounds: how often each program is timed.
-    lengths: tokens of an answer at which decoders are timed; may be empty.
+    lengths: tokens of an answer at which decoders are timed; may be empty;
+      None: 1 to 20, as far as the models have positions.
     beam_size: of both models.
     ways: labels such as "AR beam"; all by default.
+    answers: file of the answers that VQA allows; those of the runs' configs if
+      "".
     uncached: also time greedy search without a cache.
     measure_quality: on the split; not for `size`.
     measure_latency: of encoders and decoders.
@@ -81,14 +91,15 @@ def compare(
     UserError: an argument is wrong, or the runs do not belong together.
   """
   _check(nar, ar, size, image_size, measure_quality, measure_latency)
+  _check_files(size, answers, to)
   _check_numbers(
     max_examples=[max_examples] if max_examples is not None else [],
     batch_sizes=batch_sizes,
     rounds=[rounds],
-    lengths=lengths,
+    lengths=lengths or [],
     beam_size=[beam_size],
   )
-  opened = {} if size else runs.open_runs(nar, ar, checkpoint)
+  opened = {} if size else runs.open_runs(nar, ar, checkpoint, answers)
   cases = _cases(
     opened,
     size,
@@ -107,16 +118,18 @@ def compare(
     entry = _entry(case)
     result["tasks"][task] = entry
     result["dtype"] = entry["facts"]["dtype"]
-    if lengths and "lengths" not in result:
-      check_lengths(case, lengths)
+    curve = []
+    if measure_latency and "lengths" not in result:
+      # A length that does not fit is told before anything is measured.
+      curve = choose_lengths(case, lengths)
     if measure_quality:
       _add_quality(entry, case, opened, split, max_examples)
     if measure_latency:
       _add_latency(entry, case, batch_sizes, rounds)
       # What has been measured outlives a later failure.
       _write(to, result)
-      if lengths and "lengths" not in result:
-        result["lengths"] = _curves(case, lengths, beam_size, rounds)
+      if curve:
+        result["lengths"] = _curves(case, curve, beam_size, rounds)
   print(report.format_report(result), flush=True)
   for path in _write(to, result):
     print(f"wrote {path}")
@@ -170,6 +183,16 @@ def _check(
       "nothing is left to measure; drop --no_latency"
       + ("" if size else " or --no_quality")
     )
+
+
+def _check_files(size: str, answers: str, to: str | None) -> None:
+  if size and answers:
+    raise UserError(
+      f"--answers={answers} is for --nar and --ar; --size={size} has answers of"
+      " its own"
+    )
+  if to is not None and os.path.isfile(to):
+    raise UserError(f"--to={to} is a file; give a folder for the results")
 
 
 def _check_numbers(**numbers: Sequence[int]) -> None:
@@ -256,7 +279,7 @@ def _curves(
     "queries": case.facts["queries"],
     "curves": latency.length_curves(
       case.encoders,
-      length_programs(case, sorted(set(lengths)), beam_size),
+      length_programs(case, lengths, beam_size),
       case.batches(1, 1)[0],
       rounds=rounds,
     ),
@@ -294,11 +317,15 @@ def define_flags() -> None:
   flags.DEFINE_integer("rounds", 10, "How often each program is timed.")
   flags.DEFINE_list(
     "lengths",
-    ["1", "2", "4", "8", "16", "20"],
-    "Tokens of an answer, for the plot; empty: no plot.",
+    None,
+    f"Tokens of an answer, for the plot; empty: no plot. Default:"
+    f" {','.join(map(str, LENGTHS))}, as far as the models have positions.",
   )
   flags.DEFINE_integer("beam_size", 5, "Hypotheses of the beam searches.")
   flags.DEFINE_list("ways", [], "Such as ar-beam; default: all.")
+  flags.DEFINE_string(
+    "answers", "", "File of answers that VQA allows; by default the runs'."
+  )
   flags.DEFINE_bool("uncached", False, "Time greedy search without a cache.")
   flags.DEFINE_bool("no_quality", False, "Do not score the answers.")
   flags.DEFINE_bool("no_latency", False, "Do not time anything.")
@@ -330,9 +357,10 @@ def main(argv: Sequence[str]) -> None:
     image_size=settings.image_size,
     batch_sizes=_numbers("batch_sizes"),
     rounds=settings.rounds,
-    lengths=_numbers("lengths"),
+    lengths=None if settings.lengths is None else _numbers("lengths"),
     beam_size=settings.beam_size,
     ways=settings.ways,
+    answers=settings.answers,
     uncached=settings.uncached,
     measure_quality=not settings.no_quality,
     measure_latency=not settings.no_latency,

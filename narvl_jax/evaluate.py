@@ -9,6 +9,7 @@ Prints a table and writes into the run folder: evaluation.json,
 predictions/SPLIT.jsonl and predictions/SPLIT.png.
 """
 
+import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -51,11 +52,12 @@ def evaluate(
     tasks: whose data sets are answered; None: all.
 
   Returns:
-    The report, see `evaluator.evaluate_tasks`.
+    The report, see `evaluator.evaluate_tasks`; and `decoding` (task -> the
+    settings by which its answers were read).
 
   Raises:
     UserError: no such run, checkpoint or split, or a number below 1; or
-      answers for a run without VQA.
+      answers that would not be heeded.
   """
   for flag, value in (
     ("max_examples", max_examples),
@@ -71,6 +73,10 @@ def evaluate(
     experiment = with_answers(experiment, answers)
   if max_examples is None:
     max_examples = settings.max_examples or None
+  decodings = decoding_flags.decodings_for(experiment, decoding)
+  decoding_flags.check_answers_heeded(
+    {k: v for k, v in decodings.items() if not tasks or k in tasks}, answers
+  )
   start = time.monotonic()
   report, predictions = evaluator.evaluate_tasks(
     experiment,
@@ -79,10 +85,13 @@ def evaluate(
     max_examples=max_examples,
     batch_size=settings.batch_size if batch_size is None else batch_size,
     step=step,
-    decodings=decoding_flags.decodings_for(experiment, decoding),
+    decodings=decodings,
     tasks=tasks,
   )
   seconds = time.monotonic() - start
+  report["decoding"] = {
+    name: dataclasses.asdict(decodings[name]) for name in report["tasks"]
+  }
   print(reporting.format_table(report))
   print(f"\n{report['examples'] / seconds:.3g} examples/s, {seconds:.1f} s")
   for path in results.write_results(experiment, workdir, report, predictions):

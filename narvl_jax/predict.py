@@ -102,6 +102,7 @@ def predict(
   if answers:
     experiment = with_answers(experiment, answers)
   decodings = decoding_flags.decodings_for(experiment, decoding)
+  decoding_flags.check_answers_heeded({name: decodings[name]}, answers)
   answer = Predictor(experiment, variables, decodings).answer(record)
 
   if image is None:

@@ -1,10 +1,13 @@
 """Tests of `python -m narvl_jax.compare`."""
 
+import dataclasses
 import json
 
 import pytest
 
 from narvl_jax.compare import compare
+from narvl_jax.comparison.case import choose_lengths
+from narvl_jax.comparison.runs import make_case, open_runs
 from narvl_jax.errors import UserError
 from tests.comparison import tiny_pair
 
@@ -115,11 +118,41 @@ def test_random_weights_say_as_many_tokens_as_the_answers(capsys):
       "--lengths=400 exceeds the 129 tokens",
     ),
     ({"nar": "a", "ar": "b", "image_size": 32}, "--image_size=32 is for"),
+    ({"nar": "a", "ar": "b", "to": __file__}, "is a file; give a folder"),
+    ({"size": "micro", "answers": "a"}, "--answers=a is for --nar and --ar"),
   ],
 )
 def test_mistakes(arguments, message):
   with pytest.raises(UserError, match=message):
     compare(**arguments)
+
+
+def test_lists_of_answers(pair, tmp_path):
+  answers = tmp_path / "answers.txt"
+  arguments = {
+    "beam_size": 2,
+    "wanted": ["nar-candidates"],
+    "uncached": False,
+  }
+  opened = open_runs(**pair, checkpoint="last", answers=str(answers))
+  # A list that cannot be read is no reason to go without.
+  with pytest.raises(UserError, match="cannot read the list of answers"):
+    make_case(opened, "vqa", "test", **arguments)
+  answers.write_text("red\nblue\n")
+  case = make_case(opened, "vqa", "test", **arguments)
+  assert "NAR candidates" in case.programs
+  case = make_case(
+    open_runs(**pair, checkpoint="last"), "vqa", "test", **arguments
+  )
+  assert "NAR candidates" not in case.programs
+  # The question is read by the decoder, too: 64 positions, 40 of them.
+  assert choose_lengths(case, None) == [1, 2, 4, 8, 16, 20]
+  assert choose_lengths(case, [9, 3, 9]) == [3, 9]
+  assert choose_lengths(case, []) == []
+  with pytest.raises(UserError, match=r"--lengths=25 .*nearest: --lengths=24"):
+    choose_lengths(case, [25])
+  longer = dataclasses.replace(case, facts={**case.facts, "text_length": 50})
+  assert choose_lengths(longer, None) == [1, 2, 4, 8]
 
 
 def test_runs_in_the_wrong_place(pair):

@@ -68,7 +68,7 @@ def test_another_checkpoint_needs_another_folder(whole, monkeypatch):
     ),
     (
       {"decoding": {"method": "greedy", "constrained": True}},
-      r"no list of the answers that vqa allows.*\(distill: --answers=FILE",
+      r"no list of the answers that vqa allows.*--answers=.*\(distill: or an",
     ),
     ({"max_examples": None}, r"too many; .* --max_examples or --examples_per"),
   ],

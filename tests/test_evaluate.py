@@ -26,6 +26,7 @@ def test_evaluation_json_has_the_published_schema(workdir, capsys):
   assert written["split"] == "test"
   assert written["step"] == tiny_run.STEP
   assert written["examples"] == 32
+  assert written["decoding"]["vqa"]["method"] == "greedy"
   assert {task: list(x) for task, x in written["tasks"].items()} == {
     "caption": ["exact_match", "token_f1"],
     "entailment": ["accuracy"],
@@ -89,6 +90,11 @@ def test_answers_of_a_file(workdir, tmp_path):
     ({"max_examples": 0}, r"--max_examples=0 .* --max_examples=1"),
     ({"tasks": ["vqaa"]}, r'no task "vqaa".*Did you mean "vqa"'),
     ({"batch_size": -1}, r"--batch_size=-1 .* --batch_size=1"),
+    ({"answers": "a.txt"}, r'="a.txt" changes nothing.*add --constrained'),
+    (
+      {"answers": "a.txt", "tasks": ["caption"]},
+      r'="a.txt" is for vqa; the task is caption',
+    ),
   ],
 )
 def test_wrong_arguments_write_nothing(workdir, arguments, message):

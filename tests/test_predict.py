@@ -266,6 +266,12 @@ def test_missing_run_and_missing_checkpoint(workdir, photo, tmp_path):
     predict(fresh, **request)
 
 
+def test_answers_that_would_not_be_heeded(workdir, photo):
+  request = {"task": "vqa", "image": photo, "prompt": QUESTION}
+  with pytest.raises(UserError, match=r'"a.txt" changes nothing.*--constrain'):
+    predict(workdir, answers="a.txt", **request)
+
+
 def test_the_only_task_need_not_be_named():
   assert predict_lib._choose_task(["vqa"], None) == "vqa"
   with pytest.raises(UserError, match=r'unknown task "caption"\. Valid: vqa'):

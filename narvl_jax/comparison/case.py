@@ -83,19 +83,34 @@ def program_of(
   return Program(network, model.encoder, reader, lengths)
 
 
-def check_lengths(case: Case, lengths: Sequence[int]) -> None:
-  """Raises UserError if an answer is longer than the position tables."""
+# Of answers, as far as a model has positions for them.
+LENGTHS = (1, 2, 4, 8, 16, 20)
+
+
+def choose_lengths(case: Case, lengths: Sequence[int] | None) -> list[int]:
+  """Returns the lengths of answers at which decoders are timed, ascending.
+
+  Args:
+    case: whose autoregressive model must have positions for them.
+    lengths: None: those of `LENGTHS` that fit.
+
+  Raises:
+    UserError: an answer is longer than the position tables.
+  """
   reader = case.programs[f"{AR} greedy"].reader
   assert isinstance(reader, AutoregressiveReader)
   config: Any = case.models[AR].network.model
   prompt = case.facts["text_length"] if reader.prompted else 1
   most = config.config.max_text_positions - prompt
-  if max(lengths) > most:
+  if lengths is None:
+    return [length for length in LENGTHS if length <= most]
+  if max(lengths, default=0) > most:
     raise UserError(
       f"--lengths={max(lengths)} exceeds the {most} tokens that"
       f" model.max_text_positions leaves to answers of {case.task}; nearest:"
       f" --lengths={most}"
     )
+  return sorted(set(lengths))
 
 
 def length_programs(

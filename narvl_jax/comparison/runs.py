@@ -18,6 +18,7 @@ from narvl_jax.data.example import Record
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import evaluator
+from narvl_jax.evaluation.answer_list import with_answers
 from narvl_jax.evaluation.predictor import Predictor
 from narvl_jax.evaluation.readers import (
   answer_lengths,
@@ -63,8 +64,16 @@ class Run:
     }
 
 
-def open_runs(nar: str, ar: str, checkpoint: str | int) -> dict[str, Run]:
+def open_runs(
+  nar: str, ar: str, checkpoint: str | int, answers: str = ""
+) -> dict[str, Run]:
   """Reads both runs, "NAR" and "AR".
+
+  Args:
+    nar: folder of the parallel one.
+    ar: folder of the autoregressive one.
+    checkpoint: "best", "last" or a step.
+    answers: file of the answers that VQA allows; "": as their configs say.
 
   Raises:
     UserError: a folder holds no run, or one of the other kind; vocabularies,
@@ -95,7 +104,14 @@ def open_runs(nar: str, ar: str, checkpoint: str | int) -> dict[str, Run]:
       ' (config.model.decoder="autoregressive")'
     )
   _check_same(runs[NAR], runs[AR])
-  return runs
+  if not answers:
+    return runs
+  return {
+    kind: dataclasses.replace(
+      run, experiment=with_answers(run.experiment, answers)
+    )
+    for kind, run in runs.items()
+  }
 
 
 def _check_same(nar: Run, ar: Run) -> None:
@@ -176,6 +192,9 @@ def make_case(
   try:
     space = runs[NAR].experiment.tasks[task].answer_space()
   except UserError as error:
+    if getattr(runs[NAR].experiment.tasks[task].settings, "answers", ""):
+      # There is a list, but it is of no use.
+      raise
     reason = str(error)
   reference = reference_decoding(runs[AR].experiment, task)
   ways = choose(

@@ -24,7 +24,8 @@ from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 
-_FLAG = "--config.tasks.vqa.answers"
+_SETTING = "--config.tasks.vqa.answers"
+_FLAG = f"{_SETTING}, or --answers"
 # Tasks whose answers may form a closed list that is not known beforehand.
 _TASKS = ("vqa",)
 # Only procedural sources have more records.
@@ -240,7 +241,8 @@ def main(argv: Sequence[str]) -> None:
   share = sum(counts[answer] for answer in kept) / sum(counts.values())
   print(
     f"{len(kept):,} of {len(counts):,} answers, {share:.1%} of those given, in"
-    f" {target}; use them by {_FLAG}={target}"
+    f" {target}; use them by {_SETTING}={target} in training, or by"
+    f" --answers={target}"
   )
 
 

@@ -13,6 +13,9 @@ from narvl_jax.evaluation.readers import reference_decoding
 if TYPE_CHECKING:
   from narvl_jax.experiment import Experiment
 
+# --help of a command shows only flags of its own, which these are to be.
+flags.disclaim_key_flags()
+
 _REFERENCE = "reference"
 _SETTINGS = (
   "constrained",
@@ -23,6 +26,14 @@ _SETTINGS = (
   "no_repeat_ngram",
   "normalize",
 )
+# Parallel models have no use for these.
+_AUTOREGRESSIVE = ("min_length", "max_length", "no_repeat_ngram", "normalize")
+# Setting -> the methods that heed it.
+_HEEDED_BY = {
+  "beam_size": ("beam",),
+  "num_best": ("beam", "candidates"),
+  "normalize": ("beam",),
+}
 
 
 def define_flags(default: str = "greedy") -> None:
@@ -73,14 +84,76 @@ def decodings_for(
       are the tasks that have a set of answers: all but captions.
 
   Raises:
-    UserError: an unknown method or a value out of range.
+    UserError: an unknown method or setting, a value out of range, or a setting
+      that none of the tasks would heed.
   """
+  if settings is not None and not isinstance(settings, Mapping):
+    raise UserError(
+      f'decoding={settings!r} is no dict; such as decoding={{"method": "beam",'
+      ' "beam_size": 5}'
+    )
   given = dict(settings or {})
   method = given.pop("method", METHODS[0])
-  return {
+  for name in given:
+    if name not in _SETTINGS:
+      known = ("method", *_SETTINGS)
+      raise UserError(f'decoding has no "{name}".{did_you_mean(name, known)}')
+  decodings = {
     name: _decoding(experiment, name, method, given)
     for name in experiment.tasks
   }
+  _check_heeded(experiment, method, given, decodings)
+  return decodings
+
+
+def _check_heeded(
+  experiment: "Experiment",
+  method: str,
+  given: Mapping[str, Any],
+  decodings: Mapping[str, Decoding],
+) -> None:
+  """Raises UserError for settings that would change nothing."""
+  used = {decoding.method for decoding in decodings.values()}
+  for name, value in given.items():
+    if name in _AUTOREGRESSIVE and not experiment.autoregressive:
+      raise UserError(
+        f"--{name}={value} is for autoregressive models, but this run answers"
+        f" in parallel; leave --{name} out"
+      )
+    heeded_by = _HEEDED_BY.get(name)
+    if heeded_by and used and used.isdisjoint(heeded_by):
+      raise UserError(
+        f"--{name}={value} changes nothing with --decoding={method}; add"
+        f" --decoding={heeded_by[0]}, or leave --{name} out"
+      )
+
+
+def check_answers_heeded(
+  decodings: Mapping[str, Decoding], answers: str
+) -> None:
+  """Checks that a list of answers, if there is one, would be heeded.
+
+  Args:
+    decodings: of the tasks that will be answered; none: not checked.
+    answers: file of the list; "": none.
+
+  Raises:
+    UserError: questions are not answered, or with any text.
+  """
+  if not answers or not decodings:
+    return
+  if "vqa" not in decodings:
+    raise UserError(
+      f'--answers="{answers}" is for vqa; the task is'
+      f" {', '.join(decodings)}: leave --answers out"
+    )
+  decoding = decodings["vqa"]
+  if not decoding.constrained and decoding.method != "candidates":
+    raise UserError(
+      f'--answers="{answers}" changes nothing with --decoding='
+      f"{decoding.method} alone; add --constrained, or take"
+      " --decoding=candidates"
+    )
 
 
 def _decoding(

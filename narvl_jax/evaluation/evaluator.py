@@ -73,9 +73,15 @@ def evaluate_tasks(
       )
   predictor = Predictor(experiment, variables, decodings)
   predictions: list[Prediction] = []
-  for name, entry in config.data.evaluation.items():
-    if tasks and entry.task not in tasks:
-      continue
+  chosen = {
+    name: entry
+    for name, entry in config.data.evaluation.items()
+    if not tasks or entry.task in tasks
+  }
+  for entry in chosen.values():
+    # A way to decode that does not fit a task is told before any answer.
+    predictor.steps(entry.task)
+  for name, entry in chosen.items():
     source = load_dataset(config, name, split)
     indices = spread(len(source), max_examples)
     for answer in predictor.answers(

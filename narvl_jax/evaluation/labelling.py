@@ -18,7 +18,10 @@ from narvl_jax.data.example import Record
 from narvl_jax.data.pipeline import Batcher
 from narvl_jax.data.shard_writer import Job, write_shard
 from narvl_jax.errors import UserError, did_you_mean
-from narvl_jax.evaluation.decoding_flags import decodings_for
+from narvl_jax.evaluation.decoding_flags import (
+  check_answers_heeded,
+  decodings_for,
+)
 from narvl_jax.evaluation.evaluator import Subset
 from narvl_jax.evaluation.predictor import Predictor
 from narvl_jax.evaluation.readers import make_reader
@@ -75,6 +78,7 @@ class Teacher:
       self._set_answers(answers)
     self._experiment = experiment_lib.build(self.config, self.workdir)
     self._decodings = decodings_for(self._experiment, decoding)
+    check_answers_heeded(self._decodings, answers)
     self._tasks: set[str] = set()
     self.answered = 0
     self.seconds = 0.0
@@ -106,7 +110,7 @@ class Teacher:
       make_reader(self._experiment, task, decoding)
     except UserError as error:
       raise UserError(
-        f"{error} (distill: --answers=FILE, or another --decoding)"
+        f"{error} (distill: or another --decoding, or other --datasets)"
       ) from error
     self._tasks.add(task)
     described = {

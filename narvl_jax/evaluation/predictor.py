@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from narvl_jax.data import images, pipeline
 from narvl_jax.data.example import Box, Record
 from narvl_jax.decoding import Decoding, Steps, make_steps, prepare_variables
+from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation.readers import answer_lengths, make_reader
 from narvl_jax.parallel import (
   activation_rules,
@@ -79,7 +80,16 @@ class Predictor:
       experiment: the run.
       variables: its weights.
       decodings: by task; greedy for those that are not named.
+
+    Raises:
+      UserError: a decoding is for a task that the run does not have.
     """
+    for name in decodings or {}:
+      if name not in experiment.tasks:
+        known = list(experiment.tasks)
+        raise UserError(
+          f'decodings: the run has no task "{name}".{did_you_mean(name, known)}'
+        )
     self._experiment = experiment
     self._config: Any = experiment.config
     self._variables = prepare_variables(experiment.model, variables)

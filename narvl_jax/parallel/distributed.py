@@ -21,6 +21,9 @@ from narvl_jax.errors import UserError
 from narvl_jax.parallel.comparison import describe_differences
 from narvl_jax.parallel.rendezvous import is_local, meet
 
+# --help of a command shows only flags of its own, which these are to be.
+flags.disclaim_key_flags()
+
 # Long enough for the slowest file system, short enough not to waste a night.
 BARRIER_SECONDS = 600.0
 _MODES = ("auto", "on", "off")

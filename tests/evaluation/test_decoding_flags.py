@@ -1,6 +1,8 @@
 """Which decoding each task gets, and what does not fit it."""
 
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,10 @@ from narvl_jax.decoding import Decoding, ParallelReader
 from narvl_jax.decoding.autoregressive_reader import AutoregressiveReader
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.answer_list import with_answers
-from narvl_jax.evaluation.decoding_flags import decodings_for
+from narvl_jax.evaluation.decoding_flags import (
+  check_answers_heeded,
+  decodings_for,
+)
 from narvl_jax.evaluation.readers import answer_lengths, make_reader
 from narvl_jax.experiment import resolve_model_config
 from narvl_jax.models import make_model
@@ -84,6 +89,66 @@ def test_unknown_method(parallel: Any) -> None:
 def test_values_out_of_range(settings: dict[str, Any], message: str) -> None:
   with pytest.raises(UserError, match=message):
     Decoding(**settings)
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    (
+      {"beam_sise": 3},
+      r'decoding has no "beam_sise"\. Did you mean "beam_size"',
+    ),
+    ("beam", r"decoding='beam' is no dict; such as .*\"method\": \"beam\""),
+    ({"max_length": 3}, "--max_length=3 is for autoregressive.*leave --max_le"),
+    ({"beam_size": 3}, "--beam_size=3 changes nothing with --decoding=greedy"),
+    (
+      {"method": "greedy", "num_best": 2},
+      "--num_best=2 changes nothing.*add --decoding=beam",
+    ),
+    (
+      {"method": "reference", "beam_size": 3},
+      "--beam_size=3 changes nothing with --decoding=reference",
+    ),
+  ],
+)
+def test_settings_that_nothing_heeds(
+  parallel: Any, settings: Any, message: str
+) -> None:
+  with pytest.raises(UserError, match=message):
+    decodings_for(parallel, settings)
+
+
+def test_settings_that_some_task_heeds(
+  parallel: Any, autoregressive: Any
+) -> None:
+  for method in ("beam", "candidates"):
+    assert decodings_for(parallel, {"method": method, "num_best": 2})
+  assert decodings_for(autoregressive, {"max_length": 3})
+  # Captions and boxes are searched for, the others are not.
+  assert decodings_for(autoregressive, {"method": "reference", "beam_size": 3})
+
+
+def test_answers_that_nothing_heeds() -> None:
+  with pytest.raises(UserError, match=r'="a.txt" is for vqa; the task is capt'):
+    check_answers_heeded({"caption": Decoding(constrained=True)}, "a.txt")
+  with pytest.raises(UserError, match=r"nothing with --decoding=beam alone; "):
+    check_answers_heeded({"vqa": Decoding("beam")}, "a.txt")
+  for heeded in (Decoding(constrained=True), Decoding("candidates")):
+    check_answers_heeded({"caption": Decoding(), "vqa": heeded}, "a.txt")
+  check_answers_heeded({"vqa": Decoding()}, "")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "distill"])
+def test_help_of_a_command_names_the_flags(command: str) -> None:
+  result = subprocess.run(
+    [sys.executable, "-m", f"narvl_jax.{command}", "--help"],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  for flag in ("--decoding", "--[no]constrained", "--beam_size", "--num_best"):
+    assert f"  {flag}:" in result.stdout
+  assert ("--num_processes:" in result.stdout) == (command == "distill")
 
 
 def test_beam_larger_than_the_vocabulary(

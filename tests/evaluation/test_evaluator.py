@@ -13,8 +13,10 @@ import pytest
 from narvl_jax import parallel
 from narvl_jax.data import sources
 from narvl_jax.data.example import TASKS, Record
+from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import evaluator
+from narvl_jax.evaluation.predictor import Predictor
 from tests.evaluation import tiny_run
 
 QUERIES = 8
@@ -109,6 +111,21 @@ def _known_records() -> list[Record]:
     _record("grounding", _bins(0, 0, 15, 15), 0, box=(0.0, 0.0, 32.0, 32.0)),
     _record("grounding", _bins(0, 0, 15), 1, box=(0.0, 0.0, 32.0, 32.0)),
   ]
+
+
+def test_what_does_not_fit_is_told_before_any_answer(serve):
+  asked = serve(_known_records())
+  with pytest.raises(UserError, match=r"no list of the answers.*--answers=ans"):
+    evaluator.evaluate_tasks(
+      _oracle(),
+      _identity(),
+      split="test",
+      batch_size=2,
+      decodings={"vqa": Decoding(constrained=True)},
+    )
+  assert asked == []
+  with pytest.raises(UserError, match=r'no task "vqq"\. Did you mean "vqa"'):
+    Predictor(_oracle(), _identity(), {"vqq": Decoding("beam")})
 
 
 @pytest.mark.parametrize("batch_size", [2, 16])

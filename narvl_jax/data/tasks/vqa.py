@@ -55,7 +55,8 @@ class VqaTask(augmented.AugmentedTask[VqaSettings]):
       raise UserError(
         "there is no list of the answers that vqa allows; write one by python"
         " -m narvl_jax.data.answers SPEC --to=answers.txt, and set"
-        " --config.tasks.vqa.answers=answers.txt"
+        " --config.tasks.vqa.answers=answers.txt in training or, for a trained"
+        " run, --answers=answers.txt"
       )
     # Cut short, several may become the same.
     texts = dict.fromkeys(map(self._target_text, load_answers(path)))
