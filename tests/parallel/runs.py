@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from narvl_jax.experiment import Experiment
-from narvl_jax.models import NARVL, model_config
+from narvl_jax.models import make_model, model_config
 from narvl_jax.parallel import make_mesh, shard_batch
 from narvl_jax.training.setup import Setup, build_setup
 from tests.training.tiny import tiny_config
@@ -68,12 +68,16 @@ def setup(shape: tuple[int, int, int] = (1, 1, 1), **settings: Any) -> Setup:
     for name, value in config.model.items()
     if name not in ("size", "dtype") and value is not None
   }
+  # Blank, the last id, is no class of an autoregressive model.
+  classes = VOCAB - int(config.model.decoder == "autoregressive")
   architecture = model_config(
-    config.model.size, vocab_size=VOCAB, pad_id=1, **overrides
+    config.model.size, vocab_size=classes, pad_id=1, **overrides
   )
-  vocabulary: Any = SimpleNamespace(blank_id=VOCAB - 1, size=VOCAB)
+  vocabulary: Any = SimpleNamespace(
+    blank_id=VOCAB - 1, size=VOCAB, pad_id=1, eos_id=2
+  )
   experiment = Experiment(
-    config, vocabulary, {}, architecture, NARVL(architecture)
+    config, vocabulary, {}, architecture, make_model(architecture)
   )
   return build_setup(experiment, make_mesh(*shape))
 

@@ -48,6 +48,23 @@ def test_micro_batches_give_the_losses_of_the_whole(shape, steps, one_device):
   _assert_equal(runs.losses(run, STEPS), one_device)
 
 
+@pytest.mark.parametrize(
+  "average", ["examples", pytest.param("labels", marks=pytest.mark.slow)]
+)
+def test_autoregressive_twin(average):
+  """Micro-batches whose labels differ in number, on all axes of a mesh."""
+  settings = {
+    "model__decoder": "autoregressive",
+    "loss__label_smoothing": 0.1,
+    "loss__average": average,
+  }
+  expected = runs.losses(runs.setup(**settings), STEPS)
+  run = runs.setup((2, 2, 2), train__accumulation_steps=2, **settings)
+  assert run.experiment.prompted[1]
+  assert not run.experiment.prompted[2]
+  _assert_equal(runs.losses(run, STEPS), expected)
+
+
 @pytest.mark.slow
 def test_residual_trunk():
   settings = {
