@@ -60,6 +60,10 @@ def run(
       return main(argv)
     except UserError as error:
       fail(str(error))
+    except BrokenPipeError:
+      # Nobody reads on, as after `| head`; no more is to be written at exit.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      sys.exit(1)
 
   app.run(guarded, flags_parser=_parse_flags)
   raise AssertionError("app.run returned")

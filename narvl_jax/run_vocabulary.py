@@ -33,7 +33,7 @@ def make_vocabulary(config: Config) -> Vocabulary:
     words = folder / VOCABULARY_FOLDER
     if not words.is_dir():
       raise UserError(
-        f'vocabulary.path="{folder}" has no {words.name}; with'
+        f'vocabulary.path="{settings.path}" has no {words.name}; with'
         " vocabulary.source=run it must be the folder of a run"
         " (--config.vocabulary.path)"
       )

@@ -288,3 +288,23 @@ def test_fail_puts_a_message_in_one_line(capsys):
     cli.fail("two\n  lines")
   assert error.value.code == 2
   assert capsys.readouterr().err == "error: two lines\n"
+
+
+def test_a_reader_that_stops_is_no_failure_to_explain():
+  """As `| head` does."""
+  program = (
+    "from narvl_jax import cli\n"
+    "cli.run(lambda argv: [print('-' * 99, flush=True) for _ in range(10000)])"
+  )
+  with subprocess.Popen(
+    [sys.executable, "-c", program],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as process:
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+  assert process.returncode == 1

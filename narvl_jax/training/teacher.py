@@ -140,9 +140,10 @@ def _check(student: Experiment, teacher: Experiment, path: str) -> None:
   ours, theirs = student.config, teacher.config
   who = f'{_KEY}="{path}"'
   if not teacher.autoregressive:
+    kind = teacher.model_config.decoder
     raise UserError(
-      f"{who} answers in parallel (model.decoder={theirs.model.decoder}), so it"
-      " has no distribution for each label; give a run that was trained with"
+      f"{who} answers in parallel (model.decoder={kind}), so it has no"
+      " distribution for each label; give a run that was trained with"
       f" --config.model.decoder=autoregressive ({_FLAG})"
     )
   prints = [x.vocabulary.fingerprint for x in (teacher, student)]

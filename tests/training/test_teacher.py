@@ -127,7 +127,7 @@ def test_a_vocabulary_that_only_has_a_size(folder: pathlib.Path) -> None:
 
 MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
   "parallel": (
-    {"model__decoder": "parallel"},
+    {"model__decoder": None},
     {},
     r"answers in parallel \(model.decoder=parallel\).*decoder=autoregressive",
   ),
@@ -203,6 +203,9 @@ def test_the_vocabulary_of_a_run(tmp_path: pathlib.Path) -> None:
     assert experiment.vocabulary.fingerprint == expected.fingerprint
   config.vocabulary.path = str(tmp_path)
   with pytest.raises(UserError, match=r"has no vocabulary; .*source=run it m"):
+    experiment_lib.build(config)
+  config.vocabulary.path = ""
+  with pytest.raises(UserError, match=r'vocabulary.path="" has no vocabulary'):
     experiment_lib.build(config)
 
 
