@@ -33,7 +33,7 @@ from narvl_jax.comparison.case import (
 )
 from narvl_jax.comparison.plot import draw_lengths
 from narvl_jax.comparison.ways import NAR, UNCACHED
-from narvl_jax.errors import UserError
+from narvl_jax.errors import UserError, check_lists
 from narvl_jax.evaluation.reporting import write_json
 
 JSON_FILE, PLOT_FILE = "comparison.json", "latency.png"
@@ -91,6 +91,7 @@ def compare(
     UserError: an argument is wrong, or the runs do not belong together.
   """
   _check(nar, ar, size, image_size, measure_quality, measure_latency)
+  check_lists(tasks=tasks, ways=ways, lengths=lengths, batch_sizes=batch_sizes)
   _check_files(size, answers, to)
   _check_numbers(
     max_examples=[max_examples] if max_examples is not None else [],

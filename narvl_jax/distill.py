@@ -38,7 +38,7 @@ from narvl_jax.data.distilled import (
 from narvl_jax.data.shard_formats import FORMATS
 from narvl_jax.data.shard_writer import PROGRESS, Job
 from narvl_jax.data.sources import MANIFEST, parse_options
-from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.errors import UserError, check_lists, did_you_mean
 from narvl_jax.evaluation import decoding_flags
 from narvl_jax.evaluation.labelling import Teacher
 from narvl_jax.parallel import distributed
@@ -100,6 +100,7 @@ def distill(
     UserError: no such run, checkpoint, data set or task; a number out of
       range; the folder holds something else; too many records are bad.
   """
+  check_lists(datasets=datasets)
   _check_numbers(
     max_examples=max_examples,
     batch_size=batch_size,

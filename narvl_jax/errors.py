@@ -19,3 +19,16 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
   if near:
     return " Did you mean " + " or ".join(f'"{x}"' for x in near) + "?"
   return " Valid: " + ", ".join(options) + "."
+
+
+def check_lists(**values: object) -> None:
+  """Raises `UserError` for a text where a list of texts belongs.
+
+  Args:
+    **values: argument -> what was given; a text would be read letter by letter.
+  """
+  for name, value in values.items():
+    if isinstance(value, str):
+      raise UserError(
+        f'{name}="{value}" is one text; give a list: {name}={value.split(",")}'
+      )

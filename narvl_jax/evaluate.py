@@ -19,7 +19,7 @@ from absl import flags
 
 from narvl_jax import cli
 from narvl_jax import experiment as experiment_lib
-from narvl_jax.errors import UserError
+from narvl_jax.errors import UserError, check_lists
 from narvl_jax.evaluation import decoding_flags, evaluator, reporting, results
 from narvl_jax.evaluation.answer_list import with_answers
 
@@ -59,6 +59,7 @@ def evaluate(
     UserError: no such run, checkpoint or split, or a number below 1; or
       answers that would not be heeded.
   """
+  check_lists(tasks=tasks)
   for flag, value in (
     ("max_examples", max_examples),
     ("batch_size", batch_size),

@@ -119,6 +119,7 @@ def test_random_weights_say_as_many_tokens_as_the_answers(capsys):
     ),
     ({"nar": "a", "ar": "b", "image_size": 32}, "--image_size=32 is for"),
     ({"nar": "a", "ar": "b", "to": __file__}, "is a file; give a folder"),
+    ({"size": "micro", "ways": "ar"}, r'ways="ar" is one text; give a list'),
     ({"size": "micro", "answers": "a"}, "--answers=a is for --nar and --ar"),
   ],
 )

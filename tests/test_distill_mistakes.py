@@ -55,6 +55,7 @@ def test_another_checkpoint_needs_another_folder(whole, monkeypatch):
     ({"max_examples": 0}, r"--max_examples=0 .* --max_examples=1"),
     ({"batch_size": -1}, r"--batch_size=-1 .* --batch_size=1"),
     ({"examples_per_shard": 0}, r"--examples_per_shard=0 is below 1"),
+    ({"datasets": "vqa"}, r'datasets="vqa" is one text; give a list'),
     ({"datasets": ["vqq"]}, r'has no "vqq"\. Did you mean "vqa"'),
     ({"checkpoint": "8"}, r'no checkpoint "8"; this run has 7'),
     ({"spec": "shapes"}, r"--datasets=vqa names entries .* drop one of them"),

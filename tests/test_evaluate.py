@@ -90,6 +90,7 @@ def test_answers_of_a_file(workdir, tmp_path):
     ({"max_examples": 0}, r"--max_examples=0 .* --max_examples=1"),
     ({"tasks": ["vqaa"]}, r'no task "vqaa".*Did you mean "vqa"'),
     ({"batch_size": -1}, r"--batch_size=-1 .* --batch_size=1"),
+    ({"tasks": "vqa,caption"}, r"one text; give .* tasks=\['vqa', 'caption'\]"),
     ({"answers": "a.txt"}, r'="a.txt" changes nothing.*add --constrained'),
     (
       {"answers": "a.txt", "tasks": ["caption"]},

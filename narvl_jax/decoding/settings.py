@@ -1,6 +1,7 @@
 """How answers are read from a model."""
 
 import dataclasses
+import numbers
 
 from narvl_jax.errors import UserError, did_you_mean
 
@@ -51,10 +52,21 @@ class Decoding:
       ("no_repeat_ngram", 0),
     ):
       value = getattr(self, name)
+      if not isinstance(value, numbers.Integral):
+        raise UserError(
+          f"decoding.{name}={value!r} must be a whole number, such as"
+          f" {max(least, 1)} (--{name})"
+        )
       if value < least:
         raise UserError(
           f"decoding.{name}={value} must be at least {least}; nearest:"
           f" {least} (--{name})"
+        )
+    for name in ("constrained", "normalize"):
+      value = getattr(self, name)
+      if not isinstance(value, bool):
+        raise UserError(
+          f"decoding.{name}={value!r} must be True or False (--{name})"
         )
     if self.max_length and self.min_length > self.max_length:
       raise UserError(

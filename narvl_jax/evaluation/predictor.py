@@ -82,8 +82,15 @@ class Predictor:
       decodings: by task; greedy for those that are not named.
 
     Raises:
-      UserError: a decoding is for a task that the run does not have.
+      UserError: a decoding is for a task that the run does not have, or is
+        none.
     """
+    values = decodings.values() if isinstance(decodings, Mapping) else [None]
+    if decodings and not all(isinstance(x, Decoding) for x in values):
+      raise UserError(
+        f"decodings={decodings!r} must have a Decoding for each task, such as"
+        ' {"caption": Decoding("beam")}; see decodings_for'
+      )
     for name in decodings or {}:
       if name not in experiment.tasks:
         known = list(experiment.tasks)

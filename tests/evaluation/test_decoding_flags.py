@@ -75,6 +75,8 @@ def test_unknown_method(parallel: Any) -> None:
   [
     ({"method": "bam"}, '"bam" is unknown'),
     ({"beam_size": 0}, "beam_size=0 must be at least 1; nearest: 1"),
+    ({"beam_size": 2.5}, r"beam_size=2\.5 must be a whole number, such as 1"),
+    ({"constrained": "no"}, "constrained='no' must be True or False"),
     ({"max_length": -1}, "max_length=-1 must be at least 0"),
     (
       {"method": "beam", "num_best": 6},

@@ -126,6 +126,10 @@ def test_what_does_not_fit_is_told_before_any_answer(serve):
   assert asked == []
   with pytest.raises(UserError, match=r'no task "vqq"\. Did you mean "vqa"'):
     Predictor(_oracle(), _identity(), {"vqq": Decoding("beam")})
+  for wrong in ({"vqa": {"method": "beam"}}, Decoding("beam")):
+    decodings: Any = wrong
+    with pytest.raises(UserError, match=r"must have a Decoding for each task"):
+      Predictor(_oracle(), _identity(), decodings)
 
 
 @pytest.mark.parametrize("batch_size", [2, 16])
