@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -60,6 +61,9 @@ def run(
       return main(argv)
     except UserError as error:
       fail(str(error))
+    except KeyboardInterrupt:
+      print("SIGINT: stopped", file=sys.stderr, flush=True)
+      sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
       # Nobody reads on, as after `| head`; no more is to be written at exit.
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -308,3 +308,19 @@ def test_a_reader_that_stops_is_no_failure_to_explain():
     process.stdout.close()
     assert process.stderr.read() == ""
   assert process.returncode == 1
+
+
+def test_an_interrupted_command_ends_in_one_line():
+  program = (
+    "import os, signal; from narvl_jax import cli\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "cli.run(lambda argv: os.kill(os.getpid(), signal.SIGINT))"
+  )
+  result = subprocess.run(
+    [sys.executable, "-c", program],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.stderr == "SIGINT: stopped\n"
+  assert result.returncode == 130
