@@ -1,4 +1,4 @@
-"""Compares the parallel model with its autoregressive counterpart.
+r"""Compares the parallel model with its autoregressive counterpart.
 
     python -m narvl_jax.compare --nar=runs/nar --ar=runs/ar
     python -m narvl_jax.compare --nar=runs/nar --ar=runs/ar \

@@ -1,4 +1,4 @@
-"""Replaces the targets of a data set by the answers of a trained teacher.
+r"""Replaces the targets of a data set by the answers of a trained teacher.
 
     python -m narvl_jax.distill --teacher=runs/ar --to=distilled
     python -m narvl_jax.distill --teacher=runs/ar --to=distilled \

@@ -1,4 +1,4 @@
-"""Asks a trained run about one picture.
+r"""Asks a trained run about one picture.
 
 python -m narvl_jax.predict --workdir=runs/shapes --image=photo.jpg \
     --task=vqa --prompt="what color is the circle?"

@@ -1,4 +1,4 @@
-"""Trains models that differ only in their decoder, and compares them.
+r"""Trains models that differ only in their decoder, and compares them.
 
     python -m narvl_jax.benchmarks.twins --runs=runs/twins \
       [--data=shapes,easy_vqa] [--seeds=0,1] [--kinds=nar,ar,distilled]
