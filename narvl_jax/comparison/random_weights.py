@@ -168,6 +168,8 @@ def _experiment(
   config.vocabulary.source = "official"
   config.vocabulary.num_codes = 8192
   config.vocabulary.num_bins = 1000
+  # The placeholder has no words, so all of them would be specials.
+  config.evaluation.mask_specials = False
   config.data.image_size = (load.image_size, load.image_size)
   config.data.max_text_length = load.text_length
   config.data.max_label_length = load.answer_length + 1
