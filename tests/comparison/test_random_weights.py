@@ -19,7 +19,9 @@ def test_answers_of_a_task_are_allowed(task):
     wanted=("ar-beam", "nar-constrained"),
     uncached=False,
   )
-  for label in ("AR beam 2", "NAR constrained"):
+  # The official beam search over boxes may say anything.
+  labels = ("AR beam 2", "NAR constrained")[task == "grounding" :]
+  for label in labels:
     reader = case.programs[label].reader
     assert isinstance(reader, (AutoregressiveReader, ParallelReader))
     assert reader.answers is not None
