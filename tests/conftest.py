@@ -1,9 +1,10 @@
 """Settings that hold for every test; they must precede the import of jax."""
 
+import gc
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAG = "--xla_force_host_platform_device_count=8"
@@ -17,11 +18,16 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import jax
 import pytest
 from absl import flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+# Every compiled program takes some memory maps, of which Linux allows a process
+# 65,530; beyond them it crashes where the next one is loaded.
+_MAPS = pathlib.Path("/proc/self/maps")
+_MOST_MAPS = 20_000
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,6 +57,15 @@ def pytest_collection_modifyitems(
   for item in items:
     if "slow" in item.keywords:
       item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs() -> Iterator[None]:
+  """Forgets compiled programs when there are many; the cache has them."""
+  yield
+  if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
