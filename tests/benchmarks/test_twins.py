@@ -146,7 +146,8 @@ def test_each_run_is_trained_and_measured_once(tmp_path, trainer, monkeypatch):
   assert base["seed"] == 3
   other = workdir_lib.to_json(trainer.trained["tiny_ar_3"])
   assert workdir_lib.diff(base, other) == {
-    "model.decoder": ("null", '"autoregressive"')
+    "model.decoder": ("null", '"autoregressive"'),
+    "loss.average": ('"labels"', '"examples"'),
   }
   student = trainer.trained["tiny_distilled_3"]
   (found,) = distilled_sets(runs / "tiny_labels_3")
