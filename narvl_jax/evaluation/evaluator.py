@@ -37,6 +37,7 @@ def evaluate_tasks(
   step: int | None = None,
   decodings: Mapping[str, Decoding] | None = None,
   tasks: Sequence[str] | None = None,
+  before_batch: Callable[[], None] = lambda: None,
 ) -> tuple[Report, list[Prediction]]:
   """Answers every data set of `config.data.evaluation` and scores the answers.
 
@@ -53,6 +54,8 @@ def evaluate_tasks(
     step: training step of `variables`, for the report.
     decodings: by task; greedy for those that are not named.
     tasks: whose data sets are answered; None: all.
+    before_batch: called before each batch, on all hosts as often; what it
+      raises ends the evaluation.
 
   Returns:
     The report and one prediction per example. The report has split, step,
@@ -85,7 +88,10 @@ def evaluate_tasks(
     source = load_dataset(config, name, split)
     indices = spread(len(source), max_examples)
     for answer in predictor.answers(
-      Subset(source, indices), entry.task, batch_size=batch_size
+      Subset(source, indices),
+      entry.task,
+      batch_size=batch_size,
+      before_batch=before_batch,
     ):
       place = {"dataset": name, "index": int(indices[answer.index])}
       predictions.append(describe(answer) | place)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -141,7 +141,12 @@ class Predictor:
     return next(self._finish(decoded, batch, [record], task))
 
   def answers(
-    self, source: Sequence[Record], task_name: str, *, batch_size: int
+    self,
+    source: Sequence[Record],
+    task_name: str,
+    *,
+    batch_size: int,
+    before_batch: Callable[[], None] = lambda: None,
   ) -> Iterator[Answer]:
     """Answers every good record of a source, in order.
 
@@ -153,6 +158,7 @@ class Predictor:
       source: records of the task.
       task_name: one of the experiment's tasks.
       batch_size: rounded up to a multiple of the devices that share a batch.
+      before_batch: called before each batch, on all hosts as often.
 
     Raises:
       UserError: the source is empty or too many of its records are bad.
@@ -174,6 +180,7 @@ class Predictor:
     # The device computes one batch while the host reads the one before it.
     previous = None
     for batch, records in batches:
+      before_batch()
       current = self._start(batch, task, size), batch, records
       if previous is not None:
         yield from self._finish(*previous, task)

@@ -15,59 +15,69 @@ from narvl_jax.parallel.distributed import HostsLost, host_name
 
 _POLL_SECONDS = 1.0
 _PREFIX = "narvl_jax/notices"
-# How long the coordinator outlives its own failure, for the others to see it.
+# How long the coordinator outlives its own end, for the others to see it.
 _FAREWELL_SECONDS = 5.0
+# The same where nothing failed: the others may still write a checkpoint.
+_LONG_FAREWELL_SECONDS = 60.0
+# After which a host ends that cannot tell the others.
+_TELLING_SECONDS = 15.0
 # A host may be in the middle of an evaluation.
 _AGREEMENT_SECONDS = 1800.0
 _MAX_UNANSWERED = 5
 
 
 class StopAgreement:
-  """Lets all hosts stop after the same step.
+  """Lets all hosts stop in the same place of the same sequence of work.
 
-  Hosts run ahead of each other by a few steps. Once one is asked to stop,
-  each says which step it has let itself begin, and begins no other before all
-  have said so; all then go on to the largest of these.
+  The work is what lies between two calls of `due`: a step, or a batch of an
+  evaluation, in the same order on all hosts. Hosts run ahead of each other.
+  Once one is asked to stop, each says which piece it has let itself begin,
+  and begins no other before all have said so; all then go on to the end of
+  the latest of these.
   """
 
   def __init__(self) -> None:
     self._lock = threading.Lock()
-    self._begun: int | None = None
+    self._begun = 0
     self._requested = False
     self._last: int | None = None
     self._agreed = threading.Event()
 
-  def begin(self, step: int) -> None:
-    """Says that the first step of the loop is `step`."""
+  def begin(self) -> None:
+    """Says that the first piece of work begins."""
     with self._lock:
-      self._begun = step
+      self._begun = 1
 
-  def due(self, step: int, timeout: float = _AGREEMENT_SECONDS) -> bool:
-    """Returns whether `step` is the last; if not, the next one may begin.
+  def due(self, timeout: float = _AGREEMENT_SECONDS) -> bool:
+    """Returns whether all stop here; if not, the next piece may begin.
 
     Raises:
       HostsLost: the others did not say in time how far they are.
     """
     with self._lock:
+      done = self._begun
       if not self._requested:
-        self._begun = step + 1
+        self._begun += 1
         return False
     if not self._agreed.wait(timeout):
       raise HostsLost(
-        f"stop at step {step}: not all hosts said within {timeout:g} s how far"
-        " they are"
+        f"stop asked for: not all hosts said within {timeout:g} s how far they"
+        " are"
       )
     assert self._last is not None
-    return step >= self._last
+    with self._lock:
+      if done < self._last:
+        self._begun += 1
+    return done >= self._last
 
   def request(self) -> int | None:
-    """Asks to stop; returns the step begun last, None before the first."""
+    """Asks to stop; returns the piece begun last, None before the first."""
     with self._lock:
-      self._requested = self._begun is not None
-      return self._begun
+      self._requested = self._begun > 0
+      return self._begun or None
 
   def agree(self, last: int) -> None:
-    """Sets the step after which all stop."""
+    """Sets the piece of work after which all stop."""
     self._last = last
     self._agreed.set()
 
@@ -89,6 +99,7 @@ class Notices:
     terminal: TextIO,
     poll_seconds: float = _POLL_SECONDS,
     leave: Callable[[int], Any] = os._exit,
+    on_end: Callable[[int, str], Any] = lambda code, message: None,
   ) -> None:
     """Prepares the thread.
 
@@ -99,6 +110,8 @@ class Notices:
       terminal: where the user of this host looks.
       poll_seconds: how often to look.
       leave: ends the process with an exit code, whatever other threads do.
+      on_end: told of exit code and message before the process ends by either
+        its own failure or that of another host.
     """
     self._client = client
     self._own = process_id
@@ -106,6 +119,7 @@ class Notices:
     self._terminal = terminal
     self._poll_seconds = poll_seconds
     self._leave = leave
+    self._on_end = on_end
     self._closed = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._published: set[str] = set()
@@ -126,21 +140,31 @@ class Notices:
     Returns only if `leave` does.
 
     Args:
-      code: exit code.
+      code: exit code; 0 if nothing failed.
       message: one line for the terminal of every host.
     """
     self._closed.set()
     message = " ".join(message.split())
+    self._on_end(code, message)
+    farewell = _FAREWELL_SECONDS if code else _LONG_FAREWELL_SECONDS
+    # A coordinator that hangs answers nothing, and raises no error either.
+    timer = threading.Timer(
+      farewell + _TELLING_SECONDS, self._leave, args=[code]
+    )
+    timer.daemon = True
+    timer.start()
     try:
       self._publish(f"failure/{self._own}", f"{code} {message}")
-      deadline = time.monotonic() + _FAREWELL_SECONDS
+      self._publish(f"left/{self._own}", "")
+      deadline = time.monotonic() + farewell
       # With the coordinator goes what the others could read.
       while self._own == 0 and time.monotonic() < deadline:
-        if self._number_of("left") >= self._count - 1:
+        if self._number_of("left") == self._count:
           break
         time.sleep(self._poll_seconds / 5)
     except Exception as error:
       print(f"the other hosts could not be told: {error}", file=sys.stderr)
+    timer.cancel()
     self._leave(code)
 
   def poll(self) -> None:
@@ -165,11 +189,12 @@ class Notices:
       self.agreement.agree(max(steps))
 
   def _follow(self, host: int, value: str) -> None:
-    """Ends this process since another one failed."""
+    """Ends this process since another one ends."""
     code, message = value.split(" ", 1)
     text = f"{host_name(host)}: {message}"
     for stream in dict.fromkeys((self._terminal, sys.stderr)):
       print(text, file=stream, flush=True)
+    self._on_end(int(code), text)
     self._publish(f"left/{self._own}", "")
     self._leave(int(code))
 
@@ -196,10 +221,10 @@ class Notices:
   def _publish(self, key: str, value: str) -> None:
     if key in self._published:
       return
-    self._published.add(key)
     try:
       self._client.key_value_set(f"{_PREFIX}/{key}", value)
     except Exception as error:
       # Two hosts were told to stop: the first one's word counts.
       if "ALREADY_EXISTS" not in str(error):
         raise
+    self._published.add(key)

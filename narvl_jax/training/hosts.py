@@ -28,6 +28,7 @@ def together(
   facts: Callable[[], Mapping[str, str]],
   explain: Callable[[BaseException], tuple[int, str]],
   say: Callable[[str], None],
+  on_end: Callable[[int, str], Any] = lambda code, message: None,
 ) -> Iterator[Notices | None]:
   """Connects the hosts; if the block fails on one, all end with its exit code.
 
@@ -37,6 +38,7 @@ def together(
     facts: returns what must be the same on all hosts.
     explain: what ended the block -> exit code and one line.
     say: prints a line.
+    on_end: see `Notices`.
 
   Yields:
     What the hosts tell each other.
@@ -60,7 +62,8 @@ def together(
       cluster.process_id,
       cluster.num_processes,
       terminal=terminal,
-      leave=_leave,
+      leave=leave,
+      on_end=on_end,
     ) as notices:
       stopped = None
       try:
@@ -79,8 +82,8 @@ def together(
     raise stopped
 
 
-def _leave(code: int) -> None:
-  """Ends the process at once: other threads may wait for hosts that left."""
+def leave(code: int) -> None:
+  """Ends the process at once, whatever its threads are doing."""
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):
       stream.flush()

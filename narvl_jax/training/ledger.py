@@ -4,6 +4,22 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+
+class Activity(NamedTuple):
+  """What a run is doing, as other threads see it.
+
+  Attributes:
+    stage: the innermost one.
+    step: the last update that was begun.
+    moves: grows with every sign of progress: a stage that begins or ends, an
+      update, a batch of an evaluation.
+  """
+
+  stage: str
+  step: int
+  moves: int
 
 
 class Ledger:
@@ -33,6 +49,8 @@ class Ledger:
     self._seconds: dict[str, float] = {"import": now - self.start}
     self._stack = [self.OTHER]
     self._mark = now
+    self._step = 0
+    self._moves = 0
 
   def elapsed(self) -> float:
     """Returns the seconds since the start."""
@@ -43,11 +61,29 @@ class Ledger:
     """Charges the time inside of the block to `name`."""
     self._charge()
     self._stack.append(name)
+    self._moves += 1
     try:
       yield
     finally:
       self._charge()
       self._stack.pop()
+      self._moves += 1
+
+  def progress(self, step: int | None = None) -> None:
+    """Says that the run moves on.
+
+    Args:
+      step: the update that was just begun; None: something within it, such
+        as a batch of an evaluation.
+    """
+    self._moves += 1
+    if step is not None:
+      self._step = step
+
+  @property
+  def activity(self) -> Activity:
+    """What the run is doing; may be asked by any thread."""
+    return Activity(self._stack[-1], self._step, self._moves)
 
   def seconds(self) -> dict[str, float]:
     """Returns the seconds of every stage so far."""

@@ -73,7 +73,7 @@ class Loop:
       self.setup, self.ledger, self.checkpoints, self.counters, first
     )
     running: collections.deque[Metrics] = collections.deque()
-    self.stop.begin(first + 1)
+    self.stop.begin()
     for step in range(first + 1, config.steps + 1):
       batch = self._next_batch(running)
       with self.ledger.stage("step"):
@@ -84,7 +84,7 @@ class Loop:
         progress.add(step, metrics)
         while len(running) > _MAX_AHEAD:
           jax.block_until_ready(running.popleft())
-      last = step == config.steps or self.stop.due(step)
+      last = step == config.steps or self.stop.due()
       if not last and not self._due(step):
         continue
       with self.ledger.stage("step"):

@@ -60,40 +60,40 @@ def test_all_stop_after_the_step_of_the_fastest():
   _, notices, _ = _hosts(3)
   agreements = [own.agreement for own in notices]
   for agreement, ahead in zip(agreements, (5, 7, 6), strict=True):
-    agreement.begin(1)
-    for step in range(1, ahead):
-      assert not agreement.due(step)
+    agreement.begin()
+    for _ in range(1, ahead):
+      assert not agreement.due()
   notices[0].stop_signal = 15
   _poll(notices)
   assert [own.stop_signal for own in notices] == [15] * 3
   # Each had begun one step more than it was asked about.
   for agreement, ahead in zip(agreements, (5, 7, 6), strict=True):
-    due = [agreement.due(step) for step in range(ahead, 8)]
+    due = [agreement.due() for _ in range(ahead, 8)]
     assert due == [False] * (7 - ahead) + [True]
 
 
 def test_hosts_that_only_begin_are_waited_for():
   _, notices, _ = _hosts(2)
   notices[1].stop_signal = 2
-  notices[1].agreement.begin(4)
+  notices[1].agreement.begin()
   _poll(notices)
-  with pytest.raises(HostsLost, match=r"stop at step 4: not all hosts .* 0 s"):
-    notices[1].agreement.due(4, timeout=0)
-  notices[0].agreement.begin(4)
+  with pytest.raises(HostsLost, match=r"stop asked for: not all hosts .* 0 s"):
+    notices[1].agreement.due(timeout=0)
+  notices[0].agreement.begin()
   _poll(notices)
-  assert notices[0].agreement.due(4)
-  assert notices[1].agreement.due(4)
+  assert notices[0].agreement.due()
+  assert notices[1].agreement.due()
 
 
 def test_two_hosts_are_told_at_once():
   store, notices, _ = _hosts(2)
   for own, number in zip(notices, (15, 2), strict=True):
-    own.agreement.begin(1)
+    own.agreement.begin()
     own.stop_signal = number
   _poll(notices)
   # The first one's word counts on both: exit codes are equal.
   assert [own.stop_signal for own in notices] == [15, 15]
-  assert all(own.agreement.due(1) for own in notices)
+  assert all(own.agreement.due() for own in notices)
   assert store.values["narvl_jax/notices/stop"] == "15"
 
 
@@ -107,7 +107,7 @@ def test_hosts_that_wait_for_each_other_do_not_hang(seed):
 
   def train(host: int) -> None:
     agreement = notices[host].agreement
-    agreement.begin(1)
+    agreement.begin()
     for step in range(1, 10_000):
       with changed:
         assert changed.wait_for(lambda: min(done) >= step - 3, 20)  # noqa: B023
@@ -115,7 +115,7 @@ def test_hosts_that_wait_for_each_other_do_not_hang(seed):
         changed.notify_all()
       if (host, step) == (seed % 3, 20 + seed):
         notices[host].stop_signal = 15
-      if agreement.due(step, timeout=20):
+      if agreement.due(timeout=20):
         ended[host] = step
         return
 
@@ -168,5 +168,5 @@ def test_a_lost_coordinator_ends_the_others():
 
 def test_no_stop_without_a_request():
   agreement = StopAgreement()
-  agreement.begin(1)
-  assert not any(agreement.due(step, timeout=0) for step in range(1, 50))
+  agreement.begin()
+  assert not any(agreement.due(timeout=0) for _ in range(1, 50))
