@@ -1,0 +1,111 @@
+"""Checksums of arrays, the same on every mesh and on the host.
+
+An array is taken as unsigned words. Each is multiplied by an odd number that
+depends on its place, and the products are summed modulo 2^32. A product with
+an odd number is another one if any bit of the word is, so that one changed
+word always changes the sum; and sums of integers do not depend on their order,
+hence not on how the array is split over devices.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+# Words of a file that are summed at a time, which bounds the memory.
+_BLOCK = 1 << 20
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}
+
+
+def device_checksums(leaves: Sequence[Any]) -> np.ndarray:
+  """Returns the checksums of arrays where they lie; waits for them.
+
+  Args:
+    leaves: arrays of any dtypes and shapes but complex ones, typed random keys
+      as well; those on devices must share a mesh. All processes must call it.
+
+  Returns:
+    uint32 [len(leaves), 2], see `text`.
+  """
+  if not leaves:
+    return np.zeros((0, 2), np.uint32)
+  # One program: many small ones with collectives, in flight at once, can
+  # starve each other of the threads of a CPU.
+  return np.asarray(_program(_whole(leaves))(list(leaves)))
+
+
+def host_checksum(array: np.ndarray) -> np.ndarray:
+  """Returns the checksum, uint32 [2], of an array on the host."""
+  dtype = _WORDS[array.dtype.itemsize]
+  words = np.ascontiguousarray(array).reshape(-1).view(dtype)
+  total = np.zeros(2, np.uint32)
+  for start in range(0, words.size, _BLOCK):
+    block = words[start : start + _BLOCK].astype(np.uint32)
+    places = np.arange(start, start + block.size, dtype=np.uint64)
+    weights = _weights(places.astype(np.uint32))
+    total += [np.sum(block * w, dtype=np.uint32) for w in weights]
+  return total
+
+
+def text(checksum: np.ndarray) -> str:
+  """Returns a checksum, uint32 [2], as 16 hexadecimal digits."""
+  return "".join(f"{int(part):08x}" for part in checksum)
+
+
+def _weights(places: Any) -> tuple[Any, Any]:
+  """Returns two odd uint32 weights for each uint32 place.
+
+  The first one grows evenly. The second one is scattered, so that what the
+  first does not see, such as two words in each other's place whose difference
+  is a power of two, is seen nevertheless.
+  """
+  mixed = places * np.uint32(0x9E3779B1)
+  mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0x85EBCA77)
+  one = np.uint32(1)
+  return (places << one) | one, mixed | one
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> jax.Array:
+  """Returns uint32 [2] without a temporary of the size of the array."""
+  if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+    array = jax.random.key_data(array)
+  if array.dtype == jnp.bool_:
+    array = array.astype(jnp.uint8)
+  words = jax.lax.bitcast_convert_type(array, _WORDS[array.dtype.itemsize])
+  words = words.astype(jnp.uint32)
+  places = jnp.zeros(words.shape, jnp.uint32)
+  for axis in range(words.ndim):
+    stride = np.uint32(math.prod(words.shape[axis + 1 :]) % 2**32)
+    place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    places += place * stride
+  # Both at once: the compiler would write down what two sums share.
+  return jnp.stack(
+    jax.lax.reduce(
+      tuple(words * weights for weights in _weights(places)),
+      (np.uint32(0), np.uint32(0)),
+      lambda a, b: (a[0] + b[0], a[1] + b[1]),
+      tuple(range(words.ndim)),
+    )
+  )
+
+
+@functools.cache
+def _program(where: Sharding | None) -> Any:
+  return jax.jit(
+    lambda leaves: jnp.stack([_checksum(leaf) for leaf in leaves]),
+    out_shardings=where,
+  )
+
+
+def _whole(leaves: Sequence[Any]) -> Sharding | None:
+  """Returns a sharding by which every host has the result."""
+  for leaf in leaves:
+    if isinstance(sharding := getattr(leaf, "sharding", None), NamedSharding):
+      return NamedSharding(sharding.mesh, PartitionSpec())
+  return None
