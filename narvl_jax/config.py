@@ -33,6 +33,12 @@ def default_config(*tasks: str) -> Config:
   # Folder of a run or of converted weights to start from; "": random weights.
   # A parallel model may start from its autoregressive twin, and the reverse.
   config.init_from = ""
+  # ((regex, replacement), ...): stored names that are others here; the first
+  # that matches a whole name counts, "\\1" is its first group.
+  config.init_renames = ()
+  # (regex, ...): names, after the renames, that are not taken from there but
+  # stay as they were initialised.
+  config.init_drops = ()
   config.model = _model_defaults()
   config.vocabulary = ConfigDict(
     {
@@ -130,7 +136,11 @@ def default_config(*tasks: str) -> Config:
       "eval_examples": 256,
       # 0: only at the end.
       "checkpoint_every": 500,
+      # Checkpoints that stay: the last ones, the best ones by
+      # `evaluation.best_metric`, and those of every n-th step (0: none).
       "keep_last": 2,
+      "keep_best": 1,
+      "keep_every": 0,
     }
   )
   config.evaluation = ConfigDict(

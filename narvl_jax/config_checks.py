@@ -12,6 +12,7 @@ from narvl_jax.data.tasks import default_settings
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.query_ctc.loss import CONFIDENCE_MODES
 from narvl_jax.training.cross_entropy import AVERAGES
+from narvl_jax.training.init_names import parse_drops, parse_renames
 
 OPTIMIZERS = ("adamw", "muon")
 VOCABULARY_SOURCES = ("train", "official", "huggingface", "run")
@@ -141,6 +142,8 @@ _RANGES: dict[str, tuple[float, float | None]] = {
   "train.eval_examples": (1, None),
   "train.checkpoint_every": (0, None),
   "train.keep_last": (1, None),
+  "train.keep_best": (0, None),
+  "train.keep_every": (0, None),
   "evaluation.batch_size": (1, None),
   "evaluation.max_examples": (0, None),
 }
@@ -164,12 +167,25 @@ def _check_values(config: Config) -> None:
   _one_of("loss.confidence", config.loss.confidence, CONFIDENCE_MODES)
   _one_of("loss.average", config.loss.average, AVERAGES)
   _check_decoder(config)
+  _check_start(config)
   size = config.data.image_size
   if len(size) != 2 or not all(isinstance(x, int) and x > 0 for x in size):
     raise UserError(
       f"data.image_size={tuple(size)} is not (height, width) in pixels:"
       " --config.data.image_size='(480,480)'"
     )
+
+
+def _check_start(config: Config) -> None:
+  """Raises UserError for wrong rules, or rules for weights that none names."""
+  parse_renames(config.init_renames)
+  parse_drops(config.init_drops)
+  for key in ("init_renames", "init_drops"):
+    if config[key] and not config.init_from:
+      raise UserError(
+        f"{key}={config[key]!r} is of use only with weights to start from:"
+        f" --config.init_from=FOLDER, or --config.{key}='()'"
+      )
 
 
 def _check_decoder(config: Config) -> None:

@@ -6,6 +6,7 @@ and the blank of NARVL; other changes are choices of the user.
 
 import dataclasses
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,14 +20,18 @@ from narvl_jax.interop.settings import (
   settings_of,
 )
 from narvl_jax.interop.tensors import Tensor
+from narvl_jax.models import positions
+from narvl_jax.models.resizing import (
+  Grid,
+  resize_distances,
+  resize_positions,
+)
 from narvl_jax.models.sizes import DECODERS
 
 BLANK_ROWS = ("noise", "mean", "unk")
 _UNK_ID = 3
 _QUERY_STDDEV = 0.02
 DEFAULT_QUERIES = 20
-# Buckets of a class token, which NARVL has not, after those of distances.
-_EXTRA_BUCKETS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,48 +272,23 @@ class _Adaptation:
       )
     grown = max(side, new)
     how = f"bicubic, the grid of {old} x {old} to {new} x {new}"
-    table = np.asarray(self.state[IMAGE_POSITIONS_KEY])
-    grid = table[1:].reshape(side, side, -1)
-    large = np.zeros((grown, grown, self.width), table.dtype)
-    large[:side, :side] = grid
-    large[:new, :new] = _bicubic(grid[:old, :old], new)
-    flat = large.reshape(grown**2, -1)
-    self._set(IMAGE_POSITIONS_KEY, np.concatenate([table[:1], flat]), how)
+    grids = (old, old), (new, new)
+    rows = positions.num_image_positions(grown)
+    self._resize(IMAGE_POSITIONS_KEY, resize_positions, rows, grids, how)
+    rows = positions.num_image_buckets(grown)
     for layer in range(settings_of(self.state)["encoder_layers"]):
       key = f"encoder.image_rel_pos_table_list.{layer}.weight"
-      value = _stretch_distances(
-        np.asarray(self.state[key]), side, grown, old, new
-      )
-      self._set(key, value, how)
+      self._resize(key, resize_distances, rows, grids, how)
 
-
-def _stretch_distances(
-  table: np.ndarray, side: int, grown: int, old: int, new: int
-) -> np.ndarray:
-  """Stretches distances up to `old` - 1 rows or columns up to `new` - 1."""
-  grid = table[:-_EXTRA_BUCKETS].reshape(2 * side - 1, 2 * side - 1, -1)
-  large = np.zeros((2 * grown - 1, 2 * grown - 1, grid.shape[2]), grid.dtype)
-
-  def centre(array: np.ndarray, reach: int) -> np.ndarray:
-    first = array.shape[0] // 2 - reach + 1
-    return array[first : first + 2 * reach - 1, first : first + 2 * reach - 1]
-
-  centre(large, side)[:] = grid
-  centre(large, new)[:] = _bicubic(centre(grid, old), 2 * new - 1)
-  flat = large.reshape((2 * grown - 1) ** 2, -1)
-  return np.concatenate([flat, table[-_EXTRA_BUCKETS:]])
-
-
-def _bicubic(grid: np.ndarray, side: int) -> np.ndarray:
-  """Resizes [n, n, C] to [side, side, C]; corners stay corners."""
-  scale = (side - 1) / (grid.shape[0] - 1)
-  shift = 0.5 - 0.5 * scale
-  resized = jax.image.scale_and_translate(
-    np.asarray(grid, np.float32),
-    (side, side, grid.shape[2]),
-    (0, 1),
-    np.array([scale, scale], np.float32),
-    np.array([shift, shift], np.float32),
-    method="cubic",
-  )
-  return np.asarray(resized).astype(grid.dtype)
+  def _resize(
+    self,
+    key: str,
+    resize: Callable[..., jax.Array],
+    rows: int,
+    grids: tuple[Grid, Grid],
+    how: str,
+  ) -> None:
+    """Makes a table of so many rows; those that nothing fills are zero."""
+    table = np.asarray(self.state[key])
+    empty = np.zeros((rows, table.shape[1]), table.dtype)
+    self._set(key, np.asarray(resize(table, empty, *grids)), how)

@@ -19,6 +19,7 @@ from narvl_jax.parallel.rules import DEFAULT_RULES, activation_rules
 from narvl_jax.parallel.sharding import (
   batch_sharding,
   check_batch_size,
+  fitting_sharding,
   replicated,
   sharding_table,
   tree_shardings,
@@ -34,6 +35,7 @@ __all__ = [
   "batch_sharding",
   "check_batch_size",
   "data_parallel_size",
+  "fitting_sharding",
   "local_rows",
   "local_values",
   "make_mesh",

@@ -1,5 +1,6 @@
 """Where arrays live: parameters by rules, batches by their first axis."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from narvl_jax.parallel.mesh import (
   format_shape,
 )
 from narvl_jax.parallel.placement import Placement, place
-from narvl_jax.parallel.rules import DEFAULT_RULES
+from narvl_jax.parallel.rules import DEFAULT_RULES, axes_of, partition_spec
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -25,6 +26,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of an array whose leading axis is the batch."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def fitting_sharding(
+  sharding: NamedSharding, shape: Sequence[int]
+) -> NamedSharding:
+  """Returns a sharding without the mesh axes that do not divide a shape.
+
+  Args:
+    sharding: of an array with as many dimensions, but of other sizes.
+    shape: of the array to place.
+  """
+  spec: list[tuple[str, ...]] = []
+  for size, axes in zip(shape, sharding.spec, strict=False):
+    kept: list[str] = []
+    for axis in axes_of(axes):
+      if size % math.prod(sharding.mesh.shape[a] for a in [*kept, axis]) == 0:
+        kept.append(axis)
+    spec.append(tuple(kept))
+  return NamedSharding(sharding.mesh, partition_spec(spec))
 
 
 def tree_shardings(

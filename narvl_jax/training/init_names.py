@@ -1,0 +1,168 @@
+"""`init_renames` and `init_drops`: how stored names become those of a run.
+
+A name is the path of a parameter, such as `decoder/layers/ffn/fc1_kernel`. The
+running statistics of BatchNorm lie in a tree of their own but have names of the
+same kind, so a rule for a module is one for both.
+"""
+
+import collections
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from narvl_jax.errors import UserError
+
+Renames = tuple[tuple[str, str], ...]
+Drops = tuple[str, ...]
+
+
+def parse_renames(renames: Iterable[Any]) -> Renames:
+  """Reads `init_renames`, a list of (regex, replacement).
+
+  Raises:
+    UserError: an entry is not such a pair, or a regex does not compile.
+  """
+  parsed = []
+  for entry in renames:
+    if (
+      not isinstance(entry, Sequence)
+      or isinstance(entry, str)
+      or len(entry) != 2
+      or not all(isinstance(part, str) for part in entry)
+    ):
+      raise UserError(
+        f"init_renames: {entry!r} is not a pair (regex of a stored name, name"
+        r' here) such as ("encoder/old/(.*)", r"encoder/new/\1")'
+      )
+    pattern, replacement = entry
+    regex = _compiled("init_renames", pattern)
+    try:
+      # Any pattern now matches an empty text, so the groups are looked up.
+      re.sub(f"{pattern}|", replacement, "")
+    except (re.error, IndexError) as error:
+      raise UserError(
+        f'init_renames: "{replacement}" does not fit "{pattern}", which has'
+        f" {regex.groups} groups: {error}"
+      ) from error
+    parsed.append((pattern, replacement))
+  return tuple(parsed)
+
+
+def parse_drops(drops: Iterable[Any]) -> Drops:
+  """Reads `init_drops`, a list of regexes.
+
+  Raises:
+    UserError: an entry is no text, or a regex does not compile.
+  """
+  parsed = []
+  for pattern in drops:
+    if not isinstance(pattern, str):
+      raise UserError(
+        f"init_drops: {pattern!r} is not the regex of a name such as"
+        ' "decoder/query_embed"'
+      )
+    _compiled("init_drops", pattern)
+    parsed.append(pattern)
+  return tuple(parsed)
+
+
+def rename(stored: Sequence[str], renames: Renames) -> dict[str, str]:
+  """Gives stored names to the first rename whose regex matches all of it.
+
+  Args:
+    stored: with their collection, `params/...` or `batch_stats/...`, which no
+      regex sees.
+    renames: see `parse_renames`; `replacement` may refer to groups.
+
+  Returns:
+    New name -> stored name, for every stored one.
+
+  Raises:
+    UserError: a rename that no name uses, or two names that become one.
+  """
+  found: dict[str, str] = {}
+  used: set[str] = set()
+  for whole in stored:
+    collection, name = split(whole)
+    new = name
+    for pattern, replacement in renames:
+      match = re.fullmatch(pattern, name)
+      if match:
+        new = match.expand(replacement)
+        used.add(pattern)
+        break
+    other = found.setdefault(f"{collection}/{new}", whole)
+    if other != whole:
+      raise UserError(
+        f'init_renames: "{split(other)[1]}" and "{name}" of the stored weights'
+        f' would both become "{new}"; leave one of them out by'
+        " --config.init_renames"
+      )
+  names = [split(whole)[1] for whole in stored]
+  for pattern, _ in renames:
+    if pattern not in used:
+      _raise_unused("init_renames", pattern, names, "stored name")
+  return found
+
+
+def dropped(names: Iterable[str], drops: Drops) -> set[str]:
+  """Returns the names that a drop matches as a whole.
+
+  Args:
+    names: stored ones after the renames, and those of the run, with their
+      collection.
+    drops: see `parse_drops`.
+
+  Raises:
+    UserError: a drop that matches nothing.
+  """
+  by_name: dict[str, list[str]] = collections.defaultdict(list)
+  for whole in names:
+    by_name[split(whole)[1]].append(whole)
+  found: set[str] = set()
+  for pattern in drops:
+    matched = [name for name in by_name if re.fullmatch(pattern, name)]
+    if not matched:
+      _raise_unused("init_drops", pattern, by_name, "name there or here")
+    for name in matched:
+      found.update(by_name[name])
+  return found
+
+
+def split(whole: str) -> tuple[str, str]:
+  """Splits `params/encoder/...` into collection and name."""
+  collection, _, name = whole.partition("/")
+  return collection, name
+
+
+def _compiled(key: str, pattern: str) -> re.Pattern[str]:
+  try:
+    return re.compile(pattern)
+  except re.error as error:
+    raise UserError(
+      f'{key}: regex "{pattern}" does not compile: {error}'
+    ) from error
+
+
+def _raise_unused(
+  key: str, pattern: str, names: Iterable[str], what: str
+) -> None:
+  """Raises UserError for a rule without effect."""
+  names = list(names)
+  if any(re.fullmatch(pattern, name) for name in names):
+    why = "earlier rules take all its names"
+  else:
+    why = f"it matches no {what}." + _nearest(pattern, names)
+  raise UserError(f'{key}: "{pattern}" is never used: {why} (--config.{key})')
+
+
+def _nearest(pattern: str, names: Sequence[str]) -> str:
+  """Returns ' Did you mean "x"?' for names and modules that look alike."""
+  modules = {name.rpartition("/")[0] for name in names}
+  near = difflib.get_close_matches(
+    pattern.rstrip(".*/"), modules.union(names), n=3, cutoff=0.3
+  )
+  if not near:
+    return ""
+  return " Did you mean " + " or ".join(f'"{x}"' for x in near) + "?"
