@@ -52,7 +52,7 @@ class Load:
       self.tasks,
       batch_size=self.batch_size,
       seed=0,
-      start_step=0,
+      position=0,
       image_size=self.image_size,
       max_text_length=self.max_text_length,
       max_label_length=self.max_label_length,

@@ -110,11 +110,18 @@ class Mixture:
     return 1 << 48  # Endless; grain needs some number.
 
   def __getitem__(self, index: int) -> list[Draw]:
+    return self._draws(index, self._rows)
+
+  def whole(self, index: int) -> list[Draw]:
+    """Returns the draws of a batch for all hosts."""
+    return self._draws(index, range(self._batch_size))
+
+  def _draws(self, index: int, rows: Sequence[int]) -> list[Draw]:
     first = index * self._batch_size
     phase = self._phase(first)
     start, used = self._starts[phase], self._used[phase]
     draws = []
-    for row in self._rows:
+    for row in rows:
       entry, key = _locate(first - start + row, self._parts[phase])
       position = used[entry] + key
       draws.append(Draw(entry, int(self._orders[entry][position]), position))

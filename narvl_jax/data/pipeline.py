@@ -1,8 +1,10 @@
 """Records to batches of fixed shape, on grain.
 
-A training batch is a pure function of (seed, step): a run that resumes at a
-step sees what an uninterrupted run would have seen, whatever the number of
-hosts, worker processes and threads. Nothing but the step is stored.
+A training batch is a pure function of (seed, position), where the position is
+the number of batches before it: a run that resumes sees what an uninterrupted
+run would have seen, whatever the number of hosts, worker processes and threads.
+A checkpoint stores nothing of the data but the position, which is the step
+unless the run has passed over some batches.
 
 A bad record (unreadable picture, empty prompt, text over the limit, ...) is
 counted, logged once and replaced by the next good record of its source, which
@@ -32,10 +34,10 @@ _MAX_BAD_RUN = 100
 def train_batches(
   entries: Sequence[tuple[Any, str, WeightSchedule, str]],
   tasks: Mapping[str, AnyTask],
+  position: int,
   *,
   batch_size: int,
   seed: int,
-  start_step: int,
   image_size: tuple[int, int],
   max_text_length: int,
   max_label_length: int,
@@ -46,14 +48,14 @@ def train_batches(
   prefetch: int = 2,
   bad_records: BadRecords | None = None,
 ) -> "TrainBatches":
-  """Returns endless training batches, each a pure function of (seed, step).
+  """Returns endless training batches, each a function of (seed, position).
 
   Args:
     entries: (source, task name, weight, name) each; see `Entry`.
     tasks: name -> task.
+    position: number of batches that were used or passed over already.
     batch_size: examples of all hosts together.
     seed: of the order.
-    start_step: number of batches that were used already.
     image_size: (height, width) in pixels.
     max_text_length: T, tokens of the source with bos and eos.
     max_label_length: L, labels of the target.
@@ -84,7 +86,7 @@ def train_batches(
   batcher = Batcher(image_size, max_text_length, max_label_length)
   reader = _TrainReader(mixed, tasks, batcher, seed)
   # Whole batches, since grain costs more per element than an example does.
-  batches = grain.MapDataset.source(mixture).map(reader)[start_step:]
+  batches = grain.MapDataset.source(mixture).map(reader)[position:]
   ahead = batches.to_iter_dataset(_read_options(num_threads, prefetch))
   segments = None
   if num_workers:
@@ -140,8 +142,8 @@ class TrainBatches(Iterator[Batch]):
       )
     return batch
 
-  def counters(self, step: int) -> dict[str, float]:
-    """Returns what the run has used of each entry NAME after `step` batches.
+  def counters(self, position: int) -> dict[str, float]:
+    """Returns what the run has used of each entry NAME after so many batches.
 
     `NAME/examples` and `NAME/epochs` count all hosts and all of the run,
     `NAME/bad` the different bad records that this host has met since it
@@ -149,12 +151,23 @@ class TrainBatches(Iterator[Batch]):
     """
     counts: dict[str, float] = {}
     sizes = self._sizes.items()
-    used = self._mixture.used(step)
+    used = self._mixture.used(position)
     for (name, size), examples in zip(sizes, used, strict=True):
       counts[f"{name}/examples"] = examples
       counts[f"{name}/epochs"] = examples / size
       counts[f"{name}/bad"] = self.bad_records.count_of(name)
     return counts
+
+  def examples(self, index: int) -> list[tuple[str, int]]:
+    """Returns (name of the entry, number of the record) of all rows of a batch.
+
+    In the place of a bad record the batch has the next good one of the entry.
+
+    Args:
+      index: of the batch; the first of a run is 0.
+    """
+    names = list(self._sizes)
+    return [(names[x.entry], x.index) for x in self._mixture.whole(index)]
 
   def close(self) -> None:
     """Ends the threads and processes."""

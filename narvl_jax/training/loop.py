@@ -2,24 +2,24 @@
 
 import collections
 import dataclasses
-import math
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
-from narvl_jax.errors import UserError
-from narvl_jax.training.checkpoints import Checkpoints
-from narvl_jax.training.flops import peak_flops
-from narvl_jax.training.interrupt import StopRequest
-from narvl_jax.training.ledger import Ledger
-from narvl_jax.training.metrics import (
-  MetricsWriter,
-  SilentMetrics,
-  format_duration,
-  mean_metrics,
+from narvl_jax.training.bad_numbers import (
+  BundleWriter,
+  Health,
+  give_up,
+  what_is_bad,
 )
-from narvl_jax.training.prefetch import DevicePrefetcher
+from narvl_jax.training.checkpoints import Checkpoints
+from narvl_jax.training.interrupt import EvaluationStopped, StopRequest
+from narvl_jax.training.ledger import Ledger
+from narvl_jax.training.metrics import MetricsWriter, SilentMetrics
+from narvl_jax.training.prefetch import DeviceBatches
+from narvl_jax.training.progress import Progress
 from narvl_jax.training.setup import Setup
 from narvl_jax.training.train_state import TrainState
 
@@ -31,6 +31,15 @@ Metrics = dict[str, jax.Array]
 Evaluate = Callable[[TrainState, int], tuple[dict[str, float], float | None]]
 
 
+class _Update(NamedTuple):
+  """An update that was begun, and the batch of that position in the data."""
+
+  step: int
+  position: int
+  batch: Any
+  metrics: Metrics
+
+
 @dataclasses.dataclass
 class Loop:
   """What the loop works with.
@@ -38,219 +47,213 @@ class Loop:
   Attributes:
     setup: of the run.
     step: the compiled update.
-    batches: on the devices, starting at the step of the state.
-    counters: step -> what the run has used of each source; see
-      `narvl_jax.data.pipeline.TrainBatches`.
+    batches: on the devices, beginning with the one that comes next.
     writer: of the metrics.
     checkpoints: of the run.
-    evaluate: called every `train.eval_every` steps and after the last.
+    evaluate: called every `train.eval_every` steps and after the last; raises
+      `EvaluationStopped` if the run is to end.
+    restore: returns the state of the last checkpoint, or a fresh one, its
+      step and what was stored with it.
+    bundles: writes down bad updates.
     ledger: of the run's time.
     stop: asks to end early.
+    say: prints a line.
+    health: counts bad updates and the like.
   """
 
   setup: Setup
   step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-  batches: DevicePrefetcher
-  counters: Callable[[int], dict[str, float]]
+  batches: DeviceBatches
   writer: MetricsWriter | SilentMetrics
   checkpoints: Checkpoints
   evaluate: Evaluate
+  restore: Callable[[], tuple[TrainState, int, Mapping[str, Any]]]
+  bundles: BundleWriter
   ledger: Ledger
   stop: StopRequest
+  say: Callable[[str], None]
+  health: Health = dataclasses.field(init=False)
 
-  def run(self, state: TrainState) -> TrainState:
+  def __post_init__(self) -> None:
+    self._config = self.setup.experiment.config
+    self.health = Health(self._config.bad_numbers.spike_factor)
+    self._progress = Progress(
+      self.setup,
+      self.ledger,
+      self.checkpoints,
+      self.writer,
+      self.batches.counters,
+      self.health.counts,
+    )
+
+  def run(self, state: TrainState, stored: Mapping[str, Any]) -> TrainState:
     """Trains from the step of `state` to the last, or until told to stop.
 
     A checkpoint is saved at the step where it ends.
 
+    Args:
+      state: to go on from; donated.
+      stored: with the checkpoint of the state, empty for a new run.
+
     Raises:
-      UserError: the loss or the gradient is no longer finite. Such a state
-        is never saved.
+      UserError: the loss or the gradient is no longer finite, and the policy
+        is to stop or its limit is reached. No state of such a step, or of a
+        later one, is saved.
     """
-    config = self.setup.experiment.config.train
-    first = int(state.step)
-    progress = _Progress(
-      self.setup, self.ledger, self.checkpoints, self.counters, first
-    )
-    running: collections.deque[Metrics] = collections.deque()
+    steps = self._config.train.steps
+    step = int(state.step)
+    self.health.restore(stored)
+    self._progress.start(step)
+    pending: collections.deque[_Update] = collections.deque()
     self.stop.begin()
-    for step in range(first + 1, config.steps + 1):
-      batch = self._next_batch(running)
-      with self.ledger.stage("step"):
-        state, metrics = self.step(state, batch)
-        running.append(metrics)
-        # Written one step late: what is fetched is then already computed.
-        progress.report(self.writer)
-        progress.add(step, metrics)
-        while len(running) > _MAX_AHEAD:
-          jax.block_until_ready(running.popleft())
-      last = step == config.steps or self.stop.due()
-      if not last and not self._due(step):
-        continue
-      with self.ledger.stage("step"):
-        jax.block_until_ready(running)
-        running.clear()
-        # Before a broken state could be saved in the place of a good one.
-        progress.check_finite(self.writer)
-        progress.report(self.writer, force=last)
-      self._evaluate_and_save(state, step, last)
-      if last:
-        break
+    while step < steps:
+      self.checkpoints.check_errors()
+      step += 1
+      state = self._begin(state, step, pending)
+      stopping = step < steps and self.stop.due()
+      last = stopping or step == steps
+      saves = last or self._due(step)
+      # Before a broken state could be saved in the place of a good one.
+      bad = self._settle(pending, 0 if saves else _MAX_AHEAD)
+      if bad is not None:
+        # There may be no room for two states.
+        jax.block_until_ready(state)
+        del state
+        state = self._roll_back(bad)
+        step = int(state.step)
+        if stopping:
+          break
+      elif saves:
+        ended = self._evaluate_and_save(state, step, last, stopping)
+        if ended:
+          break
     return state
 
-  def _next_batch(self, running: collections.deque[Metrics]) -> Any:
-    if not self.batches.ready and running:
+  def _begin(
+    self, state: TrainState, step: int, pending: collections.deque[_Update]
+  ) -> TrainState:
+    """Sends the next update to the devices."""
+    position = self.batches.position
+    batch = self._next_batch(pending)
+    with self.ledger.stage("step"):
+      self.ledger.progress(step)
+      state, metrics = self.step(state, batch)
+    pending.append(_Update(step, position, batch, metrics))
+    return state
+
+  def _next_batch(self, pending: collections.deque[_Update]) -> Any:
+    if not self.batches.ready and pending:
       # Devices that still compute are not waiting for data.
       with self.ledger.stage("step"):
-        jax.block_until_ready(running[-1])
+        jax.block_until_ready(pending[-1].metrics)
     with self.ledger.stage("data wait"):
       return self.batches.get()
 
   def _due(self, step: int) -> bool:
-    config = self.setup.experiment.config.train
+    train = self._config.train
     return any(
       every and step % every == 0
-      for every in (config.eval_every, config.checkpoint_every)
+      for every in (train.eval_every, train.checkpoint_every)
     )
 
+  def _settle(
+    self, pending: collections.deque[_Update], ahead: int
+  ) -> _Update | None:
+    """Waits for all updates but the last `ahead`, and looks at their numbers.
+
+    Returns:
+      The update because of which the run is to go back, if any.
+    """
+    with self.ledger.stage("step"):
+      while len(pending) > ahead:
+        update = pending.popleft()
+        metrics = update.metrics
+        loss, skipped = jax.device_get((metrics["loss"], metrics["skipped"]))
+        if not skipped:
+          self.health.add(float(loss))
+        elif self._handle_bad(update):
+          pending.clear()
+          return update
+        self._progress.add(update.step, update.position, metrics)
+    return None
+
+  def _handle_bad(self, update: _Update) -> bool:
+    """Does what the policy says; returns whether the run is to go back.
+
+    Raises:
+      UserError: the run is to end.
+    """
+    settings = self._config.bad_numbers
+    policy, limit = settings.policy, settings.limit
+    metrics = {
+      name: float(value)
+      for name, value in jax.device_get(update.metrics).items()
+    }
+    bad = f"the {what_is_bad(metrics)} at step {update.step}"
+    folder = self.bundles.write(
+      update.step,
+      update.position,
+      update.batch,
+      metrics,
+      self.checkpoints.last_step,
+    )
+    health = self.health
+    done = health.rollbacks if policy == "rollback" else health.skipped_updates
+    if policy == "stop" or done >= limit:
+      values = {f"train/{name}": value for name, value in metrics.items()}
+      self.writer.write(update.step, values)
+      self.writer.flush()
+      raise give_up(bad, policy, limit, folder)
+    self.say(f"{bad}: left out; see {folder}")
+    if policy == "skip":
+      health.skipped_updates += 1
+    return policy == "rollback"
+
+  def _roll_back(self, bad: _Update) -> TrainState:
+    """Returns the last state saved; the data go on after the bad batch."""
+    with self.ledger.stage("checkpoint"):
+      # It may be on its way to the disk.
+      self.checkpoints.wait()
+      state, step, stored = self.restore()
+    rollbacks = self.health.rollbacks + 1
+    self.health.restore(stored)
+    self.health.rollbacks = rollbacks
+    self.batches.seek(bad.position + 1)
+    self.writer.go_back(step)
+    self._progress.start(step)
+    limit = self._config.bad_numbers.limit
+    self.say(
+      f"back from step {bad.step} to {step}, rollback {rollbacks} of at most"
+      f" {limit}; on with batch {bad.position + 1}"
+    )
+    return state
+
   def _evaluate_and_save(
-    self, state: TrainState, step: int, last: bool
-  ) -> None:
-    config = self.setup.experiment.config.train
-    finished = step == config.steps
+    self, state: TrainState, step: int, last: bool, stopping: bool
+  ) -> bool:
+    """Returns whether the loop ends here."""
+    train = self._config.train
+    if last:
+      self._progress.report()
     score = None
-    due = config.eval_every and (finished or step % config.eval_every == 0)
     # A run that was told to stop has little time, and a state to save.
-    if due and (finished or not last):
-      with self.ledger.stage("evaluation"):
-        metrics, score = self.evaluate(state, step)
-      self.writer.write(step, metrics)
-    due = config.checkpoint_every and step % config.checkpoint_every == 0
+    due = train.eval_every and (last or step % train.eval_every == 0)
+    if due and not stopping:
+      try:
+        with self.ledger.stage("evaluation"):
+          metrics, score = self.evaluate(state, step)
+        self.writer.write(step, metrics)
+      except EvaluationStopped:
+        last = True
+    due = train.checkpoint_every and step % train.checkpoint_every == 0
     if last or due or score is not None:
       # A checkpoint never is ahead of the metrics on disk.
       self.writer.flush()
+      stored = {
+        **self.health.to_json(),
+        "data_position": self.batches.position,
+        "time": time.time(),
+      }
       with self.ledger.stage("checkpoint"):
-        self.checkpoints.save(step, state, score=score)
-
-
-class _Progress:
-  """Averages metrics between two reports and says how fast a run is."""
-
-  def __init__(
-    self,
-    setup: Setup,
-    ledger: Ledger,
-    checkpoints: Checkpoints,
-    counters: Callable[[int], dict[str, float]],
-    first: int,
-  ) -> None:
-    config = setup.experiment.config.train
-    self._config = config
-    self._ledger = ledger
-    self._checkpoints = checkpoints
-    self._counters = counters
-    self._devices = setup.mesh.size
-    self._first = self._reported = self._step = first
-    self._steps: list[Metrics] = []
-    self._last_seconds = ledger.seconds()
-    self._start = ledger.elapsed()
-    peak = peak_flops(setup.mesh.devices.flat[0])
-    # Tracing for the count takes a moment: only where it has a use.
-    self._flops_share = (
-      None if peak is None else setup.step_flops() / (peak * self._devices)
-    )
-
-  def add(self, step: int, metrics: Metrics) -> None:
-    """Notes the metrics of a step, still on the devices."""
-    self._step = step
-    self._steps.append(metrics)
-
-  def report(
-    self, writer: MetricsWriter | SilentMetrics, force: bool = False
-  ) -> None:
-    """Writes and prints if the interval is full.
-
-    Raises:
-      UserError: the loss or the gradient is not finite.
-    """
-    due = self._step % self._config.log_every == 0
-    if not self._steps or not (due or force):
-      return
-    self.check_finite(writer)
-    values = mean_metrics(self._steps)
-    count = len(self._steps)
-    self._steps = []
-    values |= self._speed(count)
-    writer.write(
-      self._step, {f"train/{name}": value for name, value in values.items()}
-    )
-    counters = self._counters(self._step)
-    writer.write(
-      self._step, {f"data/{name}": value for name, value in counters.items()}
-    )
-    bad = sum(n for name, n in counters.items() if name.endswith("/bad"))
-    print(self._line(values, int(bad)), flush=True)
-
-  def check_finite(self, writer: MetricsWriter | SilentMetrics) -> None:
-    """Checks the steps since the last report.
-
-    Raises:
-      UserError: naming the first step whose loss or gradient is not finite;
-        the metrics of that step are then on disk.
-    """
-    first = self._step - len(self._steps) + 1
-    for step, metrics in enumerate(self._steps, first):
-      for name, words in (("loss", "loss"), ("grad_norm", "gradient norm")):
-        value = float(metrics[name])
-        if math.isfinite(value):
-          continue
-        values = mean_metrics([metrics])
-        writer.write(step, {f"train/{key}": x for key, x in values.items()})
-        writer.flush()
-        raise UserError(
-          f"the {words} is {value} at step {step}; lower"
-          " --config.optimizer.learning_rate or lengthen"
-          " --config.optimizer.warmup_steps, in another --workdir"
-        )
-
-  def _speed(self, count: int) -> dict[str, float]:
-    seconds = self._ledger.seconds()
-    spent = {
-      name: seconds.get(name, 0.0) - self._last_seconds.get(name, 0.0)
-      for name in ("step", "data wait")
-    }
-    self._last_seconds = seconds
-    total = max(sum(spent.values()), 1e-9)
-    rate = count * self._config.batch_size / total
-    speed = {
-      "examples_per_second": rate,
-      "examples_per_second_per_device": rate / self._devices,
-      "data_wait": spent["data wait"] / total,
-    }
-    if self._flops_share is not None:
-      speed["mfu"] = self._flops_share * count / total
-    return speed
-
-  def _line(self, values: dict[str, float], bad_records: int) -> str:
-    done = self._step - self._first
-    elapsed = self._ledger.elapsed() - self._start
-    left = (self._config.steps - self._step) * elapsed / max(done, 1)
-    parts = [
-      f"[{self._ledger.elapsed():7.1f}s] step {self._step:>6}"
-      f"/{self._config.steps}",
-      f"loss {values['loss']:.4f}",
-      f"lr {values['learning_rate']:.2e}",
-      f"grad {values['grad_norm']:.2f}",
-      f"{values['examples_per_second']:.1f} ex/s",
-      f"{values['examples_per_second_per_device']:.1f} ex/s/device",
-      f"data wait {100 * values['data_wait']:.1f} %",
-    ]
-    if "mfu" in values:
-      parts.append(f"MFU {100 * values['mfu']:.1f} %")
-    if values["infeasible_fraction"]:
-      parts.append(f"infeasible {100 * values['infeasible_fraction']:.1f} %")
-    if bad_records:
-      parts.append(f"bad records {bad_records}")
-    parts.append(f"checkpoint {self._checkpoints.progress}")
-    parts.append(f"ETA {format_duration(left)}")
-    return "  ".join(parts)
+        self.checkpoints.save(step, state, score=score, run=stored)
+    return last

@@ -2,13 +2,14 @@
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from narvl_jax.data.pipeline import TrainBatches
 from narvl_jax.parallel import shard_batch
 
 _END = object()
@@ -101,3 +102,76 @@ class DevicePrefetcher:
       except queue.Full:
         continue
       return
+
+
+class DeviceBatches:
+  """The training batches of a run on its devices, from any position on.
+
+  Attributes:
+    position: of the batch that `get` returns next: how many came before it.
+  """
+
+  def __init__(
+    self,
+    open_batches: Callable[[int], TrainBatches],
+    position: int,
+    mesh: Mesh,
+    names: tuple[str, ...],
+    batch_size: int,
+  ) -> None:
+    """Starts to prepare batches.
+
+    Args:
+      open_batches: position -> the batches from there on, of this host.
+      position: where to begin.
+      mesh: where they go.
+      names: the arrays to move.
+      batch_size: of all hosts together.
+    """
+    self._open_batches = open_batches
+    self._mesh = mesh
+    self._names = names
+    self._batch_size = batch_size
+    self._open(position)
+
+  def seek(self, position: int) -> None:
+    """Has `get` go on with the batch at another position."""
+    self.close()
+    self._open(position)
+
+  def _open(self, position: int) -> None:
+    self.position = position
+    self._source = self._open_batches(position)
+    self._prefetcher = DevicePrefetcher(
+      self._source, self._mesh, self._names, batch_size=self._batch_size
+    )
+
+  @property
+  def ready(self) -> bool:
+    """Whether `get` returns at once."""
+    return self._prefetcher.ready
+
+  def get(self) -> dict[str, jax.Array]:
+    """Returns the next batch, as `DevicePrefetcher.get` does."""
+    batch = self._prefetcher.get()
+    self.position += 1
+    return batch
+
+  def counters(self, position: int) -> dict[str, float]:
+    """See `TrainBatches.counters`."""
+    return self._source.counters(position)
+
+  def examples(self, position: int) -> list[tuple[str, int]]:
+    """See `TrainBatches.examples`."""
+    return self._source.examples(position)
+
+  def close(self) -> None:
+    """Ends the threads and processes."""
+    self._prefetcher.close()
+    self._source.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()

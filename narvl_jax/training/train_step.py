@@ -80,9 +80,13 @@ def make_train_step(
   over, so the update is that of the whole batch. BatchNorm normalises within
   each micro-batch and updates its statistics one after the other.
 
+  An update whose loss or gradient is not finite changes nothing but the step,
+  on which learning rate, dropout and data depend.
+
   Metrics are float32 scalars: loss, nll, infeasible_fraction, examples,
-  grad_norm (before clipping), learning_rate, nll/TASK, which is nan for a task
-  that the batch lacks, and what the objective adds.
+  grad_norm (before clipping), learning_rate, skipped, which is 1 for such an
+  update and else 0, nll/TASK, which is nan for a task that the batch lacks,
+  and what the objective adds.
   """
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -102,29 +106,46 @@ def make_train_step(
       loss_of, config.accumulation_steps, trained, state.batch_stats, batch, key
     )
     updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
-    trained: Any = optax.apply_updates(trained, updates)
     metrics["grad_norm"] = optax.tree.norm(gradient)
     metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
 
+    trained = _if(finite, optax.apply_updates(trained, updates), trained)
+    batch_stats = _if(finite, batch_stats, state.batch_stats)
     ema = state.ema
     if ema is not None:
       decay = ema_decay_at(state.step, config.ema_decay, config.ema_warmup)
-      ema = jax.tree.map(
+      averages = jax.tree.map(
         lambda old, new: old + (1.0 - decay) * (new - old),
         ema,
         {"params": trained, "batch_stats": batch_stats},
       )
+      ema = _if(finite, averages, ema)
     new_state = dataclasses.replace(
       state,
       step=state.step + 1,
       params=merge(trained, frozen),
       batch_stats=batch_stats,
-      opt_state=opt_state,
+      opt_state=_if(finite, opt_state, state.opt_state),
       ema=ema,
     )
     return new_state, metrics
 
   return train_step
+
+
+def _if(finite: jax.Array, new: Any, old: Any) -> Any:
+  """Returns the new tree, or the old one if an update shall change nothing."""
+
+  def counts_steps(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
+
+  def choose(new: Any, old: Any) -> Any:
+    # The learning rate stays a function of the step.
+    return new if counts_steps(new) else jnp.where(finite, new, old)
+
+  return jax.tree.map(choose, new, old, is_leaf=counts_steps)
 
 
 def _forward(

@@ -33,7 +33,7 @@ def _train(
   settings = {
     "batch_size": 12,
     "seed": 5,
-    "start_step": 0,
+    "position": 0,
     "image_size": (H, W),
     "max_text_length": T,
     "max_label_length": L,
@@ -99,13 +99,13 @@ def test_rows_hold_their_records(model_tasks: dict[str, Any]) -> None:
 @pytest.mark.parametrize("start", [0, 1, 4, 9])
 def test_resume_is_exact(model_tasks: dict[str, Any], start: int) -> None:
   whole = _take(_train(model_tasks), 12)
-  rest = _take(_train(model_tasks, start_step=start), 12 - start)
+  rest = _take(_train(model_tasks, position=start), 12 - start)
   _assert_equal(rest, whole[start:])
 
 
 def test_resume_far_ahead(model_tasks: dict[str, Any]) -> None:
-  a = _take(_train(model_tasks, start_step=10**7), 3)
-  b = _take(_train(model_tasks, start_step=10**7 + 2), 1)
+  a = _take(_train(model_tasks, position=10**7), 3)
+  b = _take(_train(model_tasks, position=10**7 + 2), 1)
   _assert_equal(a[2:], b)
   assert (a[0]["index"] != b[0]["index"]).any()
 
@@ -120,10 +120,10 @@ def test_threads_do_not_matter(
 
 
 def test_hosts_make_up_the_global_batch(model_tasks: dict[str, Any]) -> None:
-  whole = _take(_train(model_tasks, start_step=2), 3)
+  whole = _take(_train(model_tasks, position=2), 3)
   # Not each a run of rows, and two hosts that need the same ones.
   for rows in ([0, 1, 2, 3], [2, 3, 8, 9, 10], [8, 9, 11], [11]):
-    part = _take(_train(model_tasks, None, start_step=2, rows=rows), 3)
+    part = _take(_train(model_tasks, None, position=2, rows=rows), 3)
     expected = [{key: x[rows] for key, x in batch.items()} for batch in whole]
     _assert_equal(part, expected)
 
@@ -179,7 +179,7 @@ def test_bad_records_are_replaced(
     model_tasks,
     _bad_entry(ALL_FAULTS),
     bad_records=pipeline.BadRecords(0.5),
-    start_step=7,
+    position=7,
     num_threads=2,
   )
   _assert_equal(_take(again, 13), batches[7:])

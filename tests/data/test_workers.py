@@ -49,7 +49,7 @@ def _start(
     model_tasks,
     batch_size=BATCH,
     seed=3,
-    start_step=step,
+    position=step,
     rows=list(rows),
     bad_records=pipeline.BadRecords(0.5),
     **{
@@ -178,7 +178,7 @@ def test_too_many_bad_records_stop_workers(model_tasks: dict[str, Any]) -> None:
   settings: dict[str, Any] = {
     "batch_size": 4,
     "seed": 0,
-    "start_step": 0,
+    "position": 0,
     "image_size": (H, W),
     "max_text_length": T,
     "max_label_length": L,

@@ -11,30 +11,40 @@ import numpy as np
 import pytest
 
 from narvl_jax.errors import UserError
-from narvl_jax.training import loop as loop_lib
-from narvl_jax.training.interrupt import StopRequest
+from narvl_jax.training import progress as progress_lib
+from narvl_jax.training.interrupt import EvaluationStopped, StopRequest
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.loop import Loop
 from narvl_jax.training.metrics import MetricsWriter
 from tests.training.tiny import tiny_config
 
+_BAD_NUMBERS = ("policy", "limit", "spike_factor")
+
 
 class FakeRun:
   """Everything around a loop; notes what the loop asks of it, in order."""
 
-  def __init__(self, workdir: pathlib.Path, **train: Any) -> None:
+  def __init__(self, workdir: pathlib.Path, **settings: Any) -> None:
     config = tiny_config()
     config.train.update(
       {"steps": 10, "log_every": 4, "eval_every": 0, "checkpoint_every": 0}
     )
-    config.train.update(train)
+    for name, value in settings.items():
+      section = config.bad_numbers if name in _BAD_NUMBERS else config.train
+      section[name] = value
+    self.config = config
+    self.workdir = workdir
     self.events: list[tuple] = []
+    # By the position of the batch; else the loss is the number of the step.
     self.losses: dict[int, float] = {}
     self.norms: dict[int, float] = {}
     self.stop = StopRequest()
     self.stop_at: int | None = None
+    self.stop_in_evaluation = False
     self.progress = "none"
     self.ready = True
+    self.position = 0
+    self.saved: dict[int, dict[str, Any]] = {}
     self.ledger = Ledger()
     self.writer = MetricsWriter(workdir)
     device = SimpleNamespace(device_kind="NVIDIA H200")
@@ -44,56 +54,91 @@ class FakeRun:
       step_flops=lambda: 1e6,
     )
 
-  def run(self, first: int = 0) -> Any:
+  def run(self, first: int = 0, stored: dict[str, Any] | None = None) -> Any:
     anything: Any = self
     setup: Any = self.setup
-    loop = Loop(
-      setup,
-      self._step,
-      anything,
-      self._counters,
-      self.writer,
-      anything,
-      self._evaluate,
-      self.ledger,
-      self.stop,
+    self.loop = Loop(
+      setup=setup,
+      step=self._step,
+      batches=anything,
+      writer=self.writer,
+      checkpoints=anything,
+      evaluate=self._evaluate,
+      restore=self._restore,
+      bundles=SimpleNamespace(write=self._write_bundle),  # pyright: ignore
+      ledger=self.ledger,
+      stop=self.stop,
+      say=lambda text: self.events.append(("say", text)),
     )
     try:
       with self.stop:
-        return loop.run(SimpleNamespace(step=first))  # pyright: ignore
+        state: Any = SimpleNamespace(step=first)
+        return self.loop.run(state, stored or {})
     finally:
       self.writer.close()
 
-  def _counters(self, step: int) -> dict[str, float]:
-    return {"a/examples": 16 * step, "a/epochs": step / 4, "a/bad": step // 5}
+  def counters(self, position: int) -> dict[str, float]:
+    n = position
+    return {"a/examples": 16 * n, "a/epochs": n / 4, "a/bad": n // 5}
 
   def _step(self, state: Any, batch: int) -> Any:
-    assert batch == state.step
     step = state.step + 1
     if step == self.stop_at:
       signal.raise_signal(signal.SIGTERM)
+    loss: float = self.losses.get(batch, float(step))
+    norm = self.norms.get(batch, 1.0)
     metrics = {
-      "loss": np.float32(self.losses.get(step, step)),
-      "grad_norm": np.float32(self.norms.get(step, 1.0)),
+      "loss": np.float32(loss),
+      "grad_norm": np.float32(norm),
       "learning_rate": np.float32(0.5),
       "infeasible_fraction": np.float32(0.25),
       "examples": np.float32(8),
+      "skipped": np.float32(not math.isfinite(loss + norm)),
     }
     return SimpleNamespace(step=step), metrics
 
   def get(self) -> int:
-    self._batches = getattr(self, "_batches", -1) + 1
-    return self._batches
+    self.position += 1
+    return self.position - 1
 
-  def save(self, step: int, state: Any, *, score: float | None) -> None:
+  def seek(self, position: int) -> None:
+    self.events.append(("seek", position))
+    self.position = position
+
+  def check_errors(self) -> None:
+    pass
+
+  def wait(self) -> None:
+    self.events.append(("wait",))
+
+  @property
+  def last_step(self) -> int | None:
+    return max(self.saved, default=None)
+
+  def save(
+    self, step: int, state: Any, *, score: float | None, run: dict[str, Any]
+  ) -> None:
     assert state.step == step
     self.events.append(("save", step, score))
     self.progress = f"saved {step}"
+    # Through JSON, as on the disk.
+    self.saved[step] = json.loads(json.dumps(run))
+
+  def _restore(self) -> Any:
+    step = self.last_step or 0
+    self.events.append(("restore", step))
+    return SimpleNamespace(step=step), step, self.saved.get(step, {})
 
   def _evaluate(self, state: Any, step: int) -> Any:
     assert state.step == step
     self.events.append(("evaluate", step))
+    if self.stop_in_evaluation:
+      raise EvaluationStopped
     return {"validation/vqa/accuracy": step / 10}, step / 10
+
+  def _write_bundle(self, step: int, position: int, *_: Any) -> pathlib.Path:
+    self.events.append(("bundle", step, position))
+    return self.workdir / "bundle"
 
 
 def _lines(workdir: pathlib.Path) -> list[dict]:
@@ -137,7 +182,6 @@ def test_evaluations_and_checkpoints_when_due(tmp_path):
 
 def test_resumed_run_keeps_the_steps(tmp_path):
   run = FakeRun(tmp_path, eval_every=4)
-  run._batches = 6
   assert run.run(first=7).step == 10
   assert run.events[0] == ("evaluate", 8)
   assert [line["step"] for line in _lines(tmp_path)] == [8, 10]
@@ -160,32 +204,180 @@ def test_stop_at_the_last_step_is_the_end(tmp_path):
   assert run.events[-2:] == [("evaluate", 10), ("save", 10, 1.0)]
 
 
+def test_evaluation_that_is_stopped(tmp_path):
+  run = FakeRun(tmp_path, eval_every=4)
+  run.stop_in_evaluation = True
+  assert run.run().step == 4
+  assert run.events == [("evaluate", 4), ("save", 4, None)]
+  assert _lines(tmp_path)[-1]["train/loss"] == 2.5
+
+
 @pytest.mark.parametrize(
-  ("step", "words"),
   # At a report, between two, right before a checkpoint, at the very end.
-  [(4, "loss is nan"), (6, "loss is nan"), (9, "loss is nan"), (10, "loss")],
+  "step",
+  [4, 6, 9, 10],
 )
-def test_broken_state_is_not_saved(tmp_path, step, words):
+def test_broken_state_is_not_saved(tmp_path, step):
   run = FakeRun(tmp_path, checkpoint_every=3)
-  run.losses[step] = math.nan
+  run.losses[step - 1] = math.nan
   with pytest.raises(
     UserError,
-    match=rf"the {words}.* at step {step}; lower --config.optimizer.learning_"
-    r"rate or lengthen --config.optimizer.warmup_steps, in another --workdir",
+    match=rf"the loss is nan at step {step}; lower --config.optimizer.learning_"
+    r"rate or lengthen --config.optimizer.warmup_steps, in another --workdir,"
+    r" or go on in this one without the batch: --config.bad_numbers.policy=skip"
+    rf", or rollback; what led to it is in {tmp_path}/bundle$",
   ):
     run.run()
-  saved = [event[1] for event in run.events]
+  saved = [event[1] for event in run.events if event[0] == "save"]
   assert saved == [s for s in (3, 6, 9) if s < step]
+  assert run.events[-1] == ("bundle", step, step - 1)
   assert _lines(tmp_path)[-1]["step"] == step
   assert _lines(tmp_path)[-1]["train/loss"] is None
 
 
 def test_infinite_gradient_breaks_the_state_too(tmp_path):
   run = FakeRun(tmp_path)
-  run.norms[5] = math.inf
+  run.norms[4] = math.inf
   with pytest.raises(UserError, match=r"the gradient norm is inf at step 5;"):
     run.run()
-  assert run.events == []
+  assert run.events == [("bundle", 5, 4)]
+
+
+def test_skipped_updates(tmp_path):
+  run = FakeRun(tmp_path, policy="skip", limit=2, checkpoint_every=5)
+  run.losses |= {1: math.nan, 6: math.inf}
+  assert run.run().step == 10
+  assert run.events == [
+    ("bundle", 2, 1),
+    ("say", f"the loss is nan at step 2: left out; see {tmp_path}/bundle"),
+    ("save", 5, None),
+    ("bundle", 7, 6),
+    ("say", f"the loss is inf at step 7: left out; see {tmp_path}/bundle"),
+    ("save", 10, None),
+  ]
+  lines = _lines(tmp_path)
+  # Means are those of the updates that were made.
+  assert [x["train/loss"] for x in lines] == [
+    pytest.approx((1 + 3 + 4) / 3),
+    pytest.approx((5 + 6 + 8) / 3),
+    9.5,
+  ]
+  assert [x["train/skipped_updates"] for x in lines] == [1, 2, 2]
+  stored = [run.saved[step] for step in (5, 10)]
+  assert [x["skipped_updates"] for x in stored] == [1, 2]
+  assert [x["data_position"] for x in stored] == [5, 10]
+
+
+def test_too_many_skipped_updates(tmp_path):
+  run = FakeRun(tmp_path, policy="skip", limit=2)
+  run.losses |= {3: math.nan, 6: math.nan}
+  # One of them before the run was resumed.
+  with pytest.raises(
+    UserError,
+    match=r"nan at step 7, and 2 updates were skipped already; lower .*"
+    r" or go on in this one: --config.bad_numbers.limit=4;",
+  ):
+    run.run(stored={"skipped_updates": 1})
+  assert "save" not in {event[0] for event in run.events}
+
+
+def test_rollback_goes_on_after_the_bad_batch(tmp_path):
+  run = FakeRun(tmp_path, policy="rollback", checkpoint_every=3, log_every=1)
+  run.losses[7] = math.nan
+  assert run.run().step == 10
+  assert [event for event in run.events if event[0] != "say"] == [
+    ("save", 3, None),
+    ("save", 6, None),
+    ("bundle", 8, 7),
+    # What is on its way to the disk counts.
+    ("wait",),
+    ("restore", 6),
+    ("seek", 8),
+    ("save", 9, None),
+    ("save", 10, None),
+  ]
+  assert run.events[3] == (
+    "say",
+    f"the loss is nan at step 8: left out; see {tmp_path}/bundle",
+  )
+  assert ("say", _BACK.format(8, 6, 1, 8)) in run.events
+  lines = _lines(tmp_path)
+  assert [line["step"] for line in lines] == list(range(1, 11))
+  # Batches 6 and 7 were passed over.
+  assert [line["data/a/examples"] for line in lines] == [
+    16 * n for n in (1, 2, 3, 4, 5, 6, 9, 10, 11, 12)
+  ]
+  assert [line["train/rollbacks"] for line in lines] == [0] * 6 + [1] * 4
+  positions = {step: x["data_position"] for step, x in run.saved.items()}
+  assert positions == {3: 3, 6: 6, 9: 11, 10: 12}
+
+
+_BACK = "back from step {} to {}, rollback {} of at most 10; on with batch {}"
+
+
+def test_rollback_before_the_first_checkpoint_and_twice(tmp_path):
+  run = FakeRun(tmp_path, policy="rollback", limit=2, checkpoint_every=5)
+  run.losses |= {1: math.nan, 4: math.nan}
+  run.run()
+  # Batch 4 comes in the third step after the second batch was passed over.
+  assert [x[1:] for x in run.events if x[0] == "bundle"] == [(2, 1), (3, 4)]
+  assert [x[1] for x in run.events if x[0] == "restore"] == [0, 0]
+  assert run.saved[5]["data_position"] == 10
+  assert run.saved[5]["rollbacks"] == 2
+
+
+def test_too_many_rollbacks(tmp_path):
+  run = FakeRun(tmp_path, policy="rollback", limit=2)
+  run.losses |= {1: math.nan, 4: math.nan, 5: math.nan}
+  with pytest.raises(UserError, match=r"and 2 rollbacks were made already; "):
+    run.run()
+
+
+def test_bad_number_in_the_last_step(tmp_path):
+  run = FakeRun(tmp_path, policy="rollback", checkpoint_every=4)
+  run.losses[9] = math.nan
+  assert run.run().step == 10
+  assert run.saved[10]["data_position"] == 12
+  skipping = FakeRun(tmp_path, policy="skip")
+  skipping.losses[9] = math.nan
+  assert skipping.run().step == 10
+  assert skipping.saved[10]["skipped_updates"] == 1
+
+
+def test_stop_while_going_back(tmp_path):
+  run = FakeRun(tmp_path, policy="rollback", checkpoint_every=4)
+  run.losses[5] = math.nan
+  run.stop_at = 7
+  # What there was to save is on disk already.
+  assert run.run().step == 4
+  assert [x[1] for x in run.events if x[0] == "save"] == [4]
+
+
+def test_loss_spikes_are_counted_across_restarts(tmp_path):
+  # The first spike is within the fewest losses that a median needs.
+  losses = [1.0] * 9 + [50.0, 1.0, 3.1, 2.9, 50.0] + [1.0] * 6
+  whole = FakeRun(tmp_path, steps=20, log_every=1, checkpoint_every=11)
+  whole.losses = dict(enumerate(losses))
+  whole.run()
+  counts = [x["train/loss_spikes"] for x in _lines(tmp_path)]
+  assert counts == [0] * 11 + [1] * 2 + [2] * 7
+  assert str(whole.loop.health) == (
+    "2 loss spikes, 0 updates skipped, 0 rollbacks"
+  )
+  again = FakeRun(tmp_path, steps=20, log_every=1)
+  again.losses, again.position = whole.losses, 11
+  again.run(11, whole.saved[11])
+  assert [x["train/loss_spikes"] for x in _lines(tmp_path)] == counts[11:]
+  for run in (whole, again):
+    del run.saved[20]["time"]
+  assert again.saved[20] == whole.saved[20]
+
+
+def test_no_spike_factor_counts_nothing(tmp_path):
+  run = FakeRun(tmp_path, steps=20, spike_factor=0.0)
+  run.losses[15] = 1e6
+  run.run()
+  assert run.saved[20]["loss_spikes"] == 0
 
 
 def test_metrics_are_on_disk_before_the_checkpoint(tmp_path):
@@ -254,7 +446,7 @@ def test_speed_follows_the_ledger(tmp_path, monkeypatch):
 
   monkeypatch.setattr(run, "_step", slow_step)
   monkeypatch.setattr(run, "get", slow_get)
-  monkeypatch.setattr(loop_lib, "peak_flops", lambda _: 1e6)
+  monkeypatch.setattr(progress_lib, "peak_flops", lambda _: 1e6)
   run.run()
   line = _lines(tmp_path)[2]
   # 8 examples in a second on 8 devices of 1 MFLOP/s.

@@ -114,7 +114,7 @@ def test_tensorboard_has_the_same_values(tmp_path):
 
 
 def _step(**values: float) -> dict:
-  base = {"examples": 8.0, "learning_rate": 0.1}
+  base = {"examples": 8.0, "learning_rate": 0.1, "skipped": 0.0}
   return {name: jnp.float32(x) for name, x in {**base, **values}.items()}
 
 
@@ -136,9 +136,11 @@ def test_task_that_no_step_had_is_left_out():
   assert "nll/vqa" not in mean_metrics([_step(**{"nll/vqa": math.nan})])
 
 
-def test_one_loss_that_is_nan_makes_the_mean_nan():
-  means = mean_metrics([_step(loss=1.0), _step(loss=math.nan)])
-  assert math.isnan(means["loss"])
+def test_updates_that_were_left_out_do_not_count():
+  bad = _step(loss=math.nan, skipped=1.0, learning_rate=0.2)
+  means = mean_metrics([_step(loss=1.0), bad])
+  assert means == {"loss": 1.0, "learning_rate": pytest.approx(0.2)}
+  assert math.isnan(mean_metrics([bad, bad])["loss"])
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def _batches(records: Any, task: str, bad: pipeline.BadRecords) -> Any:
     {task: tasks.make_task(task, vocabulary)},
     batch_size=5,
     seed=1,
-    start_step=0,
+    position=0,
     image_size=(12, 16),
     max_text_length=80,
     max_label_length=40,

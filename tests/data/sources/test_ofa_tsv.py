@@ -306,7 +306,7 @@ def _batches(
     {task: tasks.make_task(task, vocabulary)},
     batch_size=7,
     seed=1,
-    start_step=0,
+    position=0,
     image_size=(12, 16),
     max_text_length=80,
     max_label_length=40,
