@@ -143,6 +143,20 @@ def default_config(*tasks: str) -> Config:
       "keep_every": 0,
     }
   )
+  # What to do when the loss or the gradient is not finite; such an update
+  # changes nothing.
+  config.bad_numbers = ConfigDict(
+    {
+      # "stop" the run, "skip" the update, or "rollback": go back to the last
+      # checkpoint, and on with the batch after the bad one.
+      "policy": "stop",
+      # Skipped updates, or rollbacks, after which the run stops after all.
+      "limit": 10,
+      # Losses above so many times the median of the last 100 are counted as
+      # spikes; 0: none.
+      "spike_factor": 3.0,
+    }
+  )
   config.evaluation = ConfigDict(
     {
       "split": "test",
@@ -153,6 +167,21 @@ def default_config(*tasks: str) -> Config:
       # Decides which checkpoint is best: "mean" of the tasks' main scores, or
       # TASK/METRIC.
       "best_metric": "mean",
+    }
+  )
+  # Seconds without progress after which a run writes the stacks of its threads
+  # and ends, so that it can be started again; 0: never. By phase.
+  config.watchdog = ConfigDict(
+    {
+      # Reading, connecting, restoring.
+      "start": 3600.0,
+      "compile": 3600.0,
+      "step": 900.0,
+      "data_wait": 900.0,
+      # Between two batches, the first of which are compiled.
+      "evaluation": 3600.0,
+      "checkpoint": 1800.0,
+      "other": 1800.0,
     }
   )
   config.mesh = ConfigDict(

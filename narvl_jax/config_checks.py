@@ -15,6 +15,7 @@ from narvl_jax.training.cross_entropy import AVERAGES
 from narvl_jax.training.init_names import parse_drops, parse_renames
 
 OPTIMIZERS = ("adamw", "muon")
+POLICIES = ("stop", "skip", "rollback")
 VOCABULARY_SOURCES = ("train", "official", "huggingface", "run")
 DTYPES = ("auto", "float32", "bfloat16")
 _EVALUATION_KEYS = ("source", "task", "options")
@@ -144,6 +145,15 @@ _RANGES: dict[str, tuple[float, float | None]] = {
   "train.keep_last": (1, None),
   "train.keep_best": (0, None),
   "train.keep_every": (0, None),
+  "bad_numbers.limit": (0, None),
+  "bad_numbers.spike_factor": (0, None),
+  "watchdog.start": (0, None),
+  "watchdog.compile": (0, None),
+  "watchdog.step": (0, None),
+  "watchdog.data_wait": (0, None),
+  "watchdog.evaluation": (0, None),
+  "watchdog.checkpoint": (0, None),
+  "watchdog.other": (0, None),
   "evaluation.batch_size": (1, None),
   "evaluation.max_examples": (0, None),
 }
@@ -166,6 +176,7 @@ def _check_values(config: Config) -> None:
   _one_of("model.dtype", config.model.dtype, DTYPES)
   _one_of("loss.confidence", config.loss.confidence, CONFIDENCE_MODES)
   _one_of("loss.average", config.loss.average, AVERAGES)
+  _one_of("bad_numbers.policy", config.bad_numbers.policy, POLICIES)
   _check_decoder(config)
   _check_start(config)
   size = config.data.image_size

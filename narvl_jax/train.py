@@ -18,7 +18,7 @@ import contextlib
 import functools
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,31 +27,32 @@ from absl import flags
 from narvl_jax import cli, run_data
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.config_checks import validate
-from narvl_jax.data.pipeline import BadRecords, train_batches
+from narvl_jax.data.pipeline import BadRecords, TrainBatches, train_batches
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import evaluate_tasks
 from narvl_jax.evaluation.reporting import format_table
 from narvl_jax.evaluation.results import write_results
 from narvl_jax.parallel import distributed, local_rows, mesh_from_config
 from narvl_jax.parallel.mesh import describe
-from narvl_jax.parallel.notices import Notices
 from narvl_jax.training import hosts
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.announce import (
-  HOW_TO_RESUME,
   Announcer,
   describe_model,
   explain_failure,
 )
 from narvl_jax.training.announce import dry_run as print_dry_run
+from narvl_jax.training.bad_numbers import BundleWriter
 from narvl_jax.training.checkpoints import Checkpoints
 from narvl_jax.training.constrained import check_answers
+from narvl_jax.training.failures import summary
+from narvl_jax.training.guard import Guard, check_unchanged
 from narvl_jax.training.init_from import check_init_from
-from narvl_jax.training.interrupt import StopRequest, termination_raises
+from narvl_jax.training.interrupt import EvaluationStopped, StopRequest
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.loop import Loop
 from narvl_jax.training.metrics import MetricsWriter, SilentMetrics
-from narvl_jax.training.prefetch import DevicePrefetcher
+from narvl_jax.training.prefetch import DeviceBatches
 from narvl_jax.training.score import flat_metrics, score_of
 from narvl_jax.training.setup import Setup, build_setup
 from narvl_jax.training.start import first_state, write_run
@@ -65,7 +66,7 @@ def train(
   dry_run: bool = False,
   explain_sharding: bool = False,
   ledger: Ledger | None = None,
-  notices: Notices | None = None,
+  guard: Guard | None = None,
 ) -> dict[str, Any] | None:
   """Trains, or goes on training, and evaluates at the end.
 
@@ -75,21 +76,34 @@ def train(
     dry_run: stop before anything is written or trained.
     explain_sharding: print where every parameter lies, and stop.
     ledger: of the time since the start of the process.
-    notices: what several hosts tell each other, None for a single one.
+    guard: of the process; None if it does other things than train.
 
   Returns:
-    The report of the final evaluation; None after a dry run and when told to
-    stop early.
+    The report of the final evaluation; None after a dry run.
 
   Raises:
-    UserError: the config is wrong, or the folder holds another run.
+    UserError: the config is wrong, or the folder holds another run, or one
+      that is alive.
+    SystemExit: the state was saved after SIGTERM (code 0) or Ctrl-C (130) in
+      the loop.
   """
-  ledger = ledger or Ledger()
+  if guard is None:
+    with Guard(workdir, ledger or Ledger()) as guard:
+      return train(
+        config,
+        workdir,
+        dry_run=dry_run,
+        explain_sharding=explain_sharding,
+        guard=guard,
+      )
+  ledger = guard.ledger
   say = Announcer(ledger)
 
   with ledger.stage("init"):
     say(f"run folder {workdir}")
     validate(config)
+    if not dry_run and not explain_sharding:
+      guard.watch(config.watchdog)
     resumes = workdir_lib.check(workdir, config)
     mesh = mesh_from_config(config.mesh)
     say(f"mesh {describe(mesh)}")
@@ -124,40 +138,51 @@ def train(
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     with ledger.stage("init"):
+      dead = None
+      if distributed.is_first():
+        dead = guard.take(say)
+        check_unchanged(resumes, workdir)
       write_run(experiment, setup, workdir, resumes)
       checkpoints = stack.enter_context(
         Checkpoints(workdir, keep_last=config.train.keep_last)
       )
-      state, first_step = first_state(setup, checkpoints, say)
+      state, first_step, stored = first_state(setup, checkpoints, say)
+      guard.busy = lambda: checkpoints.progress.startswith("saving")
+      ledger.progress(first_step)
       if distributed.is_first():
+        if resumes:
+          guard.record_restart(dead, first_step, say, saved=stored.get("time"))
         workdir_lib.write_environment(workdir, first_step)
         writer = stack.enter_context(MetricsWriter(workdir, first_step))
       else:
         writer = SilentMetrics()
 
     if first_step < config.train.steps:
-      with StopRequest(notices) as stop:
-        state = _fit(
-          setup,
-          state,
-          first_step,
-          mixture,
-          checkpoints,
-          writer,
-          ledger,
-          stop,
-          say,
-        )
-      if (
-        stop.signal_number is not None and int(state.step) < config.train.steps
-      ):
-        checkpoints.close()
-        print(f"stopped at step {int(state.step)}; {HOW_TO_RESUME}", flush=True)
-        sys.exit(128 + stop.signal_number)
+      state = _fit(
+        setup,
+        state,
+        stored,
+        mixture,
+        workdir,
+        checkpoints,
+        writer,
+        ledger,
+        guard.stop,
+        say,
+      )
+      if guard.stop.stopped:
+        with ledger.stage("checkpoint"):
+          checkpoints.close()
+        guard.stopped(int(state.step))
+      guard.stop.finish()
     with ledger.stage("evaluation"):
-      report = _final_evaluation(experiment, state, workdir, writer, say)
+      report = _final_evaluation(
+        experiment, state, workdir, writer, ledger, say
+      )
     with ledger.stage("checkpoint"):
       checkpoints.wait()
+  for line in summary(workdir):
+    say(line)
   say("done; where the time went:")
   print(ledger.table(), flush=True)
   return report
@@ -166,8 +191,9 @@ def train(
 def _fit(
   setup: Setup,
   state: TrainState,
-  first_step: int,
+  stored: Mapping[str, Any],
   mixture: Sequence[run_data.MixtureEntry],
+  workdir: pathlib.Path,
   checkpoints: Checkpoints,
   writer: MetricsWriter | SilentMetrics,
   ledger: Ledger,
@@ -178,31 +204,13 @@ def _fit(
   experiment = setup.experiment
   config = experiment.config
   # Before the compilation, which leaves time to fill the buffers.
-  host_batches = train_batches(
-    mixture,
-    experiment.tasks,
-    batch_size=config.train.batch_size,
-    seed=config.seed,
-    start_step=first_step,
-    rows=local_rows(setup.mesh, config.train.batch_size),
-    image_size=tuple(config.data.image_size),
-    max_text_length=config.data.max_text_length,
-    max_label_length=experiment.label_length,
-    temperature=config.data.temperature,
-    num_workers=config.data.num_workers,
-    num_threads=config.data.num_threads,
-    prefetch=config.data.prefetch,
-    bad_records=BadRecords(config.data.max_bad_fraction),
-  )
-  with (
-    contextlib.closing(host_batches),
-    DevicePrefetcher(
-      host_batches,
-      setup.mesh,
-      tuple(setup.batch),
-      batch_size=config.train.batch_size,
-    ) as batches,
-  ):
+  with DeviceBatches(
+    _opener(setup, mixture),
+    stored.get("data_position", int(state.step)),
+    setup.mesh,
+    tuple(setup.batch),
+    config.train.batch_size,
+  ) as batches:
     say("compiling the step")
     with ledger.stage("compile"):
       step = setup.compile_step()
@@ -211,6 +219,11 @@ def _fit(
       step = functools.partial(step, setup.teacher.read())
     # Gloo, on CPUs, gives a host half a minute for its first collective.
     distributed.barrier("step compiled")
+
+    def before_batch() -> None:
+      ledger.progress()
+      if stop.due():
+        raise EvaluationStopped
 
     def evaluate(
       state: TrainState, step: int
@@ -222,6 +235,7 @@ def _fit(
         max_examples=config.train.eval_examples,
         batch_size=config.evaluation.batch_size,
         step=step,
+        before_batch=before_batch,
       )
       metrics = flat_metrics(report)
       score = score_of(report, config.evaluation.best_metric)
@@ -233,16 +247,44 @@ def _fit(
       setup=setup,
       step=step,
       batches=batches,
-      counters=host_batches.counters,
       writer=writer,
       checkpoints=checkpoints,
       evaluate=evaluate,
+      restore=functools.partial(first_state, setup, checkpoints, say),
+      bundles=BundleWriter(workdir, config, setup.mesh, batches.examples),
       ledger=ledger,
       stop=stop,
+      say=say,
     )
-    state = loop.run(state)
-    say.used(host_batches.counters(int(state.step)))
+    state = loop.run(state, stored)
+    say.used(batches.counters(batches.position))
+    say(str(loop.health))
     return state
+
+
+def _opener(
+  setup: Setup, mixture: Sequence[run_data.MixtureEntry]
+) -> Callable[[int], TrainBatches]:
+  """Returns the function position -> this host's batches from there on."""
+  experiment = setup.experiment
+  config = experiment.config
+  return functools.partial(
+    train_batches,
+    mixture,
+    experiment.tasks,
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    rows=local_rows(setup.mesh, config.train.batch_size),
+    image_size=tuple(config.data.image_size),
+    max_text_length=config.data.max_text_length,
+    max_label_length=experiment.label_length,
+    temperature=config.data.temperature,
+    num_workers=config.data.num_workers,
+    num_threads=config.data.num_threads,
+    prefetch=config.data.prefetch,
+    # Their count goes on where the batches are opened again.
+    bad_records=BadRecords(config.data.max_bad_fraction),
+  )
 
 
 def _final_evaluation(
@@ -250,6 +292,7 @@ def _final_evaluation(
   state: TrainState,
   workdir: pathlib.Path,
   writer: MetricsWriter | SilentMetrics,
+  ledger: Ledger,
   say: Announcer,
 ) -> dict[str, Any]:
   settings = experiment.config.evaluation
@@ -264,6 +307,7 @@ def _final_evaluation(
     max_examples=limit or None,
     batch_size=settings.batch_size,
     step=step,
+    before_batch=ledger.progress,
   )
   print(format_table(report), flush=True)
   if distributed.is_first():
@@ -302,7 +346,7 @@ def main(argv: Sequence[str]) -> None:
     return explain_failure(error, workdir)
 
   try:
-    with termination_raises():
+    with Guard(workdir, ledger, leave=hosts.leave) as guard:
       cluster = distributed.detect(settings)
       if cluster is not None:
         workdir_lib.check_folder(workdir)
@@ -312,14 +356,15 @@ def main(argv: Sequence[str]) -> None:
         lambda: workdir_lib.facts(settings.config),
         explain,
         Announcer(ledger),
+        guard.end,
       ) as notices:
+        guard.connect(notices)
         train(
           settings.config,
           workdir,
           dry_run=settings.dry_run,
           explain_sharding=settings.explain_sharding,
-          ledger=ledger,
-          notices=notices,
+          guard=guard,
         )
   except UserError:
     raise

@@ -1,13 +1,12 @@
 """What an evaluation leaves behind: a table, JSON files, a picture grid."""
 
-import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from narvl_jax.errors import UserError
+from narvl_jax.disk import write_text
 
 Report = dict[str, Any]
 Prediction = dict[str, Any]
@@ -46,7 +45,7 @@ def _format_metrics(metrics: Mapping[str, float]) -> str:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
   """Writes JSON so that readers see the old or the new file, never a part."""
   text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-  _write_text(pathlib.Path(path), text)
+  write_text(pathlib.Path(path), text)
 
 
 def write_predictions(
@@ -57,36 +56,7 @@ def write_predictions(
     json.dumps(prediction, ensure_ascii=False, allow_nan=False) + "\n"
     for prediction in predictions
   )
-  _write_text(pathlib.Path(path), "".join(lines))
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-  with replacing(path) as temporary:
-    temporary.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a file to write that takes the place of `path` when it is done.
-
-  Makes the folder if need be. If the body fails, `path` stays as it was.
-
-  Raises:
-    UserError: the folder or the file cannot be written.
-  """
-  # The process id keeps two writers from sharing a temporary file.
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    yield temporary
-    os.replace(temporary, path)
-  except OSError as error:
-    reason = error.strerror or str(error)
-    raise UserError(f'cannot write "{path}": {reason}') from error
-  finally:
-    # It is gone if all went well, and may never have been made.
-    with contextlib.suppress(OSError):
-      temporary.unlink()
+  write_text(pathlib.Path(path), "".join(lines))
 
 
 def format_answer(answer: str | Sequence[float] | None) -> str:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from narvl_jax.data import images
 from narvl_jax.data.example import Box
+from narvl_jax.disk import replacing
 from narvl_jax.evaluation import evaluator, rendering, reporting
 
 if TYPE_CHECKING:
@@ -109,6 +110,6 @@ def write_image(
 ) -> pathlib.Path:
   """Writes a PNG; readers see the old or the new file, never a part."""
   path = pathlib.Path(path)
-  with reporting.replacing(path) as temporary:
+  with replacing(path) as temporary:
     picture.save(temporary, format="PNG")
   return path

@@ -86,6 +86,7 @@ class Notices:
   """The thread that reads and writes the notices of one host.
 
   Attributes:
+    host: which one this is.
     stop_signal: set by whoever is asked to stop; also if another host is.
     agreement: for the training loop.
   """
@@ -114,7 +115,7 @@ class Notices:
         its own failure or that of another host.
     """
     self._client = client
-    self._own = process_id
+    self.host = process_id
     self._count = num_processes
     self._terminal = terminal
     self._poll_seconds = poll_seconds
@@ -123,6 +124,7 @@ class Notices:
     self._closed = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._published: set[str] = set()
+    self._ending = threading.Lock()
     self.stop_signal: int | None = None
     self.agreement = StopAgreement()
 
@@ -143,10 +145,15 @@ class Notices:
       code: exit code; 0 if nothing failed.
       message: one line for the terminal of every host.
     """
-    self._closed.set()
-    message = " ".join(message.split())
-    self._on_end(code, message)
     farewell = _FAREWELL_SECONDS if code else _LONG_FAREWELL_SECONDS
+    self._closed.set()
+    if not self._ending.acquire(blocking=False):
+      # Another thread has the same to say, and will end the process.
+      time.sleep(farewell + 2 * _TELLING_SECONDS)
+      self._leave(code)
+    message = " ".join(message.split())
+    print(f"{host_name(self.host)}: {message}", file=self._terminal, flush=True)
+    self._on_end(code, message)
     # A coordinator that hangs answers nothing, and raises no error either.
     timer = threading.Timer(
       farewell + _TELLING_SECONDS, self._leave, args=[code]
@@ -154,11 +161,11 @@ class Notices:
     timer.daemon = True
     timer.start()
     try:
-      self._publish(f"failure/{self._own}", f"{code} {message}")
-      self._publish(f"left/{self._own}", "")
+      self._publish(f"failure/{self.host}", f"{code} {message}")
+      self._publish(f"left/{self.host}", "")
       deadline = time.monotonic() + farewell
       # With the coordinator goes what the others could read.
-      while self._own == 0 and time.monotonic() < deadline:
+      while self.host == 0 and time.monotonic() < deadline:
         if self._number_of("left") == self._count:
           break
         time.sleep(self._poll_seconds / 5)
@@ -176,26 +183,28 @@ class Notices:
       for key, value in self._client.key_value_dir_get(_PREFIX)
     }
     for key, value in found.items():
-      if key.startswith("failure/") and key != f"failure/{self._own}":
+      if key.startswith("failure/") and key != f"failure/{self.host}":
         self._follow(int(key.removeprefix("failure/")), value)
         return
     if "stop" in found:
       self.stop_signal = int(found["stop"])
       begun = self.agreement.request()
       if begun is not None:
-        self._publish(f"step/{self._own}", str(begun))
+        self._publish(f"step/{self.host}", str(begun))
     steps = [int(v) for key, v in found.items() if key.startswith("step/")]
     if len(steps) == self._count:
       self.agreement.agree(max(steps))
 
   def _follow(self, host: int, value: str) -> None:
     """Ends this process since another one ends."""
+    if not self._ending.acquire(blocking=False):
+      return
     code, message = value.split(" ", 1)
     text = f"{host_name(host)}: {message}"
     for stream in dict.fromkeys((self._terminal, sys.stderr)):
       print(text, file=stream, flush=True)
     self._on_end(int(code), text)
-    self._publish(f"left/{self._own}", "")
+    self._publish(f"left/{self.host}", "")
     self._leave(int(code))
 
   def _watch(self) -> None:

@@ -1,7 +1,9 @@
 """What a run says of itself on the terminal."""
 
 import pathlib
+import shlex
 import signal
+import sys
 import traceback
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import jax
 
 from narvl_jax.cli import USER_ERROR_CODE
+from narvl_jax.disk import explain_disk
 from narvl_jax.errors import UserError
 from narvl_jax.training.interrupt import Terminated
 from narvl_jax.training.ledger import Ledger
@@ -16,6 +19,11 @@ from narvl_jax.training.metrics import format_bytes
 from narvl_jax.training.setup import Setup, describe_parallelism
 
 HOW_TO_RESUME = "run the same command again to resume"
+
+
+def how_to_resume() -> str:
+  """Returns what to do, with the command that this process was started by."""
+  return f"{HOW_TO_RESUME}: {shlex.join(sys.orig_argv)}"
 
 
 class Announcer:
@@ -88,14 +96,28 @@ def explain_failure(
 
   What nobody expected is printed as a traceback.
   """
+  code, message = describe_failure(error, workdir)
+  if code == 1:
+    traceback.print_exception(error)
+  return code, message
+
+
+def describe_failure(
+  error: BaseException, workdir: pathlib.Path
+) -> tuple[int, str]:
+  """Returns the same as `explain_failure`, and prints nothing."""
   if isinstance(error, UserError):
     return USER_ERROR_CODE, f"error: {error}"
+  if isinstance(error, Terminated) and not error.unsaved:
+    return 0, f"SIGTERM: stopped; {how_to_resume()}"
   if isinstance(error, KeyboardInterrupt):
-    number = signal.SIGINT
+    name, number = "SIGINT", signal.SIGINT
     if isinstance(error, Terminated):
-      number = signal.SIGTERM
-    return 128 + number, f"{number.name}: stopped; {HOW_TO_RESUME}"
-  traceback.print_exception(error)
+      name, number = "second SIGTERM", signal.SIGTERM
+    return 128 + number, f"{name}: stopped; {how_to_resume()}"
+  disk = explain_disk(error, workdir)
+  if disk is not None:
+    return USER_ERROR_CODE, f"error: {disk}, then {HOW_TO_RESUME}"
   return 1, (
     f"failed: {type(error).__name__}; what was saved in {workdir} is"
     f" intact; mend the cause, then {HOW_TO_RESUME}"

@@ -56,7 +56,6 @@ def together(
       # The terminal gets it once the streams are its own again.
       print(f"error: {error}", file=log, flush=True)
       raise
-    name = distributed.host_name(cluster.process_id)
     with Notices(
       distributed.client(),
       cluster.process_id,
@@ -73,9 +72,7 @@ def together(
       except BaseException as error:
         # The end is decided: a launcher that stops all must not disturb it.
         interrupt.ignore_signals()
-        code, message = explain(error)
-        print(f"{name}: {message}", file=terminal, flush=True)
-        notices.fail(code, message)
+        notices.fail(*explain(error))
       distributed.barrier("end of the run")
     jax.distributed.shutdown()
   if stopped is not None:

@@ -10,6 +10,9 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from narvl_jax.disk import write_text
+from narvl_jax.training.board import Board
+
 
 class MetricsWriter:
   """Writes one JSON object a step to `metrics.jsonl`, and to TensorBoard.
@@ -27,24 +30,22 @@ class MetricsWriter:
       resumed_step: the run goes on after this step; later lines, which will
         be written again, are removed.
     """
-    # TensorBoard pulls in protobuf: only runs that write pay for it.
-    import tensorboardX
+    self._workdir = pathlib.Path(workdir)
+    self._open(resumed_step)
 
-    workdir = pathlib.Path(workdir)
-    path = workdir / "metrics.jsonl"
+  def _open(self, resumed_step: int) -> None:
+    path = self._workdir / "metrics.jsonl"
     lines = _lines_until(path, resumed_step)
     self._step = resumed_step
     self._values: dict[str, float | None] = {}
     if lines and lines[-1]["step"] == resumed_step:
       self._values = {k: v for k, v in lines.pop().items() if k != "step"}
     self._changed = bool(self._values)
-    _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     self._file = path.open("r+", encoding="utf-8")
     # Where the line of the current step starts.
     self._offset = self._file.seek(0, os.SEEK_END)
-    self._board = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=resumed_step + 1
-    )
+    self._board = Board(self._workdir / "tensorboard", resumed_step + 1)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Adds values to the line of `step`; those not finite become null."""
@@ -59,6 +60,11 @@ class MetricsWriter:
         self._board.add_scalar(name, float(value), step)
     self._changed = True
 
+  def go_back(self, step: int) -> None:
+    """Removes the lines after a step, which will be written again."""
+    self.close()
+    self._open(step)
+
   def flush(self) -> None:
     """Puts the line of the current step on disk."""
     if not self._changed:
@@ -68,6 +74,7 @@ class MetricsWriter:
     self._file.write(json.dumps(line) + "\n")
     self._file.truncate()
     self._file.flush()
+    self._board.flush()
     self._changed = False
 
   def close(self) -> None:
@@ -87,6 +94,9 @@ class SilentMetrics:
   """In the place of a `MetricsWriter` on hosts that write nothing."""
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Does nothing."""
+
+  def go_back(self, step: int) -> None:
     """Does nothing."""
 
   def flush(self) -> None:
@@ -116,32 +126,27 @@ def _lines_until(path: pathlib.Path, last_step: int) -> list[dict[str, Any]]:
   return lines
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(text, encoding="utf-8")
-  temporary.replace(path)
-
-
 def mean_metrics(
   steps: Iterable[Mapping[str, jax.Array]],
 ) -> dict[str, float]:
   """Fetches the metrics of several steps and averages each over the steps.
 
   Steps in which a metric is nan, a task that the batch lacked, do not count
-  for it; `learning_rate` is that of the last step, and the loss is nan as
-  soon as one step's is.
+  for it, nor do steps whose update was left out, unless all were;
+  `learning_rate` is that of the last step.
   """
   fetched: list[dict[str, Any]] = jax.device_get(list(steps))
+  kept = [step for step in fetched if not step["skipped"]] or fetched
   means = {}
   for name in fetched[0]:
-    values = np.array([step[name] for step in fetched], np.float64)
+    values = np.array([step[name] for step in kept], np.float64)
     if name.startswith("nll/"):
       values = values[~np.isnan(values)]
       if not len(values):
         continue
     means[name] = float(values.mean())
   means["learning_rate"] = float(fetched[-1]["learning_rate"])
-  del means["examples"]
+  del means["examples"], means["skipped"]
   return means
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from narvl_jax.config import from_json, to_json
+from narvl_jax.disk import write_text
 from narvl_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -39,11 +40,15 @@ _PATIENCE_SECONDS = 60.0
 # Settings of the config in which a resumed run may differ.
 _FREE_KEYS = (
   "mesh.",
+  "watchdog.",
   "data.num_workers",
   "data.num_threads",
   "data.prefetch",
-  # What a run that it stopped tells to raise.
+  # Also those of the earlier checkpoints that are still there.
+  "train.keep_",
+  # What runs that they stopped tell to change.
   "data.max_bad_fraction",
+  "bad_numbers.",
 )
 
 
@@ -140,7 +145,7 @@ def write_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 def write_sharding(workdir: pathlib.Path, table: str) -> None:
   """Writes `sharding.txt`: where every parameter lies in the latest start."""
-  _write_text(workdir / SHARDING_FILE, table + "\n")
+  write_text(workdir / SHARDING_FILE, table + "\n")
 
 
 def read_config(workdir: pathlib.Path) -> Any:
@@ -294,11 +299,4 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _write(path: pathlib.Path, value: Any) -> None:
-  _write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(text, encoding="utf-8")
-  temporary.replace(path)
+  write_text(path, json.dumps(value, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """The run folder: which run it holds and what may be done with it."""
 
+import errno
 import json
 import os
 import pathlib
@@ -147,11 +148,16 @@ def test_config_is_written_whole_or_not_at_all(run, monkeypatch):
   config.seed = 5
 
   def fail(*_: object) -> None:
-    raise OSError("no space left")
+    raise OSError(errno.ENOSPC, "No space left on device")
 
-  monkeypatch.setattr(pathlib.Path, "replace", fail)
-  with pytest.raises(OSError, match="no space left"):
+  monkeypatch.setattr(os, "replace", fail)
+  with pytest.raises(
+    UserError,
+    match=r'cannot write ".*config.json": No space left on device \([\d,]+'
+    r" bytes are free\); make room$",
+  ):
     workdir_lib.write_config(run, config)
+  assert [path.name for path in run.iterdir()] == ["config.json"]
   assert (run / "config.json").read_text() == before
 
 

@@ -1,0 +1,54 @@
+"""Scalars for TensorBoard, written by the thread that has them."""
+
+import pathlib
+import time
+from typing import Any
+
+
+class Board:
+  """An event file in a folder.
+
+  tensorboardX's own `SummaryWriter` writes in a thread: on a full disk that
+  dies with a traceback, and who adds more then waits for ever. Here the error
+  meets the caller.
+  """
+
+  def __init__(self, folder: pathlib.Path, first_step: int) -> None:
+    """Opens a file.
+
+    Args:
+      folder: made if need be.
+      first_step: TensorBoard hides what earlier files have from there on.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    # It pulls in protobuf: only runs that write pay for it.
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2
+
+    # Its classes are made at run time.
+    messages: Any = event_pb2
+    folder.mkdir(parents=True, exist_ok=True)
+    self._event = messages.Event
+    self._scalar = summary.scalar
+    self._writer = EventsWriter(str(folder / "events"))
+    start = messages.SessionLog(status=messages.SessionLog.START)
+    self._writer.write_event(messages.Event(step=first_step, session_log=start))
+
+  def add_scalar(self, name: str, value: float, step: int) -> None:
+    """Adds a point."""
+    self._writer.write_event(
+      self._event(
+        wall_time=time.time(), step=step, summary=self._scalar(name, value)
+      )
+    )
+
+  def flush(self) -> None:
+    """Puts what was added on disk."""
+    self._writer.flush()
+
+  def close(self) -> None:
+    """Flushes and closes the file."""
+    self._writer.close()

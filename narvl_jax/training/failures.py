@@ -1,0 +1,168 @@
+"""Every restart of a run: what happened before, and what was lost."""
+
+import contextlib
+import datetime
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from narvl_jax.training.metrics import format_duration
+from narvl_jax.training.run_lock import now
+
+RESTARTS_FILE = "restarts.jsonl"
+
+
+def record_end(
+  workdir: pathlib.Path,
+  how: str,
+  *,
+  code: int,
+  stage: str,
+  step: int,
+  since: str | None,
+) -> None:
+  """Appends that a run ends before it is finished; a full disk is no matter.
+
+  Args:
+    workdir: the run folder.
+    how: one line.
+    code: exit code; 0 if all was saved first.
+    stage: what the run was doing.
+    step: its last update.
+    since: when it was started.
+  """
+  with contextlib.suppress(OSError):
+    _append(
+      workdir,
+      {
+        "event": "end",
+        "time": now(),
+        "how": how,
+        "code": code,
+        "phase": stage,
+        "step": step,
+        "since": since,
+      },
+    )
+
+
+def record_restart(
+  workdir: pathlib.Path,
+  dead: Mapping[str, Any] | None,
+  *,
+  step: int,
+  saved: float | None,
+  damaged: Sequence[str] = (),
+) -> dict[str, Any] | None:
+  """Appends what is known of the run before this one.
+
+  Args:
+    workdir: the run folder.
+    dead: the lock that it left, None if it removed it.
+    step: of the checkpoint that this one goes on from; 0: from the start.
+    saved: when that was saved, in seconds since 1970; None: never.
+    damaged: what was wrong with newer checkpoints, a line each.
+
+  Returns:
+    "how" it ended, in "phase" at "step"; "lost_seconds" of work since the
+    checkpoint, "down_seconds" until now, "from_step" and "damaged"; None if
+    the run before was finished.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  last = (history(workdir) or [{}])[-1]
+  if dead is not None:
+    end = {**dead, "how": "ended without a word: killed, or the machine lost"}
+  elif last.get("event") == "end":
+    end = last
+  elif damaged:
+    end = {"how": "finished"}
+  else:
+    return None
+  moment = datetime.datetime.now(datetime.UTC)
+  last_sign = _time(end.get("time")) or moment
+  # A run that never saved has lost all since its own start.
+  starts = [t for t in (_time(end.get("since")), _from_epoch(saved)) if t]
+  lost = (last_sign - max(starts)).total_seconds() if starts else 0.0
+  if end.get("code") == 0 and end.get("step") == step:
+    lost = 0.0
+  record = {
+    "event": "restart",
+    "time": now(),
+    "how": end["how"],
+    "phase": end.get("phase"),
+    "step": end.get("step"),
+    "lost_seconds": round(max(lost, 0.0), 1),
+    "down_seconds": round(max((moment - last_sign).total_seconds(), 0.0), 1),
+    "from_step": step,
+    "damaged": list(damaged),
+  }
+  _append(workdir, record)
+  return record
+
+
+def history(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the records in order; one that was cut short is left out."""
+  path = workdir / RESTARTS_FILE
+  records = []
+  if path.exists():
+    for text in path.read_text(encoding="utf-8").splitlines():
+      with contextlib.suppress(json.JSONDecodeError):
+        records.append(json.loads(text))
+  return records
+
+
+def describe(record: Mapping[str, Any]) -> str:
+  """Returns one line about a restart."""
+  where = ""
+  if record["phase"] is not None:
+    where = f' in phase "{record["phase"]}" at step {record["step"]}'
+  text = (
+    f"{record['how']}{where}; {format_duration(record['lost_seconds'])} of work"
+    f" lost, down for {format_duration(record['down_seconds'])}, went on from"
+    f" step {record['from_step']}"
+  )
+  return "; ".join([text, *record["damaged"]])
+
+
+def summary(workdir: pathlib.Path) -> list[str]:
+  """Returns lines about all restarts of a run; none if there were none."""
+  records = [x for x in history(workdir) if x.get("event") == "restart"]
+  if not records:
+    return []
+  lost = sum(record["lost_seconds"] for record in records)
+  down = sum(record["down_seconds"] for record in records)
+  return [
+    f"restarts {len(records)}, {format_duration(lost)} of work lost, down for"
+    f" {format_duration(down)}:",
+    *(f"  {x['time'][:19]} {describe(x)}" for x in records),
+  ]
+
+
+def _append(workdir: pathlib.Path, record: Mapping[str, Any]) -> None:
+  path = workdir / RESTARTS_FILE
+  with path.open("ab") as file:
+    # A line that was cut short must not spoil this one too.
+    start = b"\n" if file.tell() and not _ends_line(path) else b""
+    file.write(start + json.dumps(record).encode() + b"\n")
+
+
+def _ends_line(path: pathlib.Path) -> bool:
+  with path.open("rb") as file:
+    file.seek(-1, 2)
+    return file.read() == b"\n"
+
+
+def _time(text: str | None) -> datetime.datetime | None:
+  try:
+    return datetime.datetime.fromisoformat(text or "")
+  except ValueError:
+    return None
+
+
+def _from_epoch(seconds: float | None) -> datetime.datetime | None:
+  if seconds is None:
+    return None
+  return datetime.datetime.fromtimestamp(seconds, datetime.UTC)

@@ -1,0 +1,273 @@
+"""One run at a time in a run folder."""
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from narvl_jax.errors import UserError
+
+LOCK_FILE = "lock.json"
+RENEW_SECONDS = 5.0
+# A run that is silent for so long is dead. Counted by who waits, since the
+# clocks of two machines may differ.
+_STALE_SECONDS = 20.0
+# Always as long, so that a full disk has room for every sign of life.
+_SIZE = 1024
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class LockLost(UserError):
+  """The folder is gone, or another run has taken it over."""
+
+
+def now() -> str:
+  """Returns the time as the files of a run have it."""
+  time_now = datetime.datetime.now(datetime.UTC)
+  return time_now.isoformat(timespec="milliseconds")
+
+
+class RunLock:
+  """`WORKDIR/lock.json`, which says that a run is alive, and what it does.
+
+  It is made in one piece, so that of two runs only one has it. A run that ends
+  removes it; one that was killed leaves it, and the next one takes it over.
+  """
+
+  def __init__(
+    self, workdir: pathlib.Path, *, stale_seconds: float = _STALE_SECONDS
+  ) -> None:
+    """Does nothing yet.
+
+    Args:
+      workdir: the run folder.
+      stale_seconds: how long to watch a lock of another machine.
+    """
+    self._workdir = workdir
+    self._path = workdir / LOCK_FILE
+    self._stale_seconds = stale_seconds
+    self._guard = threading.Lock()
+    self._held = False
+    self._contents: dict[str, Any] = {
+      "host": socket.gethostname(),
+      "pid": os.getpid(),
+      "machine": _machine(),
+      "process_start": _process_start(os.getpid()),
+      "id": uuid.uuid4().hex,
+    }
+
+  @property
+  def since(self) -> str:
+    """When the lock was taken."""
+    return self._contents["since"]
+
+  def acquire(
+    self, say: Callable[[str], Any], stage: str = "init"
+  ) -> dict[str, Any] | None:
+    """Takes the folder for this run.
+
+    Args:
+      say: prints a line.
+      stage: what the run is doing.
+
+    Returns:
+      What the lock of a dead run held, None if there was none.
+
+    Raises:
+      UserError: another run is alive in the folder.
+    """
+    dead = None
+    self._contents["since"] = now()
+    while not self._create(stage):
+      found = self._read()
+      if found is None:
+        continue
+      held = _parse(found)
+      self._check_dead(found, held, say)
+      if self._remove(found):
+        dead = held
+        say(
+          f"note: took over from the run of {_who(held)}, which ended without"
+          f" a word ({_last_sign(held)})"
+        )
+    return dead
+
+  def renew(self, stage: str, step: int) -> None:
+    """Writes a sign of life.
+
+    A disk that does not take it is left to whoever writes what matters more.
+
+    Args:
+      stage: what the run is doing.
+      step: its last update.
+
+    Raises:
+      LockLost: the lock is gone, or that of another run.
+    """
+    with self._guard:
+      if not self._held:
+        return
+      try:
+        with self._path.open("r+b") as file:
+          if not self._is_own(file.read()):
+            raise LockLost(
+              f"--workdir={self._workdir} was taken over by the run of"
+              f" {_who(_parse(self._read() or b''))}, since this one gave no"
+              " sign of life; stop one of them"
+            )
+          file.seek(0)
+          file.write(self._text(stage, step))
+      except FileNotFoundError as error:
+        raise LockLost(
+          f"--workdir={self._workdir} is gone, or its {LOCK_FILE}: nothing"
+          " could be saved there; bring it back, then run the same command"
+          " again to resume"
+        ) from error
+      except OSError:
+        pass
+
+  def release(self) -> None:
+    """Removes the lock, if it still is that of this run."""
+    with self._guard:
+      with contextlib.suppress(OSError):
+        if self._held and self._is_own(self._read() or b""):
+          self._path.unlink()
+      self._held = False
+
+  def _text(self, stage: str, step: int) -> bytes:
+    values = {**self._contents, "time": now(), "phase": stage, "step": step}
+    return json.dumps(values).ljust(_SIZE - 1).encode() + b"\n"
+
+  def _create(self, stage: str) -> bool:
+    """Makes the lock unless there is one, all at once."""
+    text = self._text(stage, 0)
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    own = self._path.with_name(f".{LOCK_FILE}.{self._contents['id']}")
+    try:
+      own.write_bytes(text)
+      try:
+        os.link(own, self._path)
+      except OSError as error:
+        if error.errno not in _NO_LINKS:
+          raise
+        # Some mounted buckets know no links.
+        with self._path.open("xb") as file:
+          file.write(text)
+    except FileExistsError:
+      return False
+    finally:
+      own.unlink(missing_ok=True)
+    self._held = True
+    return True
+
+  def _is_own(self, text: bytes) -> bool:
+    return self._contents["id"].encode() in text
+
+  def _read(self) -> bytes | None:
+    try:
+      return self._path.read_bytes()
+    except FileNotFoundError:
+      return None
+
+  def _check_dead(
+    self, found: bytes, held: dict[str, Any], say: Callable[[str], Any]
+  ) -> None:
+    """Raises `UserError` if the run that holds the lock is alive."""
+    machine = self._contents["machine"]
+    if machine and held.get("machine") == machine:
+      start = _process_start(held.get("pid", 0))
+      if start is None or start != held.get("process_start"):
+        return
+    else:
+      say(
+        f"{LOCK_FILE} is that of a run of {_who(held)}; waiting"
+        f" {self._stale_seconds:g} s for a sign of life"
+      )
+      deadline = time.monotonic() + self._stale_seconds
+      while time.monotonic() < deadline:
+        current = self._read()
+        if current is None:
+          return
+        if current != found:
+          held = _parse(current)
+          break
+        time.sleep(min(0.2, self._stale_seconds / 4))
+      else:
+        return
+    raise UserError(
+      f"--workdir={self._workdir} is in use: a run of {_who(held)} is alive"
+      f" ({_last_sign(held)}); stop it (kill {held.get('pid', '?')} on"
+      f" {held.get('host', '?')}), or use another --workdir"
+    )
+
+  def _remove(self, found: bytes) -> bool:
+    """Removes the lock of a dead run; returns whether it was that."""
+    own = self._path.with_name(f".{LOCK_FILE}.{self._contents['id']}")
+    try:
+      # Of several that try, one succeeds.
+      os.rename(self._path, own)
+    except FileNotFoundError:
+      return False
+    dead = own.read_bytes() == found
+    if not dead:
+      # Another one was faster, and this is its lock.
+      with contextlib.suppress(OSError):
+        os.link(own, self._path)
+    own.unlink(missing_ok=True)
+    return dead
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+  try:
+    held = json.loads(text)
+  # It is not even text, or was cut short.
+  except ValueError:
+    return {}
+  return held if isinstance(held, dict) else {}
+
+
+def _who(held: dict[str, Any]) -> str:
+  return (
+    f"host {held.get('host', '?')}, process {held.get('pid', '?')}, since"
+    f" {held.get('since', '?')}"
+  )
+
+
+def _last_sign(held: dict[str, Any]) -> str:
+  return (
+    f'last sign of life {held.get("time", "?")} in phase "'
+    f'{held.get("phase", "?")}" at step {held.get("step", "?")}'
+  )
+
+
+def _machine() -> str:
+  """Returns what processes that see each other share, "" if it is unknown.
+
+  Host names do not: two containers may have the same.
+  """
+  with contextlib.suppress(OSError):
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+  return ""
+
+
+def _process_start(pid: int) -> str | None:
+  """Returns when a process was started, None if it is gone or unknown.
+
+  A number of a process may be given again, but not with the same start.
+  """
+  try:
+    text = pathlib.Path(f"/proc/{pid}/stat").read_text()
+  except OSError:
+    return None
+  # The name, in brackets, may have spaces.
+  fields = text.rpartition(")")[2].split()
+  return None if fields[0] in "ZX" else fields[19]
