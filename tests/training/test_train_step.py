@@ -66,8 +66,9 @@ def test_metrics_of_an_update():
   batch = stand_in.host_batch(0)
   assert set(metrics[0]) == {
     *("loss", "nll", "infeasible_fraction", "examples", "grad_norm"),
-    *("learning_rate", *(f"nll/{task}" for task in TASKS)),
+    *("learning_rate", "skipped", *(f"nll/{task}" for task in TASKS)),
   }
+  assert metrics[0]["skipped"] == 0
   assert metrics[0]["infeasible_fraction"] == 1 / stand_in.ROWS
   assert metrics[0]["learning_rate"] == pytest.approx(0.01)
   share = [np.mean(batch["task"] == i) for i in range(len(TASKS))]
