@@ -18,9 +18,7 @@ faster one.
 """
 
 import dataclasses
-import pathlib
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -82,7 +80,9 @@ def benchmark(sizes: Sizes, *, rounds: int) -> dict[str, Any]:
   # The smaller one first: what the other gives back may stay resident.
   for name in (_CHUNKED, _PLAIN):
     step = compiled[name]
-    peaks[name], outputs[name] = _peak(lambda step=step: step(*args))
+    peaks[name], outputs[name] = timing.peak_memory(
+      lambda step=step: jax.device_get(step(*args))
+    )
   differences = _differences(outputs)
   del outputs
   timings = timing.measure(
@@ -148,27 +148,6 @@ def _compile(
 
   step = jax.jit(jax.value_and_grad(objective, argnums=(0, 1)))
   return step.lower(*args).compile()
-
-
-def _peak(run: Callable[[], Any]) -> tuple[int | None, Any]:
-  """Returns by how much the resident memory rose at most, and the result."""
-  before = None
-  try:
-    # Sets the high-water mark of this process to what it uses now.
-    pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _resident("VmRSS")
-  except OSError:
-    pass
-  result = jax.device_get(run())
-  return (None if before is None else _resident("VmHWM") - before), result
-
-
-def _resident(key: str) -> int:
-  """Returns bytes from the line of a key in /proc/self/status."""
-  status = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
-  match = re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE)
-  assert match is not None
-  return 1024 * int(match.group(1))
 
 
 def _differences(outputs: dict[str, Any]) -> dict[str, dict[str, float]]:

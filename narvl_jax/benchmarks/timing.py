@@ -5,14 +5,17 @@ import json
 import os
 import pathlib
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from narvl_jax.errors import UserError
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,30 @@ def measure(
     name: Timing(wall[name], cpu[name] / max(wall[name].sum(), 1e-9))
     for name in candidates
   }
+
+
+def peak_memory(run: Callable[[], Result]) -> tuple[int | None, Result]:
+  """Returns by how much the resident memory rose at most, and the result.
+
+  Bytes, None where the system does not tell them (Linux does).
+  """
+  before = None
+  try:
+    # Sets the high-water mark of this process to what it uses now.
+    pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = _resident("VmRSS")
+  except OSError:
+    pass
+  result = run()
+  return (None if before is None else _resident("VmHWM") - before), result
+
+
+def _resident(key: str) -> int:
+  """Returns bytes from the line of a key in /proc/self/status."""
+  status = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
+  match = re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE)
+  assert match is not None
+  return 1024 * int(match.group(1))
 
 
 def spread(values: np.ndarray) -> dict[str, float]:

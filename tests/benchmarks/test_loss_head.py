@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from narvl_jax.benchmarks import loss_head
+from narvl_jax.benchmarks import loss_head, timing
 from narvl_jax.errors import UserError
 
 TINY = loss_head.Sizes(
@@ -37,12 +37,12 @@ def test_only_one_head_has_the_logits(report):
 
 
 def test_peak_is_that_of_the_run():
-  peak, result = loss_head._peak(lambda: b"x" * 2**26)
+  peak, result = timing.peak_memory(lambda: b"x" * 2**26)
   assert len(result) == 2**26
   if peak is None:
     pytest.skip("the high-water mark of memory cannot be reset here")
   assert 2**25 < peak < 2**28
-  again, _ = loss_head._peak(lambda: 1)
+  again, _ = timing.peak_memory(lambda: 1)
   assert again is not None
   assert again < 2**25
 
