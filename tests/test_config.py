@@ -124,6 +124,11 @@ def _get(config: Config, path: str) -> Any:
       "wieght",
       r'loss.confidence: "wieght" is unknown\. Did you mean "weight"',
     ),
+    (
+      "bad_numbers.policy",
+      "rolback",
+      r'bad_numbers.policy: "rolback" is unknown\. Did you mean "rollback"',
+    ),
     ("data.image_size", (480,), r"data.image_size=\(480,\) is not \(height, w"),
     ("data.image_size", (0, 48), r"data.image_size=\(0, 48\) .*'\(480,480\)'"),
     ("data.image_size", (48.0, 48), r"data.image_size=\(48.0, 48\)"),

@@ -29,8 +29,8 @@ def _entries(count: int = 50) -> list[Any]:
 
 def _train(
   model_tasks: dict[str, Any], entries: list[Any] | None = None, **changes: Any
-) -> Iterator[pipeline.Batch]:
-  settings = {
+) -> pipeline.TrainBatches:
+  settings: dict[str, Any] = {
     "batch_size": 12,
     "seed": 5,
     "position": 0,
@@ -45,9 +45,9 @@ def _train(
   )
 
 
-def _take(batches: Iterator[pipeline.Batch], count: int) -> list[Any]:
+def _take(batches: pipeline.TrainBatches, count: int) -> list[Any]:
   taken = list(itertools.islice(batches, count))
-  batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+  batches.close()
   return taken
 
 
@@ -108,6 +108,19 @@ def test_resume_far_ahead(model_tasks: dict[str, Any]) -> None:
   b = _take(_train(model_tasks, position=10**7 + 2), 1)
   _assert_equal(a[2:], b)
   assert (a[0]["index"] != b[0]["index"]).any()
+
+
+def test_examples_of_a_batch_are_those_of_all_hosts(
+  model_tasks: dict[str, Any],
+) -> None:
+  batches = _train(model_tasks)
+  part = _train(model_tasks, rows=[3, 4])
+  for position, batch in enumerate(_take(batches, 4)):
+    examples = batches.examples(position)
+    assert [index for _, index in examples] == batch["index"].tolist()
+    names = [TASKS[i] for i in batch["task"]]
+    assert [name for name, _ in examples] == names
+    assert part.examples(position) == examples
 
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 2), (3, 8), (2, 0)])

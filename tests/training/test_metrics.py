@@ -53,6 +53,21 @@ def test_flushed_line_takes_what_comes_later(tmp_path):
   assert _lines(tmp_path) == [{"step": 3, "loss": 7.0, "accuracy": 0.5}]
 
 
+def test_going_back(tmp_path):
+  with MetricsWriter(tmp_path) as writer:
+    for step in (2, 4, 6):
+      writer.write(step, {"loss": float(step)})
+    writer.go_back(4)
+    # What is written for the step itself still ends up in its line.
+    writer.write(4, {"accuracy": 0.5})
+    writer.write(6, {"loss": 60.0})
+  assert _lines(tmp_path) == [
+    {"step": 2, "loss": 2.0},
+    {"step": 4, "loss": 4.0, "accuracy": 0.5},
+    {"step": 6, "loss": 60.0},
+  ]
+
+
 def test_lines_after_the_resumed_step_are_removed(tmp_path):
   with MetricsWriter(tmp_path) as writer:
     for step in (2, 4, 6):

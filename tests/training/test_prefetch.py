@@ -3,13 +3,14 @@
 import itertools
 import threading
 import time
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from narvl_jax.parallel import batch_sharding, make_mesh
-from narvl_jax.training.prefetch import DevicePrefetcher
+from narvl_jax.training.prefetch import DeviceBatches, DevicePrefetcher
 
 
 def _batch(i: int) -> dict[str, np.ndarray]:
@@ -81,3 +82,46 @@ def test_close_ends_the_thread_though_the_queue_is_full():
   assert threading.active_count() == before + 1
   batches.close()
   assert threading.active_count() == before
+
+
+class _Source:
+  """Stands in for `TrainBatches`."""
+
+  def __init__(self, position: int) -> None:
+    self.next = position
+    self.closed = 0
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    assert not self.closed
+    self.next += 1
+    return _batch(self.next - 1)
+
+  def close(self) -> None:
+    self.closed += 1
+
+
+def test_batches_from_any_position():
+  opened: list[_Source] = []
+
+  def open_batches(position: int) -> Any:
+    opened.append(_Source(position))
+    return opened[-1]
+
+  with DeviceBatches(open_batches, 3, make_mesh(), ("rows",), 8) as batches:
+    for position in (3, 4):
+      assert batches.position == position
+      np.testing.assert_array_equal(
+        batches.get()["rows"], _batch(position)["rows"]
+      )
+    # Also backwards; what was ready already is forgotten.
+    for start in (9, 1):
+      batches.seek(start)
+      for position in (start, start + 1):
+        assert batches.position == position
+        np.testing.assert_array_equal(
+          batches.get()["rows"], _batch(position)["rows"]
+        )
+  assert [source.closed for source in opened] == [1, 1, 1]
