@@ -138,20 +138,30 @@ def train(
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     with ledger.stage("init"):
-      dead = None
       if distributed.is_first():
-        dead = guard.take(say)
+        guard.take(say)
         check_unchanged(resumes, workdir)
       write_run(experiment, setup, workdir, resumes)
       checkpoints = stack.enter_context(
-        Checkpoints(workdir, keep_last=config.train.keep_last)
+        Checkpoints(
+          workdir,
+          keep_last=config.train.keep_last,
+          keep_best=config.train.keep_best,
+          keep_every=config.train.keep_every,
+          config=config,
+        )
       )
       state, first_step, stored = first_state(setup, checkpoints, say)
       guard.busy = lambda: checkpoints.progress.startswith("saving")
       ledger.progress(first_step)
       if distributed.is_first():
         if resumes:
-          guard.record_restart(dead, first_step, say, saved=stored.get("time"))
+          guard.record_restart(
+            first_step,
+            say,
+            saved=stored.get("time"),
+            damaged=checkpoints.set_aside,
+          )
         workdir_lib.write_environment(workdir, first_step)
         writer = stack.enter_context(MetricsWriter(workdir, first_step))
       else:

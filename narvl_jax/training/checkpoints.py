@@ -1,76 +1,55 @@
-"""Checkpoints, written in the background; the last and the best are kept."""
+"""Checkpoints, written in the background and checked before they are used."""
 
-import functools
-import math
+import contextlib
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any, Self
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
-from absl import flags, logging
 
+from narvl_jax.config import to_json
+from narvl_jax.disk import explain_disk
 from narvl_jax.errors import UserError
-from narvl_jax.training.train_state import (
-  TrainState,
-  averaged_variables,
+from narvl_jax.parallel import distributed
+from narvl_jax.training import record as record_lib
+from narvl_jax.training.checksums import device_checksums, text
+from narvl_jax.training.fit import leaf_of
+from narvl_jax.training.integrity import Damage, write_digests
+from narvl_jax.training.record import Record, name_leaves
+from narvl_jax.training.retention import Policy, Retention
+from narvl_jax.training.stored_checkpoints import (
+  FOLDER,
+  StoredCheckpoints,
+  state_items,
 )
+from narvl_jax.training.train_state import TrainState
 
-FOLDER = "checkpoints"
-_SCORE = "score"
-# Smallest part of a replicated array that a device writes.
-_MIN_SLICE_BYTES = 4 << 20
-# In which all hosts must have written their parts of a checkpoint.
-_SAVE_SECONDS = 1200
+__all__ = ["FOLDER", "Checkpoints", "choose_step", "restore_target"]
 
-
-def _rank(metrics: Mapping[str, Any]) -> float:
-  """Returns what the best checkpoint has most of; unscored ones come last."""
-  score = metrics[_SCORE]
-  return -math.inf if score is None else score
+# Of the run folder; where checkpoints go that are not what was written.
+DAMAGED_FOLDER = "damaged"
+_LAST_WORDS_SECONDS = 5.0
 
 
-def _wait_with_timeouts() -> None:
-  """Has Orbax wait for other hosts by name and for a limited time.
+class Checkpoints(StoredCheckpoints):
+  """Checkpoints that can also be saved.
 
-  It else does so by a collective of all devices, which waits for ever.
-  """
-  from orbax.checkpoint import multihost  # Defines the flag.
-
-  del multihost
-  name = "experimental_orbax_use_distributed_barrier"
-  flags.FLAGS[name].value = True
-
-
-@functools.cache
-def _split_only_large_arrays() -> None:
-  """Has Orbax write a replicated array from one device unless it is large.
-
-  It else splits every array over all replicas, for which it compiles one
-  slice for each device and shape: a minute at the first save on a CPU.
-  """
-  from orbax.checkpoint import type_handlers
-
-  handler = type_handlers.ArrayHandler(
-    min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES
-  )
-  verbosity = logging.get_verbosity()
-  # It warns of what it is asked to do.
-  logging.set_verbosity(logging.ERROR)
-  type_handlers.register_type_handler(jax.Array, handler, override=True)
-  logging.set_verbosity(verbosity)
-
-
-class Checkpoints:
-  """The checkpoints in `WORKDIR/checkpoints/STEP`.
-
-  A checkpoint has the items `params` (parameters and running statistics),
-  `optimizer` (its state and the step) and, if the run has them, `ema`.
-  A step with a score is kept while it is the best, besides the last ones.
+  Attributes:
+    set_aside: what was wrong with the checkpoints that `set_aside_damaged`
+      took away in this process.
   """
 
   def __init__(
-    self, workdir: str | os.PathLike[str], *, keep_last: int | None = None
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    keep_last: int | None = None,
+    keep_best: int = 1,
+    keep_every: int = 0,
+    config: Any = None,
   ) -> None:
     """Opens the folder.
 
@@ -78,42 +57,27 @@ class Checkpoints:
       workdir: the run folder.
       keep_last: number of newest checkpoints to keep; None opens the folder
         for reading only.
+      keep_best: number of those with the highest scores to keep besides.
+      keep_every: keeps those of every such step; 0: none.
+      config: of the run, to be stored with every checkpoint.
     """
-    # Orbax takes a second to import: those who only train pay for it late.
-    import orbax.checkpoint as ocp
-    from orbax.checkpoint import checkpoint_managers
-
-    _split_only_large_arrays()
-    _wait_with_timeouts()
-    self._ocp = ocp
+    self._config = None if config is None else to_json(config)
     self._saved: int | None = None
-    folder = pathlib.Path(workdir).resolve() / FOLDER
-    writes = keep_last is not None
-    policy = None
-    if writes:
-      policy = checkpoint_managers.AnyPreservationPolicy(
-        [
-          checkpoint_managers.LatestN(keep_last),
-          checkpoint_managers.BestN(
-            get_metric_fn=_rank,
-            n=1,
-            keep_checkpoints_without_metrics=False,
-          ),
-        ]
-      )
-    self._manager = ocp.CheckpointManager(
-      folder,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policy,
-        best_fn=_rank,
-        # Not `read_only`, about which orbax warns: it writes only in `save`.
-        create=writes,
-        async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
-      ),
-      item_handlers={
-        name: ocp.StandardCheckpointHandler()
-        for name in ("params", "optimizer", "ema")
-      },
+    self._completion: _Completion | None = None
+    self._error: BaseException | None = None
+    self._failed = False
+    self.set_aside: list[str] = []
+    self._policy = None
+    if keep_last is not None:
+      retention = Retention(keep_last, keep_best, keep_every)
+      self._policy = Policy(retention, lambda: self._scores)
+      # A run that goes on looks for itself.
+      self._advises = False
+    super().__init__(workdir)
+
+  def _open(self) -> Any:
+    return self._orbax.open_manager(
+      self._folder, self._policy, self._note_error
     )
 
   @property
@@ -121,21 +85,13 @@ class Checkpoints:
     """The newest step, None if there is none."""
     return self._manager.latest_step()
 
-  @property
-  def best_step(self) -> int | None:
-    """The step with the best score, None if none has one."""
-    step = self._manager.best_step()
-    if step is None:
-      return None
-    scored = (self._manager.metrics(step) or {}).get(_SCORE) is not None
-    return step if scored else None
-
-  def steps(self) -> list[int]:
-    """Returns the steps on disk in order."""
-    return sorted(self._manager.all_steps())
-
   def save(
-    self, step: int, state: TrainState, *, score: float | None = None
+    self,
+    step: int,
+    state: TrainState,
+    *,
+    score: float | None = None,
+    run: Mapping[str, Any] | None = None,
   ) -> None:
     """Copies the state and writes it in the background.
 
@@ -144,24 +100,13 @@ class Checkpoints:
       state: may be donated as soon as this returns.
       score: of the evaluation at this step, higher is better; None if there
         was none.
+      run: where the run stands beside its state, anything that JSON can hold.
+
+    Raises:
+      UserError: this or the last one could not be written; see
+        `check_errors`.
     """
-    save = self._ocp.args.StandardSave
-    items = {
-      "params": save(
-        {"params": state.params, "batch_stats": state.batch_stats}
-      ),
-      "optimizer": save({"step": state.step, "opt_state": state.opt_state}),
-    }
-    if state.ema is not None:
-      items["ema"] = save(state.ema)
-    self._manager.save(
-      step,
-      args=self._ocp.args.Composite(**items),
-      # Orbax warns about every checkpoint without metrics.
-      metrics={_SCORE: score},
-      force=True,
-    )
-    self._saved = step
+    self._save(step, state_items(state), score, run)
 
   def save_variables(self, step: int, variables: Mapping[str, Any]) -> None:
     """Writes weights only, which can be evaluated but not trained on.
@@ -170,105 +115,172 @@ class Checkpoints:
       step: the name of the checkpoint.
       variables: {"params", "batch_stats"} of arrays.
     """
-    args = self._ocp.args
-    self._manager.save(
-      step,
-      args=args.Composite(params=args.StandardSave(dict(variables))),
-      metrics={_SCORE: None},
-      force=True,
-    )
+    self._save(step, {"params": dict(variables)}, None, None)
 
-  def shapes(self, step: int) -> dict[str, Any]:
-    """Returns what a checkpoint holds, without reading the values.
+  def _save(
+    self,
+    step: int,
+    items: Mapping[str, Any],
+    score: float | None,
+    run: Mapping[str, Any] | None,
+  ) -> None:
+    self.wait()
+    arrays = name_leaves(items)
+    leaves = {
+      name: leaf_of(leaf, text(checksum))
+      for (name, leaf), checksum in zip(
+        arrays.items(), device_checksums(list(arrays.values())), strict=True
+      )
+    }
+    score = None if score is None else float(score)
+    self._scores[step] = score
+    record = Record(step, score, dict(run or {}), self._config, leaves)
+    args = self._orbax.ocp.args
+    try:
+      self._manager.save(
+        step,
+        args=args.Composite(
+          **{
+            name: self._orbax.SaveArrays(item) for name, item in items.items()
+          },
+          **{record_lib.ITEM: args.JsonSave(record_lib.to_json(record))},
+        ),
+        force=True,
+      )
+    except Exception as error:
+      raise self._failure(step, error) from error
+    self._saved = step
+    self._completion = _Completion(step, self._complete)
+    self._completion.start()
 
-    Args:
-      step: one of `steps()`.
+  def _complete(self, step: int) -> None:
+    """Waits until a checkpoint is on disk; writes its digests."""
+    self._manager.wait_until_finished()
+    hosts = jax.process_count()
+    write_digests(self._folder / str(step), jax.process_index(), hosts)
+    if distributed.is_first():
+      shutil.rmtree(self._folder / self._orbax.DELETED, ignore_errors=True)
 
-    Returns:
-      "params" and, if there are any, "ema": trees of objects with `shape` and
-      `dtype`; each has {"params", "batch_stats"}.
+  def _note_error(self, error: BaseException) -> None:
+    self._error = error
+
+  def check_errors(self) -> None:
+    """Raises what went wrong since the last save, if anything did.
+
+    Raises:
+      UserError: naming the step and what the disk says.
+      RuntimeError: naming the step, for what nobody expected.
     """
-    found = self._manager.item_metadata(step)
-    items = {name: found.get(name) for name in ("params", "ema")}
-    return {name: item.tree for name, item in items.items() if item is not None}
+    completion = self._completion
+    if completion is None:
+      return
+    # Where there are other hosts, the completion waits for them.
+    error = self._error or completion.error
+    if error is not None:
+      # Here it ends, too, and writes no more; others may keep it waiting.
+      completion.join(_LAST_WORDS_SECONDS)
+      self._completion = None
+      raise self._failure(completion.step, error) from error
+
+  def _failure(self, step: int, error: BaseException) -> Exception:
+    """Returns the error to raise; nothing is left of the checkpoint."""
+    self._failed = True
+    on_disk = [int(x.name) for x in self._folder.glob("*") if x.name.isdigit()]
+    saved = [x for x in on_disk if x != step]
+    if distributed.is_first():
+      for part in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+        shutil.rmtree(part, ignore_errors=True)
+    what = f"the checkpoint of step {step} could not be saved"
+    reason = explain_disk(error, self._workdir)
+    if reason is None:
+      kind = type(error).__name__
+      return RuntimeError(f"{what}: {kind}: {' '.join(str(error).split())}")
+    then = f"it goes on from step {max(saved)}" if saved else "it starts anew"
+    return UserError(
+      f"{what}: {reason}, and run the same command again: {then}"
+    )
 
   @property
   def progress(self) -> str:
     """Which step this process saved last, and whether it is on disk yet."""
     if self._saved is None:
       return "none"
-    saving = self._manager.is_saving_in_progress()
+    saving = self._completion is not None and self._completion.is_alive()
     return f"{'saving' if saving else 'saved'} {self._saved}"
 
-  def restore(self, step: int, target: TrainState) -> TrainState:
-    """Reads a whole state.
+  def set_aside_damaged(self, damages: Mapping[int, Damage]) -> None:
+    """Moves checkpoints to `WORKDIR/damaged`, so that nobody uses them.
 
     Args:
-      step: one of `steps()`.
-      target: shapes, dtypes and shardings of the state
-        (`jax.ShapeDtypeStruct`s).
-
-    Raises:
-      UserError: it holds weights only.
+      damages: step -> what is wrong with it, the same on all hosts.
     """
-    if self._manager.item_metadata(step).get("optimizer") is None:
-      raise UserError(
-        f"the checkpoint {step} holds weights but no state of an optimizer, so"
-        " no run can go on from it; start one with --config.init_from=FOLDER"
-        " and another --workdir"
-      )
-    restore = self._ocp.args.StandardRestore
-    items = {
-      "params": restore(
-        {"params": target.params, "batch_stats": target.batch_stats}
-      ),
-      "optimizer": restore(
-        {"step": target.step, "opt_state": target.opt_state}
-      ),
-    }
-    if target.ema is not None:
-      items["ema"] = restore(target.ema)
-    read = self._manager.restore(step, args=self._ocp.args.Composite(**items))
-    return TrainState(
-      step=read["optimizer"]["step"],
-      params=read["params"]["params"],
-      batch_stats=read["params"]["batch_stats"],
-      opt_state=read["optimizer"]["opt_state"],
-      ema=read["ema"] if target.ema is not None else None,
-    )
-
-  def restore_variables(
-    self, step: int, target: Mapping[str, Any], ema: Mapping[str, Any] | None
-  ) -> dict[str, Any]:
-    """Reads the variables to evaluate, averaged ones if the run has them.
-
-    Args:
-      step: one of `steps()`.
-      target: shapes of {"params", "batch_stats"}.
-      ema: shapes of {"params", "batch_stats"} of the averages, or None.
-    """
-    restore = self._ocp.args.StandardRestore
-    items = {"params": restore(dict(target))}
-    if ema is not None:
-      items["ema"] = restore(dict(ema))
-    read = self._manager.restore(step, args=self._ocp.args.Composite(**items))
-    if ema is None:
-      return read["params"]
-    return averaged_variables(read["params"]["params"], read["ema"])
+    distributed.barrier("damaged checkpoints found")
+    for step, damage in damages.items():
+      target = _unused(self._workdir / DAMAGED_FOLDER / str(step))
+      self.set_aside.append(f"step {step}: {damage}; now in {target}")
+      if distributed.is_first():
+        target.parent.mkdir(exist_ok=True)
+        (self._folder / str(step)).rename(target)
+    distributed.barrier("damaged checkpoints set aside")
+    # Its `reload` would read files of the others, which may be damaged too.
+    self._manager.close()
+    self._manager = self._open()
 
   def wait(self) -> None:
-    """Blocks until everything saved is on disk."""
-    self._manager.wait_until_finished()
+    """Blocks until everything saved is on disk.
+
+    Raises:
+      UserError: it cannot be written; see `check_errors`.
+    """
+    self.check_errors()
+    while self._completion is not None:
+      self._completion.join(1.0)
+      alive = self._completion.is_alive()
+      self.check_errors()
+      if not alive:
+        self._completion = None
 
   def close(self) -> None:
     """Finishes what is being written and closes the folder."""
-    self._manager.close()
+    if not self._failed:
+      self.wait()
+      self._manager.close()
 
-  def __enter__(self) -> Self:
-    return self
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    # What ended the block is not to be hidden by what follows from it.
+    with contextlib.suppress(*(() if kind is None else (Exception,))):
+      self.close()
 
-  def __exit__(self, *_: object) -> None:
-    self.close()
+
+class _Completion(threading.Thread):
+  """The part of a save that nobody waits for.
+
+  Attributes:
+    step: what is saved.
+    error: what went wrong, None while nothing did.
+  """
+
+  def __init__(self, step: int, complete: Callable[[int], None]) -> None:
+    super().__init__(name="checkpoint completion", daemon=True)
+    self.step = step
+    self.error: BaseException | None = None
+    self._complete = complete
+
+  def run(self) -> None:
+    try:
+      self._complete(self.step)
+    except BaseException as error:
+      self.error = error
+
+
+def _unused(path: pathlib.Path) -> pathlib.Path:
+  """Returns a path, with a number behind it if there is something there."""
+  number = 1
+  target = path
+  while target.exists():
+    number += 1
+    target = path.with_name(f"{path.name}.{number}")
+  return target
 
 
 def choose_step(checkpoints: Checkpoints, wanted: str | int) -> int:

@@ -1,10 +1,9 @@
 """Checksums of arrays, the same on every mesh and on the host.
 
-An array is taken as unsigned words. Each is multiplied by an odd number that
-depends on its place, and the products are summed modulo 2^32. A product with
-an odd number is another one if any bit of the word is, so that one changed
-word always changes the sum; and sums of integers do not depend on their order,
-hence not on how the array is split over devices.
+An array is taken as unsigned words. Each is mixed with its place in a way that
+can be undone, and the results are summed modulo 2^32. So one changed word
+always changes the sum; and sums of integers do not depend on their order, hence
+not on how the array is split over devices.
 """
 
 import functools
@@ -47,8 +46,8 @@ def host_checksum(array: np.ndarray) -> np.ndarray:
   for start in range(0, words.size, _BLOCK):
     block = words[start : start + _BLOCK].astype(np.uint32)
     places = np.arange(start, start + block.size, dtype=np.uint64)
-    weights = _weights(places.astype(np.uint32))
-    total += [np.sum(block * w, dtype=np.uint32) for w in weights]
+    terms = _terms(block, places.astype(np.uint32))
+    total += [np.sum(term, dtype=np.uint32) for term in terms]
   return total
 
 
@@ -57,17 +56,19 @@ def text(checksum: np.ndarray) -> str:
   return "".join(f"{int(part):08x}" for part in checksum)
 
 
-def _weights(places: Any) -> tuple[Any, Any]:
-  """Returns two odd uint32 weights for each uint32 place.
+def _terms(words: Any, places: Any) -> tuple[Any, Any]:
+  """Returns what each of the two sums has of words, both uint32.
 
-  The first one grows evenly. The second one is scattered, so that what the
-  first does not see, such as two words in each other's place whose difference
-  is a power of two, is seen nevertheless.
+  The first sum alone would miss some changes of two words, such as two other
+  signs: the highest bit times an odd number is the highest bit. So the second
+  one scrambles each word, by steps that can be undone, after its place was
+  mixed in.
   """
-  mixed = places * np.uint32(0x9E3779B1)
-  mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0x85EBCA77)
-  one = np.uint32(1)
-  return (places << one) | one, mixed | one
+  mixed = words ^ (places * np.uint32(0x9E3779B1))
+  mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+  mixed = (mixed ^ (mixed >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+  mixed = mixed ^ (mixed >> np.uint32(16))
+  return words * ((places << np.uint32(1)) | np.uint32(1)), mixed
 
 
 @jax.jit
@@ -87,7 +88,7 @@ def _checksum(array: jax.Array) -> jax.Array:
   # Both at once: the compiler would write down what two sums share.
   return jnp.stack(
     jax.lax.reduce(
-      tuple(words * weights for weights in _weights(places)),
+      _terms(words, places),
       (np.uint32(0), np.uint32(0)),
       lambda a, b: (a[0] + b[0], a[1] + b[1]),
       tuple(range(words.ndim)),
