@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_dict
 from ml_collections.config_flags import config_flags
 
+from narvl_jax.disk import explain_disk
 from narvl_jax.errors import UserError, did_you_mean
 
 USER_ERROR_CODE = 2
@@ -68,6 +69,11 @@ def run(
       # Nobody reads on, as after `| head`; no more is to be written at exit.
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
       sys.exit(1)
+    except Exception as error:
+      text = explain_disk(error)
+      if text is None:
+        raise
+      fail(text)
 
   app.run(guarded, flags_parser=_parse_flags)
   raise AssertionError("app.run returned")

@@ -29,36 +29,45 @@ _FILE_ERRORS = {
 
 
 def explain_disk(
-  error: BaseException, folder: str | os.PathLike[str]
+  error: BaseException, folder: str | os.PathLike[str] | None = None
 ) -> str | None:
   """Returns one line for an error that a disk is the cause of, else None.
 
   Args:
     error: and what it was raised from; libraries wrap what the system says.
-    folder: of the run, in which files may vanish or lose their permissions.
+    folder: of the run, in which files may vanish or lose their permissions;
+      None if there is none.
   """
-  folder = pathlib.Path(folder)
+  run = None if folder is None else pathlib.Path(folder)
   for link in _chain(error):
-    number = link.errno if isinstance(link, OSError) else None
-    if number is None:
-      text = str(link)
-      number = next((n for n in _DISK_ERRORS if os.strerror(n) in text), None)
-    name = getattr(link, "filename", None)
-    if isinstance(name, bytes):
-      name = os.fsdecode(name)
-    path = pathlib.Path(name) if isinstance(name, str) else folder
-    advice = _DISK_ERRORS.get(number or 0)
-    if advice is None and number in _FILE_ERRORS and isinstance(name, str):
-      inside = path.absolute().is_relative_to(folder.absolute())
-      advice = _FILE_ERRORS[number] if inside else None
-    if number is not None and advice is not None:
-      return f"{_what_failed(path, folder, number)}; {advice}"
+    number, path = _number_and_path(link)
+    advice = _DISK_ERRORS.get(number)
+    if run is not None and path is not None:
+      inside = run.absolute() in path.absolute().parents
+      advice = advice or (_FILE_ERRORS.get(number) if inside else None)
+    if advice is not None:
+      return f"{_what_failed(path or run, run, number)}; {advice}"
   return None
 
 
-def _what_failed(path: pathlib.Path, folder: pathlib.Path, number: int) -> str:
-  if number in (errno.ENOENT, errno.ENOTDIR) and not folder.is_dir():
-    return f"the folder {folder} is gone, in which {path.name} was wanted"
+def _number_and_path(error: BaseException) -> tuple[int, pathlib.Path | None]:
+  """Returns the number of an error, 0 if it has none, and its file, if any."""
+  if not isinstance(error, OSError) or error.errno is None:
+    # What C++ says is a text.
+    text = str(error)
+    return next((n for n in _DISK_ERRORS if os.strerror(n) in text), 0), None
+  name = error.filename
+  known = isinstance(name, (str, bytes))
+  return error.errno, pathlib.Path(os.fsdecode(name)) if known else None
+
+
+def _what_failed(
+  path: pathlib.Path | None, run: pathlib.Path | None, number: int
+) -> str:
+  if path is None:
+    return f"a file cannot be written or read: {os.strerror(number)}"
+  if number in _FILE_ERRORS and run is not None and not run.is_dir():
+    return f"the folder {run} is gone, in which {path.name} was wanted"
   text = f"{path} cannot be written or read: {os.strerror(number)}"
   place = free_place(path)
   with contextlib.suppress(OSError):

@@ -26,6 +26,8 @@ flags.disclaim_key_flags()
 
 # Long enough for the slowest file system, short enough not to waste a night.
 BARRIER_SECONDS = 600.0
+# What is left of half a minute goes into telling the others.
+HEARTBEAT_SECONDS = 20
 _MODES = ("auto", "on", "off")
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
 
@@ -52,7 +54,7 @@ class Cluster(NamedTuple):
   process_id: int
   local_device_ids: Sequence[int] | None = None
   start_timeout: int = 300
-  heartbeat_timeout: int = 100
+  heartbeat_timeout: int = HEARTBEAT_SECONDS
   found_by: str = "flags"
 
 
@@ -71,7 +73,9 @@ def define_flags() -> None:
     "start_timeout", 300, "Seconds to wait for all processes at the start."
   )
   flags.DEFINE_integer(
-    "heartbeat_timeout", 100, "Seconds after which a silent process is lost."
+    "heartbeat_timeout",
+    HEARTBEAT_SECONDS,
+    "Seconds after which a silent process is lost.",
   )
   flags.DEFINE_enum(
     "distributed",

@@ -21,6 +21,7 @@ def record_end(
   stage: str,
   step: int,
   since: str | None,
+  moment: str | None = None,
 ) -> None:
   """Appends that a run ends before it is finished; a full disk is no matter.
 
@@ -31,13 +32,14 @@ def record_end(
     stage: what the run was doing.
     step: its last update.
     since: when it was started.
+    moment: when it ended, now by default.
   """
   with contextlib.suppress(OSError):
     _append(
       workdir,
       {
         "event": "end",
-        "time": now(),
+        "time": moment or now(),
         "how": how,
         "code": code,
         "phase": stage,
@@ -47,9 +49,26 @@ def record_end(
     )
 
 
+def record_death(workdir: pathlib.Path, held: Mapping[str, Any]) -> None:
+  """Appends that a run was killed, or its machine lost.
+
+  Args:
+    workdir: the run folder.
+    held: what its lock says.
+  """
+  record_end(
+    workdir,
+    "ended without a word: killed, or the machine lost",
+    code=1,
+    stage=held.get("phase", "?"),
+    step=held.get("step", 0),
+    since=held.get("since"),
+    moment=held.get("time"),
+  )
+
+
 def record_restart(
   workdir: pathlib.Path,
-  dead: Mapping[str, Any] | None,
   *,
   step: int,
   saved: float | None,
@@ -59,7 +78,6 @@ def record_restart(
 
   Args:
     workdir: the run folder.
-    dead: the lock that it left, None if it removed it.
     step: of the checkpoint that this one goes on from; 0: from the start.
     saved: when that was saved, in seconds since 1970; None: never.
     damaged: what was wrong with newer checkpoints, a line each.
@@ -73,27 +91,23 @@ def record_restart(
     OSError: it cannot be written.
   """
   last = (history(workdir) or [{}])[-1]
-  if dead is not None:
-    end = {**dead, "how": "ended without a word: killed, or the machine lost"}
-  elif last.get("event") == "end":
-    end = last
-  elif damaged:
-    end = {"how": "finished"}
-  else:
-    return None
+  if last.get("event") != "end":
+    if not damaged:
+      return None
+    last = {"how": "finished"}
   moment = datetime.datetime.now(datetime.UTC)
-  last_sign = _time(end.get("time")) or moment
+  last_sign = _time(last.get("time")) or moment
   # A run that never saved has lost all since its own start.
-  starts = [t for t in (_time(end.get("since")), _from_epoch(saved)) if t]
+  starts = [t for t in (_time(last.get("since")), _from_epoch(saved)) if t]
   lost = (last_sign - max(starts)).total_seconds() if starts else 0.0
-  if end.get("code") == 0 and end.get("step") == step:
+  if last.get("code") == 0 and last.get("step") == step:
     lost = 0.0
   record = {
     "event": "restart",
     "time": now(),
-    "how": end["how"],
-    "phase": end.get("phase"),
-    "step": end.get("step"),
+    "how": last["how"],
+    "phase": last.get("phase"),
+    "step": last.get("step"),
     "lost_seconds": round(max(lost, 0.0), 1),
     "down_seconds": round(max((moment - last_sign).total_seconds(), 0.0), 1),
     "from_step": step,

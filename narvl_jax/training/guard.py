@@ -1,6 +1,7 @@
 """What looks after a run: stops, its lock, its watchdog, and how it ends."""
 
 import contextlib
+import functools
 import pathlib
 import signal
 import sys
@@ -101,26 +102,25 @@ class Guard:
     )
     self._watchdog.__enter__()
 
-  def take(self, say: Callable[[str], Any]) -> dict[str, Any] | None:
+  def take(self, say: Callable[[str], Any]) -> None:
     """Takes the run folder for this run; for the first host.
 
     Args:
       say: prints a line.
 
-    Returns:
-      The lock of a run that was killed, if there was one.
-
     Raises:
       UserError: another run is alive in it.
     """
     lock = RunLock(self._workdir)
-    dead = lock.acquire(say, self.ledger.activity.stage)
+    lock.acquire(
+      say,
+      functools.partial(failures.record_death, self._workdir),
+      self.ledger.activity.stage,
+    )
     self._lock, self._since = lock, lock.since
-    return dead
 
   def record_restart(
     self,
-    dead: Mapping[str, Any] | None,
     step: int,
     say: Callable[[str], Any],
     *,
@@ -130,7 +130,6 @@ class Guard:
     """Writes down what happened before this start; see `failures`.
 
     Args:
-      dead: from `take`.
       step: that this start goes on from.
       say: prints a line.
       saved: when the checkpoint of that step was saved, in seconds since 1970;
@@ -141,7 +140,7 @@ class Guard:
       with contextlib.suppress(OSError):
         saved = (self._workdir / CHECKPOINTS / str(step)).stat().st_mtime
     record = failures.record_restart(
-      self._workdir, dead, step=step, saved=saved, damaged=damaged
+      self._workdir, step=step, saved=saved, damaged=damaged
     )
     if record is not None:
       say(f"restart: {failures.describe(record)}")

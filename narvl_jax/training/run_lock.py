@@ -70,35 +70,34 @@ class RunLock:
     return self._contents["since"]
 
   def acquire(
-    self, say: Callable[[str], Any], stage: str = "init"
-  ) -> dict[str, Any] | None:
+    self,
+    say: Callable[[str], Any],
+    on_dead: Callable[[dict[str, Any]], Any] = lambda held: None,
+    stage: str = "init",
+  ) -> None:
     """Takes the folder for this run.
 
     Args:
       say: prints a line.
+      on_dead: told of the lock of a dead run, once: by the one of several that
+        wait for it which removes it, be it the next to have it or not.
       stage: what the run is doing.
-
-    Returns:
-      What the lock of a dead run held, None if there was none.
 
     Raises:
       UserError: another run is alive in the folder.
     """
-    dead = None
     self._contents["since"] = now()
     while not self._create(stage):
       found = self._read()
       if found is None:
         continue
       held = _parse(found)
-      self._check_dead(found, held, say)
-      if self._remove(found):
-        dead = held
+      if self._is_dead(found, held, say) and self._remove(found):
         say(
-          f"note: took over from the run of {_who(held)}, which ended without"
+          f"note: takes over from the run of {_who(held)}, which ended without"
           f" a word ({_last_sign(held)})"
         )
-    return dead
+        on_dead(held)
 
   def renew(self, stage: str, step: int) -> None:
     """Writes a sign of life.
@@ -177,31 +176,41 @@ class RunLock:
     except FileNotFoundError:
       return None
 
-  def _check_dead(
+  def _is_dead(
     self, found: bytes, held: dict[str, Any], say: Callable[[str], Any]
-  ) -> None:
-    """Raises `UserError` if the run that holds the lock is alive."""
-    machine = self._contents["machine"]
-    if machine and held.get("machine") == machine:
-      start = _process_start(held.get("pid", 0))
-      if start is None or start != held.get("process_start"):
-        return
-    else:
-      say(
-        f"{LOCK_FILE} is that of a run of {_who(held)}; waiting"
-        f" {self._stale_seconds:g} s for a sign of life"
-      )
-      deadline = time.monotonic() + self._stale_seconds
-      while time.monotonic() < deadline:
-        current = self._read()
-        if current is None:
-          return
-        if current != found:
-          held = _parse(current)
+  ) -> bool:
+    """Returns whether the run that holds the lock is dead, False if it ended.
+
+    A new sign of life tells that it is not. Where this machine is also that of
+    the other run, its process tells more: it may be gone, or alive and stuck.
+
+    Raises:
+      UserError: it is alive.
+    """
+    here = self._contents["machine"]
+    near = bool(here) and held.get("machine") == here
+    told = False
+    deadline = time.monotonic() + self._stale_seconds
+    while True:
+      current = self._read()
+      if current is None:
+        return False
+      if near and not _is_running(held):
+        return True
+      if current != found:
+        held = _parse(current)
+        break
+      if time.monotonic() > deadline:
+        if near:
           break
-        time.sleep(min(0.2, self._stale_seconds / 4))
-      else:
-        return
+        return True
+      if not told:
+        say(
+          f"{LOCK_FILE} is that of a run of {_who(held)}; waiting up to"
+          f" {self._stale_seconds:g} s for a sign of life"
+        )
+        told = True
+      time.sleep(min(0.2, self._stale_seconds / 4))
     raise UserError(
       f"--workdir={self._workdir} is in use: a run of {_who(held)} is alive"
       f" ({_last_sign(held)}); stop it (kill {held.get('pid', '?')} on"
@@ -257,6 +266,11 @@ def _machine() -> str:
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
   return ""
+
+
+def _is_running(held: dict[str, Any]) -> bool:
+  start = _process_start(held.get("pid", 0))
+  return start is not None and start == held.get("process_start")
 
 
 def _process_start(pid: int) -> str | None:

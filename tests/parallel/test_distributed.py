@@ -18,7 +18,7 @@ def _settings(**changes: Any) -> Any:
     "num_processes": None,
     "process_id": None,
     "start_timeout": 300,
-    "heartbeat_timeout": 100,
+    "heartbeat_timeout": 20,
     "distributed": "auto",
   }
   return SimpleNamespace(**(usual | changes))
