@@ -95,6 +95,22 @@ def _get(config: Config, path: str) -> Any:
   return config
 
 
+def test_rules_for_weights_that_none_names():
+  config = tiny_config()
+  config.init_drops = ("decoder/.*",)
+  with pytest.raises(
+    UserError,
+    match=r"init_drops=\('decoder/\.\*',\) is of use only with weights to start"
+    r" from: --config.init_from=FOLDER, or --config.init_drops='\(\)'",
+  ):
+    validate(config)
+  config.init_from = "runs/other"
+  validate(config)
+  config.init_renames = ("a", "b")
+  with pytest.raises(UserError, match="init_renames: 'a' is not a pair"):
+    validate(config)
+
+
 @pytest.mark.parametrize(
   ("path", "value", "message"),
   [
