@@ -1,0 +1,202 @@
+"""Whole runs of everything that training can have, for one compilation.
+
+Accumulation, moving averages, dropout, BatchNorm with statistics of the batch,
+and a mixture of three sources; checkpoints on disk. What is left out is what
+`narvl_jax.train.train` does around `_fit`.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from narvl_jax import experiment as experiment_lib
+from narvl_jax import run_data
+from narvl_jax import train as train_lib
+from narvl_jax.config import Config, train_source
+from narvl_jax.parallel import make_mesh, shard_batch
+from narvl_jax.training.announce import Announcer
+from narvl_jax.training.checkpoints import Checkpoints, restore_target
+from narvl_jax.training.interrupt import StopRequest
+from narvl_jax.training.ledger import Ledger
+from narvl_jax.training.metrics import MetricsWriter
+from narvl_jax.training.setup import Setup, build_setup
+from narvl_jax.training.start import first_state
+from narvl_jax.training.train_state import TrainState
+from tests.models.small import FAST_COMPILE
+from tests.training.tiny import tiny_config
+
+STEPS = 10
+
+
+def config() -> Config:
+  """Returns the config; every test's differs only in what is not compiled."""
+  config = tiny_config()
+  config.data.train = {
+    "questions": train_source("shapes", "vqa", image_size=48, weight=2.0),
+    "boxes": train_source(
+      "shapes", "grounding", image_size=48, weight=((0, 1.0), (4, 3.0))
+    ),
+    "others": train_source("shapes", "vqa", image_size=48, split="validation"),
+  }
+  config.model.update(
+    {
+      "image_encoder": "resnet",
+      "resnet_blocks": (1, 1, 1),
+      "resnet_width": 4,
+      "batch_norm": "batch",
+      "dropout": 0.1,
+    }
+  )
+  config.train.update(
+    {
+      "steps": STEPS,
+      "accumulation_steps": 2,
+      "log_every": 1,
+      "eval_every": 0,
+      "checkpoint_every": 1,
+      "keep_last": STEPS,
+    }
+  )
+  return config
+
+
+@functools.cache
+def setup() -> Setup:
+  """Returns the run on two devices."""
+  return build_setup(experiment_lib.build(config()), make_mesh(2))
+
+
+@functools.cache
+def mixture() -> tuple[run_data.MixtureEntry, ...]:
+  """Returns the sources of the run."""
+  return tuple(run_data.load_mixture(config()))
+
+
+@functools.cache
+def compiled() -> jax.stages.Compiled:
+  """Returns the update."""
+  run = setup()
+  with jax.set_mesh(run.mesh):
+    return run.step.lower(run.abstract_state, run.batch).compile(FAST_COMPILE)
+
+
+class CachedSetup(Setup):
+  """Compiles once."""
+
+  def compile_step(self) -> jax.stages.Compiled:
+    return compiled()
+
+
+def with_config(**settings: Any) -> Setup:
+  """Returns the run with other settings, double underscores for dots."""
+  run = setup()
+  changed = config()
+  changed.update_from_flattened_dict(
+    {key.replace("__", "."): value for key, value in settings.items()}
+  )
+  experiment = dataclasses.replace(run.experiment, config=changed)
+  fields = {
+    field.name: getattr(run, field.name) for field in dataclasses.fields(run)
+  }
+  return CachedSetup(**{**fields, "experiment": experiment})
+
+
+def train(
+  workdir: pathlib.Path,
+  **settings: Any,
+) -> TrainState:
+  """Trains in a folder from what it holds to the last step.
+
+  Args:
+    workdir: of the run.
+    **settings: see `with_config`.
+
+  Returns:
+    The last state, on the host.
+  """
+  run = with_config(**settings)
+  workdir.mkdir(parents=True, exist_ok=True)
+  ledger = Ledger()
+  say = Announcer(ledger)
+  keep = run.experiment.config.train.keep_last
+  with jax.set_mesh(run.mesh), Checkpoints(workdir, keep_last=keep) as saved:
+    state, step, stored = first_state(run, saved, say)
+    with MetricsWriter(workdir, step) as writer:
+      state = train_lib._fit(
+        run,
+        state,
+        stored,
+        mixture(),
+        workdir,
+        saved,
+        writer,
+        ledger,
+        StopRequest(),
+        say,
+      )
+  return jax.device_get(state)
+
+
+@functools.cache
+def host_batches(count: int) -> list[dict[str, np.ndarray]]:
+  """Returns the first batches of the run."""
+  source = train_lib._opener(setup(), mixture())(0)
+  found = list(itertools.islice(source, count))
+  source.close()
+  return found
+
+
+def by_hand(positions: Sequence[int | None]) -> list[TrainState]:
+  """Returns the states, on the host, before and after one update for each.
+
+  Args:
+    positions: of the batches; None is an update that changes nothing.
+  """
+  run = setup()
+  state = run.init(jax.random.key(run.experiment.config.seed))
+  states = [jax.device_get(state)]
+  for position in positions:
+    if position is None:
+      state = passed_over(state)
+    else:
+      batch = host_batches(STEPS + 4)[position]
+      chosen = {name: batch[name] for name in run.batch}
+      state, _ = compiled()(state, shard_batch(chosen, run.mesh))
+    states.append(jax.device_get(state))
+  return states
+
+
+def passed_over(state: TrainState) -> TrainState:
+  """Returns a state whose step alone has moved on."""
+  *others, schedule = state.opt_state
+  schedule = schedule._replace(count=schedule.count + 1)
+  return dataclasses.replace(
+    state, step=state.step + 1, opt_state=(*others, schedule)
+  )
+
+
+def states_on_disk(workdir: pathlib.Path) -> dict[int, TrainState]:
+  """Returns all that the checkpoints of a folder hold, by step."""
+  run = setup()
+  target = restore_target(run.abstract_state, run.shardings)
+  with Checkpoints(workdir) as saved:
+    return {
+      step: jax.device_get(saved.restore(step, target))
+      for step in saved.steps()
+    }
+
+
+def assert_equal(a: TrainState, b: TrainState) -> None:
+  """Compares all leaves bit for bit."""
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  others = jax.tree.leaves(b)
+  for (path, leaf), other in zip(
+    jax.tree.leaves_with_path(a), others, strict=True
+  ):
+    np.testing.assert_array_equal(leaf, other, err_msg=str(path))
