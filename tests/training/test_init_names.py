@@ -95,6 +95,9 @@ def test_drops_match_whole_names() -> None:
     r' there or here. Did you mean "encoder/bn',
   ):
     dropped(STORED, ("encoder/bm/.*",))
+  # A part of a name is not enough.
+  with pytest.raises(UserError, match='"encoder/bn" is never used'):
+    dropped(STORED, ("encoder/bn",))
   with pytest.raises(UserError, match=r'init_drops: regex "\[" does not'):
     parse_drops(["["])
   with pytest.raises(UserError, match=r"init_drops: 3 is not the regex"):
