@@ -9,6 +9,7 @@ import flax.traverse_util
 
 from narvl_jax.errors import UserError
 from narvl_jax.training.checkpoints import FOLDER, Checkpoints, choose_step
+from narvl_jax.training.integrity import DamagedCheckpoint
 from narvl_jax.training.optimizer import flatten
 
 
@@ -21,7 +22,7 @@ def opened(path: str, key: str) -> Iterator[tuple[Checkpoints, int]]:
     key: of the config that names it.
 
   Raises:
-    UserError: there are none.
+    UserError: there are none, or what the block read is damaged.
   """
   place, named, flag = pathlib.Path(path), f'{key}="{path}"', f"--config.{key}"
   if place.is_file():
@@ -42,7 +43,14 @@ def opened(path: str, key: str) -> Iterator[tuple[Checkpoints, int]]:
       step = choose_step(checkpoints, "best")
     except UserError as error:
       raise UserError(f"{named} has no checkpoint yet ({flag})") from error
-    yield checkpoints, step
+    try:
+      yield checkpoints, step
+    except DamagedCheckpoint as error:
+      raise UserError(
+        f"{named}: the checkpoint of step {error.step} is damaged:"
+        f" {error.damage}; move {place / FOLDER / str(error.step)} away to take"
+        f" another one of this folder, or name another folder ({flag})"
+      ) from error
 
 
 def read_weights(

@@ -20,7 +20,7 @@ from narvl_jax.training.checkpoints import Checkpoints, restore_target
 from narvl_jax.training.init_from import check_init_from, init_from
 from narvl_jax.training.optimizer import flatten
 from narvl_jax.training.setup import Setup, build_setup
-from tests.evaluation.tiny_run import copy_run, tiny_config
+from tests.evaluation.tiny_run import STEP, copy_run, tiny_config
 from tests.training.twin import twin_of
 
 
@@ -383,6 +383,24 @@ def test_folders_without_weights(
   (tmp_path / "none" / "checkpoints").mkdir(parents=True)
   with pytest.raises(UserError, match='none" has no checkpoint yet'):
     check_init_from(setup)
+
+
+def test_damaged_weights_are_not_taken(start: pathlib.Path) -> None:
+  setup = make_setup(start)
+  files = (start / "checkpoints" / str(STEP)).rglob("d/*")
+  file = max(files, key=lambda path: path.stat().st_size)
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 1
+  file.write_bytes(content)
+  with (
+    jax.set_mesh(setup.mesh),
+    pytest.raises(
+      UserError,
+      match=rf"init_from=.*step {STEP} is damaged: .*; move"
+      rf" {start}/checkpoints/{STEP} away .*\(--config.init_from\)",
+    ),
+  ):
+    init_from(setup, fresh_state(setup))
 
 
 def test_nothing_is_written_before_the_check(
