@@ -12,8 +12,10 @@ random weights at the resolutions of the official models.
 """
 
 import datetime
+import functools
 import os
 import pathlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,9 +114,11 @@ def compare(
     uncached=uncached,
   )
   measure_quality = measure_quality and not size
+  start = time.monotonic()
   result = _header(opened, size, batch_sizes, rounds, measure_latency)
   for task, make in cases.items():
-    print(f"{task} ...", flush=True)
+    say = functools.partial(_say, start, task)
+    say("models and pictures")
     case = make()
     entry = _entry(case)
     result["tasks"][task] = entry
@@ -124,17 +128,24 @@ def compare(
       # A length that does not fit is told before anything is measured.
       curve = choose_lengths(case, lengths)
     if measure_quality:
-      _add_quality(entry, case, opened, split, max_examples)
+      _add_quality(entry, case, opened, split, max_examples, say)
     if measure_latency:
-      _add_latency(entry, case, batch_sizes, rounds)
+      _add_latency(entry, case, batch_sizes, rounds, say)
       # What has been measured outlives a later failure.
       _write(to, result)
       if curve:
+        say("times by length of the answer")
         result["lengths"] = _curves(case, curve, beam_size, rounds)
   print(report.format_report(result), flush=True)
   for path in _write(to, result):
     print(f"wrote {path}")
   return result
+
+
+def _say(start: float, task: str, what: str) -> None:
+  """Says what is under way: compiling and searching take minutes."""
+  seconds = time.monotonic() - start
+  print(f"[{seconds:7.1f}s] {task}: {what}", flush=True)
 
 
 def _cases(
@@ -250,19 +261,26 @@ def _add_quality(
   opened: dict[str, runs.Run],
   split: str,
   max_examples: int | None,
+  say: Callable[[str], None],
 ) -> None:
   for way in case.ways:
     # Without a cache the answers are the same.
     if way.decoding is not None and way.label != UNCACHED:
+      say(f"answers of {way.label}")
       entry["ways"][way.label]["quality"] = runs.quality(
         opened[way.model], case.task, way, split, max_examples
       )
 
 
 def _add_latency(
-  entry: dict[str, Any], case: Case, batch_sizes: Sequence[int], rounds: int
+  entry: dict[str, Any],
+  case: Case,
+  batch_sizes: Sequence[int],
+  rounds: int,
+  say: Callable[[str], None],
 ) -> None:
   for size in batch_sizes:
+    say(f"times at batch {size}, {rounds} rounds")
     times = latency.measure(
       case.encoders, case.programs, case.batches(size, rounds), rounds=rounds
     )

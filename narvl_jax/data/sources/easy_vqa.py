@@ -49,7 +49,7 @@ class EasyVQASource(RecordSource):
     if split not in SPLITS:
       raise UserError(
         f'easy_vqa: unknown split "{split}".{did_you_mean(split, SPLITS)} '
-        "Set split=."
+        "Set --split, or data.train.NAME.split."
       )
     if full_train and split != "train":
       raise UserError(

@@ -105,7 +105,7 @@ def data_source(builder: Any, split: str) -> Any:
     hint = did_you_mean(base, names) if base not in names else ""
     raise UserError(
       f'tfds: {builder.info.full_name} has no split "{split}".{hint} A part'
-      " is such as train[:50%]. Set split"
+      " is such as train[:50%]. Set --split, or data.train.NAME.split"
     ) from e
   for file in files:
     if not file.exists():

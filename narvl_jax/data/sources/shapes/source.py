@@ -63,15 +63,15 @@ class ShapesSource(RecordSource):
     Raises:
       UserError: unknown task, split or difficulty; bad image size or seed.
     """
-    for name, value, options in (
-      ("task", task, TASKS),
-      ("split", split, RANGES),
-      ("difficulty", difficulty, DIFFICULTIES),
+    for name, value, options, where in (
+      ("task", task, TASKS, "--task, or data.train.NAME.task"),
+      ("split", split, RANGES, "--split, or data.train.NAME.split"),
+      ("difficulty", difficulty, DIFFICULTIES, "options.difficulty"),
     ):
       if value not in options:
         raise UserError(
           f'shapes: unknown {name} "{value}".'
-          f"{did_you_mean(str(value), options)} Set {name}=."
+          f"{did_you_mean(str(value), options)} Set {where}."
         )
     low, high = IMAGE_SIZES
     if type(image_size) is not int or not low <= image_size <= high:
