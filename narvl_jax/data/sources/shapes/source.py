@@ -64,8 +64,8 @@ class ShapesSource(RecordSource):
       UserError: unknown task, split or difficulty; bad image size or seed.
     """
     for name, value, options, where in (
-      ("task", task, TASKS, "--task, or data.train.NAME.task"),
-      ("split", split, RANGES, "--split, or data.train.NAME.split"),
+      ("task", task, TASKS, "--task=, or data.train.NAME.task"),
+      ("split", split, RANGES, "--split=, or data.train.NAME.split"),
       ("difficulty", difficulty, DIFFICULTIES, "options.difficulty"),
     ):
       if value not in options:
