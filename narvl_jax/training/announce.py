@@ -18,6 +18,8 @@ from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.metrics import format_bytes
 from narvl_jax.training.setup import Setup, describe_parallelism
 
+# Of an error that nobody expected, in the line about it.
+_LONGEST_ERROR = 200
 HOW_TO_RESUME = "run the same command again to resume"
 
 
@@ -118,7 +120,10 @@ def describe_failure(
   disk = explain_disk(error, workdir)
   if disk is not None:
     return USER_ERROR_CODE, f"error: {disk}, then {HOW_TO_RESUME}"
+  what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
+  if len(what) > _LONGEST_ERROR:
+    what = what[: _LONGEST_ERROR - 3] + "..."
   return 1, (
-    f"failed: {type(error).__name__}; what was saved in {workdir} is"
-    f" intact; mend the cause, then {HOW_TO_RESUME}"
+    f"failed: {what}; what was saved in {workdir} is intact; mend the cause,"
+    f" then {HOW_TO_RESUME}"
   )

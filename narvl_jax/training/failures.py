@@ -18,7 +18,7 @@ def record_end(
   how: str,
   *,
   code: int,
-  stage: str,
+  stage: str | None,
   step: int,
   since: str | None,
   moment: str | None = None,
@@ -29,7 +29,7 @@ def record_end(
     workdir: the run folder.
     how: one line.
     code: exit code; 0 if all was saved first.
-    stage: what the run was doing.
+    stage: what the run was doing, None for nothing that has a name.
     step: its last update.
     since: when it was started.
     moment: when it ended, now by default.
@@ -73,8 +73,8 @@ def record_restart(
   step: int,
   saved: float | None,
   damaged: Sequence[str] = (),
-) -> dict[str, Any] | None:
-  """Appends what is known of the run before this one.
+) -> list[dict[str, Any]]:
+  """Appends what is known of the starts before this one.
 
   Args:
     workdir: the run folder.
@@ -83,38 +83,61 @@ def record_restart(
     damaged: what was wrong with newer checkpoints, a line each.
 
   Returns:
-    "how" it ended, in "phase" at "step"; "lost_seconds" of work since the
-    checkpoint, "down_seconds" until now, "from_step" and "damaged"; None if
-    the run before was finished.
+    For every start since the last restart: "how" it ended, in "phase" at
+    "step"; "lost_seconds" of work since the checkpoint, "down_seconds" until
+    the next start, "from_step" and "damaged". Empty if it was finished.
 
   Raises:
     OSError: it cannot be written.
   """
-  last = (history(workdir) or [{}])[-1]
-  if last.get("event") != "end":
+  events = history(workdir)
+  restarts = [i for i, x in enumerate(events) if x.get("event") == "restart"]
+  ends = events[restarts[-1] + 1 :] if restarts else events
+  if not ends:
     if not damaged:
-      return None
-    last = {"how": "finished"}
-  moment = datetime.datetime.now(datetime.UTC)
-  last_sign = _time(last.get("time")) or moment
+      return []
+    ends = [{"how": "finished"}]
+  records = []
+  for end, following in zip(ends, [*ends[1:], {}], strict=True):
+    moment = _time(following.get("since")) or _time(now())
+    last_sign = _time(end.get("time")) or moment
+    assert moment is not None
+    assert last_sign is not None
+    record = {
+      "event": "restart",
+      "time": now(),
+      "how": end["how"],
+      "phase": end.get("phase"),
+      "step": end.get("step"),
+      "lost_seconds": _lost(end, last_sign, step, saved),
+      "down_seconds": _seconds(last_sign, moment),
+      "from_step": step,
+      "damaged": [] if following else list(damaged),
+    }
+    _append(workdir, record)
+    records.append(record)
+  return records
+
+
+def _lost(
+  end: Mapping[str, Any],
+  last_sign: datetime.datetime,
+  step: int,
+  saved: float | None,
+) -> float:
+  """Returns the seconds of work between a checkpoint and an end."""
+  if end.get("code") == 0 and end.get("step", 0) <= step:
+    return 0.0
   # A run that never saved has lost all since its own start.
-  starts = [t for t in (_time(last.get("since")), _from_epoch(saved)) if t]
-  lost = (last_sign - max(starts)).total_seconds() if starts else 0.0
-  if last.get("code") == 0 and last.get("step") == step:
-    lost = 0.0
-  record = {
-    "event": "restart",
-    "time": now(),
-    "how": last["how"],
-    "phase": last.get("phase"),
-    "step": last.get("step"),
-    "lost_seconds": round(max(lost, 0.0), 1),
-    "down_seconds": round(max((moment - last_sign).total_seconds(), 0.0), 1),
-    "from_step": step,
-    "damaged": list(damaged),
-  }
-  _append(workdir, record)
-  return record
+  starts = [_time(end.get("since"))]
+  if saved is not None:
+    starts.append(datetime.datetime.fromtimestamp(saved, datetime.UTC))
+  known = [_seconds(start, last_sign) for start in starts if start]
+  return min(known, default=0.0)
+
+
+def _seconds(start: datetime.datetime, end: datetime.datetime) -> float:
+  return round(max((end - start).total_seconds(), 0.0), 1)
 
 
 def history(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -130,9 +153,9 @@ def history(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 def describe(record: Mapping[str, Any]) -> str:
   """Returns one line about a restart."""
-  where = ""
-  if record["phase"] is not None:
-    where = f' in phase "{record["phase"]}" at step {record["step"]}'
+  phase, step = record["phase"], record["step"]
+  where = "" if phase is None else f' in phase "{phase}"'
+  where += "" if step is None else f" at step {step}"
   text = (
     f"{record['how']}{where}; {format_duration(record['lost_seconds'])} of work"
     f" lost, down for {format_duration(record['down_seconds'])}, went on from"
@@ -174,9 +197,3 @@ def _time(text: str | None) -> datetime.datetime | None:
     return datetime.datetime.fromisoformat(text or "")
   except ValueError:
     return None
-
-
-def _from_epoch(seconds: float | None) -> datetime.datetime | None:
-  if seconds is None:
-    return None
-  return datetime.datetime.fromtimestamp(seconds, datetime.UTC)

@@ -139,10 +139,9 @@ class Guard:
     if saved is None and step:
       with contextlib.suppress(OSError):
         saved = (self._workdir / CHECKPOINTS / str(step)).stat().st_mtime
-    record = failures.record_restart(
+    for record in failures.record_restart(
       self._workdir, step=step, saved=saved, damaged=damaged
-    )
-    if record is not None:
+    ):
       say(f"restart: {failures.describe(record)}")
 
   def stopped(self, step: int) -> NoReturn:
@@ -154,8 +153,8 @@ class Guard:
     number = self.stop.signal_number or signal.SIGTERM
     # SIGTERM is an order that was carried out; Ctrl-C breaks off what was run.
     code = 0 if number == signal.SIGTERM else 128 + number
-    why = f"{signal.Signals(number).name}: stopped at step {step}"
-    print(f"{why}; {how_to_resume()}", flush=True)
+    why = f"{signal.Signals(number).name}: stopped"
+    print(f"{why} at step {step}; {how_to_resume()}", flush=True)
     self.end(code, why)
     sys.exit(code)
 
@@ -183,9 +182,10 @@ class Guard:
     activity = self.ledger.activity
     failures.record_end(
       self._workdir,
-      message.split(f"; {HOW_TO_RESUME}")[0],
+      # What follows is what to do.
+      message.split("; ")[0],
       code=code,
-      stage=activity.stage,
+      stage=None if activity.stage == Ledger.OTHER else activity.stage,
       step=activity.step,
       since=self._since,
     )

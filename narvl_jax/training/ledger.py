@@ -51,6 +51,7 @@ class Ledger:
     self._mark = now
     self._step = 0
     self._moves = 0
+    self._broken: str | None = None
 
   def elapsed(self) -> float:
     """Returns the seconds since the start."""
@@ -62,8 +63,13 @@ class Ledger:
     self._charge()
     self._stack.append(name)
     self._moves += 1
+    self._broken = None
     try:
       yield
+    except BaseException:
+      # What it raised says where the run was, unless another stage follows.
+      self._broken = self._broken or name
+      raise
     finally:
       self._charge()
       self._stack.pop()
@@ -82,8 +88,9 @@ class Ledger:
 
   @property
   def activity(self) -> Activity:
-    """What the run is doing; may be asked by any thread."""
-    return Activity(self._stack[-1], self._step, self._moves)
+    """What the run is doing, or was when it failed; any thread may ask."""
+    stage = self._broken or self._stack[-1]
+    return Activity(stage, self._step, self._moves)
 
   def seconds(self) -> dict[str, float]:
     """Returns the seconds of every stage so far."""

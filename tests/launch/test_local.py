@@ -42,17 +42,18 @@ def test_each_output_has_a_file_and_the_first_is_shown(launcher: Launcher):
   assert "ended with exit code 0; logs: logs" in result.stdout
 
 
-def test_a_transient_failure_is_retried(launcher: Launcher):
+# Anything, and the end by the watchdog.
+@pytest.mark.parametrize("code", [1, 75])
+def test_a_transient_failure_is_retried(code: int, launcher: Launcher):
   launcher.plan(
-    {"if": "--process_id=1", "code": 1, "times": 2},
+    {"if": "--process_id=1", "code": code, "times": 2},
     {"if": "--process_id=0", "hang": True, "times": 2},
   )
   result = launcher.run("local.sh", "--processes=2", "--port=1")
   assert result.returncode == 0
   assert starts(launcher) == 6
-  assert "attempt 1 failed with exit code 1; retry 1 of 3 in 0 s" in (
-    result.stdout
-  )
+  line = f"attempt 1 failed with exit code {code}; retry 1 of 3 in 0 s"
+  assert line in result.stdout
   # The log of one process holds all attempts.
   assert launcher.log("process-1.log").count("training 1") == 3
 
@@ -75,7 +76,7 @@ def test_the_wait_before_a_retry_doubles(launcher: Launcher):
   assert [wait for wait in waits if wait > 1] == [100, 200, 400]
 
 
-@pytest.mark.parametrize("code", [2, 130, 143])
+@pytest.mark.parametrize("code", [0, 2, 130, 143])
 def test_mistakes_and_stops_are_not_retried(code: int, launcher: Launcher):
   launcher.plan({"if": "--process_id=0", "code": code, "times": 9})
   result = launcher.run("local.sh", "--processes=1", "--port=1")

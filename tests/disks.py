@@ -1,0 +1,60 @@
+"""Small, full and read-only disks."""
+
+import contextlib
+import os
+import pathlib
+import resource
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+
+@contextlib.contextmanager
+def small_disk(folder: pathlib.Path, kilobytes: int) -> Iterator[pathlib.Path]:
+  """Mounts a disk of that size, or skips the test where one may not."""
+  folder.mkdir(parents=True, exist_ok=True)
+  mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs"]
+  try:
+    subprocess.run([*mount, folder], check=True, capture_output=True)
+  except (OSError, subprocess.CalledProcessError) as error:
+    pytest.skip(f"no disk can be mounted here: {error}")
+  try:
+    yield folder
+  finally:
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder: pathlib.Path) -> None:
+  """Leaves no byte free on the disk of a folder."""
+  with (folder / "filler").open("wb", buffering=0) as file:
+    for size in (1 << 16, 1):
+      with contextlib.suppress(OSError):
+        while True:
+          file.write(bytes(size))
+
+
+def read_only(folder: pathlib.Path) -> None:
+  """Makes a disk of `small_disk` read-only, also for files that are open."""
+  # A plain remount is refused while files are open for writing.
+  subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+
+
+@contextlib.contextmanager
+def short_files(size: int) -> Iterator[None]:
+  """Lets this process write no file beyond a size, which any user may."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def files(folder: pathlib.Path) -> set[str]:
+  """Returns the files below a folder, hidden ones too."""
+  return {
+    os.path.relpath(os.path.join(place, name), folder)
+    for place, _, names in os.walk(folder)
+    for name in names
+  }

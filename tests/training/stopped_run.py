@@ -1,0 +1,136 @@
+"""`narvl_jax.train` that something happens to in a phase: `--at`, `--what`.
+
+`--only_process` names the process of several to which it happens.
+"""
+
+import ctypes
+import os
+import pathlib
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from narvl_jax import cli
+from narvl_jax import train as train_lib
+from narvl_jax.training.checkpoints import Checkpoints
+from narvl_jax.training.ledger import Ledger
+from narvl_jax.training.prefetch import DeviceBatches
+from narvl_jax.training.setup import Setup
+
+_PHASES = ("compile", "restore", "step", "evaluation", "final", "data")
+
+
+def _stay_in_c() -> None:
+  """Waits for ever where Python runs no handlers, as a compiler may."""
+  mutex = ctypes.create_string_buffer(64)
+  lock = ctypes.CDLL(None).pthread_mutex_lock
+  lock(mutex)
+  lock(mutex)
+
+
+def _terminate(**_: Any) -> None:
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _terminate_in_c() -> None:
+  threading.Timer(0.5, _terminate).start()
+  _stay_in_c()
+
+
+def _hang() -> None:
+  # Alive, and no longer in time.
+  time.sleep(1e6)
+
+
+def _kill() -> None:
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _remove_workdir() -> None:
+  shutil.rmtree(pathlib.Path(flags.FLAGS.workdir))
+
+
+def _fail() -> None:
+  raise MemoryError("too much")
+
+
+_EVENTS: dict[str, Callable[[], None]] = {
+  "term": _terminate,
+  "term_in_c": _terminate_in_c,
+  "hang": _hang,
+  "kill": _kill,
+  "remove_workdir": _remove_workdir,
+  "fail": _fail,
+}
+
+
+def _before(owner: Any, name: str, event: Callable[..., None]) -> None:
+  """Has something happen before a method is called."""
+  method = getattr(owner, name)
+
+  def wrapped(*args: Any, **kwargs: Any) -> Any:
+    event(*args)
+    return method(*args, **kwargs)
+
+  setattr(owner, name, wrapped)
+
+
+def _arrange(phase: str, step: int, event: Callable[[], None]) -> None:
+  """Has something happen once: in a phase, at a step if it has any."""
+  count = [0]
+
+  def at_step(_: Any, now: int | None = None) -> None:
+    if now == step:
+      event()
+
+  def at_call(*_: Any) -> None:
+    count[0] += 1
+    if count[0] == step:
+      event()
+
+  if phase == "compile":
+    _before(Setup, "compile_step", at_call)
+  elif phase == "restore":
+    _before(Checkpoints, "restore", at_call)
+  elif phase == "step":
+    _before(Ledger, "progress", at_step)
+  elif phase == "data":
+    _before(DeviceBatches, "get", at_call)
+  else:
+    split = "test" if phase == "final" else "validation"
+    evaluate = train_lib.evaluate_tasks
+
+    def evaluate_tasks(*args: Any, **kwargs: Any) -> Any:
+      if kwargs["split"] == split:
+        go_on = kwargs["before_batch"]
+
+        def before_batch() -> None:
+          at_call()
+          go_on()
+
+        kwargs["before_batch"] = before_batch
+      return evaluate(*args, **kwargs)
+
+    train_lib.evaluate_tasks = evaluate_tasks
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry point."""
+  settings = flags.FLAGS
+  if settings.at and settings.only_process in (None, settings.process_id):
+    _arrange(settings.at, settings.step, _EVENTS[settings.what])
+  train_lib.main(argv)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_enum("at", None, _PHASES, "When.")
+  flags.DEFINE_enum("what", "term", [*_EVENTS], "What.")
+  flags.DEFINE_integer("step", 1, "At which step, batch or call.")
+  flags.DEFINE_integer("only_process", None, "To which.")
+  train_lib.define_flags()
+  cli.run(main)
