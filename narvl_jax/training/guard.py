@@ -98,7 +98,11 @@ class Guard:
       budgets: `config.watchdog`.
     """
     self._watchdog = watchdog.Watchdog(
-      self.ledger, budgets, on_hang=self._hang, on_look=self._renew
+      self.ledger,
+      budgets,
+      on_hang=self._hang,
+      on_look=self._renew,
+      look_seconds=watchdog.LOOK_SECONDS,
     )
     self._watchdog.__enter__()
 

@@ -15,7 +15,7 @@ from narvl_jax.training.ledger import Ledger
 STACKS_FOLDER = "stacks"
 # EX_TEMPFAIL: schedulers may try again.
 HANG_CODE = 75
-_LOOK_SECONDS = 2.0
+LOOK_SECONDS = 2.0
 # By which a look may be late before C code ends the process without it.
 _GRACE_SECONDS = 60.0
 # Stages of the ledger whose budget has another name than they.
@@ -60,7 +60,7 @@ class Watchdog:
     *,
     on_hang: Callable[[Hang], Any],
     on_look: Callable[[], Any] = lambda: None,
-    look_seconds: float = _LOOK_SECONDS,
+    look_seconds: float = LOOK_SECONDS,
     clock: Callable[[], float] = time.monotonic,
   ) -> None:
     """Prepares the thread.

@@ -24,7 +24,7 @@ def _train(folder: pathlib.Path, *more: str) -> list[str]:
 def _work(folder: pathlib.Path, mode: str) -> list[str]:
   return [
     *("-m", "tests.parallel.worker", f"--folder={folder}", f"--mode={mode}"),
-    *("--heartbeat_timeout=5", "--start_timeout=100"),
+    "--start_timeout=100",
   ]
 
 
@@ -133,10 +133,9 @@ def test_start_is_quiet(tmp_path):
 @pytest.mark.slow
 def test_a_killed_host_ends_the_other(tmp_path):
   hosts = start_together(tmp_path, _work(tmp_path, "kill"))
-  codes = _wait(hosts)
-  assert codes[1] == -signal.SIGKILL
+  assert hosts[1].wait() == -signal.SIGKILL
   # jax's coordination service aborts those that are left.
-  assert codes[0] not in (0, None)
+  assert hosts[0].wait(timeout=30) not in (0, None)
   assert "unhealthy (stopped sending heartbeats)" in hosts[0].errors
 
 
@@ -174,10 +173,9 @@ def test_the_number_of_processes_may_change(tmp_path):
       if count == counts[0]:
         hosts[0].wait_for(r"step +2/16")
         os.kill(hosts[-1].running.pid, signal.SIGTERM)
-        assert _wait(hosts) == [128 + signal.SIGTERM] * count, hosts[0].errors
-        assert "\nstopped at step " in hosts[0].output
+        assert _wait(hosts) == [0] * count, hosts[0].errors
         (step,) = [int(p.name) for p in (run / "checkpoints").iterdir()][-1:]
-        assert f"stopped at step {step};" in hosts[0].output
+        assert f"\nSIGTERM: stopped at step {step}; " in hosts[0].output
       else:
         assert _wait(hosts) == [0] * count, hosts[0].errors
         assert f"resumed from the checkpoint of step {step}" in hosts[0].output

@@ -42,7 +42,12 @@ def _terminate_in_c() -> None:
   _stay_in_c()
 
 
-def _hang() -> None:
+def _terminate_and_wait() -> None:
+  _terminate()
+  time.sleep(4.0)
+
+
+def _stall() -> None:
   # Alive, and no longer in time.
   time.sleep(1e6)
 
@@ -55,17 +60,13 @@ def _remove_workdir() -> None:
   shutil.rmtree(pathlib.Path(flags.FLAGS.workdir))
 
 
-def _fail() -> None:
-  raise MemoryError("too much")
-
-
 _EVENTS: dict[str, Callable[[], None]] = {
   "term": _terminate,
   "term_in_c": _terminate_in_c,
-  "hang": _hang,
+  "term_and_wait": _terminate_and_wait,
+  "hang": _stall,
   "kill": _kill,
   "remove_workdir": _remove_workdir,
-  "fail": _fail,
 }
 
 
