@@ -1,5 +1,6 @@
 """Everything that an update reads and writes."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -41,10 +42,14 @@ class TrainState:
   ema: Params | None
 
 
+@functools.lru_cache(maxsize=8)
 def abstract_variables(
   model: nn.Module, image_size: tuple[int, int], text_length: int
 ) -> Any:
-  """Returns shapes of the variables, still boxed with their axis names."""
+  """Returns shapes of the variables, still boxed with their axis names.
+
+  Tracing a model takes a second or more, so they are remembered.
+  """
   return jax.eval_shape(_initializer(model, image_size, text_length), _KEY_SPEC)
 
 
