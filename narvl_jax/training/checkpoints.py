@@ -1,6 +1,7 @@
 """Checkpoints, written in the background and checked before they are used."""
 
 import contextlib
+import ctypes
 import os
 import pathlib
 import shutil
@@ -160,6 +161,7 @@ class Checkpoints(StoredCheckpoints):
     write_digests(self._folder / str(step), jax.process_index(), hosts)
     if distributed.is_first():
       shutil.rmtree(self._folder / self._orbax.DELETED, ignore_errors=True)
+    _return_free_memory()
 
   def _note_error(self, error: BaseException) -> None:
     self._error = error
@@ -185,8 +187,8 @@ class Checkpoints(StoredCheckpoints):
   def _failure(self, step: int, error: BaseException) -> Exception:
     """Returns the error to raise; nothing is left of the checkpoint."""
     self._failed = True
-    on_disk = [int(x.name) for x in self._folder.glob("*") if x.name.isdigit()]
-    saved = [x for x in on_disk if x != step]
+    # What the manager knows is already that of a save that went well.
+    saved = record_lib.stored_steps(self._folder)
     if distributed.is_first():
       for part in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
         shutil.rmtree(part, ignore_errors=True)
@@ -195,7 +197,7 @@ class Checkpoints(StoredCheckpoints):
     if reason is None:
       kind = type(error).__name__
       return RuntimeError(f"{what}: {kind}: {' '.join(str(error).split())}")
-    then = f"it goes on from step {max(saved)}" if saved else "it starts anew"
+    then = f"it goes on from step {saved[-1]}" if saved else "it starts anew"
     return UserError(
       f"{what}: {reason}, and run the same command again: {then}"
     )
@@ -271,6 +273,17 @@ class _Completion(threading.Thread):
       self._complete(self.step)
     except BaseException as error:
       self.error = error
+
+
+def _return_free_memory() -> None:
+  """Gives the system what copies of the state took, where C's library can.
+
+  It else keeps some of them: a process of 0.5 GB with a state of 0.2 GB then
+  takes up to 1.2 GB.
+  """
+  trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+  if trim is not None:
+    trim(0)
 
 
 def _unused(path: pathlib.Path) -> pathlib.Path:

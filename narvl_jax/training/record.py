@@ -57,6 +57,11 @@ class BrokenRecord(ValueError):
   """The record is not what was written."""
 
 
+def stored_steps(folder: pathlib.Path) -> list[int]:
+  """Returns the names of the checkpoints in a folder, in order."""
+  return sorted(int(x.name) for x in folder.glob("*") if x.name.isdigit())
+
+
 def name_leaves(items: Mapping[str, Any]) -> dict[str, Any]:
   """Returns name -> leaf of the items of a checkpoint."""
   found = {}

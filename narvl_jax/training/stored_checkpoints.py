@@ -75,6 +75,7 @@ class StoredCheckpoints:
     Raises:
       DamagedCheckpoint: that cannot be told.
     """
+    self.wait()
     try:
       return record_lib.read_record(self._folder / str(step))
     except (OSError, record_lib.BrokenRecord) as error:
@@ -120,6 +121,7 @@ class StoredCheckpoints:
     Args:
       step: one of `steps()`.
     """
+    self.wait()
     return examine(
       self._folder / str(step),
       jax.process_index(),
@@ -185,7 +187,6 @@ class StoredCheckpoints:
     self, step: int, record: Record, items: Mapping[str, Any]
   ) -> dict[str, Any]:
     """Reads items and compares them with what was saved."""
-    self.wait()
     damage = self.damage(step)
     if damage is not None:
       raise self._refuse(step, damage)

@@ -3,63 +3,32 @@
 import dataclasses
 import logging
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from absl import logging as absl_logging
+from ml_collections import ConfigDict
 
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import make_mesh, replicated
-from narvl_jax.training.checkpoints import (
-  Checkpoints,
-  choose_step,
-  restore_target,
+from narvl_jax.training.checkpoints import Checkpoints, choose_step
+from narvl_jax.training.record import read_leaf
+from tests.training.saved import (
+  assert_equal,
+  make_state,
+  make_target,
+  save_run,
 )
-from narvl_jax.training.train_state import TrainState
-
-
-def _state(step: int, *, ema: bool = True) -> TrainState:
-  rng = np.random.default_rng(step)
-
-  def random(*shape: int) -> jax.Array:
-    return jnp.asarray(rng.normal(size=shape).astype(np.float32))
-
-  params = {"encoder": {"kernel": random(3, 4), "bias": random(4)}}
-  trained = {"encoder": {"kernel": params["encoder"]["kernel"]}}
-  optimizer = optax.adam(1e-3)
-  stats = {"norm": {"mean": random(4)}}
-  averages = {
-    "params": {"encoder": {"kernel": random(3, 4)}},
-    "batch_stats": {"norm": {"mean": random(4)}},
-  }
-  return TrainState(
-    step=jnp.int32(step),
-    params=params,
-    batch_stats=stats,
-    opt_state=jax.tree.map(lambda x: x + 1, optimizer.init(trained)),
-    ema=averages if ema else None,
-  )
-
-
-def _target(state: TrainState) -> TrainState:
-  abstract = jax.eval_shape(lambda: state)
-  where = replicated(make_mesh())
-  return restore_target(abstract, jax.tree.map(lambda _: where, abstract))
-
-
-def _assert_equal(a: object, b: object) -> None:
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def _save_all(
   folder: pathlib.Path, scores: dict[int, float | None], keep_last: int = 2
 ) -> list[int]:
-  state = _state(1)
+  state = make_state(1)
   with Checkpoints(folder, keep_last=keep_last) as checkpoints:
     for step, score in scores.items():
       checkpoints.save(step, state, score=score)
@@ -125,12 +94,12 @@ def test_number_of_last_ones(tmp_path):
 
 @pytest.mark.parametrize("ema", [True, False])
 def test_state_comes_back_exactly(tmp_path, ema):
-  state = _state(7, ema=ema)
+  state = make_state(7, ema=ema)
   with Checkpoints(tmp_path, keep_last=1) as checkpoints:
     checkpoints.save(7, state)
   with Checkpoints(tmp_path) as checkpoints:
-    restored = checkpoints.restore(7, _target(state))
-  _assert_equal(restored, state)
+    restored = checkpoints.restore(7, make_target(state))
+  assert_equal(restored, state)
   assert restored.step.dtype == jnp.int32
   for leaf in jax.tree.leaves(restored):
     assert leaf.sharding == replicated(make_mesh())
@@ -138,40 +107,40 @@ def test_state_comes_back_exactly(tmp_path, ema):
 
 def test_state_may_be_donated_as_soon_as_it_is_saved(tmp_path):
   where = replicated(make_mesh())
-  state = jax.device_put(_state(7), where)
+  state = jax.device_put(make_state(7), where)
   expected = jax.device_get(state)
   grow = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
   with Checkpoints(tmp_path, keep_last=1) as checkpoints:
     checkpoints.save(7, state)
     grow(state)
     checkpoints.wait()
-    restored = checkpoints.restore(7, _target(_state(7)))
-  _assert_equal(jax.device_get(restored), expected)
+    restored = checkpoints.restore(7, make_target(make_state(7)))
+  assert_equal(jax.device_get(restored), expected)
 
 
 def test_variables_to_evaluate(tmp_path):
-  state = _state(7)
+  state = make_state(7)
   with Checkpoints(tmp_path, keep_last=1) as checkpoints:
     checkpoints.save(7, state)
-  target = _target(state)
+  target = make_target(state)
   variables = {"params": target.params, "batch_stats": target.batch_stats}
   with Checkpoints(tmp_path) as checkpoints:
     plain = checkpoints.restore_variables(7, variables, None)
     averaged = checkpoints.restore_variables(7, variables, target.ema)
-  _assert_equal(
+  assert_equal(
     plain, {"params": state.params, "batch_stats": state.batch_stats}
   )
   assert state.ema is not None
   # Parameters without an average, the frozen ones, stand in for it.
   assert averaged["params"]["encoder"].keys() == {"kernel", "bias"}
-  _assert_equal(
+  assert_equal(
     averaged["params"]["encoder"]["kernel"],
     state.ema["params"]["encoder"]["kernel"],
   )
-  _assert_equal(
+  assert_equal(
     averaged["params"]["encoder"]["bias"], state.params["encoder"]["bias"]
   )
-  _assert_equal(averaged["batch_stats"], state.ema["batch_stats"])
+  assert_equal(averaged["batch_stats"], state.ema["batch_stats"])
 
 
 def test_saving_compiles_one_program_once(tmp_path):
@@ -183,7 +152,7 @@ def test_saving_compiles_one_program_once(tmp_path):
 
   # Every device could write a part of it.
   params = {"kernel": jnp.ones((8, 24))}
-  state = dataclasses.replace(_state(1, ema=False), params=params)
+  state = dataclasses.replace(make_state(1, ema=False), params=params)
   state = jax.device_put(state, replicated(make_mesh()))
   jax.monitoring.register_event_duration_secs_listener(listen)
   with Checkpoints(tmp_path, keep_last=1) as checkpoints:
@@ -197,7 +166,7 @@ def test_saving_compiles_one_program_once(tmp_path):
 def test_progress(tmp_path):
   with Checkpoints(tmp_path, keep_last=1) as checkpoints:
     assert checkpoints.progress == "none"
-    checkpoints.save(3, _state(3))
+    checkpoints.save(3, make_state(3))
     assert checkpoints.progress in ("saving 3", "saved 3")
     checkpoints.wait()
     assert checkpoints.progress == "saved 3"
@@ -228,5 +197,85 @@ def test_choosing_a_step(tmp_path):
 
 def test_closing_twice_is_harmless(tmp_path):
   with Checkpoints(tmp_path, keep_last=1) as checkpoints:
-    checkpoints.save(1, _state(1))
+    checkpoints.save(1, make_state(1))
     checkpoints.close()
+
+
+def test_what_stays_is_a_choice(tmp_path):
+  scores = {1: 0.9, 2: 0.8, 3: 0.1, 4: 0.7, 5: None, 6: 0.2, 7: None}
+  state = make_state(1)
+  with Checkpoints(
+    tmp_path, keep_last=1, keep_best=2, keep_every=3
+  ) as checkpoints:
+    for step, score in scores.items():
+      checkpoints.save(step, state, score=score)
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 2, 3, 6, 7]
+    assert checkpoints.best_step == 1
+  # Another choice of a later process takes effect when it saves.
+  with Checkpoints(tmp_path, keep_last=2, keep_best=0) as checkpoints:
+    checkpoints.save(8, state)
+    checkpoints.wait()
+    assert checkpoints.steps() == [7, 8]
+
+
+def test_what_is_stored_besides_the_state(tmp_path):
+  config = ConfigDict({"seed": 5, "train": {"steps": 3}, "shape": (1, 2)})
+  run = {"position": 12, "skipped": [3, 4]}
+  with Checkpoints(tmp_path, keep_last=1, config=config) as checkpoints:
+    checkpoints.save(7, make_state(7), score=0.5, run=run)
+    checkpoints.wait()
+    assert checkpoints.run(7) == run
+    record = checkpoints.read_record(7)
+  assert (record.step, record.score) == (7, 0.5)
+  assert record.config == {"seed": 5, "train": {"steps": 3}, "shape": [1, 2]}
+  folder = tmp_path / "checkpoints" / "7"
+  np.testing.assert_array_equal(
+    read_leaf(folder, "opt_state/0/mu/encoder/kernel"), np.ones((24, 32))
+  )
+  with Checkpoints(tmp_path / "weights", keep_last=1) as checkpoints:
+    state = make_state(7)
+    checkpoints.save_variables(
+      0, {"params": state.params, "batch_stats": state.batch_stats}
+    )
+    checkpoints.wait()
+    assert checkpoints.run(0) == {}
+
+
+def test_another_model_is_told_before_anything_is_read(tmp_path):
+  folder = save_run(tmp_path)
+  target = make_target(make_state(6))
+  encoder = target.params["encoder"]
+  bias = jax.ShapeDtypeStruct(
+    (4,), np.float16, sharding=encoder["bias"].sharding
+  )
+  wide = jax.ShapeDtypeStruct((24, 33), np.float32, sharding=bias.sharding)
+  changed = {"encoder": {"kernel": wide, "bias": bias}}
+  # What is read would be found to be gone.
+  shutil.rmtree(folder / "params" / "ocdbt.process_0")
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(
+      UserError,
+      match=r"step 6 in \S+ is of another model: different: params/encoder/bias"
+      r" is float32 there and float16 here, params/encoder/kernel has 24x32"
+      r" there and 24x33 here; .* --config.init_from=\S+ with another --workd.*"
+      r" --config.init_renames .* --config.init_drops",
+    ):
+      checkpoints.restore(6, dataclasses.replace(target, params=changed))
+    renamed = {
+      "encoder": {"kernels": encoder["kernel"], "bias": encoder["bias"]}
+    }
+    with pytest.raises(
+      UserError,
+      match=r"missing there: params/encoder/kernels \(near:"
+      r" params/encoder/kernel\); unknown here: params/encoder/kernel;",
+    ):
+      checkpoints.restore(6, dataclasses.replace(target, params=renamed))
+    with pytest.raises(
+      UserError, match=r"unknown here: ema/batch_stats/norm/mea"
+    ):
+      checkpoints.restore_variables(
+        6,
+        {"params": target.params, "batch_stats": target.batch_stats},
+        {"params": target.params, "batch_stats": {}},
+      )

@@ -1,0 +1,273 @@
+"""Looks at checkpoints of a run: what there is, what is wrong, what differs.
+
+python -m narvl_jax.checkpoints list runs/shapes
+python -m narvl_jax.checkpoints verify runs/shapes [--step=3000]
+python -m narvl_jax.checkpoints diff runs/shapes --steps=2000,3000
+python -m narvl_jax.checkpoints diff runs/shapes runs/other
+
+It needs no model and touches no device. `verify` reads every file, and exits
+with code 2 if one is not what was written. `diff` compares the newest ones of
+two runs, or those of --steps, array by array.
+"""
+
+import datetime
+import math
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from absl import flags
+
+from narvl_jax import cli
+from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.training.integrity import examine, has_digests
+from narvl_jax.training.metrics import format_bytes
+from narvl_jax.training.record import (
+  BrokenRecord,
+  Record,
+  describe_shape,
+  read_leaf,
+  read_record,
+  stored_steps,
+)
+from narvl_jax.training.retention import Retention
+from narvl_jax.training.stored_checkpoints import FOLDER
+
+_COMMANDS = ("list", "verify", "diff")
+
+
+def list_checkpoints(workdir: pathlib.Path) -> str:
+  """Returns a table of the checkpoints of a run.
+
+  Raises:
+    UserError: it has none.
+  """
+  folder = _folder(workdir)
+  records = {step: _record(folder, step) for step in stored_steps(folder)}
+  known = [record for record in records.values() if record is not None]
+  kept = _reasons(known)
+  rows = [("step", "saved", "size", "score", "kept as", "digests")]
+  for step, record in records.items():
+    place = folder / str(step)
+    saved = datetime.datetime.fromtimestamp(place.stat().st_mtime)
+    size = sum(x.stat().st_size for x in place.rglob("*") if x.is_file())
+    score = None if record is None else record.score
+    rows.append(
+      (
+        str(step),
+        saved.isoformat(" ", timespec="seconds"),
+        format_bytes(size),
+        "-" if score is None else f"{score:.4f}",
+        "damaged record" if record is None else kept.get(step, "-"),
+        "yes" if has_digests(place) else "no",
+      )
+    )
+  return _table(rows)
+
+
+def verify(workdir: pathlib.Path, step: int | None = None) -> str:
+  """Compares checkpoints with what was written.
+
+  Args:
+    workdir: of the run.
+    step: of the one to look at; None: all.
+
+  Returns:
+    A line for each.
+
+  Raises:
+    UserError: naming those that are damaged, with all their files and arrays.
+  """
+  folder = _folder(workdir)
+  steps = stored_steps(folder) if step is None else [_step(folder, step)]
+  lines, damaged = [], []
+  for number in steps:
+    damage = examine(folder / str(number))
+    if damage is None:
+      digests = has_digests(folder / str(number))
+      how = "every file" if digests else "every array; it has no digests"
+      lines.append(f"{number}: intact ({how})")
+      continue
+    damaged.append(str(number))
+    lines.append(f"{number}: DAMAGED")
+    lines += [f"  file {name} {what}" for name, what in damage.files]
+    lines += [f"  array {name} {what}" for name, what in damage.leaves]
+  text = "\n".join(lines)
+  if damaged:
+    print(text, flush=True)
+    kind = "checkpoint" if len(damaged) == 1 else "checkpoints"
+    raise UserError(
+      f"{len(damaged)} of {len(steps)} looked at in {folder} damaged:"
+      f" {kind} {', '.join(damaged)}; training sets damaged newest ones aside"
+      " by itself, --checkpoint=STEP evaluates another one"
+    )
+  return text
+
+
+def diff(first: pathlib.Path, second: pathlib.Path) -> str:
+  """Compares the arrays of two checkpoints.
+
+  Args:
+    first: folder of one.
+    second: folder of the other.
+
+  Returns:
+    A table of those that differ, and how many do not.
+
+  Raises:
+    UserError: one of them cannot be read.
+  """
+  records = [_intact(place) for place in (first, second)]
+  ours, theirs = (record.leaves for record in records)
+  rows = [("array", "shape", "max |a - b|", "|a - b| / |a|")]
+  same = 0
+  for name in sorted(ours.keys() & theirs.keys()):
+    a, b = ours[name], theirs[name]
+    if a == b:
+      same += 1
+    elif a.shape != b.shape:
+      shapes = f"{describe_shape(a.shape)} | {describe_shape(b.shape)}"
+      rows.append((name, shapes, "-", "-"))
+    else:
+      rows.append(
+        (name, describe_shape(a.shape), *_distance(first, second, name))
+      )
+  lines = [_table(rows)] if len(rows) > 1 else []
+  for place, here, there in ((first, ours, theirs), (second, theirs, ours)):
+    lines += [
+      f"only in {place}: {x}" for x in sorted(here.keys() - there.keys())
+    ]
+  lines.append(f"{same} of {len(ours.keys() | theirs.keys())} arrays are equal")
+  return "\n".join(lines)
+
+
+def _distance(
+  first: pathlib.Path, second: pathlib.Path, name: str
+) -> tuple[str, str]:
+  a, b = (
+    read_leaf(place, name).astype(np.float64) for place in (first, second)
+  )
+  apart = a - b
+  largest = float(np.max(np.abs(apart), initial=0.0))
+  norm = float(np.linalg.norm(a))
+  relative = float(np.linalg.norm(apart)) / norm if norm else math.inf
+  return f"{largest:.3e}", f"{relative:.3e}"
+
+
+def _reasons(records: Sequence[Record]) -> dict[int, str]:
+  """Returns why each checkpoint is kept by the newest one's config."""
+  if not records or not records[-1].config:
+    return {}
+  train = records[-1].config["train"]
+  retention = Retention(
+    train["keep_last"], train["keep_best"], train["keep_every"]
+  )
+  scores = {record.step: record.score for record in records}
+  reasons = retention.reasons(scores, scores)
+  return {step: ", ".join(found) or "-" for step, found in reasons.items()}
+
+
+def _folder(workdir: pathlib.Path) -> pathlib.Path:
+  folder = workdir / FOLDER
+  if not folder.is_dir():
+    raise UserError(
+      f"{workdir} holds no {FOLDER}; give the folder of a run or of converted"
+      " weights"
+    )
+  if not stored_steps(folder):
+    raise UserError(f"{folder} holds no checkpoint yet")
+  return folder
+
+
+def _record(folder: pathlib.Path, step: int) -> Record | None:
+  try:
+    return read_record(folder / str(step))
+  except (OSError, BrokenRecord):
+    return None
+
+
+def _intact(place: pathlib.Path) -> Record:
+  damage = examine(place)
+  if damage is not None:
+    raise UserError(
+      f"{place} is damaged: {damage}; compare another one: --steps"
+    )
+  return read_record(place)
+
+
+def _step(folder: pathlib.Path, step: str | int) -> int:
+  steps = [str(x) for x in stored_steps(folder)]
+  if str(step) not in steps:
+    raise UserError(
+      f'no checkpoint "{step}" in {folder}.{did_you_mean(str(step), steps)}'
+      " (--step, --steps)"
+    )
+  return int(step)
+
+
+def _pair(
+  workdirs: Sequence[pathlib.Path], steps: Sequence[str] | None
+) -> list[pathlib.Path]:
+  """Returns the folders of the two checkpoints to compare."""
+  if steps is not None and len(steps) != 2:
+    raise UserError(
+      f"--steps={','.join(steps)} is not two steps, such as --steps=100,200"
+    )
+  if steps is None and len(workdirs) == 1:
+    raise UserError(
+      "diff of one run needs two steps, such as --steps=100,200; or give a"
+      " second run"
+    )
+  folders = [_folder(workdirs[0]), _folder(workdirs[-1])]
+  chosen = steps or [stored_steps(folder)[-1] for folder in folders]
+  return [
+    folder / str(_step(folder, step))
+    for folder, step in zip(folders, chosen, strict=True)
+  ]
+
+
+def _table(rows: Sequence[Iterable[str]]) -> str:
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return "\n".join(
+    "  ".join(
+      cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+    ).rstrip()
+    for row in rows
+  )
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_integer("step", None, "verify: only this checkpoint.")
+  flags.DEFINE_list("steps", None, "diff: the two checkpoints, A,B.")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry point."""
+  command, *places = argv[1:]
+  if command not in _COMMANDS:
+    raise UserError(
+      f'unknown command "{command}".{did_you_mean(command, _COMMANDS)}'
+    )
+  settings = flags.FLAGS
+  for name, of in (("step", "verify"), ("steps", "diff")):
+    if settings[name].present and command != of:
+      raise UserError(f"--{name} is for {of}; leave it out of {command}")
+  workdirs = [pathlib.Path(place) for place in places]
+  if len(workdirs) > 1 and command != "diff":
+    raise UserError(
+      f'unexpected argument "{places[1]}"; {command} takes one run'
+    )
+  if command == "list":
+    print(list_checkpoints(workdirs[0]))
+  elif command == "verify":
+    print(verify(workdirs[0], settings.step))
+  else:
+    print(diff(*_pair(workdirs, settings.steps)))
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(
+    main, positional=(2, 3), positional_name="list, verify or diff, or DIR,"
+  )

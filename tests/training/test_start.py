@@ -1,0 +1,112 @@
+"""From which state a run goes on."""
+
+import pathlib
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+
+from narvl_jax.errors import UserError
+from narvl_jax.training.checkpoints import Checkpoints
+from narvl_jax.training.start import first_state
+from tests.training.saved import (
+  assert_equal,
+  files_of,
+  flip_bit,
+  make_state,
+  make_target,
+  save_run,
+)
+
+
+def _setup() -> Any:
+  """Returns what a resumed run needs of its setup."""
+  target = make_target(make_state(1))
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+  return SimpleNamespace(abstract_state=target, shardings=shardings)
+
+
+def _damage(run: pathlib.Path, step: int) -> str:
+  """Damages a file of values; returns its name."""
+  folder = run / "checkpoints" / str(step)
+  name = next(x for x in files_of(folder) if x.startswith("params/d/"))
+  flip_bit(folder / name, 8 * 40)
+  return name
+
+
+def _first_state(
+  checkpoints: Checkpoints,
+) -> tuple[int, dict[str, Any], list[str]]:
+  """Returns step, run and what was said; checks the values."""
+  said: list[str] = []
+  say: Any = said.append
+  state, step, run = first_state(_setup(), checkpoints, say)
+  assert_equal(jax.device_get(state), jax.device_get(make_state(step)))
+  return step, run, said
+
+
+def test_the_newest_is_taken(tmp_path):
+  save_run(tmp_path)
+  with Checkpoints(tmp_path, keep_last=2) as checkpoints:
+    step, run, said = _first_state(checkpoints)
+    assert checkpoints.set_aside == []
+  assert (step, run) == (6, {"position": 6})
+  assert said == ["resumed from the checkpoint of step 6"]
+  assert not (tmp_path / "damaged").exists()
+
+
+def test_damaged_ones_are_refused_loudly_and_set_aside(tmp_path):
+  save_run(tmp_path, (3, 6, 9))
+  names = {step: _damage(tmp_path, step) for step in (6, 9)}
+  # Something of an earlier time is in the way.
+  (tmp_path / "damaged" / "9").mkdir(parents=True)
+  with Checkpoints(tmp_path, keep_last=3) as checkpoints:
+    step, run, said = _first_state(checkpoints)
+    assert (step, run) == (3, {"position": 3})
+    assert len(checkpoints.set_aside) == 2
+    for told, damaged in zip(said[:2], (9, 6), strict=True):
+      assert told.startswith(
+        f"refused: the checkpoint of step {damaged} is damaged: file"
+        f" {names[damaged]} was changed; array "
+      )
+    assert said[2].startswith("set aside: step 9: file ")
+    assert said[2].endswith(f"; now in {tmp_path / 'damaged' / '9.2'}")
+    assert said[4:] == ["resumed from the checkpoint of step 3"]
+    assert checkpoints.steps() == [3]
+    # Which can be saved again.
+    checkpoints.save(6, make_state(6))
+    checkpoints.wait()
+    assert checkpoints.steps() == [3, 6]
+  # Nothing was deleted.
+  assert (tmp_path / "damaged" / "6" / names[6]).exists()
+  assert (tmp_path / "damaged" / "9.2" / names[9]).exists()
+
+
+def test_without_an_intact_one_nothing_is_moved(tmp_path):
+  save_run(tmp_path)
+  for step in (3, 6):
+    _damage(tmp_path, step)
+  # The same again when the same command is run again.
+  for _ in range(2):
+    with (
+      Checkpoints(tmp_path, keep_last=2) as checkpoints,
+      pytest.raises(
+        UserError,
+        match=r"no checkpoint of this run is intact: step 6: file .* was"
+        r" changed.*; step 3: file .*; bring files of theirs back, or train anew",
+      ),
+    ):
+      _first_state(checkpoints)
+  assert [x.name for x in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_weights_alone_are_no_damage(tmp_path):
+  state = make_state(1)
+  with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+    checkpoints.save_variables(
+      0, {"params": state.params, "batch_stats": state.batch_stats}
+    )
+    with pytest.raises(UserError, match="holds weights but no state of an opt"):
+      _first_state(checkpoints)
+    assert checkpoints.steps() == [0]
