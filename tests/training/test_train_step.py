@@ -104,6 +104,22 @@ def test_accumulation_is_the_update_of_the_whole_batch(accumulation, devices):
     assert a == pytest.approx(b, rel=1e-5, nan_ok=True)
 
 
+def test_micro_batches_count_by_their_rows():
+  # All of the even rows, a micro-batch, and two of the odd ones.
+  index = np.arange(stand_in.ROWS)
+  rows = stand_in.host_batch(0) | {"valid": (index % 2 == 0) | (index < 4)}
+  outcomes = []
+  for settings in ({}, {"train__accumulation_steps": 2}):
+    run = stand_in.setup(1, **settings)
+    outcomes.append(
+      run.step(stand_in.initial_state(run), shard_batch(rows, run.mesh))
+    )
+  (whole, metrics), (parts, part_metrics) = outcomes
+  assert metrics["examples"] == 10
+  _assert_close(whole.params, parts.params, rtol=0, atol=1e-6)
+  _assert_close(metrics, part_metrics, rtol=1e-5)
+
+
 # Runs with running statistics and averages of them.
 AVERAGED = {"batch_norm": True, "optimizer__ema_decay": 0.15}
 

@@ -1,0 +1,199 @@
+"""Breaks the code in one line at a time and looks whether a test notices.
+
+  python -m tests.sabotage [NAME ...]
+
+Each sabotage of `tests/sabotage_list.py` is made in a copy of the tree, where
+the test that is named with it must then fail by an assertion; without sabotage
+it must pass. Prints a table; exits with 1 if one survives, breaks something
+else than the test's assertions, or no longer applies.
+"""
+
+import ast
+import dataclasses
+import enum
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree
+from collections.abc import Sequence
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# What a test needs of the tree.
+_COPIED = ("narvl_jax", "tests", "configs", "pyproject.toml")
+_TIMEOUT = 600
+# How pytest begins to tell of an assertion, also of NumPy's and of
+# `pytest.raises`.
+_ASSERTIONS = ("AssertionError", "assert ", "Failed: DID NOT RAISE")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sabotage:
+  """One changed line.
+
+  Attributes:
+    name: what it does.
+    file: path from the root.
+    old: the line as it is, once in the file; spaces around it do not count.
+    new: what is put there, with the spaces of the old line.
+    test: that must fail, `FILE::NAME`.
+  """
+
+  name: str
+  file: str
+  old: str
+  new: str
+  test: str
+
+  def apply(self, root: pathlib.Path) -> str:
+    """Returns the sabotaged text of the file.
+
+    Raises:
+      ValueError: the line is not there, there twice, or the new one is no
+        Python.
+    """
+    lines = (root / self.file).read_text(encoding="utf-8").splitlines()
+    places = [i for i, line in enumerate(lines) if line.strip() == self.old]
+    if len(places) != 1:
+      raise ValueError(
+        f"{self.file} has this line {len(places)} times, not once: {self.old}"
+      )
+    line = lines[places[0]]
+    indent = line[: len(line) - len(line.lstrip())]
+    lines[places[0]] = indent + self.new
+    text = "\n".join(lines) + "\n"
+    ast.parse(text)
+    return text
+
+  def check_test(self, root: pathlib.Path) -> None:
+    """Checks that the test exists.
+
+    Raises:
+      ValueError: it does not.
+    """
+    file, _, name = self.test.partition("::")
+    path = root / file
+    tree = ast.parse(path.read_text(encoding="utf-8") if path.exists() else "")
+    function = name.partition("[")[0]
+    if not any(getattr(node, "name", None) == function for node in tree.body):
+      raise ValueError(f"there is no test {self.test}")
+
+
+class Outcome(enum.Enum):
+  """How a test ended."""
+
+  PASSED = "passed"
+  ASSERTION = "failed by an assertion"
+  OTHER = "failed otherwise"
+
+
+def copy_tree(root: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies what tests need."""
+  ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+  for name in _COPIED:
+    source = root / name
+    if source.is_dir():
+      shutil.copytree(source, target / name, ignore=ignored)
+    elif source.exists():
+      shutil.copy(source, target / name)
+
+
+def run_tests(root: pathlib.Path, tests: Sequence[str]) -> tuple[Outcome, str]:
+  """Runs tests of a tree in a process of their own.
+
+  Returns:
+    How they ended, and the first line of what went wrong.
+  """
+  report = root / "report.xml"
+  report.unlink(missing_ok=True)
+  # A file that is changed within a second may have a cache that looks valid.
+  environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+  command = [
+    *(sys.executable, "-m", "pytest", "-q", "-x", "--slow"),
+    *("-p", "no:cacheprovider", f"--junitxml={report}", *tests),
+  ]
+  try:
+    done = subprocess.run(
+      command,
+      cwd=root,
+      env=environment,
+      capture_output=True,
+      text=True,
+      timeout=_TIMEOUT,
+    )
+  except subprocess.TimeoutExpired:
+    return Outcome.OTHER, f"it took longer than {_TIMEOUT} s"
+  if not report.exists():
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    return Outcome.OTHER, lines[-1] if lines else "pytest ended without a word"
+  cases = list(xml.etree.ElementTree.parse(report).getroot().iter("testcase"))
+  for case in cases:
+    for kind in ("failure", "error", "skipped"):
+      found = case.find(kind)
+      if found is None:
+        continue
+      message = found.get("message", "")
+      assertion = kind == "failure" and message.startswith(_ASSERTIONS)
+      outcome = Outcome.ASSERTION if assertion else Outcome.OTHER
+      return outcome, " ".join(f"{case.get('name')}: {message}".split())
+  if done.returncode or not cases:
+    return Outcome.OTHER, f"pytest ended with code {done.returncode}"
+  return Outcome.PASSED, ""
+
+
+def run(root: pathlib.Path, sabotages: Sequence[Sabotage]) -> bool:
+  """Makes each sabotage and prints a table.
+
+  Returns:
+    Whether each was noticed.
+  """
+  noticed = True
+  print(f"{'sabotage':<44} {'seconds':>7}  what the test says", flush=True)
+  with tempfile.TemporaryDirectory(prefix="sabotage") as folder:
+    copy = pathlib.Path(folder)
+    copy_tree(root, copy)
+    start = time.monotonic()
+    tests = sorted({sabotage.test for sabotage in sabotages})
+    outcome, message = run_tests(copy, tests)
+    _print_row("(none)", start, outcome, message)
+    if outcome is not Outcome.PASSED:
+      return False
+    for sabotage in sabotages:
+      start = time.monotonic()
+      file = copy / sabotage.file
+      before = file.read_text(encoding="utf-8")
+      try:
+        file.write_text(sabotage.apply(copy), encoding="utf-8")
+        outcome, message = run_tests(copy, [sabotage.test])
+      except (ValueError, SyntaxError) as error:
+        outcome, message = Outcome.OTHER, str(error)
+      finally:
+        file.write_text(before, encoding="utf-8")
+      noticed &= outcome is Outcome.ASSERTION
+      _print_row(sabotage.name, start, outcome, message)
+  return noticed
+
+
+def _print_row(name: str, start: float, outcome: Outcome, text: str) -> None:
+  seconds = time.monotonic() - start
+  ends = f"{outcome.value}: {text}" if text else outcome.value
+  print(f"{name:<44} {seconds:7.1f}  {ends[:160]}", flush=True)
+
+
+def main(names: Sequence[str]) -> int:
+  """Runs the sabotages of these names, or all; returns the exit code."""
+  from tests.sabotage_list import SABOTAGES
+
+  unknown = set(names) - {sabotage.name for sabotage in SABOTAGES}
+  if unknown:
+    print(f"no sabotage named {', '.join(sorted(unknown))}", file=sys.stderr)
+    return 2
+  chosen = [x for x in SABOTAGES if not names or x.name in names]
+  return 0 if run(ROOT, chosen) else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

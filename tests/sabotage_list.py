@@ -1,0 +1,121 @@
+"""Ways to break a run in one line, each with the test that must notice.
+
+Run by `python -m tests.sabotage`. The tests were chosen to be cheap.
+"""
+
+from tests.sabotage import Sabotage
+
+SABOTAGES = (
+  Sabotage(
+    "the position in the data is not read",
+    "narvl_jax/train.py",
+    'stored.get("data_position", int(state.step)),',
+    "0,",
+    "tests/training/test_exact_resume.py::test_every_split[9]",
+  ),
+  Sabotage(
+    "the position in the data is not stored",
+    "narvl_jax/training/loop.py",
+    '"data_position": self.batches.position,',
+    '"data_position": step,',
+    "tests/training/test_loop.py"
+    "::test_rollback_before_the_first_checkpoint_and_twice",
+  ),
+  Sabotage(
+    "saved before the update",
+    "narvl_jax/training/loop.py",
+    "self.checkpoints.save(step, state, score=score, run=stored)",
+    "self.checkpoints.save(step + 1, state, score=score, run=stored)",
+    "tests/training/test_loop.py::test_evaluations_and_checkpoints_when_due",
+  ),
+  Sabotage(
+    "saved before its numbers are known",
+    "narvl_jax/training/loop.py",
+    "bad = self._settle(pending, 0 if saves else _MAX_AHEAD)",
+    "bad = self._settle(pending, _MAX_AHEAD)",
+    "tests/training/test_loop.py::test_broken_state_is_not_saved",
+  ),
+  Sabotage(
+    "a rollback also leaves out a good batch",
+    "narvl_jax/training/loop.py",
+    "self.batches.seek(bad.position + 1)",
+    "self.batches.seek(bad.position + 2)",
+    "tests/training/test_loop.py::test_rollback_goes_on_after_the_bad_batch",
+  ),
+  Sabotage(
+    "a bad number is ignored",
+    "narvl_jax/training/train_step.py",
+    'finite = jnp.isfinite(metrics["loss"])'
+    ' & jnp.isfinite(metrics["grad_norm"])',
+    "finite = jnp.bool_(True)",
+    "tests/training/test_bad_numbers.py"
+    "::test_a_bad_update_changes_nothing_but_the_step",
+  ),
+  Sabotage(
+    "accumulation is a mean of means",
+    "narvl_jax/training/train_step.py",
+    'weight = metrics["weight"]',
+    'weight = metrics["weight"] = jnp.float32(1.0)',
+    "tests/training/test_train_step.py::test_micro_batches_count_by_their_rows",
+  ),
+  Sabotage(
+    "dropout does not depend on the step",
+    "narvl_jax/training/train_step.py",
+    "key = jax.random.fold_in(jax.random.key(config.seed), state.step)",
+    "key = jax.random.key(config.seed)",
+    "tests/training/test_train_step.py::test_dropout_depends_on_the_step_only",
+  ),
+  Sabotage(
+    "moving averages are not restored",
+    "narvl_jax/training/stored_checkpoints.py",
+    'ema=read.get("ema"),',
+    'ema=jax.tree.map(jax.numpy.zeros_like, read.get("ema")),',
+    "tests/training/test_checkpoints.py::test_state_comes_back_exactly[True]",
+  ),
+  Sabotage(
+    "the statistics of BatchNorm are not restored",
+    "narvl_jax/training/stored_checkpoints.py",
+    'batch_stats=read["params"]["batch_stats"],',
+    "batch_stats=jax.tree.map("
+    'jax.numpy.zeros_like, read["params"]["batch_stats"]),',
+    "tests/training/test_checkpoints.py::test_state_comes_back_exactly[True]",
+  ),
+  Sabotage(
+    "the optimizer starts anew",
+    "narvl_jax/training/stored_checkpoints.py",
+    'opt_state=read["optimizer"]["opt_state"],',
+    "opt_state=jax.tree.map("
+    'jax.numpy.zeros_like, read["optimizer"]["opt_state"]),',
+    "tests/training/test_checkpoints.py::test_state_comes_back_exactly[True]",
+  ),
+  Sabotage(
+    "the best checkpoint is not kept",
+    "narvl_jax/training/retention.py",
+    "best = ranked(steps, scores)[: self.best]",
+    "best: list[int] = []",
+    "tests/training/test_checkpoints.py"
+    "::test_best_of_an_earlier_process_is_kept",
+  ),
+  Sabotage(
+    "the lock of another run is overwritten",
+    "narvl_jax/training/run_lock.py",
+    "while not self._create(stage):",
+    "while not self._create(stage) and False:",
+    "tests/training/test_run_lock.py"
+    "::test_a_run_of_this_machine_is_alive_and_then_killed",
+  ),
+  Sabotage(
+    "the watchdog sees progress everywhere",
+    "narvl_jax/training/watchdog.py",
+    "self._still += passed",
+    "self._still = 0.0",
+    "tests/training/test_watchdog.py::test_every_move_counts",
+  ),
+  Sabotage(
+    "a drop of init_drops does not count",
+    "narvl_jax/training/init_from.py",
+    "sources = {x: y for x, y in sources.items() if x not in dropped}",
+    "sources = dict(sources)",
+    "tests/training/test_init_from.py::test_renamed_dropped_and_new_parameters",
+  ),
+)
