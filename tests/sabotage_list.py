@@ -89,6 +89,20 @@ SABOTAGES = (
     "tests/training/test_checkpoints.py::test_state_comes_back_exactly[True]",
   ),
   Sabotage(
+    "checksums of arrays are not compared",
+    "narvl_jax/training/stored_checkpoints.py",
+    "if different:",
+    "if False:",
+    "tests/training/test_integrity.py::test_values_that_were_read_are_compared",
+  ),
+  Sabotage(
+    "no digests are written",
+    "narvl_jax/training/checkpoints.py",
+    "write_digests(self._folder / str(step), jax.process_index(), hosts)",
+    "del hosts",
+    "tests/training/test_integrity.py::test_an_intact_one",
+  ),
+  Sabotage(
     "the best checkpoint is not kept",
     "narvl_jax/training/retention.py",
     "best = ranked(steps, scores)[: self.best]",
