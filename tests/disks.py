@@ -35,8 +35,7 @@ def fill(folder: pathlib.Path) -> None:
 
 
 def read_only(folder: pathlib.Path) -> None:
-  """Makes a disk of `small_disk` read-only, also for files that are open."""
-  # A plain remount is refused while files are open for writing.
+  """Makes a disk of `small_disk` read-only; no file may be open to write."""
   subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
 
 

@@ -4,18 +4,19 @@ A thread looks once a second at the key-value store of jax's coordination
 service, so neither costs the training loop anything.
 """
 
+import contextlib
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self, TextIO
 
 from narvl_jax.parallel.distributed import HostsLost, host_name
 
 _POLL_SECONDS = 1.0
 _PREFIX = "narvl_jax/notices"
-# How long the coordinator outlives its own end, for the others to see it.
+# How long a host that ends waits for the others to do so too.
 _FAREWELL_SECONDS = 5.0
 # The same where nothing failed: the others may still write a checkpoint.
 _LONG_FAREWELL_SECONDS = 60.0
@@ -125,6 +126,7 @@ class Notices:
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._published: set[str] = set()
     self._ending = threading.Lock()
+    self._ended = threading.Event()
     self.stop_signal: int | None = None
     self.agreement = StopAgreement()
 
@@ -145,34 +147,18 @@ class Notices:
       code: exit code; 0 if nothing failed.
       message: one line for the terminal of every host.
     """
-    farewell = _FAREWELL_SECONDS if code else _LONG_FAREWELL_SECONDS
     self._closed.set()
     if not self._ending.acquire(blocking=False):
       # Another thread has the same to say, and will end the process.
-      time.sleep(farewell + 2 * _TELLING_SECONDS)
+      self._ended.wait()
       self._leave(code)
+      return
     message = " ".join(message.split())
     print(f"{host_name(self.host)}: {message}", file=self._terminal, flush=True)
-    self._on_end(code, message)
-    # A coordinator that hangs answers nothing, and raises no error either.
-    timer = threading.Timer(
-      farewell + _TELLING_SECONDS, self._leave, args=[code]
-    )
-    timer.daemon = True
-    timer.start()
-    try:
+    with self._at_most(_TELLING_SECONDS, code):
       self._publish(f"failure/{self.host}", f"{code} {message}")
-      self._publish(f"left/{self.host}", "")
-      deadline = time.monotonic() + farewell
-      # With the coordinator goes what the others could read.
-      while self.host == 0 and time.monotonic() < deadline:
-        if self._number_of("left") == self._count:
-          break
-        time.sleep(self._poll_seconds / 5)
-    except Exception as error:
-      print(f"the other hosts could not be told: {error}", file=sys.stderr)
-    timer.cancel()
-    self._leave(code)
+    self._on_end(code, message)
+    self._depart(code)
 
   def poll(self) -> None:
     """Looks once at what the others say, and says what is new."""
@@ -204,8 +190,45 @@ class Notices:
     for stream in dict.fromkeys((self._terminal, sys.stderr)):
       print(text, file=stream, flush=True)
     self._on_end(int(code), text)
-    self._publish(f"left/{self.host}", "")
-    self._leave(int(code))
+    self._depart(int(code))
+
+  def _depart(self, code: int) -> None:
+    """Ends this process when all others are about to end, or in vain.
+
+    Who leaves first breaks the collectives of the others, who would then tell
+    of an error that is none.
+    """
+    farewell = _FAREWELL_SECONDS if code else _LONG_FAREWELL_SECONDS
+    with self._at_most(farewell + _TELLING_SECONDS, code):
+      self._publish(f"left/{self.host}", "")
+      deadline = time.monotonic() + farewell
+      while time.monotonic() < deadline:
+        if self._number_of("left") == self._count:
+          break
+        time.sleep(self._poll_seconds / 5)
+      if self.host == 0:
+        # With the coordinator goes what the others read.
+        time.sleep(self._poll_seconds)
+    self._ended.set()
+    self._leave(code)
+
+  @contextlib.contextmanager
+  def _at_most(self, seconds: float, code: int) -> Iterator[None]:
+    """Ends this process if the block, which asks the coordinator, hangs.
+
+    A coordinator that is stuck answers nothing, and raises no error either.
+    """
+    timer = threading.Timer(seconds, self._leave, args=[code])
+    timer.daemon = True
+    timer.start()
+    try:
+      yield
+    except Exception as error:
+      if not self._ended.is_set():
+        text = " ".join(str(error).split())[:200]
+        print(f"the other hosts cannot be reached: {text}", file=sys.stderr)
+    finally:
+      timer.cancel()
 
   def _watch(self) -> None:
     unanswered = 0

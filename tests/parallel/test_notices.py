@@ -3,10 +3,12 @@
 import io
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from narvl_jax.parallel import notices as notices_lib
 from narvl_jax.parallel.distributed import HostsLost
 from narvl_jax.parallel.notices import Notices, StopAgreement
 
@@ -151,6 +153,63 @@ def test_the_coordinator_leaves_last():
     notices[0].fail(1, "failed")
   assert left[-1] == (0, 1)
   assert {host for host, _ in left} == {0, 1, 2}
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+  deadline = time.monotonic() + 20
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+
+
+def test_nobody_leaves_before_all_are_ready():
+  """A host that is gone breaks the collectives of the others."""
+  store, notices, left = _hosts(3)
+  ready = threading.Event()
+  told = []
+
+  def finish(code: int, message: str) -> None:
+    told.append((code, message))
+    # A checkpoint on its way to the disk.
+    ready.wait(20)
+
+  notices[2]._on_end = finish
+  with notices[0], notices[2]:
+    stopped = threading.Thread(
+      target=notices[1].fail, args=(0, "SIGTERM: stopped")
+    )
+    stopped.start()
+    words = {f"narvl_jax/notices/left/{host}" for host in (0, 1)}
+    _wait(lambda: words <= {*store.values})
+    assert left == []
+    ready.set()
+    stopped.join()
+    _wait(lambda: len(left) == 3)
+  assert {*left} == {(0, 0), (1, 0), (2, 0)}
+  assert left[-1] == (0, 0)
+  assert told == [(0, "host 1 (?): SIGTERM: stopped")]
+
+
+def test_a_coordinator_that_hangs_is_not_waited_for(monkeypatch):
+  store, notices, left = _hosts(2)
+  release = threading.Event()
+  for name in ("_TELLING_SECONDS", "_FAREWELL_SECONDS"):
+    monkeypatch.setattr(notices_lib, name, 0.1)
+  monkeypatch.setattr(store, "key_value_set", lambda *_: release.wait(20))
+  ending = threading.Thread(target=notices[1].fail, args=(75, "watchdog"))
+  ending.start()
+  _wait(lambda: left == [(1, 75)])
+  release.set()
+  ending.join()
+
+
+def test_a_second_failure_of_a_host_is_no_news():
+  store, notices, left = _hosts(1)
+  notices[0].fail(0, "SIGTERM: stopped")
+  notices[0].fail(1, "failed: a connection was reset")
+  assert store.values["narvl_jax/notices/failure/0"] == "0 SIGTERM: stopped"
+  assert "reset" not in notices[0]._terminal.getvalue()
+  assert left[0] == (0, 0)
 
 
 def test_a_lost_coordinator_ends_the_others():

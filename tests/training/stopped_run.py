@@ -6,6 +6,7 @@
 import ctypes
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import threading
@@ -21,6 +22,7 @@ from narvl_jax.training.checkpoints import Checkpoints
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.prefetch import DeviceBatches
 from narvl_jax.training.setup import Setup
+from tests import disks
 
 _PHASES = ("compile", "restore", "step", "evaluation", "final", "data")
 
@@ -52,12 +54,17 @@ def _stall() -> None:
   time.sleep(1e6)
 
 
-def _kill() -> None:
-  os.kill(os.getpid(), signal.SIGKILL)
-
-
 def _remove_workdir() -> None:
   shutil.rmtree(pathlib.Path(flags.FLAGS.workdir))
+
+
+def _fill_disk() -> None:
+  disks.fill(pathlib.Path(flags.FLAGS.workdir))
+
+
+def _short_files() -> None:
+  hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
 
 
 _EVENTS: dict[str, Callable[[], None]] = {
@@ -65,8 +72,9 @@ _EVENTS: dict[str, Callable[[], None]] = {
   "term_in_c": _terminate_in_c,
   "term_and_wait": _terminate_and_wait,
   "hang": _stall,
-  "kill": _kill,
   "remove_workdir": _remove_workdir,
+  "fill_disk": _fill_disk,
+  "short_files": _short_files,
 }
 
 

@@ -1,5 +1,6 @@
 """Real processes that are stopped, killed, and stuck, phase by phase."""
 
+import contextlib
 import json
 import pathlib
 import shlex
@@ -13,6 +14,7 @@ import pytest
 from narvl_jax.training import failures
 from narvl_jax.training.checkpoints import FOLDER
 from narvl_jax.training.watchdog import HANG_CODE
+from tests.disks import small_disk
 from tests.parallel.processes import Process, start, start_together
 
 _TINY = "--config=tests/parallel/tiny_run.py"
@@ -200,3 +202,28 @@ def test_one_of_two_is_stopped_and_stalls(tmp_path):
   end = _events(run)[-1]
   assert "watchdog: no progress" in end["how"]
   assert end["code"] == HANG_CODE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["fill_disk", "short_files"])
+def test_no_room_for_a_checkpoint(tmp_path, what):
+  """A full disk, and a limit for files that needs no privilege."""
+  with contextlib.ExitStack() as stack:
+    run = tmp_path / "disk" / "run"
+    if what == "fill_disk":
+      stack.enter_context(small_disk(run.parent, 8000))
+    process = start(
+      tmp_path / "output", _command(run, *_happens("step", what, 5)), devices=1
+    )
+    assert process.wait() == 2, process.output + process.errors
+    (line,) = process.errors.splitlines()
+    assert line.startswith("error: ")
+    reason = {"fill_disk": "No space left", "short_files": "File too large"}
+    assert reason[what] in line
+    # What could be saved is; what could not is no checkpoint.
+    assert _steps(run) == [3]
+    assert not (run / "lock.json").exists()
+    (run / "filler").unlink(missing_ok=True)
+    process = _alone(run)
+    assert process.wait() == 0, process.output + process.errors
+    assert "resumed from the checkpoint of step 3" in process.output

@@ -11,6 +11,7 @@ import pytest
 from narvl_jax.config import to_json
 from narvl_jax.errors import UserError
 from narvl_jax.training import workdir as workdir_lib
+from tests.disks import read_only, small_disk
 from tests.training.tiny import tiny_config
 
 
@@ -117,6 +118,15 @@ def test_folder_without_permission(tmp_path, monkeypatch):
     UserError, match=r"run cannot be written: no permission for .*; use anoth"
   ):
     workdir_lib.check(tmp_path / "run", tiny_config())
+
+
+def test_read_only_folder(tmp_path):
+  with small_disk(tmp_path / "disk", 100) as disk:
+    read_only(disk)
+    with pytest.raises(
+      UserError, match=r"run cannot be written: no permission for .*disk; use"
+    ):
+      workdir_lib.check(disk / "run", tiny_config())
 
 
 def test_checkpoints_of_an_unknown_run(run):
