@@ -157,21 +157,33 @@ def _log_to(stream: Any) -> None:
 
 
 class _Tee(io.TextIOBase):
-  """Writes to several streams."""
+  """Writes to a terminal and, as long as the disk takes it, to a log."""
 
-  def __init__(self, *streams: TextIO) -> None:
-    self._streams = streams
+  def __init__(self, terminal: TextIO, log: TextIO) -> None:
+    self._streams = [terminal, log]
 
   def write(self, text: str) -> int:
-    for stream in self._streams:
-      stream.write(text)
-      if "\n" in text:
-        stream.flush()
+    for stream in tuple(self._streams):
+      try:
+        stream.write(text)
+        if "\n" in text:
+          stream.flush()
+      except OSError as error:
+        self._give_up(stream, error)
     return len(text)
 
   def flush(self) -> None:
-    for stream in self._streams:
-      stream.flush()
+    for stream in tuple(self._streams):
+      try:
+        stream.flush()
+      except OSError as error:
+        self._give_up(stream, error)
+
+  def _give_up(self, stream: TextIO, error: OSError) -> None:
+    if stream is self._streams[0]:
+      raise error
+    self._streams.remove(stream)
+    self._streams[0].write(f"note: no more log: {error.strerror}\n")
 
   def fileno(self) -> int:
     return self._streams[0].fileno()

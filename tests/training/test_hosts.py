@@ -1,5 +1,7 @@
 """Where a host prints, and how a run on several of them ends."""
 
+import errno
+import io
 import os
 import pathlib
 import subprocess
@@ -75,6 +77,22 @@ def test_a_log_that_cannot_be_written(tmp_path):
     hosts._output(3, tmp_path / "logs"),
   ):
     pass
+
+
+def test_a_log_on_a_disk_that_gets_full():
+  class Full(io.StringIO):
+    def flush(self) -> None:
+      raise OSError(errno.ENOSPC, "No space left on device")
+
+  terminal = io.StringIO()
+  tee = hosts._Tee(terminal, Full())
+  for _ in range(2):
+    print("words", file=tee, flush=True)
+  assert terminal.getvalue() == (
+    "words\nnote: no more log: No space left on device\nwords\n"
+  )
+  with pytest.raises(OSError, match="No space left"):
+    print("words", file=hosts._Tee(Full(), terminal))
 
 
 def test_a_single_process_is_left_alone(tmp_path):
