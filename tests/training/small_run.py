@@ -2,7 +2,8 @@
 
 Accumulation, moving averages, dropout, BatchNorm with statistics of the batch,
 and a mixture of three sources; checkpoints on disk. What is left out is what
-`narvl_jax.train.train` does around `_fit`.
+`narvl_jax.train.train` does around `_fit`. The model is the stand-in, or the
+real one, whose hundreds of arrays take Orbax a second to save or restore.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from narvl_jax.training.setup import Setup, build_setup
 from narvl_jax.training.start import first_state
 from narvl_jax.training.train_state import TrainState
 from tests.models.small import FAST_COMPILE
+from tests.training.stand_in import StandIn
 from tests.training.tiny import tiny_config
 
 STEPS = 10
@@ -37,6 +39,8 @@ STEPS = 10
 def config() -> Config:
   """Returns the config; every test's differs only in what is not compiled."""
   config = tiny_config()
+  # The stand-in's parameters have no axis names.
+  config.mesh.rules = ()
   config.data.train = {
     "questions": train_source("shapes", "vqa", image_size=48, weight=2.0),
     "boxes": train_source(
@@ -67,9 +71,16 @@ def config() -> Config:
 
 
 @functools.cache
-def setup() -> Setup:
+def setup(real: bool = False) -> Setup:
   """Returns the run on two devices."""
-  return build_setup(experiment_lib.build(config()), make_mesh(2))
+  experiment = experiment_lib.build(config())
+  if not real:
+    size = experiment.vocabulary.size
+    model: Any = StandIn(
+      dropout=0.1, batch_norm=True, vocab_size=size, num_queries=6
+    )
+    experiment = dataclasses.replace(experiment, model=model)
+  return build_setup(experiment, make_mesh(2))
 
 
 @functools.cache
@@ -79,9 +90,9 @@ def mixture() -> tuple[run_data.MixtureEntry, ...]:
 
 
 @functools.cache
-def compiled() -> jax.stages.Compiled:
+def compiled(real: bool = False) -> jax.stages.Compiled:
   """Returns the update."""
-  run = setup()
+  run = setup(real)
   with jax.set_mesh(run.mesh):
     return run.step.lower(run.abstract_state, run.batch).compile(FAST_COMPILE)
 
@@ -90,12 +101,12 @@ class CachedSetup(Setup):
   """Compiles once."""
 
   def compile_step(self) -> jax.stages.Compiled:
-    return compiled()
+    return compiled(not isinstance(self.experiment.model, StandIn))
 
 
-def with_config(**settings: Any) -> Setup:
+def with_config(real: bool, **settings: Any) -> Setup:
   """Returns the run with other settings, double underscores for dots."""
-  run = setup()
+  run = setup(real)
   changed = config()
   changed.update_from_flattened_dict(
     {key.replace("__", "."): value for key, value in settings.items()}
@@ -109,18 +120,21 @@ def with_config(**settings: Any) -> Setup:
 
 def train(
   workdir: pathlib.Path,
+  *,
+  real: bool = False,
   **settings: Any,
 ) -> TrainState:
   """Trains in a folder from what it holds to the last step.
 
   Args:
     workdir: of the run.
+    real: which model.
     **settings: see `with_config`.
 
   Returns:
     The last state, on the host.
   """
-  run = with_config(**settings)
+  run = with_config(real, **settings)
   workdir.mkdir(parents=True, exist_ok=True)
   ledger = Ledger()
   say = Announcer(ledger)
@@ -152,13 +166,16 @@ def host_batches(count: int) -> list[dict[str, np.ndarray]]:
   return found
 
 
-def by_hand(positions: Sequence[int | None]) -> list[TrainState]:
+def by_hand(
+  positions: Sequence[int | None], real: bool = False
+) -> list[TrainState]:
   """Returns the states, on the host, before and after one update for each.
 
   Args:
     positions: of the batches; None is an update that changes nothing.
+    real: which model.
   """
-  run = setup()
+  run = setup(real)
   state = run.init(jax.random.key(run.experiment.config.seed))
   states = [jax.device_get(state)]
   for position in positions:
@@ -167,7 +184,7 @@ def by_hand(positions: Sequence[int | None]) -> list[TrainState]:
     else:
       batch = host_batches(STEPS + 4)[position]
       chosen = {name: batch[name] for name in run.batch}
-      state, _ = compiled()(state, shard_batch(chosen, run.mesh))
+      state, _ = compiled(real)(state, shard_batch(chosen, run.mesh))
     states.append(jax.device_get(state))
   return states
 

@@ -29,6 +29,8 @@ class StandIn(nn.Module):
 
   dropout: float = 0.0
   batch_norm: bool = False
+  vocab_size: int = VOCAB_SIZE
+  num_queries: int = NUM_QUERIES
 
   @nn.compact
   def __call__(
@@ -42,15 +44,16 @@ class StandIn(nn.Module):
     del image_mask
     pixels = image.reshape(len(image), -1) / 255.0 - 0.5
     x = nn.Dense(8, name="image")(pixels)
-    table = self.param("embed_tokens", nn.initializers.normal(0.3), (16, 8))
+    # The table has padding rows, as the real one.
+    shape = (self.vocab_size + 4, 8)
+    table = self.param("embed_tokens", nn.initializers.normal(0.3), shape)
     x += table[text].mean(1)
     if self.batch_norm:
       x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
     x = nn.Dropout(self.dropout)(jnp.tanh(x), deterministic=not train)
-    x = nn.Dense(NUM_QUERIES * 8, name="head")(x)
-    states = x.reshape(len(image), NUM_QUERIES, 8)
-    # The table has padding rows, as the real one.
-    return project(states, table[:VOCAB_SIZE]), {"decoder_out": states}
+    x = nn.Dense(self.num_queries * 8, name="head")(x)
+    states = x.reshape(len(image), self.num_queries, 8)
+    return project(states, table[: self.vocab_size]), {"decoder_out": states}
 
 
 @functools.cache

@@ -3,19 +3,34 @@
 import json
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import pytest
 
 from narvl_jax.training.train_state import TrainState
 from tests.training import small_run
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[pathlib.Path, TrainState]:
-  """Returns a run of which every checkpoint is kept, and its last state."""
+class Whole(NamedTuple):
+  """A run of which every checkpoint is kept, and its last state."""
+
+  real: bool
+  workdir: pathlib.Path
+  state: TrainState
+
+
+@pytest.fixture(
+  scope="module",
+  params=[
+    pytest.param(False, id="stand-in"),
+    pytest.param(True, id="real", marks=pytest.mark.slow),
+  ],
+)
+def whole(request, tmp_path_factory) -> Whole:
   workdir = tmp_path_factory.mktemp("whole")
-  return workdir, small_run.train(workdir)
+  real = request.param
+  return Whole(real, workdir, small_run.train(workdir, real=real))
 
 
 def _metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -32,13 +47,13 @@ def _metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def test_the_run_has_all_that_is_to_be_kept(whole):
-  workdir, state = whole
   config = small_run.config()
   assert config.train.accumulation_steps > 1
   assert config.model.dropout > 0
   assert config.model.batch_norm == "batch"
-  assert state.ema is not None
-  lines = _metrics(workdir)
+  assert whole.state.ema is not None
+  assert jax.tree.leaves(whole.state.batch_stats)
+  lines = _metrics(whole.workdir)
   # All three sources, in shares that change.
   shares = [
     [line[f"data/{name}/examples"] for name in config.data.train]
@@ -55,18 +70,18 @@ def test_the_run_has_all_that_is_to_be_kept(whole):
 
 
 def test_the_loop_makes_the_updates_one_after_the_other(whole):
-  _, state = whole
-  states = small_run.by_hand(range(small_run.STEPS))
-  small_run.assert_equal(state, states[-1])
+  states = small_run.by_hand(range(small_run.STEPS), whole.real)
+  small_run.assert_equal(whole.state, states[-1])
 
 
 @pytest.mark.parametrize("split", range(1, small_run.STEPS))
 def test_every_split(whole, tmp_path, split):
-  workdir, state = whole
-  source = workdir / "checkpoints" / str(split)
+  source = whole.workdir / "checkpoints" / str(split)
   shutil.copytree(source, tmp_path / "checkpoints" / str(split))
-  shutil.copy(workdir / "metrics.jsonl", tmp_path)
+  shutil.copy(whole.workdir / "metrics.jsonl", tmp_path)
   # Only the last state is saved, which takes longest.
-  resumed = small_run.train(tmp_path, train__checkpoint_every=0)
-  small_run.assert_equal(resumed, state)
-  assert _metrics(tmp_path) == _metrics(workdir)
+  resumed = small_run.train(
+    tmp_path, real=whole.real, train__checkpoint_every=0
+  )
+  small_run.assert_equal(resumed, whole.state)
+  assert _metrics(tmp_path) == _metrics(whole.workdir)

@@ -38,13 +38,16 @@ def _stored(workdir: pathlib.Path, step: int) -> dict[str, Any]:
   """Returns every array of a checkpoint, read by orbax alone."""
   import orbax.checkpoint as ocp
 
+  tree = {}
+  as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
   with ocp.PyTreeCheckpointer() as reader:
-    tree = {
-      item: reader.restore(workdir / "checkpoints" / str(step) / item)
-      for item in ("params", "optimizer", "ema")
-    }
+    for item in ("params", "optimizer", "ema"):
+      folder = workdir / "checkpoints" / str(step) / item
+      shapes = reader.metadata(folder).item_metadata.tree
+      arguments = jax.tree.map(lambda _: as_numpy, shapes)
+      tree[item] = reader.restore(folder, restore_args=arguments)
   return {
-    jax.tree_util.keystr(path): np.asarray(leaf)
+    jax.tree_util.keystr(path): leaf
     for path, leaf in jax.tree.leaves_with_path(tree)
   }
 
