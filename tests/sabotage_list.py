@@ -11,7 +11,7 @@ SABOTAGES = (
     "narvl_jax/train.py",
     'stored.get("data_position", int(state.step)),',
     "0,",
-    "tests/training/test_exact_resume.py::test_every_split[9]",
+    "tests/training/test_exact_resume.py::test_every_split[stand-in-9]",
   ),
   Sabotage(
     "the position in the data is not stored",
