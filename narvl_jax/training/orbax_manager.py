@@ -25,8 +25,6 @@ DELETED = ".deleted"
 _MIN_SLICE_BYTES = 4 << 20
 # In which all hosts must have written their parts of a checkpoint.
 _SAVE_SECONDS = 1200
-# Arrays on their way from disk to devices, else all at once; at least one is.
-_RESTORE_GB = 1
 
 
 def open_manager(
@@ -91,7 +89,7 @@ class _ArrayHandler(ocp.StandardCheckpointHandler):
   """Writes and reads trees of arrays; tells of errors early."""
 
   def __init__(self, note_error: Callable[[BaseException], None]) -> None:
-    super().__init__(restore_concurrent_gb=_RESTORE_GB)
+    super().__init__()
     self._note_error = note_error
 
   async def async_save(self, *args: Any, **kwargs: Any) -> Sequence[Any] | None:

@@ -94,7 +94,7 @@ def test_without_an_intact_one_nothing_is_moved(tmp_path):
       pytest.raises(
         UserError,
         match=r"no checkpoint of this run is intact: step 6: file .* was"
-        r" changed.*; step 3: file .*; bring files of theirs back, or train anew",
+        r" changed.*; step 3: file .*; bring files of theirs back, or train",
       ),
     ):
       _first_state(checkpoints)
