@@ -90,7 +90,7 @@ def test_long_differences_are_cut(run):
       config.train[name] += 1
   for name in ("seed", "vocabulary.size", "data.max_text_length"):
     config.update_from_flattened_dict({name: 1})
-  with pytest.raises(UserError, match=r"; and 3 more; use another"):
+  with pytest.raises(UserError, match=r"; and 2 more; use another"):
     workdir_lib.check(run, config)
 
 
