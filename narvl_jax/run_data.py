@@ -1,21 +1,25 @@
 """The data of a run: opened and checked before anything is written."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from narvl_jax.config import Config
 from narvl_jax.data.batching import short_reason
 from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
 from narvl_jax.data.mixture import Entry, Mixture
+from narvl_jax.data.pipeline import BadRecords, TrainBatches, train_batches
 from narvl_jax.data.sources import load_source, locate
 from narvl_jax.data.tasks import Encoded, Task, check_num_queries
 from narvl_jax.data.tasks.base import required_queries
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import load_dataset
+from narvl_jax.parallel import local_rows
 from narvl_jax.training.score import check_best_metric
 
 if TYPE_CHECKING:
   from narvl_jax.experiment import Experiment
+  from narvl_jax.training.setup import Setup
 
 # Records of each source whose targets are held against the queries.
 _CHECKED_RECORDS = 64
@@ -146,3 +150,33 @@ def encode_first(
       f" {problem} (--config.data.train.{name})"
     )
   return encoded
+
+
+def batch_opener(
+  setup: "Setup", mixture: Sequence[MixtureEntry]
+) -> Callable[[int], TrainBatches]:
+  """Returns the function position -> this host's batches from there on.
+
+  Args:
+    setup: of the run.
+    mixture: from `load_mixture`.
+  """
+  experiment = setup.experiment
+  config = experiment.config
+  return functools.partial(
+    train_batches,
+    mixture,
+    experiment.tasks,
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    rows=local_rows(setup.mesh, config.train.batch_size),
+    image_size=tuple(config.data.image_size),
+    max_text_length=config.data.max_text_length,
+    max_label_length=experiment.label_length,
+    temperature=config.data.temperature,
+    num_workers=config.data.num_workers,
+    num_threads=config.data.num_threads,
+    prefetch=config.data.prefetch,
+    # Their count goes on where the batches are opened again.
+    bad_records=BadRecords(config.data.max_bad_fraction),
+  )

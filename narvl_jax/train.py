@@ -18,7 +18,7 @@ import contextlib
 import functools
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,35 +27,30 @@ from absl import flags
 from narvl_jax import cli, run_data
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.config_checks import validate
-from narvl_jax.data.pipeline import BadRecords, TrainBatches, train_batches
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import evaluate_tasks
 from narvl_jax.evaluation.reporting import format_table
 from narvl_jax.evaluation.results import write_results
-from narvl_jax.parallel import distributed, local_rows, mesh_from_config
-from narvl_jax.parallel.mesh import describe
+from narvl_jax.parallel import distributed
 from narvl_jax.training import hosts
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.announce import (
   Announcer,
-  describe_model,
   explain_failure,
 )
 from narvl_jax.training.announce import dry_run as print_dry_run
 from narvl_jax.training.bad_numbers import BundleWriter
 from narvl_jax.training.checkpoints import Checkpoints
-from narvl_jax.training.constrained import check_answers
 from narvl_jax.training.failures import summary
 from narvl_jax.training.guard import Guard, check_unchanged
-from narvl_jax.training.init_from import check_init_from
 from narvl_jax.training.interrupt import EvaluationStopped, StopRequest
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.loop import Loop
 from narvl_jax.training.metrics import MetricsWriter, SilentMetrics
 from narvl_jax.training.prefetch import DeviceBatches
 from narvl_jax.training.score import flat_metrics, score_of
-from narvl_jax.training.setup import Setup, build_setup
-from narvl_jax.training.start import first_state, write_run
+from narvl_jax.training.setup import Setup
+from narvl_jax.training.start import first_state, prepare, write_run
 from narvl_jax.training.train_state import TrainState, evaluation_variables
 
 
@@ -98,45 +93,40 @@ def train(
       )
   ledger = guard.ledger
   say = Announcer(ledger)
-
   with ledger.stage("init"):
     say(f"run folder {workdir}")
     validate(config)
     if not dry_run and not explain_sharding:
       guard.watch(config.watchdog)
     resumes = workdir_lib.check(workdir, config)
-    mesh = mesh_from_config(config.mesh)
-    say(f"mesh {describe(mesh)}")
-    experiment = experiment_lib.build(config, workdir)
-    say(
-      f"vocabulary {experiment.vocabulary.size} ids,"
-      f" tasks {', '.join(experiment.tasks)}"
-    )
-    mixture = run_data.load_mixture(config)
-    used = run_data.check_mixture(experiment, mixture).used(config.train.steps)
-    for note in run_data.check_targets(experiment, mixture):
-      say(f"note: {note}")
-    check_answers(experiment, mixture)
-    run_data.check_evaluation(config)
-    for (source, task, _, name), count in zip(mixture, used, strict=True):
-      say(
-        f"source {name}: {len(source)} examples for {task},"
-        f" {count / len(source):.2f} epochs in {config.train.steps} steps"
-      )
-    setup = build_setup(experiment, mesh)
-    if config.init_from and not resumes:
-      for note in check_init_from(setup):
-        say(f"note: {note}")
-    describe_model(setup, say)
+    setup, mixture = prepare(config, workdir, resumes, say)
   if explain_sharding and not dry_run:
     print(setup.sharding_table(), flush=True)
   if dry_run:
     print_dry_run(setup, ledger, say)
   if dry_run or explain_sharding:
     return None
+  with jax.set_mesh(setup.mesh):
+    report = _run(setup, mixture, workdir, resumes, guard, say)
+  for line in summary(workdir):
+    say(line)
+  say("done; where the time went:")
+  print(ledger.table(), flush=True)
+  return report
 
+
+def _run(
+  setup: Setup,
+  mixture: Sequence[run_data.MixtureEntry],
+  workdir: pathlib.Path,
+  resumes: bool,
+  guard: Guard,
+  say: Announcer,
+) -> dict[str, Any]:
+  """Takes the folder, restores or begins, trains, and evaluates at the end."""
+  experiment, ledger = setup.experiment, guard.ledger
+  config = experiment.config
   with contextlib.ExitStack() as stack:
-    stack.enter_context(jax.set_mesh(mesh))
     with ledger.stage("init"):
       if distributed.is_first():
         guard.take(say)
@@ -151,8 +141,8 @@ def train(
           config=config,
         )
       )
-      state, first_step, stored = first_state(setup, checkpoints, say)
       guard.busy = lambda: checkpoints.progress.startswith("saving")
+      state, first_step, stored = first_state(setup, checkpoints, say)
       ledger.progress(first_step)
       if distributed.is_first():
         if resumes:
@@ -191,10 +181,6 @@ def train(
       )
     with ledger.stage("checkpoint"):
       checkpoints.wait()
-  for line in summary(workdir):
-    say(line)
-  say("done; where the time went:")
-  print(ledger.table(), flush=True)
   return report
 
 
@@ -215,7 +201,7 @@ def _fit(
   config = experiment.config
   # Before the compilation, which leaves time to fill the buffers.
   with DeviceBatches(
-    _opener(setup, mixture),
+    run_data.batch_opener(setup, mixture),
     stored.get("data_position", int(state.step)),
     setup.mesh,
     tuple(setup.batch),
@@ -270,31 +256,6 @@ def _fit(
     say.used(batches.counters(batches.position))
     say(str(loop.health))
     return state
-
-
-def _opener(
-  setup: Setup, mixture: Sequence[run_data.MixtureEntry]
-) -> Callable[[int], TrainBatches]:
-  """Returns the function position -> this host's batches from there on."""
-  experiment = setup.experiment
-  config = experiment.config
-  return functools.partial(
-    train_batches,
-    mixture,
-    experiment.tasks,
-    batch_size=config.train.batch_size,
-    seed=config.seed,
-    rows=local_rows(setup.mesh, config.train.batch_size),
-    image_size=tuple(config.data.image_size),
-    max_text_length=config.data.max_text_length,
-    max_label_length=experiment.label_length,
-    temperature=config.data.temperature,
-    num_workers=config.data.num_workers,
-    num_threads=config.data.num_threads,
-    prefetch=config.data.prefetch,
-    # Their count goes on where the batches are opened again.
-    bad_records=BadRecords(config.data.max_bad_fraction),
-  )
 
 
 def _final_evaluation(
@@ -376,7 +337,7 @@ def main(argv: Sequence[str]) -> None:
           explain_sharding=settings.explain_sharding,
           guard=guard,
         )
-  except UserError:
+  except (UserError, BrokenPipeError):
     raise
   except (KeyboardInterrupt, Exception) as error:
     code, message = explain(error)

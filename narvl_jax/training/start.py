@@ -1,20 +1,67 @@
-"""How a run begins: its folder, and the state of the first step."""
+"""How a run begins: what it needs, its folder, and the first state."""
 
 import pathlib
 from typing import Any
 
 import jax
 
+from narvl_jax import experiment as experiment_lib
+from narvl_jax import run_data
 from narvl_jax.errors import UserError
 from narvl_jax.experiment import Experiment
-from narvl_jax.parallel import distributed
+from narvl_jax.parallel import distributed, mesh_from_config
+from narvl_jax.parallel.mesh import describe
 from narvl_jax.training import workdir as workdir_lib
-from narvl_jax.training.announce import Announcer
+from narvl_jax.training.announce import Announcer, describe_model
 from narvl_jax.training.checkpoints import Checkpoints, restore_target
-from narvl_jax.training.init_from import init_from
+from narvl_jax.training.constrained import check_answers
+from narvl_jax.training.init_from import check_init_from, init_from
 from narvl_jax.training.integrity import DamagedCheckpoint
-from narvl_jax.training.setup import Setup
+from narvl_jax.training.setup import Setup, build_setup
 from narvl_jax.training.train_state import TrainState
+
+
+def prepare(
+  config: Any, workdir: pathlib.Path, resumes: bool, say: Announcer
+) -> tuple[Setup, list[run_data.MixtureEntry]]:
+  """Builds and checks all that a run needs; writes nothing.
+
+  Args:
+    config: of the run.
+    workdir: the run folder; if it holds a run, its vocabulary counts.
+    resumes: whether it does.
+    say: prints a line.
+
+  Returns:
+    The setup, and the sources of the training data.
+
+  Raises:
+    UserError: something in the config is wrong.
+  """
+  mesh = mesh_from_config(config.mesh)
+  say(f"mesh {describe(mesh)}")
+  experiment = experiment_lib.build(config, workdir)
+  say(
+    f"vocabulary {experiment.vocabulary.size} ids,"
+    f" tasks {', '.join(experiment.tasks)}"
+  )
+  mixture = run_data.load_mixture(config)
+  used = run_data.check_mixture(experiment, mixture).used(config.train.steps)
+  for note in run_data.check_targets(experiment, mixture):
+    say(f"note: {note}")
+  check_answers(experiment, mixture)
+  run_data.check_evaluation(config)
+  for (source, task, _, name), count in zip(mixture, used, strict=True):
+    say(
+      f"source {name}: {len(source)} examples for {task},"
+      f" {count / len(source):.2f} epochs in {config.train.steps} steps"
+    )
+  setup = build_setup(experiment, mesh)
+  if config.init_from and not resumes:
+    for note in check_init_from(setup):
+      say(f"note: {note}")
+  describe_model(setup, say)
+  return setup, mixture
 
 
 def write_run(

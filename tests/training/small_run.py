@@ -160,7 +160,7 @@ def train(
 @functools.cache
 def host_batches(count: int) -> list[dict[str, np.ndarray]]:
   """Returns the first batches of the run."""
-  source = train_lib._opener(setup(), mixture())(0)
+  source = run_data.batch_opener(setup(), mixture())(0)
   found = list(itertools.islice(source, count))
   source.close()
   return found
