@@ -4,23 +4,19 @@ import pathlib
 import shutil
 from typing import Any
 
-import flax.traverse_util
 import jax
 import numpy as np
 import pytest
 
 from narvl_jax import experiment as experiment_lib
 from narvl_jax import train as train_lib
-from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
-from narvl_jax.models import positions
-from narvl_jax.parallel import mesh_from_config
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import Checkpoints, restore_target
 from narvl_jax.training.init_from import check_init_from, init_from
 from narvl_jax.training.optimizer import flatten
-from narvl_jax.training.setup import Setup, build_setup
 from tests.evaluation.tiny_run import STEP, copy_run, tiny_config
+from tests.training.other_run import fresh_state, make_setup, stored_in
 from tests.training.twin import twin_of
 
 
@@ -28,69 +24,6 @@ from tests.training.twin import twin_of
 def start(tmp_path: pathlib.Path) -> pathlib.Path:
   """The folder of a run without moving averages."""
   return copy_run(tmp_path / "start")
-
-
-def make_setup(start: Any, words: Any = None, **changes: Any) -> Setup:
-  """Returns a run that starts from a folder.
-
-  Args:
-    start: the folder.
-    words: folder with the vocabulary of the run; that of `start` by default.
-    **changes: to the config, double underscores in the place of dots.
-  """
-  config: Any = tiny_config().copy_and_resolve_references()
-  config.init_from = str(start)
-  config.train.batch_size = 8
-  config.update_from_flattened_dict(
-    {key.replace("__", "."): value for key, value in changes.items()}
-  )
-  experiment = experiment_lib.build(config, words or start)
-  return build_setup(experiment, mesh_from_config(config.mesh))
-
-
-def fresh_state(setup: Setup) -> Any:
-  """Returns random numbers where the state shall lie."""
-  rng = np.random.default_rng(3)
-
-  def fill(leaf: Any, sharding: Any) -> jax.Array:
-    values = rng.normal(size=leaf.shape).astype(leaf.dtype)
-    return jax.device_put(values, sharding)
-
-  return jax.tree.map(fill, setup.abstract_state, setup.shardings)
-
-
-def started(setup: Setup) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
-  """Returns the notes, and the variables before and after.
-
-  Every leaf must lie where the run wants it.
-  """
-  notes = check_init_from(setup)
-  state = fresh_state(setup)
-  before = flatten(
-    jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
-  )
-  with jax.set_mesh(setup.mesh):
-    state = init_from(setup, state)
-  for x, sharding in zip(
-    jax.tree.leaves(state), jax.tree.leaves(setup.shardings), strict=True
-  ):
-    assert x.sharding.is_equivalent_to(sharding, x.ndim)
-  after = {"params": state.params, "batch_stats": state.batch_stats}
-  return notes, before, flatten(jax.device_get(after))
-
-
-def check_others(
-  got: dict[str, Any], expected: dict[str, Any], but: set[str]
-) -> None:
-  """Checks that all leaves but some are as expected."""
-  assert but <= got.keys()
-  for name in got.keys() - but:
-    np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
-
-
-def stored_in(start: pathlib.Path) -> dict[str, np.ndarray]:
-  _, variables, _ = experiment_lib.restore(start)
-  return flatten(jax.device_get(variables))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
@@ -176,190 +109,6 @@ def test_another_model_is_told_by_its_leaves(start: pathlib.Path) -> None:
     r" by --config.init_drops='\(\"encoder/.*\)' and so on",
   ):
     check_init_from(setup)
-
-
-# (data, fsdp, tensor): with the last one leaves are split over all devices.
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 4, 2)])
-@pytest.mark.parametrize("queries", [5, 12])
-def test_another_number_of_queries(
-  start: pathlib.Path, queries: int, mesh: tuple[int, int, int]
-) -> None:
-  data, fsdp, tensor = mesh
-  notes, before, after = started(
-    make_setup(
-      start,
-      model__num_queries=queries,
-      mesh__data=data,
-      mesh__fsdp=fsdp,
-      mesh__tensor=tensor,
-    )
-  )
-  more = "" if queries < 8 else ", 4 more start fresh"
-  both = min(queries, 8)
-  assert notes == [
-    f'init_from="{start}": the first {both} of its 8 queries are taken{more}'
-  ]
-  name = "params/decoder/query_embed"
-  stored = stored_in(start)
-  np.testing.assert_array_equal(after[name][:both], stored[name][:both])
-  np.testing.assert_array_equal(after[name][both:], before[name][both:])
-  check_others(after, stored, {name})
-
-
-def test_renamed_dropped_and_new_parameters(
-  tmp_path: pathlib.Path, start: pathlib.Path
-) -> None:
-  stored = stored_in(start)
-  there = {
-    name.replace("layers/ffn", "blocks/mlp"): value
-    for name, value in stored.items()
-    if name != "params/encoder/layer_norm/bias"
-  }
-  there["params/head/kernel"] = np.ones((24, 3), np.float32)
-  folder = tmp_path / "other"
-  with Checkpoints(folder, keep_last=1) as checkpoints:
-    tree = jax.tree.map(
-      jax.numpy.asarray, flax.traverse_util.unflatten_dict(there, sep="/")
-    )
-    checkpoints.save_variables(0, {"batch_stats": {}, **tree})
-  setup = make_setup(start, init_from=str(folder))
-  with pytest.raises(
-    UserError,
-    match=r"decoder/blocks/mlp/fc1_bias is there only"
-    r' \(nearest here: "decoder/layers/ffn/fc1_bias"\), ',
-  ):
-    check_init_from(setup)
-  config = setup.experiment.config
-  config.init_renames = ((r"(.*)/blocks/mlp/(.*)", r"\1/layers/ffn/\2"),)
-  config.init_drops = ("encoder/layer_norm/bias", "embed_tokens")
-  with pytest.raises(
-    UserError,
-    match=r"another model: head/kernel is there only; .*"
-    r"""init_drops='\("head/kernel",\)'$""",
-  ):
-    check_init_from(setup)
-  config.init_drops += ("head/.*",)
-  notes, before, after = started(setup)
-  assert notes == [
-    f'init_from="{folder}": embed_tokens, encoder/layer_norm/bias stay fresh'
-    " (init_drops)"
-  ]
-  fresh = {"params/embed_tokens", "params/encoder/layer_norm/bias"}
-  check_others(after, stored, fresh)
-  check_others(after, before, after.keys() - fresh)
-  config.init_drops += ("tail/.*",)
-  with pytest.raises(UserError, match=r'init_drops: "tail/.*" is never used'):
-    check_init_from(setup)
-
-
-def test_fresh_and_frozen_is_told(start: pathlib.Path) -> None:
-  setup = make_setup(
-    start,
-    init_drops=("encoder/layer_norm/.*",),
-    optimizer__rules=(("encoder/.*", {"freeze": True}), (".*", {})),
-  )
-  assert check_init_from(setup)[-1] == (
-    f'init_from="{start}": encoder/layer_norm/bias, encoder/layer_norm/scale'
-    " start fresh but are frozen, so they stay random"
-    " (--config.optimizer.rules)"
-  )
-
-
-def test_another_size_of_pictures(start: pathlib.Path) -> None:
-  changes = {"data__image_size": (48, 32), "model__image_bucket_size": 6}
-  names = ["image_rel_pos_table", "embed_image_positions"]
-  full = {f"params/encoder/{name}" for name in names}
-  stored = stored_in(start)
-  grid = stored["params/encoder/embed_image_positions"][1:].reshape(16, 16, -1)
-  # Weights that are no run of this program tell of no pictures.
-  notes, _, after = started(make_setup(start, **changes))
-  assert sorted(notes) == [
-    f'init_from="{start}": {what} from a table for 16x16 to one for 6x6'
-    for what in ("distances of image tokens", "image positions")
-  ]
-  table = after["params/encoder/embed_image_positions"]
-  np.testing.assert_array_equal(table[1:].reshape(6, 6, -1), grid[:6, :6])
-  check_others(after, stored, full)
-  # Pictures of 32 x 32 had 4 x 4 tokens; now there are 6 x 4.
-  (start / workdir_lib.ENVIRONMENT_FILE).write_text("{}")
-  notes, _, after = started(make_setup(start, **changes))
-  assert sorted(notes) == [
-    f'init_from="{start}": {what} of the grid 4x4 stretched to 6x4, from a'
-    " table for 16x16 to one for 6x6"
-    for what in ("distances of image tokens", "image positions")
-  ]
-  table = after["params/encoder/embed_image_positions"]
-  table = table[1:].reshape(6, 6, -1)
-  np.testing.assert_allclose(table[0, :4], grid[0, :4], atol=1e-5)
-  np.testing.assert_allclose(table[5, :4], grid[3, :4], atol=1e-5)
-  np.testing.assert_array_equal(table[:, 4:], grid[:6, 4:6])
-  distances = after["params/encoder/image_rel_pos_table"]
-  theirs = stored["params/encoder/image_rel_pos_table"]
-  ours = distances[0, positions.image_buckets(6, 4, 6)]
-  theirs = theirs[0, positions.image_buckets(4, 4, 16)]
-  # From the first to the last row it is as far as it was.
-  np.testing.assert_allclose(ours[:4, -4:], theirs[:4, -4:], atol=1e-5)
-  assert not np.allclose(ours[4:8, :4], theirs[4:8, :4])
-  check_others(after, stored, full)
-
-
-def test_another_vocabulary(
-  tmp_path: pathlib.Path, start: pathlib.Path
-) -> None:
-  texts = [" a RED dog", " the GREEN circle", " what is left of"] * 3
-  words = Vocabulary.train(texts, 90, num_bins=31)
-  words.save(tmp_path / "vocabulary")
-  setup = make_setup(
-    start,
-    vocabulary__source="run",
-    vocabulary__path=str(tmp_path),
-    words=tmp_path,
-    mesh__data=1,
-    mesh__fsdp=4,
-    mesh__tensor=2,
-  )
-  notes, before, after = started(setup)
-  theirs = Vocabulary.load(start / "vocabulary")
-  name = "params/embed_tokens"
-  stored = stored_in(start)
-  check_others(after, stored, {name})
-  known = {theirs.symbol(i): i for i in range(theirs.size)}
-  found = 0
-  for i in range(len(after[name])):
-    expected = before[name][i]
-    if words.bin_start <= i < words.blank_id:
-      place = (i - words.bin_start) / 30
-      expected = stored[name][theirs.bin_start + round(15 * place)]
-    elif i < words.size and words.symbol(i) in known:
-      expected = stored[name][known[words.symbol(i)]]
-      found += 1
-    np.testing.assert_array_equal(after[name][i], expected)
-  assert 5 < found < words.bin_start
-  assert len(notes) == 1
-  assert notes[0].startswith(
-    f'init_from="{start}": it has another vocabulary: {found + 31} of'
-    f" {words.size} tokens were found there by name,"
-  )
-  assert notes[0].endswith(
-    f"; to take all of its words, --config.vocabulary.source=run"
-    f" --config.vocabulary.path={start}"
-  )
-
-
-def test_weights_that_the_vocabulary_beside_them_does_not_fit(
-  start: pathlib.Path,
-) -> None:
-  setup = make_setup(start)
-  texts = [" a red dog"] * 3
-  Vocabulary.train(texts, 600, num_bins=500).save(start / "vocabulary")
-  with pytest.raises(
-    UserError,
-    match=r"vocabulary there has 5\d+ ids, but embed_tokens 128 rows, .*"
-    r"""init_drops='\("embed_tokens",\)'""",
-  ):
-    check_init_from(setup)
-  setup.experiment.config.init_drops = ("embed_tokens",)
-  assert len(check_init_from(setup)) == 1
 
 
 def test_folders_without_weights(
