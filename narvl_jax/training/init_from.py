@@ -188,10 +188,10 @@ def _plan(setup: Setup, checkpoints: Checkpoints, step: int) -> _Plan:
   config = experiment.config
   stored = _shapes(checkpoints.shapes(step)["params"])
   ours = _shapes(_variables(setup.abstract_state))
-  origin = read_origin(config.init_from, stored)
   sources = init_names.rename(
     list(stored), init_names.parse_renames(config.init_renames)
   )
+  origin = read_origin(config.init_from, parallel=QUERIES in sources)
   drops = init_names.parse_drops(config.init_drops)
   dropped = init_names.dropped({*sources, *ours}, drops)
   notes = []

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -82,12 +82,12 @@ class Fit:
   note: str
 
 
-def read_origin(path: str, stored: Mapping[str, Shape]) -> Origin:
+def read_origin(path: str, *, parallel: bool) -> Origin:
   """Looks at the folder of a run or of converted weights.
 
   Args:
     path: the folder.
-    stored: shapes of its leaves.
+    parallel: its weights have queries.
 
   Raises:
     UserError: its config or its vocabulary is broken.
@@ -100,7 +100,7 @@ def read_origin(path: str, stored: Mapping[str, Shape]) -> Origin:
     config=workdir_lib.read_config(folder) if is_run else None,
     vocabulary=Vocabulary.load(words) if words.is_dir() else None,
     trained=(folder / workdir_lib.ENVIRONMENT_FILE).exists(),
-    parallel=QUERIES in stored,
+    parallel=parallel,
   )
 
 

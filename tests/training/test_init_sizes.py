@@ -61,7 +61,7 @@ def test_renamed_dropped_and_new_parameters(
 ) -> None:
   stored = stored_in(start)
   there = {
-    name.replace("layers/ffn", "blocks/mlp"): value
+    name.replace("layers/ffn", "blocks/mlp").replace("query_embed", "q"): value
     for name, value in stored.items()
     if name != "params/encoder/layer_norm/bias"
   }
@@ -80,7 +80,10 @@ def test_renamed_dropped_and_new_parameters(
   ):
     check_init_from(setup)
   config = setup.experiment.config
-  config.init_renames = ((r"(.*)/blocks/mlp/(.*)", r"\1/layers/ffn/\2"),)
+  config.init_renames = (
+    (r"(.*)/blocks/mlp/(.*)", r"\1/layers/ffn/\2"),
+    ("decoder/q", "decoder/query_embed"),
+  )
   config.init_drops = ("encoder/layer_norm/bias", "embed_tokens")
   with pytest.raises(
     UserError,
