@@ -74,14 +74,32 @@ def test_the_loop_makes_the_updates_one_after_the_other(whole):
   small_run.assert_equal(whole.state, states[-1])
 
 
+def _only(whole: Whole, split: int, folder: pathlib.Path) -> None:
+  """Makes a folder of what a run left behind that ended at a step."""
+  source = whole.workdir / "checkpoints" / str(split)
+  shutil.copytree(source, folder / "checkpoints" / str(split))
+  shutil.copy(whole.workdir / "metrics.jsonl", folder)
+
+
 @pytest.mark.parametrize("split", range(1, small_run.STEPS))
 def test_every_split(whole, tmp_path, split):
-  source = whole.workdir / "checkpoints" / str(split)
-  shutil.copytree(source, tmp_path / "checkpoints" / str(split))
-  shutil.copy(whole.workdir / "metrics.jsonl", tmp_path)
+  _only(whole, split, tmp_path)
   # Only the last state is saved, which takes longest.
   resumed = small_run.train(
     tmp_path, real=whole.real, train__checkpoint_every=0
   )
   small_run.assert_equal(resumed, whole.state)
   assert _metrics(tmp_path) == _metrics(whole.workdir)
+
+
+def test_another_mesh(whole, tmp_path):
+  _only(whole, 4, tmp_path)
+  small_run.train(
+    tmp_path, real=whole.real, devices=4, train__checkpoint_every=0
+  )
+  losses = [
+    [line["train/loss"] for line in _metrics(folder)]
+    for folder in (whole.workdir, tmp_path)
+  ]
+  assert len(losses[1]) == small_run.STEPS
+  assert losses[0] == pytest.approx(losses[1], rel=1e-6)

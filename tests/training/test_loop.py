@@ -283,33 +283,33 @@ def test_too_many_skipped_updates(tmp_path):
 
 def test_rollback_goes_on_after_the_bad_batch(tmp_path):
   run = FakeRun(tmp_path, policy="rollback", checkpoint_every=3, log_every=1)
-  run.losses[7] = math.nan
+  run.losses[8] = math.nan
   assert run.run().step == 10
   assert [event for event in run.events if event[0] != "say"] == [
     ("save", 3, None),
     ("save", 6, None),
-    ("bundle", 8, 7),
+    ("bundle", 9, 8),
     # What is on its way to the disk counts.
     ("wait",),
     ("restore", 6),
-    ("seek", 8),
+    ("seek", 9),
     ("save", 9, None),
     ("save", 10, None),
   ]
   assert run.events[3] == (
     "say",
-    f"the loss is nan at step 8: left out; see {tmp_path}/bundle",
+    f"the loss is nan at step 9: left out; see {tmp_path}/bundle",
   )
-  assert ("say", _BACK.format(8, 6, 1, 8)) in run.events
+  assert ("say", _BACK.format(9, 6, 1, 9)) in run.events
   lines = _lines(tmp_path)
   assert [line["step"] for line in lines] == list(range(1, 11))
-  # Batches 6 and 7 were passed over.
+  # Batches 6 to 8 were passed over.
   assert [line["data/a/examples"] for line in lines] == [
-    16 * n for n in (1, 2, 3, 4, 5, 6, 9, 10, 11, 12)
+    16 * n for n in (1, 2, 3, 4, 5, 6, 10, 11, 12, 13)
   ]
   assert [line["train/rollbacks"] for line in lines] == [0] * 6 + [1] * 4
   positions = {step: x["data_position"] for step, x in run.saved.items()}
-  assert positions == {3: 3, 6: 6, 9: 11, 10: 12}
+  assert positions == {3: 3, 6: 6, 9: 12, 10: 13}
 
 
 _BACK = "back from step {} to {}, rollback {} of at most 10; on with batch {}"
