@@ -18,6 +18,7 @@ from absl import flags
 
 from narvl_jax import cli
 from narvl_jax import train as train_lib
+from narvl_jax.parallel.notices import StopAgreement
 from narvl_jax.training.checkpoints import Checkpoints
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.prefetch import DeviceBatches
@@ -44,9 +45,14 @@ def _terminate_in_c() -> None:
   _stay_in_c()
 
 
+def _wait_for_agreement() -> None:
+  (agreement,) = _agreements
+  agreement._agreed.wait(120)
+
+
 def _terminate_and_wait() -> None:
   _terminate()
-  time.sleep(4.0)
+  _wait_for_agreement()
 
 
 def _stall() -> None:
@@ -67,6 +73,7 @@ def _short_files() -> None:
   resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
 
 
+_agreements: list[StopAgreement] = []
 _EVENTS: dict[str, Callable[[], None]] = {
   "term": _terminate,
   "term_in_c": _terminate_in_c,
@@ -131,8 +138,12 @@ def _arrange(phase: str, step: int, event: Callable[[], None]) -> None:
 def main(argv: Sequence[str]) -> None:
   """Entry point."""
   settings = flags.FLAGS
+  _before(StopAgreement, "begin", _agreements.append)
   if settings.at and settings.only_process in (None, settings.process_id):
     _arrange(settings.at, settings.step, _EVENTS[settings.what])
+  elif settings.what == "term_and_wait":
+    # Batches of an evaluation need no other host: this one would be done.
+    _arrange(settings.at, settings.step, _wait_for_agreement)
   train_lib.main(argv)
 
 
