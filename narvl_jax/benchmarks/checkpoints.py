@@ -5,9 +5,13 @@
 
 Updates of the config run in windows of `--steps`, on one batch that lies on the
 devices. Windows that begin with a save take turns with windows that do not.
-"whole cost" is by how much longer they took in the same round, what is written
-in the background included; "blocked" is the part of it in which the loop waits
-for `Checkpoints.save`. "committed" is the time from a save until it is on disk.
+"blocked" is the share of the time in which the loop waits for
+`Checkpoints.save`; "whole cost" is by how much longer the window took in the
+same round, with what is written in the background. "CPU time" is the same of
+the time that the processors spent on this process, which other programs disturb
+less; where the model runs on an accelerator it means little. "committed" is the
+time from a save until it is on disk.
+
 A restore runs in a fresh process, its checks included, from files that the
 system may still have in memory: the first one compiles, the second does not.
 Its peak is by how much the first one raised the resident memory of the process,
@@ -74,11 +78,11 @@ class _Run:
     """Runs updates, after a save if that is asked for.
 
     Returns:
-      The seconds of all, and if there was a save those in which the loop was
-      blocked and those until it was committed.
+      The seconds of all and of the processors, and if there was a save those
+      in which the loop was blocked and those until it was committed.
     """
     times = {}
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     if saves:
       times["blocked"] = self.save()
     running: collections.deque[Any] = collections.deque()
@@ -94,6 +98,7 @@ class _Run:
     if saves and "committed" not in times:
       self._checkpoints.wait()
       times["committed"] = time.perf_counter() - start
+    times["cpu"] = time.process_time() - cpu_start
     return times
 
   def _on_disk(self) -> bool:
@@ -129,7 +134,10 @@ def benchmark(
       for file in (folder / FOLDER / str(store.last_step)).rglob("*")
       if file.is_file()
     )
-  plain = np.array([window[False]["all"] for window in windows])
+  plain = {
+    name: np.array([window[False][name] for window in windows])
+    for name in ("all", "cpu")
+  }
   saving = {
     name: np.array([window[True][name] for window in windows])
     for name in windows[0][True]
@@ -138,7 +146,7 @@ def benchmark(
   peaks = [peak for _, _, peak in restored if peak is not None]
   leaves = jax.tree.leaves(setup.abstract_state)
   seconds = {
-    "one update": plain / steps,
+    "one update": plain["all"] / steps,
     "blocked by a save": saving["blocked"],
     "committed, in the loop": saving["committed"],
     "committed, at rest": np.array(rest),
@@ -155,8 +163,9 @@ def benchmark(
     "first_save_seconds": first,
     "seconds": {name: timing.spread(x) for name, x in seconds.items()},
     "share": {
-      "blocked": timing.spread(saving["blocked"] / plain),
-      "whole cost": timing.spread(saving["all"] / plain - 1),
+      "blocked": timing.spread(saving["blocked"] / plain["all"]),
+      "whole cost": timing.spread(saving["all"] / plain["all"] - 1),
+      "whole cost, CPU time": timing.spread(saving["cpu"] / plain["cpu"] - 1),
     },
     "restore_peak_bytes": timing.spread(np.array(peaks)) if peaks else None,
   }

@@ -51,6 +51,7 @@ def test_table_names_what_was_measured(report: dict[str, Any]) -> None:
     "restored, second ",
     "of 3 updates ",
     "whole cost ",
+    "whole cost, CPU time ",
   ):
     assert f"\n{line}" in text
   assert "MB, first save" in text
