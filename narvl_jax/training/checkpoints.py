@@ -86,6 +86,14 @@ class Checkpoints(StoredCheckpoints):
     """The newest step, None if there is none."""
     return self._manager.latest_step()
 
+  def prepare(self, state: TrainState) -> None:
+    """Compiles what `save` needs, which else holds the loop at the first one.
+
+    Args:
+      state: one like those that are to be saved.
+    """
+    device_checksums(list(name_leaves(state_items(state)).values()))
+
   def save(
     self,
     step: int,

@@ -104,6 +104,7 @@ def first_state(
     say(f"weights from {config.init_from}")
   else:
     say(f"initialised with seed {config.seed}")
+  checkpoints.prepare(state)
   return state, 0, {}
 
 

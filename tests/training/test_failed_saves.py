@@ -34,7 +34,7 @@ def test_leftovers_of_killed_processes_go(tmp_path):
   save_run(tmp_path)
   folder = tmp_path / "checkpoints"
   (folder / ".deleted" / "2").mkdir(parents=True)
-  (folder / "9.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+  (folder / "8.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
   with Checkpoints(tmp_path, keep_last=2) as checkpoints:
     assert checkpoints.last_step == 6
     checkpoints.save(9, make_state(9))

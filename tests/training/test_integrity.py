@@ -93,6 +93,19 @@ def test_without_digests_no_flipped_bit_changes_a_value(folder):
   assert caught > 10
 
 
+def test_without_digests_arrays_are_looked_at(folder):
+  names = [x for x in files_of(folder) if "/ocdbt.process_0/d/" in x]
+  (folder / "digests.0-of-1.txt").unlink()
+  assert integrity.examine(folder) is None
+  found = []
+  for name in names:
+    flip_bit(folder / name, 8 * 100)
+    damage = integrity.examine(folder)
+    found += [] if damage is None else [x[0] for x in damage.leaves]
+    flip_bit(folder / name, 8 * 100)
+  assert sorted(found) == ["ema/params/encoder/kernel", "params/encoder/kernel"]
+
+
 def test_file_and_array_are_named(folder):
   found = {}
   for name in files_of(folder):
@@ -245,9 +258,9 @@ def test_values_that_were_read_are_compared(folder, monkeypatch):
 def test_records_of_damaged_ones_do_not_keep_others_from_being_used(folder):
   run = folder.parent.parent
   for name in ("_CHECKPOINT_METADATA", "record/record.json"):
-    (folder / name).write_bytes(b"{]")
+    (folder / name).write_bytes(b'{"commit_timestamp_nsecs": "x"}')
   with Checkpoints(run, keep_last=2) as checkpoints:
     assert checkpoints.steps() == [3, 6]
     checkpoints.restore(3, make_target(make_state(3)))
-    with pytest.raises(DamagedCheckpoint, match=r"record.json has 2 bytes"):
+    with pytest.raises(DamagedCheckpoint, match=r"record.json has 31 bytes"):
       checkpoints.run(6)
