@@ -62,8 +62,8 @@ def _run(folder: pathlib.Path, mode: str) -> None:
         checkpoints.save(step, state, run={"step": step})
       return
     read, step, run = first_state(setup, checkpoints, say)
-    sums = [device_checksums(jax.tree.leaves(x)) for x in (read, state)]
-    same = np.array_equal(*sums)
+    found, saved = (device_checksums(jax.tree.leaves(x)) for x in (read, state))
+    same = np.array_equal(found, saved)
     print(f"RESULT {step} {run['step']} {same}")
     checkpoints.save(2, read)
 
