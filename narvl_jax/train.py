@@ -37,6 +37,7 @@ from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.announce import (
   Announcer,
   explain_failure,
+  quiet_failed_saves,
 )
 from narvl_jax.training.announce import dry_run as print_dry_run
 from narvl_jax.training.bad_numbers import BundleWriter
@@ -312,6 +313,7 @@ def main(argv: Sequence[str]) -> None:
   workdir = pathlib.Path(settings.workdir)
   ledger = Ledger(start=_START)
   only_prints = settings.dry_run or settings.explain_sharding
+  quiet_failed_saves()
 
   def explain(error: BaseException) -> tuple[int, str]:
     return explain_failure(error, workdir)

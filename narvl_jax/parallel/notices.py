@@ -160,6 +160,11 @@ class Notices:
     self._on_end(code, message)
     self._depart(code)
 
+  @property
+  def ending(self) -> bool:
+    """Whether a thread is about to end this process."""
+    return self._ending.locked()
+
   def poll(self) -> None:
     """Looks once at what the others say, and says what is new."""
     if self.stop_signal is not None:

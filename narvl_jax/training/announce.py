@@ -1,5 +1,6 @@
 """What a run says of itself on the terminal."""
 
+import logging
 import pathlib
 import shlex
 import signal
@@ -54,6 +55,23 @@ class Announcer:
         f"used of {name}: {examples:.0f} examples,"
         f" {counters[key]:.2f} epochs; {bad:.0f} bad records"
       )
+
+
+def quiet_failed_saves() -> None:
+  """Drops what libraries print about a checkpoint besides raising its error.
+
+  When a disk is full, Orbax closes its event loop after the first array that
+  cannot be written; then every other one leaves a traceback, from tensorstore's
+  threads and from asyncio, around the one line that tells why.
+  """
+  before = sys.unraisablehook
+
+  def hook(raised: Any) -> None:
+    if str(raised.exc_value) != "Event loop is closed":
+      before(raised)
+
+  sys.unraisablehook = hook
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def describe_model(setup: Setup, say: Announcer) -> None:

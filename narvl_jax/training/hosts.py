@@ -73,6 +73,9 @@ def together(
       except BaseException as error:
         # The end is decided: a launcher that stops all must not disturb it.
         interrupt.ignore_signals()
+        if notices.ending:
+          # What breaks now breaks since hosts leave, and is no news.
+          notices.fail(1, "")
         notices.fail(*explain(error))
       distributed.barrier("end of the run")
     jax.distributed.shutdown()

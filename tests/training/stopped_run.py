@@ -64,11 +64,19 @@ def _remove_workdir() -> None:
   shutil.rmtree(pathlib.Path(flags.FLAGS.workdir))
 
 
+def _wait_for_a_checkpoint() -> pathlib.Path:
+  workdir = pathlib.Path(flags.FLAGS.workdir)
+  while not (workdir / "checkpoints" / "3").exists():
+    time.sleep(0.1)
+  return workdir
+
+
 def _fill_disk() -> None:
-  disks.fill(pathlib.Path(flags.FLAGS.workdir))
+  disks.fill(_wait_for_a_checkpoint())
 
 
 def _short_files() -> None:
+  _wait_for_a_checkpoint()
   hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
   resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
 

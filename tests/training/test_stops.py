@@ -46,7 +46,8 @@ def _wait(processes: list[Process]) -> list[int]:
 
 
 def _steps(run: pathlib.Path) -> list[int]:
-  return sorted(int(x.name) for x in (run / FOLDER).glob("[0-9]*"))
+  names = [path.name for path in (run / FOLDER).glob("*")]
+  return sorted(int(name) for name in names if name.isdigit())
 
 
 def _final_state(run: pathlib.Path) -> dict[str, np.ndarray]:
