@@ -130,6 +130,6 @@ SABOTAGES = (
     "narvl_jax/training/init_from.py",
     "sources = {x: y for x, y in sources.items() if x not in dropped}",
     "sources = dict(sources)",
-    "tests/training/test_init_from.py::test_renamed_dropped_and_new_parameters",
+    "tests/training/test_init_sizes.py::test_renamed_dropped_and_new_parameters",
   ),
 )

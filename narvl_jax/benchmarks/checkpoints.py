@@ -56,6 +56,7 @@ class _Run:
     self._update = setup.compile_step()
     self._batch = shard_batch(_batch(setup), setup.mesh)
     self._state: TrainState = setup.init(jax.random.key(0))
+    checkpoints.prepare(self._state)
     self._saved = 0
     self.window(1)
 
