@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from narvl_jax.parallel import distributed
+
 # Words of a file that are summed at a time, which bounds the memory.
 _BLOCK = 1 << 20
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}
@@ -35,7 +37,10 @@ def device_checksums(leaves: Sequence[Any]) -> np.ndarray:
     return np.zeros((0, 2), np.uint32)
   # One program: many small ones with collectives, in flight at once, can
   # starve each other of the threads of a CPU.
-  return np.asarray(_program(_whole(leaves))(list(leaves)))
+  program = _program(_whole(leaves))
+  if jax.process_count() > 1:
+    program = _compiled_together(program, tuple(map(_spec, leaves)))
+  return np.asarray(program(list(leaves)))
 
 
 def host_checksum(array: np.ndarray) -> np.ndarray:
@@ -102,6 +107,22 @@ def _program(where: Sharding | None) -> Any:
     lambda leaves: jnp.stack([_checksum(leaf) for leaf in leaves]),
     out_shardings=where,
   )
+
+
+@functools.cache
+def _compiled_together(program: Any, specs: tuple[Any, ...]) -> Any:
+  """Compiles the program on all hosts before the first of them runs it.
+
+  Gloo, on CPUs, gives a host half a minute for its first collective.
+  """
+  compiled = program.lower(list(specs)).compile()
+  distributed.barrier("checksums compiled")
+  return compiled
+
+
+def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, "sharding", None)
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _whole(leaves: Sequence[Any]) -> Sharding | None:
