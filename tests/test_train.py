@@ -363,8 +363,8 @@ def test_failure_ends_with_what_to_do(tmp_path, monkeypatch, capsys):
   lines = capsys.readouterr().err.splitlines()
   assert lines[0].startswith("Traceback")
   assert lines[-1] == (
-    f"failed: MemoryError: too much; what was saved in {tmp_path} is intact; mend the"
-    " cause, then run the same command again to resume"
+    f"failed: MemoryError: too much; what was saved in {tmp_path} is intact;"
+    " mend the cause, then run the same command again to resume"
   )
 
 

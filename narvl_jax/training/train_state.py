@@ -42,7 +42,6 @@ class TrainState:
   ema: Params | None
 
 
-@functools.lru_cache(maxsize=8)
 def abstract_variables(
   model: nn.Module, image_size: tuple[int, int], text_length: int
 ) -> Any:
@@ -50,6 +49,15 @@ def abstract_variables(
 
   Tracing a model takes a second or more, so they are remembered.
   """
+  # Models are frozen, so they can be a key, which their type does not tell.
+  key: Any = model
+  return _abstract_variables(key, image_size, text_length)
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_variables(
+  model: nn.Module, image_size: tuple[int, int], text_length: int
+) -> Any:
   return jax.eval_shape(_initializer(model, image_size, text_length), _KEY_SPEC)
 
 
