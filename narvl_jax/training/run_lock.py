@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from narvl_jax.errors import UserError
@@ -79,8 +80,7 @@ class RunLock:
 
     Args:
       say: prints a line.
-      on_dead: told of the lock of a dead run, once: by the one of several that
-        wait for it which removes it, be it the next to have it or not.
+      on_dead: told of the lock of a dead run, by the one that takes it over.
       stage: what the run is doing.
 
     Raises:
@@ -92,12 +92,13 @@ class RunLock:
       if found is None:
         continue
       held = _parse(found)
-      if self._is_dead(found, held, say) and self._remove(found):
+      if self._is_dead(found, held, say) and self._take_over(found, stage):
         say(
           f"note: takes over from the run of {_who(held)}, which ended without"
           f" a word ({_last_sign(held)})"
         )
         on_dead(held)
+        return
 
   def renew(self, stage: str, step: int) -> None:
     """Writes a sign of life.
@@ -136,7 +137,7 @@ class RunLock:
   def release(self) -> None:
     """Removes the lock, if it still is that of this run."""
     with self._guard:
-      with contextlib.suppress(OSError):
+      with contextlib.suppress(OSError), self._alone():
         if self._held and self._is_own(self._read() or b""):
           self._path.unlink()
       self._held = False
@@ -147,25 +148,55 @@ class RunLock:
 
   def _create(self, stage: str) -> bool:
     """Makes the lock unless there is one, all at once."""
-    text = self._text(stage, 0)
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    own = self._path.with_name(f".{LOCK_FILE}.{self._contents['id']}")
-    try:
-      own.write_bytes(text)
+    with self._alone(), self._new_file(stage) as own:
       try:
         os.link(own, self._path)
+      except FileExistsError:
+        return False
       except OSError as error:
         if error.errno not in _NO_LINKS:
           raise
         # Some mounted buckets know no links.
-        with self._path.open("xb") as file:
-          file.write(text)
-    except FileExistsError:
-      return False
+        if self._path.exists():
+          return False
+        own.replace(self._path)
+      self._held = True
+      return True
+
+  def _take_over(self, found: bytes, stage: str) -> bool:
+    """Puts this lock in the place of a dead run's, if that still is there."""
+    with self._alone(), self._new_file(stage) as own:
+      if self._read() != found:
+        # Another one was faster.
+        return False
+      own.replace(self._path)
+      self._held = True
+      return True
+
+  @contextlib.contextmanager
+  def _new_file(self, stage: str) -> Iterator[pathlib.Path]:
+    """Gives a file with this lock, which is gone in the end."""
+    own = self._path.with_name(f".{LOCK_FILE}.{self._contents['id']}")
+    try:
+      own.write_bytes(self._text(stage, 0))
+      yield own
     finally:
       own.unlink(missing_ok=True)
-    self._held = True
-    return True
+
+  @contextlib.contextmanager
+  def _alone(self) -> Iterator[None]:
+    """Keeps others who take or leave this lock waiting for a moment.
+
+    Where the file system cannot, `renew` notices that there are two.
+    """
+    folder = os.open(self._path.parent, os.O_RDONLY)
+    try:
+      with contextlib.suppress(OSError):
+        fcntl.flock(folder, fcntl.LOCK_EX)
+      yield
+    finally:
+      os.close(folder)
 
   def _is_own(self, text: bytes) -> bool:
     return self._contents["id"].encode() in text
@@ -216,22 +247,6 @@ class RunLock:
       f" ({_last_sign(held)}); stop it (kill {held.get('pid', '?')} on"
       f" {held.get('host', '?')}), or use another --workdir"
     )
-
-  def _remove(self, found: bytes) -> bool:
-    """Removes the lock of a dead run; returns whether it was that."""
-    own = self._path.with_name(f".{LOCK_FILE}.{self._contents['id']}")
-    try:
-      # Of several that try, one succeeds.
-      os.rename(self._path, own)
-    except FileNotFoundError:
-      return False
-    dead = own.read_bytes() == found
-    if not dead:
-      # Another one was faster, and this is its lock.
-      with contextlib.suppress(OSError):
-        os.link(own, self._path)
-    own.unlink(missing_ok=True)
-    return dead
 
 
 def _parse(text: bytes) -> dict[str, Any]:

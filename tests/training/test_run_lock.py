@@ -205,12 +205,13 @@ def test_of_many_at_once_one_has_it(tmp_path, monkeypatch, links):
   assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
 
 
-def test_the_lock_of_one_that_was_faster_is_put_back(tmp_path):
+def test_the_lock_of_one_that_was_faster_stays(tmp_path):
   """Two found the same dead lock, and one of them has its own there now."""
   faster = RunLock(tmp_path)
   faster.acquire(_quiet)
   held = _read(tmp_path)
-  assert not RunLock(tmp_path)._remove(b"the lock of a dead run")
+  slower = RunLock(tmp_path)
+  assert not slower._take_over(b"the lock of a dead run", "init")
   assert _read(tmp_path) == held
   assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
   faster.renew("step", 1)
