@@ -106,6 +106,7 @@ def _one_of(key: str, value: str, options: Any) -> None:
   if value not in options:
     raise UserError(
       f'{key}: "{value}" is unknown.{did_you_mean(str(value), options)}'
+      f" (--config.{key})"
     )
 
 

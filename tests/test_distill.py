@@ -218,9 +218,11 @@ def test_a_host_writes_only_its_own_shards(tmp_path, monkeypatch):
     gathered.append(value)
     return [value or {"shard": "of the first"}, value]
 
+  # Read before the hosts are two: they check its checkpoint together.
+  teacher = labelling.Teacher(tiny_run.tiny_run())
+  assert teacher._loaded
   monkeypatch.setattr(labelling, "jax", second)
   monkeypatch.setattr(labelling.distributed, "gather_json", gather)
-  teacher = labelling.Teacher(tiny_run.tiny_run())
   notes = list(teacher.write(job, [0, 1, 2]))
   assert [number for number, _ in notes] == [0, 1, 2]
   # Answers of two shards, its note, answers of one, nothing to write.

@@ -25,8 +25,14 @@ HOW_TO_RESUME = "run the same command again to resume"
 
 
 def how_to_resume() -> str:
-  """Returns what to do, with the command that this process was started by."""
-  return f"{HOW_TO_RESUME}: {shlex.join(sys.orig_argv)}"
+  """Returns what to do, with the command that this process was started by.
+
+  What a launcher started on several hosts is to be started by it again, as all
+  of them are needed.
+  """
+  hosts = jax.process_count()
+  where = f" (or what started all {hosts} hosts)" if hosts > 1 else ""
+  return f"{HOW_TO_RESUME}{where}: {shlex.join(sys.orig_argv)}"
 
 
 class Announcer:

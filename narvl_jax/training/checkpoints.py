@@ -212,9 +212,9 @@ class Checkpoints(StoredCheckpoints):
 
   @property
   def progress(self) -> str:
-    """Which step this process saved last, and whether it is on disk yet."""
+    """Which step was saved last, and whether it is on disk yet."""
     if self._saved is None:
-      return "none"
+      return "none" if self.last_step is None else f"saved {self.last_step}"
     saving = self._completion is not None and self._completion.is_alive()
     return f"{'saving' if saving else 'saved'} {self._saved}"
 

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from narvl_jax.training.metrics import format_duration
+from narvl_jax.training.metrics import METRICS_FILE, format_duration
 from narvl_jax.training.run_lock import now
 
 RESTARTS_FILE = "restarts.jsonl"
@@ -96,7 +96,7 @@ def record_restart(
   if not ends:
     if not damaged:
       return []
-    ends = [{"how": "finished"}]
+    ends = [{"how": "had finished", "time": _last_written(workdir)}]
   records = []
   for end, following in zip(ends, [*ends[1:], {}], strict=True):
     moment = _time(following.get("since")) or _time(now())
@@ -117,6 +117,15 @@ def record_restart(
     _append(workdir, record)
     records.append(record)
   return records
+
+
+def _last_written(workdir: pathlib.Path) -> str | None:
+  """Returns when a run that has finished did, None if that is not known."""
+  try:
+    seconds = (workdir / METRICS_FILE).stat().st_mtime
+  except OSError:
+    return None
+  return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
 
 
 def _lost(

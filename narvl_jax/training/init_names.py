@@ -158,11 +158,17 @@ def _raise_unused(
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> str:
-  """Returns ' Did you mean "x"?' for names and modules that look alike."""
-  modules = {name.rpartition("/")[0] for name in names}
+  """Returns ' Did you mean "x"?' for names and modules that look alike.
+
+  Modules come with the pattern of all that is in them, since a rule must match
+  a whole name.
+  """
+  parts = [name.split("/") for name in names]
+  modules = {"/".join(x[:n]) for x in parts for n in range(1, len(x))}
   near = difflib.get_close_matches(
     pattern.rstrip(".*/"), modules.union(names), n=3, cutoff=0.3
   )
+  near = [f"{name}/.*" if name in modules else name for name in near]
   if not near:
     return ""
   return " Did you mean " + " or ".join(f'"{x}"' for x in near) + "?"

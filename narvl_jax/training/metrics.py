@@ -13,6 +13,8 @@ import numpy as np
 from narvl_jax.disk import write_text
 from narvl_jax.training.board import Board
 
+METRICS_FILE = "metrics.jsonl"
+
 
 class MetricsWriter:
   """Writes one JSON object a step to `metrics.jsonl`, and to TensorBoard.
@@ -34,7 +36,7 @@ class MetricsWriter:
     self._open(resumed_step)
 
   def _open(self, resumed_step: int) -> None:
-    path = self._workdir / "metrics.jsonl"
+    path = self._workdir / METRICS_FILE
     lines = _lines_until(path, resumed_step)
     self._step = resumed_step
     self._values: dict[str, float | None] = {}
@@ -66,14 +68,23 @@ class MetricsWriter:
     self._open(step)
 
   def flush(self) -> None:
-    """Puts the line of the current step on disk."""
+    """Puts the line of the current step on disk.
+
+    Raises:
+      OSError: it has no room, for example.
+    """
     if not self._changed:
       return
-    self._file.seek(self._offset)
     line = {"step": self._step, **self._values}
-    self._file.write(json.dumps(line) + "\n")
-    self._file.truncate()
-    self._file.flush()
+    try:
+      self._file.seek(self._offset)
+      self._file.write(json.dumps(line) + "\n")
+      self._file.truncate()
+      self._file.flush()
+    except OSError as error:
+      # An open file does not say which one it is.
+      name = self._file.name
+      raise OSError(error.errno, error.strerror, name) from error
     self._board.flush()
     self._changed = False
 

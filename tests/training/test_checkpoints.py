@@ -170,6 +170,8 @@ def test_progress(tmp_path):
     assert checkpoints.progress in ("saving 3", "saved 3")
     checkpoints.wait()
     assert checkpoints.progress == "saved 3"
+  with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+    assert checkpoints.progress == "saved 3"
 
 
 def test_opening_to_read_creates_nothing(tmp_path):

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -147,8 +148,19 @@ def test_damaged_checkpoints_are_told(tmp_path):
     tmp_path, step=20, saved=None, damaged=["step 30: one bit"]
   )
   text = failures.describe(record)
-  assert text.startswith("finished; ")
+  assert text.startswith("had finished; ")
   assert text.endswith("went on from step 20; step 30: one bit")
+
+
+def test_a_finished_run_loses_no_more_than_it_worked(tmp_path):
+  metrics = tmp_path / "metrics.jsonl"
+  metrics.write_text("")
+  os.utime(metrics, (_epoch(700), _epoch(700)))
+  (record,) = failures.record_restart(
+    tmp_path, step=20, saved=_epoch(650), damaged=["step 30: one bit"]
+  )
+  assert record["lost_seconds"] == 50.0
+  assert record["down_seconds"] == 300.0
 
 
 def test_the_end_of_a_run_is_counted_once(tmp_path):

@@ -1,5 +1,6 @@
 """`metrics.jsonl`, TensorBoard and the averages of a progress line."""
 
+import errno
 import json
 import math
 import pathlib
@@ -51,6 +52,23 @@ def test_flushed_line_takes_what_comes_later(tmp_path):
     writer.flush()
     writer.write(3, {"accuracy": 0.5})
   assert _lines(tmp_path) == [{"step": 3, "loss": 7.0, "accuracy": 0.5}]
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
+  writer = MetricsWriter(tmp_path)
+  writer.write(1, {"loss": 1.0})
+
+  def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  class Full:
+    name = writer._file.name
+    seek = write = truncate = flush = full
+
+  monkeypatch.setattr(writer, "_file", Full())
+  with pytest.raises(OSError, match="No space left") as error:
+    writer.flush()
+  assert error.value.filename == str(tmp_path / "metrics.jsonl")
 
 
 def test_going_back(tmp_path):
