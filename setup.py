@@ -44,6 +44,7 @@ setuptools.setup(
       "hypothesis>=6.100,<7",
       "pyright==1.1.414",
       "pytest>=9,<10",
+      "pytest-xdist>=3.6,<4",
       "ruff==0.17.6",
     ],
     "easy-vqa": ["easy-vqa==1.0"],
