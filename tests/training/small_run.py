@@ -41,8 +41,6 @@ def config() -> Config:
   config = tiny_config()
   # Adam else makes much of differences between gradients near zero.
   config.optimizer.eps = 1e-3
-  # The stand-in's parameters have no axis names.
-  config.mesh.rules = ()
   config.data.train = {
     "questions": train_source("shapes", "vqa", image_size=48, weight=2.0),
     "boxes": train_source(
@@ -75,7 +73,11 @@ def config() -> Config:
 @functools.cache
 def setup(real: bool = False, devices: int = 2) -> Setup:
   """Returns the run of a model on some devices."""
-  experiment = experiment_lib.build(config())
+  settings = config()
+  if not real:
+    # The stand-in's parameters have no axis names.
+    settings.mesh.rules = ()
+  experiment = experiment_lib.build(settings)
   if not real:
     size = experiment.vocabulary.size
     model: Any = StandIn(
