@@ -27,11 +27,11 @@ HOW_TO_RESUME = "run the same command again to resume"
 def how_to_resume() -> str:
   """Returns what to do, with the command that this process was started by.
 
-  What a launcher started on several hosts is to be started by it again, as all
-  of them are needed.
+  Hosts that were numbered by hand or by a launcher all have to be started again.
   """
-  hosts = jax.process_count()
-  where = f" (or what started all {hosts} hosts)" if hosts > 1 else ""
+  # Asking jax would wait for its devices.
+  numbered = any(x.startswith("--process_id") for x in sys.orig_argv)
+  where = ", on all hosts or by what started them" if numbered else ""
   return f"{HOW_TO_RESUME}{where}: {shlex.join(sys.orig_argv)}"
 
 

@@ -183,7 +183,7 @@ def test_one_of_two_is_stopped_and_stalls(tmp_path):
     assert _wait(hosts) == [0, 0], hosts[0].output + hosts[0].errors
     words = hosts[0].output + hosts[0].errors
     assert text in words
-    assert f"{_RESUME}: " in words
+    assert f"{_RESUME}, on all hosts or by what started them: " in words
     assert "Traceback" not in words + hosts[1].errors
     assert _steps(run) == saved
     assert not (run / "lock.json").exists()
