@@ -27,7 +27,7 @@ HOW_TO_RESUME = "run the same command again to resume"
 def how_to_resume() -> str:
   """Returns what to do, with the command that this process was started by.
 
-  Hosts that were numbered by hand or by a launcher all have to be started again.
+  Hosts that were numbered by hand or by a launcher must all be started again.
   """
   # Asking jax would wait for its devices.
   numbered = any(x.startswith("--process_id") for x in sys.orig_argv)
