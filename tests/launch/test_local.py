@@ -239,6 +239,7 @@ def _train_and_stop(
   finally:
     process.terminate()
   assert process.returncode == 143, out
-  saved = re.findall(r"stopped at step (\d+)", out)
+  # A later start tells of it once more.
+  saved = re.findall(r"^SIGTERM: stopped at step (\d+)", out, re.MULTILINE)
   assert len(saved) == 1, out
   return int(saved[0]), out
