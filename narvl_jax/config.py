@@ -40,162 +40,17 @@ def default_config(*tasks: str) -> Config:
   # stay as they were initialised.
   config.init_drops = ()
   config.model = _model_defaults()
-  config.vocabulary = ConfigDict(
-    {
-      # "train" makes one from the training data, "run" takes that of the run in
-      # the folder `path`; else `path` holds the files.
-      "source": "train",
-      "size": 1000,
-      "path": "",
-      "num_bins": 1000,
-      "num_codes": 0,
-    }
-  )
+  config.vocabulary = _vocabulary_defaults()
   config.tasks = ConfigDict({name: default_settings(name) for name in tasks})
-  config.data = ConfigDict(
-    {
-      "image_size": (480, 480),
-      "max_text_length": 80,
-      "max_label_length": 20,
-      # Processes that prepare batches; 0: only threads of the main one.
-      "num_workers": 0,
-      # Threads of each such process.
-      "num_threads": 2,
-      # Batches that each prepares ahead.
-      "prefetch": 4,
-      # Share of a source's records that may be unusable.
-      "max_bad_fraction": 0.01,
-      # Above 0, shares also depend on the sizes of the sources: in proportion
-      # at 1, ever more even above.
-      "temperature": 0.0,
-      # NAME: train_source(...)
-      "train": {},
-      # NAME: evaluation_source(...)
-      "evaluation": {},
-    }
-  )
-  config.loss = ConfigDict(
-    {
-      "label_smoothing": 0.0,
-      "confidence": "weight",
-      # Classes whose logits exist at a time; 0: all. A larger vocabulary is
-      # computed twice, in chunks; see README.
-      "chunk_size": 4096,
-      # Autoregressive models only. Whether a batch is averaged over its
-      # "labels" (reference) or "examples", as that of parallel models is: with
-      # tasks of long and of short answers the short ones then count as much.
-      "average": "labels",
-      # Renormalise over what may follow in the
-      # closed answer sets of VQA and entailment.
-      "constrained": False,
-      # Leave out this share of the labels, the worst, from an update on.
-      "drop_worst": 0.0,
-      "drop_worst_after": 0,
-    }
-  )
-  # Learn also what an autoregressive model says at each label; parallel models
-  # only. See narvl_jax/training/objective.py.
-  config.distillation = ConfigDict(
-    {
-      # Folder of its run, with the vocabulary of this one; "": none.
-      "teacher": "",
-      # Share of this loss; the rest is that of the labels.
-      "weight": 0.5,
-      # Above 1 softens both distributions.
-      "temperature": 1.0,
-    }
-  )
-  config.optimizer = ConfigDict(
-    {
-      "name": "adamw",
-      "learning_rate": 1e-3,
-      "schedule": "cosine",
-      "warmup_steps": 0,
-      "weight_decay": 0.01,
-      "b1": 0.9,
-      "b2": 0.999,
-      "eps": 1e-8,
-      "clip_norm": 1.0,
-      # 0 keeps no moving averages.
-      "ema_decay": 0.0,
-      "ema_warmup": True,
-      # (regex, {lr, decay, freeze}); the first match of a full path counts.
-      "rules": ((".*", {}),),
-    }
-  )
-  config.train = ConfigDict(
-    {
-      "steps": 1000,
-      "batch_size": 128,
-      "accumulation_steps": 1,
-      "log_every": 50,
-      # 0: only at the end.
-      "eval_every": 0,
-      "eval_split": "validation",
-      # At most this many of every source.
-      "eval_examples": 256,
-      # 0: only at the end.
-      "checkpoint_every": 500,
-      # Checkpoints that stay: the last ones, the best ones by
-      # `evaluation.best_metric`, and those of every n-th step (0: none).
-      "keep_last": 2,
-      "keep_best": 1,
-      "keep_every": 0,
-    }
-  )
-  # What to do when the loss or the gradient is not finite; such an update
-  # changes nothing.
-  config.bad_numbers = ConfigDict(
-    {
-      # "stop" the run, "skip" the update, or "rollback": go back to the last
-      # checkpoint, and on with the batch after the bad one.
-      "policy": "stop",
-      # Skipped updates, or rollbacks, after which the run stops after all.
-      "limit": 10,
-      # Losses above so many times the median of the last 100 are counted as
-      # spikes; 0: none.
-      "spike_factor": 3.0,
-    }
-  )
-  config.evaluation = ConfigDict(
-    {
-      "split": "test",
-      "batch_size": 128,
-      # At most this many of every source; 0: all.
-      "max_examples": 0,
-      "mask_specials": True,
-      # Decides which checkpoint is best: "mean" of the tasks' main scores, or
-      # TASK/METRIC.
-      "best_metric": "mean",
-    }
-  )
-  # Seconds without progress after which a run writes the stacks of its threads
-  # and ends, so that it can be started again; 0: never. By phase.
-  config.watchdog = ConfigDict(
-    {
-      # Reading, connecting, restoring.
-      "start": 3600.0,
-      "compile": 3600.0,
-      "step": 900.0,
-      "data_wait": 900.0,
-      # Between two batches, the first of which are compiled.
-      "evaluation": 3600.0,
-      "checkpoint": 1800.0,
-      "other": 1800.0,
-    }
-  )
-  config.mesh = ConfigDict(
-    {
-      # Sizes of the axes; -1 takes what the others leave.
-      "data": -1,
-      "fsdp": 1,
-      "tensor": 1,
-      # -1: what the devices say.
-      "slices": -1,
-      # See narvl_jax/parallel/rules.py.
-      "rules": DEFAULT_RULES,
-    }
-  )
+  config.data = _data_defaults()
+  config.loss = _loss_defaults()
+  config.distillation = _distillation_defaults()
+  config.optimizer = _optimizer_defaults()
+  config.train = _train_defaults()
+  config.bad_numbers = _bad_numbers_defaults()
+  config.evaluation = _evaluation_defaults()
+  config.watchdog = _watchdog_defaults()
+  config.mesh = _mesh_defaults()
   return config
 
 
@@ -242,6 +97,205 @@ def _model_defaults() -> Config:
     model[field.name] = config_dict.placeholder(origin)
   model.dtype = "auto"
   return model
+
+
+def _vocabulary_defaults() -> Config:
+  """Returns where tokens come from."""
+  return ConfigDict(
+    {
+      # "train" makes one from the training data, "run" takes that of the run in
+      # the folder `path`; else `path` holds the files.
+      "source": "train",
+      "size": 1000,
+      "path": "",
+      "num_bins": 1000,
+      "num_codes": 0,
+    }
+  )
+
+
+def _data_defaults() -> Config:
+  """Returns what is read, and how it is prepared."""
+  return ConfigDict(
+    {
+      "image_size": (480, 480),
+      "max_text_length": 80,
+      "max_label_length": 20,
+      # Processes that prepare batches; 0: only threads of the main one.
+      "num_workers": 0,
+      # Threads of each such process.
+      "num_threads": 2,
+      # Batches that each prepares ahead.
+      "prefetch": 4,
+      # Share of a source's records that may be unusable.
+      "max_bad_fraction": 0.01,
+      # Above 0, shares also depend on the sizes of the sources: in proportion
+      # at 1, ever more even above.
+      "temperature": 0.0,
+      # NAME: train_source(...)
+      "train": {},
+      # NAME: evaluation_source(...)
+      "evaluation": {},
+    }
+  )
+
+
+def _loss_defaults() -> Config:
+  """Returns the settings of the losses."""
+  return ConfigDict(
+    {
+      "label_smoothing": 0.0,
+      "confidence": "weight",
+      # Classes whose logits exist at a time; 0: all. A larger vocabulary is
+      # computed twice, in chunks; see README.
+      "chunk_size": 4096,
+      # Autoregressive models only. Whether a batch is averaged over its
+      # "labels" (reference) or "examples", as that of parallel models is: with
+      # tasks of long and of short answers the short ones then count as much.
+      "average": "labels",
+      # Renormalise over what may follow in the closed answer sets of VQA and
+      # entailment.
+      "constrained": False,
+      # Leave out this share of the labels, the worst, from an update on.
+      "drop_worst": 0.0,
+      "drop_worst_after": 0,
+    }
+  )
+
+
+def _distillation_defaults() -> Config:
+  """Returns how to learn what an autoregressive model says at each label.
+
+  Parallel models only; see narvl_jax/training/objective.py.
+  """
+  return ConfigDict(
+    {
+      # Folder of its run, with the vocabulary of this one; "": none.
+      "teacher": "",
+      # Share of this loss; the rest is that of the labels.
+      "weight": 0.5,
+      # Above 1 softens both distributions.
+      "temperature": 1.0,
+    }
+  )
+
+
+def _optimizer_defaults() -> Config:
+  """Returns how parameters change."""
+  return ConfigDict(
+    {
+      "name": "adamw",
+      "learning_rate": 1e-3,
+      "schedule": "cosine",
+      "warmup_steps": 0,
+      "weight_decay": 0.01,
+      "b1": 0.9,
+      "b2": 0.999,
+      "eps": 1e-8,
+      "clip_norm": 1.0,
+      # 0 keeps no moving averages.
+      "ema_decay": 0.0,
+      "ema_warmup": True,
+      # (regex, {lr, decay, freeze}); the first match of a full path counts.
+      "rules": ((".*", {}),),
+    }
+  )
+
+
+def _train_defaults() -> Config:
+  """Returns the length of a run, and what it does how often."""
+  return ConfigDict(
+    {
+      "steps": 1000,
+      "batch_size": 128,
+      "accumulation_steps": 1,
+      "log_every": 50,
+      # 0: only at the end.
+      "eval_every": 0,
+      "eval_split": "validation",
+      # At most this many of every source.
+      "eval_examples": 256,
+      # 0: only at the end.
+      "checkpoint_every": 500,
+      # Checkpoints that stay: the last ones, the best ones by
+      # `evaluation.best_metric`, and those of every n-th step (0: none).
+      "keep_last": 2,
+      "keep_best": 1,
+      "keep_every": 0,
+    }
+  )
+
+
+def _bad_numbers_defaults() -> Config:
+  """Returns what to do when the loss or the gradient is not finite.
+
+  Such an update changes nothing.
+  """
+  return ConfigDict(
+    {
+      # "stop" the run, "skip" the update, or "rollback": go back to the last
+      # checkpoint, and on with the batch after the bad one.
+      "policy": "stop",
+      # Skipped updates, or rollbacks, after which the run stops after all.
+      "limit": 10,
+      # Losses above so many times the median of the last 100 are counted as
+      # spikes; 0: none.
+      "spike_factor": 3.0,
+    }
+  )
+
+
+def _evaluation_defaults() -> Config:
+  """Returns how a trained model is evaluated."""
+  return ConfigDict(
+    {
+      "split": "test",
+      "batch_size": 128,
+      # At most this many of every source; 0: all.
+      "max_examples": 0,
+      "mask_specials": True,
+      # Decides which checkpoint is best: "mean" of the tasks' main scores, or
+      # TASK/METRIC.
+      "best_metric": "mean",
+    }
+  )
+
+
+def _watchdog_defaults() -> Config:
+  """Returns by phase how long a run may stand still, in seconds; 0: for ever.
+
+  Then it writes the stacks of its threads and ends, so that it can be started
+  again.
+  """
+  return ConfigDict(
+    {
+      # Reading, connecting, restoring.
+      "start": 3600.0,
+      "compile": 3600.0,
+      "step": 900.0,
+      "data_wait": 900.0,
+      # Between two batches, the first of which are compiled.
+      "evaluation": 3600.0,
+      "checkpoint": 1800.0,
+      "other": 1800.0,
+    }
+  )
+
+
+def _mesh_defaults() -> Config:
+  """Returns how the devices share the work."""
+  return ConfigDict(
+    {
+      # Sizes of the axes; -1 takes what the others leave.
+      "data": -1,
+      "fsdp": 1,
+      "tensor": 1,
+      # -1: what the devices say.
+      "slices": -1,
+      # See narvl_jax/parallel/rules.py.
+      "rules": DEFAULT_RULES,
+    }
+  )
 
 
 def to_json(config: Any) -> Any:
