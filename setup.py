@@ -36,6 +36,7 @@ setuptools.setup(
     "pybase64>=1.4,<2",
     "tensorboardX>=2.6.2,<3",
     "tensorflow-datasets>=4.9.8,<5",
+    "tensorstore>=0.1.74,<0.2",
     "tokenizers>=0.21,<1",
   ],
   extras_require={
