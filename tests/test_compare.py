@@ -76,7 +76,11 @@ def test_runs_are_compared(pair, tmp_path, capsys):
     "NAR greedy, a query a token",
   ]
   assert all(curve["lengths"] == [3] for curve in curves.values())
-  assert "NAR constrained" in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert "NAR constrained" in out
+  # It takes minutes, and says at what.
+  for what in ("answers of AR greedy", "times at batch 2, 2 rounds"):
+    assert f"s] entailment: {what}\n" in out
 
 
 def test_random_weights_say_as_many_tokens_as_the_answers(capsys):

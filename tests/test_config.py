@@ -143,7 +143,8 @@ def test_rules_for_weights_that_none_names():
     (
       "bad_numbers.policy",
       "rolback",
-      r'bad_numbers.policy: "rolback" is unknown\. Did you mean "rollback"',
+      r'bad_numbers.policy: "rolback" is unknown\. Did you mean "rollback"'
+      r".*\(--config\.bad_numbers\.policy\)",
     ),
     ("data.image_size", (480,), r"data.image_size=\(480,\) is not \(height, w"),
     ("data.image_size", (0, 48), r"data.image_size=\(0, 48\) .*'\(480,480\)'"),

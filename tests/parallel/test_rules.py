@@ -1,6 +1,5 @@
 """Where the rules put parameters, and what they refuse."""
 
-import functools
 import re
 from typing import Any
 
@@ -44,7 +43,6 @@ def _tree(**arrays: tuple[tuple[int, ...], tuple[str | None, ...]]) -> Any:
   return jax.eval_shape(init)
 
 
-@functools.cache
 def _variables(size: str) -> Any:
   return abstract_variables(NARVL(model_config(size)), (64, 64), 16)
 

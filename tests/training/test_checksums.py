@@ -1,5 +1,6 @@
 """Checksums see every bit, wherever the array lies."""
 
+import functools
 import itertools
 import re
 
@@ -137,3 +138,29 @@ def test_every_mesh_gives_the_same_and_moves_little():
   assert gathered
   sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in gathered]
   assert max(sizes) <= 8
+
+
+def test_hosts_wait_for_each_other_between_compiling_and_running(monkeypatch):
+  events = []
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(checksums.distributed, "barrier", events.append)
+  program = checksums._program
+
+  def watched(where):
+    class Watched:
+      def lower(self, leaves):
+        return self
+
+      def compile(self):
+        events.append("compile")
+        return lambda leaves: events.append("run") or program(where)(leaves)
+
+    return Watched()
+
+  monkeypatch.setattr(checksums, "_program", functools.cache(watched))
+  leaves = [jnp.arange(5.0)]
+  expected = checksums.host_checksum(np.arange(5, dtype=np.float32))
+  for _ in range(2):
+    (found,) = checksums.device_checksums(leaves)
+    np.testing.assert_array_equal(found, expected)
+  assert events == ["compile", "checksums compiled", "run", "run"]

@@ -1,5 +1,6 @@
 """Of several runs in one folder one is alive."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -203,6 +205,26 @@ def test_of_many_at_once_one_has_it(tmp_path, monkeypatch, links):
   # One of them noticed it, for all.
   assert dead == [held]
   assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+
+
+def test_of_many_that_found_the_same_dead_run_one_takes_over(
+  tmp_path, monkeypatch
+):
+  _foreign(tmp_path)
+  found = (tmp_path / LOCK_FILE).read_bytes()
+  read = RunLock._read
+
+  def slow(lock: RunLock) -> bytes | None:
+    text = read(lock)
+    # All have read before the first one writes, unless they wait.
+    time.sleep(0.1)
+    return text
+
+  monkeypatch.setattr(RunLock, "_read", slow)
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    locks = [RunLock(tmp_path) for _ in range(4)]
+    taken = [pool.submit(x._take_over, found, "init") for x in locks]
+    assert sorted(x.result() for x in taken) == [False, False, False, True]
 
 
 def test_the_lock_of_one_that_was_faster_stays(tmp_path):

@@ -9,16 +9,28 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from narvl_jax.errors import UserError
+from narvl_jax.models import NARVL, model_config
 from narvl_jax.parallel import make_mesh, replicated
 from narvl_jax.training.optimizer import ParameterRule
 from narvl_jax.training.setup import describe_parallelism
 from narvl_jax.training.train_state import (
   TrainState,
+  abstract_variables,
   bytes_per_device,
   evaluation_variables,
   state_shardings,
 )
 from tests.training import stand_in
+
+
+def test_shapes_of_equal_models_are_traced_once():
+  one, other = (
+    NARVL(model_config("micro", vocab_size=90, num_queries=3)) for _ in "ab"
+  )
+  assert one is not other
+  shapes = abstract_variables(one, (32, 32), 8)
+  assert abstract_variables(other, (32, 32), 8) is shapes
+  assert abstract_variables(other, (32, 32), 9) is not shapes
 
 
 def test_state_lies_where_its_parameters_lie():
