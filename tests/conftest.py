@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 
@@ -57,6 +58,19 @@ def pytest_collection_modifyitems(
   for item in items:
     if "slow" in item.keywords:
       item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+  """Undoes what code that ends its process does to signals.
+
+  Programs inherit ignored ones, and shells cannot trap these.
+  """
+  numbers = (signal.SIGINT, signal.SIGTERM)
+  before = [signal.getsignal(number) for number in numbers]
+  yield
+  for number, handler in zip(numbers, before, strict=True):
+    signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

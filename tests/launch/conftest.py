@@ -75,7 +75,7 @@ class Launcher:
         # Jobs in the background of a shell inherit an ignored SIGINT, which no
         # script could then trap.
         "/usr/bin/env",
-        "--default-signal=INT",
+        "--default-signal=INT,TERM",
         "bash",
         f"launch/{script}",
         "--log_dir=logs",

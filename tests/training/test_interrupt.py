@@ -14,6 +14,7 @@ from narvl_jax.parallel.notices import StopAgreement
 from narvl_jax.training.interrupt import (
   StopRequest,
   Terminated,
+  ignore_signals,
   termination_raises,
 )
 
@@ -153,6 +154,20 @@ def test_termination_raises():
   with termination_raises(), pytest.raises(Terminated):
     _send(signal.SIGTERM)
   assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_ending_process_ignores_signals():
+  ignore_signals()
+  assert _handlers() == [signal.SIG_IGN] * 2
+
+
+def test_a_test_leaves_the_signals_as_they_were():
+  # The one before ignored them, and so would all programs started here.
+  assert signal.SIG_IGN not in _handlers()
+
+
+def _handlers() -> list[Any]:
+  return [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
 
 def test_other_threads_leave_signals_alone():
