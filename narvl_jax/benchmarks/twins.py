@@ -6,8 +6,8 @@ r"""Trains models that differ only in their decoder, and compares them.
 
 For each data set and seed: the parallel model (nar); its autoregressive twin
 (ar) with the same config, seed, steps and batches; and the parallel model once
-more, its captions those that the twin says of the first --labels scenes of the
-training split (distilled).
+more, half of its captions those that the twin says of the first --labels scenes
+of the training split (distilled).
 
 The last checkpoint of each is read in several ways: nar and distilled greedily,
 greedily within the answers that a task allows, and by beam search within them;

@@ -153,8 +153,8 @@ def test_each_run_is_trained_and_measured_once(tmp_path, trainer, monkeypatch):
   (found,) = distilled_sets(runs / "tiny_labels_3")
   assert found.manifest.records == LABELS
   entries = student.data.train
-  assert entries.caption.weight == 0
-  assert entries.distilled_caption.weight == 1
+  assert entries.caption.weight == 0.5
+  assert entries.distilled_caption.weight == 0.5
   assert entries.distilled_caption.options.path == found.options["path"]
   difference = workdir_lib.diff(base, workdir_lib.to_json(student))
   assert {key.rsplit(".", 1)[0] for key in difference} == {
