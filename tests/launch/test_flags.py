@@ -1,9 +1,11 @@
 """Flags, errors and dry runs, the same in all launch scripts."""
 
+import pathlib
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -286,11 +288,16 @@ def test_missing_programs(
 
 
 def test_shellcheck():
-  if shutil.which("shellcheck") is None:
+  # Beside Python, also where its environment is not activated.
+  here = pathlib.Path(sys.executable).parent
+  shellcheck = shutil.which("shellcheck", path=here) or shutil.which(
+    "shellcheck"
+  )
+  if shellcheck is None:
     pytest.skip("shellcheck is absent")
   files = sorted((ROOT / "launch").rglob("*.sh"))
   assert len(files) >= 8
   result = subprocess.run(
-    ["shellcheck", *files], capture_output=True, text=True, check=False
+    [shellcheck, *files], capture_output=True, text=True, check=False
   )
   assert result.returncode == 0, result.stdout
