@@ -257,7 +257,7 @@ def _check_settings(
     old = had.get(key)
     if old == value:
       continue
-    if isinstance(value, dict) and isinstance(old, dict):
+    while isinstance(value, dict) and isinstance(old, dict):
       part = next(k for k in [*value, *old] if old.get(k) != value.get(k))
       key, old, value = f"{key}.{part}", old.get(part), value.get(part)
     if key == "source.fingerprint":

@@ -91,13 +91,9 @@ class Predictor:
         f"decodings={decodings!r} must have a Decoding for each task, such as"
         ' {"caption": Decoding("beam")}; see decodings_for'
       )
-    for name in decodings or {}:
-      if name not in experiment.tasks:
-        known = list(experiment.tasks)
-        raise UserError(
-          f'decodings: the run has no task "{name}".{did_you_mean(name, known)}'
-        )
     self._experiment = experiment
+    for name in decodings or {}:
+      self._task(name)
     self._config: Any = experiment.config
     self._variables = prepare_variables(experiment.model, variables)
     self._mesh = _mesh_of(variables)
@@ -129,9 +125,10 @@ class Predictor:
     """Answers one request.
 
     Raises:
-      UserError: the picture is unreadable, or the prompt empty or too long.
+      UserError: the run has no such task, the picture is unreadable, or the
+        prompt empty or too long.
     """
-    task = self._experiment.tasks[record.task]
+    task = self._task(record.task)
     batcher = pipeline.Batcher(**self._shapes())
     batch = batcher.empty(self._whole(1))
     for row in range(len(batch["index"])):
@@ -161,10 +158,11 @@ class Predictor:
       before_batch: called before each batch, on all hosts as often.
 
     Raises:
-      UserError: the source is empty or too many of its records are bad.
+      UserError: the run has no such task, the source is empty or too many of
+        its records are bad.
     """
     data = self._config.data
-    task = self._experiment.tasks[task_name]
+    task = self._task(task_name)
     size = self._whole(batch_size)
     batches = pipeline.eval_batches(
       source,
@@ -187,6 +185,14 @@ class Predictor:
       previous = current
     if previous is not None:
       yield from self._finish(*previous, task)
+
+  def _task(self, name: str) -> "Task[Any]":
+    tasks = self._experiment.tasks
+    if name not in tasks:
+      raise UserError(
+        f'the run has no task "{name}".{did_you_mean(name, list(tasks))}'
+      )
+    return tasks[name]
 
   def _shapes(self) -> dict[str, Any]:
     data = self._config.data

@@ -145,7 +145,7 @@ def test_shards_that_are_kept_are_checked(
     ({"limit": 11}, "begun with source.records=12, this command has 11"),
     (
       {"options": {"image_size": 64}},
-      "begun with source.options={}, this command has {'image_size': 64}",
+      "begun with source.options.image_size=None, this command has 64",
     ),
   ],
 )

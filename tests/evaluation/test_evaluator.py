@@ -126,6 +126,11 @@ def test_what_does_not_fit_is_told_before_any_answer(serve):
   assert asked == []
   with pytest.raises(UserError, match=r'no task "vqq"\. Did you mean "vqa"'):
     Predictor(_oracle(), _identity(), {"vqq": Decoding("beam")})
+  predictor = Predictor(_oracle(), _identity())
+  with pytest.raises(UserError, match=r'no task "vqq"\. Did you mean "vqa"'):
+    next(predictor.answers(_known_records(), "vqq", batch_size=2))
+  with pytest.raises(UserError, match=r'no task "boxes"'):
+    predictor.answer(dataclasses.replace(_known_records()[0], task="boxes"))
   for wrong in ({"vqa": {"method": "beam"}}, Decoding("beam")):
     decodings: Any = wrong
     with pytest.raises(UserError, match=r"must have a Decoding for each task"):
