@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,8 +69,12 @@ def quiet_failed_saves() -> None:
 
   When a disk is full, Orbax closes its event loop after the first array that
   cannot be written; then every other one leaves a traceback, from tensorstore's
-  threads and from asyncio, around the one line that tells why.
+  threads and from asyncio, or a warning that nobody waited for it, around the
+  one line that tells why.
   """
+  warnings.filterwarnings(
+    "ignore", "coroutine .* was never awaited", RuntimeWarning
+  )
   before = sys.unraisablehook
 
   def hook(raised: Any) -> None:

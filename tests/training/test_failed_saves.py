@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import os
 import resource
+import subprocess
+import sys
 import threading
 import time
 
@@ -114,3 +116,31 @@ def test_what_ended_a_run_is_not_hidden_by_a_failed_save(tmp_path, monkeypatch):
     end(KeyError("first"))
   with pytest.raises(RuntimeError, match=r"step 2 could not .*ValueError: odd"):
     end(None)
+
+
+# An array that nobody waits for, while Python runs and when it ends.
+_DROPPED = """
+import sys, warnings
+from narvl_jax.training.announce import quiet_failed_saves
+
+async def write_fragment():
+  pass
+
+if sys.argv[1] == "quiet":
+  quiet_failed_saves()
+write_fragment()
+left = write_fragment()
+warnings.warn("other")
+"""
+
+
+@pytest.mark.parametrize("quiet", ["quiet", "loud"])
+def test_a_failed_save_leaves_no_warnings(quiet):
+  errors = subprocess.run(
+    [sys.executable, "-c", _DROPPED, quiet],
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stderr
+  assert errors.count("never awaited") == (0 if quiet == "quiet" else 2)
+  assert "other" in errors
