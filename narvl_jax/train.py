@@ -44,7 +44,7 @@ from narvl_jax.training.bad_numbers import BundleWriter
 from narvl_jax.training.checkpoints import Checkpoints
 from narvl_jax.training.failures import summary
 from narvl_jax.training.guard import Guard, check_unchanged
-from narvl_jax.training.interrupt import EvaluationStopped, StopRequest
+from narvl_jax.training.interrupt import EvaluationStopped
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.loop import Loop
 from narvl_jax.training.metrics import MetricsWriter, SilentMetrics
@@ -167,8 +167,7 @@ def _run(
         workdir,
         checkpoints,
         writer,
-        ledger,
-        guard.stop,
+        guard,
         say,
       )
       if guard.stop.stopped:
@@ -177,11 +176,10 @@ def _run(
         guard.stopped(int(state.step))
       guard.stop.finish()
     with ledger.stage("evaluation"):
-      report = _final_evaluation(
-        experiment, state, workdir, writer, ledger, say
-      )
+      report = _final_evaluation(experiment, state, workdir, writer, guard, say)
     with ledger.stage("checkpoint"):
       checkpoints.wait()
+      guard.check_folder()
   return report
 
 
@@ -193,11 +191,11 @@ def _fit(
   workdir: pathlib.Path,
   checkpoints: Checkpoints,
   writer: MetricsWriter | SilentMetrics,
-  ledger: Ledger,
-  stop: StopRequest,
+  guard: Guard,
   say: Announcer,
 ) -> TrainState:
   """Starts the data, compiles the step and runs the loop."""
+  ledger, stop = guard.ledger, guard.stop
   experiment = setup.experiment
   config = experiment.config
   # Before the compilation, which leaves time to fill the buffers.
@@ -249,6 +247,7 @@ def _fit(
       evaluate=evaluate,
       restore=functools.partial(first_state, setup, checkpoints, say),
       bundles=BundleWriter(workdir, config, setup.mesh, batches.examples),
+      check_folder=guard.check_folder,
       ledger=ledger,
       stop=stop,
       say=say,
@@ -264,7 +263,7 @@ def _final_evaluation(
   state: TrainState,
   workdir: pathlib.Path,
   writer: MetricsWriter | SilentMetrics,
-  ledger: Ledger,
+  guard: Guard,
   say: Announcer,
 ) -> dict[str, Any]:
   settings = experiment.config.evaluation
@@ -279,9 +278,10 @@ def _final_evaluation(
     max_examples=limit or None,
     batch_size=settings.batch_size,
     step=step,
-    before_batch=ledger.progress,
+    before_batch=guard.ledger.progress,
   )
   print(format_table(report), flush=True)
+  guard.check_folder()
   if distributed.is_first():
     for path in write_results(experiment, workdir, report, predictions):
       print(f"wrote {path}")

@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from absl import logging as absl_logging
 from narvl_jax import train as train_lib
 from narvl_jax.config import Config, to_json
 from narvl_jax.errors import UserError
+from narvl_jax.training import guard as guard_lib
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.record import read_leaf, read_record
 from tests.training.tiny import tiny_config
@@ -268,6 +270,27 @@ def test_finished_run_is_only_evaluated(outcomes, capsys, monkeypatch):
   assert train_lib.train(_config(), whole.workdir) == whole.report
   assert (whole.workdir / "metrics.jsonl").read_text() == whole.metrics
   assert "resumed from the checkpoint of step 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_folder_that_vanishes_is_not_made_again(
+  outcomes, tmp_path, monkeypatch, split
+):
+  """Between two looks at the lock, before a save or the last report."""
+  run = Runner()
+  workdir = tmp_path / "run"
+  if split == "test":
+    shutil.copytree(outcomes["whole"].workdir, workdir)
+
+  def evaluate(*args: Any, **settings: Any) -> Any:
+    shutil.rmtree(workdir)
+    return run.evaluate(*args, **settings)
+
+  monkeypatch.setattr(train_lib, "evaluate_tasks", evaluate)
+  monkeypatch.setattr(guard_lib, "RENEW_SECONDS", 1e6)
+  with pytest.raises(UserError, match=r"run is gone, or its lock.json"):
+    train_lib.train(_config(), workdir)
+  assert not list(tmp_path.iterdir())
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):

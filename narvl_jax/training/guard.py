@@ -62,6 +62,8 @@ class Guard:
     self._since: str | None = None
     self._watchdog: watchdog.Watchdog | None = None
     self._renewed = 0.0
+    self._renewing = threading.Lock()
+    self._lost: LockLost | None = None
     self._stacks = ""
     self._ending = threading.RLock()
     self._ended = False
@@ -195,17 +197,46 @@ class Guard:
     )
     self._lock.release()
 
+  def check_folder(self) -> None:
+    """Checks that the folder still is that of this run.
+
+    Who writes into one that vanished would make a new one, with a part of a
+    run; the lock is looked at too seldom to keep it from that.
+
+    Raises:
+      LockLost: it is gone, or another run has taken it over.
+    """
+    with self._renewing:
+      if self._lost is not None:
+        raise self._lost
+      self._sign()
+
+  def _sign(self) -> None:
+    """Gives a sign of life, if this host has the lock.
+
+    Raises:
+      LockLost: it no longer has; said once.
+    """
+    if self._lock is None:
+      return
+    activity = self.ledger.activity
+    try:
+      self._lock.renew(activity.stage, activity.step)
+    except LockLost as error:
+      self._lock, self._lost = None, error
+      raise
+
   def _renew(self) -> None:
     """Gives a sign of life from time to time."""
     if self._lock is None or time.monotonic() < self._renewed + RENEW_SECONDS:
       return
     self._renewed = time.monotonic()
-    activity = self.ledger.activity
-    try:
-      self._lock.renew(activity.stage, activity.step)
-    except LockLost as error:
-      self._lock = None
-      self._end_process(*describe_failure(error, self._workdir))
+    # Held to the end of the process, so that nothing more is written meanwhile.
+    with self._renewing:
+      try:
+        self._sign()
+      except LockLost as error:
+        self._end_process(*describe_failure(error, self._workdir))
 
   def _hang(self, hang: watchdog.Hang) -> None:
     self._stacks = self._write_stacks(f"watchdog: {hang}")

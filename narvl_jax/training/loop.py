@@ -55,6 +55,8 @@ class Loop:
     restore: returns the state of the last checkpoint, or a fresh one, its
       step and what was stored with it.
     bundles: writes down bad updates.
+    check_folder: called before a checkpoint is saved; raises `UserError` if
+      the run folder no longer is that of this run.
     ledger: of the run's time.
     stop: asks to end early.
     say: prints a line.
@@ -69,6 +71,7 @@ class Loop:
   evaluate: Evaluate
   restore: Callable[[], tuple[TrainState, int, Mapping[str, Any]]]
   bundles: BundleWriter
+  check_folder: Callable[[], None]
   ledger: Ledger
   stop: StopRequest
   say: Callable[[str], None]
@@ -247,6 +250,7 @@ class Loop:
         last = True
     due = train.checkpoint_every and step % train.checkpoint_every == 0
     if last or due or score is not None:
+      self.check_folder()
       # A checkpoint never is ahead of the metrics on disk.
       self.writer.flush()
       stored = {

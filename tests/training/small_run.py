@@ -23,7 +23,7 @@ from narvl_jax.config import Config, train_source
 from narvl_jax.parallel import make_mesh, shard_batch
 from narvl_jax.training.announce import Announcer
 from narvl_jax.training.checkpoints import Checkpoints, restore_target
-from narvl_jax.training.interrupt import StopRequest
+from narvl_jax.training.guard import Guard
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.metrics import MetricsWriter
 from narvl_jax.training.setup import Setup, build_setup
@@ -143,8 +143,8 @@ def train(
   """
   run = with_config(real, devices, **settings)
   workdir.mkdir(parents=True, exist_ok=True)
-  ledger = Ledger()
-  say = Announcer(ledger)
+  guard = Guard(workdir, Ledger())
+  say = Announcer(guard.ledger)
   keep = run.experiment.config.train.keep_last
   with jax.set_mesh(run.mesh), Checkpoints(workdir, keep_last=keep) as saved:
     state, step, stored = first_state(run, saved, say)
@@ -157,8 +157,7 @@ def train(
         workdir,
         saved,
         writer,
-        ledger,
-        StopRequest(),
+        guard,
         say,
       )
   return jax.device_get(state)

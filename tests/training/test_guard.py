@@ -1,9 +1,11 @@
 """What looks after a run: how it ends is written down, whoever ends it."""
 
+import contextlib
 import json
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -16,7 +18,7 @@ from narvl_jax.training import failures
 from narvl_jax.training import guard as guard_lib
 from narvl_jax.training.guard import Guard, check_unchanged
 from narvl_jax.training.ledger import Ledger
-from narvl_jax.training.run_lock import LOCK_FILE
+from narvl_jax.training.run_lock import LOCK_FILE, LockLost
 from narvl_jax.training.watchdog import HANG_CODE
 from narvl_jax.training.workdir import CONFIG_FILE
 
@@ -168,6 +170,58 @@ def test_a_run_whose_folder_was_taken_over_is_ended(tmp_path, capsys):
   assert "was taken over by the run of host" in capsys.readouterr().err
   # The other one's files are left alone.
   assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+
+
+def test_a_folder_that_vanished_is_noticed_before_it_is_written_to(tmp_path):
+  run = tmp_path / "run"
+
+  def look_twice() -> None:
+    with _guard(run) as guard:
+      guard.check_folder()
+      guard.take(print)
+      guard.check_folder()
+      shutil.rmtree(run)
+      with pytest.raises(LockLost, match=r"run is gone, or its lock.json"):
+        guard.check_folder()
+      guard.check_folder()
+
+  with pytest.raises(LockLost, match=r"run is gone, or its lock.json"):
+    look_twice()
+  # Not even how the run ended: it is no longer the folder of this run.
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_lost_lock_is_told_once(tmp_path, capsys):
+  """By the thread or by who looks, who then goes no further."""
+  passed = []
+  leaving, left = threading.Event(), threading.Event()
+
+  def leave(code: int) -> None:
+    assert code == 2
+    leaving.set()
+    left.wait(60)
+
+  with _guard(tmp_path, leave=leave) as guard:
+    guard.take(print)
+    guard.watch(_BUDGETS)
+    (tmp_path / LOCK_FILE).unlink()
+    assert leaving.wait(60)
+
+    def look() -> None:
+      with contextlib.suppress(LockLost):
+        guard.check_folder()
+        passed.append("as if nothing had happened")
+      passed.append("after the process had ended")
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join(0.2)
+    assert not passed
+    left.set()
+    thread.join()
+  assert passed == ["after the process had ended"]
+  assert capsys.readouterr().err.count("lock.json") == 1
 
 
 @pytest.mark.usefixtures("fast")

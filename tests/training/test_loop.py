@@ -41,6 +41,7 @@ class FakeRun:
     self.stop = StopRequest()
     self.stop_at: int | None = None
     self.stop_in_evaluation = False
+    self.robbed = False
     self.progress = "none"
     self.ready = True
     self.position = 0
@@ -66,6 +67,7 @@ class FakeRun:
       evaluate=self._evaluate,
       restore=self._restore,
       bundles=SimpleNamespace(write=self._write_bundle),  # pyright: ignore
+      check_folder=self._check_folder,
       ledger=self.ledger,
       stop=self.stop,
       say=lambda text: self.events.append(("say", text)),
@@ -107,6 +109,10 @@ class FakeRun:
 
   def check_errors(self) -> None:
     pass
+
+  def _check_folder(self) -> None:
+    if self.robbed:
+      raise UserError("the folder is gone")
 
   def wait(self) -> None:
     self.events.append(("wait",))
@@ -178,6 +184,14 @@ def test_evaluations_and_checkpoints_when_due(tmp_path):
   assert list(lines) == [4, 8, 10]
   assert lines[8]["validation/vqa/accuracy"] == 0.8
   assert lines[8]["train/loss"] == 6.5
+
+
+def test_nothing_is_saved_where_the_folder_is_gone(tmp_path):
+  run = FakeRun(tmp_path, checkpoint_every=3)
+  run.robbed = True
+  with pytest.raises(UserError, match="the folder is gone"):
+    run.run()
+  assert run.events == []
 
 
 def test_resumed_run_keeps_the_steps(tmp_path):
