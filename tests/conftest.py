@@ -1,6 +1,7 @@
 """Settings that hold for every test; they must precede the import of jax."""
 
 import gc
+import importlib.metadata
 import os
 import pathlib
 import signal
@@ -8,10 +9,27 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_FLAG = "--xla_force_host_platform_device_count=8"
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
-# Compilation dominates the run time of these tests.
+
+
+def xla_flags(devices: int) -> str:
+  """Returns flags for so many fake devices, and a compiler in a hurry.
+
+  Compiling takes far longer than what these tests then run.
+  """
+  flags = [
+    f"--xla_force_host_platform_device_count={devices}",
+    "--xla_backend_optimization_level=0",
+  ]
+  # Later ones have no other way to generate code, and end at unknown flags.
+  if importlib.metadata.version("jaxlib").startswith("0.10."):
+    flags.append("--xla_cpu_use_fusion_emitters=false")
+  return " ".join(flags)
+
+
+# Once: workers inherit them, and they are part of the key of the cache.
+if xla_flags(8) not in os.environ.get("XLA_FLAGS", ""):
+  own = os.environ.get("XLA_FLAGS", "")
+  os.environ["XLA_FLAGS"] = f"{own} {xla_flags(8)}".strip()
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR",
   os.path.join(tempfile.gettempdir(), "narvl_jax_test_cache"),

@@ -22,7 +22,7 @@ from narvl_jax.decoding.answers import AnswerSet, pad_answers
 from narvl_jax.errors import UserError
 from narvl_jax.models import NARVL, Autoregressive
 from tests.models import small
-from tests.models.small import FAST_COMPILE, B, N
+from tests.models.small import B, N
 from tests.models.test_autoregressive import CONFIG
 
 PAD, EOS, LIMIT = 1, 2, 5
@@ -57,7 +57,7 @@ def decode(variables: Any, prompted: bool, decoding: Decoding) -> Any:
   return jax.device_get(made.decode(prepared, encoded, inputs()))
 
 
-@functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+@jax.jit
 def full_pass(variables: Any, tokens: jax.Array) -> jax.Array:
   """Log-probabilities after every token, without a cache."""
   logits, _ = MODEL.apply(variables, small.image(), small.text(), tokens)  # pyright: ignore

@@ -19,13 +19,12 @@ from narvl_jax.models import NARVL
 from tests.models import test_autoregressive_fixture as autoregressive
 from tests.models import test_micro_fixture as micro
 from tests.models.recorded import Recorded, inputs
-from tests.models.small import FAST_COMPILE
 
 
 def forward(config: Any, variables: Any, recorded: Recorded) -> Any:
   """Logits and intermediates of NARVL for the recorded inputs."""
   image, text, mask = inputs(recorded)
-  apply = jax.jit(NARVL(config).apply, compiler_options=FAST_COMPILE)
+  apply = jax.jit(NARVL(config).apply)
   return jax.device_get(apply(variables, image, text, image_mask=mask))
 
 

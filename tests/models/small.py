@@ -26,8 +26,6 @@ CONFIG = model_config(
   patch_size=8,
   dropout=0.0,
 )
-# Compiling takes longer than the runs.
-FAST_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 Variables = dict[str, Any]
 
@@ -81,7 +79,7 @@ def flat(tree: Any) -> dict[tuple[str, ...], np.ndarray]:
   }
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+@functools.partial(jax.jit, static_argnums=0)
 def apply(
   config: ModelConfig,
   values: Any,
@@ -103,7 +101,7 @@ def loss(config: ModelConfig, values: Any) -> jax.Array:
 def compiled_gradient(config: ModelConfig = CONFIG) -> Any:
   """The compiled program of value and gradient of `loss`."""
   function = jax.jit(jax.value_and_grad(functools.partial(loss, config)))
-  return function.lower(shapes(config)).compile(FAST_COMPILE)
+  return function.lower(shapes(config)).compile()
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """What every autoregressive model promises: causality, padding, prompts."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from narvl_jax.models.autoregressive import (
   teacher_forcing,
 )
 from tests.models import small
-from tests.models.small import FAST_COMPILE, IMAGE_TOKENS, B, T
+from tests.models.small import IMAGE_TOKENS, B, T
 
 PAD = 1
 CONFIG = dataclasses.replace(
@@ -42,7 +41,7 @@ def variables() -> small.Variables:
   return small.variables(CONFIG)
 
 
-@functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+@jax.jit
 def apply(variables: Any, text: Any, tokens: Any) -> Any:
   """Logits and intermediates."""
   return Autoregressive(CONFIG).apply(variables, small.image(), text, tokens)

@@ -43,7 +43,6 @@ from tests.models.recorded import (
   inputs,
   read_recorded,
 )
-from tests.models.small import FAST_COMPILE
 
 CONFIG = model_config(
   "micro",
@@ -60,7 +59,7 @@ PAD, EOS, FIRST_BIN = 1, 2, 202
 LONGEST = 16
 
 
-@functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+@jax.jit
 def apply(variables: Any, image: Any, text: Any, mask: Any, tokens: Any) -> Any:
   """Logits and intermediates."""
   return MODEL.apply(variables, image, text, tokens, image_mask=mask)
@@ -132,7 +131,7 @@ def test_gradients(recorded: Recorded) -> None:
   tokens, _ = forcing(recorded)
   labels, lengths = targets(recorded)
 
-  @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+  @jax.jit
   def gradient(params: Any, stats: Any) -> Any:
     def loss(params: Any) -> jax.Array:
       logits, _ = MODEL.apply(
@@ -192,7 +191,6 @@ def encode(recorded: Recorded, variables: Any) -> Any:
     lambda v: MODEL.apply(
       v, image, text, image_mask=mask, method=EncoderDecoder.encode
     ),
-    compiler_options=FAST_COMPILE,
   )
   return program(variables)
 
@@ -205,7 +203,6 @@ def encoded(recorded: Recorded, variables: Any) -> Any:
 @functools.partial(
   jax.jit,
   static_argnames=("beam", "ngram", "temperature"),
-  compiler_options=FAST_COMPILE,
 )
 def search(
   params: Any,

@@ -12,7 +12,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.models import Autoregressive, cached_decoder
 from narvl_jax.models.autoregressive import Prompt
 from tests.models import small
-from tests.models.small import FAST_COMPILE, B
+from tests.models.small import B
 from tests.models.test_autoregressive import CONFIG, PAD
 
 MODEL = Autoregressive(CONFIG)
@@ -28,9 +28,7 @@ def variables() -> Any:
 @pytest.fixture(scope="module")
 def encoded(variables: Any) -> Any:
   encode = functools.partial(MODEL.apply, method="encode")
-  return jax.jit(encode, compiler_options=FAST_COMPILE)(
-    variables, small.image(), small.text()
-  )
+  return jax.jit(encode)(variables, small.image(), small.text())
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +59,7 @@ def layers(variables: Any) -> Any:
   return cached_decoder.split_layers(params, CONFIG.decoder_layers)
 
 
-@functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+@jax.jit
 def extend(variables: Any, cache: Any, tokens: Any, t: Any) -> Any:
   table = variables["params"]["embed_tokens"]
   return cached_decoder.extend(
@@ -80,7 +78,6 @@ def expected(variables: Any, encoded: Any, tokens: np.ndarray) -> np.ndarray:
   """States [B, K, NEW, D] of the decoder that sees all tokens at once."""
   decode = jax.jit(
     functools.partial(MODEL.apply, method="decode"),
-    compiler_options=FAST_COMPILE,
   )
   states = []
   for k in range(HYPOTHESES):

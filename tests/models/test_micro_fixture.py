@@ -74,10 +74,7 @@ def make_step(recorded: Recorded, *, train: bool) -> Callable[[State], Step]:
   image, text, mask = inputs(recorded)
   labels = jnp.asarray(recorded.arrays["target_full"])
 
-  # Compiling takes longer than the few runs.
-  @functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-  )
+  @jax.jit
   def compute(params: Any, stats: Any) -> Any:
     def loss(params: Any) -> tuple[jax.Array, Any]:
       (logits, _), updates = MODEL.apply(

@@ -210,7 +210,7 @@ def test_initial_values_are_those_of_the_reference() -> None:
     vocab_size=500,
     num_queries=8,
   )
-  init = jax.jit(NARVL(config).init, compiler_options=small.FAST_COMPILE)
+  init = jax.jit(NARVL(config).init)
   values, again, other = (
     nn.meta.unbox(
       init(jax.random.key(i, impl="rbg"), small.image(B, 32, 32), small.text())

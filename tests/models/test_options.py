@@ -57,20 +57,24 @@ def test_remat_recomputes_what_its_name_says() -> None:
   assert none < dots < full
 
 
-def count(config: ModelConfig, *opcodes: str) -> list[int]:
-  """Occurrences of instructions in the compiled program of the gradient."""
-  text = small.compiled_gradient(config).as_text()
-  return [len(re.findall(rf" {opcode}\(", text)) for opcode in opcodes]
+def gradient_text(config: ModelConfig) -> str:
+  """The compiled program of the gradient."""
+  return small.compiled_gradient(config).as_text()
+
+
+def loops(text: str) -> int:
+  # Compilers for CPUs may also make a loop of a scatter.
+  return len(re.findall(r' while\(.*op_name="[^"]*/while"', text))
 
 
 def test_compiled_programs_differ() -> None:
-  loops, products = count(CONFIG, "while", "dot")
-  assert loops > 0
+  scanned = gradient_text(CONFIG)
+  assert loops(scanned) > 0
   # Two layers each: nothing is left to loop over.
-  assert count(change(scan_unroll=2), "while") == [0]
-  recomputed_loops, recomputed = count(change(remat="full"), "while", "dot")
-  assert recomputed_loops == loops
-  assert recomputed > products
+  assert loops(gradient_text(change(scan_unroll=2))) == 0
+  recomputed = gradient_text(change(remat="full"))
+  assert loops(recomputed) == loops(scanned)
+  assert recomputed.count(" dot(") > scanned.count(" dot(")
 
 
 def test_unrolled_layers_give_the_same_gradient() -> None:
@@ -174,7 +178,6 @@ def train_program(config: ModelConfig) -> Any:
       lambda key: NARVL(config).apply(  # pyright: ignore
         values, image, text, train=True, rngs={"dropout": key}
       )[0],
-      compiler_options=small.FAST_COMPILE,
     )
   return _PROGRAMS[config]
 
@@ -246,7 +249,6 @@ def run_resnet(mode: str, train: bool) -> tuple[np.ndarray, Any, Any]:
   }
   function = jax.jit(
     lambda v, x: ResNet(config).apply(v, x, train, mutable=["batch_stats"]),
-    compiler_options=small.FAST_COMPILE,
   )
   features, updates = function(values, small.image(2, 32, 32))
   return features, values["batch_stats"], updates["batch_stats"]

@@ -10,13 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from tests.conftest import ROOT
-
-# What runs so shortly is compiled as fast as can be.
-_FLAGS = (
-  "--xla_backend_optimization_level=0"
-  " --xla_force_host_platform_device_count={devices}"
-)
+from tests.conftest import ROOT, xla_flags
 
 
 @dataclasses.dataclass
@@ -63,7 +57,7 @@ def start(
   """Starts `python ARGUMENTS` with fake CPU devices."""
   folder.mkdir(parents=True, exist_ok=True)
   files = folder / f"{name}.out", folder / f"{name}.err"
-  environment = os.environ | {"XLA_FLAGS": _FLAGS.format(devices=devices)}
+  environment = os.environ | {"XLA_FLAGS": xla_flags(devices)}
   # It wins over the flag above.
   environment.pop("JAX_NUM_CPU_DEVICES", None)
   with files[0].open("w") as out, files[1].open("w") as err:

@@ -15,8 +15,6 @@ from tests.training.tiny import tiny_config
 
 ROWS, TEXT, LABELS, QUERIES, VOCAB = 16, 6, 4, 6, 120
 SIDE = 32
-# Compiling takes longer than the runs.
-FAST_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
 @functools.cache
@@ -102,7 +100,7 @@ def host_batch(index: int) -> dict[str, np.ndarray]:
 def losses(run: Setup, steps: int) -> np.ndarray:
   """Trains on `host_batch(0)`, `host_batch(1)`, ...: float64 [steps]."""
   with jax.set_mesh(run.mesh):
-    step = run.step.lower(run.abstract_state, run.batch).compile(FAST_COMPILE)
+    step = run.step.lower(run.abstract_state, run.batch).compile()
   state = run.init(jax.random.key(0))
   found = []
   for index in range(steps):

@@ -29,7 +29,6 @@ from narvl_jax.training.metrics import MetricsWriter
 from narvl_jax.training.setup import Setup, build_setup
 from narvl_jax.training.start import first_state
 from narvl_jax.training.train_state import TrainState
-from tests.models.small import FAST_COMPILE
 from tests.training.stand_in import StandIn
 from tests.training.tiny import tiny_config
 
@@ -98,7 +97,7 @@ def compiled(real: bool = False, devices: int = 2) -> jax.stages.Compiled:
   """Returns the update."""
   run = setup(real, devices)
   with jax.set_mesh(run.mesh):
-    return run.step.lower(run.abstract_state, run.batch).compile(FAST_COMPILE)
+    return run.step.lower(run.abstract_state, run.batch).compile()
 
 
 class CachedSetup(Setup):

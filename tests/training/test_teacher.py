@@ -26,8 +26,6 @@ from narvl_jax.training.workdir import read_config, write_config
 from tests.evaluation.tiny_run import tiny_config, tiny_run
 from tests.training.twin import twin_of
 
-FAST_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
@@ -77,7 +75,7 @@ def test_a_step_with_a_teacher(folder: pathlib.Path) -> None:
     np.testing.assert_array_equal(flatten(variables)[name], value)
   with jax.set_mesh(run.mesh):
     lowered = run.step.lower(teacher.shapes, run.abstract_state, run.batch)
-    compiled = lowered.compile(FAST_COMPILE)
+    compiled = lowered.compile()
   # Arguments, not constants of the program.
   size = compiled.memory_analysis().argument_size_in_bytes
   assert size >= run.state_bytes_per_device + teacher.bytes_per_device
