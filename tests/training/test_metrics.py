@@ -5,6 +5,8 @@ import json
 import math
 import pathlib
 import struct
+import subprocess
+import sys
 from typing import Any
 
 import jax.numpy as jnp
@@ -149,6 +151,29 @@ def test_tensorboard_has_the_same_values(tmp_path):
 def _step(**values: float) -> dict:
   base = {"examples": 8.0, "learning_rate": 0.1, "skipped": 0.0}
   return {name: jnp.float32(x) for name, x in {**base, **values}.items()}
+
+
+def test_torch_is_not_imported_for_it(tmp_path):
+  """It takes seconds and memory of every run where it is installed."""
+  (tmp_path / "torch.py").write_text("raise SystemExit('imported torch')\n")
+  script = (
+    "import pathlib, sys\n"
+    "from narvl_jax.training.board import Board\n"
+    "board = Board(pathlib.Path('board'), 1)\n"
+    "board.add_scalar('loss', 1.5, 1)\n"
+    "board.close()\n"
+    "assert 'tensorboardX' in sys.modules and 'torch' not in sys.modules\n"
+    "import torch\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", script],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+  )
+  # Only that of the last line, which can have it.
+  assert done.stderr == "imported torch\n"
+  assert list((tmp_path / "board").iterdir())
 
 
 def test_means_over_steps():
