@@ -160,33 +160,47 @@ def _log_to(stream: Any) -> None:
 
 
 class _Tee(io.TextIOBase):
-  """Writes to a terminal and, as long as the disk takes it, to a log."""
+  """Writes to a terminal and to a log, as long as they take it.
+
+  A run does not end because its disk is full or its terminal was closed. Where
+  nothing is kept of the log, it does as soon as nobody reads on.
+  """
 
   def __init__(self, terminal: TextIO, log: TextIO) -> None:
     self._streams = [terminal, log]
+    self._names = {terminal: "terminal", log: "log"}
+    self._kept = getattr(log, "name", "") != os.devnull
 
   def write(self, text: str) -> int:
-    for stream in tuple(self._streams):
-      try:
-        stream.write(text)
-        if "\n" in text:
-          stream.flush()
-      except OSError as error:
-        self._give_up(stream, error)
+    def put(stream: TextIO) -> None:
+      stream.write(text)
+      if "\n" in text:
+        stream.flush()
+
+    self._each(put)
     return len(text)
 
   def flush(self) -> None:
-    for stream in tuple(self._streams):
-      try:
-        stream.flush()
-      except OSError as error:
-        self._give_up(stream, error)
+    self._each(lambda stream: stream.flush())
 
-  def _give_up(self, stream: TextIO, error: OSError) -> None:
-    if stream is self._streams[0]:
-      raise error
-    self._streams.remove(stream)
-    self._streams[0].write(f"note: no more log: {error.strerror}\n")
+  def _each(self, action: Callable[[TextIO], Any]) -> None:
+    """Does something with every stream, and leaves out those that fail."""
+    failed = {}
+    for stream in self._streams:
+      try:
+        action(stream)
+      except OSError as error:
+        failed[stream] = error
+    left = [stream for stream in self._streams if stream not in failed]
+    for stream, error in failed.items():
+      name = self._names[stream]
+      if not left or (name == "terminal" and not self._kept):
+        raise error
+      self._streams = left
+      left[0].write(f"note: no more {name}: {error.strerror}\n")
+      # Else what it still holds fails once more when it is closed.
+      with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
   def fileno(self) -> int:
     return self._streams[0].fileno()

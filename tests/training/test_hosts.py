@@ -91,8 +91,49 @@ def test_a_log_on_a_disk_that_gets_full():
   assert terminal.getvalue() == (
     "words\nnote: no more log: No space left on device\nwords\n"
   )
-  with pytest.raises(OSError, match="No space left"):
-    print("words", file=hosts._Tee(Full(), terminal))
+
+
+def _closed() -> io.StringIO:
+  class Closed(io.StringIO):
+    def flush(self) -> None:
+      raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+  return Closed()
+
+
+def test_a_terminal_that_is_closed():
+  log = io.StringIO()
+  tee = hosts._Tee(_closed(), log)
+  for _ in range(2):
+    print("words", file=tee, flush=True)
+  assert log.getvalue() == (
+    "words\nnote: no more terminal: Broken pipe\nwords\n"
+  )
+
+
+def test_a_process_goes_on_without_its_terminal(tmp_path):
+  process = subprocess.Popen(
+    [sys.executable, "-c", _SPEAK, "0", str(tmp_path)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+  )
+  assert process.stdout is not None
+  process.stdout.close()
+  assert process.wait() == 0
+  log = (tmp_path / "host_000.log").read_text()
+  assert "python out\nnote: no more terminal: Broken pipe\n" in log
+  assert [word in log for word in _ALL] == [True] * 5
+
+
+def test_nobody_is_left_to_write_to():
+  with open(os.devnull, "w") as nothing:
+    tee = hosts._Tee(_closed(), nothing)
+    for _ in range(2):
+      with pytest.raises(BrokenPipeError):
+        print("words", file=tee, flush=True)
+  tee = hosts._Tee(_closed(), _closed())
+  with pytest.raises(BrokenPipeError):
+    print("words", file=tee, flush=True)
 
 
 def test_a_single_process_is_left_alone(tmp_path):
