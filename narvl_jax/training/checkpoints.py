@@ -1,7 +1,6 @@
 """Checkpoints, written in the background and checked before they are used."""
 
 import contextlib
-import ctypes
 import os
 import pathlib
 import shutil
@@ -18,6 +17,7 @@ from narvl_jax.parallel import distributed
 from narvl_jax.training import record as record_lib
 from narvl_jax.training.checksums import device_checksums, text
 from narvl_jax.training.fit import leaf_of
+from narvl_jax.training.host_memory import return_free_memory
 from narvl_jax.training.integrity import Damage, write_digests
 from narvl_jax.training.record import Record, name_leaves
 from narvl_jax.training.retention import Policy, Retention
@@ -169,7 +169,7 @@ class Checkpoints(StoredCheckpoints):
     write_digests(self._folder / str(step), jax.process_index(), hosts)
     if distributed.is_first():
       shutil.rmtree(self._folder / self._orbax.DELETED, ignore_errors=True)
-    _return_free_memory()
+    return_free_memory()
 
   def _note_error(self, error: BaseException) -> None:
     self._error = error
@@ -281,17 +281,6 @@ class _Completion(threading.Thread):
       self._complete(self.step)
     except BaseException as error:
       self.error = error
-
-
-def _return_free_memory() -> None:
-  """Gives the system what copies of the state took, where C's library can.
-
-  It else keeps some of them: a process of 0.5 GB with a state of 0.2 GB then
-  takes up to 1.2 GB.
-  """
-  trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-  if trim is not None:
-    trim(0)
 
 
 def _unused(path: pathlib.Path) -> pathlib.Path:

@@ -14,6 +14,7 @@ from narvl_jax.parallel import distributed
 from narvl_jax.training import record as record_lib
 from narvl_jax.training.checksums import device_checksums
 from narvl_jax.training.fit import check_fit
+from narvl_jax.training.host_memory import large_blocks_returned
 from narvl_jax.training.integrity import (
   Damage,
   DamagedCheckpoint,
@@ -199,7 +200,8 @@ class StoredCheckpoints:
       }
     )
     try:
-      found = dict(self._manager.restore(step, args=args))
+      with large_blocks_returned():
+        found = dict(self._manager.restore(step, args=args))
     except Exception as error:
       # Without digests, files that hold no arrays were not looked at.
       if has_digests(self._folder / str(step)):

@@ -32,5 +32,5 @@ def test_memory_of_saving_and_restoring(tmp_path, monkeypatch):
   monkeypatch.delenv("MALLOC_ARENA_MAX")
   restored = _run(tmp_path, "restore")
   assert restored["size"] == pytest.approx(200, abs=1)
-  # The state, and what is on its way to it.
-  assert restored["peak"] < 1.7 * restored["size"], restored
+  # Nothing is held twice; what compares it with its checksums is compiled.
+  assert restored["peak"] < 1.3 * restored["size"], restored
