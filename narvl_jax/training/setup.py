@@ -45,6 +45,7 @@ from narvl_jax.training.teacher import Teacher, find_teacher
 from narvl_jax.training.train_state import (
   TrainState,
   bytes_per_device,
+  make_first_state,
   make_init,
   state_shardings,
 )
@@ -183,17 +184,15 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
     clip_norm=optim.clip_norm,
     matrices=matrix_axes(boxed["params"]) if optim.name == "muon" else None,
   )
+  first_state = make_first_state(optimizer, rules, ema=optim.ema_decay > 0)
   init = make_init(
     experiment.model,
-    optimizer,
-    rules,
+    first_state,
     image_size=image_size,
     text_length=data.max_text_length,
-    ema=optim.ema_decay > 0,
   )
-  abstract_state = jax.eval_shape(
-    init, jax.eval_shape(lambda: jax.random.key(0))
-  )
+  # From shapes that are known: tracing the model again takes a second or more.
+  abstract_state = jax.eval_shape(first_state, meta.unbox(boxed))
   shardings = state_shardings(abstract_state, boxed, mesh, config.mesh.rules)
   teacher = find_teacher(experiment, mesh)
   step = _make_step(experiment, teacher, optimizer, schedule, rules)

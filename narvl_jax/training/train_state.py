@@ -61,20 +61,15 @@ def _abstract_variables(
   return jax.eval_shape(_initializer(model, image_size, text_length), _KEY_SPEC)
 
 
-def make_init(
-  model: nn.Module,
+def make_first_state(
   optimizer: optax.GradientTransformation,
   rules: Mapping[str, ParameterRule],
   *,
-  image_size: tuple[int, int],
-  text_length: int,
   ema: bool,
-) -> Callable[[jax.Array], TrainState]:
-  """Returns a function key -> state before the first update."""
-  initialize = _initializer(model, image_size, text_length)
+) -> Callable[[Any], TrainState]:
+  """Returns a function variables -> state before the first update."""
 
-  def init(key: jax.Array) -> TrainState:
-    variables = meta.unbox(initialize(key))
+  def first_state(variables: Any) -> TrainState:
     params = variables["params"]
     batch_stats = variables.get("batch_stats", {})
     trained, _ = split_frozen(params, rules)
@@ -88,7 +83,19 @@ def make_init(
       ema=jax.tree.map(jnp.copy, averages) if ema else None,
     )
 
-  return init
+  return first_state
+
+
+def make_init(
+  model: nn.Module,
+  first_state: Callable[[Any], TrainState],
+  *,
+  image_size: tuple[int, int],
+  text_length: int,
+) -> Callable[[jax.Array], TrainState]:
+  """Returns a function key -> state before the first update."""
+  initialize = _initializer(model, image_size, text_length)
+  return lambda key: first_state(meta.unbox(initialize(key)))
 
 
 def evaluation_variables(state: TrainState) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 from narvl_jax.training.bad_numbers import load_bundle
 from tests.parallel.processes import Process, start, start_together
 
-STEPS, EVERY = 60, 4
+STEPS, EVERY = 80, 4
 KILLS, IN_A_SAVE = 10, 4
 
 

@@ -19,7 +19,7 @@ from narvl_jax.training.optimizer import (
 )
 from narvl_jax.training.train_state import (
   abstract_variables,
-  make_init,
+  make_first_state,
   state_shardings,
 )
 
@@ -120,15 +120,8 @@ def test_its_state_comes_back_from_a_checkpoint(tmp_path):
     matrices=matrix_axes(boxed["params"]),
     **SETTINGS,
   )
-  init = make_init(
-    NARVL(config),
-    optimizer,
-    rules,
-    image_size=(16, 16),
-    text_length=8,
-    ema=False,
-  )
-  abstract = jax.eval_shape(init, jax.random.key(0))
+  first_state = make_first_state(optimizer, rules, ema=False)
+  abstract = jax.eval_shape(first_state, nn.meta.unbox(boxed))
   rng = np.random.default_rng(0)
   state = jax.tree.map(
     lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), abstract
