@@ -173,6 +173,7 @@ def _run(
       if guard.stop.stopped:
         with ledger.stage("checkpoint"):
           checkpoints.close()
+          guard.check_folder()
         guard.stopped(int(state.step))
       guard.stop.finish()
     with ledger.stage("evaluation"):

@@ -26,10 +26,11 @@ def xla_flags(devices: int) -> str:
   return " ".join(flags)
 
 
-# Once: workers inherit them, and they are part of the key of the cache.
+# Once: workers inherit them, and they are part of the key of the cache. What
+# the user sets comes last, and so wins.
 if xla_flags(8) not in os.environ.get("XLA_FLAGS", ""):
   own = os.environ.get("XLA_FLAGS", "")
-  os.environ["XLA_FLAGS"] = f"{own} {xla_flags(8)}".strip()
+  os.environ["XLA_FLAGS"] = f"{xla_flags(8)} {own}".strip()
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR",
   os.path.join(tempfile.gettempdir(), "narvl_jax_test_cache"),

@@ -154,11 +154,16 @@ class Notices:
       self._leave(code)
       return
     message = " ".join(message.split())
-    print(f"{host_name(self.host)}: {message}", file=self._terminal, flush=True)
+    with contextlib.suppress(OSError):
+      text = f"{host_name(self.host)}: {message}"
+      print(text, file=self._terminal, flush=True)
     with self._at_most(_TELLING_SECONDS, code):
       self._publish(f"failure/{self.host}", f"{code} {message}")
-    self._on_end(code, message)
-    self._depart(code)
+    try:
+      self._on_end(code, message)
+    finally:
+      # Nobody else would end this process.
+      self._depart(code)
 
   @property
   def ending(self) -> bool:
@@ -193,9 +198,12 @@ class Notices:
     code, message = value.split(" ", 1)
     text = f"{host_name(host)}: {message}"
     for stream in dict.fromkeys((self._terminal, sys.stderr)):
-      print(text, file=stream, flush=True)
-    self._on_end(int(code), text)
-    self._depart(int(code))
+      with contextlib.suppress(OSError):
+        print(text, file=stream, flush=True)
+    try:
+      self._on_end(int(code), text)
+    finally:
+      self._depart(int(code))
 
   def _depart(self, code: int) -> None:
     """Ends this process when all others are about to end, or in vain.

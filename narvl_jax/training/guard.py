@@ -63,7 +63,7 @@ class Guard:
     self._watchdog: watchdog.Watchdog | None = None
     self._renewed = 0.0
     self._renewing = threading.Lock()
-    self._lost: LockLost | None = None
+    self._lost = ""
     self._stacks = ""
     self._ending = threading.RLock()
     self._ended = False
@@ -82,8 +82,8 @@ class Guard:
       self._watchdog.__exit__()
     if error is not None and not isinstance(error, SystemExit):
       self.end(*describe_failure(error, self._workdir))
-    elif self._lock is not None:
-      self._lock.release()
+    elif (lock := self._lock) is not None:
+      lock.release()
     self.stop.__exit__()
     if error is not None and self._leave is not None:
       # The end is decided: a launcher that stops all must not disturb it.
@@ -183,7 +183,9 @@ class Guard:
     deadline = time.monotonic() + _SAVE_SECONDS
     while code == 0 and self.busy() and time.monotonic() < deadline:
       time.sleep(0.1)
-    if self._lock is None:
+    # Another thread may find meanwhile that it is lost.
+    lock = self._lock
+    if lock is None:
       return
     activity = self.ledger.activity
     failures.record_end(
@@ -195,10 +197,10 @@ class Guard:
       step=activity.step,
       since=self._since,
     )
-    self._lock.release()
+    lock.release()
 
   def check_folder(self) -> None:
-    """Checks that the folder still is that of this run.
+    """Checks that the folder still is that of this run, on the first host.
 
     Who writes into one that vanished would make a new one, with a part of a
     run; the lock is looked at too seldom to keep it from that.
@@ -207,36 +209,41 @@ class Guard:
       LockLost: it is gone, or another run has taken it over.
     """
     with self._renewing:
-      if self._lost is not None:
-        raise self._lost
       self._sign()
+      if self._lost:
+        raise LockLost(self._lost)
 
   def _sign(self) -> None:
-    """Gives a sign of life, if this host has the lock.
-
-    Raises:
-      LockLost: it no longer has; said once.
-    """
-    if self._lock is None:
+    """Gives a sign of life if this host has the lock, and sees if it has."""
+    lock = self._lock
+    if lock is None:
       return
     activity = self.ledger.activity
     try:
-      self._lock.renew(activity.stage, activity.step)
+      lock.renew(activity.stage, activity.step)
     except LockLost as error:
-      self._lock, self._lost = None, error
-      raise
+      # Not the error itself, which would keep alive what its frames hold.
+      self._lock, self._lost = None, str(error)
 
   def _renew(self) -> None:
     """Gives a sign of life from time to time."""
     if self._lock is None or time.monotonic() < self._renewed + RENEW_SECONDS:
       return
     self._renewed = time.monotonic()
-    # Held to the end of the process, so that nothing more is written meanwhile.
-    with self._renewing:
-      try:
-        self._sign()
-      except LockLost as error:
+    if not self._renewing.acquire(blocking=False):
+      # The main thread looks; if its disk hangs, hangs are still looked for.
+      return
+    # Held while the process ends, so that no save begins meanwhile.
+    try:
+      if self._lock is None:
+        # The main thread has found out, and says so.
+        return
+      self._sign()
+      if self._lost:
+        error = LockLost(self._lost)
         self._end_process(*describe_failure(error, self._workdir))
+    finally:
+      self._renewing.release()
 
   def _hang(self, hang: watchdog.Hang) -> None:
     self._stacks = self._write_stacks(f"watchdog: {hang}")

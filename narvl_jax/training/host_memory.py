@@ -2,12 +2,18 @@
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator
 
 # Of `malloc.h`.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-# Where glibc's own limits, which move with what is freed, come to rest.
+# The most to which glibc raises its own limits, by what is freed.
 _LARGEST_LIMIT = 32 << 20
+_SETTINGS = (
+  "GLIBC_TUNABLES",
+  "MALLOC_MMAP_THRESHOLD_",
+  "MALLOC_TRIM_THRESHOLD_",
+)
 
 
 def return_free_memory() -> None:
@@ -23,13 +29,15 @@ def return_free_memory() -> None:
 
 @contextlib.contextmanager
 def large_blocks_returned() -> Iterator[None]:
-  """Has blocks from 1 MB on go back to the system as soon as they are freed.
+  """Has new blocks from 1 MB on go back to the system once they are freed.
 
   Threads that read arrays in parallel else leave in every arena of glibc what
-  they read: up to the size of the arrays once more.
+  they read: up to the size of the arrays once more. It holds for the whole
+  process, in which glibc's limits stay where they are afterwards. Who has set
+  them in the environment is left alone.
   """
   set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-  if set_option is None:
+  if set_option is None or any(name in os.environ for name in _SETTINGS):
     yield
     return
   set_option(_MMAP_THRESHOLD, 1 << 20)

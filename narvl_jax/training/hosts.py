@@ -162,8 +162,8 @@ def _log_to(stream: Any) -> None:
 class _Tee(io.TextIOBase):
   """Writes to a terminal and to a log, as long as they take it.
 
-  A run does not end because its disk is full or its terminal was closed. Where
-  nothing is kept of the log, it does as soon as nobody reads on.
+  A run does not end because its disk is full or its terminal was closed. One
+  that keeps no log ends as soon as nobody reads on.
   """
 
   def __init__(self, terminal: TextIO, log: TextIO) -> None:
@@ -198,9 +198,13 @@ class _Tee(io.TextIOBase):
         raise error
       self._streams = left
       left[0].write(f"note: no more {name}: {error.strerror}\n")
+      left[0].flush()
       # Else what it still holds fails once more when it is closed.
-      with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+      with (
+        contextlib.suppress(OSError, ValueError),
+        open(os.devnull, "w") as nothing,
+      ):
+        os.dup2(nothing.fileno(), stream.fileno())
 
   def fileno(self) -> int:
     return self._streams[0].fileno()

@@ -181,7 +181,9 @@ class StopRequest:
     name = signal.Signals(number).name
     text = f"{name}: stopping after this step; once more to stop at once\n"
     # Not `print`: the signal may have come in the middle of another one.
-    os.write(2, text.encode())
+    with contextlib.suppress(OSError):
+      # A run goes on, and stops, without its terminal.
+      os.write(2, text.encode())
     return False
 
   def _raise_late(self) -> None:

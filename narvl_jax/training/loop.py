@@ -55,8 +55,8 @@ class Loop:
     restore: returns the state of the last checkpoint, or a fresh one, its
       step and what was stored with it.
     bundles: writes down bad updates.
-    check_folder: called before a checkpoint is saved; raises `UserError` if
-      the run folder no longer is that of this run.
+    check_folder: called before a checkpoint or a bundle is written; raises
+      `UserError` if the run folder no longer is that of this run.
     ledger: of the run's time.
     stop: asks to end early.
     say: prints a line.
@@ -193,6 +193,7 @@ class Loop:
       for name, value in jax.device_get(update.metrics).items()
     }
     bad = f"the {what_is_bad(metrics)} at step {update.step}"
+    self.check_folder()
     folder = self.bundles.write(
       update.step,
       update.position,
@@ -250,7 +251,10 @@ class Loop:
         last = True
     due = train.checkpoint_every and step % train.checkpoint_every == 0
     if last or due or score is not None:
-      self.check_folder()
+      with self.ledger.stage("checkpoint"):
+        # The one before it may take long.
+        self.checkpoints.wait()
+        self.check_folder()
       # A checkpoint never is ahead of the metrics on disk.
       self.writer.flush()
       stored = {

@@ -67,7 +67,7 @@ def make_first_state(
   *,
   ema: bool,
 ) -> Callable[[Any], TrainState]:
-  """Returns a function variables -> state before the first update."""
+  """Returns a function unboxed variables -> state before the first update."""
 
   def first_state(variables: Any) -> TrainState:
     params = variables["params"]

@@ -1,5 +1,6 @@
 """What hosts tell each other: failures, and after which step all stop."""
 
+import errno
 import io
 import threading
 import time
@@ -188,6 +189,24 @@ def test_nobody_leaves_before_all_are_ready():
   assert {*left} == {(0, 0), (1, 0), (2, 0)}
   assert left[-1] == (0, 0)
   assert told == [(0, "host 1 (?): SIGTERM: stopped")]
+
+
+def test_a_host_that_cannot_say_why_leaves_all_the_same(monkeypatch):
+  """No terminal, and what is told of the end fails."""
+  monkeypatch.setattr(notices_lib, "_FAREWELL_SECONDS", 0.1)
+  _, notices, left = _hosts(2)
+
+  def fail(*_: Any, **__: Any) -> None:
+    raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+  for own in notices:
+    own._terminal.write = fail
+    own._on_end = fail
+  with pytest.raises(BrokenPipeError):
+    notices[0].fail(2, "error: no disk")
+  with pytest.raises(BrokenPipeError):
+    notices[1].poll()
+  assert left == [(0, 2), (1, 2)]
 
 
 def test_a_coordinator_that_hangs_is_not_waited_for(monkeypatch):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -144,6 +145,18 @@ def test_the_main_thread_is_in_c_within_the_loop():
   assert process.stderr.readline() == (
     "SIGTERM: stopping after this step; once more to stop at once\n"
   )
+  process.send_signal(signal.SIGTERM)
+  out, _ = process.communicate(timeout=60)
+  assert out == "Terminated True\n"
+
+
+def test_signals_are_heard_without_a_terminal():
+  process = _stuck("loop", busy=1000.0)
+  assert process.stderr is not None
+  process.stderr.close()
+  process.stderr = None
+  process.send_signal(signal.SIGTERM)
+  time.sleep(0.5)
   process.send_signal(signal.SIGTERM)
   out, _ = process.communicate(timeout=60)
   assert out == "Terminated True\n"

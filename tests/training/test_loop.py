@@ -125,6 +125,8 @@ class FakeRun:
     self, step: int, state: Any, *, score: float | None, run: dict[str, Any]
   ) -> None:
     assert state.step == step
+    # Else the folder may vanish between the check and the save.
+    assert self.events.pop() == ("wait",)
     self.events.append(("save", step, score))
     self.progress = f"saved {step}"
     # Through JSON, as on the disk.
@@ -188,6 +190,15 @@ def test_evaluations_and_checkpoints_when_due(tmp_path):
 
 def test_nothing_is_saved_where_the_folder_is_gone(tmp_path):
   run = FakeRun(tmp_path, checkpoint_every=3)
+  run.robbed = True
+  with pytest.raises(UserError, match="the folder is gone"):
+    run.run()
+  assert run.events == [("wait",)]
+
+
+def test_no_bundle_is_written_where_the_folder_is_gone(tmp_path):
+  run = FakeRun(tmp_path)
+  run.losses[4] = math.nan
   run.robbed = True
   with pytest.raises(UserError, match="the folder is gone"):
     run.run()
