@@ -17,6 +17,7 @@ into a model example, a dict of fixed-shape NumPy arrays:
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -27,9 +28,9 @@ BAD_RECORD_ERRORS = (ValueError, OSError, LookupError)
 Box = tuple[float, float, float, float]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Record:
-  """One request with its ground truth.
+  """One request with its ground truth; equal to one of the same content.
 
   Attributes:
     id: name of the record, unique within its source and split.
@@ -59,3 +60,18 @@ class Record:
   objects: tuple[str, ...] | None = None
   kind: str = ""
   score: float | None = None
+
+  def __eq__(self, other: object) -> bool:
+    # The generated one takes the truth value of arrays that it compares.
+    if not isinstance(other, Record):
+      return NotImplemented
+    return all(
+      _equal(getattr(self, field.name), getattr(other, field.name))
+      for field in dataclasses.fields(self)
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+  if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+    return type(a) is type(b) and a.dtype == b.dtype and np.array_equal(a, b)
+  return a == b

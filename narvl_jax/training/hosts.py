@@ -183,6 +183,13 @@ class _Tee(io.TextIOBase):
   def flush(self) -> None:
     self._each(lambda stream: stream.flush())
 
+  def close(self) -> None:
+    """Does nothing: both streams belong to the caller.
+
+    Python's finaliser calls it, when they may be closed already; that of the
+    base class would flush them, and end in a traceback.
+    """
+
   def _each(self, action: Callable[[TextIO], Any]) -> None:
     """Does something with every stream, and leaves out those that fail."""
     failed = {}

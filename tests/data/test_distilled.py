@@ -33,6 +33,24 @@ ANSWERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", TASKS)
+def test_records_of_the_same_content_are_equal(name: str):
+  record = RECORDS[name]
+  assert isinstance(record.image, np.ndarray)
+  same = dataclasses.replace(record, image=record.image.copy())
+  assert record == same
+  for changes in (
+    {"image": record.image + 1},
+    {"image": record.image[1:]},
+    {"image": record.image.astype(np.int32)},
+    {"image": record.image.tobytes()},
+    {"id": "other"},
+    {"answers": {"other": 1.0}},
+  ):
+    assert record != dataclasses.replace(record, **changes)
+  assert record != "record"
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_the_answer_is_the_only_target(name: str):
   record = RECORDS[name]
   new = relabel(record, Label(ANSWERS[name], -1.5), TASK[name])

@@ -36,6 +36,9 @@ _ALL = ("python out", "python err", "logged", "below out", "loud")
 def _speak(host: int, folder: pathlib.Path | str) -> tuple[str, str]:
   command = [sys.executable, "-c", _SPEAK, str(host), str(folder)]
   done = subprocess.run(command, capture_output=True, text=True, check=True)
+  # Also at its end, where Python finalises what is left.
+  assert "Traceback" not in done.stderr
+  assert "Exception ignored" not in done.stderr
   return done.stdout, done.stderr
 
 
