@@ -26,6 +26,7 @@ from narvl_jax import cli
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.data import images
 from narvl_jax.data.example import Record
+from narvl_jax.datasets import load_dataset
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import (
   decoding_flags,
@@ -180,7 +181,7 @@ def _load_example(config: Any, task: str, index: int) -> Record:
     raise UserError(
       f'this run has no {split} data for "{task}"; pass a picture with --image'
     )
-  source = evaluator.load_dataset(config, names[0], split)
+  source = load_dataset(config, names[0], split)
   if not 0 <= index < len(source):
     nearest = min(max(index, 0), len(source) - 1)
     raise UserError(

@@ -1,57 +1,30 @@
 """The data of a run: opened and checked before anything is written."""
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from narvl_jax.config import Config
 from narvl_jax.data.batching import short_reason
 from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
 from narvl_jax.data.mixture import Entry, Mixture
-from narvl_jax.data.pipeline import BadRecords, TrainBatches, train_batches
-from narvl_jax.data.sources import load_source, locate
+from narvl_jax.data.sources import locate
 from narvl_jax.data.tasks import Encoded, Task, check_num_queries
 from narvl_jax.data.tasks.base import required_queries
+from narvl_jax.datasets import MixtureEntry, load_dataset
 from narvl_jax.errors import UserError
-from narvl_jax.evaluation.evaluator import load_dataset
-from narvl_jax.parallel import local_rows
+from narvl_jax.experiment import Experiment
+from narvl_jax.training.constrained import (
+  CONSTRAINED_OFF,
+  allowed_answers,
+)
 from narvl_jax.training.score import check_best_metric
-
-if TYPE_CHECKING:
-  from narvl_jax.experiment import Experiment
-  from narvl_jax.training.setup import Setup
 
 # Records of each source whose targets are held against the queries.
 _CHECKED_RECORDS = 64
 
-# A source, the name of its task, its share, and its name.
-MixtureEntry = tuple[Sequence[Record], str, Any, str]
-
-
-def load_mixture(config: Config) -> list[MixtureEntry]:
-  """Opens the sources of `data.train`.
-
-  Raises:
-    UserError: a source, a split or an option does not exist.
-  """
-  return [
-    (
-      load_source(
-        entry.source,
-        task=entry.task,
-        split=entry.get("split", "train"),
-        **dict(entry.get("options", {})),
-      ),
-      entry.task,
-      entry.get("weight", 1.0),
-      name,
-    )
-    for name, entry in config.data.train.items()
-  ]
-
 
 def check_mixture(
-  experiment: "Experiment", mixture: Sequence[MixtureEntry]
+  experiment: Experiment, mixture: Sequence[MixtureEntry]
 ) -> Mixture:
   """Mixes the sources, before anything is written.
 
@@ -91,7 +64,7 @@ def check_evaluation(config: Config) -> None:
 
 
 def check_targets(
-  experiment: "Experiment", mixture: Sequence[MixtureEntry]
+  experiment: Experiment, mixture: Sequence[MixtureEntry]
 ) -> list[str]:
   """Checks some targets of each source against queries and label length.
 
@@ -133,6 +106,33 @@ def check_targets(
   return notes
 
 
+def check_answers(
+  experiment: Experiment, mixture: Sequence[MixtureEntry]
+) -> None:
+  """Checks that the first targets of each source are allowed.
+
+  Raises:
+    UserError: one is not, so that it could not be learned.
+  """
+  if not experiment.config.loss.constrained:
+    return
+  eos = experiment.vocabulary.eos_id
+  for source, name, _, entry in mixture:
+    allowed = set(allowed_answers(experiment, name))
+    if not allowed:
+      continue
+    for encoded in encode_first(source, experiment.tasks[name], entry):
+      answer = tuple(token for token in encoded.label_ids if token != eos)
+      if answer not in allowed:
+        text = experiment.vocabulary.decode(answer).strip()
+        raise UserError(
+          f'the target "{text}" of data.train.{entry} is not among the'
+          f" {len(allowed):,} answers of {name}, within which"
+          " loss.constrained=True trains; add it to the list"
+          f" (--config.tasks.{name}.answers), or {CONSTRAINED_OFF}"
+        )
+
+
 def encode_first(
   source: Sequence[Record], task: Task[Any], name: str
 ) -> list[Encoded]:
@@ -150,33 +150,3 @@ def encode_first(
       f" {problem} (--config.data.train.{name})"
     )
   return encoded
-
-
-def batch_opener(
-  setup: "Setup", mixture: Sequence[MixtureEntry]
-) -> Callable[[int], TrainBatches]:
-  """Returns the function position -> this host's batches from there on.
-
-  Args:
-    setup: of the run.
-    mixture: from `load_mixture`.
-  """
-  experiment = setup.experiment
-  config = experiment.config
-  return functools.partial(
-    train_batches,
-    mixture,
-    experiment.tasks,
-    batch_size=config.train.batch_size,
-    seed=config.seed,
-    rows=local_rows(setup.mesh, config.train.batch_size),
-    image_size=tuple(config.data.image_size),
-    max_text_length=config.data.max_text_length,
-    max_label_length=experiment.label_length,
-    temperature=config.data.temperature,
-    num_workers=config.data.num_workers,
-    num_threads=config.data.num_threads,
-    prefetch=config.data.prefetch,
-    # Their count goes on where the batches are opened again.
-    bad_records=BadRecords(config.data.max_bad_fraction),
-  )

@@ -10,8 +10,8 @@ from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
 from narvl_jax.data.sources import locate
 from narvl_jax.data.tasks import vocabulary_texts
 from narvl_jax.data.vocabulary import OFFICIAL_FIXED_IDS, Vocabulary
+from narvl_jax.datasets import load_mixture
 from narvl_jax.errors import UserError
-from narvl_jax.run_data import load_mixture
 
 VOCABULARY_FOLDER = "vocabulary"
 # Records of each source that a trained vocabulary has seen.

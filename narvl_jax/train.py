@@ -24,9 +24,10 @@ from typing import Any
 import jax
 from absl import flags
 
-from narvl_jax import cli, run_data
+from narvl_jax import cli
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.config_checks import validate
+from narvl_jax.datasets import MixtureEntry
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import evaluate_tasks
 from narvl_jax.evaluation.reporting import format_table
@@ -48,7 +49,7 @@ from narvl_jax.training.interrupt import EvaluationStopped
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.loop import Loop
 from narvl_jax.training.metrics import MetricsWriter, SilentMetrics
-from narvl_jax.training.prefetch import DeviceBatches
+from narvl_jax.training.prefetch import DeviceBatches, batch_opener
 from narvl_jax.training.score import flat_metrics, score_of
 from narvl_jax.training.setup import Setup
 from narvl_jax.training.start import first_state, prepare, write_run
@@ -118,7 +119,7 @@ def train(
 
 def _run(
   setup: Setup,
-  mixture: Sequence[run_data.MixtureEntry],
+  mixture: Sequence[MixtureEntry],
   workdir: pathlib.Path,
   resumes: bool,
   guard: Guard,
@@ -188,7 +189,7 @@ def _fit(
   setup: Setup,
   state: TrainState,
   stored: Mapping[str, Any],
-  mixture: Sequence[run_data.MixtureEntry],
+  mixture: Sequence[MixtureEntry],
   workdir: pathlib.Path,
   checkpoints: Checkpoints,
   writer: MetricsWriter | SilentMetrics,
@@ -201,7 +202,7 @@ def _fit(
   config = experiment.config
   # Before the compilation, which leaves time to fill the buffers.
   with DeviceBatches(
-    run_data.batch_opener(setup, mixture),
+    batch_opener(setup, mixture),
     stored.get("data_position", int(state.step)),
     setup.mesh,
     tuple(setup.batch),

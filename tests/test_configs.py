@@ -9,6 +9,7 @@ from narvl_jax import experiment as experiment_lib
 from narvl_jax import run_data
 from narvl_jax.config_checks import validate
 from narvl_jax.data.tasks.base import required_queries
+from narvl_jax.datasets import load_mixture
 from narvl_jax.errors import UserError
 from narvl_jax.models import ModelConfig, model_config
 from tests.conftest import ROOT
@@ -55,7 +56,7 @@ def test_records_fit(name: str, variant: str):
   validate(config)
   experiment = experiment_lib.build(config)
   assert isinstance(experiment.model_config, ModelConfig)
-  mixture = run_data.load_mixture(config)
+  mixture = load_mixture(config)
   run_data.check_mixture(experiment, mixture)
   run_data.check_evaluation(config)
   for source, task, _, _ in mixture:

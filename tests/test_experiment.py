@@ -17,6 +17,7 @@ from narvl_jax import run_data, run_vocabulary
 from narvl_jax.config import Config, default_config, train_source
 from narvl_jax.data import tasks
 from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.datasets import MixtureEntry, load_mixture
 from narvl_jax.errors import UserError
 from narvl_jax.training import workdir as workdir_lib
 from tests.evaluation import tiny_run
@@ -98,8 +99,8 @@ def test_vocabulary_files_that_are_not_there(source, tmp_path):
     run_vocabulary.make_vocabulary(config)
 
 
-def _mixture(config: Config) -> list[run_data.MixtureEntry]:
-  return run_data.load_mixture(config)
+def _mixture(config: Config) -> list[MixtureEntry]:
+  return load_mixture(config)
 
 
 def test_mixture_is_that_of_the_config():

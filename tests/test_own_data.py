@@ -12,6 +12,7 @@ from narvl_jax import run_data
 from narvl_jax.config import from_json, to_json
 from narvl_jax.config_checks import validate
 from narvl_jax.data.example import TASKS
+from narvl_jax.datasets import load_mixture
 from narvl_jax.errors import UserError
 from tests.data.sources import tsv_files
 
@@ -49,7 +50,7 @@ def test_builds(path: str, arg: str) -> None:
   config = from_json(to_json(config))
   validate(config)
   experiment = experiment_lib.build(config)
-  mixture = run_data.load_mixture(config)
+  mixture = load_mixture(config)
   assert [len(source) for source, *_ in mixture] == [5] * len(tasks)
   assert run_data.check_targets(experiment, mixture) == []
   run_data.check_evaluation(config)

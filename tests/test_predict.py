@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from narvl_jax import predict as predict_lib
+from narvl_jax.datasets import load_dataset
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import evaluator
 from narvl_jax.predict import predict
@@ -69,7 +70,7 @@ def test_examples_get_the_answer_of_the_evaluation(workdir, task):
     expected["probability"], rel=1e-3
   )
   saved = workdir / "predictions" / f"example_{task}_500.png"
-  source = evaluator.load_dataset(experiment.config, task, "test")
+  source = load_dataset(experiment.config, task, "test")
   np.testing.assert_array_equal(Image.open(saved), source[500].image)
   # The saved picture is an input like any other.
   again = predict(workdir, task=task, image=saved, prompt=outcome["prompt"])

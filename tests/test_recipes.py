@@ -17,6 +17,7 @@ from narvl_jax import experiment as experiment_lib
 from narvl_jax import run_data
 from narvl_jax.config import to_json
 from narvl_jax.data.sources import load_source
+from narvl_jax.datasets import load_mixture
 from narvl_jax.errors import UserError
 from narvl_jax.models import model_config
 from narvl_jax.training.optimizer import (
@@ -214,7 +215,7 @@ def test_split_names_another_training_file(tmp_path: pathlib.Path):
   config = _config("caption", f"split=teacher,{data}")
   assert config.train.steps == 5 * 2
   assert config.data.train.caption.split == "teacher"
-  ((source, _, _, _),) = run_data.load_mixture(config)
+  ((source, _, _, _),) = load_mixture(config)
   assert len(source) == 129
   assert config.train.eval_split == "val"
 
@@ -226,7 +227,7 @@ def test_a_run_finds_its_files(
   config = _config(name, f"size=tiny,{_write_data(tmp_path, name)}")
   config.vocabulary.path = str(shared_files / "bpe")
   experiment = experiment_lib.build(config)
-  mixture = run_data.load_mixture(config)
+  mixture = load_mixture(config)
   assert [len(entry[0]) for entry in mixture] == [ROWS]
   run_data.check_mixture(experiment, mixture)
   assert run_data.check_targets(experiment, mixture) == []
@@ -320,6 +321,6 @@ def test_arguments_that_are_wrong(arg: str, message: str):
 def test_files_that_are_not_there(shared_files: pathlib.Path):
   config = _config("refcoco", "data=nowhere")
   with pytest.raises(UserError, match=r'no file "nowhere/refcoco_train.tsv"'):
-    run_data.load_mixture(config)
+    load_mixture(config)
   with pytest.raises(UserError, match=r"json.*--config.vocabulary.path"):
     experiment_lib.build(config)

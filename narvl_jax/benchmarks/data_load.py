@@ -16,6 +16,7 @@ from narvl_jax.data.sources import load_source
 from narvl_jax.data.sources.ofa_tsv import OfaTsvSource
 from narvl_jax.data.tasks import Task, make_task, vocabulary_texts
 from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.datasets import load_mixture
 
 _VOCABULARY_RECORDS = 256
 _IDLE_SECONDS = 0.1
@@ -80,7 +81,7 @@ def config_load(config: Any) -> Load:
     UserError: the config is wrong.
   """
   # Heavy, and of no use to worker processes.
-  from narvl_jax import run_data, run_vocabulary
+  from narvl_jax import run_vocabulary
   from narvl_jax.config_checks import validate
 
   validate(config)
@@ -91,7 +92,7 @@ def config_load(config: Any) -> Load:
   }
   data = config.data
   return Load(
-    run_data.load_mixture(config),
+    load_mixture(config),
     tasks,
     image_size=tuple(data.image_size),
     max_text_length=data.max_text_length,

@@ -15,6 +15,7 @@ from narvl_jax.comparison.ways import AR, NAR, Way, choose, ways_of
 from narvl_jax.config import to_json
 from narvl_jax.data import pipeline
 from narvl_jax.data.example import Record
+from narvl_jax.datasets import load_dataset
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import evaluator
@@ -243,7 +244,7 @@ def _records(
   """Opens the first data set of a task."""
   config: Any = experiment.config
   names = [n for n, e in config.data.evaluation.items() if e.task == task]
-  return evaluator.load_dataset(config, names[0], split)
+  return load_dataset(config, names[0], split)
 
 
 def _batches(
@@ -322,7 +323,7 @@ def _predictions(
   for name, entry in config.data.evaluation.items():
     if entry.task != task:
       continue
-    source = evaluator.load_dataset(config, name, split)
+    source = load_dataset(config, name, split)
     indices = evaluator.spread(len(source), max_examples)
     for answer in predictor.answers(
       evaluator.Subset(source, indices),

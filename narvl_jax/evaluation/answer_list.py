@@ -2,17 +2,14 @@
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING
 
 from narvl_jax.errors import UserError
-
-if TYPE_CHECKING:
-  from narvl_jax.experiment import Experiment
+from narvl_jax.experiment import Experiment
 
 
 def with_answers(
-  experiment: "Experiment", path: str | os.PathLike[str]
-) -> "Experiment":
+  experiment: Experiment, path: str | os.PathLike[str]
+) -> Experiment:
   """Returns an experiment whose VQA allows the answers of a file.
 
   What is read without a constraint stays the same.

@@ -1,7 +1,7 @@
 """Flags that say how answers are read, for every command that reads some."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import flags
 
@@ -9,9 +9,7 @@ from narvl_jax.decoding import Decoding
 from narvl_jax.decoding.settings import METHODS
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation.readers import reference_decoding
-
-if TYPE_CHECKING:
-  from narvl_jax.experiment import Experiment
+from narvl_jax.experiment import Experiment
 
 # --help of a command shows only flags of its own, which these are to be.
 flags.disclaim_key_flags()
@@ -73,7 +71,7 @@ def from_flags() -> dict[str, Any]:
 
 
 def decodings_for(
-  experiment: "Experiment", settings: Mapping[str, Any] | None
+  experiment: Experiment, settings: Mapping[str, Any] | None
 ) -> dict[str, Decoding]:
   """Returns the decoding of every task of an experiment.
 
@@ -107,7 +105,7 @@ def decodings_for(
 
 
 def _check_heeded(
-  experiment: "Experiment",
+  experiment: Experiment,
   method: str,
   given: Mapping[str, Any],
   decodings: Mapping[str, Decoding],
@@ -157,7 +155,7 @@ def check_answers_heeded(
 
 
 def _decoding(
-  experiment: "Experiment",
+  experiment: Experiment,
   task_name: str,
   method: str,
   settings: Mapping[str, Any],

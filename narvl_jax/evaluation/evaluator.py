@@ -2,21 +2,20 @@
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from narvl_jax.data import sources
 from narvl_jax.data.example import Box, Record
+from narvl_jax.datasets import load_dataset
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import caption, entailment, grounding, vqa
 from narvl_jax.evaluation.predictor import Answer, Predictor
 from narvl_jax.evaluation.reporting import Prediction, Report
+from narvl_jax.experiment import Experiment
 from narvl_jax.parallel import distributed
-
-if TYPE_CHECKING:
-  from narvl_jax.experiment import Experiment
 
 # (answer, record) -> metric -> score in [0, 1], the task's main metric first.
 SCORERS: Mapping[str, Callable[[Any, Record], dict[str, float] | None]] = {
@@ -28,7 +27,7 @@ SCORERS: Mapping[str, Callable[[Any, Record], dict[str, float] | None]] = {
 
 
 def evaluate_tasks(
-  experiment: "Experiment",
+  experiment: Experiment,
   variables: Any,
   *,
   split: str,
@@ -112,24 +111,6 @@ def _of_all_hosts(
   return [
     merged[key] for key in sorted(merged, key=lambda k: (order[k[0]], k[1]))
   ]
-
-
-def load_dataset(config: Any, name: str, split: str) -> Sequence[Record]:
-  """Opens a data set of `config.data.evaluation`.
-
-  Raises:
-    UserError: if it has no such name or split.
-  """
-  entries = config.data.evaluation
-  if name not in entries:
-    raise UserError(
-      f'data.evaluation has no "{name}".{did_you_mean(name, entries.keys())}'
-    )
-  entry = entries[name]
-  options = dict(entry.get("options", {}))
-  return sources.load_source(
-    entry.source, task=entry.task, split=split, **options
-  )
 
 
 def describe(answer: Answer) -> Prediction:

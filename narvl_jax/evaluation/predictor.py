@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,9 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from narvl_jax.data import images, pipeline
 from narvl_jax.data.example import Box, Record
+from narvl_jax.data.tasks import Task
 from narvl_jax.decoding import Decoding, Steps, make_steps, prepare_variables
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation.readers import answer_lengths, make_reader
+from narvl_jax.experiment import Experiment
 from narvl_jax.parallel import (
   activation_rules,
   batch_sharding,
@@ -23,10 +25,6 @@ from narvl_jax.parallel import (
   local_values,
   shard_batch,
 )
-
-if TYPE_CHECKING:
-  from narvl_jax.data.tasks import Task
-  from narvl_jax.experiment import Experiment
 
 _BATCH_KEYS = ("image", "text", "image_mask")
 # What travels back from the devices.
@@ -70,7 +68,7 @@ class Predictor:
 
   def __init__(
     self,
-    experiment: "Experiment",
+    experiment: Experiment,
     variables: Any,
     decodings: Mapping[str, Decoding] | None = None,
   ) -> None:
@@ -186,7 +184,7 @@ class Predictor:
     if previous is not None:
       yield from self._finish(*previous, task)
 
-  def _task(self, name: str) -> "Task[Any]":
+  def _task(self, name: str) -> Task[Any]:
     tasks = self._experiment.tasks
     if name not in tasks:
       raise UserError(
@@ -208,7 +206,7 @@ class Predictor:
     return -(-batch_size // parts) * parts
 
   def _start(
-    self, batch: Mapping[str, np.ndarray], task: "Task[Any]", size: int
+    self, batch: Mapping[str, np.ndarray], task: Task[Any], size: int
   ) -> dict[str, jax.Array]:
     """Hands a batch, of which this host has a part, to the devices."""
     arrays = {key: batch[key] for key in _BATCH_KEYS}
@@ -228,7 +226,7 @@ class Predictor:
     decoded: Mapping[str, jax.Array],
     batch: Mapping[str, np.ndarray],
     records: Sequence[Record],
-    task: "Task[Any]",
+    task: Task[Any],
   ) -> Iterator[Answer]:
     """Waits for a batch and turns its ids into answers."""
     host = self._fetch(decoded)

@@ -1,7 +1,6 @@
 """Which reader belongs to a task of an experiment and a way to decode."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,11 +15,9 @@ from narvl_jax.decoding.answers import AnswerSet
 from narvl_jax.decoding.parallel_reader import check_queries
 from narvl_jax.decoding.steps import Reader
 from narvl_jax.errors import UserError
+from narvl_jax.experiment import Experiment
 from narvl_jax.parallel import BATCH_AXES, VOCAB_AXIS
 from narvl_jax.query_ctc import MeshAxes
-
-if TYPE_CHECKING:
-  from narvl_jax.experiment import Experiment
 
 # How the official code decodes its autoregressive model (reference
 # specification 11.4); the parallel one is read greedily.
@@ -36,7 +33,7 @@ _REFERENCE = {
 }
 
 
-def reference_decoding(experiment: "Experiment", task_name: str) -> Decoding:
+def reference_decoding(experiment: Experiment, task_name: str) -> Decoding:
   """Returns the official settings of a task for the model of an experiment."""
   if not experiment.autoregressive:
     return Decoding()
@@ -44,7 +41,7 @@ def reference_decoding(experiment: "Experiment", task_name: str) -> Decoding:
 
 
 def make_reader(
-  experiment: "Experiment", task_name: str, decoding: Decoding
+  experiment: Experiment, task_name: str, decoding: Decoding
 ) -> Reader:
   """Returns the reader; equal ones share compiled programs.
 
@@ -82,14 +79,14 @@ def make_reader(
   )
 
 
-def answer_lengths(experiment: "Experiment", decoding: Decoding) -> np.ndarray:
+def answer_lengths(experiment: Experiment, decoding: Decoding) -> np.ndarray:
   """Returns least and most tokens of an answer, int32 [2]."""
   limit = experiment.label_length - 1
   most = min(decoding.max_length or limit, limit)
   return np.asarray([min(decoding.min_length, most), most], np.int32)
 
 
-def _room(experiment: "Experiment", answers: AnswerSet | None) -> int:
+def _room(experiment: Experiment, answers: AnswerSet | None) -> int:
   """Returns the tokens of an answer that there is room for, without eos.
 
   Raises:
@@ -107,7 +104,7 @@ def _room(experiment: "Experiment", answers: AnswerSet | None) -> int:
 
 
 def _answers(
-  experiment: "Experiment", task_name: str, decoding: Decoding
+  experiment: Experiment, task_name: str, decoding: Decoding
 ) -> AnswerSet | None:
   """Returns what the task allows, if that is to be heeded.
 

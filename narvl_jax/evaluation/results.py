@@ -3,24 +3,22 @@
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from narvl_jax.data import images
 from narvl_jax.data.example import Box
+from narvl_jax.datasets import load_dataset
 from narvl_jax.disk import replacing
-from narvl_jax.evaluation import evaluator, rendering, reporting
-
-if TYPE_CHECKING:
-  from narvl_jax.experiment import Experiment
+from narvl_jax.evaluation import rendering, reporting
+from narvl_jax.experiment import Experiment
 
 _PANELS_PER_TASK = 10
 
 
 def write_results(
-  experiment: "Experiment",
+  experiment: Experiment,
   workdir: str | os.PathLike[str],
   report: reporting.Report,
   predictions: Sequence[reporting.Prediction],
@@ -57,7 +55,7 @@ def write_results(
 
 
 def prediction_panels(
-  experiment: "Experiment",
+  experiment: Experiment,
   split: str,
   predictions: Sequence[reporting.Prediction],
   per_task: int = _PANELS_PER_TASK,
@@ -68,7 +66,7 @@ def prediction_panels(
   for prediction in reporting.select_examples(predictions, per_task):
     name = prediction["dataset"]
     if name not in datasets:
-      datasets[name] = evaluator.load_dataset(experiment.config, name, split)
+      datasets[name] = load_dataset(experiment.config, name, split)
     image = datasets[name][prediction["index"]].image
     panels.append(make_panel(prediction, image))
   return panels

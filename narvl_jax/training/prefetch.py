@@ -1,16 +1,19 @@
 """Batches moved to the devices ahead of their use."""
 
+import functools
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from narvl_jax.data.pipeline import TrainBatches
-from narvl_jax.parallel import shard_batch
+from narvl_jax.data.pipeline import BadRecords, TrainBatches, train_batches
+from narvl_jax.datasets import MixtureEntry
+from narvl_jax.parallel import local_rows, shard_batch
+from narvl_jax.training.setup import Setup
 
 _END = object()
 
@@ -175,3 +178,33 @@ class DeviceBatches:
 
   def __exit__(self, *_: object) -> None:
     self.close()
+
+
+def batch_opener(
+  setup: Setup, mixture: Sequence[MixtureEntry]
+) -> Callable[[int], TrainBatches]:
+  """Returns the function position -> this host's batches from there on.
+
+  Args:
+    setup: of the run.
+    mixture: from `narvl_jax.datasets.load_mixture`.
+  """
+  experiment = setup.experiment
+  config = experiment.config
+  return functools.partial(
+    train_batches,
+    mixture,
+    experiment.tasks,
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    rows=local_rows(setup.mesh, config.train.batch_size),
+    image_size=tuple(config.data.image_size),
+    max_text_length=config.data.max_text_length,
+    max_label_length=experiment.label_length,
+    temperature=config.data.temperature,
+    num_workers=config.data.num_workers,
+    num_threads=config.data.num_threads,
+    prefetch=config.data.prefetch,
+    # Their count goes on where the batches are opened again.
+    bad_records=BadRecords(config.data.max_bad_fraction),
+  )

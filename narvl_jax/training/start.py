@@ -7,6 +7,7 @@ import jax
 
 from narvl_jax import experiment as experiment_lib
 from narvl_jax import run_data
+from narvl_jax.datasets import MixtureEntry, load_mixture
 from narvl_jax.errors import UserError
 from narvl_jax.experiment import Experiment
 from narvl_jax.parallel import distributed, mesh_from_config
@@ -14,7 +15,6 @@ from narvl_jax.parallel.mesh import describe
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.announce import Announcer, describe_model
 from narvl_jax.training.checkpoints import Checkpoints, restore_target
-from narvl_jax.training.constrained import check_answers
 from narvl_jax.training.init_from import check_init_from, init_from
 from narvl_jax.training.integrity import DamagedCheckpoint
 from narvl_jax.training.setup import Setup, build_setup
@@ -23,7 +23,7 @@ from narvl_jax.training.train_state import TrainState
 
 def prepare(
   config: Any, workdir: pathlib.Path, resumes: bool, say: Announcer
-) -> tuple[Setup, list[run_data.MixtureEntry]]:
+) -> tuple[Setup, list[MixtureEntry]]:
   """Builds and checks all that a run needs; writes nothing.
 
   Args:
@@ -45,11 +45,11 @@ def prepare(
     f"vocabulary {experiment.vocabulary.size} ids,"
     f" tasks {', '.join(experiment.tasks)}"
   )
-  mixture = run_data.load_mixture(config)
+  mixture = load_mixture(config)
   used = run_data.check_mixture(experiment, mixture).used(config.train.steps)
   for note in run_data.check_targets(experiment, mixture):
     say(f"note: {note}")
-  check_answers(experiment, mixture)
+  run_data.check_answers(experiment, mixture)
   run_data.check_evaluation(config)
   for (source, task, _, name), count in zip(mixture, used, strict=True):
     say(

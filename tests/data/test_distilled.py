@@ -9,7 +9,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from narvl_jax import run_data
 from narvl_jax.data import conversion, distilled, images, records
 from narvl_jax.data.distilled import Label, Labelled, relabel
 from narvl_jax.data.example import TASKS, Record
@@ -19,6 +18,7 @@ from narvl_jax.data.shard_formats import FORMATS
 from narvl_jax.data.shard_writer import write_shard
 from narvl_jax.data.sources import load_source, open_source
 from narvl_jax.data.tasks import make_task
+from narvl_jax.datasets import load_mixture
 from narvl_jax.errors import UserError
 from tests.data.task_records import RECORDS, make_vocabulary
 
@@ -262,7 +262,7 @@ def sizes(config: Any) -> dict[str, int]:
   """Returns the number of records of each distilled entry by its task."""
   return {
     name.removeprefix("distilled_"): len(source)
-    for source, _, _, name in run_data.load_mixture(config)
+    for source, _, _, name in load_mixture(config)
     if name.startswith("distilled_")
   }
 

@@ -13,6 +13,7 @@ import pytest
 from narvl_jax import parallel
 from narvl_jax.data import sources
 from narvl_jax.data.example import TASKS, Record
+from narvl_jax.datasets import load_dataset
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import evaluator
@@ -285,7 +286,7 @@ def test_unknown_split_and_data_set():
   with pytest.raises(UserError, match=r'unknown split "tset".*"test"'):
     evaluator.evaluate_tasks(experiment, variables, split="tset", batch_size=4)
   with pytest.raises(UserError, match=r'no "vqq".*"vqa"'):
-    evaluator.load_dataset(experiment.config, "vqq", "test")
+    load_dataset(experiment.config, "vqq", "test")
 
 
 def test_predictions_of_several_hosts_have_the_order_of_one(monkeypatch):

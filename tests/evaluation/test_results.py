@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from narvl_jax.datasets import load_dataset
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import evaluator, reporting, results
 from tests.evaluation import tiny_run
@@ -26,9 +27,7 @@ def test_panels_show_the_pictures_of_their_predictions(evaluated):
   chosen = reporting.select_examples(predictions, 3)
   assert len(panels) == 12
   for panel, prediction in zip(panels, chosen, strict=True):
-    source = evaluator.load_dataset(
-      experiment.config, prediction["dataset"], "test"
-    )
+    source = load_dataset(experiment.config, prediction["dataset"], "test")
     record = source[prediction["index"]]
     np.testing.assert_array_equal(panel.image, record.image)
     assert panel.prompt == record.prompt

@@ -17,15 +17,16 @@ import jax
 import numpy as np
 
 from narvl_jax import experiment as experiment_lib
-from narvl_jax import run_data
 from narvl_jax import train as train_lib
 from narvl_jax.config import Config, train_source
+from narvl_jax.datasets import MixtureEntry, load_mixture
 from narvl_jax.parallel import make_mesh, shard_batch
 from narvl_jax.training.announce import Announcer
 from narvl_jax.training.checkpoints import Checkpoints, restore_target
 from narvl_jax.training.guard import Guard
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.metrics import MetricsWriter
+from narvl_jax.training.prefetch import batch_opener
 from narvl_jax.training.setup import Setup, build_setup
 from narvl_jax.training.start import first_state
 from narvl_jax.training.train_state import TrainState
@@ -87,9 +88,9 @@ def setup(real: bool = False, devices: int = 2) -> Setup:
 
 
 @functools.cache
-def mixture() -> tuple[run_data.MixtureEntry, ...]:
+def mixture() -> tuple[MixtureEntry, ...]:
   """Returns the sources of the run."""
-  return tuple(run_data.load_mixture(config()))
+  return tuple(load_mixture(config()))
 
 
 @functools.cache
@@ -165,7 +166,7 @@ def train(
 @functools.cache
 def host_batches(count: int) -> list[dict[str, np.ndarray]]:
   """Returns the first batches of the run."""
-  source = run_data.batch_opener(setup(), mixture())(0)
+  source = batch_opener(setup(), mixture())(0)
   found = list(itertools.islice(source, count))
   source.close()
   return found

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from narvl_jax import experiment as experiment_lib
-from narvl_jax import run_data
 from narvl_jax.data.answers import load_answers
 from narvl_jax.data.pipeline import Batcher
+from narvl_jax.datasets import load_mixture
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import make_mesh, shard_batch
+from narvl_jax.run_data import check_answers
 from narvl_jax.training.announce import describe_model
-from narvl_jax.training.constrained import answer_constraints, check_answers
+from narvl_jax.training.constrained import answer_constraints
 from narvl_jax.training.optimizer import flatten
 from narvl_jax.training.setup import Setup, build_setup
 from narvl_jax.training.teacher import find_teacher
@@ -58,7 +59,7 @@ def batch_of(run: Setup) -> dict[str, jax.Array]:
     max_label_length=experiment.label_length,
   )
   rows = batcher.empty(4)
-  mixture = run_data.load_mixture(experiment.config)
+  mixture = load_mixture(experiment.config)
   for row, (source, name, _, _) in enumerate(mixture):
     batcher.write(rows, row, source[row], experiment.tasks[name])
   arrays = {name: rows[name] for name in run.batch}
@@ -248,7 +249,7 @@ def test_lists_of_answers_constrain(constrained: Callable[..., Any]) -> None:
 
 def test_targets_outside_of_the_list(constrained: Callable[..., Any]) -> None:
   experiment = constrained("red")
-  mixture = run_data.load_mixture(experiment.config)
+  mixture = load_mixture(experiment.config)
   with pytest.raises(
     UserError, match=r"of data.train.vqa is not among the 1 answers of vqa, .*"
   ):

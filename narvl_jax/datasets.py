@@ -1,0 +1,50 @@
+"""Opens the data sets that a config names."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from narvl_jax.config import Config
+from narvl_jax.data.example import Record
+from narvl_jax.data.sources import load_source
+from narvl_jax.errors import UserError, did_you_mean
+
+# A source, the name of its task, its share, and its name.
+MixtureEntry = tuple[Sequence[Record], str, Any, str]
+
+
+def load_mixture(config: Config) -> list[MixtureEntry]:
+  """Opens the sources of `data.train`.
+
+  Raises:
+    UserError: a source, a split or an option does not exist.
+  """
+  return [
+    (
+      load_source(
+        entry.source,
+        task=entry.task,
+        split=entry.get("split", "train"),
+        **dict(entry.get("options", {})),
+      ),
+      entry.task,
+      entry.get("weight", 1.0),
+      name,
+    )
+    for name, entry in config.data.train.items()
+  ]
+
+
+def load_dataset(config: Any, name: str, split: str) -> Sequence[Record]:
+  """Opens a data set of `config.data.evaluation`.
+
+  Raises:
+    UserError: if it has no such name or split.
+  """
+  entries = config.data.evaluation
+  if name not in entries:
+    raise UserError(
+      f'data.evaluation has no "{name}".{did_you_mean(name, entries.keys())}'
+    )
+  entry = entries[name]
+  options = dict(entry.get("options", {}))
+  return load_source(entry.source, task=entry.task, split=split, **options)
