@@ -25,6 +25,7 @@ from narvl_jax.training.metrics import format_bytes
 from narvl_jax.training.record import (
   BrokenRecord,
   Record,
+  RenamedCheckpoint,
   describe_shape,
   read_leaf,
   read_record,
@@ -44,21 +45,21 @@ def list_checkpoints(workdir: pathlib.Path) -> str:
   """
   folder = _folder(workdir)
   records = {step: _record(folder, step) for step in stored_steps(folder)}
-  known = [record for record in records.values() if record is not None]
+  known = [x for x in records.values() if isinstance(x, Record)]
   kept = _reasons(known)
   rows = [("step", "saved", "size", "score", "kept as", "digests")]
   for step, record in records.items():
     place = folder / str(step)
     saved = datetime.datetime.fromtimestamp(place.stat().st_mtime)
     size = sum(x.stat().st_size for x in place.rglob("*") if x.is_file())
-    score = None if record is None else record.score
+    score = record.score if isinstance(record, Record) else None
     rows.append(
       (
         str(step),
         saved.isoformat(" ", timespec="seconds"),
         format_bytes(size),
         "-" if score is None else f"{score:.4f}",
-        "damaged record" if record is None else kept.get(step, "-"),
+        kept.get(step, "-") if isinstance(record, Record) else record,
         "yes" if has_digests(place) else "no",
       )
     )
@@ -179,11 +180,14 @@ def _folder(workdir: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def _record(folder: pathlib.Path, step: int) -> Record | None:
+def _record(folder: pathlib.Path, step: int) -> Record | str:
+  """Returns the record of a checkpoint, or why there is none."""
   try:
     return read_record(folder / str(step))
+  except RenamedCheckpoint as error:
+    return str(error)
   except (OSError, BrokenRecord):
-    return None
+    return "damaged record"
 
 
 def _intact(place: pathlib.Path) -> Record:

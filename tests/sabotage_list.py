@@ -111,6 +111,14 @@ SABOTAGES = (
     "::test_best_of_an_earlier_process_is_kept",
   ),
   Sabotage(
+    "a checkpoint is accepted under the name of another step",
+    "narvl_jax/training/record.py",
+    "if str(record.step) != folder.name:",
+    "if False:",
+    "tests/training/test_integrity.py"
+    "::test_a_step_under_another_name_is_told[copied-False]",
+  ),
+  Sabotage(
     "the lock of another run is overwritten",
     "narvl_jax/training/run_lock.py",
     "while not self._create(stage):",

@@ -24,6 +24,7 @@ from narvl_jax.training.record import (
   ITEM,
   BrokenRecord,
   Record,
+  RenamedCheckpoint,
   item_of,
   read_leaf,
   read_record,
@@ -132,6 +133,8 @@ def examine(
     record = read_record(folder)
   except OSError:
     problems.append([f"{ITEM}/{FILE}", "is missing"])
+  except RenamedCheckpoint as error:
+    problems.append([".", str(error)])
   except BrokenRecord:
     problems.append([f"{ITEM}/{FILE}", "was changed"])
   shared = gather([problems, digests.complete])
@@ -204,9 +207,7 @@ def _check_files(
   """Compares the names of all files, and the contents of those of a host."""
   problems = list(digests.problems)
   if digests.step not in (None, folder.name):
-    problems.append(
-      [".", f"is the checkpoint {digests.step} under another name"]
-    )
+    problems.append([".", str(RenamedCheckpoint(int(digests.step)))])
   present = set(_files(folder))
   new = present - digests.files.keys()
   # While digests are missing it cannot be told what else is one too many.

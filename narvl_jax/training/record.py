@@ -9,6 +9,7 @@ checkpoint holds is known without a model, a device, or a byte of an array.
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ import numpy as np
 ITEM = "record"
 FILE = "record.json"
 _ARRAY_ITEMS = ("params", "optimizer", "ema")
+# Nothing else is the name of a step: neither "007" nor "²".
+_STEP = re.compile(r"0|[1-9][0-9]*")
 
 
 class Leaf(NamedTuple):
@@ -57,9 +60,17 @@ class BrokenRecord(ValueError):
   """The record is not what was written."""
 
 
+class RenamedCheckpoint(BrokenRecord):
+  """The folder has the name of another step than its record."""
+
+  def __init__(self, step: int) -> None:
+    super().__init__(f"is the checkpoint {step} under another name")
+
+
 def stored_steps(folder: pathlib.Path) -> list[int]:
   """Returns the names of the checkpoints in a folder, in order."""
-  return sorted(int(x.name) for x in folder.glob("*") if x.name.isdigit())
+  names = (path.name for path in folder.glob("*"))
+  return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
 
 def name_leaves(items: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,10 +101,11 @@ def read_record(folder: pathlib.Path) -> Record:
   """Reads the record of a checkpoint.
 
   Args:
-    folder: of the checkpoint.
+    folder: of the checkpoint; its name must be the step.
 
   Raises:
     OSError: there is none.
+    RenamedCheckpoint: the record is that of another step.
     BrokenRecord: it is damaged.
   """
   data = (folder / ITEM / FILE).read_bytes()
@@ -110,9 +122,12 @@ def read_record(folder: pathlib.Path) -> Record:
       name: Leaf(tuple(shape), dtype, checksum)
       for name, (shape, dtype, checksum) in values["leaves"].items()
     }
-    return Record(**{**values, "leaves": leaves})
+    record = Record(**{**values, "leaves": leaves})
   except (ValueError, KeyError, TypeError) as error:
     raise BrokenRecord(f"{ITEM}/{FILE}: {error}") from error
+  if str(record.step) != folder.name:
+    raise RenamedCheckpoint(record.step)
+  return record
 
 
 def read_leaf(folder: pathlib.Path, name: str) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from narvl_jax.errors import UserError
-from narvl_jax.training import integrity
+from narvl_jax.training import integrity, record
 from narvl_jax.training.checkpoints import Checkpoints
 from narvl_jax.training.integrity import DamagedCheckpoint
 from tests.training.saved import (
@@ -161,11 +161,43 @@ def test_an_empty_file_is_told(folder):
   assert str(damage) == "file digests.0-of-1.txt was changed"
 
 
-def test_a_step_under_another_name_is_told(folder):
-  other = folder.rename(folder.with_name("9"))
+@pytest.mark.parametrize("digests", [True, False])
+@pytest.mark.parametrize("how", ["renamed", "copied"])
+def test_a_step_under_another_name_is_told(folder, how, digests):
+  if not digests:
+    # Those of a run that was killed before it wrote them.
+    (folder / "digests.0-of-1.txt").unlink()
+  other = folder.with_name("9")
+  if how == "renamed":
+    folder.rename(other)
+  else:
+    shutil.copytree(folder, other)
   damage = integrity.examine(other)
   assert damage is not None
   assert damage.files == [[".", "is the checkpoint 6 under another name"]]
+  target = make_target(make_state(6))
+  with Checkpoints(folder.parent.parent, keep_last=3) as checkpoints:
+    assert 9 in checkpoints.steps()
+    for read in (checkpoints.read_record, checkpoints.shapes, checkpoints.run):
+      with pytest.raises(DamagedCheckpoint, match="checkpoint 6 under another"):
+        read(9)
+    with pytest.raises(DamagedCheckpoint, match="checkpoint 6 under another"):
+      checkpoints.restore(9, target)
+
+
+def test_a_copy_does_not_have_the_score_of_the_original(tmp_path):
+  with Checkpoints(tmp_path, keep_last=2) as checkpoints:
+    checkpoints.save(3, make_state(3), score=0.5)
+  folder = tmp_path / "checkpoints" / "3"
+  shutil.copytree(folder, folder.with_name("9"))
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.best_step == 3
+
+
+def test_only_steps_are_names_of_checkpoints(tmp_path):
+  for name in ("0", "10", "007", "\u00b2", "9.2", "-1", "tmp"):
+    (tmp_path / name).mkdir()
+  assert record.stored_steps(tmp_path) == [0, 10]
 
 
 def test_hosts_share_the_work_and_agree(folder, monkeypatch):
