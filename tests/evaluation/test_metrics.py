@@ -90,6 +90,58 @@ def test_grounding_threshold_is_one_half(x1, accuracy):
   assert scores["mean_iou"] == pytest.approx(x1 / 10, abs=1e-6)
 
 
+@pytest.mark.parametrize("side", [1.0, 3.0, 10.0, 16.0, 333.0, 4096.0])
+@pytest.mark.parametrize("start", [0.0, 7.0])
+def test_an_iou_of_exactly_one_half_counts(side, start):
+  target = (start, start, start + side, start + side)
+  half = (start, start, start + side / 2, start + side)
+  record = _record("grounding", box=target)
+  assert grounding.score(half, record) == {"acc@0.5": 1.0, "mean_iou": 0.5}
+  assert grounding.score(target, record) == {"acc@0.5": 1.0, "mean_iou": 1.0}
+  less = (start, start, start + side * 0.4999, start + side)
+  scores = grounding.score(less, record)
+  assert scores is not None
+  assert scores["acc@0.5"] == 0
+
+
+@pytest.mark.parametrize(
+  "box",
+  [
+    (3.0, 3.0, 3.0, 9.0),
+    (5.0, 5.0, 5.0, 5.0),
+    (9.0, 9.0, 1.0, 1.0),
+    (1.0, 9.0, 9.0, 1.0),
+    (0.0, 0.0, float("nan"), 10.0),
+    (0.0, float("nan"), 10.0, 10.0),
+    (float("-inf"), 0.0, float("inf"), 10.0),
+    (-1e200, -1e200, 1e200, 1e200),
+    (0.0, 0.0, 1e-200, 1e-200),
+  ],
+)
+def test_iou_of_degenerate_boxes_is_zero(box):
+  whole = (0.0, 0.0, 10.0, 10.0)
+  for pair in ((box, whole), (whole, box), (box, box)):
+    assert grounding.box_iou(*pair) == 0.0
+
+
+def test_grounding_agrees_with_the_float32_of_the_reference():
+  """The reference adds 1e-6, which float32 loses above 32 square pixels."""
+  rng = np.random.default_rng(1)
+  one = np.float32(1e-6)
+  for _ in range(300):
+    x0, y0 = rng.integers(0, 500, 2)
+    # Even widths: halves are exact in float32, too.
+    width, height = 2 * rng.integers(3, 100), rng.integers(6, 200)
+    cut = rng.integers(1, width + 1)
+    target = tuple(map(float, (x0, y0, x0 + width, y0 + height)))
+    box = (target[0], target[1], target[0] + float(cut), target[3])
+    inter = np.float32(cut * height)
+    reference = inter / (np.float32(width * height) + one)
+    iou = grounding.box_iou(box, target)
+    assert (iou >= 0.5) == (reference >= 0.5)
+    assert iou == pytest.approx(reference, rel=1e-6)
+
+
 def test_grounding_keeps_full_precision():
   # Half precision would round both edges to 1000.5 and call the box perfect.
   record = _record("grounding", box=(1000.0, 0.0, 1000.4, 1.0))
