@@ -6,6 +6,7 @@ stays a pure function of (seed, step).
 
 import math
 import re
+import unicodedata
 
 import numpy as np
 
@@ -13,17 +14,40 @@ import numpy as np
 _LOG_RATIO = math.log(4 / 3)
 
 _OTHER_SIDE = {"left": "right", "right": "left"}
-# Whole words, also joined to a place or an ending: "topleft", "leftmost".
-_SIDE = re.compile(
-  r"\b(top|bottom|upper|lower|far)?(left|right)"
-  r"(?=(?:most|hand|side|er|ie|y|s|wards?)?\b)",
+# A word of letters, digits and underscores that holds a side.
+_SIDE_WORD = re.compile(r"\w*(?:left|right)\w*", re.IGNORECASE)
+# Those with a certain opposite: "left", "topleft", "leftmost", "lefthanded".
+_SWAPPED = re.compile(
+  r"(top|bottom|upper|lower|mid|middle|cent(?:er|re)|front|back|rear"
+  r"|far|near)?(left|right)"
+  r"(?:most|hand|handed|hander|handers|side|sided|er|ie|y|s|wards?)?",
   re.IGNORECASE,
 )
-# These turn with the picture too, but have no certain opposite.
+# Those that name no side, such as "bright", "upright" and "leftover".
+_OTHER_WORD = re.compile(
+  r"bright\w*|\w*fright\w*|\w*wrights?|(?:up|out|down|forth|birth|copy|al)right"
+  r"(?:s|ly|ness|ed|er)?|righteous\w*|rightly|rightful\w*|leftovers?|clefts?",
+  re.IGNORECASE,
+)
+# These turn with the picture, too, but have no certain opposite. Letters and
+# digits at their ends belong to other words.
 _UNSURE = re.compile(
-  r"\b(?:l|r|lft|rt|rgt|lhs|rhs|(?:counter|anti)?clockwise|o'?\s?clock)\b",
+  r"(?<![^\W\d_])(?:"
+  # Abbreviations and common misspellings.
+  r"[lr]|[lr]h|[lr]hs|[lr][_\W]?(?:side|hand)|[tbu][lr]|l[lr]|lft|lef|leff|lfet"
+  r"|elft|rt|rgt|rght|rigt|righ|rigth|rihgt|ritght|rite"
+  # Directions of turning, hours of the clock.
+  r"|(?:counter|anti)?\W?clockwise|o\W{0,3}clock"
+  # Ships, maps, cars, and what stands upright.
+  r"|port|portside|starboard|(?:north|south)?(?:east|west)(?:ern|wards?)?"
+  r"|(?:driver|passenger)\W{0,2}s?\W?side|right\W?side\W?up"
+  # Other languages.
+  r"|links|rechts|gauche|droite?|izquierd[ao]|derech[ao]|esquerd[ao]|direit[ao]"
+  r"|sinistra|destra"
+  r")(?![^\W\d_])",
   re.IGNORECASE,
 )
+_SIDES = re.compile("left|right", re.IGNORECASE)
 
 
 def random_crop(
@@ -66,26 +90,52 @@ def color_factors(
 def swap_sides(text: str) -> str | None:
   """Returns `text` with left and right swapped, as for a mirrored picture.
 
-  Whole words only, also "leftmost", "left-hand" or "topright"; the case is
-  kept. "Left" in another sense ("the cake that is left") is swapped too.
+  Words with a certain opposite are swapped, such as "left", "leftmost",
+  "left-hand", "topright" and "midleft"; the case is kept. "Left" in another
+  sense ("the cake that is left") is swapped, too.
 
   Returns:
-    None if the text names sides in a way that cannot be turned round for
-    certain, such as "the r one" or "at 3 o'clock".
+    None if a word names or may name a side and has no certain opposite, such
+    as "the r one", "at 3 o'clock", "the port side" or "leftish"; and for
+    letters of other alphabets, whose words are not known.
   """
-  if _UNSURE.search(text):
+  plain = _plain(text)
+  if _UNSURE.search(plain):
     return None
+  if any(x.isalpha() and not x.isascii() for x in plain):
+    return None
+  # A side written in other letters, or with something invisible inside.
+  if len(_SIDES.findall(plain)) != len(_SIDES.findall(text)):
+    return None
+  words = [match.group() for match in _SIDE_WORD.finditer(text)]
+  known = (_SWAPPED, _OTHER_WORD)
+  if not all(any(x.fullmatch(word) for x in known) for word in words):
+    return None
+  return _SIDE_WORD.sub(_other_side, text)
 
-  def other(match: re.Match[str]) -> str:
-    place, side = match.group(1) or "", match.group(2)
-    swapped = _OTHER_SIDE[side.lower()]
-    if side.isupper():
-      swapped = swapped.upper()
-    elif side[0].isupper():
-      swapped = swapped.capitalize()
-    return place + swapped
 
-  return _SIDE.sub(other, text)
+def _plain(text: str) -> str:
+  """Returns a text without accents, invisible characters and wide letters."""
+  return "".join(
+    character
+    for character in unicodedata.normalize("NFKD", text)
+    if unicodedata.category(character) not in ("Mn", "Cf")
+  )
+
+
+def _other_side(word: re.Match[str]) -> str:
+  """Returns a word with its side swapped, if it is one of a side."""
+  match = _SWAPPED.fullmatch(word.group())
+  if match is None:
+    return word.group()
+  side = match.group(2)
+  swapped = _OTHER_SIDE[side.lower()]
+  if side.isupper():
+    swapped = swapped.upper()
+  elif side[0].isupper():
+    swapped = swapped.capitalize()
+  start, end = match.span(2)
+  return word.group()[:start] + swapped + word.group()[end:]
 
 
 def draw_answer(rng: np.random.Generator, scores: dict[str, float]) -> str:

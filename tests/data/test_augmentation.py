@@ -137,7 +137,17 @@ def test_color_factors() -> None:
     ("topleft bottomRight", "topright bottomLeft"),
     ("leftwards rightward", "rightwards leftward"),
     ("lefthand man's left", "righthand man's right"),
+    # Joined words are swapped as a whole, in any case.
+    ("midleft midRight", "midright midLeft"),
+    ("the MIDDLELEFT one, centerright", "the MIDDLERIGHT one, centerleft"),
+    ("lefthanded batter, LeftHander", "righthanded batter, RightHander"),
+    ("left-handed left-sided", "right-handed right-sided"),
+    ("man\u2019s left, the dog's Right", "man\u2019s right, the dog's Left"),
+    ("dög on the left", "dög on the right"),
+    ("dog2 left, left/top", "dog2 right, right/top"),
     # Other words that hold these letters.
+    ("brightly frightened playwrights, alright, copyrighted", None),
+    ("downright forthright, clefts, LEFTOVERS, Upright", None),
     ("bright upright leftover cleft rightly", None),
     ("", None),
     ("a dog", None),
@@ -151,7 +161,33 @@ def test_swap_sides(text: str, swapped: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-  "text", ["the r one", "lft dog", "at 3 o'clock", "RHS left", "6 oclock"]
+  "text",
+  [
+    *("the r one", "lft dog", "at 3 o'clock", "RHS left", "6 oclock"),
+    # Clocks, with every apostrophe that people type.
+    *(
+      "10 o\u2019clock",
+      "10 o`clock",
+      "10 O\u2032CLOCK",
+      "10o\u02bcclock",
+      "3 o clock",
+    ),
+    *("10 o' clock", "counter-clockwise", "anti clockwise", "10o'clock"),
+    # Words that hold a side and are not known.
+    *("leftish", "rightfield", "leftt dog", "left2", "left_dog", "nonleft"),
+    # Abbreviations, misspellings, ships, maps, cars.
+    *("tl corner", "guy on R", "3rd from l.", "l-side", "rigth dog", "rt"),
+    *("port side", "Starboard bow", "the east one", "southwest corner"),
+    *("driver\u2019s side", "passenger side", "right side up"),
+    # The same words in other letters, or with something invisible inside.
+    *(
+      "\uff4c\uff45\uff46\uff54 dog",
+      "le\u200bft dog",
+      "ri\u00adght",
+      "l\u0435ft dog",
+    ),
+    *("links vom Baum", "à gauche", "a la izquierda", "左边的狗"),
+  ],
 )
 def test_swap_sides_gives_up(text: str) -> None:
   assert augmentation.swap_sides(text) is None
@@ -216,8 +252,13 @@ def test_flip(vocabulary: Vocabulary) -> None:
   assert (
     task.encode(record).label_ids != task.encode(RECORDS["grounding"]).label_ids
   )
-  unsure = dataclasses.replace(RECORDS["grounding"], prompt="the l dog")
-  assert not _flipped(task, unsure)
+  for prompt in ("the l dog", "at 10 o\u2019clock", "leftish dog"):
+    unsure = dataclasses.replace(RECORDS["grounding"], prompt=prompt)
+    assert not _flipped(task, unsure)
+    # Picture, text and box stay together.
+    kept, change = task.augment(unsure, _rng(1))
+    assert kept is unsure
+    assert change is None
 
 
 def test_flip_of_a_bad_box(vocabulary: Vocabulary) -> None:
