@@ -20,6 +20,7 @@ from absl import flags
 
 from narvl_jax import cli
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.terminal import show
 from narvl_jax.training.integrity import examine, has_digests
 from narvl_jax.training.metrics import format_bytes
 from narvl_jax.training.record import (
@@ -95,7 +96,7 @@ def verify(workdir: pathlib.Path, step: int | None = None) -> str:
     lines += [f"  array {name} {what}" for name, what in damage.leaves]
   text = "\n".join(lines)
   if damaged:
-    print(text, flush=True)
+    show(text)
     kind = "checkpoint" if len(damaged) == 1 else "checkpoints"
     raise UserError(
       f"{len(damaged)} of {len(steps)} looked at in {folder} damaged:"
@@ -263,11 +264,11 @@ def main(argv: Sequence[str]) -> None:
       f'unexpected argument "{places[1]}"; {command} takes one run'
     )
   if command == "list":
-    print(list_checkpoints(workdirs[0]))
+    show(list_checkpoints(workdirs[0]))
   elif command == "verify":
-    print(verify(workdirs[0], settings.step))
+    show(verify(workdirs[0], settings.step))
   else:
-    print(diff(*_pair(workdirs, settings.steps)))
+    show(diff(*_pair(workdirs, settings.steps)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from ml_collections.config_flags import config_flags
 
 from narvl_jax.disk import explain_disk
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.terminal import show, show_error
 
 USER_ERROR_CODE = 2
 
@@ -63,7 +64,7 @@ def run(
     except UserError as error:
       fail(str(error))
     except KeyboardInterrupt:
-      print("SIGINT: stopped", file=sys.stderr, flush=True)
+      show("SIGINT: stopped", file=sys.stderr)
       sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
       # Nobody reads on, as after `| head`; no more is to be written at exit.
@@ -75,6 +76,8 @@ def run(
         raise
       fail(text)
 
+  # A traceback may quote what a file holds.
+  sys.excepthook = show_error
   app.run(guarded, flags_parser=_parse_flags)
   raise AssertionError("app.run returned")
 
@@ -82,7 +85,7 @@ def run(
 def fail(message: str) -> NoReturn:
   """Prints `error: MESSAGE` as one line on stderr; exits with code 2."""
   sys.stdout.flush()
-  print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+  show("error: " + " ".join(message.split()), file=sys.stderr)
   sys.exit(USER_ERROR_CODE)
 
 

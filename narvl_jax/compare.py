@@ -37,6 +37,7 @@ from narvl_jax.comparison.plot import draw_lengths
 from narvl_jax.comparison.ways import NAR, UNCACHED
 from narvl_jax.errors import UserError, check_lists
 from narvl_jax.evaluation.reporting import write_json
+from narvl_jax.terminal import show
 
 JSON_FILE, PLOT_FILE = "comparison.json", "latency.png"
 
@@ -136,16 +137,16 @@ def compare(
       if curve:
         say("times by length of the answer")
         result["lengths"] = _curves(case, curve, beam_size, rounds)
-  print(report.format_report(result), flush=True)
+  show(report.format_report(result))
   for path in _write(to, result):
-    print(f"wrote {path}")
+    show(f"wrote {path}")
   return result
 
 
 def _say(start: float, task: str, what: str) -> None:
   """Says what is under way: compiling and searching take minutes."""
   seconds = time.monotonic() - start
-  print(f"[{seconds:7.1f}s] {task}: {what}", flush=True)
+  show(f"[{seconds:7.1f}s] {task}: {what}")
 
 
 def _cases(

@@ -23,6 +23,7 @@ from narvl_jax import cli
 from narvl_jax.errors import UserError
 from narvl_jax.parallel.mesh import describe
 from narvl_jax.parallel.topology import get_topology
+from narvl_jax.terminal import show
 from narvl_jax.training.aot import (
   Check,
   advice,
@@ -206,24 +207,24 @@ def run(settings: Any, config: Any, name: str) -> None:
       raise UserError(f"no folder {folder} to write to (--{flag}={path})")
   topology = get_topology(settings.topology, settings.num_slices)
   slices = "" if topology.num_slices == 1 else f" x {topology.num_slices}"
-  print(f"train step of {name} for {topology.name}{slices}", flush=True)
+  show(f"train step of {name} for {topology.name}{slices}")
   check = check_train_step(config, topology)
-  print(report(check))
-  print(f"compiled in {check.seconds:.1f} s", flush=True)
+  show(report(check))
+  show(f"compiled in {check.seconds:.1f} s")
   figures = json.dumps(summary(check, name), indent=2) + "\n"
   for path, text in ((settings.json, figures), (settings.hlo, check.text)):
     if path and text:
       pathlib.Path(path).write_text(text)
-      print(f"wrote {path}", flush=True)
+      show(f"wrote {path}")
   if not check.memory.fits:
     sys.exit(DOES_NOT_FIT_CODE)
   if not settings.predict:
     return
   predict = check_predict_step(check)
-  print(f"predict step, batch {predict_batch_size(predict.setup)}")
-  print("\n".join(_memory_lines(predict)))
+  show(f"predict step, batch {predict_batch_size(predict.setup)}")
+  show("\n".join(_memory_lines(predict)))
   seconds = 1e3 * (predict.compute_seconds or 0.0)
-  print(f"compute        {seconds:.1f} ms, the compiler's estimate", flush=True)
+  show(f"compute        {seconds:.1f} ms, the compiler's estimate")
   if not predict.memory.fits:
     sys.exit(DOES_NOT_FIT_CODE)
 

@@ -37,6 +37,7 @@ from narvl_jax.interop.conversion import Conversion, convert_official
 from narvl_jax.interop.export import save_official
 from narvl_jax.interop.source_file import file_hash
 from narvl_jax.interop.tensors import PathLike
+from narvl_jax.terminal import show
 
 _OFFICIAL_SUFFIXES = (".pt", ".pth")
 # Of files, but not of those that the official code writes.
@@ -282,11 +283,11 @@ def main(argv: Sequence[str]) -> None:
       source, target, checkpoint=values.checkpoint, check=values.check
     )
     if report["made"]:
-      print(
+      show(
         f"note: {len(report['made'])} tensors that no answer depends on are not"
         " known here and were filled with zeros and ones"
       )
-    print(f"wrote {target}: step {report['step']}, sha256 {report['sha256']}")
+    show(f"wrote {target}: step {report['step']}, sha256 {report['sha256']}")
   else:
     report = import_official(
       source,
@@ -299,9 +300,9 @@ def main(argv: Sequence[str]) -> None:
       config=values.config,
       check=values.check,
     )
-    print(format_import(report, target))
+    show(format_import(report, target))
   if "check" in report:
-    print(format_forward(report["check"]))
+    show(format_forward(report["check"]))
   sys.stdout.flush()
 
 

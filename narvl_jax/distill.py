@@ -42,6 +42,7 @@ from narvl_jax.errors import UserError, check_lists, did_you_mean
 from narvl_jax.evaluation import decoding_flags
 from narvl_jax.evaluation.labelling import Teacher
 from narvl_jax.parallel import distributed
+from narvl_jax.terminal import show
 from narvl_jax.training import hosts
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.announce import explain_failure
@@ -140,7 +141,7 @@ def distill(
     _write(model, key, job, origin, max_bad_fraction)
   distributed.barrier("data sets written")
   done = distilled_sets(folder, list(jobs))
-  print(f"\n{how_to_use(folder, done)}", flush=True)
+  show(f"\n{how_to_use(folder, done)}")
   return done
 
 
@@ -229,16 +230,15 @@ def _write(
     yield from teacher.write(job, todo)
 
   answered, seconds = teacher.answered, teacher.seconds
-  print(
+  show(
     f"{name}: {job.count} records of {job.task} for step {teacher.step} of"
     f" {teacher.workdir}",
-    flush=True,
   )
   manifest = conversion.convert(
     job,
     origin,
     max_bad_fraction=max_bad_fraction,
-    tell=lambda line: print(line, flush=True),
+    tell=show,
     write=write,
   )
   if not told:
@@ -247,7 +247,7 @@ def _write(
   if teacher.answered > answered:
     speed = (teacher.answered - answered) / (teacher.seconds - seconds)
     line += f"; {speed:.3g} examples/s"
-  print(line, flush=True)
+  show(line)
 
 
 def define_flags() -> None:
@@ -319,7 +319,7 @@ def main(argv: Sequence[str]) -> None:
         folder / hosts.LOG_FOLDER,
         lambda: workdir_lib.facts({"teacher": settings.teacher, **arguments}),
         explain,
-        lambda line: print(line, flush=True),
+        show,
       ),
     ):
       distill(settings.teacher, settings.to, **arguments)
@@ -327,7 +327,7 @@ def main(argv: Sequence[str]) -> None:
     raise
   except (KeyboardInterrupt, Exception) as error:
     code, message = explain(error)
-    print(message, file=sys.stderr)
+    show(message, file=sys.stderr)
     sys.exit(code)
 
 

@@ -22,6 +22,7 @@ from narvl_jax import experiment as experiment_lib
 from narvl_jax.errors import UserError, check_lists
 from narvl_jax.evaluation import decoding_flags, evaluator, reporting, results
 from narvl_jax.evaluation.answer_list import with_answers
+from narvl_jax.terminal import show
 
 
 def evaluate(
@@ -93,10 +94,10 @@ def evaluate(
   report["decoding"] = {
     name: dataclasses.asdict(decodings[name]) for name in report["tasks"]
   }
-  print(reporting.format_table(report))
-  print(f"\n{report['examples'] / seconds:.3g} examples/s, {seconds:.1f} s")
+  show(reporting.format_table(report))
+  show(f"\n{report['examples'] / seconds:.3g} examples/s, {seconds:.1f} s")
   for path in results.write_results(experiment, workdir, report, predictions):
-    print(f"wrote {path}")
+    show(f"wrote {path}")
   return report
 
 

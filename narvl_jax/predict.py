@@ -11,10 +11,10 @@ from the run's own test data, saves the picture, and prints the truth, too.
 """
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +37,7 @@ from narvl_jax.evaluation import (
 )
 from narvl_jax.evaluation.answer_list import with_answers
 from narvl_jax.evaluation.predictor import Answer, Predictor
+from narvl_jax.terminal import readable_json, show
 from narvl_jax.training import workdir as workdir_lib
 
 Outcome = dict[str, Any]
@@ -304,9 +305,9 @@ def main(argv: Sequence[str]) -> None:
     answers=settings.answers,
   )
   if settings.json:
-    print(json.dumps(outcome, ensure_ascii=False))
+    show(readable_json(outcome, sys.stdout.encoding))
   else:
-    print(format_outcome(outcome))
+    show(format_outcome(outcome))
 
 
 if __name__ == "__main__":

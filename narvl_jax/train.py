@@ -33,6 +33,7 @@ from narvl_jax.evaluation.evaluator import evaluate_tasks
 from narvl_jax.evaluation.reporting import format_table
 from narvl_jax.evaluation.results import write_results
 from narvl_jax.parallel import distributed
+from narvl_jax.terminal import show
 from narvl_jax.training import hosts
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.announce import (
@@ -103,7 +104,7 @@ def train(
     resumes = workdir_lib.check(workdir, config)
     setup, mixture = prepare(config, workdir, resumes, say)
   if explain_sharding and not dry_run:
-    print(setup.sharding_table(), flush=True)
+    show(setup.sharding_table())
   if dry_run:
     print_dry_run(setup, ledger, say)
   if dry_run or explain_sharding:
@@ -113,7 +114,7 @@ def train(
   for line in summary(workdir):
     say(line)
   say("done; where the time went:")
-  print(ledger.table(), flush=True)
+  show(ledger.table())
   return report
 
 
@@ -282,11 +283,11 @@ def _final_evaluation(
     step=step,
     before_batch=guard.ledger.progress,
   )
-  print(format_table(report), flush=True)
+  show(format_table(report))
   guard.check_folder()
   if distributed.is_first():
     for path in write_results(experiment, workdir, report, predictions):
-      print(f"wrote {path}")
+      show(f"wrote {path}")
   writer.write(step, flat_metrics(report))
   return report
 
@@ -345,7 +346,7 @@ def main(argv: Sequence[str]) -> None:
     raise
   except (KeyboardInterrupt, Exception) as error:
     code, message = explain(error)
-    print(message, file=sys.stderr)
+    show(message, file=sys.stderr)
     sys.exit(code)
 
 

@@ -23,6 +23,7 @@ from narvl_jax.data import sources
 from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
+from narvl_jax.terminal import show
 
 _SETTING = "--config.tasks.vqa.answers"
 _FLAG = f"{_SETTING}, or --answers"
@@ -239,7 +240,7 @@ def main(argv: Sequence[str]) -> None:
   part.write_text("".join(f"{answer}\n" for answer in kept), encoding="utf-8")
   part.replace(target)
   share = sum(counts[answer] for answer in kept) / sum(counts.values())
-  print(
+  show(
     f"{len(kept):,} of {len(counts):,} answers, {share:.1%} of those given, in"
     f" {target}; use them by {_SETTING}={target} in training, or by"
     f" --answers={target}"

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from narvl_jax.data import images, shared_batches, sources
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.tasks import Task
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
+from narvl_jax.terminal import warn
 
 # Characters at either end of a long reason that are kept.
 _REASON_PART = 200
@@ -109,7 +109,7 @@ class BadRecords:
         return
       seen.add(record.index)
       bad = len(seen)
-    logging.warning("skipped a bad record of %s: %s", record.name, record.what)
+    warn(f"skipped a bad record of {record.name}: {record.what}")
     if bad > self.max_fraction * record.total:
       raise UserError(
         f"{bad} of {record.total} records of {record.name} are bad, more than"

@@ -34,6 +34,7 @@ from narvl_jax.data.tasks import Task, make_task, vocabulary_texts
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.models import model_config
+from narvl_jax.terminal import show
 
 # Ids of a learnt vocabulary besides coordinates, and records it learns from.
 _LEARNT_IDS = 4000
@@ -269,14 +270,14 @@ def main(argv: Sequence[str]) -> None:
   else:
     raise UserError("nothing to check: name a source, or set --config=FILE")
   vocabulary, how = find_vocabulary(options.vocabulary, options.config, entries)
-  print(f"vocabulary     {vocabulary.size:,} ids, {how}")
+  show(f"vocabulary     {vocabulary.size:,} ids, {how}")
   report, verdicts = {}, {}
   for entry in entries:
     figures, verdict = _check_and_print(entry, vocabulary, len(entries) > 1)
     report[entry.name], verdicts[entry.name] = figures, verdict
   merged = check_report.merge(verdicts)
   if len(entries) > 1:
-    print("\n" + check_report.format_word("verdict on all", merged))
+    show("\n" + check_report.format_word("verdict on all", merged))
   if options.json:
     text = json.dumps(report, indent=1) + "\n"
     _save(pathlib.Path(options.json), lambda part: part.write_text(text))
@@ -298,7 +299,7 @@ def _check_and_print(
   )
   title = f"\n{entry.name}: task {entry.task}"
   settings = dataclasses.asdict(task.settings)
-  print(check_report.format_figures(title, figures, settings))
+  show(check_report.format_figures(title, figures, settings))
   if options.png:
     path = pathlib.Path(options.png)
     if several:
@@ -312,8 +313,8 @@ def _check_and_print(
     )
     if picture is not None:
       _save(path, lambda part: picture.save(part, format="PNG"))
-      print(f"\nexamples       {path}")
-  print(check_report.format_verdict(verdict), flush=True)
+      show(f"\nexamples       {path}")
+  show(check_report.format_verdict(verdict))
   figures.pop("samples")
   report = {"task": entry.task, **figures, "verdict": verdict._asdict()}
   return report, verdict

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from narvl_jax.terminal import escape
+
 GOOD, USABLE, NOT_USABLE = "good", "usable with these flags", "not usable"
 # Share of the records that may miss a limit without a word in the verdict.
 _SPARED = 0.001
@@ -160,11 +162,14 @@ def format_figures(
   total, read = figures["records"], figures["read"]
   pictures = figures["pictures_read"]
   lines = [title, f"records        {total:,}; {_extent(total, read, pictures)}"]
-  lines += [f"note           {note}" for note in figures["notes"]]
+  lines += [f"note           {escape(note)}" for note in figures["notes"]]
   lines.append(f"bad records    {_share(figures['bad'], read)}")
-  lines += [f"  {n} x {reason}" for reason, n in figures["reasons"].items()]
+  lines += [
+    f"  {n} x {escape(reason)}" for reason, n in figures["reasons"].items()
+  ]
   for row in figures["bad_rows"]:
-    lines.append(f'  {row["place"]} (id "{row["id"]}"): {row["error"]}')
+    text = f'{row["place"]} (id "{row["id"]}"): {row["error"]}'
+    lines.append(f"  {escape(text)}")
   lines.append(_repeated(figures["repeated_ids"]))
   lines += _picture_lines(figures)
   lines += _text_lines(figures, settings)
@@ -187,7 +192,8 @@ def _repeated(repeated: Mapping[str, Any]) -> str:
       f"repeated ids   {repeated['ids']:,}, in {repeated['records']:,} records"
     )
   for example in repeated["examples"]:
-    text += f'\n  "{example["id"]}": ' + ", ".join(example["places"])
+    places = ", ".join(example["places"])
+    text += "\n  " + escape(f'"{example["id"]}": {places}')
   return text
 
 
@@ -235,10 +241,10 @@ def _text_lines(
     lines += ["", f"best answers   {answers['different']:,} different"]
     for answer, count in answers["most_common"].items():
       shown = answer if len(answer) <= 60 else answer[:57] + "..."
-      lines.append(f"  {count / answers['of']:6.1%} {shown}")
+      lines.append(f"  {count / answers['of']:6.1%} {escape(shown)}")
   if figures["kinds"]:
     kinds = (f"{kind} {count:,}" for kind, count in figures["kinds"].items())
-    lines += ["", "kinds          " + ", ".join(kinds)]
+    lines += ["", "kinds          " + escape(", ".join(kinds))]
   return lines
 
 

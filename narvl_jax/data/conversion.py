@@ -39,6 +39,7 @@ from narvl_jax.data.shard_writer import (
 )
 from narvl_jax.data.sources import MANIFEST, files, open_source, parse_spec
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.terminal import show
 
 # (job, numbers of shards) -> (number, note) of each; see `write_all`.
 Write = Callable[[Job, Sequence[int]], Iterator[tuple[int, dict[str, Any]]]]
@@ -137,7 +138,7 @@ def convert(
   *,
   num_workers: int = 0,
   max_bad_fraction: float = 0.01,
-  tell: Callable[[str], None] = print,
+  tell: Callable[[str], None] = show,
   write: Write | None = None,
 ) -> Manifest:
   """Writes the shards that are not there yet, and the manifest.

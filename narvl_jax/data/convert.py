@@ -17,6 +17,7 @@ from narvl_jax import cli
 from narvl_jax.data import conversion, manifest
 from narvl_jax.data.sources import parse_options
 from narvl_jax.errors import UserError
+from narvl_jax.terminal import show
 
 _TO = flags.DEFINE_string("to", "", "Folder that gets the shards.")
 _TASK = flags.DEFINE_string(
@@ -98,28 +99,28 @@ def _convert(spec: str) -> None:
       origin,
       num_workers=_WORKERS.value,
       max_bad_fraction=_MAX_BAD.value,
-      tell=lambda line: print(line, flush=True),
+      tell=show,
     )
   except KeyboardInterrupt:
-    print("stopped; the same command continues", file=sys.stderr, flush=True)
+    show("stopped; the same command continues", file=sys.stderr)
     sys.exit(130)
   size = sum(shard.bytes for shard in done.shards)
-  print(
+  show(
     f"{done.records} records of {done.task}, split {done.split}, in"
     f" {len(done.shards)} shards of {size / 1e6:.1f} MB,"
     f" {len(done.bad_records)} bad: {_TO.value}"
   )
   if not _SPLIT.value and done.split == "train":
-    print("sources find them as split train; for another name set --split")
+    show("sources find them as split train; for another name set --split")
 
 
 def _verify(folder: pathlib.Path) -> None:
   faults = manifest.verify(folder, num_threads=max(_WORKERS.value, 1))
   for fault in faults:
-    print(fault)
+    show(fault)
   if faults:
     sys.exit(1)
-  print(f"{folder}: every shard is as the manifest says")
+  show(f"{folder}: every shard is as the manifest says")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from narvl_jax.data.records import SCHEMA_VERSION
 from narvl_jax.data.shard_formats import format_of
 from narvl_jax.data.sources import MANIFEST
 from narvl_jax.errors import UserError
+from narvl_jax.terminal import readable_json
 
 _AGAIN = "; convert the data again with python -m narvl_jax.data.convert"
 _BLOCK = 1 << 20
@@ -77,7 +78,7 @@ class Manifest:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a JSON file at once or not at all."""
-  text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+  text = readable_json(value, indent=2) + "\n"
   temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
   try:
     with open(temporary, "w", encoding="utf-8") as file:

@@ -57,7 +57,10 @@ def serialize(record: Record) -> bytes:
   if record.score is not None:
     kept["score"] = float(record.score)
   try:
-    data = msgpack.packb(kept, use_bin_type=True)
+    # Whatever a text of a record holds: halves of surrogate pairs, too.
+    data = msgpack.packb(
+      kept, use_bin_type=True, unicode_errors="surrogatepass"
+    )
   except (TypeError, ValueError, OverflowError) as e:
     raise UserError(f"the record cannot be stored: {e}") from e
   assert data is not None
@@ -71,7 +74,9 @@ def deserialize(data: bytes) -> Record:
     UserError: `data` is damaged or has another form.
   """
   try:
-    fields = msgpack.unpackb(data, raw=False, strict_map_key=True)
+    fields = msgpack.unpackb(
+      data, raw=False, strict_map_key=True, unicode_errors="surrogatepass"
+    )
     record = Record(
       **{key: fields.get(key, "") for key in _TEXTS},
       image=fields["image"],

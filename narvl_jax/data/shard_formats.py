@@ -4,6 +4,7 @@ import abc
 import base64
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from narvl_jax.errors import UserError
 # Pictures are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _BLOCK = 1 << 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ShardFormat(abc.ABC):
@@ -89,7 +91,8 @@ class TsvFormat(ShardFormat):
   """Rows as the source `ofa_tsv` reads them, the score in a last column.
 
   Columns that it does not read are empty, but for column 1, which repeats the
-  id. `kind` is lost; tabs and ends of lines become spaces.
+  id. `kind` is lost; tabs and ends of lines become spaces, and halves of
+  surrogate pairs, which UTF-8 cannot hold, U+FFFD.
   """
 
   suffix = ".tsv"
@@ -129,6 +132,7 @@ class TsvFormat(ShardFormat):
 
 
 def _lines(cell: str) -> list[str]:
+  cell = _SURROGATE.sub("\ufffd", cell)
   return cell.replace("\t", " ").replace("\0", " ").splitlines() or [""]
 
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
-from absl import logging
 from PIL import Image
 
 from narvl_jax.data import images
@@ -24,6 +23,7 @@ from narvl_jax.data.processes import exit_with_parent
 from narvl_jax.data.shard_formats import FORMATS, ShardFormat
 from narvl_jax.data.sources import MANIFEST, locate, open_source
 from narvl_jax.errors import UserError
+from narvl_jax.terminal import warn
 
 PROGRESS = ".convert"
 _MAX_LOGGED = 20
@@ -283,12 +283,11 @@ class BadAccount:
     for bad in note["bad"] if log else ():
       self._logged += 1
       if self._logged <= _MAX_LOGGED:
-        logging.warning(
-          "bad record left out: %s (%s): %s",
-          bad["place"], bad["id"], bad["reason"],
-        )  # fmt: skip
+        warn(
+          f"bad record left out: {bad['place']} ({bad['id']}): {bad['reason']}"
+        )
       elif self._logged == _MAX_LOGGED + 1:
-        logging.warning("more bad records: see bad_records in %s", MANIFEST)
+        warn(f"more bad records: see bad_records in {MANIFEST}")
     if self._bad > self._limit * self._job.count:
       last = note["bad"][-1] if note["bad"] else {"place": "?", "reason": "?"}
       raise UserError(

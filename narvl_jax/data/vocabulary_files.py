@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
-from absl import logging
 
 from narvl_jax.data import vocabulary_training
 from narvl_jax.errors import UserError
+from narvl_jax.terminal import warn
 
 PathLike = str | os.PathLike[str]
 
@@ -60,12 +60,9 @@ def read_dictionary(
     )
   known = sum(token in encoder for token in base)
   if known < len(encoder):
-    logging.warning(
-      "%s has ids for %d of the %d tokens of %s; the others become <unk>",
-      path,
-      known,
-      len(encoder),
-      encoder_path,
+    warn(
+      f"{path} has ids for {known} of the {len(encoder)} tokens of"
+      f" {encoder_path}; the others become <unk>"
     )
   return list(base)
 

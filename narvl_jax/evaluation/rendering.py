@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from narvl_jax.data.example import Box
+from narvl_jax.terminal import escape
 
 Colour = tuple[int, int, int]
 
@@ -38,6 +39,8 @@ _MARGIN = 12
 _FONT_SIZE = 14
 _LINE = 18
 _MAX_LINES = 6
+# More characters than so many lines can have.
+_MAX_TEXT = 2000
 _OVERLAY_MIN = 512
 _OVERLAY_MAX = 1600
 _OVERLAY_MIN_WIDTH = 320
@@ -77,7 +80,7 @@ def wrap(
   ends in an ellipsis.
   """
   lines = [""]
-  for word in text.split():
+  for word in escape(text[:_MAX_TEXT], keep="\t\n").split():
     candidate = f"{lines[-1]} {word}".strip()
     if font.getlength(candidate) <= width:
       lines[-1] = candidate

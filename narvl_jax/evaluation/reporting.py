@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from narvl_jax.disk import write_text
+from narvl_jax.terminal import escape, readable_json
 
 Report = dict[str, Any]
 Prediction = dict[str, Any]
@@ -24,7 +25,7 @@ def format_table(report: Report) -> str:
     for kind, entry in report["kinds"].get(task, {}).items():
       count = str(entry["examples"])
       metrics = {k: v for k, v in entry.items() if k != "examples"}
-      rows.append(("", kind, count, _format_metrics(metrics)))
+      rows.append(("", escape(kind), count, _format_metrics(metrics)))
   widths = [max(len(row[i]) for row in rows) for i in range(3)]
   lines = [
     f"{task:<{widths[0]}}  {kind:<{widths[1]}}  {count:>{widths[2]}}  {metrics}"
@@ -52,10 +53,7 @@ def write_predictions(
   path: str | os.PathLike[str], predictions: Iterable[Prediction]
 ) -> None:
   """Writes one JSON object a line, all or nothing."""
-  lines = (
-    json.dumps(prediction, ensure_ascii=False, allow_nan=False) + "\n"
-    for prediction in predictions
-  )
+  lines = (readable_json(prediction) + "\n" for prediction in predictions)
   write_text(pathlib.Path(path), "".join(lines))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self, TextIO
 
 from narvl_jax.parallel.distributed import HostsLost, host_name
+from narvl_jax.terminal import escape, show
 
 _POLL_SECONDS = 1.0
 _PREFIX = "narvl_jax/notices"
@@ -153,10 +154,11 @@ class Notices:
       self._ended.wait()
       self._leave(code)
       return
-    message = " ".join(message.split())
+    # The service that tells the others takes no halves of surrogate pairs.
+    message = escape(" ".join(message.split()))
     with contextlib.suppress(OSError):
       text = f"{host_name(self.host)}: {message}"
-      print(text, file=self._terminal, flush=True)
+      show(text, file=self._terminal)
     with self._at_most(_TELLING_SECONDS, code):
       self._publish(f"failure/{self.host}", f"{code} {message}")
     try:
@@ -196,10 +198,10 @@ class Notices:
     if not self._ending.acquire(blocking=False):
       return
     code, message = value.split(" ", 1)
-    text = f"{host_name(host)}: {message}"
+    text = f"{host_name(host)}: {escape(message)}"
     for stream in dict.fromkeys((self._terminal, sys.stderr)):
       with contextlib.suppress(OSError):
-        print(text, file=stream, flush=True)
+        show(text, file=stream)
     try:
       self._on_end(int(code), text)
     finally:
@@ -239,7 +241,7 @@ class Notices:
     except Exception as error:
       if not self._ended.is_set():
         text = " ".join(str(error).split())[:200]
-        print(f"the other hosts cannot be reached: {text}", file=sys.stderr)
+        show(f"the other hosts cannot be reached: {text}", file=sys.stderr)
     finally:
       timer.cancel()
 
@@ -252,11 +254,10 @@ class Notices:
       except Exception as error:
         unanswered += 1
         if unanswered == _MAX_UNANSWERED and not self._closed.is_set():
-          print(
+          show(
             f"{host_name(0)}, the coordinator, does not answer:"
             f" {' '.join(str(error).split())[:200]}",
             file=self._terminal,
-            flush=True,
           )
           self._leave(1)
 

@@ -5,7 +5,6 @@ import pathlib
 import shlex
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 from narvl_jax.cli import USER_ERROR_CODE
 from narvl_jax.disk import explain_disk
 from narvl_jax.errors import UserError
+from narvl_jax.terminal import escape, show, show_error
 from narvl_jax.training.interrupt import Terminated
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.metrics import format_bytes
@@ -44,8 +44,8 @@ class Announcer:
     self._ledger = ledger
 
   def __call__(self, text: str) -> None:
-    """Prints `text`."""
-    print(f"[{self._ledger.elapsed():7.1f}s] {text}", flush=True)
+    """Prints a line."""
+    show(f"[{self._ledger.elapsed():7.1f}s] {escape(text)}")
 
   def used(self, counters: Mapping[str, float]) -> None:
     """Says what training has used of each source.
@@ -104,12 +104,12 @@ def describe_model(setup: Setup, say: Announcer) -> None:
 
 def dry_run(setup: Setup, ledger: Ledger, say: Announcer) -> None:
   """Prints what can be known without training."""
-  print("batch:")
+  show("batch:")
   for name, spec in setup.batch.items():
     shape = "x".join(map(str, spec.shape))
-    print(f"  {name:<13} {shape} {spec.dtype}")
-  print(setup.parameter_table())
-  print(setup.sharding_table(), flush=True)
+    show(f"  {name:<13} {shape} {spec.dtype}")
+  show(setup.parameter_table())
+  show(setup.sharding_table())
   say("compiling the step")
   with jax.set_mesh(setup.mesh), ledger.stage("compile"):
     compiled = setup.compile_step()
@@ -129,7 +129,7 @@ def explain_failure(
   """
   code, message = describe_failure(error, workdir)
   if code == 1:
-    traceback.print_exception(error)
+    show_error(type(error), error, error.__traceback__)
   return code, message
 
 
@@ -138,7 +138,7 @@ def describe_failure(
 ) -> tuple[int, str]:
   """Returns the same as `explain_failure`, and prints nothing."""
   if isinstance(error, UserError):
-    return USER_ERROR_CODE, f"error: {error}"
+    return USER_ERROR_CODE, f"error: {' '.join(str(error).split())}"
   if isinstance(error, Terminated) and not error.unsaved:
     return 0, f"SIGTERM: stopped; {how_to_resume()}"
   if isinstance(error, KeyboardInterrupt):

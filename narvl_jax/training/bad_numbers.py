@@ -25,13 +25,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 
 from narvl_jax.config import Config
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.parallel import distributed, local_rows
 from narvl_jax.parallel.batches import local_values
+from narvl_jax.terminal import warn
 
 FOLDER = "bad_numbers"
 # Losses of which a spike stands out, and how many there must be at least.
@@ -213,7 +213,7 @@ class BundleWriter:
     try:
       _write(folder, info, own, rows)
     except OSError as error:
-      logging.warning("%s cannot be written: %s", folder, error)
+      warn(f"{folder} cannot be written: {error}")
     with contextlib.suppress(distributed.HostsLost):
       distributed.barrier(f"{name} written", timeout=_PATIENCE_SECONDS)
     return folder

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Self
 
 from narvl_jax.errors import UserError
 from narvl_jax.parallel.notices import Notices
+from narvl_jax.terminal import show
 from narvl_jax.training import failures, watchdog
 from narvl_jax.training.announce import (
   HOW_TO_RESUME,
@@ -160,7 +161,7 @@ class Guard:
     # SIGTERM is an order that was carried out; Ctrl-C breaks off what was run.
     code = 0 if number == signal.SIGTERM else 128 + number
     why = f"{signal.Signals(number).name}: stopped"
-    print(f"{why} at step {step}; {how_to_resume()}", flush=True)
+    show(f"{why} at step {step}; {how_to_resume()}")
     self.end(code, why)
     sys.exit(code)
 
@@ -264,7 +265,7 @@ class Guard:
       self._notices.fail(code, message)
       return
     with contextlib.suppress(OSError, ValueError):
-      print(message, file=sys.stderr, flush=True)
+      show(message, file=sys.stderr)
     if self._leave is not None:
       self.end(code, message)
       self._leave(code)

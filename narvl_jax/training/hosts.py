@@ -17,6 +17,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.parallel import distributed
 from narvl_jax.parallel.distributed import Cluster
 from narvl_jax.parallel.notices import Notices
+from narvl_jax.terminal import escape, show
 from narvl_jax.training import interrupt
 
 LOG_FOLDER = "logs"
@@ -55,7 +56,7 @@ def together(
       distributed.initialize(cluster, facts(), say)
     except UserError as error:
       # The terminal gets it once the streams are its own again.
-      print(f"error: {error}", file=log, flush=True)
+      show(escape(f"error: {error}"), file=log)
       raise
     with Notices(
       distributed.client(),
@@ -144,7 +145,7 @@ def _open_log(process_id: int, folder: pathlib.Path | None) -> TextIO:
       f" ({error.strerror}); use another --workdir"
     ) from error
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-  print(f"--- {now} {' '.join(sys.argv)}", file=log, flush=True)
+  show(escape(f"--- {now} {' '.join(sys.argv)}"), file=log)
   return log
 
 

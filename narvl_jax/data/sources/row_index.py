@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from absl import logging
 
 from narvl_jax.errors import UserError
+from narvl_jax.terminal import warn
 
 SUFFIX = ".rows.idx"
 BLOCK_BYTES = 1 << 24
@@ -85,10 +85,9 @@ def open_index(fd: int, path: pathlib.Path, index_dir: str = "") -> Index:
           f'options.index_dir "{index_dir}" is not writable: {e.strerror}; name'
           " another folder"
         ) from e
-  logging.warning(
-    'the index of the rows of "%s" can be kept nowhere and is built in every'
-    " process; set options.index_dir to a folder that is writable",
-    path,
+  warn(
+    f'the index of the rows of "{path}" can be kept nowhere and is built in'
+    " every process; set options.index_dir to a folder that is writable"
   )
   with tempfile.TemporaryFile() as file:
     header = _build(fd, path, file, BLOCK_BYTES)

@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from narvl_jax.data.sources import row_index
 from narvl_jax.errors import UserError
+from narvl_jax.terminal import warn
 
 # A longer row means that the file is not what it should be.
 MAX_ROW_BYTES = 1 << 28
@@ -68,7 +68,7 @@ class RowFile(Sequence[bytes]):
     key = (str(self.path.absolute()), self._identity)
     if self.notes and key not in _told:
       _told.add(key)
-      logging.warning('"%s": %s', self.path, "; ".join(self.notes))
+      warn(f'"{self.path}": {"; ".join(self.notes)}')
 
   def __len__(self) -> int:
     return len(self._starts()) - 1

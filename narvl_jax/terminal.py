@@ -1,0 +1,99 @@
+"""Text that others wrote, where people and programs read it.
+
+Texts of records, names of files, keys of checkpoints and messages of other
+hosts may hold any character. On a terminal some of these do more than show
+themselves: they set the title of the window, reverse the text that follows, or
+end the program, as the terminal's encoding lacks them.
+"""
+
+import functools
+import json
+import re
+import sys
+import traceback
+from types import TracebackType
+from typing import Any, TextIO
+
+from absl import logging
+
+# C0, DEL and C1 controls; marks, embeddings and isolates of text direction;
+# line and paragraph separators; what has no width, but for the joiners, which
+# belong to words and emoji; halves of surrogate pairs; tags.
+_HIDDEN = re.compile(
+  "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e"
+  "\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def escape(text: str, keep: str = "") -> str:
+  r"""Returns a text with visible escapes for characters that are not shown.
+
+  Args:
+    text: any text; "a\x1b[31mb" becomes r"a\x1b[31mb", one line.
+    keep: characters that stay as they are.
+  """
+
+  def visible(found: re.Match[str]) -> str:
+    character = found[0]
+    if character in keep:
+      return character
+    return character.encode("unicode_escape").decode()
+
+  return _HIDDEN.sub(visible, text)
+
+
+def show(text: str, file: TextIO | None = None) -> None:
+  """Prints lines; characters that cannot be shown become escapes.
+
+  Args:
+    text: one or several lines. A foreign text within them that must stay on
+      its line is to be escaped first.
+    file: stdout if None.
+  """
+  stream = sys.stdout if file is None else file
+  encoding = getattr(stream, "encoding", None) or "utf-8"
+  shown = escape(text, keep="\n\t").encode(encoding, "backslashreplace")
+  print(shown.decode(encoding), file=stream, flush=True)
+
+
+def show_error(
+  kind: type[BaseException],
+  error: BaseException,
+  trace: TracebackType | None,
+) -> None:
+  """Prints a traceback on stderr; takes the place of `sys.excepthook`."""
+  lines = traceback.format_exception(kind, error, trace)
+  show("".join(lines).rstrip("\n"), file=sys.stderr)
+
+
+@logging.skip_log_prefix
+def warn(text: str) -> None:
+  """Logs a warning of one line."""
+  logging.warning("%s", escape(text))
+
+
+def readable_json(
+  value: Any, encoding: str | None = "utf-8", indent: int | None = None
+) -> str:
+  """Returns JSON that any string can be part of, a file or a terminal.
+
+  Letters of all scripts stay readable; what `escape` escapes, halves of
+  surrogate pairs included, is written as JSON escapes, and read back as it was.
+
+  Args:
+    value: what JSON can hold; without NaN and infinity.
+    encoding: of where it is written; if it lacks a letter, all of them are
+      escaped.
+    indent: see `json.dumps`; one line if None.
+  """
+  dump = functools.partial(json.dumps, allow_nan=False, indent=indent)
+  # Newlines are between values: within strings they are escaped already.
+  text = _HIDDEN.sub(
+    lambda found: found[0] if found[0] == "\n" else json.dumps(found[0])[1:-1],
+    dump(value, ensure_ascii=False),
+  )
+  try:
+    text.encode(encoding or "utf-8")
+  except UnicodeEncodeError:
+    return dump(value)
+  return text
