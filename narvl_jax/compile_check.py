@@ -20,6 +20,7 @@ from absl import flags
 from ml_collections.config_flags import config_flags
 
 from narvl_jax import cli
+from narvl_jax.disk import write_text
 from narvl_jax.errors import UserError
 from narvl_jax.parallel.mesh import describe
 from narvl_jax.parallel.topology import get_topology
@@ -214,7 +215,7 @@ def run(settings: Any, config: Any, name: str) -> None:
   figures = json.dumps(summary(check, name), indent=2) + "\n"
   for path, text in ((settings.json, figures), (settings.hlo, check.text)):
     if path and text:
-      pathlib.Path(path).write_text(text)
+      write_text(pathlib.Path(path), text)
       show(f"wrote {path}")
   if not check.memory.fits:
     sys.exit(DOES_NOT_FIT_CODE)

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+from narvl_jax import leftovers
 from narvl_jax.errors import UserError
 
 # What a device or a mount says wherever it is met.
@@ -46,7 +47,7 @@ def explain_disk(
       inside = run.absolute() in path.absolute().parents
       advice = advice or (_FILE_ERRORS.get(number) if inside else None)
     if advice is not None:
-      return f"{_what_failed(path or run, run, number)}; {advice}"
+      return _what_failed(path or run, run, number)
   return None
 
 
@@ -65,15 +66,42 @@ def _what_failed(
   path: pathlib.Path | None, run: pathlib.Path | None, number: int
 ) -> str:
   if path is None:
-    return f"a file cannot be written or read: {os.strerror(number)}"
+    return f"a file cannot be written or read: {reason_of(number)}"
   if number in _FILE_ERRORS and run is not None and not run.is_dir():
-    return f"the folder {run} is gone, in which {path.name} was wanted"
-  text = f"{path} cannot be written or read: {os.strerror(number)}"
-  place = free_place(path)
+    return (
+      f"the folder {run} is gone, in which {path.name} was wanted;"
+      f" {_FILE_ERRORS[number]}"
+    )
+  return f"{path} cannot be written or read: {reason_of(number, path)}"
+
+
+def reason_of(number: int, path: pathlib.Path | None = None) -> str:
+  """Returns what an error of the system means, and what to do.
+
+  Args:
+    number: of the error.
+    path: what could not be written or read; None if that is not known.
+  """
+  text = os.strerror(number)
+  advice = _DISK_ERRORS.get(number) or _FILE_ERRORS.get(number)
   with contextlib.suppress(OSError):
-    free = shutil.disk_usage(place).free
-    text += f" ({free:,} bytes are free in {place})"
-  return text
+    if path is not None and number in _DISK_ERRORS:
+      place = free_place(path)
+      free = f"{shutil.disk_usage(place).free:,} bytes are free"
+      if number == errno.ENOSPC and _lacks_inodes(place):
+        text = "the disk can hold no more files"
+        advice = "remove some, or have the number of inodes raised"
+        free += ", but no inode,"
+      where = f" in {place}" if place != path.parent else ""
+      text += f" ({free}{where})"
+  return f"{text}; {advice}" if advice else text
+
+
+def _lacks_inodes(place: pathlib.Path) -> bool:
+  """Returns whether a disk has room for bytes, but for no more files."""
+  disk = os.statvfs(place)
+  # Some file systems do not count files and report 0 of 0.
+  return disk.f_files > 0 and disk.f_favail == 0 and disk.f_bavail > 0
 
 
 def free_place(path: pathlib.Path) -> pathlib.Path:
@@ -93,30 +121,71 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a file to write that takes the place of `path` when it is done.
+def atomically(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives a file, or folder, to write that takes the place of `path` when done.
 
-  Makes the folder if need be. If the body fails, `path` stays as it was.
+  If the body fails, `path` stays as it was. A device or a pipe, which must not
+  be replaced, is given as it is. The folder around it must exist: one that was
+  renamed meanwhile is not made anew.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  if _is_stream(path):
+    yield path
+    return
+  if path.is_symlink() and path.exists():
+    path = path.resolve()
+  leftovers.remove_beside(path)
+  temporary = leftovers.temporary_path(path)
+  try:
+    yield temporary
+    # Otherwise a machine that fails now may leave an empty file.
+    _sync(temporary)
+    os.replace(temporary, path)
+    with contextlib.suppress(OSError):
+      _sync(path.parent)
+  except OSError as error:
+    if str(error.filename) == str(temporary):
+      # The user knows the file, and not its temporary name.
+      raise OSError(error.errno, error.strerror, str(path)) from error
+    raise
+  finally:
+    # It is gone if all went well, and may never have been made.
+    leftovers.remove(temporary)
+
+
+def _is_stream(path: pathlib.Path) -> bool:
+  """Returns whether a path is a device or a pipe, such as /dev/stdout."""
+  if path.absolute().parts[:3] == ("/", "dev", "shm"):
+    return False
+  special = path.absolute().parts[:2] in (("/", "dev"), ("/", "proc"))
+  return path.exists() and (special or not (path.is_file() or path.is_dir()))
+
+
+def _sync(path: pathlib.Path) -> None:
+  """Has the disk write a file, or the names in a folder."""
+  number = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(number)
+  finally:
+    os.close(number)
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Does what `atomically` does, in a folder that is made if need be.
 
   Raises:
     UserError: the folder or the file cannot be written.
   """
-  # The process id keeps two writers from sharing a temporary file.
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    yield temporary
-    os.replace(temporary, path)
+    with atomically(path) as temporary:
+      yield temporary
   except OSError as error:
-    reason = error.strerror or str(error)
-    if error.errno in _DISK_ERRORS:
-      free = shutil.disk_usage(free_place(path)).free
-      reason += f" ({free:,} bytes are free); {_DISK_ERRORS[error.errno]}"
+    reason = reason_of(error.errno, path) if error.errno else str(error)
     raise UserError(f'cannot write "{path}": {reason}') from error
-  finally:
-    # It is gone if all went well, and may never have been made.
-    with contextlib.suppress(OSError):
-      temporary.unlink()
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

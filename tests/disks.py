@@ -11,10 +11,19 @@ import pytest
 
 
 @contextlib.contextmanager
-def small_disk(folder: pathlib.Path, kilobytes: int) -> Iterator[pathlib.Path]:
-  """Mounts a disk of that size, or skips the test where one may not."""
+def small_disk(
+  folder: pathlib.Path, kilobytes: int, files: int = 0
+) -> Iterator[pathlib.Path]:
+  """Mounts a disk, or skips the test where one may not.
+
+  Args:
+    folder: where.
+    kilobytes: its size.
+    files: the most files that it can hold; 0: any number.
+  """
   folder.mkdir(parents=True, exist_ok=True)
-  mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs"]
+  options = f"size={kilobytes}k" + (f",nr_inodes={files}" if files else "")
+  mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs"]
   try:
     subprocess.run([*mount, folder], check=True, capture_output=True)
   except (OSError, subprocess.CalledProcessError) as error:

@@ -12,7 +12,7 @@ from narvl_jax.evaluation import reporting
 from narvl_jax.training.announce import describe_failure
 from narvl_jax.training.metrics import MetricsWriter
 from narvl_jax.training.run_lock import RunLock
-from tests.disks import files, fill, short_files, small_disk
+from tests.disks import files, fill, read_only, short_files, small_disk
 
 
 def _error(number: int, path: pathlib.Path | str | None = None) -> OSError:
@@ -170,3 +170,35 @@ def test_a_full_disk_has_no_room_for_a_lock(tmp_path):
     with pytest.raises(OSError, match="No space left"):
       RunLock(run).acquire(print)
     assert files(run) == {"filler"}
+
+
+def test_a_disk_that_can_hold_no_more_files(tmp_path):
+  with small_disk(tmp_path / "run", 1000, files=4) as run:
+    for number in range(3):
+      (run / str(number)).touch()
+    with pytest.raises(OSError, match="No space left") as error:
+      (run / "last").touch()
+    text = disk.explain_disk(error.value, run)
+    assert text is not None
+    assert "cannot be written or read: the disk can hold no more files (" in (
+      text
+    )
+    assert " bytes are free, but no inode" in text
+    assert text.endswith("; remove some, or have the number of inodes raised")
+    # What C++ says has no file.
+    text = disk.explain_disk(ValueError("open: No space left on device"), run)
+    assert text is not None
+    assert "but no inode" in text
+    with pytest.raises(UserError, match="the disk can hold no more files"):
+      disk.write_text(run / "x.json", "{}")
+
+
+def test_a_disk_that_becomes_read_only(tmp_path):
+  with small_disk(tmp_path / "run", 100) as run:
+    lock = RunLock(run)
+    lock.acquire(print)
+    read_only(run)
+    lock.renew("step", 5)
+    with pytest.raises(UserError, match=r"Read-only file system.*make it writ"):
+      disk.write_text(run / "x.json", "{}")
+    assert files(run) == {"lock.json"}

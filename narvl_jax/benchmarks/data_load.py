@@ -17,6 +17,7 @@ from narvl_jax.data.sources.ofa_tsv import OfaTsvSource
 from narvl_jax.data.tasks import Task, make_task, vocabulary_texts
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.datasets import load_mixture
+from narvl_jax.disk import replacing
 
 _VOCABULARY_RECORDS = 256
 _IDLE_SECONDS = 0.1
@@ -135,9 +136,8 @@ def make_tsv(
   """Returns a generated file, which `folder` may hold already."""
   path = folder / f"vqa_{rows}_{width}x{height}.tsv"
   if not path.exists():
-    part = path.with_suffix(f".{os.getpid()}.part")
-    write_vqa_tsv(part, rows, width=width, height=height)
-    part.replace(path)
+    with replacing(path) as temporary:
+      write_vqa_tsv(temporary, rows, width=width, height=height)
   return path
 
 

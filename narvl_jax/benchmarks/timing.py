@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from narvl_jax.disk import write_text
 from narvl_jax.errors import UserError
 
 Result = TypeVar("Result")
@@ -157,9 +158,7 @@ def write_json(path: str | None, report: Mapping[str, Any]) -> None:
   """Writes a report in one step; does nothing without a path."""
   if path is None:
     return
-  temporary = pathlib.Path(f"{path}.{os.getpid()}.tmp")
-  temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-  temporary.replace(path)
+  write_text(pathlib.Path(path), json.dumps(report, indent=2) + "\n")
 
 
 def format_megabytes(count: int | None) -> str:

@@ -22,6 +22,7 @@ from narvl_jax import cli
 from narvl_jax.data import sources
 from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
 from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.disk import write_text
 from narvl_jax.errors import UserError
 from narvl_jax.terminal import show
 
@@ -236,9 +237,7 @@ def main(argv: Sequence[str]) -> None:
   task = options.task or getattr(source, "task", "") or source[0].task
   counts = collect_answers(source, task, max_records=options.max_records)
   kept = list(counts)[: options.max_answers or None]
-  part = target.with_name(f"{target.name}.{os.getpid()}.part")
-  part.write_text("".join(f"{answer}\n" for answer in kept), encoding="utf-8")
-  part.replace(target)
+  write_text(target, "".join(f"{answer}\n" for answer in kept))
   share = sum(counts[answer] for answer in kept) / sum(counts.values())
   show(
     f"{len(kept):,} of {len(counts):,} answers, {share:.1%} of those given, in"

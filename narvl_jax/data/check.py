@@ -32,6 +32,7 @@ from narvl_jax.data.check_samples import draw_samples
 from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import Task, make_task, vocabulary_texts
 from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.disk import replacing, write_text
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.models import model_config
 from narvl_jax.terminal import show
@@ -228,17 +229,6 @@ def _check_writable(flag: str, path: Any) -> None:
     raise UserError(f'--{flag}: cannot write to folder "{target.parent}"')
 
 
-def _save(path: pathlib.Path, write: Any) -> None:
-  """Writes a file whole or not at all."""
-  part = path.with_name(f"{path.name}.{os.getpid()}.part")
-  try:
-    write(part)
-    part.replace(path)
-  except OSError as e:
-    part.unlink(missing_ok=True)
-    raise UserError(f'cannot write "{path}": {e.strerror or e}') from e
-
-
 def define_flags() -> None:
   """Defines the flags of the command."""
   cli.define_config_flag()
@@ -280,7 +270,7 @@ def main(argv: Sequence[str]) -> None:
     show("\n" + check_report.format_word("verdict on all", merged))
   if options.json:
     text = json.dumps(report, indent=1) + "\n"
-    _save(pathlib.Path(options.json), lambda part: part.write_text(text))
+    write_text(pathlib.Path(options.json), text)
   sys.stdout.flush()
   sys.exit(1 if merged.word == check_report.NOT_USABLE else 0)
 
@@ -312,7 +302,8 @@ def _check_and_print(
       figures["limits"]["image_size"],
     )
     if picture is not None:
-      _save(path, lambda part: picture.save(part, format="PNG"))
+      with replacing(path) as part:
+        picture.save(part, format="PNG")
       show(f"\nexamples       {path}")
   show(check_report.format_verdict(verdict))
   figures.pop("samples")

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from concurrent import futures
@@ -12,6 +11,7 @@ from typing import Any
 from narvl_jax.data.records import SCHEMA_VERSION
 from narvl_jax.data.shard_formats import format_of
 from narvl_jax.data.sources import MANIFEST
+from narvl_jax.disk import atomically
 from narvl_jax.errors import UserError
 from narvl_jax.terminal import readable_json
 
@@ -79,15 +79,8 @@ class Manifest:
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a JSON file at once or not at all."""
   text = readable_json(value, indent=2) + "\n"
-  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-  try:
-    with open(temporary, "w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  with atomically(path) as temporary:
+    temporary.write_text(text, encoding="utf-8")
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:

@@ -15,7 +15,6 @@ The order of ids is that of the reference model, for every source:
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ import numpy as np
 import tokenizers
 
 from narvl_jax.data import vocabulary_files, vocabulary_training
+from narvl_jax.disk import write_text
 from narvl_jax.errors import UserError
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
@@ -289,9 +289,7 @@ class Vocabulary:
     }
     for name, text in texts.items():
       # Whole or not at all: a run may be stopped at any moment.
-      part = path / f"{name}.{os.getpid()}.part"
-      part.write_text(text, encoding="utf-8")
-      part.replace(path / name)
+      write_text(path / name, text)
 
   @classmethod
   def load(cls, folder: vocabulary_files.PathLike) -> "Vocabulary":

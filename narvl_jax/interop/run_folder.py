@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from narvl_jax.config import Config
 from narvl_jax.config_checks import validate
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.data.vocabulary_files import read_json_object
+from narvl_jax.disk import atomically
 from narvl_jax.errors import UserError
 from narvl_jax.interop.conversion import Conversion
 from narvl_jax.interop.source_file import setting
@@ -202,13 +202,11 @@ def write_run(
     architecture = experiment_lib.resolve_model_config(config, vocabulary)
     _check_same(architecture, made.config)
   target = pathlib.Path(folder)
-  # Beside the target, so that a rename is all that remains to be done.
-  part = target.with_name(f".{target.name}.{os.getpid()}.part")
-  try:
-    part.mkdir(parents=True)
-  except OSError as error:
-    raise cannot_write(folder, error) from error
-  try:
+  with atomically(target) as part:
+    try:
+      part.mkdir(parents=True)
+    except OSError as error:
+      raise cannot_write(folder, error) from error
     _place(made.variables)
     with Checkpoints(part, keep_last=1) as checkpoints:
       checkpoints.save_variables(0, made.variables)
@@ -219,10 +217,6 @@ def write_run(
     text = json.dumps(report, indent=1) + "\n"
     (part / REPORT_FILE).write_text(text, encoding="utf-8")
     workdir_lib.write_config(part, config)
-    part.replace(target)
-  except BaseException:
-    shutil.rmtree(part, ignore_errors=True)
-    raise
 
 
 def _place(tree: dict[str, Any]) -> None:

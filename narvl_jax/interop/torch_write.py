@@ -1,6 +1,5 @@
 """Files in the format of `torch.save`, written without torch."""
 
-import os
 import pathlib
 import struct
 import types
@@ -11,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from narvl_jax.disk import atomically
 from narvl_jax.interop.tensors import PathLike, Tensor
 
 _STORAGES = {
@@ -40,23 +40,21 @@ def write_torch(path: PathLike, content: Mapping[str, Any]) -> None:
   """
   target = pathlib.Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
-  part = target.with_name(f".{target.name}.{os.getpid()}.part")
   pickler = _Pickler()
   pickled = pickler.dump(content)
-  try:
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-      root = target.stem
-      _write(archive, f"{root}/data.pkl", pickled)
-      _write(archive, f"{root}/byteorder", b"little")
-      for key, value in enumerate(pickler.storages):
-        data = np.ascontiguousarray(np.asarray(value))
-        _write(
-          archive, f"{root}/data/{key}", data.reshape(-1).view(np.uint8).data
-        )
-      _write(archive, f"{root}/version", b"3\n")
-    part.replace(target)
-  finally:
-    part.unlink(missing_ok=True)
+  with (
+    atomically(target) as part,
+    zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive,
+  ):
+    root = target.stem
+    _write(archive, f"{root}/data.pkl", pickled)
+    _write(archive, f"{root}/byteorder", b"little")
+    for key, value in enumerate(pickler.storages):
+      data = np.ascontiguousarray(np.asarray(value))
+      _write(
+        archive, f"{root}/data/{key}", data.reshape(-1).view(np.uint8).data
+      )
+    _write(archive, f"{root}/version", b"3\n")
 
 
 def _write(

@@ -28,6 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from narvl_jax.config import Config
+from narvl_jax.disk import atomically
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.parallel import distributed, local_rows
 from narvl_jax.parallel.batches import local_values
@@ -227,14 +228,12 @@ def _write(
 ) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   host = jax.process_index()
-  temporary = folder / f".host_{host:03d}.tmp"
-  with temporary.open("wb") as file:
+  path = folder / f"host_{host:03d}.npz"
+  with atomically(path) as temporary, temporary.open("wb") as file:
     np.savez(file, **{**arrays, "rows": np.asarray(rows)})  # pyright: ignore
-  temporary.replace(folder / f"host_{host:03d}.npz")
   if distributed.is_first():
-    text = json.dumps(info, indent=2) + "\n"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(folder / _INFO_FILE)
+    with atomically(folder / _INFO_FILE) as temporary:
+      temporary.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
 
 def _dropout_key(seed: int, step: int) -> dict[str, Any]:

@@ -75,6 +75,8 @@ class Checkpoints(StoredCheckpoints):
       # A run that goes on looks for itself.
       self._advises = False
     super().__init__(workdir)
+    if self._policy is not None:
+      self._remove_deleted()
 
   def _open(self) -> Any:
     return self._orbax.open_manager(
@@ -167,9 +169,13 @@ class Checkpoints(StoredCheckpoints):
     self._manager.wait_until_finished()
     hosts = jax.process_count()
     write_digests(self._folder / str(step), jax.process_index(), hosts)
+    self._remove_deleted()
+    return_free_memory()
+
+  def _remove_deleted(self) -> None:
+    """Removes checkpoints that are no longer kept, also of a killed run."""
     if distributed.is_first():
       shutil.rmtree(self._folder / self._orbax.DELETED, ignore_errors=True)
-    return_free_memory()
 
   def _note_error(self, error: BaseException) -> None:
     self._error = error

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Self
 
+from narvl_jax import leftovers
 from narvl_jax.errors import UserError
 from narvl_jax.parallel.notices import Notices
 from narvl_jax.terminal import show
@@ -125,6 +126,7 @@ class Guard:
       self.ledger.activity.stage,
     )
     self._lock, self._since = lock, lock.since
+    leftovers.remove_below(self._workdir)
 
   def record_restart(
     self,

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from narvl_jax.disk import atomically
 from narvl_jax.errors import UserError
 from narvl_jax.training import checksums
 from narvl_jax.training.record import (
@@ -97,9 +98,8 @@ def write_digests(folder: pathlib.Path, host: int = 0, hosts: int = 1) -> None:
   }
   body = json.dumps({"step": folder.name, "files": found}, indent=0) + "\n"
   path = folder / f"digests.{host}-of-{hosts}.txt"
-  temporary = folder / f".{path.name}"
-  temporary.write_text(_digest_of(body.encode()) + "\n" + body)
-  temporary.replace(path)
+  with atomically(path) as temporary:
+    temporary.write_text(_digest_of(body.encode()) + "\n" + body)
 
 
 def has_digests(folder: pathlib.Path) -> bool:

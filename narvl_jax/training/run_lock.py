@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from narvl_jax.errors import UserError
+from narvl_jax.processes import machine, process_start
 
 LOCK_FILE = "lock.json"
 RENEW_SECONDS = 5.0
@@ -60,8 +61,8 @@ class RunLock:
     self._contents: dict[str, Any] = {
       "host": socket.gethostname(),
       "pid": os.getpid(),
-      "machine": _machine(),
-      "process_start": _process_start(os.getpid()),
+      "machine": machine(),
+      "process_start": process_start(os.getpid()),
       "id": uuid.uuid4().hex,
     }
 
@@ -272,31 +273,6 @@ def _last_sign(held: dict[str, Any]) -> str:
   )
 
 
-def _machine() -> str:
-  """Returns what processes that see each other share, "" if it is unknown.
-
-  Host names do not: two containers may have the same.
-  """
-  with contextlib.suppress(OSError):
-    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-  return ""
-
-
 def _is_running(held: dict[str, Any]) -> bool:
-  start = _process_start(held.get("pid", 0))
+  start = process_start(held.get("pid", 0))
   return start is not None and start == held.get("process_start")
-
-
-def _process_start(pid: int) -> str | None:
-  """Returns when a process was started, None if it is gone or unknown.
-
-  A number of a process may be given again, but not with the same start.
-  """
-  try:
-    text = pathlib.Path(f"/proc/{pid}/stat").read_text()
-  except OSError:
-    return None
-  # The name, in brackets, may have spaces.
-  fields = text.rpartition(")")[2].split()
-  return None if fields[0] in "ZX" else fields[19]

@@ -276,7 +276,7 @@ def test_a_disk_that_fails_for_a_moment_is_left_to_others(
 
 
 def test_without_proc_every_run_is_waited_for(tmp_path, monkeypatch):
-  monkeypatch.setattr(run_lock, "_machine", lambda: "")
+  monkeypatch.setattr(run_lock, "machine", lambda: "")
   RunLock(tmp_path).acquire(_quiet)
   said = []
   RunLock(tmp_path, stale_seconds=0.1).acquire(said.append)

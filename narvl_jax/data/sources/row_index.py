@@ -10,7 +10,6 @@ the bytes [start[i], start[i + 1] - 1) of the file, a newline follows it.
 """
 
 import concurrent.futures
-import contextlib
 import hashlib
 import os
 import pathlib
@@ -23,6 +22,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from narvl_jax.disk import atomically
 from narvl_jax.errors import UserError
 from narvl_jax.terminal import warn
 
@@ -177,19 +177,11 @@ def _checksum(file: IO[bytes]) -> int:
 
 def _build_at(place: pathlib.Path, fd: int, path: pathlib.Path) -> Index:
   place.parent.mkdir(parents=True, exist_ok=True)
-  handle, name = tempfile.mkstemp(".tmp", place.name + ".", place.parent)
-  try:
-    with open(handle, "w+b") as file:
-      header = _build(fd, path, file, BLOCK_BYTES)
-      # As readable as any other file: others may share the folder.
-      os.fchmod(file.fileno(), os.fstat(fd).st_mode & 0o666 | 0o600)
-      index = _read(file, header)
-    os.replace(name, place)
-  except BaseException:
-    with contextlib.suppress(OSError):
-      os.unlink(name)
-    raise
-  return index
+  with atomically(place) as temporary, open(temporary, "w+b") as file:
+    header = _build(fd, path, file, BLOCK_BYTES)
+    # As readable as any other file: others may share the folder.
+    os.fchmod(file.fileno(), os.fstat(fd).st_mode & 0o666 | 0o600)
+    return _read(file, header)
 
 
 def _build(

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from narvl_jax.disk import atomically
+
 _CHUNK = 256
 
 
@@ -72,10 +74,5 @@ def _load(path: pathlib.Path, count: int) -> np.ndarray | None:
 
 def _save(path: pathlib.Path, ends: np.ndarray) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-  try:
-    with open(temporary, "wb") as file:
-      np.save(file, np.append(ends, np.int64(_checksum(ends))))
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  with atomically(path) as temporary, open(temporary, "wb") as file:
+    np.save(file, np.append(ends, np.int64(_checksum(ends))))

@@ -164,14 +164,14 @@ def test_damaged_index_is_built_again(
 
 def read_only(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   """Makes a folder read-only, for root as well."""
-  make = row_index.tempfile.mkstemp
+  make = row_index.atomically
 
-  def mkstemp(suffix, prefix, at):
-    if folder in (pathlib.Path(at), *pathlib.Path(at).parents):
+  def atomically(place):
+    if folder in place.parents:
       raise PermissionError(13, "Permission denied")
-    return make(suffix, prefix, at)
+    return make(place)
 
-  monkeypatch.setattr(row_index.tempfile, "mkstemp", mkstemp)
+  monkeypatch.setattr(row_index, "atomically", atomically)
 
 
 def test_read_only_folder(
