@@ -11,12 +11,13 @@ from narvl_jax.data.example import TASKS
 from narvl_jax.data.tasks import default_settings
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.query_ctc.loss import CONFIDENCE_MODES
-from narvl_jax.training.cross_entropy import AVERAGES
-from narvl_jax.training.init_names import parse_drops, parse_renames
+from narvl_jax.state.renames import parse_drops, parse_renames
 
 OPTIMIZERS = ("adamw", "muon")
 POLICIES = ("stop", "skip", "rollback")
 VOCABULARY_SOURCES = ("train", "official", "huggingface", "run")
+# What a batch of an autoregressive model is averaged over.
+AVERAGES = ("labels", "examples")
 DTYPES = ("auto", "float32", "bfloat16")
 _EVALUATION_KEYS = ("source", "task", "options")
 _TRAIN_KEYS = (*_EVALUATION_KEYS, "weight", "split")

@@ -21,15 +21,15 @@ from narvl_jax.models import (
   model_config,
 )
 from narvl_jax.models.autoregressive import check_decoder_length
+from narvl_jax.models.shapes import abstract_variables
 from narvl_jax.run_vocabulary import (
   VOCABULARY_FOLDER,
   make_vocabulary,
   placeholder_vocabulary,
 )
+from narvl_jax.state.parameters import assign_rules, flatten, split_frozen
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import Checkpoints, choose_step
-from narvl_jax.training.optimizer import assign_rules, flatten, split_frozen
-from narvl_jax.training.train_state import abstract_variables
 
 
 @dataclasses.dataclass(frozen=True)

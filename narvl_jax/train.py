@@ -33,6 +33,7 @@ from narvl_jax.evaluation.evaluator import evaluate_tasks
 from narvl_jax.evaluation.reporting import format_table
 from narvl_jax.evaluation.results import write_results
 from narvl_jax.parallel import distributed
+from narvl_jax.state.train_state import TrainState, evaluation_variables
 from narvl_jax.terminal import show
 from narvl_jax.training import hosts
 from narvl_jax.training import workdir as workdir_lib
@@ -54,7 +55,6 @@ from narvl_jax.training.prefetch import DeviceBatches, batch_opener
 from narvl_jax.training.score import flat_metrics, score_of
 from narvl_jax.training.setup import Setup
 from narvl_jax.training.start import first_state, prepare, write_run
-from narvl_jax.training.train_state import TrainState, evaluation_variables
 
 
 def train(

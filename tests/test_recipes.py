@@ -20,11 +20,8 @@ from narvl_jax.data.sources import load_source
 from narvl_jax.datasets import load_mixture
 from narvl_jax.errors import UserError
 from narvl_jax.models import model_config
-from narvl_jax.training.optimizer import (
-  assign_rules,
-  flatten,
-  make_schedule,
-)
+from narvl_jax.state.parameters import assign_rules, flatten
+from narvl_jax.training.optimizer import make_schedule
 from tests.conftest import ROOT
 from tests.data.sources import tsv_files
 

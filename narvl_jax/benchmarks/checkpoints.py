@@ -39,9 +39,9 @@ from narvl_jax.config import Config, from_json, to_json
 from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import mesh_from_config, shard_batch
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.checkpoints import FOLDER, Checkpoints, restore_target
 from narvl_jax.training.setup import Setup, build_setup
-from narvl_jax.training.train_state import TrainState
 
 # As in the loop: one update runs, one is queued.
 _MAX_AHEAD = 2

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from narvl_jax.errors import UserError
-from narvl_jax.models.causal_decoder import CausalDecoder
+from narvl_jax.models.decoder import CausalDecoder
 from narvl_jax.models.encoder import EncoderOutput
 from narvl_jax.models.encoder_decoder import EncoderDecoder
 from narvl_jax.models.sizes import ModelConfig

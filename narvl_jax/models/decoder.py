@@ -96,3 +96,48 @@ def causal_bias(length: int, dtype: jnp.dtype) -> jax.Array:
   # Half: what is added to it must not overflow.
   future = jnp.triu(jnp.ones((length, length), bool), 1)
   return jnp.where(future, LOWEST / 2, 0.0).astype(dtype)
+
+
+class CausalDecoder(Decoder):
+  """Autoregressive decoder with teacher forcing.
+
+  Differs from `QueryDecoder` in its input and in that self-attention sees no
+  later position. `models.cached_decoder` runs it token by token.
+  """
+
+  @nn.compact
+  def __call__(
+    self,
+    encoded: EncoderOutput,
+    embedded: jax.Array,
+    mask: jax.Array,
+    train: bool,
+  ) -> jax.Array:
+    """Returns the decoder states [B, L, D] after the last LayerNorm.
+
+    Args:
+      encoded: what is attended to.
+      embedded: input tokens [B, L, D], without positions.
+      mask: bool [B, L], False where the input is padding.
+      train: dropout and stochastic depth are on.
+    """
+    return self._run(embedded, encoded, train, self_mask=mask, causal=True)
+
+
+class QueryDecoder(Decoder):
+  """Parallel decoder: queries attend to each other and to the encoder.
+
+  Self-attention has no mask and the input does not depend on the target, so
+  the cost does not depend on the length of the answer (NARVL, section 3).
+  """
+
+  @nn.compact
+  def __call__(self, encoded: EncoderOutput, train: bool) -> jax.Array:
+    """Returns the decoder states [B, N, D] after the last LayerNorm."""
+    cfg = self.config
+    queries = self.param(
+      "query_embed", normal_init(None, "embed"), (cfg.num_queries, cfg.width)
+    )
+    x = gathered(queries, cfg.dtype, None, "embed", scatter=False)
+    x = jnp.broadcast_to(x, (encoded.out.shape[0], *x.shape))
+    return self._run(x, encoded, train)

@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 
+from narvl_jax.models.decoder import QueryDecoder
 from narvl_jax.models.encoder import EncoderOutput
 from narvl_jax.models.encoder_decoder import EncoderDecoder
-from narvl_jax.models.query_decoder import QueryDecoder
 
 
 class NARVL(EncoderDecoder):

@@ -14,6 +14,7 @@ from narvl_jax.config import to_json
 from narvl_jax.disk import explain_disk
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import distributed
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training import record as record_lib
 from narvl_jax.training.checksums import device_checksums, text
 from narvl_jax.training.fit import leaf_of
@@ -26,7 +27,6 @@ from narvl_jax.training.stored_checkpoints import (
   StoredCheckpoints,
   state_items,
 )
-from narvl_jax.training.train_state import TrainState
 
 __all__ = ["FOLDER", "Checkpoints", "choose_step", "restore_target"]
 

@@ -3,8 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-# What a batch is averaged over.
-AVERAGES = ("labels", "examples")
 # Finite, so that no difference of two of them is NaN.
 _NEVER = -1e9
 

@@ -22,7 +22,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import fitting_sharding
-from narvl_jax.training import init_names
+from narvl_jax.state import renames as init_names
+from narvl_jax.state.parameters import flatten, split_frozen
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.checkpoints import Checkpoints
 from narvl_jax.training.init_sizes import (
   QUERIES,
@@ -32,9 +34,7 @@ from narvl_jax.training.init_sizes import (
   find_fit,
   read_origin,
 )
-from narvl_jax.training.optimizer import flatten, split_frozen
 from narvl_jax.training.setup import Setup
-from narvl_jax.training.train_state import TrainState
 from narvl_jax.training.weights import opened, read_weights
 
 # Parameters that an error names.

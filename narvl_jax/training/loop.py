@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.bad_numbers import (
   BundleWriter,
   Health,
@@ -21,7 +22,6 @@ from narvl_jax.training.metrics import MetricsWriter, SilentMetrics
 from narvl_jax.training.prefetch import DeviceBatches
 from narvl_jax.training.progress import Progress
 from narvl_jax.training.setup import Setup
-from narvl_jax.training.train_state import TrainState
 
 # Updates that wait on the devices: one runs, one is queued.
 _MAX_AHEAD = 2

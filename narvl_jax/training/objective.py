@@ -22,10 +22,10 @@ from narvl_jax.query_ctc import (
   label_posterior,
   query_ctc_objective,
 )
+from narvl_jax.state.parameters import Params
 from narvl_jax.training.cross_entropy import label_smoothed_cross_entropy
 from narvl_jax.training.divergence import token_divergences
 from narvl_jax.training.forcing import forced_input, predicting_states
-from narvl_jax.training.optimizer import Params
 from narvl_jax.training.teacher import Teacher
 
 Batch = Mapping[str, Any]

@@ -25,6 +25,14 @@ from narvl_jax.parallel import (
   sharding_table,
 )
 from narvl_jax.query_ctc import MeshAxes
+from narvl_jax.state.parameters import ParameterRule, assign_rules, flatten
+from narvl_jax.state.train_state import (
+  TrainState,
+  bytes_per_device,
+  make_first_state,
+  make_init,
+  state_shardings,
+)
 from narvl_jax.training.constrained import answer_constraints
 from narvl_jax.training.flops import forward_flops, train_flops
 from narvl_jax.training.objective import (
@@ -34,21 +42,11 @@ from narvl_jax.training.objective import (
   QueryCtcLoss,
 )
 from narvl_jax.training.optimizer import (
-  ParameterRule,
-  assign_rules,
-  flatten,
   make_optimizer,
   make_schedule,
   matrix_axes,
 )
 from narvl_jax.training.teacher import Teacher, find_teacher
-from narvl_jax.training.train_state import (
-  TrainState,
-  bytes_per_device,
-  make_first_state,
-  make_init,
-  state_shardings,
-)
 from narvl_jax.training.train_step import (
   Batch,
   Metrics,

@@ -12,13 +12,13 @@ from narvl_jax.errors import UserError
 from narvl_jax.experiment import Experiment
 from narvl_jax.parallel import distributed, mesh_from_config
 from narvl_jax.parallel.mesh import describe
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.announce import Announcer, describe_model
 from narvl_jax.training.checkpoints import Checkpoints, restore_target
 from narvl_jax.training.init_from import check_init_from, init_from
 from narvl_jax.training.integrity import DamagedCheckpoint
 from narvl_jax.training.setup import Setup, build_setup
-from narvl_jax.training.train_state import TrainState
 
 
 def prepare(

@@ -11,6 +11,7 @@ import numpy as np
 
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import distributed
+from narvl_jax.state.train_state import TrainState, averaged_variables
 from narvl_jax.training import record as record_lib
 from narvl_jax.training.checksums import device_checksums
 from narvl_jax.training.fit import check_fit
@@ -24,7 +25,6 @@ from narvl_jax.training.integrity import (
 )
 from narvl_jax.training.record import Record, name_leaves
 from narvl_jax.training.retention import ranked
-from narvl_jax.training.train_state import TrainState, averaged_variables
 
 FOLDER = "checkpoints"
 

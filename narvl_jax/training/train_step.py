@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from narvl_jax.training.objective import Batch, Metrics, Objective
-from narvl_jax.training.optimizer import (
+from narvl_jax.state.parameters import (
   ParameterRule,
   Params,
-  ema_decay_at,
   merge,
   split_frozen,
 )
-from narvl_jax.training.train_state import TrainState
+from narvl_jax.state.train_state import TrainState
+from narvl_jax.training.objective import Batch, Metrics, Objective
+from narvl_jax.training.optimizer import ema_decay_at
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 import flax.traverse_util
 
 from narvl_jax.errors import UserError
+from narvl_jax.state.parameters import flatten
 from narvl_jax.training.checkpoints import FOLDER, Checkpoints, choose_step
 from narvl_jax.training.integrity import DamagedCheckpoint
-from narvl_jax.training.optimizer import flatten
 
 
 @contextlib.contextmanager

@@ -20,9 +20,9 @@ from narvl_jax.data.distilled import distilled_sets
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.answer_list import with_answers
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import Checkpoints
-from narvl_jax.training.train_state import TrainState
 from tests.evaluation import tiny_run
 
 TASKS = ("caption", "vqa")

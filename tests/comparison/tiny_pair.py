@@ -13,9 +13,9 @@ import numpy as np
 from flax.linen import meta
 
 from narvl_jax import experiment as experiment_lib
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import Checkpoints
-from narvl_jax.training.train_state import TrainState
 from tests.evaluation import tiny_run
 
 

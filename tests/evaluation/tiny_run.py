@@ -17,9 +17,9 @@ from narvl_jax.data.example import TASKS
 from narvl_jax.data.sources import load_source
 from narvl_jax.data.tasks import vocabulary_texts
 from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import Checkpoints
-from narvl_jax.training.train_state import TrainState
 
 STEP = 7
 MODEL = {

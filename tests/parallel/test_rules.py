@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from narvl_jax.errors import UserError
 from narvl_jax.models import NARVL, model_config
+from narvl_jax.models.shapes import abstract_variables
 from narvl_jax.parallel import (
   DEFAULT_RULES,
   make_mesh,
@@ -21,8 +22,7 @@ from narvl_jax.parallel import (
   tree_shardings,
 )
 from narvl_jax.parallel.rules import check_rules
-from narvl_jax.training.optimizer import flatten
-from narvl_jax.training.train_state import abstract_variables
+from narvl_jax.state.parameters import flatten
 
 RULES = (("a", "tensor"), ("b", "fsdp"), ("c", "fsdp"), ("c", None))
 

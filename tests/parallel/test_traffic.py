@@ -5,7 +5,7 @@ import functools
 import jax
 
 from narvl_jax.parallel.program import Collective, read_program
-from narvl_jax.training.optimizer import flatten
+from narvl_jax.state.parameters import flatten
 from tests.parallel import runs
 
 SHAPE = {"data": 2, "fsdp": 2, "tensor": 2}

@@ -16,12 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from narvl_jax import cli
 from narvl_jax.parallel import distributed, make_mesh, replicated
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training import hosts
 from narvl_jax.training.announce import explain_failure
 from narvl_jax.training.checkpoints import Checkpoints
 from narvl_jax.training.checksums import device_checksums
 from narvl_jax.training.start import first_state
-from narvl_jax.training.train_state import TrainState
 from tests.training.saved import make_state
 
 

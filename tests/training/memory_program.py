@@ -13,8 +13,8 @@ import sys
 import jax
 import jax.numpy as jnp
 
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.checkpoints import Checkpoints
-from narvl_jax.training.train_state import TrainState
 
 _ARRAYS, _SHAPE = 25, (2000, 1000)
 SAVES = 20

@@ -18,12 +18,12 @@ from jax.tree_util import keystr
 
 from narvl_jax import cli
 from narvl_jax.parallel import distributed
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training import hosts
 from narvl_jax.training.announce import explain_failure
 from narvl_jax.training.checkpoints import Checkpoints, restore_target
 from narvl_jax.training.init_from import check_init_from, init_from
 from narvl_jax.training.setup import Setup
-from narvl_jax.training.train_state import TrainState
 from tests.parallel import runs
 
 # Name -> data, fsdp, tensor.

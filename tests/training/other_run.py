@@ -8,8 +8,8 @@ import numpy as np
 
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.parallel import mesh_from_config
+from narvl_jax.state.parameters import flatten
 from narvl_jax.training.init_from import check_init_from, init_from
-from narvl_jax.training.optimizer import flatten
 from narvl_jax.training.setup import Setup, build_setup
 from tests.evaluation.tiny_run import tiny_config
 

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 
 from narvl_jax.parallel import make_mesh, replicated
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.checkpoints import Checkpoints, restore_target
-from narvl_jax.training.train_state import TrainState
 
 
 def make_state(step: int, *, ema: bool = True) -> TrainState:

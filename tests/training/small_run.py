@@ -21,6 +21,7 @@ from narvl_jax import train as train_lib
 from narvl_jax.config import Config, train_source
 from narvl_jax.datasets import MixtureEntry, load_mixture
 from narvl_jax.parallel import make_mesh, shard_batch
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.announce import Announcer
 from narvl_jax.training.checkpoints import Checkpoints, restore_target
 from narvl_jax.training.guard import Guard
@@ -29,7 +30,6 @@ from narvl_jax.training.metrics import MetricsWriter
 from narvl_jax.training.prefetch import batch_opener
 from narvl_jax.training.setup import Setup, build_setup
 from narvl_jax.training.start import first_state
-from narvl_jax.training.train_state import TrainState
 from tests.training.stand_in import StandIn
 from tests.training.tiny import tiny_config
 

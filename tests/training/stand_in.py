@@ -15,8 +15,8 @@ import numpy as np
 from narvl_jax.experiment import Experiment
 from narvl_jax.models import project
 from narvl_jax.parallel import make_mesh, shard_batch
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.setup import Setup, build_setup
-from narvl_jax.training.train_state import TrainState
 from tests.training.tiny import tiny_config
 
 VOCAB_SIZE = 12

@@ -17,9 +17,9 @@ import pytest
 from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import shard_batch
+from narvl_jax.state.parameters import ParameterRule
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.bad_numbers import BundleWriter, load_bundle
-from narvl_jax.training.optimizer import ParameterRule
-from narvl_jax.training.train_state import TrainState
 from narvl_jax.training.train_step import StepConfig, make_train_step
 from tests.training import stand_in
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import pytest
 
-from narvl_jax.training.train_state import TrainState
+from narvl_jax.state.train_state import TrainState
 from tests.training import small_run
 
 

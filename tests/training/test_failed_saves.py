@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from narvl_jax.errors import UserError
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training import checkpoints as checkpoints_lib
 from narvl_jax.training.checkpoints import Checkpoints
-from narvl_jax.training.train_state import TrainState
 from tests.training.saved import make_state, save_run
 
 

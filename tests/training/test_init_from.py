@@ -11,10 +11,10 @@ import pytest
 from narvl_jax import experiment as experiment_lib
 from narvl_jax import train as train_lib
 from narvl_jax.errors import UserError
+from narvl_jax.state.parameters import flatten
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import Checkpoints, restore_target
 from narvl_jax.training.init_from import check_init_from, init_from
-from narvl_jax.training.optimizer import flatten
 from tests.evaluation.tiny_run import STEP, copy_run, tiny_config
 from tests.training.other_run import fresh_state, make_setup, stored_in
 from tests.training.twin import twin_of

@@ -10,9 +10,9 @@ import pytest
 
 from narvl_jax.data.example import TASKS
 from narvl_jax.decoding.constraint import answer_trie
+from narvl_jax.state.parameters import ParameterRule
+from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.objective import AutoregressiveLoss
-from narvl_jax.training.optimizer import ParameterRule
-from narvl_jax.training.train_state import TrainState
 from narvl_jax.training.train_step import StepConfig, make_train_step
 from tests.training.stand_in_decoders import (
   EOS,

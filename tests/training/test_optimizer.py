@@ -9,17 +9,19 @@ import optax
 import pytest
 
 from narvl_jax.errors import UserError
-from narvl_jax.training.optimizer import (
+from narvl_jax.state.parameters import (
   ParameterRule,
   assign_rules,
-  ema_decay_at,
   flatten,
-  make_optimizer,
-  make_schedule,
   merge,
   parse_rules,
   queries_only,
   split_frozen,
+)
+from narvl_jax.training.optimizer import (
+  ema_decay_at,
+  make_optimizer,
+  make_schedule,
 )
 
 PATHS = ["encoder/kernel", "encoder/bias", "decoder/kernel", "decoder/bias"]

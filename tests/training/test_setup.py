@@ -10,16 +10,16 @@ from jax.sharding import PartitionSpec
 
 from narvl_jax.errors import UserError
 from narvl_jax.models import NARVL, model_config
+from narvl_jax.models.shapes import abstract_variables
 from narvl_jax.parallel import make_mesh, replicated
-from narvl_jax.training.optimizer import ParameterRule
-from narvl_jax.training.setup import describe_parallelism
-from narvl_jax.training.train_state import (
+from narvl_jax.state.parameters import ParameterRule
+from narvl_jax.state.train_state import (
   TrainState,
-  abstract_variables,
   bytes_per_device,
   evaluation_variables,
   state_shardings,
 )
+from narvl_jax.training.setup import describe_parallelism
 from tests.training import stand_in
 
 

@@ -18,9 +18,9 @@ from narvl_jax.datasets import load_mixture
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import make_mesh, shard_batch
 from narvl_jax.run_data import check_answers
+from narvl_jax.state.parameters import flatten
 from narvl_jax.training.announce import describe_model
 from narvl_jax.training.constrained import answer_constraints
-from narvl_jax.training.optimizer import flatten
 from narvl_jax.training.setup import Setup, build_setup
 from narvl_jax.training.teacher import find_teacher
 from narvl_jax.training.workdir import read_config, write_config

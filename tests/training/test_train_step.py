@@ -12,7 +12,7 @@ import pytest
 from narvl_jax.data.example import TASKS
 from narvl_jax.parallel import shard_batch
 from narvl_jax.query_ctc import query_ctc_objective
-from narvl_jax.training.optimizer import flatten
+from narvl_jax.state.parameters import flatten
 from tests.training import stand_in
 
 

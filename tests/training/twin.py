@@ -10,9 +10,9 @@ import numpy as np
 from flax.linen import meta
 
 from narvl_jax import experiment as experiment_lib
+from narvl_jax.state.parameters import flatten
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import Checkpoints
-from narvl_jax.training.optimizer import flatten
 from tests.evaluation.tiny_run import tiny_config
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from narvl_jax.errors import UserError
-from narvl_jax.training.init_names import (
+from narvl_jax.state.renames import (
   dropped,
   parse_drops,
   parse_renames,

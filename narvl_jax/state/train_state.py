@@ -1,6 +1,5 @@
 """Everything that an update reads and writes."""
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,8 +11,9 @@ import optax
 from flax.linen import meta
 from jax.sharding import Mesh
 
+from narvl_jax.models.shapes import initializer
 from narvl_jax.parallel import DEFAULT_RULES, replicated, tree_shardings
-from narvl_jax.training.optimizer import (
+from narvl_jax.state.parameters import (
   ParameterRule,
   Params,
   flatten,
@@ -40,25 +40,6 @@ class TrainState:
   batch_stats: Params
   opt_state: Any
   ema: Params | None
-
-
-def abstract_variables(
-  model: nn.Module, image_size: tuple[int, int], text_length: int
-) -> Any:
-  """Returns shapes of the variables, still boxed with their axis names.
-
-  Tracing a model takes a second or more, so they are remembered.
-  """
-  # Models are frozen, so they can be a key, which their type does not tell.
-  key: Any = model
-  return _abstract_variables(key, image_size, text_length)
-
-
-@functools.lru_cache(maxsize=8)
-def _abstract_variables(
-  model: nn.Module, image_size: tuple[int, int], text_length: int
-) -> Any:
-  return jax.eval_shape(_initializer(model, image_size, text_length), _KEY_SPEC)
 
 
 def make_first_state(
@@ -94,7 +75,7 @@ def make_init(
   text_length: int,
 ) -> Callable[[jax.Array], TrainState]:
   """Returns a function key -> state before the first update."""
-  initialize = _initializer(model, image_size, text_length)
+  initialize = initializer(model, image_size, text_length)
   return lambda key: first_state(meta.unbox(initialize(key)))
 
 
@@ -157,17 +138,3 @@ def bytes_per_device(abstract: Any, shardings: Any) -> int:
     return count * leaf.dtype.itemsize
 
   return sum(jax.tree.leaves(jax.tree.map(size, abstract, shardings)))
-
-
-_KEY_SPEC = jax.eval_shape(lambda: jax.random.key(0))
-
-
-def _initializer(
-  model: nn.Module, image_size: tuple[int, int], text_length: int
-) -> Callable[[jax.Array], Any]:
-  def initialize(key: jax.Array) -> Any:
-    image = jnp.zeros((1, *image_size, 3), jnp.uint8)
-    text = jnp.ones((1, text_length), jnp.int32)
-    return model.init(key, image, text)
-
-  return initialize

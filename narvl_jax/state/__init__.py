@@ -1,0 +1,1 @@
+"""What an update reads and writes: parameters, their rules, the state."""
