@@ -20,6 +20,7 @@ from absl import flags
 
 from narvl_jax import cli
 from narvl_jax.data import sources
+from narvl_jax.data.answer_text import normalize_answer
 from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.disk import write_text
@@ -43,7 +44,7 @@ def load_answers(path: str | os.PathLike[str]) -> list[str]:
       of such an object. No code in a pickle is run.
 
   Returns:
-    The answers in the order of the file, without spaces around them.
+    The answers in the order of the file, normalised.
 
   Raises:
     UserError: the file cannot be read, has an empty entry or one twice.
@@ -123,7 +124,7 @@ def _check(entries: Sequence[Any], path: pathlib.Path) -> list[str]:
     where = f'entry {number} of the list of answers "{path}"'
     if not isinstance(entry, str):
       raise UserError(f"{where} is {entry!r}, not a text ({_FLAG})")
-    answer = entry.strip()
+    answer = normalize_answer(entry)
     if not answer:
       raise UserError(f"{where} is empty; remove it ({_FLAG})")
     if answer in places:
@@ -201,8 +202,7 @@ def collect_answers(
   number = min(len(source), max_records or len(source))
   for index in range(number):
     with contextlib.suppress(*BAD_RECORD_ERRORS):
-      # One line each in the file.
-      answers = {" ".join(answer.split()) for answer in source[index].answers}
+      answers = set(map(normalize_answer, source[index].answers))
       counts.update(answers - {""})
   if not counts:
     raise UserError(

@@ -11,6 +11,15 @@ _SPARED = 0.001
 # Share of bad records from which the data are to be mended, not tolerated.
 _MAX_BAD = 0.2
 _BAR = 40
+_READ_AS = {
+  "one": "one answer",
+  "several": "a list of right answers (no repeats), each with score 1",
+  "annotators": (
+    "a list of annotators' answers (repeats), each with its VQA accuracy"
+    " against the other annotators; the most frequent is the target"
+  ),
+  "scored": "answers with scores",
+}
 _BINS = 12
 
 
@@ -237,6 +246,7 @@ def _text_lines(
   lines += _histogram(lengths["queries"], limit, f"num_queries={limit}")
   lines.append(f"infeasible     {_share(figures['infeasible'], targets)}")
   answers = figures["answers"]
+  lines += _answers_read(figures["answers_read"])
   if answers["of"]:
     lines += ["", f"best answers   {answers['different']:,} different"]
     for answer, count in answers["most_common"].items():
@@ -245,6 +255,30 @@ def _text_lines(
   if figures["kinds"]:
     kinds = (f"{kind} {count:,}" for kind, count in figures["kinds"].items())
     lines += ["", "kinds          " + escape(", ".join(kinds))]
+  return lines
+
+
+def _answers_read(read: Mapping[str, Mapping[str, int]]) -> list[str]:
+  """Returns how the answers of questions were read, where that is not plain."""
+  if set(read) <= {"one"}:
+    return []
+  lines = ["", "answers read as"]
+  for how, text in _READ_AS.items():
+    if how in read:
+      lines.append(f"  {sum(read[how].values()):>9,} {text}")
+  people = read.get("annotators", {})
+  if people:
+    numbers = ", ".join(sorted(people, key=int))
+    lines.append(f"  numbers of annotators: {numbers}")
+  same = {
+    n: count for n, count in read.get("several", {}).items() if n in people
+  }
+  for number, count in same.items():
+    lines.append(
+      f"  note: {count:,} lists of {number} answers have no repeat, so each"
+      f" answer is right (score 1); if {number} annotators gave them, write"
+      ' {"answer": score} instead'
+    )
   return lines
 
 

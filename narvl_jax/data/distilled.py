@@ -41,7 +41,10 @@ def relabel(record: Record, label: Label, task: Task[Any]) -> Record | None:
     no box with an area.
   """
   if isinstance(label.value, str):
-    changes: dict[str, Any] = {"answers": {label.value: 1.0}}
+    changes: dict[str, Any] = {
+      "answers": {label.value: 1.0},
+      "annotators": 0,
+    }
     if not label.value.strip():
       return None
   else:

@@ -48,6 +48,8 @@ class Record:
     kind: sub-category for reports, such as "count" or "attribute".
     score: log-probability that a teacher gave to its answer, where the target
       is that answer; None where it is not.
+    annotators: VQA only: number of people from whose answers the scores follow,
+      see `answer_text.annotator_scores`; 0 if they were given otherwise.
   """
 
   id: str
@@ -60,6 +62,7 @@ class Record:
   objects: tuple[str, ...] | None = None
   kind: str = ""
   score: float | None = None
+  annotators: int = 0
 
   def __eq__(self, other: object) -> bool:
     # The generated one takes the truth value of arrays that it compares.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from narvl_jax.data import images, sources
+from narvl_jax.data.answer_text import normalized_answers
 from narvl_jax.data.batching import short_reason
 from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
 from narvl_jax.data.tasks import Task, make_task
@@ -66,6 +67,9 @@ class _Finding(NamedTuple):
   source_cut: bool = False
   target_cut: bool = False
   answer: str | None = None
+  # How the answers of a question were read, and how many there are.
+  answers_read: str = ""
+  answers: int = 0
   kind: str = ""
   image_size: tuple[int, int] | None = None
   image_bytes: int = 0
@@ -200,6 +204,8 @@ class _Reader:
       source_cut=encoded.text_ids != uncut.text_ids,
       target_cut=encoded.label_ids != uncut.label_ids,
       answer=_best(record),
+      answers_read=_how_read(record),
+      answers=record.annotators or len(record.answers),
       kind=record.kind,
       image_size=size,
       image_bytes=len(record.image) if size and encoded_bytes else 0,
@@ -213,8 +219,19 @@ def _hash(text: str) -> int:
 
 
 def _best(record: Record) -> str | None:
-  answers = record.answers
+  answers = normalized_answers(record.answers)
   return max(answers, key=answers.__getitem__) if answers else None
+
+
+def _how_read(record: Record) -> str:
+  """Returns the key of `answers_read` that a question counts for."""
+  if record.task != "vqa" or not record.answers:
+    return ""
+  if record.annotators:
+    return "annotators"
+  if any(score < 1 for score in record.answers.values()):
+    return "scored"
+  return "several" if len(record.answers) > 1 else "one"
 
 
 class _Collector:
@@ -233,6 +250,8 @@ class _Collector:
     }
     self._reasons: collections.Counter[str] = collections.Counter()
     self._answers: collections.Counter[str] = collections.Counter()
+    # (how read, number of answers) -> questions.
+    self._read: collections.Counter[tuple[str, int]] = collections.Counter()
     self._kinds: collections.Counter[str] = collections.Counter()
     self._widths, self._heights = array("L"), array("L")
     self._bytes = array("L")
@@ -263,6 +282,8 @@ class _Collector:
       counts["without_target"] += 1
     if finding.answer is not None and len(self._answers) < _MAX_ANSWERS:
       self._answers[finding.answer] += 1
+    if finding.answers_read:
+      self._read[finding.answers_read, finding.answers] += 1
     if finding.image_size:
       self._good.append(finding.index)
       self._widths.append(finding.image_size[0])
@@ -310,6 +331,7 @@ class _Collector:
         "of": answered,
         "most_common": dict(self._answers.most_common(8)),
       },
+      "answers_read": self._answers_read(),
       "kinds": dict(self._kinds.most_common(12)),
       "pictures": {
         "width": _spread(self._widths),
@@ -319,6 +341,13 @@ class _Collector:
       "box_area": _spread(self._areas),
       "samples": self._good,
     }
+
+  def _answers_read(self) -> dict[str, dict[str, int]]:
+    """Returns how read -> number of answers -> questions."""
+    found: dict[str, dict[str, int]] = {}
+    for (how, number), count in sorted(self._read.items()):
+      found.setdefault(how, {})[str(number)] = count
+    return found
 
   def _repeated_ids(self, source: Sequence[Record]) -> dict[str, Any]:
     hashes = np.frombuffer(self._hashes, np.uint64)

@@ -2,18 +2,19 @@
 
 Schema 1: one MessagePack map a record, with the fields of `Record` by name:
 
-| key     | value                                                       |
-| ------- | ----------------------------------------------------------- |
-| id      | str                                                         |
-| task    | str, one of `TASKS`                                         |
-| image   | bin: an encoded picture file (arrays are stored as PNG)     |
-| prompt  | str                                                         |
-| answers | array of [str, float], in the order of the source           |
-| box     | array of 4 floats: x0, y0, x1, y1 in pixels of `image`      |
-| premise | str                                                         |
-| objects | array of str; absent for None, which is not an empty array  |
-| kind    | str                                                         |
-| score   | float: log-probability of a teacher's answer                |
+| key        | value                                                       |
+| ---------- | ----------------------------------------------------------- |
+| id         | str                                                         |
+| task       | str, one of `TASKS`                                         |
+| image      | bin: an encoded picture file (arrays are stored as PNG)     |
+| prompt     | str                                                         |
+| answers    | array of [str, float], in the order of the source           |
+| box        | array of 4 floats: x0, y0, x1, y1 in pixels of `image`      |
+| premise    | str                                                         |
+| objects    | array of str; absent for None, which is not an empty array  |
+| kind       | str                                                         |
+| score      | float: log-probability of a teacher's answer                |
+| annotators | int: people from whose answers the scores follow            |
 
 Fields that have their default value are left out. `id`, `task` and `image`
 are always there. Numbers are 64-bit floats.
@@ -49,6 +50,7 @@ def serialize(record: Record) -> bytes:
     "box": None if record.box is None else [float(c) for c in record.box],
     "premise": record.premise,
     "kind": record.kind,
+    "annotators": record.annotators,
   }
   kept = {key: value for key, value in fields.items() if value}
   kept["id"] = record.id
@@ -84,6 +86,7 @@ def deserialize(data: bytes) -> Record:
       box=_box(fields.get("box")),
       objects=tuple(fields["objects"]) if "objects" in fields else None,
       score=float(fields["score"]) if "score" in fields else None,
+      annotators=int(fields.get("annotators", 0)),
     )
   except Exception as e:  # Whatever the bytes are.
     raise UserError(

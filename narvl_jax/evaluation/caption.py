@@ -3,14 +3,16 @@
 import collections
 import string
 
+from narvl_jax.data.answer_text import normalize_answer
 from narvl_jax.data.example import Record
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
-  """Deletes ASCII punctuation and makes every run of whitespace one space."""
-  return " ".join(text.translate(_NO_PUNCTUATION).split())
+  """Normalises white space and characters, and deletes ASCII punctuation."""
+  text = normalize_answer(text).translate(_NO_PUNCTUATION)
+  return " ".join(text.split())
 
 
 def token_f1(prediction: str, reference: str) -> float:

@@ -1,5 +1,6 @@
 """Score of visual entailment: accuracy over yes, no and maybe."""
 
+from narvl_jax.data.answer_text import normalize_answer, normalized_answers
 from narvl_jax.data.example import Record
 
 
@@ -13,6 +14,7 @@ def score(prediction: str, record: Record) -> dict[str, float] | None:
   Returns:
     accuracy, 0 or 1; None if the truth is unknown.
   """
-  if not record.answers:
+  answers = normalized_answers(record.answers)
+  if not answers:
     return None
-  return {"accuracy": float(prediction.strip() in record.answers)}
+  return {"accuracy": float(normalize_answer(prediction) in answers)}

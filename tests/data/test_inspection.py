@@ -230,6 +230,41 @@ def test_without_targets(model_tasks: dict[str, Any]) -> None:
   assert "max_bad_fraction" in _judge(source, model_tasks["vqa"])[1].flags[0]
 
 
+def test_how_answers_were_read(model_tasks: dict[str, Any]) -> None:
+  source = _vqa(["one"] * 6)
+  people = {"one": 0.9, "two": 0.6}
+  right = {word: 1.0 for word in ("one", "two", "three")}
+  for index, changes in enumerate(
+    (
+      {"answers": people, "annotators": 3},
+      {"answers": people, "annotators": 10},
+      {"answers": right},
+      {"answers": people},
+    )
+  ):
+    source[index] = dataclasses.replace(source[index], **changes)
+  figures, _ = _judge(source, model_tasks["vqa"])
+  assert figures["answers_read"] == {
+    "annotators": {"3": 1, "10": 1},
+    "several": {"3": 1},
+    "scored": {"2": 1},
+    "one": {"1": 2},
+  }
+  text = check_report.format_figures("x", figures, {})
+  for part in (
+    "        2 one answer",
+    "        1 a list of right answers (no repeats), each with score 1",
+    "        2 a list of annotators' answers (repeats), each with its VQA acc",
+    "        1 answers with scores",
+    "numbers of annotators: 3, 10",
+    "note: 1 lists of 3 answers have no repeat, so each answer is right",
+  ):
+    assert part in text
+  # One answer each needs no words.
+  figures, _ = _judge(_vqa(["one"] * 3), model_tasks["vqa"])
+  assert "read as" not in check_report.format_figures("x", figures, {})
+
+
 def test_sampling(model_tasks: dict[str, Any]) -> None:
   task = model_tasks["vqa"]
   source = NumberSource("vqa", 1000)

@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from narvl_jax.data.answer_text import annotator_scores, normalize_answer
 from narvl_jax.data.example import Box
 from narvl_jax.data.tasks.entailment import ANSWER_OF_LABEL, ANSWERS
 from narvl_jax.errors import UserError, did_you_mean
 
 
 def scored_answers(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
-  """Returns answer -> score; of equal answers the highest score counts.
+  """Returns normalised answer -> score; of equal answers the highest counts.
 
   Raises:
     UserError: an answer is empty or a score is not in (0, 1].
@@ -19,7 +20,8 @@ def scored_answers(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
   for answer, score in pairs:
     if not isinstance(answer, str):
       raise UserError(f"the answer {answer!r} is no text; put it in quotes")
-    if not answer.strip():
+    text = normalize_answer(answer)
+    if not text:
       raise UserError(f"an answer is empty: {answer!r} with score {score!r}")
     try:
       if isinstance(score, bool):
@@ -35,8 +37,25 @@ def scored_answers(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
         f"the score of the answer {answer!r} is {score}; it must be above 0, at"
         " most 1"
       )
-    answers[answer] = max(value, answers.get(answer, 0.0))
+    answers[text] = max(value, answers.get(text, 0.0))
   return answers
+
+
+def listed_answers(answers: Sequence[Any]) -> dict[str, Any]:
+  """Returns the fields `answers` and `annotators` of a list of answers.
+
+  A list with repeats has one answer of each annotator, which makes the scores;
+  without repeats it has right answers, each with score 1.
+
+  Raises:
+    UserError: an answer is no text, or there is an empty one among right
+      answers.
+  """
+  texts = [normalize_answer(x) for x in answers if isinstance(x, str)]
+  given = [text for text in texts if text]
+  if len(texts) < len(answers) or len(set(given)) == len(given):
+    return {"answers": scored_answers((answer, 1) for answer in answers)}
+  return {"answers": annotator_scores(texts), "annotators": len(texts)}
 
 
 def captions(references: Iterable[Any]) -> dict[str, float]:
@@ -48,7 +67,7 @@ def captions(references: Iterable[Any]) -> dict[str, float]:
   given = list(references)
   if not all(isinstance(caption, str) for caption in given):
     raise UserError(f"the captions {given!r} must be texts")
-  kept = [caption.strip() for caption in given if caption.strip()]
+  kept = [text for caption in given if (text := normalize_answer(caption))]
   if not kept:
     raise UserError("the caption is empty")
   return dict.fromkeys(kept, 1.0)
@@ -63,6 +82,7 @@ def entailment_answer(label: str) -> dict[str, float]:
   Raises:
     UserError: it is none of them.
   """
+  label = normalize_answer(label)
   answer = ANSWER_OF_LABEL.get(label, label)
   if answer not in ANSWERS:
     raise UserError(

@@ -10,7 +10,8 @@
 |         | has the rows of its own task, and those that name none           |
 | prompt  | question, expression or hypothesis; none for captions            |
 | target  | caption: a text, or a list of references                         |
-|         | vqa: an answer, a list of right ones, or {answer: score}         |
+|         | vqa: an answer, a list of right ones, a list with repeats (one   |
+|         | answer of each annotator), or {answer: score}                    |
 |         | grounding: [x0, y0, x1, y1] in pixels                            |
 |         | entailment: yes, no, maybe, or entailment, contradiction,        |
 |         | neutral. May be left out for prediction                          |
@@ -183,8 +184,7 @@ def _caption(target: Any) -> dict[str, Any]:
 def _vqa(target: Any) -> dict[str, Any]:
   if isinstance(target, dict):
     return {"answers": fields.scored_answers(target.items())}
-  answers = target if isinstance(target, list) else [target]
-  return {"answers": fields.scored_answers((answer, 1) for answer in answers)}
+  return fields.listed_answers(target if isinstance(target, list) else [target])
 
 
 def _grounding(target: Any) -> dict[str, Any]:

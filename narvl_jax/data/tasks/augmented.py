@@ -7,6 +7,7 @@ from typing import TypeVar
 import numpy as np
 
 from narvl_jax.data import augmentation, images
+from narvl_jax.data.answer_text import normalized_answers
 from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import base
 
@@ -64,7 +65,7 @@ class AugmentedTask(base.Task[S]):
   ) -> Record:
     scores = {
       answer: float(score)
-      for answer, score in record.answers.items()
+      for answer, score in normalized_answers(record.answers).items()
       if 0 < score <= 1 and self._target_text(answer).strip()
     }
     if not scores:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from narvl_jax.data.answer_text import normalized_answers
 from narvl_jax.data.example import Box, Record
 from narvl_jax.data.images import Change
 from narvl_jax.data.tasks.settings import Settings as Settings
@@ -204,11 +205,15 @@ class Task(abc.ABC, Generic[S]):
     return text
 
   def _best_answer(self, record: Record) -> tuple[str, float]:
-    """Returns the answer of the highest score, the first of equals."""
-    if not record.answers:
+    """Returns the answer of the highest score, the first of equals.
+
+    Where annotators gave the answers the first is the most frequent one.
+    """
+    answers = normalized_answers(record.answers)
+    if not answers:
       raise UserError(f'{self.name} record "{record.id}" has no answer')
-    answer = max(record.answers, key=record.answers.__getitem__)
-    score = float(record.answers[answer])
+    answer = max(answers, key=answers.__getitem__)
+    score = float(answers[answer])
     if not 0 < score <= 1:
       raise UserError(
         f'{self.name} record "{record.id}" has the answer {answer!r} with the'

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from narvl_jax.data.answer_text import normalize_answer
 from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import augmented, base
 
@@ -50,10 +51,10 @@ class CaptionTask(augmented.AugmentedTask[CaptionSettings]):
     return ids, confidence
 
   def _target_text(self, answer: str) -> str:
-    words = base.delete_punctuation(answer).split()
+    words = base.delete_punctuation(normalize_answer(answer)).split()
     return " ".join(words[: self.settings.max_target_words or None])
 
 
 def clean_reference(caption: str) -> str:
   """Returns a reference as metrics compare it: no punctuation, one line."""
-  return base.delete_punctuation(" ".join(caption.split()))
+  return base.delete_punctuation(normalize_answer(caption))

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from narvl_jax.data.answer_text import normalize_answer
 from narvl_jax.data.answers import encode_answers, load_answers
 from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import augmented, base
@@ -46,7 +47,7 @@ class VqaTask(augmented.AugmentedTask[VqaSettings]):
   def decode(self, ids: Sequence[int], original_size: tuple[int, int]) -> str:
     """Returns the answer."""
     del original_size
-    return self.vocabulary.decode(ids).strip()
+    return normalize_answer(self.vocabulary.decode(ids))
 
   def answer_space(self) -> base.AnswerSpace:
     """See `Task`: the answers of a file, shortened as targets are."""
@@ -88,4 +89,5 @@ class VqaTask(augmented.AugmentedTask[VqaSettings]):
     return self.vocabulary.encode(" " + text), confidence
 
   def _target_text(self, answer: str) -> str:
-    return base.limit_words(answer, self.settings.max_target_words)
+    text = normalize_answer(answer)
+    return base.limit_words(text, self.settings.max_target_words)

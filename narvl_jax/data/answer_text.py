@@ -1,0 +1,70 @@
+"""Answers as texts: one spelling for all of them, and what annotators say.
+
+Targets, truths, lists of allowed answers and predictions are all compared in
+the spelling of `normalize_answer`, so that an answer that is trained on can
+also score. The official files are in this spelling already.
+"""
+
+import collections
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+# Invisible and without meaning: zero-width space, word joiner, byte order mark.
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff"))
+# So many of the other annotators must agree for the full score (VQA v2).
+_AGREEING = 3
+
+
+def normalize_answer(text: str) -> str:
+  """Returns an answer in the spelling in which answers are compared.
+
+  White space at the ends is removed, each run of it inside becomes one space,
+  and characters are composed (Unicode NFC). Case and punctuation stay.
+  """
+  composed = unicodedata.normalize("NFC", text.translate(_INVISIBLE))
+  return " ".join(composed.split())
+
+
+def normalized_answers(answers: Mapping[str, float]) -> dict[str, float]:
+  """Returns answer -> score in that spelling, in the same order.
+
+  Of answers that become equal the highest score counts.
+  """
+  found: dict[str, float] = {}
+  for answer, score in answers.items():
+    text = normalize_answer(answer)
+    found[text] = max(score, found.get(text, score))
+  return found
+
+
+def annotator_scores(answers: Sequence[str]) -> dict[str, float]:
+  """Returns the score of each answer that several people gave.
+
+  The accuracy of VQA v2: an answer is held against every set of all annotators
+  but one, where it scores min(matches / 3, 1), and the mean over these sets is
+  its score. With ten annotators one match gives 0.3, two 0.6, three 0.9, and
+  four or more 1.
+
+  The rule is the same for any other number, except that with fewer than four
+  annotators all others must agree: what everybody says has the score 1.
+
+  Args:
+    answers: one of each annotator; empty ones are of people without an answer.
+
+  Returns:
+    Normalised answer -> score in (0, 1]. The most frequent comes first; equally
+    frequent ones are in the order of their first annotators.
+  """
+  people = len(answers)
+  counts = collections.Counter(map(normalize_answer, answers))
+  del counts[""]
+  needed = min(_AGREEING, people - 1)
+  if needed < 1:
+    return dict.fromkeys(counts, 1.0)
+  scores = {}
+  for answer, count in counts.most_common():
+    # In the sets that lack one of those who gave it, and in the others.
+    matches = count * min(count - 1, needed)
+    matches += (people - count) * min(count, needed)
+    scores[answer] = matches / (people * needed)
+  return scores

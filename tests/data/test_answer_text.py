@@ -1,0 +1,223 @@
+"""One spelling of answers everywhere, and the scores of annotators."""
+
+import base64
+import itertools
+import json
+import pathlib
+from typing import Any
+
+import pytest
+
+from narvl_jax.data import answers as answer_lists
+from narvl_jax.data import records, tasks
+from narvl_jax.data.answer_text import (
+  annotator_scores,
+  normalize_answer,
+  normalized_answers,
+)
+from narvl_jax.data.distilled import Label, relabel
+from narvl_jax.data.example import Record
+from narvl_jax.data.sources import load_source
+from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.evaluation import caption, entailment, vqa
+from narvl_jax.evaluation.evaluator import describe
+from narvl_jax.evaluation.predictor import Answer
+from tests.data.sources import tsv_files
+from tests.data.task_records import PICTURE, make_vocabulary
+
+# Spellings of one answer.
+RED_DOG = [
+  "red dog",
+  "red dog ",
+  "\tred  dog\n",
+  "red\u00a0dog",
+  "\u3000red dog\r",
+  "\ufeffred dog\u200b",
+]
+CAFE = ["caf\u00e9", "cafe\u0301", " cafe\u0301 "]
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+  return make_vocabulary()
+
+
+def _record(task: str = "vqa", **fields: Any) -> Record:
+  return Record("1", task, PICTURE, prompt="what?", **fields)
+
+
+@pytest.mark.parametrize("text", RED_DOG)
+def test_normalize(text: str) -> None:
+  assert normalize_answer(text) == "red dog"
+
+
+def test_normalize_keeps_what_tells_answers_apart() -> None:
+  assert set(map(normalize_answer, CAFE)) == {"caf\u00e9"}
+  for text in ("Red", "t-shirt", "10:30", "don't", "\ufb01ne", "a\u200db"):
+    assert normalize_answer(text) == text
+  equal = {"red": 0.3, "blue": 0.5, "red ": 1.0, " red": 0.6}
+  assert normalized_answers(equal) == {"red": 1.0, "blue": 0.5}
+  assert list(normalized_answers(equal)) == ["red", "blue"]
+
+
+@pytest.mark.parametrize("given", RED_DOG)
+def test_what_is_trained_on_can_score(
+  vocabulary: Vocabulary, given: str
+) -> None:
+  """Whatever the source; a shard that was written before has it as it was."""
+  task = tasks.make_task("vqa", vocabulary)
+  record = _record(answers={given: 1.0})
+  encoded = task.encode(record)
+  assert (
+    encoded.label_ids == task.encode(_record(answers={"red dog": 1})).label_ids
+  )
+  assert list(tasks.vocabulary_texts("vqa", {}, [record]))[-1:] == [" red dog"]
+  answer = task.decode(encoded.label_ids, (8, 8))
+  assert answer == "red dog"
+  for prediction in (answer, given):
+    assert vqa.score(str(prediction), record) == {"accuracy": 1.0}
+  assert describe(Answer(record, 0, answer, 0.0))["correct"]
+
+
+def test_target_of_other_tasks(vocabulary: Vocabulary) -> None:
+  task = tasks.make_task("entailment", vocabulary)
+  record = _record("entailment", answers={"yes ": 1.0})
+  assert task.decode(task.encode(record).label_ids, (8, 8)) == "yes"
+  assert entailment.score("yes", record) == {"accuracy": 1.0}
+  record = _record("caption", answers={CAFE[1]: 1.0})
+  scores = caption.score(CAFE[0], record)
+  assert scores is not None
+  assert scores["exact_match"] == 1.0
+
+
+def test_lists_of_answers(
+  vocabulary: Vocabulary, tmp_path: pathlib.Path
+) -> None:
+  """Candidates, collected answers and targets agree."""
+  path = tmp_path / "answers.json"
+  path.write_text(json.dumps([RED_DOG[2], "cat"]))
+  task = tasks.make_task("vqa", vocabulary, {"answers": str(path)})
+  target = task.encode(_record(answers={RED_DOG[3]: 1.0})).label_ids[:-1]
+  candidates = task.candidates()
+  assert candidates is not None
+  assert candidates[0] == target
+  found = [_record(answers={text: 1.0}) for text in [*RED_DOG, *CAFE]]
+  counts = answer_lists.collect_answers(found, "vqa")
+  assert counts == {"red dog": len(RED_DOG), "caf\u00e9": len(CAFE)}
+
+
+def _jsonl(folder: pathlib.Path, task: str, target: Any) -> Record:
+  (folder / "1.jpg").write_bytes(tsv_files.picture(0))
+  row = {"image": "1.jpg", "prompt": "what?", "target": target}
+  path = folder / "own.jsonl"
+  path.write_text(json.dumps(row) + "\n")
+  return load_source("jsonl", task=task, split="train", path=str(path))[0]
+
+
+@pytest.mark.parametrize("text", RED_DOG)
+def test_files_are_read_in_one_spelling(
+  tmp_path: pathlib.Path, text: str
+) -> None:
+  for target in (text, [text], {text: 1.0}):
+    assert _jsonl(tmp_path, "vqa", target).answers == {"red dog": 1.0}
+  assert _jsonl(tmp_path, "caption", text).answers == {"red dog": 1.0}
+  if "\n" not in text and "\t" not in text:
+    picture = base64.b64encode(tsv_files.picture(0)).decode()
+    row = f"1\t1\twhat?\t0.3|!+{text}&&0.6|!+red dog\t\t{picture}\n"
+    path = tmp_path / "vqa.tsv"
+    path.write_text(row, encoding="utf-8", newline="")
+    source = load_source("ofa_tsv", task="vqa", split="train", path=str(path))
+    assert source[0].answers == {"red dog": 0.6}
+  merged = _jsonl(tmp_path, "vqa", {text: 0.3, "red dog": 0.6}).answers
+  assert merged == {"red dog": 0.6}
+
+
+def _by_definition(counts: dict[str, int], needed: int) -> dict[str, float]:
+  """Mean over the sets of all annotators but one, as VQA v2 has it."""
+  people = list(itertools.chain(*([a] * n for a, n in counts.items())))
+  scores = {}
+  for answer in counts:
+    sets = [people[:i] + people[i + 1 :] for i in range(len(people))]
+    matches = [min(rest.count(answer) / needed, 1) for rest in sets]
+    scores[answer] = sum(matches) / len(matches)
+  return scores
+
+
+def test_ten_annotators() -> None:
+  for count, score in enumerate((0.3, 0.6, 0.9, 1.0, 1.0), 1):
+    others = [f"other {i}" for i in range(10 - count)]
+    scores = annotator_scores([*others, *["yes"] * count])
+    assert scores["yes"] == pytest.approx(score, abs=1e-12)
+    expected = _by_definition({"yes": count, **dict.fromkeys(others, 1)}, 3)
+    assert scores == pytest.approx(expected, abs=1e-12)
+  assert annotator_scores(["yes"] * 10) == {"yes": 1.0}
+
+
+@pytest.mark.parametrize(
+  ("counts", "needed"),
+  [
+    ({"a": 2}, 1),
+    ({"a": 2, "b": 1}, 2),
+    ({"a": 3}, 2),
+    ({"a": 3, "b": 1}, 3),
+    ({"a": 2, "b": 2, "c": 1}, 3),
+    ({"a": 7, "b": 5, "c": 3, "d": 1}, 3),
+  ],
+)
+def test_other_numbers_of_annotators(
+  counts: dict[str, int], needed: int
+) -> None:
+  people = list(itertools.chain(*([a] * n for a, n in counts.items())))
+  scores = annotator_scores(people)
+  assert scores == pytest.approx(_by_definition(counts, needed))
+  assert all(0 < score <= 1 for score in scores.values())
+  if len(counts) == 1:
+    assert scores == {"a": 1.0}
+
+
+def test_most_frequent_comes_first() -> None:
+  """Two answers may both have the score 1; the first of equals is taken."""
+  assert list(annotator_scores(["no"] * 4 + ["yes"] * 5)) == ["yes", "no"]
+  assert list(annotator_scores(["no", "yes"] * 5)) == ["no", "yes"]
+  # Spellings are counted together; people without an answer count as people.
+  scores = annotator_scores(["red ", "blue", "red", "", "blue ", "\tred", ""])
+  assert list(scores) == ["red", "blue"]
+  assert scores == pytest.approx(
+    {
+      k: v
+      for k, v in _by_definition({"red": 3, "blue": 2, "": 2}, 3).items()
+      if k
+    }
+  )
+  assert annotator_scores(["one"]) == {"one": 1.0}
+  assert annotator_scores([]) == {}
+
+
+def test_a_list_with_repeats_is_of_annotators(
+  vocabulary: Vocabulary, tmp_path: pathlib.Path
+) -> None:
+  people = ["blue", *["red"] * 6, "red ", "cat", "cat"]
+  record = _jsonl(tmp_path, "vqa", people)
+  assert record.annotators == 10
+  assert record.answers == pytest.approx({"red": 1.0, "cat": 0.6, "blue": 0.3})
+  task = tasks.make_task("vqa", vocabulary)
+  encoded = task.encode(record)
+  assert task.decode(encoded.label_ids, (8, 8)) == "red"
+  assert encoded.confidence == 1.0
+  assert vqa.score("cat", record) == pytest.approx({"accuracy": 0.6})
+  # Both have the score 1; the most frequent is the target.
+  record = _jsonl(tmp_path, "vqa", ["cat"] * 4 + ["red"] * 6)
+  assert task.decode(task.encode(record).label_ids, (8, 8)) == "red"
+  # Stored and read back; a teacher's answer has no annotators.
+  assert records.deserialize(records.serialize(record)) == record
+  new = relabel(record, Label("cat", -0.5), task)
+  assert new is not None
+  assert new.annotators == 0
+
+
+def test_a_list_without_repeats_has_right_answers(
+  tmp_path: pathlib.Path,
+) -> None:
+  record = _jsonl(tmp_path, "vqa", ["two", "2", "a couple"])
+  assert record.annotators == 0
+  assert record.answers == dict.fromkeys(["two", "2", "a couple"], 1.0)
