@@ -5,11 +5,13 @@ python -m narvl_jax.evaluate --workdir=runs/shapes [--split=test]
     [--decoding=greedy|beam|candidates|reference] [--constrained]
     [--answers=answers.txt] [--tasks=vqa,grounding]
 
-Prints a table and writes into the run folder: evaluation.json,
-predictions/SPLIT.jsonl and predictions/SPLIT.png.
+Prints a table and writes evaluations/NAME.json, predictions/NAME.jsonl and
+predictions/NAME.png into the run folder. NAME is SPLIT-STEP-DECODING, followed
+by the limit (maxN) and the tasks if not all examples or tasks are evaluated.
+With the run's own settings and its best checkpoint, evaluation.json is
+replaced as well.
 """
 
-import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -53,8 +55,7 @@ def evaluate(
     tasks: whose data sets are answered; None: all.
 
   Returns:
-    The report, see `evaluator.evaluate_tasks`; and `decoding` (task -> the
-    settings by which its answers were read).
+    The report, see `evaluator.evaluate_tasks`.
 
   Raises:
     UserError: no such run, checkpoint or split, or a number below 1; or
@@ -79,6 +80,7 @@ def evaluate(
   decoding_flags.check_answers_heeded(
     {k: v for k, v in decodings.items() if not tasks or k in tasks}, answers
   )
+  name = decoding_flags.decoding_name(decoding, answers)
   start = time.monotonic()
   report, predictions = evaluator.evaluate_tasks(
     experiment,
@@ -88,15 +90,15 @@ def evaluate(
     batch_size=settings.batch_size if batch_size is None else batch_size,
     step=step,
     decodings=decodings,
+    decoding_name=name,
     tasks=tasks,
   )
   seconds = time.monotonic() - start
-  report["decoding"] = {
-    name: dataclasses.asdict(decodings[name]) for name in report["tasks"]
-  }
   show(reporting.format_table(report))
   show(f"\n{report['examples'] / seconds:.3g} examples/s, {seconds:.1f} s")
-  for path in results.write_results(experiment, workdir, report, predictions):
+  for path in results.write_results(
+    experiment, workdir, report, predictions, best=checkpoint == "best"
+  ):
     show(f"wrote {path}")
   return report
 

@@ -54,7 +54,12 @@ from narvl_jax.training.metrics import MetricsWriter, SilentMetrics
 from narvl_jax.training.prefetch import DeviceBatches, batch_opener
 from narvl_jax.training.score import flat_metrics, score_of
 from narvl_jax.training.setup import Setup
-from narvl_jax.training.start import first_state, prepare, write_run
+from narvl_jax.training.start import (
+  chosen_variables,
+  first_state,
+  prepare,
+  write_run,
+)
 
 
 def train(
@@ -178,8 +183,15 @@ def _run(
           guard.check_folder()
         guard.stopped(int(state.step))
       guard.stop.finish()
+    with ledger.stage("checkpoint"):
+      variables, step = chosen_variables(setup, state, checkpoints, say)
     with ledger.stage("evaluation"):
-      report = _final_evaluation(experiment, state, workdir, writer, guard, say)
+      report = _final_evaluation(
+        experiment, variables, step, workdir, guard, say
+      )
+    # In the line of the last step, also where an earlier one was better.
+    values = flat_metrics(report) | {f"{report['split']}/step": float(step)}
+    writer.write(int(state.step), values)
     with ledger.stage("checkpoint"):
       checkpoints.wait()
       guard.check_folder()
@@ -263,20 +275,19 @@ def _fit(
 
 def _final_evaluation(
   experiment: experiment_lib.Experiment,
-  state: TrainState,
+  variables: Mapping[str, Any],
+  step: int,
   workdir: pathlib.Path,
-  writer: MetricsWriter | SilentMetrics,
   guard: Guard,
   say: Announcer,
 ) -> dict[str, Any]:
   settings = experiment.config.evaluation
-  step = int(state.step)
   limit = settings.max_examples
   extent = f"at most {limit} a source" if limit else "all"
   say(f"evaluating step {step} on {settings.split}, {extent}")
   report, predictions = evaluate_tasks(
     experiment,
-    evaluation_variables(state),
+    variables,
     split=settings.split,
     max_examples=limit or None,
     batch_size=settings.batch_size,
@@ -288,7 +299,6 @@ def _final_evaluation(
   if distributed.is_first():
     for path in write_results(experiment, workdir, report, predictions):
       show(f"wrote {path}")
-  writer.write(step, flat_metrics(report))
   return report
 
 

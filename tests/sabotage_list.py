@@ -119,6 +119,22 @@ SABOTAGES = (
     "::test_a_step_under_another_name_is_told[copied-False]",
   ),
   Sabotage(
+    "the final report is of the last checkpoint",
+    "narvl_jax/training/start.py",
+    'while (step := choose_step(checkpoints, "best")) != int(state.step):',
+    'while (step := choose_step(checkpoints, "last")) != int(state.step):',
+    "tests/training/test_start.py"
+    "::test_the_final_report_is_of_the_best_checkpoint[3]",
+  ),
+  Sabotage(
+    "an evaluation overwrites that of another step",
+    "narvl_jax/evaluation/reporting.py",
+    'parts = [report["split"], report["step"], report.get("decoding_name")]',
+    'parts = [report["split"], report.get("decoding_name")]',
+    "tests/evaluation/test_results.py"
+    "::test_only_the_evaluation_of_the_config_is_the_main_one",
+  ),
+  Sabotage(
     "the lock of another run is overwritten",
     "narvl_jax/training/run_lock.py",
     "while not self._create(stage):",

@@ -19,8 +19,17 @@ def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
   return tiny_run.copy_run(tmp_path / "run")
 
 
+def _limit(workdir: pathlib.Path, count: int) -> None:
+  """Limits the examples that the run is evaluated on by its config."""
+  path = workdir / "config.json"
+  config = json.loads(path.read_text())
+  config["evaluation"]["max_examples"] = count
+  path.write_text(json.dumps(config))
+
+
 def test_evaluation_json_has_the_published_schema(workdir, capsys):
-  report = evaluate(workdir, max_examples=8)
+  _limit(workdir, 8)
+  report = evaluate(workdir)
   written = json.loads((workdir / "evaluation.json").read_text())
   assert written == report
   assert written["split"] == "test"
@@ -33,10 +42,13 @@ def test_evaluation_json_has_the_published_schema(workdir, capsys):
     "grounding": ["acc@0.5", "mean_iou"],
     "vqa": ["accuracy"],
   }
-  lines = (workdir / "predictions" / "test.jsonl").read_text().splitlines()
+  name = f"test-{tiny_run.STEP}-greedy-max8"
+  lines = (workdir / "predictions" / f"{name}.jsonl").read_text().splitlines()
   assert len(lines) == 32
+  kept = workdir / "evaluations" / f"{name}.json"
+  assert json.loads(kept.read_text()) == report
   output = capsys.readouterr().out
-  assert f"test, step {tiny_run.STEP}, 32 examples" in output
+  assert f"test, step {tiny_run.STEP}, greedy, 32 examples, at most 8" in output
   assert "grounding" in output
   assert "wrote " in output
 
@@ -47,7 +59,23 @@ def test_split_is_chosen_by_flag(workdir):
   )
   assert report["split"] == "held_out"
   assert report["examples"] == 12
-  assert (workdir / "predictions" / "held_out.png").exists()
+  name = f"held_out-{tiny_run.STEP}-greedy-max3"
+  assert (workdir / "predictions" / f"{name}.png").exists()
+
+
+def test_an_evaluation_keeps_the_results_of_others(workdir):
+  _limit(workdir, 3)
+  main = evaluate(workdir)
+  evaluate(workdir, max_examples=2)
+  evaluate(workdir, tasks=["vqa"])
+  evaluate(workdir, checkpoint=tiny_run.STEP, decoding={"constrained": False})
+  evaluate(workdir, tasks=["grounding"], decoding={"constrained": True})
+  assert json.loads((workdir / "evaluation.json").read_text()) == main
+  names = {path.stem for path in (workdir / "evaluations").iterdir()}
+  assert names == {
+    f"test-{tiny_run.STEP}-greedy{more}"
+    for more in ("-max3", "-max2", "-max3-vqa", "-constrained-max3-grounding")
+  }
 
 
 def test_bad_records_may_be_allowed_by_flag(workdir, monkeypatch):
@@ -75,7 +103,10 @@ def test_answers_of_a_file(workdir, tmp_path):
     decoding={"constrained": True},
     tasks=["vqa"],
   )
-  lines = (workdir / "predictions" / "test.jsonl").read_text().splitlines()
+  (path,) = (workdir / "predictions").glob(
+    f"test-{tiny_run.STEP}-greedy-constrained-answers_????????-max4-vqa.jsonl"
+  )
+  lines = path.read_text().splitlines()
   said = [json.loads(line)["prediction"] for line in lines]
   assert len(said) == 4
   assert {*said} <= {"yes", "red"}

@@ -40,6 +40,7 @@ def _config() -> Config:
   config.train.log_every = 1
   # Of 4000 records; the final evaluation is no matter here.
   config.train.eval_examples = 8
+  config.evaluation.max_examples = 8
   return config
 
 
@@ -155,14 +156,16 @@ def test_run_folder(outcomes):
   folder = outcomes["whole"].workdir
   assert {path.name for path in folder.iterdir()} == {
     *("checkpoints", "config.json", "environment.json", "evaluation.json"),
-    *("metrics.jsonl", "predictions", "sharding.txt", "tensorboard"),
-    "vocabulary",
+    *("evaluations", "metrics.jsonl", "predictions", "sharding.txt"),
+    *("tensorboard", "vocabulary"),
   }
   assert json.loads((folder / "config.json").read_text()) == to_json(_config())
   report = json.loads((folder / "evaluation.json").read_text())
   assert report == outcomes["whole"].report
   assert report["split"] == "test"
   assert report["step"] == 6
+  kept = folder / "evaluations" / "test-6-greedy-max8.json"
+  assert json.loads(kept.read_text()) == report
 
 
 def test_metrics_of_a_run(outcomes):
@@ -175,6 +178,7 @@ def test_metrics_of_a_run(outcomes):
   evaluated = [x["step"] for x in lines if "validation/vqa/accuracy" in x]
   assert evaluated == [3, 6]
   assert "test/vqa/accuracy" in lines[-1]
+  assert lines[-1]["test/step"] == 6
   assert [line["data/vqa/examples"] for line in lines] == [4, 8, 12, 16, 20, 24]
 
 

@@ -1,10 +1,12 @@
 """Flags that say how answers are read, for every command that reads some."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
 
+from narvl_jax.data.answers import load_answers
 from narvl_jax.decoding import Decoding
 from narvl_jax.decoding.settings import METHODS
 from narvl_jax.errors import UserError, did_you_mean
@@ -68,6 +70,39 @@ def from_flags() -> dict[str, Any]:
     "method": values.decoding,
     **{name: value for name, value in given.items() if value is not None},
   }
+
+
+def decoding_name(settings: Mapping[str, Any] | None, answers: str = "") -> str:
+  """Returns a name for a way to decode; it differs if an answer may differ.
+
+  Args:
+    settings: those of `decodings_for`.
+    answers: file of the answers that VQA allows; "": that of the config.
+
+  Returns:
+    The method and each setting that is not its default, such as `greedy` or
+    `beam-constrained-num_best3`; a list of answers is named by its content.
+
+  Raises:
+    UserError: the file cannot be read.
+  """
+  given = dict(settings or {})
+  method = given.pop("method", METHODS[0])
+  parts = [method]
+  for name in _SETTINGS:
+    value = given.get(name)
+    # The reference has other defaults, which depend on the task.
+    default = getattr(Decoding(), name) if method != _REFERENCE else None
+    if value in (None, default):
+      continue
+    if isinstance(value, bool):
+      parts.append(name if value else f"no_{name}")
+    else:
+      parts.append(f"{name}{value}")
+  if answers:
+    content = repr(load_answers(answers)).encode()
+    parts.append(f"answers_{hashlib.sha256(content).hexdigest()[:8]}")
+  return "-".join(parts)
 
 
 def decodings_for(

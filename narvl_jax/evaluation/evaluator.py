@@ -1,6 +1,7 @@
 """Scores a model on data sets of every task."""
 
 import collections
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ def evaluate_tasks(
   batch_size: int,
   step: int | None = None,
   decodings: Mapping[str, Decoding] | None = None,
+  decoding_name: str = "greedy",
   tasks: Sequence[str] | None = None,
   before_batch: Callable[[], None] = lambda: None,
 ) -> tuple[Report, list[Prediction]]:
@@ -52,15 +54,18 @@ def evaluate_tasks(
     batch_size: rounded up to a multiple of the devices that share a batch.
     step: training step of `variables`, for the report.
     decodings: by task; greedy for those that are not named.
+    decoding_name: what the report calls `decodings`.
     tasks: whose data sets are answered; None: all.
     before_batch: called before each batch, on all hosts as often; what it
       raises ends the evaluation.
 
   Returns:
     The report and one prediction per example. The report has split, step,
-    examples, `tasks` (task -> metric -> mean in [0, 1]), `counts` (task ->
-    examples), `kinds` (task -> kind -> metrics and examples) and `datasets`
-    (name -> task, metrics and examples). Records without ground truth count
+    `decoding_name`, `decoding` (task -> settings), `max_examples`,
+    `only_tasks` (None if all were evaluated), examples, `tasks` (task ->
+    metric -> mean in [0, 1]), `counts` (task -> examples), `kinds` (task ->
+    kind -> metrics and examples) and `datasets` (name -> task, metrics and
+    examples). Records without ground truth count
     as examples and have no score; bad records count as neither.
 
   Raises:
@@ -95,7 +100,19 @@ def evaluate_tasks(
       place = {"dataset": name, "index": int(indices[answer.index])}
       predictions.append(describe(answer) | place)
   predictions = _of_all_hosts(predictions, list(config.data.evaluation))
-  return summarise(predictions, split=split, step=step), predictions
+  report = summarise(predictions, split=split, step=step)
+  every = list(dict.fromkeys(x.task for x in config.data.evaluation.values()))
+  evaluated = list(dict.fromkeys(entry.task for entry in chosen.values()))
+  report |= {
+    "decoding_name": decoding_name,
+    "decoding": {
+      task: dataclasses.asdict((decodings or {}).get(task, Decoding()))
+      for task in report["tasks"]
+    },
+    "max_examples": max_examples,
+    "only_tasks": None if evaluated == every else evaluated,
+  }
+  return report, predictions
 
 
 def _of_all_hosts(

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,9 +33,40 @@ def format_table(report: Report) -> str:
     for task, kind, count, metrics in rows
   ]
   lines.insert(1, "-" * max(map(len, lines)))
-  step = "" if report["step"] is None else f", step {report['step']}"
-  head = f"{report['split']}{step}, {report['examples']} examples"
-  return "\n".join([head, "", *(line.rstrip() for line in lines)])
+  return "\n".join([heading(report), "", *(line.rstrip() for line in lines)])
+
+
+def heading(report: Report) -> str:
+  """Returns what was evaluated: split, step, decoding and examples.
+
+  A limit on the examples, or on the tasks, is named as well.
+  """
+  step = "no step" if report["step"] is None else f"step {report['step']}"
+  parts = [
+    report["split"],
+    step,
+    report.get("decoding_name", "greedy"),
+    f"{report['examples']} examples",
+  ]
+  if report.get("max_examples"):
+    parts.append(f"at most {report['max_examples']} of each data set")
+  if report.get("only_tasks"):
+    parts.append(f"only {' and '.join(report['only_tasks'])}")
+  return ", ".join(parts)
+
+
+def file_name(report: Report) -> str:
+  """Returns the name, without suffix, of the files of an evaluation.
+
+  Two evaluations share a name only if split, step, decoding, limit and tasks
+  are the same; that of all examples and tasks is `SPLIT-STEP-DECODING`.
+  """
+  parts = [report["split"], report["step"], report.get("decoding_name")]
+  if report.get("max_examples"):
+    parts.append(f"max{report['max_examples']}")
+  parts += report.get("only_tasks") or []
+  # A split is named by the data, and may be no name of a file.
+  return urllib.parse.quote("-".join(map(str, parts)), safe="")
 
 
 def _format_metrics(metrics: Mapping[str, float]) -> str:

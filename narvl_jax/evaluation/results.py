@@ -3,6 +3,7 @@
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,6 +15,8 @@ from narvl_jax.disk import replacing
 from narvl_jax.evaluation import rendering, reporting
 from narvl_jax.experiment import Experiment
 
+# The evaluation by the run's own settings, of its best checkpoint.
+MAIN_FILE = "evaluation.json"
 _PANELS_PER_TASK = 10
 
 
@@ -22,36 +25,57 @@ def write_results(
   workdir: str | os.PathLike[str],
   report: reporting.Report,
   predictions: Sequence[reporting.Prediction],
+  *,
+  best: bool = True,
 ) -> list[pathlib.Path]:
-  """Writes evaluation.json, predictions/SPLIT.jsonl and predictions/SPLIT.png.
+  """Writes a report, predictions and a page of pictures into a run folder.
+
+  They are `evaluations/NAME.json`, `predictions/NAME.jsonl` and
+  `predictions/NAME.png`; NAME is that of `reporting.file_name`, so that no
+  evaluation replaces a different one. The evaluation by the run's own settings
+  and of its best checkpoint also becomes `evaluation.json`.
 
   Args:
     experiment: opens the data sets again for their pictures.
     workdir: run folder.
     report: of `evaluator.evaluate_tasks`.
     predictions: likewise.
+    best: whether the checkpoint is the one that is chosen by default.
 
   Returns:
     The files, each of which is complete or was not touched.
   """
   folder = pathlib.Path(workdir)
   split = report["split"]
+  name = reporting.file_name(report)
   paths = [
-    folder / "evaluation.json",
-    folder / "predictions" / f"{split}.jsonl",
-    folder / "predictions" / f"{split}.png",
+    folder / "evaluations" / f"{name}.json",
+    folder / "predictions" / f"{name}.jsonl",
+    folder / "predictions" / f"{name}.png",
   ]
   reporting.write_predictions(paths[1], predictions)
-  title = f"{folder.resolve().name}, {split}, {report['examples']} examples"
-  if report["step"] is not None:
-    title += f", step {report['step']}"
   grid = rendering.prediction_grid(
-    prediction_panels(experiment, split, predictions), title=title
+    prediction_panels(experiment, split, predictions),
+    title=f"{folder.resolve().name}, {reporting.heading(report)}",
   )
   write_image(paths[2], grid)
-  # Last: who waits for this file finds the others.
   reporting.write_json(paths[0], report)
+  if best and _is_main(experiment.config, report):
+    # Last: who waits for this file finds the others.
+    paths.append(folder / MAIN_FILE)
+    reporting.write_json(paths[-1], report)
   return paths
+
+
+def _is_main(config: Any, report: reporting.Report) -> bool:
+  """Returns whether a report is of what the config says."""
+  settings = config.evaluation
+  return (
+    report["split"] == settings.split
+    and report["decoding_name"] == "greedy"
+    and report["max_examples"] == (settings.max_examples or None)
+    and report["only_tasks"] is None
+  )
 
 
 def prediction_panels(

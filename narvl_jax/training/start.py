@@ -12,10 +12,14 @@ from narvl_jax.errors import UserError
 from narvl_jax.experiment import Experiment
 from narvl_jax.parallel import distributed, mesh_from_config
 from narvl_jax.parallel.mesh import describe
-from narvl_jax.state.train_state import TrainState
+from narvl_jax.state.train_state import TrainState, evaluation_variables
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.announce import Announcer, describe_model
-from narvl_jax.training.checkpoints import Checkpoints, restore_target
+from narvl_jax.training.checkpoints import (
+  Checkpoints,
+  choose_step,
+  restore_target,
+)
 from narvl_jax.training.init_from import check_init_from, init_from
 from narvl_jax.training.integrity import DamagedCheckpoint
 from narvl_jax.training.setup import Setup, build_setup
@@ -106,6 +110,40 @@ def first_state(
     say(f"initialised with seed {config.seed}")
   checkpoints.prepare(state)
   return state, 0, {}
+
+
+def chosen_variables(
+  setup: Setup, state: TrainState, checkpoints: Checkpoints, say: Announcer
+) -> tuple[dict[str, Any], int]:
+  """Returns what a trained run is evaluated by: its best checkpoint.
+
+  The rule is that of `evaluate` and `predict`, `choose_step`.
+
+  Args:
+    setup: of the run.
+    state: the last one, which is on disk or on its way there.
+    checkpoints: of the run; damaged ones are set aside.
+    say: prints a line.
+
+  Returns:
+    Variables {"params", "batch_stats"} on the mesh, moving averages if the run
+    has them; and the step of the checkpoint.
+  """
+  checkpoints.wait()
+  target = restore_target(setup.abstract_state, setup.shardings)
+  while (step := choose_step(checkpoints, "best")) != int(state.step):
+    try:
+      variables = checkpoints.restore_variables(
+        step,
+        {"params": target.params, "batch_stats": target.batch_stats},
+        target.ema,
+      )
+    except DamagedCheckpoint as error:
+      say(f"refused: {error}")
+      checkpoints.set_aside_damaged({step: error.damage})
+      continue
+    return variables, step
+  return evaluation_variables(state), step
 
 
 def _resume(

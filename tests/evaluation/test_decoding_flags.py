@@ -15,6 +15,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.evaluation.answer_list import with_answers
 from narvl_jax.evaluation.decoding_flags import (
   check_answers_heeded,
+  decoding_name,
   decodings_for,
 )
 from narvl_jax.evaluation.readers import answer_lengths, make_reader
@@ -209,3 +210,21 @@ def test_lengths_are_no_part_of_a_program(autoregressive: Any) -> None:
   np.testing.assert_array_equal(
     answer_lengths(autoregressive, Decoding(max_length=999)), [1, most]
   )
+
+
+def test_a_name_for_every_way_to_decode(tmp_path):
+  name = decoding_name
+  assert name(None) == name({}) == name({"method": "greedy"}) == "greedy"
+  # What is the default anyway is no other way.
+  assert name({"constrained": False, "beam_size": 5}) == "greedy"
+  assert name({"method": "beam", "num_best": 3, "normalize": False}) == (
+    "beam-num_best3-no_normalize"
+  )
+  # Its defaults depend on the task.
+  assert name({"method": "reference", "beam_size": 5}) == "reference-beam_size5"
+  first, same, other = (tmp_path / f"{x}.txt" for x in "abc")
+  for path, text in ((first, "yes"), (same, "yes\n"), (other, "yes\nno")):
+    path.write_text(text)
+  names = [name({"constrained": True}, str(x)) for x in (first, same, other)]
+  assert names[0] == names[1] != names[2]
+  assert names[0].startswith("greedy-constrained-answers_")

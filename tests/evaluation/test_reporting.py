@@ -28,7 +28,7 @@ REPORT = {
 
 def test_table_has_a_line_per_task_and_kind():
   assert reporting.format_table(REPORT).splitlines() == [
-    "test, step 7, 13 examples",
+    "test, step 7, greedy, 13 examples",
     "",
     "task       kind    examples  metrics",
     "-" * 62,
@@ -38,6 +38,27 @@ def test_table_has_a_line_per_task_and_kind():
     "grounding  all            8  acc@0.5  25.0 %  mean_iou  12.5 %",
     "caption    all            1  no ground truth",
   ]
+
+
+@pytest.mark.parametrize(
+  ("change", "heading"),
+  [
+    ({"decoding_name": "beam"}, "test, step 7, beam, 13 examples"),
+    ({"step": None}, "test, no step, greedy, 13 examples"),
+    (
+      {"max_examples": 5},
+      "test, step 7, greedy, 13 examples, at most 5 of each data set",
+    ),
+    (
+      {"max_examples": 5, "only_tasks": ["vqa", "caption"]},
+      "test, step 7, greedy, 13 examples, at most 5 of each data set, only vqa"
+      " and caption",
+    ),
+  ],
+)
+def test_the_heading_names_what_was_evaluated(change, heading):
+  table = reporting.format_table(REPORT | change)
+  assert table.splitlines()[0] == heading
 
 
 def test_json_replaces_the_old_file_at_once(tmp_path, monkeypatch):

@@ -40,9 +40,9 @@ def test_files_hold_the_report_and_every_prediction(evaluated, tmp_path):
   report, predictions = evaluated
   paths = results.write_results(experiment, tmp_path, report, predictions)
   assert [str(path.relative_to(tmp_path)) for path in paths] == [
-    "evaluation.json",
-    "predictions/test.jsonl",
-    "predictions/test.png",
+    "evaluations/test-7-greedy-max12.json",
+    "predictions/test-7-greedy-max12.jsonl",
+    "predictions/test-7-greedy-max12.png",
   ]
   assert json.loads(paths[0].read_text()) == report
   lines = paths[1].read_text().splitlines()
@@ -55,9 +55,59 @@ def test_files_hold_the_report_and_every_prediction(evaluated, tmp_path):
 def test_folder_that_cannot_be_written(evaluated, tmp_path):
   experiment, _ = tiny_run.tiny_model()
   (tmp_path / "predictions").write_text("a file is in the way")
-  with pytest.raises(UserError, match=r'cannot write ".*test\.jsonl": '):
+  with pytest.raises(
+    UserError, match=r'cannot write ".*test-7-greedy-max12\.jsonl": '
+  ):
     results.write_results(experiment, tmp_path, *evaluated)
-  assert not (tmp_path / "evaluation.json").exists()
+  assert [path.name for path in tmp_path.iterdir()] == ["predictions"]
+
+
+def test_only_the_evaluation_of_the_config_is_the_main_one(
+  tmp_path, monkeypatch
+):
+  """Limits, tasks, decodings, splits and steps have files of their own."""
+  monkeypatch.setattr(
+    results.rendering,
+    "prediction_grid",
+    lambda panels, title: Image.new("RGB", (8, 8)),
+  )
+  experiment, _ = tiny_run.tiny_model()
+  main = {
+    "split": "test",
+    "step": 7,
+    "decoding_name": "greedy",
+    "max_examples": None,
+    "only_tasks": None,
+    "examples": 0,
+    "tasks": {},
+    "counts": {},
+    "kinds": {},
+    "datasets": {},
+  }
+  found = {}
+  for name, change in (
+    ("test-7-greedy", {}),
+    ("test-5-greedy", {"step": 5}),
+    ("held_out-7-greedy", {"split": "held_out"}),
+    ("test-7-beam-num_best3", {"decoding_name": "beam-num_best3"}),
+    ("test-7-greedy-max9", {"max_examples": 9}),
+    ("test-7-greedy-vqa-caption", {"only_tasks": ["vqa", "caption"]}),
+    ("a%2F..%2Fb-7-greedy", {"split": "a/../b"}),
+  ):
+    report = main | change
+    best = name != "test-5-greedy"
+    paths = results.write_results(experiment, tmp_path, report, [], best=best)
+    found[name] = report
+    assert [path.stem for path in paths[:3]] == [name] * 3
+    assert len(paths) == (4 if change == {} else 3)
+  written = json.loads((tmp_path / "evaluation.json").read_text())
+  assert written == found["test-7-greedy"]
+  assert {
+    path.stem: json.loads(path.read_text())
+    for path in (tmp_path / "evaluations").iterdir()
+  } == found
+  names = {path.name for path in (tmp_path / "predictions").iterdir()}
+  assert names == {f"{name}.{x}" for name in found for x in ("jsonl", "png")}
 
 
 def test_an_answer_without_a_box_is_told_as_such():

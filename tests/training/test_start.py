@@ -8,8 +8,9 @@ import jax
 import pytest
 
 from narvl_jax.errors import UserError
-from narvl_jax.training.checkpoints import Checkpoints
-from narvl_jax.training.start import first_state
+from narvl_jax.state.train_state import evaluation_variables
+from narvl_jax.training.checkpoints import Checkpoints, choose_step
+from narvl_jax.training.start import chosen_variables, first_state
 from tests.training.saved import (
   assert_equal,
   files_of,
@@ -110,3 +111,36 @@ def test_weights_alone_are_no_damage(tmp_path):
     with pytest.raises(UserError, match="holds weights but no state of an opt"):
       _first_state(checkpoints)
     assert checkpoints.steps() == [0]
+
+
+@pytest.mark.parametrize("best", [3, 6])
+def test_the_final_report_is_of_the_best_checkpoint(tmp_path, best):
+  """As that of `evaluate`, whose rule is `choose_step`."""
+  said: list[str] = []
+  say: Any = said.append
+  state = make_state(6)
+  with Checkpoints(tmp_path, keep_last=2) as checkpoints:
+    for step in (3, 6):
+      checkpoints.save(step, make_state(step), score=float(step == best))
+    variables, step = chosen_variables(_setup(), state, checkpoints, say)
+    assert step == best == choose_step(checkpoints, "best")
+  chosen = make_state(best)
+  assert_equal(
+    jax.device_get(variables), jax.device_get(evaluation_variables(chosen))
+  )
+  assert said == []
+
+
+def test_a_damaged_best_checkpoint_does_not_keep_a_run_from_its_end(tmp_path):
+  said: list[str] = []
+  say: Any = said.append
+  with Checkpoints(tmp_path, keep_last=2) as checkpoints:
+    for step, score in ((3, 0.5), (6, 0.4)):
+      checkpoints.save(step, make_state(step), score=score)
+    checkpoints.wait()
+    _damage(tmp_path, 3)
+    state = make_state(6)
+    _, step = chosen_variables(_setup(), state, checkpoints, say)
+  assert step == 6
+  assert said[0].startswith("refused: the checkpoint of step 3 is damaged: ")
+  assert (tmp_path / "damaged" / "3").is_dir()
