@@ -68,7 +68,8 @@ def train_source(
     source: name of the source, such as "shapes".
     task: name of the task, one of `config.tasks`.
     weight: share of the examples, relative to the other entries; or
-      ((0, weight), (step, weight), ...) for one that changes.
+      ((0, weight), (step, weight), ...) for one that changes. Its flag takes
+      either, whichever the config file has.
     split: split of the source.
     **options: passed to the source.
   """
@@ -76,7 +77,8 @@ def train_source(
     {
       "source": source,
       "task": task,
-      "weight": weight,
+      # The type of a plain value would bind its flag to that type.
+      "weight": config_dict.FieldReference(weight, field_type=object),
       "split": split,
       "options": options,
     }

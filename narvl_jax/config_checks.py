@@ -8,12 +8,22 @@ from ml_collections import ConfigDict
 
 from narvl_jax.config import Config, default_config
 from narvl_jax.data.example import TASKS
-from narvl_jax.data.tasks import default_settings
+from narvl_jax.data.mixture import parse_weight
+from narvl_jax.data.tasks import check_settings, default_settings
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.models import ModelConfig, model_config
+from narvl_jax.models.encoder import (
+  check_image_size,
+  check_text_length,
+  nearest_side,
+)
+from narvl_jax.parallel.rules import check_rules
 from narvl_jax.query_ctc.loss import CONFIDENCE_MODES
+from narvl_jax.state.parameters import parse_rules
 from narvl_jax.state.renames import parse_drops, parse_renames
 
 OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("linear", "cosine", "constant")
 POLICIES = ("stop", "skip", "rollback")
 VOCABULARY_SOURCES = ("train", "official", "huggingface", "run")
 # What a batch of an autoregressive model is averaged over.
@@ -21,10 +31,11 @@ AVERAGES = ("labels", "examples")
 DTYPES = ("auto", "float32", "bfloat16")
 _EVALUATION_KEYS = ("source", "task", "options")
 _TRAIN_KEYS = (*_EVALUATION_KEYS, "weight", "split")
+_TEXT_KEYS = ("source", "task", "split")
 
 
 def validate(config: Config) -> None:
-  """Checks the keys, types and ranges of a config.
+  """Checks all of a config that needs neither data nor devices.
 
   Raises:
     UserError: naming the key, the value seen, and the nearest valid one.
@@ -32,6 +43,14 @@ def validate(config: Config) -> None:
   _check_tree(config, default_config(), "")
   _check_sections(config)
   _check_values(config)
+  _check_model(config)
+  check_schedule(
+    schedule=config.optimizer.schedule,
+    warmup_steps=config.optimizer.warmup_steps,
+    steps=config.train.steps,
+  )
+  parse_rules(config.optimizer.rules)
+  check_rules(config.mesh.rules)
 
 
 def _check_tree(config: Any, schema: Config, prefix: str) -> None:
@@ -84,6 +103,7 @@ def _check_sections(config: Config) -> None:
     _one_of("tasks", name, TASKS)
     for key in config.tasks[name]:
       _one_of(f"tasks.{name}", key, default_settings(name))
+    check_settings(name, dict(config.tasks[name]))
   if not len(config.tasks):
     raise UserError("tasks is empty; name at least one of " + ", ".join(TASKS))
   for section, schema in (
@@ -100,7 +120,23 @@ def _check_sections(config: Config) -> None:
       for key in ("source", "task"):
         if not entry.get(key):
           raise UserError(f'{where} has no "{key}" (--config.{where}.{key}=)')
+      for key in _TEXT_KEYS:
+        if not isinstance(entry.get(key, ""), str):
+          raise UserError(
+            f"{where}.{key}={entry[key]!r} is not a text"
+            f" (--config.{where}.{key})"
+          )
+      _check_options(where, entry.get("options", {}))
+      parse_weight(name, entry.get("weight", 1.0))
       _one_of(f"{where}.task", entry.task, tuple(config.tasks))
+
+
+def _check_options(where: str, options: Any) -> None:
+  if not hasattr(options, "items"):
+    raise UserError(
+      f"{where}.options={options!r} is not a section of settings; set one of"
+      f" them by --config.{where}.options.NAME="
+    )
 
 
 def _one_of(key: str, value: str, options: Any) -> None:
@@ -181,12 +217,44 @@ def _check_values(config: Config) -> None:
   _one_of("bad_numbers.policy", config.bad_numbers.policy, POLICIES)
   _check_decoder(config)
   _check_start(config)
-  size = config.data.image_size
-  if len(size) != 2 or not all(isinstance(x, int) and x > 0 for x in size):
+
+
+def _check_model(config: Config) -> None:
+  """Checks the model, and that pictures have two sides."""
+  model = _model(config)
+  size = tuple(config.data.image_size)
+  if len(size) != 2 or not all(type(x) is int and x > 0 for x in size):
+    sides = [x for x in size if type(x) in (int, float) and 0 < x < math.inf]
+    near = [nearest_side(model, side) for side in sides]
+    height, width = (near * 2)[:2] or (nearest_side(model, 480),) * 2
     raise UserError(
-      f"data.image_size={tuple(size)} is not (height, width) in pixels:"
-      " --config.data.image_size='(480,480)'"
+      f"data.image_size={size} is not (height, width) in pixels:"
+      f" --config.data.image_size='({height},{width})'"
     )
+
+
+def check_fit(config: Config) -> None:
+  """Checks pictures and texts against the tables of the model.
+
+  Args:
+    config: one that `validate` accepts.
+
+  Raises:
+    UserError: naming the setting to change, and the nearest valid value.
+  """
+  model = _model(config)
+  check_image_size(model, *config.data.image_size)
+  check_text_length(model, config.data.max_text_length)
+
+
+def _model(config: Config) -> ModelConfig:
+  """Returns the architecture for some vocabulary."""
+  given = {
+    name: value
+    for name, value in config.model.items()
+    if name not in ("size", "dtype") and value is not None
+  }
+  return model_config(config.model.size, **given)
 
 
 def _check_start(config: Config) -> None:
@@ -214,4 +282,22 @@ def _check_decoder(config: Config) -> None:
       f'distillation.teacher="{config.distillation.teacher}" is for parallel'
       " models; an autoregressive one learns from answers that python -m"
       " narvl_jax.distill writes: --config.distillation.teacher="
+    )
+
+
+def check_schedule(*, schedule: str, warmup_steps: int, steps: int) -> None:
+  """Checks the learning-rate schedule of a run.
+
+  Raises:
+    UserError: unknown schedule, or a warm-up longer than the run.
+  """
+  if schedule not in SCHEDULES:
+    raise UserError(
+      f'optimizer.schedule="{schedule}" is unknown.'
+      f"{did_you_mean(schedule, SCHEDULES)} (--config.optimizer.schedule)"
+    )
+  if not 0 <= warmup_steps < steps:
+    raise UserError(
+      f"optimizer.warmup_steps={warmup_steps} must be at least 0 and below"
+      f" train.steps={steps}: --config.optimizer.warmup_steps={steps // 10}"
     )

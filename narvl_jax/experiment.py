@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.linen import meta
 
 from narvl_jax.config import Config
-from narvl_jax.config_checks import validate
+from narvl_jax.config_checks import check_fit, validate
 from narvl_jax.data.example import TASKS
 from narvl_jax.data.tasks import Task, make_task
 from narvl_jax.data.vocabulary import Vocabulary
@@ -112,6 +112,7 @@ def build(
     UserError: the config, or something that it names, is wrong.
   """
   validate(config)
+  check_fit(config)
   if shapes_only:
     vocabulary = placeholder_vocabulary(config)
   elif workdir is not None and workdir_lib.is_run(pathlib.Path(workdir)):

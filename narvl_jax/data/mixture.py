@@ -204,23 +204,53 @@ def _size_factors(entries: Sequence[Entry], temperature: float) -> list[float]:
 
 def _schedule(entry: Entry, size_factor: float) -> list[tuple[int, float]]:
   """Returns [(from_step, weight), ...] after checks."""
-  flag = f"--config.data.train.{entry.name}.weight"
-  weight = entry.weight
-  schedule = (
-    [(0, float(weight))]
-    if isinstance(weight, int | float)
-    else [(int(step), float(value)) for step, value in weight]
-  )
-  steps = [step for step, _ in schedule]
+  schedule = parse_weight(entry.name, entry.weight)
+  return [(step, value * size_factor) for step, value in schedule]
+
+
+def parse_weight(name: str, weight: Any) -> list[tuple[int, float]]:
+  """Returns the weight of an entry as [(from_step, weight), ...].
+
+  Args:
+    name: of the entry of `data.train`, for messages.
+    weight: a number, or such pairs from step 0 on.
+
+  Raises:
+    UserError: it is neither, or a weight is negative or not finite.
+  """
+  flag = f"--config.data.train.{name}.weight"
+  if _is_number(weight):
+    weight = ((0, weight),)
+  if not isinstance(weight, (tuple, list)) or not all(map(_is_phase, weight)):
+    raise UserError(
+      f"{flag} is {weight!r}; it must be a number such as 2.0, or pairs of a"
+      " step and the weight from there on, such as ((0, 1.0), (1000, 0.5))"
+    )
+  steps = [step for step, _ in weight]
   if not steps or steps[0] != 0 or steps != sorted(set(steps)):
     raise UserError(
       f"{flag} starts at the steps {steps}; they must rise from 0, as in"
       " ((0, 1.0), (1000, 0.5))"
     )
-  for _, value in schedule:
+  for _, value in weight:
     if not math.isfinite(value) or value < 0:
       raise UserError(f"{flag} is {value}; it must be 0 or more")
-  return [(step, value * size_factor) for step, value in schedule]
+  return [(step, float(value)) for step, value in weight]
+
+
+def _is_phase(pair: Any) -> bool:
+  """Returns whether a value is a step and a weight."""
+  return (
+    isinstance(pair, (tuple, list))
+    and len(pair) == 2
+    and _is_number(pair[0])
+    and pair[0] == int(pair[0] if math.isfinite(pair[0]) else 0)
+    and _is_number(pair[1])
+  )
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _parts(

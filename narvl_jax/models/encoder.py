@@ -190,11 +190,7 @@ class Encoder(nn.Module):
   ) -> tuple[jax.Array, jax.Array]:
     """Absolute positions of the grid [h * w, D] and the text [T, D]."""
     cfg = self.config
-    if length > cfg.max_text_positions:
-      raise UserError(
-        f"text of {length} tokens exceeds model.max_text_positions="
-        f"{cfg.max_text_positions} (--config.data.max_text_length)"
-      )
+    check_text_length(cfg, length)
     image_init = normal_init(None, "embed")
     if cfg.entangle_positions:
       image_init = _constant_init(
@@ -244,6 +240,22 @@ def _constant_init(values: np.ndarray) -> nn.initializers.Initializer:
   return nn.with_logical_partitioning(init, (None, "embed"))
 
 
+def check_text_length(config: ModelConfig, length: int) -> None:
+  """Raises UserError if the position table has fewer rows than `length`."""
+  if length > config.max_text_positions:
+    raise UserError(
+      f"text of {length} tokens exceeds model.max_text_positions="
+      f"{config.max_text_positions} (--config.data.max_text_length="
+      f"{config.max_text_positions})"
+    )
+
+
+def nearest_side(config: ModelConfig, side: int) -> int:
+  """Returns the valid side of a picture that is nearest to `side` pixels."""
+  stride = config.image_stride
+  return min(max(round(side / stride), 1), config.image_bucket_size) * stride
+
+
 def check_image_size(config: ModelConfig, height: int, width: int) -> None:
   """Raises UserError unless a picture gives a grid that the tables cover."""
   stride, largest = config.image_stride, config.image_bucket_size
@@ -253,9 +265,9 @@ def check_image_size(config: ModelConfig, height: int, width: int) -> None:
       or side > stride * largest
       or (config.image_encoder != "resnet" and side % stride)
     ):
-      near = min(max(round(side / stride), 1), largest) * stride
+      near = f"({nearest_side(config, height)},{nearest_side(config, width)})"
       raise UserError(
         f"image of {height}x{width} pixels does not fit a grid of "
-        f"{stride}-pixel tokens of at most {largest} a side; nearest side: "
-        f"{near} (--config.data.image_size)"
+        f"{stride}-pixel tokens of at most {largest} a side; nearest: "
+        f"--config.data.image_size='{near}'"
       )

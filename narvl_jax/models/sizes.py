@@ -1,6 +1,7 @@
 """Architecture sizes of NARVL and the configuration that the modules read."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ _COUNTS = (
   "vocab_size",
   "vocab_multiple",
   "max_text_positions",
+  "token_bucket_size",
   "image_bucket_size",
   "scan_unroll",
   "patch_size",
@@ -141,12 +143,18 @@ class ModelConfig:
           f"model.{name}={getattr(self, name)} must be in [0, 1) "
           f"(--config.model.{name})"
         )
+    if not 0 < self.init_stddev < math.inf:
+      raise UserError(
+        f"model.init_stddev={self.init_stddev} must be above 0 and finite, such"
+        " as 0.02 (--config.model.init_stddev)"
+      )
     if self.image_encoder == "conv" and self.patch_size % 2:
       raise UserError(
         f"model.patch_size={self.patch_size} must be even, such as "
         f"{self.patch_size + 1} (--config.model.patch_size)"
       )
-    if len(self.resnet_blocks) != 3 or min(self.resnet_blocks) < 1:
+    blocks = self.resnet_blocks
+    if len(blocks) != 3 or not all(type(x) is int and x > 0 for x in blocks):
       raise UserError(
         f"model.resnet_blocks={self.resnet_blocks} must be three numbers of "
         "at least 1 (--config.model.resnet_blocks)"

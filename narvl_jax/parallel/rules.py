@@ -81,6 +81,11 @@ def check_rules(rules: Iterable[Any]) -> tuple[Rule, ...]:
         ' None) such as ("embed", "fsdp")'
       )
     name, axes = rule
+    if not isinstance(axes, (str, tuple, list, type(None))):
+      raise UserError(
+        f'mesh.rules: ("{name}", {axes!r}) names no mesh axis, such as'
+        f' ("{name}", "fsdp"), and not None'
+      )
     for axis in axes_of(axes):
       if axis not in AXES:
         raise UserError(

@@ -11,10 +11,9 @@ import optax
 from optax import contrib
 from optax.contrib import MuonDimensionNumbers
 
-from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.config_checks import check_schedule
 from narvl_jax.state.parameters import ParameterRule, flatten
 
-SCHEDULES = ("linear", "cosine", "constant")
 # Muon's updates times this have the size of AdamW's (arXiv 2502.16982).
 _MUON_RMS = 0.2
 
@@ -26,23 +25,14 @@ def make_schedule(
 
   Args:
     learning_rate: peak, reached at `warmup_steps`.
-    schedule: one of `SCHEDULES`.
+    schedule: one of `config_checks.SCHEDULES`.
     warmup_steps: length of the warm-up, counted in `steps`.
     steps: length of the run; the linear schedule is the reference's.
 
   Raises:
     UserError: unknown schedule, or a warm-up longer than the run.
   """
-  if schedule not in SCHEDULES:
-    raise UserError(
-      f'optimizer.schedule="{schedule}" is unknown.'
-      f"{did_you_mean(schedule, SCHEDULES)} (--config.optimizer.schedule)"
-    )
-  if not 0 <= warmup_steps < steps:
-    raise UserError(
-      f"optimizer.warmup_steps={warmup_steps} must be at least 0 and below"
-      f" train.steps={steps}: --config.optimizer.warmup_steps={steps // 10}"
-    )
+  check_schedule(schedule=schedule, warmup_steps=warmup_steps, steps=steps)
   rest = steps - warmup_steps
   if schedule == "linear":
     decay = optax.linear_schedule(learning_rate, 0.0, rest)

@@ -47,6 +47,15 @@ def default_settings(name: str) -> dict[str, Any]:
   return dataclasses.asdict(_task_class(name).settings_class())
 
 
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+  """Checks the settings of a task; needs no vocabulary and reads no file.
+
+  Raises:
+    UserError: the name, a setting's name or a value is wrong.
+  """
+  parse_settings(name, _task_class(name).settings_class, settings)
+
+
 def vocabulary_texts(
   name: str,
   settings: Mapping[str, Any] | None,
