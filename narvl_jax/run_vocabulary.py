@@ -14,6 +14,13 @@ from narvl_jax.datasets import load_mixture
 from narvl_jax.errors import UserError
 
 VOCABULARY_FOLDER = "vocabulary"
+# Source -> the files that it reads in the folder `path`.
+_FILES = {
+  "train": (),
+  "run": (VOCABULARY_FOLDER,),
+  "official": ("dict.txt", "encoder.json", "vocab.bpe"),
+  "huggingface": ("vocab.json", "merges.txt"),
+}
 # Records of each source that a trained vocabulary has seen.
 _VOCABULARY_RECORDS = 4000
 
@@ -28,26 +35,35 @@ def make_vocabulary(config: Config) -> Vocabulary:
   counts = {"num_codes": settings.num_codes, "num_bins": settings.num_bins}
   if settings.source == "train":
     return Vocabulary.train(_texts(config), settings.size, **counts)
+  check_vocabulary_files(config)
   folder = pathlib.Path(settings.path)
+  files = [folder / name for name in _FILES[settings.source]]
   if settings.source == "run":
-    words = folder / VOCABULARY_FOLDER
-    if not words.is_dir():
-      raise UserError(
-        f'vocabulary.path="{settings.path}" has no {words.name}; with'
-        " vocabulary.source=run it must be the folder of a run"
-        " (--config.vocabulary.path)"
-      )
-    return Vocabulary.load(words)
+    return Vocabulary.load(*files)
   if settings.source == "official":
-    return Vocabulary.from_official(
-      folder / "dict.txt",
-      folder / "encoder.json",
-      folder / "vocab.bpe",
-      **counts,
+    return Vocabulary.from_official(*files, **counts)
+  return Vocabulary.from_huggingface(*files, **counts)
+
+
+def check_vocabulary_files(config: Config) -> None:
+  """Checks that the files of the vocabulary are there; reads none.
+
+  Raises:
+    UserError: `vocabulary.path` lacks one that `vocabulary.source` needs.
+  """
+  settings = config.vocabulary
+  folder = pathlib.Path(settings.path)
+  needed = _FILES[settings.source]
+  for name in needed:
+    if (folder / name).exists():
+      continue
+    kind = "the folder of a run" if settings.source == "run" else "a folder"
+    raise UserError(
+      f'vocabulary.path="{settings.path}" has no {name}; with'
+      f" vocabulary.source={settings.source} it must be {kind} with"
+      f" {', '.join(needed)}"
+      " (--config.vocabulary.path=FOLDER)"
     )
-  return Vocabulary.from_huggingface(
-    folder / "vocab.json", folder / "merges.txt", **counts
-  )
 
 
 def placeholder_vocabulary(config: Config) -> Vocabulary:

@@ -378,7 +378,12 @@ def test_signal_outside_of_the_loop(
   )
 
 
-def test_failure_ends_with_what_to_do(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+  "saved", ["", "checkpoints/6", "a/checkpoints/6", "vqa/.convert/0"]
+)
+def test_failure_ends_with_what_to_do(tmp_path, monkeypatch, capsys, saved):
+  (tmp_path / saved).mkdir(parents=True, exist_ok=True)
+
   def fail(*_: Any, **__: Any) -> None:
     raise MemoryError("too much")
 
@@ -392,6 +397,8 @@ def test_failure_ends_with_what_to_do(tmp_path, monkeypatch, capsys):
   assert lines[-1] == (
     f"failed: MemoryError: too much; what was saved in {tmp_path} is intact;"
     " mend the cause, then run the same command again to resume"
+    if saved
+    else f"failed: MemoryError: too much; nothing was saved yet in {tmp_path}"
   )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 
 from narvl_jax.cli import USER_ERROR_CODE
+from narvl_jax.data.shard_writer import PROGRESS
+from narvl_jax.data.sources import MANIFEST
 from narvl_jax.disk import explain_disk
 from narvl_jax.errors import UserError
 from narvl_jax.terminal import escape, show, show_error
@@ -152,7 +154,22 @@ def describe_failure(
   what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
   if len(what) > _LONGEST_ERROR:
     what = what[: _LONGEST_ERROR - 3] + "..."
+  if not _holds_results(workdir):
+    return 1, f"failed: {what}; nothing was saved yet in {workdir}"
   return 1, (
     f"failed: {what}; what was saved in {workdir} is intact; mend the cause,"
     f" then {HOW_TO_RESUME}"
+  )
+
+
+def _holds_results(folder: pathlib.Path) -> bool:
+  """Returns whether a command has saved anything that it can resume from.
+
+  Checkpoints of a run, or of runs in it; shards of data sets in it.
+  """
+  patterns = ("checkpoints/[0-9]*", "*/checkpoints/[0-9]*", f"*/{PROGRESS}/*")
+  finished = f"*/{MANIFEST}"
+  return any(
+    next(folder.glob(pattern), None) is not None
+    for pattern in (*patterns, finished)
   )

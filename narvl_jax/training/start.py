@@ -7,11 +7,14 @@ import jax
 
 from narvl_jax import experiment as experiment_lib
 from narvl_jax import run_data
+from narvl_jax.config_checks import check_fit
+from narvl_jax.data.answers import load_answers
 from narvl_jax.datasets import MixtureEntry, load_mixture
 from narvl_jax.errors import UserError
 from narvl_jax.experiment import Experiment
 from narvl_jax.parallel import distributed, mesh_from_config
 from narvl_jax.parallel.mesh import describe
+from narvl_jax.run_vocabulary import check_vocabulary_files
 from narvl_jax.state.train_state import TrainState, evaluation_variables
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.announce import Announcer, describe_model
@@ -23,6 +26,7 @@ from narvl_jax.training.checkpoints import (
 from narvl_jax.training.init_from import check_init_from, init_from
 from narvl_jax.training.integrity import DamagedCheckpoint
 from narvl_jax.training.setup import Setup, build_setup
+from narvl_jax.training.weights import opened
 
 
 def prepare(
@@ -42,19 +46,22 @@ def prepare(
   Raises:
     UserError: something in the config is wrong.
   """
+  check_fit(config)
   mesh = mesh_from_config(config.mesh)
   say(f"mesh {describe(mesh)}")
+  # What is missing is found before a vocabulary is trained.
+  _check_files(config, resumes)
+  mixture = load_mixture(config)
+  run_data.check_evaluation(config)
   experiment = experiment_lib.build(config, workdir)
   say(
     f"vocabulary {experiment.vocabulary.size} ids,"
     f" tasks {', '.join(experiment.tasks)}"
   )
-  mixture = load_mixture(config)
   used = run_data.check_mixture(experiment, mixture).used(config.train.steps)
   for note in run_data.check_targets(experiment, mixture):
     say(f"note: {note}")
   run_data.check_answers(experiment, mixture)
-  run_data.check_evaluation(config)
   for (source, task, _, name), count in zip(mixture, used, strict=True):
     say(
       f"source {name}: {len(source)} examples for {task},"
@@ -66,6 +73,28 @@ def prepare(
       say(f"note: {note}")
   describe_model(setup, say)
   return setup, mixture
+
+
+def _check_files(config: Any, resumes: bool) -> None:
+  """Looks for the files and folders that a config names, besides its data.
+
+  Raises:
+    UserError: one is missing, or is not what it should be.
+  """
+  if not resumes:
+    check_vocabulary_files(config)
+  for task in config.tasks.values():
+    if task.get("answers"):
+      load_answers(task.answers)
+  named = {"distillation.teacher": config.distillation.teacher}
+  if not config.distillation.weight:
+    named = {}
+  if not resumes:
+    named["init_from"] = config.init_from
+  for key, path in named.items():
+    if path:
+      with opened(path, key):
+        pass
 
 
 def write_run(

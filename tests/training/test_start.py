@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 from narvl_jax.errors import UserError
 from narvl_jax.state.train_state import evaluation_variables
+from narvl_jax.training import start
 from narvl_jax.training.checkpoints import Checkpoints, choose_step
 from narvl_jax.training.start import chosen_variables, first_state
 from tests.training.saved import (
@@ -19,6 +21,7 @@ from tests.training.saved import (
   make_target,
   save_run,
 )
+from tests.training.tiny import tiny_config
 
 
 def _setup() -> Any:
@@ -144,3 +147,50 @@ def test_a_damaged_best_checkpoint_does_not_keep_a_run_from_its_end(tmp_path):
   assert step == 6
   assert said[0].startswith("refused: the checkpoint of step 3 is damaged: ")
   assert (tmp_path / "damaged" / "3").is_dir()
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "message"),
+  [
+    ("tasks.vqa.answers", "no.txt", r'list of answers "no.txt": No such file'),
+    ("init_from", "no", r'init_from="no": there is no such folder'),
+    ("distillation.teacher", "no", r'teacher="no": there is no such folder'),
+    ("data.train.vqa.options.path", "no.jsonl", r'there is no file "no.jsonl"'),
+    (
+      "data.evaluation.vqa.options.path",
+      "no.jsonl",
+      r'evaluation.vqa with evaluation.split="test": .* no file "no.jsonl"',
+    ),
+    ("vocabulary.source", "official", r'path="" has no dict.txt; .*vocab.bpe'),
+    ("vocabulary.source", "huggingface", r'path="" has no vocab.json; with'),
+    ("vocabulary.source", "run", r'path="" has no vocabulary; .*must be the'),
+    ("model.max_text_positions", 12, r"text of 40 tokens exceeds"),
+  ],
+)
+def test_what_is_missing_is_found_first(
+  path, value, message, tmp_path, monkeypatch
+):
+  """Before a vocabulary is trained, or anything else is expensive."""
+
+  def too_early(*_: Any, **__: Any) -> None:
+    raise AssertionError("something expensive began")
+
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(start.experiment_lib, "build", too_early)
+  config = tiny_config()
+  *sections, key = path.split(".")
+  node = config
+  for section in sections:
+    node = node[section]
+  if key == "path":
+    where = config.data[sections[1]].vqa
+    where.source = "jsonl"
+    where.options = ConfigDict()
+    node = where.options
+  node[key] = value
+  with pytest.raises(UserError, match=message):
+    start.prepare(config, tmp_path / "run", False, lambda _: None)
+  if path == "init_from":
+    # A resumed run does not need them again.
+    with pytest.raises(AssertionError, match="something expensive began"):
+      start.prepare(config, tmp_path / "run", True, lambda _: None)
