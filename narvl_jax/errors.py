@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+# Of a name that options are compared with.
+_LONGEST = 200
+
 
 class UserError(ValueError):
   """A mistake that the user can mend.
@@ -15,7 +18,8 @@ class UserError(ValueError):
 def did_you_mean(name: str, options: Iterable[str]) -> str:
   """Returns ' Did you mean "x"?' or the list of options if none is near."""
   options = sorted(options)
-  near = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
+  # Nothing is near a text that is far longer, and comparing would take long.
+  near = difflib.get_close_matches(name[:_LONGEST], options, n=3, cutoff=0.6)
   if near:
     return " Did you mean " + " or ".join(f'"{x}"' for x in near) + "?"
   return " Valid: " + ", ".join(options) + "."

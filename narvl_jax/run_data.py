@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from narvl_jax.config import Config
-from narvl_jax.data.batching import short_reason
-from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
+from narvl_jax.data.bad_records import BadRecord, RecordReader
+from narvl_jax.data.example import Record
 from narvl_jax.data.mixture import Entry, Mixture
-from narvl_jax.data.sources import locate
 from narvl_jax.data.tasks import Encoded, Task, check_num_queries
 from narvl_jax.data.tasks.base import required_queries
 from narvl_jax.datasets import MixtureEntry, load_dataset
@@ -138,12 +137,14 @@ def encode_first(
 ) -> list[Encoded]:
   """Encodes the first records that are good."""
   encoded, problem = [], ""
+  reader = RecordReader(source, name)
   count = min(len(source), _CHECKED_RECORDS)
   for i in range(count):
-    try:
-      encoded.append(task.encode(source[i]))
-    except BAD_RECORD_ERRORS as error:
-      problem = problem or f"{locate(source, i)}: {short_reason(error)}"
+    found = reader.read(i, task.encode)
+    if isinstance(found, BadRecord):
+      problem = problem or found.what
+    else:
+      encoded.append(found)
   if not encoded:
     raise UserError(
       f"none of the first {count} records of {name} is good:"

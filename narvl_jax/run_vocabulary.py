@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from narvl_jax.config import Config
-from narvl_jax.data.batching import short_reason
-from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
+from narvl_jax.data.bad_records import BadRecord
+from narvl_jax.data.example import Record
 from narvl_jax.data.sources import locate
 from narvl_jax.data.tasks import vocabulary_texts
 from narvl_jax.data.vocabulary import OFFICIAL_FIXED_IDS, Vocabulary
@@ -84,25 +84,19 @@ def _texts(config: Config) -> Iterator[str]:
     count = min(len(source), _VOCABULARY_RECORDS)
     # Spread over the source, which may be sorted.
     records = _Strided(source, len(source) // count, count)
-    texts = vocabulary_texts(task, dict(config.tasks[task]), records)
-    first = next(texts, None)
-    if first is None:
-      _raise_first_fault(records, name)
-    else:
-      yield first
-      yield from texts
-
-
-def _raise_first_fault(source: Sequence[Record], name: str) -> None:
-  """Raises `UserError` for a source without a good record."""
-  try:
-    problem = f"record {source[0].id} has no text"
-  except BAD_RECORD_ERRORS as error:
-    problem = f"{locate(source, 0)}: {short_reason(error)}"
-  raise UserError(
-    f"no record of {name} that was read for the vocabulary is good: {problem}"
-    " (python -m narvl_jax.data.check tells more)"
-  )
+    bad: list[BadRecord] = []
+    found = False
+    for text in vocabulary_texts(
+      task, dict(config.tasks[task]), records, bad.append
+    ):
+      found = True
+      yield text
+    if not found:
+      problem = bad[0].what if bad else f"{records.locate(0)} has no text"
+      raise UserError(
+        f"no record of {name} that was read for the vocabulary is good:"
+        f" {problem} (python -m narvl_jax.data.check tells more)"
+      )
 
 
 class _Strided(Sequence[Record]):

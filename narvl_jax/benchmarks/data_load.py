@@ -11,7 +11,8 @@ from typing import Any
 
 from narvl_jax.benchmarks.data_files import write_vqa_tsv
 from narvl_jax.data import pipeline
-from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
+from narvl_jax.data.bad_records import BadRecord, RecordReader
+from narvl_jax.data.example import Record
 from narvl_jax.data.sources import load_source
 from narvl_jax.data.sources.ofa_tsv import OfaTsvSource
 from narvl_jax.data.tasks import Task, make_task, vocabulary_texts
@@ -66,12 +67,14 @@ class Load:
   def sample(self, count: int) -> list[tuple[Any, int, Record]]:
     """Returns about `count` records with their source and index there."""
     found = []
-    for source, _, _, _ in self.entries:
+    for source, _, _, name in self.entries:
+      reader = RecordReader(source, name)
       number = min(len(source), -(-count // len(self.entries)))
       for i in range(number):
         index = i * len(source) // number
-        with contextlib.suppress(*BAD_RECORD_ERRORS):
-          found.append((source, index, source[index]))
+        record = reader.read(index, lambda record: record)
+        if not isinstance(record, BadRecord):
+          found.append((source, index, record))
     return found
 
 

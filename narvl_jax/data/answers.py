@@ -8,7 +8,6 @@ ArrayRecord shards, `tfds:NAME` or the name of a source.
 """
 
 import collections
-import contextlib
 import json
 import os
 import pathlib
@@ -21,11 +20,12 @@ from absl import flags
 from narvl_jax import cli
 from narvl_jax.data import sources
 from narvl_jax.data.answer_text import normalize_answer
-from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.bad_records import BadRecord, RecordReader
+from narvl_jax.data.example import Record
+from narvl_jax.data.vocabulary import Vocabulary, checked_text
 from narvl_jax.disk import write_text
 from narvl_jax.errors import UserError
-from narvl_jax.terminal import show
+from narvl_jax.terminal import show, warn
 
 _SETTING = "--config.tasks.vqa.answers"
 _FLAG = f"{_SETTING}, or --answers"
@@ -175,7 +175,7 @@ def collect_answers(
   """Counts in how many records each answer is valid.
 
   Args:
-    source: records; bad ones are passed over.
+    source: records; bad ones are passed over, with a warning.
     task: of the records.
     max_records: how many are read, the first; 0 for all.
 
@@ -200,16 +200,31 @@ def collect_answers(
     )
   counts: collections.Counter[str] = collections.Counter()
   number = min(len(source), max_records or len(source))
+  reader = RecordReader(source, task, number)
+  bad: list[BadRecord] = []
   for index in range(number):
-    with contextlib.suppress(*BAD_RECORD_ERRORS):
-      answers = set(map(normalize_answer, source[index].answers))
-      counts.update(answers - {""})
+    answers = reader.read(index, _answers)
+    if isinstance(answers, BadRecord):
+      bad.append(answers)
+    else:
+      counts.update(answers)
+  if bad:
+    warn(
+      f"{len(bad):,} of the {number:,} records are bad and were passed over,"
+      f" such as {bad[0].what}"
+    )
   if not counts:
     raise UserError(
       f"none of the {number:,} records has an answer; choose a split whose"
       " truth is known (--split)"
     )
   return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _answers(record: Record) -> set[str]:
+  """Returns the answers of a record, each as a line of a file."""
+  answers = {normalize_answer(checked_text(x)) for x in record.answers}
+  return answers - {""}
 
 
 def define_flags() -> None:

@@ -1,121 +1,37 @@
-"""Records to rows of fixed-shape arrays, and the account of bad records."""
+"""Records to rows of fixed-shape arrays."""
 
-import collections
-import dataclasses
-import threading
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from narvl_jax.data import images, shared_batches, sources
+from narvl_jax.data import images, shared_batches
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.tasks import Task
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
-from narvl_jax.terminal import warn
-
-# Characters at either end of a long reason that are kept.
-_REASON_PART = 200
 
 Batch = dict[str, np.ndarray]
 AnyTask = Task[Any]
 
 
-def short_reason(error: Exception) -> str:
-  """Returns what is wrong in one line, without the whole of a long field."""
-  reason = " ".join(str(error).split()) or type(error).__name__
-  if len(reason) > 2 * _REASON_PART:
-    reason = f"{reason[:_REASON_PART]} ... {reason[-_REASON_PART:]}"
-  return reason
-
-
-@dataclasses.dataclass(frozen=True)
-class BadRecord:
-  """A record that could not be used; travels from worker to main process.
+class Prepared(NamedTuple):
+  """One example, before it is a row of a batch.
 
   Attributes:
-    name: of the entry or data set.
-    index: of the record in its source.
-    total: number of records of the source.
-    what: place, id and fault in words.
+    image: uint8 [H, W, 3].
+    text: ids of the source.
+    labels: ids of the target.
+    confidence: weight of the target.
+    task: name of the task.
+    index: position of the record in its source.
   """
 
-  name: str
+  image: np.ndarray
+  text: list[int]
+  labels: list[int]
+  confidence: float
+  task: str
   index: int
-  total: int
-  what: str
-
-  @classmethod
-  def of(
-    cls,
-    name: str,
-    source: Sequence[Record],
-    index: int,
-    record: Record | None,
-    error: Exception,
-    total: int | None = None,
-  ) -> "BadRecord":
-    """Describes a fault.
-
-    Args:
-      name: of the entry or data set.
-      source: where the record comes from.
-      index: its place there.
-      record: None if it could not even be read.
-      error: what is wrong with it.
-      total: of how many records, if not all of the source.
-    """
-    place = sources.locate(source, index)
-    if record is not None and record.id:
-      place += f' (id "{record.id}")'
-    reason = short_reason(error)
-    total = len(source) if total is None else total
-    return cls(name, index, total, f"{place}: {reason}")
-
-
-class BadRecords:
-  """Counts the bad records of a run and stops it when there are too many.
-
-  Attributes:
-    max_fraction: of the records of a source that may be bad.
-  """
-
-  def __init__(self, max_fraction: float = 0.01) -> None:
-    self.max_fraction = max_fraction
-    self._seen: dict[str, set[int]] = collections.defaultdict(set)
-    self._lock = threading.Lock()
-
-  @property
-  def count(self) -> int:
-    """Number of different bad records met so far."""
-    with self._lock:
-      return sum(len(seen) for seen in self._seen.values())
-
-  def count_of(self, name: str) -> int:
-    """Returns the number of different bad records of one entry."""
-    with self._lock:
-      return len(self._seen[name])
-
-  def report(self, record: BadRecord) -> None:
-    """Takes note of a bad record; logs it the first time.
-
-    Raises:
-      UserError: more than `max_fraction` of the source is bad.
-    """
-    with self._lock:
-      seen = self._seen[record.name]
-      if record.index in seen:
-        return
-      seen.add(record.index)
-      bad = len(seen)
-    warn(f"skipped a bad record of {record.name}: {record.what}")
-    if bad > self.max_fraction * record.total:
-      raise UserError(
-        f"{bad} of {record.total} records of {record.name} are bad, more than"
-        f" {self.max_fraction:.2%}; the last is {record.what}. Mend the data"
-        " or set --config.data.max_bad_fraction (evaluate: --max_bad_fraction)"
-      )
 
 
 class Batcher:
@@ -171,22 +87,18 @@ class Batcher:
       "valid": np.zeros(rows, bool),
     }
 
-  def write(
+  def prepare(
     self,
-    batch: Batch,
-    row: int,
     record: Record,
     task: AnyTask,
     *,
     index: int = 0,
     target: str = "required",
     rng: np.random.Generator | None = None,
-  ) -> None:
-    """Writes one record into a row that `empty` made; all of it or nothing.
+  ) -> Prepared:
+    """Augments, tokenises and decodes one record.
 
     Args:
-      batch: arrays of `empty`.
-      row: which row.
       record: the record.
       task: its task.
       index: position of the record in its source.
@@ -196,20 +108,42 @@ class Batcher:
         it there are none.
 
     Raises:
-      UserError: the record is bad.
+      UserError: the record is bad; `RecordReader` takes any other error for
+        the same.
     """
     change = None
     if rng is not None:
       record, change = task.augment(record, rng)
     text, labels, confidence = self._encode(record, task, target)
     image = images.prepare_image(record.image, self._image_size, change)
-    batch["image"][row] = image
-    batch["text"][row, : len(text)] = text
-    batch["labels"][row, : len(labels)] = labels
-    batch["label_length"][row] = len(labels)
-    batch["confidence"][row] = confidence
-    batch["task"][row] = TASKS.index(task.name)
-    batch["index"][row] = index
+    return Prepared(image, text, labels, confidence, task.name, index)
+
+  def write(
+    self, batch: Batch, row: int, record: Record, task: AnyTask, **options: Any
+  ) -> None:
+    """Prepares one record and writes it, all of it or nothing.
+
+    Args:
+      batch: arrays of `empty`.
+      row: which row.
+      record: the record.
+      task: its task.
+      **options: see `prepare`.
+
+    Raises:
+      UserError: the record is bad.
+    """
+    self.put(batch, row, self.prepare(record, task, **options))
+
+  def put(self, batch: Batch, row: int, example: Prepared) -> None:
+    """Writes an example into a row that `empty` made."""
+    batch["image"][row] = example.image
+    batch["text"][row, : len(example.text)] = example.text
+    batch["labels"][row, : len(example.labels)] = example.labels
+    batch["label_length"][row] = len(example.labels)
+    batch["confidence"][row] = example.confidence
+    batch["task"][row] = TASKS.index(example.task)
+    batch["index"][row] = example.index
     batch["valid"][row] = True
 
   def _encode(

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from narvl_jax.data import images
-from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
+from narvl_jax.data.bad_records import BadRecord, RecordReader
+from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import Task
 from narvl_jax.evaluation import rendering
 
@@ -39,12 +40,13 @@ def draw_samples(
     An RGB picture; None without good records.
   """
   chosen = good[:: max(1, len(good) // _SAMPLES)][:_SAMPLES]
+  reader = RecordReader(source, name)
   panels = []
   for index in chosen:
-    try:
-      panels.append(_panel(source[index], task, size))
-    except BAD_RECORD_ERRORS:
-      continue  # Changed since it was inspected.
+    panel = reader.read(index, lambda record: _panel(record, task, size))
+    # Otherwise it changed since it was inspected.
+    if not isinstance(panel, BadRecord):
+      panels.append(panel)
   if not panels:
     return None
   text = f"{name}: resized to {size[1]} x {size[0]} pixels and back"

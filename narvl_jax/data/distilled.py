@@ -93,8 +93,7 @@ class Labelled(RecordSource):
     label = self._labels.get(number)
     if label is None:
       # Raises what the teacher met.
-      batch = self._batcher.empty(1)
-      self._batcher.write(batch, 0, record, self._task, target="none")
+      self._batcher.prepare(record, self._task, target="none")
       raise UserError("the teacher did not answer")
     new = relabel(record, label, self._task)
     ids = self._target_ids(record)

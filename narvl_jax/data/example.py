@@ -22,8 +22,6 @@ from typing import Any
 import numpy as np
 
 TASKS = ("caption", "vqa", "grounding", "entailment")
-# What reading a damaged record raises; anything else is a defect of ours.
-BAD_RECORD_ERRORS = (ValueError, OSError, LookupError)
 
 Box = tuple[float, float, float, float]
 

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import re
 from array import array
@@ -13,8 +14,8 @@ import numpy as np
 
 from narvl_jax.data import images, sources
 from narvl_jax.data.answer_text import normalized_answers
-from narvl_jax.data.batching import short_reason
-from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
+from narvl_jax.data.bad_records import BadRecord, RecordReader
+from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import Task, make_task
 from narvl_jax.data.tasks.base import required_queries
 from narvl_jax.errors import UserError
@@ -159,7 +160,8 @@ class _Reader:
     whole: frozenset[int] | None,
   ) -> None:
     """Reads pictures of `whole` only; None: of all."""
-    self._source, self._task, self._whole = source, task, whole
+    self._records = RecordReader(source, task.name)
+    self._task, self._whole = task, whole
     settings = dataclasses.asdict(task.settings)
     unlimited = {key: 0 for key in _WORD_LIMITS if settings.get(key)}
     self._uncut = None
@@ -171,16 +173,18 @@ class _Reader:
     return [self._read(index) for index in indices]
 
   def _read(self, index: int) -> _Finding:
-    record = None
-    try:
-      record = self._source[index]
-      return self._finding(index, record)
-    except BAD_RECORD_ERRORS as e:
-      if record is None:
-        return _Finding(index, error=short_reason(e))
-      return _Finding(
-        index, _hash(record.id), short_reason(e), record.id, kind=record.kind
-      )
+    found = self._records.read(index, functools.partial(self._finding, index))
+    if not isinstance(found, BadRecord):
+      return found
+    if found.record_id is None:
+      return _Finding(index, error=found.reason)
+    return _Finding(
+      index,
+      _hash(found.record_id),
+      found.reason,
+      found.record_id,
+      kind=found.kind,
+    )
 
   def _finding(self, index: int, record: Record) -> _Finding:
     has_target = bool(record.answers) or record.box is not None
@@ -216,6 +220,10 @@ class _Reader:
 def _hash(text: str) -> int:
   digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8)
   return int.from_bytes(digest.digest(), "little")
+
+
+def _id_of(found: str | BadRecord) -> str:
+  return "?" if isinstance(found, BadRecord) else found
 
 
 def _best(record: Record) -> str | None:
@@ -353,13 +361,14 @@ class _Collector:
     hashes = np.frombuffer(self._hashes, np.uint64)
     values, counts = np.unique(hashes, return_counts=True)
     repeated = values[counts > 1]
+    reader = RecordReader(source, "repeated ids")
     examples = []
     for value in repeated[:_MAX_REPEATED]:
       rows = np.flatnonzero(hashes == value)[:_MAX_REPEATED]
       indices = [self._hashed[row] for row in rows]
       examples.append(
         {
-          "id": source[indices[0]].id,
+          "id": _id_of(reader.read(indices[0], lambda record: record.id)),
           "places": [sources.locate(source, index) for index in indices],
         }
       )

@@ -11,6 +11,7 @@ counted, logged once and replaced by the next good record of its source, which
 keeps the above true. Too many of them stop the run.
 """
 
+import functools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -19,10 +20,11 @@ import grain
 import numpy as np
 
 from narvl_jax.data import workers
-from narvl_jax.data.batching import AnyTask, BadRecord, Batch
-from narvl_jax.data.batching import BadRecords as BadRecords
+from narvl_jax.data.bad_records import BadRecord, RecordReader
+from narvl_jax.data.bad_records import BadRecords as BadRecords
+from narvl_jax.data.batching import AnyTask, Batch, Prepared
 from narvl_jax.data.batching import Batcher as Batcher
-from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
+from narvl_jax.data.example import Record
 from narvl_jax.data.mixture import Draw, Entry, Mixture, WeightSchedule
 from narvl_jax.data.shared_batches import Segments, SharedBatch
 from narvl_jax.errors import UserError, did_you_mean
@@ -224,7 +226,12 @@ def eval_batches(
     )
   bad = bad_records or BadRecords()
   batcher = Batcher(image_size, max_text_length, max_label_length)
+  reader = RecordReader(source, name, total)
   own_rows = range(batch_size) if rows is None else rows
+
+  def use(index: int, record: Record) -> tuple[Prepared, Record]:
+    example = batcher.prepare(record, task, index=index, target="optional")
+    return example, record
 
   def read(indices: Sequence[int]) -> tuple[Batch, list[Record]]:
     batch = batcher.empty(len(own_rows))
@@ -232,15 +239,13 @@ def eval_batches(
     for row in own_rows:
       if row >= len(indices):
         continue
-      index, record = indices[row], None
-      try:
-        record = source[index]
-        batcher.write(
-          batch, len(records), record, task, index=index, target="optional"
-        )
-        records.append(record)
-      except BAD_RECORD_ERRORS as e:
-        bad.report(BadRecord.of(name, source, index, record, e, total))
+      found = reader.read(indices[row], functools.partial(use, indices[row]))
+      if isinstance(found, BadRecord):
+        bad.report(found)
+        continue
+      example, record = found
+      batcher.put(batch, len(records), example)
+      records.append(record)
     filled = len(records)
     for key, value in batch.items():
       if key != "valid":
@@ -261,7 +266,10 @@ class _TrainReader:
     batcher: Batcher,
     seed: int,
   ) -> None:
-    self._entries = entries
+    self._readers = [
+      RecordReader(entry.source, entry.name) for entry in entries
+    ]
+    self._sizes = [len(entry.source) for entry in entries]
     self._tasks = [tasks[entry.task] for entry in entries]
     self._batcher = batcher
     self._words = [
@@ -289,20 +297,23 @@ class _TrainReader:
 
   def _write_good(self, batch: Batch, row: int, draw: Draw) -> list[BadRecord]:
     """Writes the first good record from the drawn one on."""
-    source, _, _, name = self._entries[draw.entry]
-    task = self._tasks[draw.entry]
-    total = len(source)
+    total = self._sizes[draw.entry]
     bad: list[BadRecord] = []
     for i in range(min(_MAX_BAD_RUN, total)):
-      index, record = (draw.index + i) % total, None
-      try:
-        record = source[index]
-        rng = self._rng(draw) if task.augments else None
-        self._batcher.write(batch, row, record, task, index=index, rng=rng)
+      index = (draw.index + i) % total
+      found = self._readers[draw.entry].read(
+        index, functools.partial(self._prepare, draw, index)
+      )
+      if not isinstance(found, BadRecord):
+        self._batcher.put(batch, row, found)
         break
-      except BAD_RECORD_ERRORS as e:
-        bad.append(BadRecord.of(name, source, index, record, e))
+      bad.append(found)
     return bad
+
+  def _prepare(self, draw: Draw, index: int, record: Record) -> Prepared:
+    task = self._tasks[draw.entry]
+    rng = self._rng(draw) if task.augments else None
+    return self._batcher.prepare(record, task, index=index, rng=rng)
 
   def _rng(self, draw: Draw) -> np.random.Generator:
     """Depends on the place in the order only: each epoch changes anew."""

@@ -17,11 +17,12 @@ from typing import Any
 from PIL import Image
 
 from narvl_jax.data import images
-from narvl_jax.data.example import BAD_RECORD_ERRORS, Record
+from narvl_jax.data.bad_records import BadRecord, RecordReader
+from narvl_jax.data.example import Record
 from narvl_jax.data.manifest import Shard, sha256_of
 from narvl_jax.data.processes import exit_with_parent
 from narvl_jax.data.shard_formats import FORMATS, ShardFormat
-from narvl_jax.data.sources import MANIFEST, locate, open_source
+from narvl_jax.data.sources import MANIFEST, open_source
 from narvl_jax.errors import UserError
 from narvl_jax.terminal import warn
 
@@ -186,8 +187,9 @@ def write_shard(
   file = job.file(number)
   temporary = folder / PROGRESS / f"{file}.{os.getpid()}.tmp"
   bad: list[dict[str, Any]] = []
+  records = RecordReader(source, job.name, job.count)
   try:
-    count, digest = _write(source, job, number, temporary, bad)
+    count, digest = _write(records, job, number, temporary, bad)
     if _digest(temporary, FORMATS[job.format]) != (count, digest):
       raise OSError("what was read back differs from what was written")
     with open(temporary, "rb") as written:
@@ -195,6 +197,8 @@ def write_shard(
     shard = Shard(file, count, temporary.stat().st_size, sha256_of(temporary))
     os.replace(temporary, folder / file)
   except (OSError, RuntimeError) as e:  # The library raises RuntimeError.
+    if e is records.defect:
+      raise
     raise write_error(folder / file, e) from e
   finally:
     with contextlib.suppress(OSError):
@@ -203,7 +207,7 @@ def write_shard(
 
 
 def _write(
-  source: Sequence[Record],
+  records: RecordReader,
   job: Job,
   number: int,
   path: pathlib.Path,
@@ -215,17 +219,16 @@ def _write(
   shards = FORMATS[job.format]
   with shards.writing(path) as write:
     for index in job.indices(number):
-      record = None
-      try:
-        record = source[index]
-        data = shards.serialize(_with_stored_image(record, job))
-      except BAD_RECORD_ERRORS as e:
+      data = records.read(
+        index, lambda record: shards.serialize(_with_stored_image(record, job))
+      )
+      if isinstance(data, BadRecord):
         bad.append(
           {
             "index": index,
-            "place": locate(source, index),
-            "id": record.id if record else "?",
-            "reason": " ".join(str(e).split()),
+            "place": data.place,
+            "id": "?" if data.record_id is None else data.record_id,
+            "reason": data.reason,
           }
         )
         continue

@@ -41,6 +41,23 @@ _FORMAT = 1
 _CACHE_SIZE = 1 << 12
 
 
+def checked_text(text: str) -> str:
+  """Returns the text if it can be tokenised.
+
+  Raises:
+    UserError: it holds half of a surrogate pair, which is no character.
+  """
+  try:
+    text.encode()
+  except UnicodeEncodeError as e:
+    raise UserError(
+      f"the text has half of a surrogate pair, \\u{ord(text[e.start]):04x}, as"
+      f" its character {e.start + 1}; no token stands for it: save the text as"
+      " UTF-8 again"
+    ) from e
+  return text
+
+
 class Vocabulary:
   """Maps text to ids and ids to text; immutable.
 
@@ -233,12 +250,18 @@ class Vocabulary:
     return cls(tokenizer, base, num_codes=num_codes, num_bins=num_bins)
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of `text`, without bos and eos."""
+    """Returns the ids of `text`, without bos and eos.
+
+    Raises:
+      UserError: it holds half of a surrogate pair.
+    """
     ids = self._cache.get(text)
     if ids is None:
       table = self._ids_of_token
       ids = [
-        i for token in self._tokenizer.encode(text).ids for i in table[token]
+        i
+        for token in self._tokenizer.encode(checked_text(text)).ids
+        for i in table[token]
       ]
       if len(self._cache) >= _CACHE_SIZE:
         self._cache.clear()

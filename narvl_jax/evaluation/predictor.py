@@ -129,8 +129,9 @@ class Predictor:
     task = self._task(record.task)
     batcher = pipeline.Batcher(**self._shapes())
     batch = batcher.empty(self._whole(1))
+    example = batcher.prepare(record, task, target="none")
     for row in range(len(batch["index"])):
-      batcher.write(batch, row, record, task, target="none")
+      batcher.put(batch, row, example)
     size = len(batch["index"])
     decoded = self._start(batch, task, size)
     return next(self._finish(decoded, batch, [record], task))

@@ -1,6 +1,7 @@
 """Fields of a user's files, checked: scores, labels, boxes, captions."""
 
 import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,6 +9,17 @@ from narvl_jax.data.answer_text import annotator_scores, normalize_answer
 from narvl_jax.data.example import Box
 from narvl_jax.data.tasks.entailment import ANSWER_OF_LABEL, ANSWERS
 from narvl_jax.errors import UserError, did_you_mean
+
+# Whatever a field holds, a message shows some of it.
+_short = reprlib.Repr()
+_short.maxlevel = 3
+_short.maxlist = _short.maxtuple = _short.maxdict = 8
+_short.maxstring = _short.maxother = _short.maxlong = 120
+
+
+def quoted(value: object) -> str:
+  """Returns how Python writes a value, cut where it is long or deep."""
+  return _short.repr(value)
 
 
 def scored_answers(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
@@ -19,23 +31,27 @@ def scored_answers(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
   answers: dict[str, float] = {}
   for answer, score in pairs:
     if not isinstance(answer, str):
-      raise UserError(f"the answer {answer!r} is no text; put it in quotes")
+      raise UserError(
+        f"the answer {quoted(answer)} is no text; put it in quotes"
+      )
     text = normalize_answer(answer)
     if not text:
-      raise UserError(f"an answer is empty: {answer!r} with score {score!r}")
+      raise UserError(
+        f"an answer is empty: {quoted(answer)} with score {quoted(score)}"
+      )
     try:
       if isinstance(score, bool):
         raise TypeError
       value = float(score)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, OverflowError) as e:
       raise UserError(
-        f"the score of the answer {answer!r} is {score!r}; it must be a number"
-        " above 0, at most 1"
+        f"the score of the answer {quoted(answer)} is {quoted(score)}; it must"
+        " be a number above 0, at most 1"
       ) from e
     if not 0 < value <= 1:
       raise UserError(
-        f"the score of the answer {answer!r} is {score}; it must be above 0, at"
-        " most 1"
+        f"the score of the answer {quoted(answer)} is {score}; it must be above"
+        " 0, at most 1"
       )
     answers[text] = max(value, answers.get(text, 0.0))
   return answers
@@ -66,7 +82,7 @@ def captions(references: Iterable[Any]) -> dict[str, float]:
   """
   given = list(references)
   if not all(isinstance(caption, str) for caption in given):
-    raise UserError(f"the captions {given!r} must be texts")
+    raise UserError(f"the captions {quoted(given)} must be texts")
   kept = [text for caption in given if (text := normalize_answer(caption))]
   if not kept:
     raise UserError("the caption is empty")
@@ -102,15 +118,18 @@ def pixel_box(values: Sequence[Any]) -> Box:
     if isinstance(values, str) or any(isinstance(v, bool) for v in values):
       raise TypeError
     x0, y0, x1, y1 = (float(value) for value in values)
-  except (TypeError, ValueError) as e:
+  except (TypeError, ValueError, OverflowError) as e:
     raise UserError(
-      f"the box is {values!r}; it must be four numbers x0, y0, x1, y1 in pixels"
+      f"the box is {quoted(values)}; it must be four numbers x0, y0, x1, y1 in"
+      " pixels"
     ) from e
   if not all(math.isfinite(c) for c in (x0, y0, x1, y1)):
-    raise UserError(f"the box {values!r} holds a number that is not finite")
+    raise UserError(
+      f"the box {quoted(values)} holds a number that is not finite"
+    )
   if x1 <= x0 or y1 <= y0:
     raise UserError(
-      f"the box {values!r} has no area; it must be x0, y0, x1, y1 with x0 < x1"
-      " and y0 < y1 (not x, y, width, height)"
+      f"the box {quoted(values)} has no area; it must be x0, y0, x1, y1 with x0"
+      " < x1 and y0 < y1 (not x, y, width, height)"
     )
   return x0, y0, x1, y1

@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,13 +53,23 @@ def resolve(path: PathOption, split: str, *, source: str) -> list[pathlib.Path]:
   return files
 
 
+def with_home(name: str) -> pathlib.Path:
+  """Returns the path of a name; "~" and "~/..." begin at the home folder.
+
+  "~someone" is a name as any other: whose home it is differs by machine.
+  """
+  return pathlib.Path(
+    os.path.expanduser(name) if name == "~" or name.startswith("~/") else name
+  )
+
+
 def _expand(name: str, split: str, source: str) -> list[pathlib.Path]:
   if "://" in name:
     raise UserError(
       f'{source}: options.path "{name}" is an address; it must be a file of'
       " this machine: copy or mount it first"
     )
-  path = pathlib.Path(name).expanduser()
+  path = with_home(name)
   if path.is_dir():
     raise UserError(
       f'{source}: options.path "{name}" is a folder; it must be a file, or a'

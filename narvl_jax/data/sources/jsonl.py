@@ -100,8 +100,8 @@ class JsonlSource(RowSource):
   def _task_of(self, number: int) -> str:
     try:
       row = self.rows[number]
-      found = json.loads(row).get("task") if b'"task"' in row else _ANY
-    except (ValueError, AttributeError):
+      found = _parse(row).get("task") if b'"task"' in row else _ANY
+    except UserError:
       return _ANY
     return found if found in TASKS else _ANY
 
@@ -110,24 +110,28 @@ class JsonlSource(RowSource):
     for key in values:
       if key not in KEYS:
         raise UserError(f'the key "{key}" is unknown.{did_you_mean(key, KEYS)}')
-    task = values.get("task") or self.task
-    if task not in TASKS:
-      raise UserError(f"the task is {task!r}.{did_you_mean(str(task), TASKS)}")
+    task = values.get("task")
+    if task is not None and task != _ANY and task not in TASKS:
+      near = did_you_mean(task if isinstance(task, str) else "", TASKS)
+      raise UserError(f"the task is {fields.quoted(task)}.{near}")
     objects = values.get("objects")
     if objects is not None and (
       not isinstance(objects, list)
       or not all(isinstance(name, str) for name in objects)
     ):
       raise UserError(
-        f'"objects" is {objects!r}; it must be a list of names, such as'
+        f'"objects" is {fields.quoted(objects)}; it must be a list of names,'
+        " such as"
         ' ["dog", "tree"]'
       )
     truth: dict[str, Any] = {}
     target = values.get("target")
     if target is not None:
       truth = _TARGETS[self.task](target)
+    given = values.get("id")
+    name = f"{file.path.name}:{index + 1}" if given is None else str(given)
     return Record(
-      id=str(values.get("id") or f"{file.path.name}:{index + 1}"),
+      id=name,
       task=self.task,
       image=_read_image(file.path.parent, _word(values, "image")),
       prompt=_word(values, "prompt"),
@@ -146,6 +150,13 @@ def _parse(row: bytes) -> dict[str, Any]:
       f"the row is no JSON ({e.msg} at character {e.pos + 1}); it must be one"
       ' object, such as {"image": "photo.jpg", "target": "two"}'
     ) from e
+  except RecursionError as e:
+    raise UserError(
+      "the row is JSON of lists or objects that are nested too deep; it must"
+      ' be one object, such as {"image": "photo.jpg", "target": "two"}'
+    ) from e
+  except ValueError as e:  # An integer of thousands of digits.
+    raise UserError(f"the row holds a number that cannot be read: {e}") from e
   if not isinstance(values, dict):
     raise UserError(
       f"the row is a JSON {type(values).__name__}; it must be an object in"
@@ -159,14 +170,16 @@ def _word(values: dict[str, Any], key: str) -> str:
   if value is None:
     value = ""
   if not isinstance(value, str):
-    raise UserError(f'"{key}" is {value!r}; it must be a text in quotes')
+    raise UserError(
+      f'"{key}" is {fields.quoted(value)}; it must be a text in quotes'
+    )
   return value
 
 
 def _read_image(folder: pathlib.Path, name: str) -> bytes:
   if not name:
     raise UserError('the row has no "image"; name a JPEG or PNG file')
-  path = folder / pathlib.Path(name).expanduser()
+  path = folder / files.with_home(name)
   try:
     return path.read_bytes()
   except OSError as e:
@@ -192,7 +205,8 @@ def _grounding(target: Any) -> dict[str, Any]:
 
 
 def _entailment(target: Any) -> dict[str, Any]:
-  return {"answers": fields.entailment_answer(str(target).strip())}
+  label = target if isinstance(target, str) else fields.quoted(target)
+  return {"answers": fields.entailment_answer(label.strip())}
 
 
 _TARGETS: dict[str, Any] = {

@@ -22,6 +22,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from narvl_jax.data.sources.files import with_home
 from narvl_jax.disk import atomically
 from narvl_jax.errors import UserError
 from narvl_jax.terminal import warn
@@ -100,9 +101,9 @@ def _places(path: pathlib.Path, index_dir: str) -> list[pathlib.Path]:
   digest = hashlib.sha256(os.fsencode(absolute)).hexdigest()[:16]
   name = f"{path.name}.{digest}{SUFFIX}"
   if index_dir:
-    return [pathlib.Path(index_dir).expanduser() / name]
+    return [with_home(index_dir) / name]
   cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  folder = pathlib.Path(os.path.expanduser(cache)) / "narvl_jax"
+  folder = with_home(cache) / "narvl_jax"
   return [absolute.with_name(absolute.name + SUFFIX), folder / name]
 
 

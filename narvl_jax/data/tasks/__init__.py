@@ -1,11 +1,11 @@
 """The tasks: raw record to model example, model output to answer."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from narvl_jax.data.example import BAD_RECORD_ERRORS, TASKS, Record
+from narvl_jax.data.bad_records import BadRecord, RecordReader
+from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.tasks.base import AnswerSpace as AnswerSpace
 from narvl_jax.data.tasks.base import Encoded as Encoded
 from narvl_jax.data.tasks.base import Task as Task
@@ -15,7 +15,7 @@ from narvl_jax.data.tasks.entailment import EntailmentTask
 from narvl_jax.data.tasks.grounding import GroundingTask
 from narvl_jax.data.tasks.settings import parse_settings
 from narvl_jax.data.tasks.vqa import VqaTask
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.vocabulary import Vocabulary, checked_text
 from narvl_jax.errors import UserError, did_you_mean
 
 _CLASSES: dict[str, type[Task[Any]]] = {
@@ -60,16 +60,29 @@ def vocabulary_texts(
   name: str,
   settings: Mapping[str, Any] | None,
   records: Sequence[Record],
+  on_bad: Callable[[BadRecord], object] = lambda record: None,
 ) -> Iterator[str]:
   """Yields every text of `records` that the task encodes.
 
-  `Vocabulary.train` learns from these. Bad records have none; who reads them
-  for training will tell.
+  `Vocabulary.train` learns from these. Bad records have none; training, which
+  reads them again, counts them.
+
+  Args:
+    name: of the task.
+    settings: of the task.
+    records: random access.
+    on_bad: gets each bad record.
   """
   task = _make(name, None, settings)
+  reader = RecordReader(records, name)
   for i in range(len(records)):
-    with contextlib.suppress(*BAD_RECORD_ERRORS):
-      yield from task.texts(records[i])
+    texts = reader.read(
+      i, lambda record: [checked_text(text) for text in task.texts(record)]
+    )
+    if isinstance(texts, BadRecord):
+      on_bad(texts)
+    else:
+      yield from texts
 
 
 def _make(
