@@ -18,7 +18,7 @@ import contextlib
 import functools
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,7 +49,7 @@ from narvl_jax.training.failures import summary
 from narvl_jax.training.guard import Guard, check_unchanged
 from narvl_jax.training.interrupt import EvaluationStopped
 from narvl_jax.training.ledger import Ledger
-from narvl_jax.training.loop import Loop
+from narvl_jax.training.loop import EVALUATION_DUE, Loop
 from narvl_jax.training.metrics import MetricsWriter, SilentMetrics
 from narvl_jax.training.prefetch import DeviceBatches, batch_opener
 from narvl_jax.training.score import flat_metrics, score_of
@@ -57,6 +57,7 @@ from narvl_jax.training.setup import Setup
 from narvl_jax.training.start import (
   chosen_variables,
   first_state,
+  make_up_evaluation,
   prepare,
   write_run,
 )
@@ -165,6 +166,10 @@ def _run(
       else:
         writer = SilentMetrics()
 
+    if stored.get(EVALUATION_DUE):
+      evaluate = functools.partial(_validate, experiment, say, ledger.progress)
+      with ledger.stage("evaluation"):
+        make_up_evaluation(evaluate, state, checkpoints, writer, say)
     if first_step < config.train.steps:
       state = _fit(
         setup,
@@ -235,31 +240,13 @@ def _fit(
       if stop.due():
         raise EvaluationStopped
 
-    def evaluate(
-      state: TrainState, step: int
-    ) -> tuple[dict[str, float], float | None]:
-      report, _ = evaluate_tasks(
-        experiment,
-        evaluation_variables(state),
-        split=config.train.eval_split,
-        max_examples=config.train.eval_examples,
-        batch_size=config.evaluation.batch_size,
-        step=step,
-        before_batch=before_batch,
-      )
-      metrics = flat_metrics(report)
-      score = score_of(report, config.evaluation.best_metric)
-      shown = "  ".join(f"{k} {100 * v:.1f} %" for k, v in metrics.items())
-      say(f"step {step} {config.train.eval_split}: {shown}")
-      return metrics, score
-
     loop = Loop(
       setup=setup,
       step=step,
       batches=batches,
       writer=writer,
       checkpoints=checkpoints,
-      evaluate=evaluate,
+      evaluate=functools.partial(_validate, experiment, say, before_batch),
       restore=functools.partial(first_state, setup, checkpoints, say),
       bundles=BundleWriter(workdir, config, setup.mesh, batches.examples),
       check_folder=guard.check_folder,
@@ -271,6 +258,31 @@ def _fit(
     say.used(batches.counters(batches.position))
     say(str(loop.health))
     return state
+
+
+def _validate(
+  experiment: experiment_lib.Experiment,
+  say: Announcer,
+  before_batch: Callable[[], None],
+  state: TrainState,
+  step: int,
+) -> tuple[dict[str, float], float | None]:
+  """Returns metrics to write, and the score that tells the best checkpoint."""
+  config = experiment.config
+  report, _ = evaluate_tasks(
+    experiment,
+    evaluation_variables(state),
+    split=config.train.eval_split,
+    max_examples=config.train.eval_examples,
+    batch_size=config.evaluation.batch_size,
+    step=step,
+    before_batch=before_batch,
+  )
+  metrics = flat_metrics(report)
+  score = score_of(report, config.evaluation.best_metric)
+  shown = "  ".join(f"{k} {100 * v:.1f} %" for k, v in metrics.items())
+  say(f"step {step} {config.train.eval_split}: {shown}")
+  return metrics, score
 
 
 def _final_evaluation(

@@ -135,6 +135,13 @@ SABOTAGES = (
     "::test_only_the_evaluation_of_the_config_is_the_main_one",
   ),
   Sabotage(
+    "an evaluation that was stopped is forgotten",
+    "narvl_jax/training/loop.py",
+    "EVALUATION_DUE: missed,",
+    "EVALUATION_DUE: False,",
+    "tests/training/test_loop.py::test_evaluation_that_is_stopped",
+  ),
+  Sabotage(
     "the lock of another run is overwritten",
     "narvl_jax/training/run_lock.py",
     "while not self._create(stage):",

@@ -63,7 +63,8 @@ class Runner:
   def __init__(self) -> None:
     self.counter = 0
     self.evaluations: list[tuple[int, int]] = []
-    self.stop_in_evaluation: int | None = None
+    self.stop_after_evaluation: int | None = None
+    self.stop_before_evaluation: int | None = None
     self._evaluate = train_lib.evaluate_tasks
     jax.monitoring.register_event_duration_secs_listener(self._count)
 
@@ -74,16 +75,22 @@ class Runner:
   def evaluate(self, *args: Any, **settings: Any) -> Any:
     before = self.counter
     settings["max_examples"] = 8
+    if len(self.evaluations) + 1 == self.stop_before_evaluation:
+      os.kill(os.getpid(), signal.SIGTERM)
     result = self._evaluate(*args, **settings)
     self.evaluations.append((before, self.counter))
-    if len(self.evaluations) == self.stop_in_evaluation:
+    if len(self.evaluations) == self.stop_after_evaluation:
       os.kill(os.getpid(), signal.SIGTERM)
     return result
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, Outcome]:
-  """Returns an uninterrupted run, a stopped one, and the same resumed."""
+  """Returns an uninterrupted run, one that is stopped twice, and its end.
+
+  It is first stopped after the evaluation of step 3, and then in that of the
+  last step.
+  """
   runner = Runner()
   patch = pytest.MonkeyPatch()
   patch.setattr(train_lib, "evaluate_tasks", runner.evaluate)
@@ -93,13 +100,16 @@ def outcomes(tmp_path_factory) -> dict[str, Outcome]:
   for name, workdir in (
     ("whole", whole),
     ("stopped", stopped),
+    ("stopped again", stopped),
     ("resumed", stopped),
   ):
     runner.evaluations = []
-    runner.stop_in_evaluation = 1 if name == "stopped" else None
+    runner.stop_after_evaluation = 1 if name == "stopped" else None
+    runner.stop_before_evaluation = 1 if name == "stopped again" else None
     with _logged_warnings() as warnings:
       # A worker process that prepares the data must not show either.
-      output, report = _captured(workdir, num_workers=int(name == "resumed"))
+      workers = int(name == "stopped again")
+      output, report = _captured(workdir, num_workers=workers)
     found[name] = Outcome(
       workdir,
       report,
@@ -194,7 +204,12 @@ def test_stopped_run_saves_and_says_how_to_go_on(outcomes):
 
 
 def test_resumed_run_is_that_without_the_stop(outcomes):
-  assert "resumed from the checkpoint of step 4" in outcomes["resumed"].output
+  again, last = outcomes["stopped again"], outcomes["resumed"]
+  assert "resumed from the checkpoint of step 4" in again.output
+  assert again.report == 0
+  assert "validation/vqa/accuracy" not in _lines(again.metrics)[-1]
+  assert "resumed from the checkpoint of step 6" in last.output
+  assert "evaluating step 6: its evaluation was stopped" in last.output
   states = []
   for name in ("whole", "resumed"):
     folder = outcomes[name].workdir / "checkpoints" / "6"
@@ -207,6 +222,11 @@ def test_resumed_run_is_that_without_the_stop(outcomes):
     np.testing.assert_array_equal(leaf, states[1][name], err_msg=name)
   assert _metrics(outcomes["whole"]) == _metrics(outcomes["resumed"])
   assert outcomes["whole"].report == outcomes["resumed"].report
+  scores = [
+    read_record(outcomes[name].workdir / "checkpoints" / "6").score
+    for name in ("whole", "resumed")
+  ]
+  assert scores[0] == scores[1] is not None
 
 
 def test_checkpoints_of_stopped_and_resumed_run(outcomes):
@@ -216,8 +236,8 @@ def test_checkpoints_of_stopped_and_resumed_run(outcomes):
   environment = json.loads(
     (outcomes["resumed"].workdir / "environment.json").read_text()
   )
-  assert environment["step"] == 4
-  assert [start["step"] for start in environment["previous"]] == [0]
+  assert environment["step"] == 6
+  assert [start["step"] for start in environment["previous"]] == [0, 4]
 
 
 def test_nothing_is_compiled_again(outcomes):
@@ -259,7 +279,7 @@ def test_output_of_a_run(outcomes):
 
 
 def test_runs_are_quiet(outcomes):
-  for name in ("whole", "stopped", "resumed"):
+  for name in ("whole", "stopped", "stopped again", "resumed"):
     # Orbax tells who checkpoints faster than this disk.
     assert [
       x for x in outcomes[name].warnings if "previous save" not in x

@@ -19,7 +19,11 @@ from narvl_jax.training import record as record_lib
 from narvl_jax.training.checksums import device_checksums, text
 from narvl_jax.training.fit import leaf_of
 from narvl_jax.training.host_memory import return_free_memory
-from narvl_jax.training.integrity import Damage, write_digests
+from narvl_jax.training.integrity import (
+  Damage,
+  replace_record,
+  write_digests,
+)
 from narvl_jax.training.record import Record, name_leaves
 from narvl_jax.training.retention import Policy, Retention
 from narvl_jax.training.stored_checkpoints import (
@@ -163,6 +167,32 @@ class Checkpoints(StoredCheckpoints):
     self._saved = step
     self._completion = _Completion(step, self._complete)
     self._completion.start()
+
+  def set_score(
+    self, step: int, score: float | None, run: Mapping[str, Any]
+  ) -> None:
+    """Changes what is stored with the arrays of a checkpoint.
+
+    Args:
+      step: of a checkpoint that is intact.
+      score: of its evaluation, see `save`.
+      run: likewise.
+    """
+    record = self.read_record(step)
+    # Nobody reads it any more.
+    distributed.barrier("record read")
+    if distributed.is_first():
+      changed = record._replace(score=score, run=dict(run))
+      replace_record(self._folder / str(step), changed)
+    distributed.barrier("record replaced")
+    self._scores[step] = score
+    if self._policy is None:
+      return
+    # As if it had been saved with its score: an earlier best one may go.
+    reasons = self._policy.retention.reasons(self.steps(), self._scores)
+    for other in [x for x, kept in reasons.items() if not kept]:
+      self._manager.delete(other)
+    self._remove_deleted()
 
   def _complete(self, step: int) -> None:
     """Waits until a checkpoint is on disk; writes its digests."""

@@ -29,6 +29,7 @@ from narvl_jax.training.record import (
   item_of,
   read_leaf,
   read_record,
+  to_json,
 )
 
 _DIGESTS = re.compile(r"digests\.(\d+)-of-(\d+)\.txt")
@@ -96,10 +97,40 @@ def write_digests(folder: pathlib.Path, host: int = 0, hosts: int = 1) -> None:
     for name in _files(folder)
     if _owner(name, hosts) == host
   }
-  body = json.dumps({"step": folder.name, "files": found}, indent=0) + "\n"
   path = folder / f"digests.{host}-of-{hosts}.txt"
+  _write_digests(path, {"step": folder.name, "files": found})
+
+
+def _write_digests(path: pathlib.Path, values: dict[str, Any]) -> None:
+  body = json.dumps(values, indent=0) + "\n"
   with atomically(path) as temporary:
     temporary.write_text(_digest_of(body.encode()) + "\n" + body)
+
+
+def replace_record(folder: pathlib.Path, record: Record) -> None:
+  """Replaces the record of an intact checkpoint, and its digest.
+
+  A process that is killed in between leaves a checkpoint without all digests,
+  whose arrays are compared instead.
+
+  Args:
+    folder: of the checkpoint.
+    record: the new one, of the same arrays.
+  """
+  name = f"{ITEM}/{FILE}"
+  data = json.dumps(to_json(record)).encode()
+  bodies = {
+    path: json.loads(path.read_bytes().partition(b"\n")[2])
+    for path in folder.glob("digests.*.txt")
+  }
+  listing = next((x for x, y in bodies.items() if name in y["files"]), None)
+  if listing is not None:
+    listing.unlink()
+  with atomically(folder / name) as temporary:
+    temporary.write_bytes(data)
+  if listing is not None:
+    bodies[listing]["files"][name] = [len(data), _digest_of(data)]
+    _write_digests(listing, bodies[listing])
 
 
 def has_digests(folder: pathlib.Path) -> bool:

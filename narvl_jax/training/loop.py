@@ -23,6 +23,8 @@ from narvl_jax.training.prefetch import DeviceBatches
 from narvl_jax.training.progress import Progress
 from narvl_jax.training.setup import Setup
 
+# Stored with a checkpoint whose evaluation was stopped and is to be made up.
+EVALUATION_DUE = "evaluation_due"
 # Updates that wait on the devices: one runs, one is queued.
 _MAX_AHEAD = 2
 
@@ -241,12 +243,16 @@ class Loop:
       self._progress.report()
     score = None
     # A run that was told to stop has little time, and a state to save.
-    due = train.eval_every and (last or step % train.eval_every == 0)
+    due = train.eval_every and (
+      step == train.steps or step % train.eval_every == 0
+    )
+    missed = bool(due)
     if due and not stopping:
       try:
         with self.ledger.stage("evaluation"):
           metrics, score = self.evaluate(state, step)
         self.writer.write(step, metrics)
+        missed = False
       except EvaluationStopped:
         last = True
     due = train.checkpoint_every and step % train.checkpoint_every == 0
@@ -261,6 +267,7 @@ class Loop:
         **self.health.to_json(),
         "data_position": self.batches.position,
         "time": time.time(),
+        EVALUATION_DUE: missed,
       }
       with self.ledger.stage("checkpoint"):
         self.checkpoints.save(step, state, score=score, run=stored)

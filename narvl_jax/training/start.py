@@ -25,6 +25,8 @@ from narvl_jax.training.checkpoints import (
 )
 from narvl_jax.training.init_from import check_init_from, init_from
 from narvl_jax.training.integrity import DamagedCheckpoint
+from narvl_jax.training.loop import EVALUATION_DUE, Evaluate
+from narvl_jax.training.metrics import MetricsWriter, SilentMetrics
 from narvl_jax.training.setup import Setup, build_setup
 from narvl_jax.training.weights import opened
 
@@ -139,6 +141,34 @@ def first_state(
     say(f"initialised with seed {config.seed}")
   checkpoints.prepare(state)
   return state, 0, {}
+
+
+def make_up_evaluation(
+  evaluate: Evaluate,
+  state: TrainState,
+  checkpoints: Checkpoints,
+  writer: MetricsWriter | SilentMetrics,
+  say: Announcer,
+) -> None:
+  """Evaluates a restored state whose evaluation was stopped with its run.
+
+  Metrics and score become what they are in a run that was not stopped.
+
+  Args:
+    evaluate: see `Loop`.
+    state: the restored one.
+    checkpoints: of the run; that of the state gets its score.
+    writer: of the metrics.
+    say: prints a line.
+  """
+  step = int(state.step)
+  say(f"evaluating step {step}: its evaluation was stopped")
+  metrics, score = evaluate(state, step)
+  writer.write(step, metrics)
+  # A checkpoint never is ahead of the metrics on disk.
+  writer.flush()
+  run = {**checkpoints.run(step), EVALUATION_DUE: False}
+  checkpoints.set_score(step, score, run)
 
 
 def chosen_variables(

@@ -1,5 +1,6 @@
 """Whatever happens to the files of a checkpoint is noticed and named."""
 
+import contextlib
 import json
 import pathlib
 import re
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from narvl_jax import disk
 from narvl_jax.errors import UserError
 from narvl_jax.training import integrity, record
 from narvl_jax.training.checkpoints import Checkpoints
@@ -198,6 +200,50 @@ def test_only_steps_are_names_of_checkpoints(tmp_path):
   for name in ("0", "10", "007", "\u00b2", "9.2", "-1", "tmp"):
     (tmp_path / name).mkdir()
   assert record.stored_steps(tmp_path) == [0, 10]
+
+
+def test_a_record_is_replaced_and_a_kill_in_between_does_no_harm(
+  folder, monkeypatch
+):
+  old = record.read_record(folder)
+  before = folder.with_name("6.before")
+  shutil.copytree(folder, before)
+
+  class KilledError(Exception):
+    pass
+
+  # At every file that is written, before and after it.
+  for kill in range(4):
+    count = [0]
+
+    @contextlib.contextmanager
+    def atomically(path, kill=kill, count=count):
+      if count[0] == kill:
+        raise KilledError
+      with disk.atomically(path) as temporary:
+        yield temporary
+      count[0] += 2
+      if count[0] == kill + 1:
+        raise KilledError
+
+    shutil.rmtree(folder)
+    shutil.copytree(before, folder)
+    new = old._replace(score=0.25, run={"position": 7})
+    with monkeypatch.context() as patch:
+      patch.setattr(integrity, "atomically", atomically)
+      with pytest.raises(KilledError):
+        integrity.replace_record(folder, new)
+    assert integrity.examine(folder) is None
+    assert record.read_record(folder) == (old if kill == 0 else new)
+  shutil.rmtree(folder)
+  shutil.copytree(before, folder)
+  integrity.replace_record(folder, new)
+  assert integrity.has_digests(folder)
+  assert integrity.examine(folder) is None
+  flip_bit(folder / "record" / "record.json", 100)
+  damage = integrity.examine(folder)
+  assert damage is not None
+  assert damage.files == [["record/record.json", "was changed"]]
 
 
 def test_hosts_share_the_work_and_agree(folder, monkeypatch):

@@ -218,6 +218,8 @@ def test_stop_saves_at_once_and_does_not_evaluate(tmp_path):
   assert run.run().step == 6
   assert run.events[-1] == ("save", 6, None)
   assert ("evaluate", 6) not in run.events
+  assert run.saved[6]["evaluation_due"]
+  assert not run.saved[5]["evaluation_due"]
   # What was measured since the last report is not lost.
   assert _lines(tmp_path)[-1]["train/loss"] == 5.5
 
@@ -227,6 +229,7 @@ def test_stop_at_the_last_step_is_the_end(tmp_path):
   run.stop_at = 10
   run.run()
   assert run.events[-2:] == [("evaluate", 10), ("save", 10, 1.0)]
+  assert not run.saved[10]["evaluation_due"]
 
 
 def test_evaluation_that_is_stopped(tmp_path):
@@ -234,7 +237,17 @@ def test_evaluation_that_is_stopped(tmp_path):
   run.stop_in_evaluation = True
   assert run.run().step == 4
   assert run.events == [("evaluate", 4), ("save", 4, None)]
+  assert run.saved[4]["evaluation_due"]
   assert _lines(tmp_path)[-1]["train/loss"] == 2.5
+
+
+@pytest.mark.parametrize("step", [5, 6])
+def test_a_stop_where_nothing_was_to_be_evaluated(tmp_path, step):
+  """Between two evaluations, or in a run without any."""
+  run = FakeRun(tmp_path, eval_every=4 if step == 5 else 0)
+  run.stop_at = step
+  run.run()
+  assert not run.saved[step]["evaluation_due"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """From which state a run goes on."""
 
+import json
 import pathlib
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,13 @@ from narvl_jax.errors import UserError
 from narvl_jax.state.train_state import evaluation_variables
 from narvl_jax.training import start
 from narvl_jax.training.checkpoints import Checkpoints, choose_step
-from narvl_jax.training.start import chosen_variables, first_state
+from narvl_jax.training.loop import EVALUATION_DUE
+from narvl_jax.training.metrics import MetricsWriter
+from narvl_jax.training.start import (
+  chosen_variables,
+  first_state,
+  make_up_evaluation,
+)
 from tests.training.saved import (
   assert_equal,
   files_of,
@@ -114,6 +121,50 @@ def test_weights_alone_are_no_damage(tmp_path):
     with pytest.raises(UserError, match="holds weights but no state of an opt"):
       _first_state(checkpoints)
     assert checkpoints.steps() == [0]
+
+
+def test_an_evaluation_that_was_stopped_is_made_up_for(tmp_path):
+  """Score, metrics and what is kept are those of a run that was not stopped."""
+  said: list[str] = []
+  say: Any = said.append
+  stored = {"position": 3, EVALUATION_DUE: True}
+
+  def save(step: int, **values: Any) -> None:
+    checkpoints.save(step, make_state(step), **values)
+
+  with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+    save(1, score=0.8)
+    save(3, run=stored)
+  with MetricsWriter(tmp_path) as writer:
+    writer.write(3, {"train/loss": 0.5})
+  with (
+    Checkpoints(tmp_path, keep_last=1) as checkpoints,
+    MetricsWriter(tmp_path, 3) as writer,
+  ):
+    assert checkpoints.best_step == 1
+    state, _, run = first_state(_setup(), checkpoints, say)
+    assert run == stored
+
+    def evaluate(state: Any, step: int) -> Any:
+      assert int(state.step) == step == 3
+      return {"validation/vqa/accuracy": 0.9}, 0.9
+
+    make_up_evaluation(evaluate, state, checkpoints, writer, say)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+      {"step": 3, "train/loss": 0.5, "validation/vqa/accuracy": 0.9}
+    ]
+    assert checkpoints.best_step == 3
+    assert checkpoints.steps() == [3]
+    save(6, score=0.2)
+    save(9)
+    checkpoints.wait()
+  assert said[-1] == "evaluating step 3: its evaluation was stopped"
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps() == [3, 9]
+    assert checkpoints.best_step == 3
+    assert checkpoints.run(3) == {"position": 3, EVALUATION_DUE: False}
+    assert checkpoints.damage(3) is None
 
 
 @pytest.mark.parametrize("best", [3, 6])

@@ -76,6 +76,16 @@ def _same_end(run: pathlib.Path, other: pathlib.Path) -> None:
     for folder in (run, other)
   ]
   assert reports[0] == reports[1]
+  validations = [
+    [
+      {k: v for k, v in json.loads(line).items() if k.startswith("validation")}
+      | {"step": json.loads(line)["step"]}
+      for line in (folder / "metrics.jsonl").read_text().splitlines()
+      if '"validation/' in line
+    ]
+    for folder in (run, other)
+  ]
+  assert validations[0] == validations[1] != []
 
 
 def _events(run: pathlib.Path) -> list[dict[str, Any]]:
