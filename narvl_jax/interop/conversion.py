@@ -119,12 +119,20 @@ def load_official(
 def _naming(path: PathLike) -> Iterator[None]:
   """Adds the file to what is wrong with its tensors, not with a flag."""
   try:
-    yield
+    # Otherwise NumPy warns and goes on with infinite positions.
+    with np.errstate(divide="raise"):
+      yield
   except UserError as error:
     text = str(error).removeprefix("--from: ")
     if text.startswith("--"):
       raise
     raise UserError(f"--from={path}: {text}") from error
+  except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    # Shapes that contradict each other can break anything.
+    raise UserError(
+      f"--from={path}: the shapes of its tensors make no model of OFA or NARVL"
+      f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    ) from error
 
 
 def _is_unused(key: str) -> bool:

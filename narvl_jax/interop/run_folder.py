@@ -122,13 +122,10 @@ def find_vocabulary(
   Raises:
     UserError: the files are missing, or are not those of the weights.
   """
-  settings = made.source.settings
   counts = {
-    "num_codes": num_codes or setting(settings, "code_dict_size"),
-    "num_bins": num_bins or setting(settings, "num_bins"),
+    "num_codes": num_codes or _count(made, "code_dict_size", _NUM_CODES),
+    "num_bins": num_bins or _count(made, "num_bins", _NUM_BINS),
   }
-  for name, default in (("num_codes", _NUM_CODES), ("num_bins", _NUM_BINS)):
-    counts[name] = default if counts[name] is None else int(counts[name])
   place = pathlib.Path(folder or made.source.path.parent)
   kind = None
   if folder is not None and not place.is_dir():
@@ -162,6 +159,24 @@ def find_vocabulary(
       " --num_codes and --num_bins"
     )
   return vocabulary, {"source": kind, "path": str(place), **counts}
+
+
+def _count(made: Conversion, name: str, default: int) -> int:
+  """Returns a number of ids that the settings of a file hold.
+
+  Raises:
+    UserError: it is no number, or the weights have fewer ids.
+  """
+  value = setting(made.source.settings, name)
+  if value is None:
+    return default
+  if type(value) is not int or not 0 <= value <= made.config.vocab_size:
+    shown = f"{value:,}" if type(value) is int else type(value).__name__
+    raise UserError(
+      f"--from={made.source.path} says {name}={shown}, but its weights have"
+      f" {made.config.vocab_size:,} ids; set --num_codes and --num_bins"
+    )
+  return value
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import math
+import os
 import pathlib
 import types
 from collections.abc import Mapping
@@ -14,6 +16,8 @@ from narvl_jax.interop.torch_file import read_torch
 
 # In a Hugging Face folder, in the order of preference.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# Three names of the table of tokens are the most that share bytes.
+_MAX_SHARING = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +49,7 @@ def open_source(path: PathLike, *, ema: bool = False) -> SourceFile:
   """
   file = pathlib.Path(path)
   folder = None
-  if file.is_dir():
+  if os.path.isdir(file):
     folder = file
     found = [file / name for name in _WEIGHTS if (file / name).is_file()]
     if not found:
@@ -75,6 +79,17 @@ def open_source(path: PathLike, *, ema: bool = False) -> SourceFile:
         f"--from={path} holds no state dict: {key} is no tensor but of type"
         f" {type(value).__name__}"
       )
+    if not math.prod(value.shape):
+      raise UserError(
+        f"--from={path}: {key} has the shape {list(value.shape)}, which holds"
+        " no values"
+      )
+  total, size = sum(x.nbytes for x in content.values()), file.stat().st_size
+  if total > _MAX_SHARING * size:
+    raise UserError(
+      f"--from={path} describes tensors of {total:,} bytes in a file of"
+      f" {size:,}; official files share only the table of tokens"
+    )
   check_bytes(content)
   return SourceFile(file, dict(content), settings, folder)
 

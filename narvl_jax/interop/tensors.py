@@ -3,8 +3,9 @@
 import dataclasses
 import math
 import os
+import stat
 import zlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from narvl_jax.errors import UserError
 
 PathLike = str | os.PathLike[str]
 _CHUNK_BYTES = 1 << 20
+# More than any tensor of a network has, and no more than NumPy allows.
+MAX_AXES = 32
+_MAX_ELEMENTS = 1 << 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,58 +37,122 @@ class Tensor:
 
   Attributes:
     path: the file.
-    offset: of the first byte in the file.
     shape: of the tensor.
     dtype: of the tensor, little endian.
-    strides: elements from one index to the next; None: C order.
     entry: the bytes that it is a part of, where the file can tell whether they
       are undamaged.
   """
 
   path: PathLike
-  offset: int
   shape: tuple[int, ...]
   dtype: np.dtype[Any]
-  strides: tuple[int, ...] | None = None
-  entry: Entry | None = None
+  entry: Entry | None
 
   @property
   def identity(self) -> Hashable:
     """Equal for tensors that are the same bytes."""
-    return (self.path, self.offset, self.shape, self.dtype, self.strides)
+    raise NotImplementedError
 
   @property
   def nbytes(self) -> int:
     """Bytes of the values."""
     return math.prod(self.shape) * self.dtype.itemsize
 
-  def __setstate__(self, state: Any) -> None:
-    """Refuses to become another tensor, as a hostile pickle might ask."""
-    raise TypeError("a tensor has no state")
-
   def __array__(
     self, dtype: Any = None, copy: bool | None = None
   ) -> np.ndarray:
-    """Reads the tensor."""
+    """Reads the tensor.
+
+    Raises:
+      UserError: the file has changed or cannot be read.
+    """
     del copy  # It is always a new array.
+    try:
+      value = self._read()
+    except (OSError, ValueError) as error:
+      raise UserError(
+        f"--from={self.path} cannot be read: {error}; did it change meanwhile?"
+      ) from error
+    return value if dtype is None else value.astype(dtype, copy=False)
+
+  def _read(self) -> np.ndarray:
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slice(Tensor):
+  """A tensor that is known by where its bytes are.
+
+  Attributes:
+    offset: of the first byte in the file.
+    strides: elements from one index to the next; None: C order.
+  """
+
+  offset: int
+  strides: tuple[int, ...] | None
+
+  @property
+  def identity(self) -> Hashable:
+    """Equal for tensors that are the same bytes."""
+    return (self.path, self.offset, self.shape, self.dtype, self.strides)
+
+  def _read(self) -> np.ndarray:
     count = extent(self.shape, self.strides)
     # `fromfile` knows only NumPy's own types.
     raw = np.fromfile(
       self.path, np.uint8, count * self.dtype.itemsize, offset=self.offset
     )
+    if raw.size < count * self.dtype.itemsize:
+      raise ValueError("it is shorter than it was")
     flat = raw.view(self.dtype)
     if self.strides is None:
-      value = flat.reshape(self.shape)
-    else:
-      # `extent` elements hold all that these strides reach.
-      value = np.lib.stride_tricks.as_strided(
-        flat, self.shape, [s * self.dtype.itemsize for s in self.strides]
-      ).copy()
-    return value if dtype is None else value.astype(dtype, copy=False)
+      return flat.reshape(self.shape)
+    # `extent` elements hold all that these strides reach. Those of an axis of
+    # one element lead nowhere, and may be larger than NumPy can count.
+    steps = [
+      stride * self.dtype.itemsize if n > 1 else 0
+      for n, stride in zip(self.shape, self.strides, strict=True)
+    ]
+    return np.lib.stride_tricks.as_strided(flat, self.shape, steps).copy()
 
 
 # Official key -> a tensor of a file, or an array.
 State = Mapping[str, "Tensor | np.ndarray"]
+
+
+def check_regular(path: PathLike) -> None:
+  """Checks that a file can be opened without waiting, and has an end.
+
+  Raises:
+    UserError: it does not exist, or is a folder, a pipe or a device.
+  """
+  try:
+    mode = os.stat(path).st_mode
+  except FileNotFoundError as error:
+    raise UserError(f"--from={path}: there is no such file") from error
+  except OSError as error:
+    raise UserError(
+      f"--from={path} cannot be read: {error.strerror}"
+    ) from error
+  if not stat.S_ISREG(mode):
+    kind = "folder" if stat.S_ISDIR(mode) else "pipe or a device"
+    raise UserError(
+      f"--from={path} is a {kind}, not a regular file; copy the weights to a"
+      " file and name that"
+    )
+
+
+def check_shape(shape: Sequence[Any]) -> None:
+  """Checks that NumPy can make an array of a shape.
+
+  Raises:
+    ValueError: it has too many axes, or an axis is too long.
+  """
+  if len(shape) > MAX_AXES:
+    raise ValueError(f"a tensor has {len(shape):,} axes")
+  sizes = [n for n in shape if isinstance(n, int) and n > 0]
+  if math.prod(sizes) > _MAX_ELEMENTS:
+    raise ValueError(f"a tensor has the shape {list(sizes)}")
 
 
 def check_bytes(tensors: Mapping[str, Tensor]) -> None:

@@ -2,27 +2,39 @@
 
 Such a file is a zip archive: a pickle that describes the values, and the bytes
 of each storage. A pickle is a program that may call any function of any
-module. This reader hands it stand-ins that build nothing but dicts, lists,
-namespaces and descriptions of tensors, imports nothing, and refuses all else.
+module. `pickle_data` reads it as data; here is what its names stand for: dicts,
+namespaces and descriptions of tensors. All other names are refused.
 """
 
 import io
+import itertools
 import math
-import pickle
+import os
 import struct
 import types
 import zipfile
-from collections.abc import Callable
+import zlib
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from narvl_jax.errors import UserError
+from narvl_jax.interop.pickle_data import (
+  Inert,
+  StandIn,
+  UnsafePickleError,
+  checked_key,
+  read_pickle,
+)
 from narvl_jax.interop.tensors import (
+  MAX_AXES,
   Entry,
   PathLike,
+  Slice,
   Tensor,
+  check_regular,
+  check_shape,
   contiguous,
   extent,
 )
@@ -47,22 +59,12 @@ _INERT_NAMES = {
   ("_codecs", "encode"),
   *(("torch", f"float{bits}") for bits in (16, 32, 64)),
 }
-_MAX_PICKLE_BYTES = 1 << 28
+_MAX_PICKLE_BYTES = 1 << 26
+# The list of all entries; 2,000 take 0.2 MB.
+_MAX_DIRECTORY_BYTES = 1 << 22
+_MAX_BYTE_ORDER_BYTES = 16
+_MAX_KEY_CHARACTERS = 100
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-
-
-class _UnsafePickleError(Exception):
-  """A pickle asks for something that is not needed to read tensors."""
-
-
-class Inert:
-  """What stands for an object that is not needed; remembers nothing."""
-
-  def __init__(self, *_: Any, **__: Any) -> None:
-    """Takes whatever the file passes."""
-
-  def __setstate__(self, state: Any) -> None:
-    """Forgets it."""
 
 
 def read_torch(path: PathLike) -> Any:
@@ -80,11 +82,13 @@ def read_torch(path: PathLike) -> Any:
     UserError: the file is missing, damaged, of another format, or its pickle
       asks to run code.
   """
+  check_regular(path)
   try:
-    with zipfile.ZipFile(path) as archive:
-      return _Reader(path, archive).read()
-  except FileNotFoundError as error:
-    raise UserError(f"--from={path}: there is no such file") from error
+    with (
+      _CappedFile(io.FileIO(path)) as file,
+      zipfile.ZipFile(file) as archive,
+    ):
+      return _Reader(path, file, archive.infolist()).read()
   except zipfile.BadZipFile as error:
     raise UserError(
       f"--from={path} is no zip archive, so it is damaged or was written by"
@@ -93,8 +97,10 @@ def read_torch(path: PathLike) -> Any:
       ' "NEW.pt")'
     ) from error
   except OSError as error:
-    raise UserError(f"--from={path} cannot be read: {error}") from error
-  except _UnsafePickleError as error:
+    raise UserError(
+      f"--from={path} cannot be read: {error.strerror or error}"
+    ) from error
+  except UnsafePickleError as error:
     raise UserError(
       f"--from={path} is refused: {error}; convert only files that hold"
       " nothing but tensors and settings"
@@ -102,24 +108,35 @@ def read_torch(path: PathLike) -> Any:
   except UserError:
     raise
   except Exception as error:
-    # A damaged pickle can raise nearly anything.
+    # A damaged file can raise nearly anything.
     raise UserError(
       f"--from={path} is damaged: {type(error).__name__}: {error}"
     ) from error
 
 
+class _CappedFile(io.BufferedReader):
+  """A file of which `zipfile` reads no list of entries without end."""
+
+  def read(self, size: int | None = -1, /) -> bytes:
+    """Reads as a file does."""
+    if size is None or size < 0:
+      size = os.fstat(self.fileno()).st_size - self.tell()
+    if size > _MAX_DIRECTORY_BYTES:
+      raise ValueError(f"its list of entries has {size:,} bytes")
+    return super().read(size)
+
+
 class _Reader:
   """One archive that is being read."""
 
-  def __init__(self, path: PathLike, archive: zipfile.ZipFile) -> None:
+  def __init__(
+    self, path: PathLike, file: _CappedFile, entries: list[zipfile.ZipInfo]
+  ) -> None:
     self._path = path
-    self._archive = archive
-    self._file = archive.fp
-    self._entries = {info.filename: info for info in archive.infolist()}
-    for info in self._entries.values():
-      # torch writes 0 where it was told to compute none.
-      info.CRC = info.CRC or None  # pyright: ignore[reportAttributeAccessIssue]
-    self._offsets: dict[str, int] = {}
+    self._file = file
+    self._size = os.fstat(file.fileno()).st_size
+    self._entries = {info.filename: info for info in entries}
+    self._used: dict[str, Entry] = {}
     names = [name for name in self._entries if name.endswith("/data.pkl")]
     if len(names) != 1:
       raise UserError(
@@ -131,70 +148,98 @@ class _Reader:
 
   def read(self) -> Any:
     """Returns the content of the archive."""
-    order = self._entries.get(self._root + "byteorder")
-    if order is not None and self._archive.read(order) != b"little":
+    order = self._root + "byteorder"
+    little = order not in self._entries or (
+      self._bytes(order, _MAX_BYTE_ORDER_BYTES) == b"little"
+    )
+    if not little:
       raise UserError(
         f"--from={self._path} was written on a big endian machine; save it"
         " again on a little endian one"
       )
-    info = self._entries[self._pickle]
-    if info.file_size > _MAX_PICKLE_BYTES:
-      raise _UnsafePickleError(f"its pickle has {info.file_size:,} bytes")
-    try:
-      # All of it, as only then its check sum is compared.
-      pickled = io.BytesIO(self._archive.read(info))
-    except zipfile.BadZipFile as error:
+    data = self._bytes(self._pickle, _MAX_PICKLE_BYTES)
+    value = read_pickle(data, _find, self._storage)
+    self._check_overlaps()
+    return value
+
+  def _bytes(self, name: str, most: int) -> bytes:
+    """Returns an entry as a whole."""
+    entry = self._entry(name)
+    if entry.size > most:
+      raise UnsafePickleError(f"{name} has {entry.size:,} bytes")
+    # Not as one read of the file, which is capped for what is no entry.
+    data = os.pread(self._file.fileno(), entry.size, entry.offset)
+    if entry.crc is not None and zlib.crc32(data) != entry.crc:
       raise UserError(
-        f"--from={self._path} is damaged: {error}; download or copy it again"
-      ) from error
-    # The classes are new for each file: what it does to them ends with it.
-    return _Unpickler(pickled, _globals(), self._storage).load()
+        f"--from={self._path} is damaged: the bytes of {name} do not have their"
+        " check sum (CRC-32); download or copy it again"
+      )
+    return data
+
+  def _entry(self, name: str) -> Entry:
+    """Returns where the bytes of an entry are.
+
+    Raises:
+      ValueError: they are not in the file as they are.
+    """
+    if name in self._used:
+      return self._used[name]
+    info = self._entries[name]
+    # torch compresses nothing, and what is compressed may expand without end.
+    if info.compress_type != zipfile.ZIP_STORED:
+      raise ValueError(f"{name} is compressed")
+    header = os.pread(
+      self._file.fileno(), _LOCAL_HEADER.size, info.header_offset
+    )
+    signature, name_size, extra_size = _LOCAL_HEADER.unpack(header)
+    if signature != b"PK\x03\x04":
+      raise ValueError(f"{name} is not where it should be")
+    offset = info.header_offset + _LOCAL_HEADER.size + name_size + extra_size
+    if offset + info.file_size > self._size:
+      raise ValueError(f"{name} reaches beyond the end of the file")
+    # torch writes 0 where it was told to compute no check sum.
+    self._used[name] = Entry(offset, info.file_size, info.CRC or None)
+    return self._used[name]
+
+  def _check_overlaps(self) -> None:
+    """Checks that no byte of the file is used by two entries.
+
+    Otherwise a small file could hold large entries without number.
+    """
+    entries = sorted(
+      (entry.offset, entry.size) for entry in self._used.values() if entry.size
+    )
+    for (offset, size), (following, _) in itertools.pairwise(entries):
+      if offset + size > following:
+        raise ValueError("entries of the archive overlap")
 
   def _storage(self, reference: Any) -> "_Storage":
     """Finds the bytes that a persistent id of the pickle stands for."""
+    if not isinstance(reference, tuple) or len(reference) != 5:
+      raise UnsafePickleError("it refers to something that is no storage")
     kind, of_type, key, _, count = reference
     if kind != "storage" or not isinstance(of_type, _StorageType):
-      raise _UnsafePickleError(f"it refers to {kind!r}, not to a storage")
-    dtype, count = of_type.dtype, int(count)
+      raise UnsafePickleError("it refers to something that is no storage")
+    if not isinstance(key, str) or len(key) > _MAX_KEY_CHARACTERS:
+      raise ValueError("a storage has no proper name")
+    (count,) = _naturals([count])
     name = f"{self._root}data/{key}"
-    info = self._entries.get(name)
-    if info is None:
+    if name not in self._entries:
       raise ValueError(f"the storage {name} is missing")
-    if info.compress_type != zipfile.ZIP_STORED:
-      raise ValueError(f"the storage {name} is compressed")
-    if info.file_size < count * dtype.itemsize:
+    entry = self._entry(name)
+    if entry.size < count * of_type.dtype.itemsize:
       raise ValueError(f"the storage {name} is cut short")
-    if name not in self._offsets:
-      self._offsets[name] = self._data_offset(info)
-    entry = Entry(self._offsets[name], info.file_size, info.CRC)
-    return _Storage(self._path, entry, count, dtype)
-
-  def _data_offset(self, info: zipfile.ZipInfo) -> int:
-    """Returns where the bytes of an entry start in the file."""
-    assert self._file is not None
-    self._file.seek(info.header_offset)
-    header = self._file.read(_LOCAL_HEADER.size)
-    signature, name, extra = _LOCAL_HEADER.unpack(header)
-    if signature != b"PK\x03\x04":
-      raise ValueError(f"the entry {info.filename} is not where it should be")
-    return info.header_offset + _LOCAL_HEADER.size + name + extra
+    return _Storage(self._path, entry, count, of_type.dtype)
 
 
-class _NoState:
-  """Cannot be changed by a pickle after it was made."""
-
-  def __setstate__(self, state: Any) -> None:
-    raise _UnsafePickleError("its pickle wants to change a tensor")
-
-
-class _StorageType(_NoState):
+class _StorageType:
   """Stands for a class such as `torch.FloatStorage`."""
 
   def __init__(self, dtype: np.dtype[Any]) -> None:
     self.dtype = dtype
 
 
-class _Storage(_NoState):
+class _Storage:
   """Bytes of a file, of which tensors are views."""
 
   def __init__(
@@ -204,27 +249,42 @@ class _Storage(_NoState):
     self.count, self.dtype = count, dtype
 
 
+def _naturals(values: Any) -> tuple[int, ...]:
+  """Returns integers that are not negative, and refuses anything else."""
+  if not isinstance(values, (list, tuple)):
+    raise ValueError("a tensor without sizes or strides")
+  if len(values) > MAX_AXES:
+    raise ValueError(f"a tensor has {len(values):,} axes")
+  for value in values:
+    if type(value) is not int or value < 0:
+      shown = value if isinstance(value, (int, float)) else type(value).__name__
+      raise ValueError(f"a tensor has a size, stride or offset of {shown}")
+  return tuple(values)
+
+
 def _rebuild_tensor(
   storage: Any, start: int, size: Any, strides: Any, *_: Any
 ) -> Tensor:
   """Stands for `torch._utils._rebuild_tensor_v2`."""
   if not isinstance(storage, _Storage):
-    raise _UnsafePickleError("a tensor without a storage")
-  shape, steps = tuple(map(int, size)), tuple(map(int, strides))
-  if min((start, *shape, *steps)) < 0 or len(shape) != len(steps):
+    raise UnsafePickleError("a tensor without a storage")
+  shape, steps = _naturals(size), _naturals(strides)
+  check_shape(shape)
+  (start,) = _naturals([start])
+  if len(shape) != len(steps):
     raise ValueError(f"a tensor of shape {shape} and strides {steps}")
   if start + extent(shape, steps) > storage.count:
     raise ValueError("a tensor reaches beyond its storage")
-  # Repeats of a few bytes could else fill the memory.
+  # Otherwise repeats of a few bytes could fill the memory.
   if math.prod(shape) > storage.count:
     raise ValueError("a tensor is larger than its storage")
-  return Tensor(
+  return Slice(
     storage.path,
-    storage.entry.offset + start * storage.dtype.itemsize,
     shape,
     storage.dtype,
-    None if contiguous(shape, steps) else steps,
     storage.entry,
+    storage.entry.offset + start * storage.dtype.itemsize,
+    None if contiguous(shape, steps) else steps,
   )
 
 
@@ -233,46 +293,27 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
   return tensor
 
 
-def _globals() -> Callable[[str, str], Any]:
-  """Returns a function that finds the stand-in of a name."""
-  namespace = type("Namespace", (types.SimpleNamespace,), {})
-  ordered = type("OrderedDict", (dict,), {})
-  inert = type("Inert", (Inert,), {})
-  known = {
-    ("argparse", "Namespace"): namespace,
-    ("collections", "OrderedDict"): ordered,
-    ("torch._utils", "_rebuild_tensor_v2"): lambda *a: _rebuild_tensor(*a),
-    ("torch._utils", "_rebuild_parameter"): lambda *a: _rebuild_parameter(*a),
-    **{("torch", name): _StorageType(x) for name, x in _STORAGES.items()},
-  }
-
-  def find(module: str, name: str) -> Any:
-    if (module, name) in known:
-      return known[module, name]
-    package = module.split(".")[0]
-    if package in _INERT_PACKAGES or (module, name) in _INERT_NAMES:
-      return inert
-    raise _UnsafePickleError(f"its pickle wants to use {module}.{name}")
-
-  return find
+def _ordered_dict(items: Any = (), *_: Any) -> dict[Any, Any]:
+  """Stands for `collections.OrderedDict`."""
+  pairs = [tuple(pair) for pair in items if isinstance(pair, (list, tuple))]
+  return {checked_key(key): value for key, value in pairs}
 
 
-class _Unpickler(pickle.Unpickler):
-  """Builds what the stand-ins build."""
+_INERT = StandIn(lambda *_: Inert())
+_KNOWN = {
+  ("argparse", "Namespace"): StandIn(lambda *_: types.SimpleNamespace()),
+  ("collections", "OrderedDict"): StandIn(_ordered_dict),
+  ("torch._utils", "_rebuild_tensor_v2"): StandIn(_rebuild_tensor),
+  ("torch._utils", "_rebuild_parameter"): StandIn(_rebuild_parameter),
+  **{("torch", name): _StorageType(x) for name, x in _STORAGES.items()},
+}
 
-  def __init__(
-    self,
-    file: Any,
-    find: Callable[[str, str], Any],
-    storage: Callable[[Any], _Storage],
-  ) -> None:
-    super().__init__(file, encoding="utf-8")
-    self._find, self._storage = find, storage
 
-  def find_class(self, module_name: str, global_name: str) -> Any:
-    """Never imports."""
-    return self._find(module_name, global_name)
-
-  def persistent_load(self, pid: Any) -> _Storage:
-    """Returns the storage that a tensor refers to."""
-    return self._storage(pid)
+def _find(module: str, name: str) -> Any:
+  """Returns what stands for a name of the pickle."""
+  if (module, name) in _KNOWN:
+    return _KNOWN[module, name]
+  package = module.split(".")[0]
+  if package in _INERT_PACKAGES or (module, name) in _INERT_NAMES:
+    return _INERT
+  raise UnsafePickleError(f"its pickle wants to use {module}.{name}")

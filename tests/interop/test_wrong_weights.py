@@ -13,6 +13,7 @@ from narvl_jax.interop import (
 )
 from narvl_jax.interop.key_map import TABLE_KEY, TIED_KEYS
 from narvl_jax.interop.names import official_names
+from narvl_jax.interop.settings import QUERY_KEY
 from narvl_jax.interop.torch_write import write_torch
 from tests.interop.states import (
   narvl_state,
@@ -123,3 +124,15 @@ def test_files_without_weights(tmp_path: pathlib.Path) -> None:
     write_torch(path, content)
     with pytest.raises(UserError, match=message):
       convert_official(path)
+
+
+@pytest.mark.parametrize(
+  ("key", "shape"),
+  [(QUERY_KEY, ()), ("encoder.token_rel_pos_table_list.0.weight", (1, 3))],
+)
+def test_shapes_that_contradict_each_other(
+  tmp_path: pathlib.Path, key: str, shape: tuple[int, ...]
+) -> None:
+  state = narvl_state() | {key: np.zeros(shape, np.float32)}
+  with pytest.raises(UserError, match=r"from=.*x.pt: .*(no model|shape)"):
+    convert_official(save(tmp_path / "x.pt", state))
