@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
+from narvl_jax import side_files
 from narvl_jax.data import records
 from narvl_jax.data.example import TASKS
 from narvl_jax.data.manifest import (
@@ -298,10 +299,14 @@ def _progress_folder(
       ) from e
     path = progress / "settings.json"
     settings = _settings(job, origin)
-    if path.exists():
-      _check_settings(folder, json.loads(path.read_text("utf-8")), settings)
-    else:
+    stored = side_files.read_object(path)
+    if stored is None:
+      # Of which settings the shards so far are is not known.
+      for note in progress.glob("[0-9]*.json"):
+        note.unlink()
       write_json(path, settings)
+    else:
+      _check_settings(folder, stored, settings)
     for file in progress.glob("*.tmp"):
       file.unlink(missing_ok=True)
     yield progress

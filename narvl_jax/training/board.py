@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from narvl_jax import side_files
+
 
 class Board:
   """An event file in a folder.
@@ -34,6 +36,7 @@ class Board:
 
     # Its classes are made at run time.
     messages: Any = event_pb2
+    side_files.make_way(folder, folder=True)
     folder.mkdir(parents=True, exist_ok=True)
     self._event = messages.Event
     self._scalar = summary.scalar

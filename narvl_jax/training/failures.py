@@ -2,15 +2,37 @@
 
 import contextlib
 import datetime
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from narvl_jax import side_files
 from narvl_jax.training.metrics import METRICS_FILE, format_duration
 from narvl_jax.training.run_lock import now
 
 RESTARTS_FILE = "restarts.jsonl"
+
+# What is read of the records.
+_NEEDED = {
+  "end": {"how"},
+  "restart": {
+    *("how", "time", "lost_seconds", "down_seconds", "from_step", "damaged")
+  },
+}
+_KINDS = {
+  "how": str,
+  "time": (str, type(None)),
+  "since": (str, type(None)),
+  "phase": (str, type(None)),
+  "code": int,
+  "step": (int, type(None)),
+  "from_step": int,
+  "lost_seconds": (int, float),
+  "down_seconds": (int, float),
+  "damaged": list,
+}
+_SECONDS = ("lost_seconds", "down_seconds")
+_LONGEST = 1e12
 
 
 def record_end(
@@ -90,7 +112,7 @@ def record_restart(
   Raises:
     OSError: it cannot be written.
   """
-  events = history(workdir)
+  events = side_files.mend_lines(workdir / RESTARTS_FILE, _is_record)
   restarts = [i for i, x in enumerate(events) if x.get("event") == "restart"]
   ends = events[restarts[-1] + 1 :] if restarts else events
   if not ends:
@@ -150,19 +172,30 @@ def _seconds(start: datetime.datetime, end: datetime.datetime) -> float:
 
 
 def history(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the records in order; one that was cut short is left out."""
-  path = workdir / RESTARTS_FILE
-  records = []
-  if path.exists():
-    for text in path.read_text(encoding="utf-8").splitlines():
-      with contextlib.suppress(json.JSONDecodeError):
-        records.append(json.loads(text))
-  return records
+  """Returns the records in order; damaged ones are left out."""
+  return side_files.read_lines(workdir / RESTARTS_FILE, _is_record)
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+  """Returns whether a record has what is read of it."""
+  event = record.get("event")
+  needed = _NEEDED.get(event) if isinstance(event, str) else None
+  if needed is None or not needed <= record.keys():
+    return False
+  return (
+    all(
+      isinstance(record[name], kinds)
+      for name, kinds in _KINDS.items()
+      if name in record
+    )
+    and all(isinstance(line, str) for line in record.get("damaged", ()))
+    and all(0 <= record.get(name, 0) < _LONGEST for name in _SECONDS)
+  )
 
 
 def describe(record: Mapping[str, Any]) -> str:
   """Returns one line about a restart."""
-  phase, step = record["phase"], record["step"]
+  phase, step = record.get("phase"), record.get("step")
   where = "" if phase is None else f' in phase "{phase}"'
   where += "" if step is None else f" at step {step}"
   text = (
@@ -187,22 +220,14 @@ def summary(workdir: pathlib.Path) -> list[str]:
   ]
 
 
-def _append(workdir: pathlib.Path, record: Mapping[str, Any]) -> None:
-  path = workdir / RESTARTS_FILE
-  with path.open("ab") as file:
-    # A line that was cut short must not spoil this one too.
-    start = b"\n" if file.tell() and not _ends_line(path) else b""
-    file.write(start + json.dumps(record).encode() + b"\n")
-
-
-def _ends_line(path: pathlib.Path) -> bool:
-  with path.open("rb") as file:
-    file.seek(-1, 2)
-    return file.read() == b"\n"
+def _append(workdir: pathlib.Path, record: dict[str, Any]) -> None:
+  side_files.append_line(workdir / RESTARTS_FILE, record)
 
 
 def _time(text: str | None) -> datetime.datetime | None:
   try:
-    return datetime.datetime.fromisoformat(text or "")
+    moment = datetime.datetime.fromisoformat(text or "")
   except ValueError:
     return None
+  # Differences of moments need the time zone.
+  return moment if moment.tzinfo else None

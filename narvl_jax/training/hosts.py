@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import jax
 from absl import logging
 
+from narvl_jax import side_files
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import distributed
 from narvl_jax.parallel.distributed import Cluster
@@ -136,9 +137,12 @@ def _output(
 def _open_log(process_id: int, folder: pathlib.Path | None) -> TextIO:
   if folder is None:
     return open(os.devnull, "w", encoding="utf-8")
+  path = folder / f"host_{process_id:03d}.log"
   try:
+    side_files.make_way(folder, folder=True)
     folder.mkdir(parents=True, exist_ok=True)
-    log = (folder / f"host_{process_id:03d}.log").open("a", encoding="utf-8")
+    side_files.make_way(path)
+    log = path.open("a", encoding="utf-8")
   except OSError as error:
     raise UserError(
       f"the log of host {process_id} cannot be written in {folder}"

@@ -10,7 +10,8 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from narvl_jax.disk import write_text
+from narvl_jax import side_files
+from narvl_jax.disk import atomically
 from narvl_jax.training.board import Board
 
 METRICS_FILE = "metrics.jsonl"
@@ -29,32 +30,42 @@ class MetricsWriter:
 
     Args:
       workdir: the run folder; must exist.
-      resumed_step: the run goes on after this step; later lines, which will
-        be written again, are removed.
+      resumed_step: the run resumes after this step; later lines, which will
+        be written again, are removed. Damaged lines are set aside.
+
+    Raises:
+      OSError: a file cannot be written.
     """
     self._workdir = pathlib.Path(workdir)
     self._open(resumed_step)
 
   def _open(self, resumed_step: int) -> None:
-    path = self._workdir / METRICS_FILE
-    lines = _lines_until(path, resumed_step)
+    self._path = self._workdir / METRICS_FILE
+    written = side_files.mend_lines(self._path, _is_line)
+    lines = [line for line in written if line["step"] <= resumed_step]
+    if len(lines) < len(written):
+      with atomically(self._path) as temporary:
+        temporary.write_bytes(b"".join(map(_encode, lines)))
     self._step = resumed_step
     self._values: dict[str, float | None] = {}
-    if lines and lines[-1]["step"] == resumed_step:
-      self._values = {k: v for k, v in lines.pop().items() if k != "step"}
-    self._changed = bool(self._values)
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-    self._file = path.open("r+", encoding="utf-8")
-    # Where the line of the current step starts.
-    self._offset = self._file.seek(0, os.SEEK_END)
+    # Of the line of the current step, which others may be added to.
+    self._is_written = bool(lines) and lines[-1]["step"] == resumed_step
+    if self._is_written:
+      self._values = {k: v for k, v in lines[-1].items() if k != "step"}
+    self._changed = False
+    self._open_end()
     self._board = Board(self._workdir / "tensorboard", resumed_step + 1)
+
+  def _open_end(self) -> None:
+    self._file = self._path.open("ab")
+    # Where the next line starts.
+    self._offset = self._file.seek(0, os.SEEK_END)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Adds values to the line of `step`; those not finite become null."""
     if step != self._step:
       self.flush()
-      self._offset = self._file.seek(0, os.SEEK_END)
-      self._step, self._values = step, {}
+      self._step, self._values, self._is_written = step, {}, False
     for name, value in values.items():
       finite = math.isfinite(value)
       self._values[name] = float(value) if finite else None
@@ -75,18 +86,38 @@ class MetricsWriter:
     """
     if not self._changed:
       return
-    line = {"step": self._step, **self._values}
+    line = _encode({"step": self._step, **self._values})
+    if self._is_written:
+      self._replace_last(line)
+    else:
+      self._append(line)
+    self._board.flush()
+    self._changed = False
+
+  def _append(self, line: bytes) -> None:
     try:
-      self._file.seek(self._offset)
-      self._file.write(json.dumps(line) + "\n")
-      self._file.truncate()
+      # A part of it may be there, from when the disk was full.
+      self._file.truncate(self._offset)
+      self._file.write(line)
       self._file.flush()
     except OSError as error:
       # An open file does not say which one it is.
       name = self._file.name
       raise OSError(error.errno, error.strerror, name) from error
-    self._board.flush()
-    self._changed = False
+    self._offset += len(line)
+    self._is_written = True
+
+  def _replace_last(self, line: bytes) -> None:
+    """Writes the file anew: what the old line holds must never be missing."""
+    self._file.close()
+    try:
+      # It may have been removed meanwhile.
+      written = self._path.read_bytes() if self._path.exists() else b""
+      before = written[: self._offset].splitlines(keepends=True)[:-1]
+      with atomically(self._path) as temporary:
+        temporary.write_bytes(b"".join([*before, line]))
+    finally:
+      self._open_end()
 
   def close(self) -> None:
     """Flushes and closes the files."""
@@ -123,18 +154,12 @@ class SilentMetrics:
     pass
 
 
-def _lines_until(path: pathlib.Path, last_step: int) -> list[dict[str, Any]]:
-  """Returns the lines up to a step; one that was cut short is left out."""
-  lines = []
-  if path.exists():
-    for text in path.read_text(encoding="utf-8").splitlines():
-      try:
-        line = json.loads(text)
-      except json.JSONDecodeError:
-        continue
-      if line["step"] <= last_step:
-        lines.append(line)
-  return lines
+def _is_line(line: Mapping[str, Any]) -> bool:
+  return type(line.get("step")) is int
+
+
+def _encode(line: Mapping[str, Any]) -> bytes:
+  return json.dumps(line).encode() + b"\n"
 
 
 def mean_metrics(

@@ -5,6 +5,7 @@ import datetime
 import errno
 import fcntl
 import json
+import operator
 import os
 import pathlib
 import socket
@@ -14,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from narvl_jax import side_files
 from narvl_jax.errors import UserError
 from narvl_jax.processes import machine, process_start
 
@@ -151,6 +153,7 @@ class RunLock:
     """Makes the lock unless there is one, all at once."""
     self._path.parent.mkdir(parents=True, exist_ok=True)
     with self._alone(), self._new_file(stage) as own:
+      side_files.make_way(self._path)
       try:
         os.link(own, self._path)
       except FileExistsError:
@@ -200,10 +203,19 @@ class RunLock:
       os.close(folder)
 
   def _is_own(self, text: bytes) -> bool:
-    return self._contents["id"].encode() in text
+    """Returns whether a lock is not that of another run."""
+    own = self._contents["id"]
+    found = _parse(text).get("id")
+    if own.encode() in text or found is None:
+      # One that was damaged so much that it has no id will be written again.
+      return True
+    # An id with a damaged bit is much like this one; a random one is not.
+    same = sum(map(operator.eq, found, own))
+    return same > len(own) // 2
 
   def _read(self) -> bytes | None:
     try:
+      side_files.make_way(self._path)
       return self._path.read_bytes()
     except FileNotFoundError:
       return None
@@ -251,12 +263,14 @@ class RunLock:
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-  try:
-    held = json.loads(text)
-  # It is not even text, or was cut short.
-  except ValueError:
-    return {}
-  return held if isinstance(held, dict) else {}
+  """Returns what a lock says, without what is damaged."""
+  held = side_files.parse_object(text) or {}
+  kinds = {"pid": int, "step": int}
+  return {
+    name: value
+    for name, value in held.items()
+    if isinstance(value, kinds.get(name, str))
+  }
 
 
 def _who(held: dict[str, Any]) -> str:

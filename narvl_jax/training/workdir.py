@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from narvl_jax import side_files
 from narvl_jax.config import from_json, to_json
 from narvl_jax.disk import write_text
 from narvl_jax.errors import UserError
@@ -145,6 +146,7 @@ def write_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 def write_sharding(workdir: pathlib.Path, table: str) -> None:
   """Writes `sharding.txt`: where every parameter lies in the latest start."""
+  side_files.make_way(workdir / SHARDING_FILE)
   write_text(workdir / SHARDING_FILE, table + "\n")
 
 
@@ -229,10 +231,10 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_environment(workdir: pathlib.Path, resumed_step: int) -> None:
   """Writes `environment.json`: this start, and the earlier ones of the run."""
   path = workdir / ENVIRONMENT_FILE
-  previous = []
-  if path.exists():
-    last = _read(path)
-    previous = [*last.pop("previous", []), last]
+  last = side_files.read_object(
+    path, lambda x: isinstance(x.get("previous", []), list)
+  )
+  previous = [] if last is None else [*last.pop("previous", []), last]
   _write(path, {**environment(), "step": resumed_step, "previous": previous})
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto import event_pb2
 
+from narvl_jax.training import metrics
 from narvl_jax.training.metrics import (
   MetricsWriter,
   format_bytes,
@@ -114,6 +115,43 @@ def test_line_of_the_resumed_step_is_kept_and_extended(tmp_path):
   assert _lines(tmp_path) == [{"step": 4, "loss": 4.0, "accuracy": 0.5}]
   with MetricsWriter(tmp_path, resumed_step=4):
     pass
+  assert _lines(tmp_path) == [{"step": 4, "loss": 4.0, "accuracy": 0.5}]
+
+
+def test_a_killed_run_has_lost_no_line(tmp_path, monkeypatch):
+  """A writer that is never flushed nor closed is one that was killed."""
+  old = [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 4.0}]
+  with MetricsWriter(tmp_path) as writer:
+    for line in old:
+      writer.write(line["step"], {"loss": line["loss"]})
+  writer = MetricsWriter(tmp_path, resumed_step=4)
+  assert _lines(tmp_path) == old
+  writer.write(4, {"accuracy": 0.5})
+  assert _lines(tmp_path) == old
+
+  # Nor one that is killed while it adds to the line.
+  def killed(path: pathlib.Path) -> None:
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics, "atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+      writer.flush()
+  assert _lines(tmp_path) == old
+  writer.flush()
+  new = [old[0], {"step": 4, "loss": 4.0, "accuracy": 0.5}]
+  assert _lines(tmp_path) == new
+  writer.write(6, {"loss": 6.0})
+  writer.go_back(4)
+  assert _lines(tmp_path) == new
+
+
+def test_a_file_that_is_removed_meanwhile(tmp_path):
+  with MetricsWriter(tmp_path) as writer:
+    writer.write(4, {"loss": 4.0})
+    writer.flush()
+    (tmp_path / "metrics.jsonl").unlink()
+    writer.write(4, {"accuracy": 0.5})
   assert _lines(tmp_path) == [{"step": 4, "loss": 4.0, "accuracy": 0.5}]
 
 

@@ -22,6 +22,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from narvl_jax import side_files
 from narvl_jax.data.sources.files import with_home
 from narvl_jax.disk import atomically
 from narvl_jax.errors import UserError
@@ -136,6 +137,9 @@ class _Header(NamedTuple):
 
 def _load(place: pathlib.Path, status: os.stat_result) -> Index | None:
   """Returns an index if it is there, whole, and that of this very file."""
+  if not place.is_file():
+    # A pipe would never be opened.
+    return None
   try:
     with open(place, "rb") as file:
       head = file.read(_HEADER.size)
@@ -178,6 +182,7 @@ def _checksum(file: IO[bytes]) -> int:
 
 def _build_at(place: pathlib.Path, fd: int, path: pathlib.Path) -> Index:
   place.parent.mkdir(parents=True, exist_ok=True)
+  side_files.make_way(place)
   with atomically(place) as temporary, open(temporary, "w+b") as file:
     header = _build(fd, path, file, BLOCK_BYTES)
     # As readable as any other file: others may share the folder.

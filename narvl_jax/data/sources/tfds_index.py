@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from narvl_jax import side_files
 from narvl_jax.disk import atomically
 
 _CHUNK = 256
@@ -62,9 +63,15 @@ def _checksum(ends: np.ndarray) -> int:
 
 def _load(path: pathlib.Path, count: int) -> np.ndarray | None:
   """Returns the ends in a cache file, None if it is absent or damaged."""
+  if not path.is_file():
+    return None
   try:
-    stored: Any = np.load(path, allow_pickle=False)
-  except (OSError, ValueError, EOFError):
+    with open(path, "rb") as file:
+      stored: Any = np.load(file, allow_pickle=False)
+  # Of a damaged file it may fail in any way; counting again costs time only.
+  except Exception:
+    return None
+  if not isinstance(stored, np.ndarray):
     return None
   if stored.dtype != np.int64 or stored.shape != (count + 1,):
     return None
@@ -74,5 +81,6 @@ def _load(path: pathlib.Path, count: int) -> np.ndarray | None:
 
 def _save(path: pathlib.Path, ends: np.ndarray) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
+  side_files.make_way(path)
   with atomically(path) as temporary, open(temporary, "wb") as file:
     np.save(file, np.append(ends, np.int64(_checksum(ends))))
