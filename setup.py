@@ -34,6 +34,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.12,<0.13",
     "pillow>=11,<14",
     "pybase64>=1.4,<2",
+    "rich>=13,<16",
     "safetensors>=0.8,<0.9",
     "tensorboardX>=2.6.2,<3",
     "tensorflow-datasets>=4.9.8,<5",

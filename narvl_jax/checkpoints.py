@@ -20,6 +20,7 @@ from absl import flags
 
 from narvl_jax import cli
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.tables import format_columns
 from narvl_jax.terminal import show
 from narvl_jax.training.integrity import examine, has_digests
 from narvl_jax.training.metrics import format_bytes
@@ -232,13 +233,8 @@ def _pair(
 
 
 def _table(rows: Sequence[Iterable[str]]) -> str:
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return "\n".join(
-    "  ".join(
-      cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-    ).rstrip()
-    for row in rows
-  )
+  cells = [list(row) for row in rows]
+  return format_columns(cells, left=len(cells[0]), rule=False)
 
 
 def define_flags() -> None:

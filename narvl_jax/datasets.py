@@ -1,5 +1,6 @@
 """Opens the data sets that a config names."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,3 +49,25 @@ def load_dataset(config: Any, name: str, split: str) -> Sequence[Record]:
   entry = entries[name]
   options = dict(entry.get("options", {}))
   return load_source(entry.source, task=entry.task, split=split, **options)
+
+
+def relative_evaluation(config: Config) -> float:
+  """Returns the examples of the final evaluation over those of each before.
+
+  Returns:
+    The ratio; 0.0 for a run that is only evaluated at its end.
+  """
+  if not config.train.eval_every:
+    return 0.0
+  settings = config.evaluation
+  final, before = (
+    sum(
+      min(len(load_dataset(config, name, split)), limit)
+      for name in config.data.evaluation
+    )
+    for split, limit in (
+      (settings.split, settings.max_examples or math.inf),
+      (config.train.eval_split, config.train.eval_examples),
+    )
+  )
+  return final / before

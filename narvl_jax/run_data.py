@@ -62,6 +62,23 @@ def check_evaluation(config: Config) -> None:
   check_best_metric(config.evaluation.best_metric, tasks)
 
 
+def untrained_tasks(
+  experiment: Experiment, mixture: Sequence[MixtureEntry], position: int
+) -> list[str]:
+  """Returns the tasks of a mixture of which a run has used no example yet.
+
+  Args:
+    experiment: the run.
+    mixture: its sources.
+    position: number of batches used or passed over.
+  """
+  used = check_mixture(experiment, mixture).used(position)
+  counts: dict[str, int] = {}
+  for (_, task, *_), count in zip(mixture, used, strict=True):
+    counts[task] = counts.get(task, 0) + count
+  return [task for task, count in counts.items() if not count]
+
+
 def check_targets(
   experiment: Experiment, mixture: Sequence[MixtureEntry]
 ) -> list[str]:

@@ -27,12 +27,13 @@ from absl import flags
 from narvl_jax import cli
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.config_checks import validate
-from narvl_jax.datasets import MixtureEntry
+from narvl_jax.datasets import MixtureEntry, relative_evaluation
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import evaluate_tasks
-from narvl_jax.evaluation.reporting import format_table
+from narvl_jax.evaluation.reporting import format_metrics, format_table
 from narvl_jax.evaluation.results import write_results
 from narvl_jax.parallel import distributed
+from narvl_jax.run_data import untrained_tasks
 from narvl_jax.state.train_state import TrainState, evaluation_variables
 from narvl_jax.terminal import show
 from narvl_jax.training import hosts
@@ -41,6 +42,7 @@ from narvl_jax.training.announce import (
   Announcer,
   explain_failure,
   quiet_failed_saves,
+  used_table,
 )
 from narvl_jax.training.announce import dry_run as print_dry_run
 from narvl_jax.training.bad_numbers import BundleWriter
@@ -167,7 +169,9 @@ def _run(
         writer = SilentMetrics()
 
     if stored.get(EVALUATION_DUE):
-      evaluate = functools.partial(_validate, experiment, say, ledger.progress)
+      evaluate = functools.partial(
+        _validate, experiment, mixture, say, ledger.progress
+      )
       with ledger.stage("evaluation"):
         make_up_evaluation(evaluate, state, checkpoints, writer, say)
     if first_step < config.train.steps:
@@ -192,7 +196,7 @@ def _run(
       variables, step = chosen_variables(setup, state, checkpoints, say)
     with ledger.stage("evaluation"):
       report = _final_evaluation(
-        experiment, variables, step, workdir, guard, say
+        experiment, variables, step, mixture, workdir, guard, say
       )
     # In the line of the last step, also where an earlier one was better.
     values = flat_metrics(report) | {f"{report['split']}/step": float(step)}
@@ -246,22 +250,28 @@ def _fit(
       batches=batches,
       writer=writer,
       checkpoints=checkpoints,
-      evaluate=functools.partial(_validate, experiment, say, before_batch),
+      evaluate=functools.partial(
+        _validate, experiment, mixture, say, before_batch
+      ),
       restore=functools.partial(first_state, setup, checkpoints, say),
       bundles=BundleWriter(workdir, config, setup.mesh, batches.examples),
       check_folder=guard.check_folder,
       ledger=ledger,
       stop=stop,
       say=say,
+      final_evaluation=relative_evaluation(config),
     )
     state = loop.run(state, stored)
-    say.used(batches.counters(batches.position))
-    say(str(loop.health))
+    say("training used:")
+    show(used_table(mixture, batches.counters(batches.position)))
+    if any(loop.health.counts().values()):
+      say(str(loop.health))
     return state
 
 
 def _validate(
   experiment: experiment_lib.Experiment,
+  mixture: Sequence[MixtureEntry],
   say: Announcer,
   before_batch: Callable[[], None],
   state: TrainState,
@@ -280,8 +290,10 @@ def _validate(
   )
   metrics = flat_metrics(report)
   score = score_of(report, config.evaluation.best_metric)
-  shown = "  ".join(f"{k} {100 * v:.1f} %" for k, v in metrics.items())
-  say(f"step {step} {config.train.eval_split}: {shown}")
+  untrained = untrained_tasks(experiment, mixture, step)
+  notes = dict.fromkeys(untrained, "not trained yet")
+  say(f"step {step} on {config.train.eval_split}:")
+  show(format_metrics(report, notes, kinds=False))
   return metrics, score
 
 
@@ -289,6 +301,7 @@ def _final_evaluation(
   experiment: experiment_lib.Experiment,
   variables: Mapping[str, Any],
   step: int,
+  mixture: Sequence[MixtureEntry],
   workdir: pathlib.Path,
   guard: Guard,
   say: Announcer,
@@ -306,7 +319,9 @@ def _final_evaluation(
     step=step,
     before_batch=guard.ledger.progress,
   )
-  show(format_table(report))
+  untrained = untrained_tasks(experiment, mixture, step)
+  notes = dict.fromkeys(untrained, "not trained")
+  show(format_table(report, notes))
   guard.check_folder()
   if distributed.is_first():
     for path in write_results(experiment, workdir, report, predictions):

@@ -29,6 +29,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.training import guard as guard_lib
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.record import read_leaf, read_record
+from tests.terminal import masked
 from tests.training.tiny import tiny_config
 
 # Compilations of whole programs, also those that a cache answers.
@@ -249,23 +250,18 @@ def test_nothing_is_compiled_again(outcomes):
   assert last_start == second_end == second_start
 
 
-def test_output_of_a_run(outcomes):
-  output = outcomes["whole"].output
-  for words in (
-    "mesh data=8 fsdp=1 tensor=1 on 8 x cpu",
-    "batch 8 = 8 x 1",
-    "0 of them frozen; state ",
-    "source vqa: 2147483648 examples for vqa, 0.00 epochs in 6 steps",
-    "used of vqa: 24 examples, 0.00 epochs; 0 bad records",
-    "used of grounding: 24 examples, ",
-    "initialised with seed 0",
-    "compiled in ",
-    "step      6/6  loss ",
-    "step 3 validation: ",
-    "done; where the time went:",
-  ):
-    assert words in output
-  table = output.split("where the time went:\n")[1]
+def test_output_of_a_run(outcomes, golden):
+  whole = outcomes["whole"]
+  golden("terminal/train.txt", masked(whole.output, RUN=whole.workdir))
+  lines = [line for line in whole.output.splitlines() if " ex/s " in line]
+  assert len(lines) == 6
+  assert max(len(x) for x in lines if "infeasible" not in x) <= 80
+  # Every loss and every metric keeps all its digits in the file.
+  assert "train/grad_norm" in _lines(whole.metrics)[0]
+
+
+def test_shares_of_the_time_add_up(outcomes):
+  table = outcomes["whole"].output.split("where the time went:\n")[1]
   shares = {
     line.split()[0]: float(line.split()[-2])
     for line in table.splitlines()

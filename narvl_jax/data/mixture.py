@@ -189,6 +189,30 @@ def _order(entry: Entry, seed: int) -> Any:
   return grain.MapDataset.range(count).shuffle(seed=own_seed).repeat(None)
 
 
+def share_changes(weights: Sequence[WeightSchedule]) -> list[int]:
+  """Returns the positions of batches from which on the shares are others.
+
+  Args:
+    weights: of all entries, see `Entry`.
+  """
+  schedules = [
+    [(0, weight)] if isinstance(weight, int | float) else list(weight)
+    for weight in weights
+  ]
+  changes, before = [], None
+  for step in sorted({step for schedule in schedules for step, _ in schedule}):
+    at_step = [_weight_at(schedule, step) for schedule in schedules]
+    shares = [weight / sum(at_step) for weight in at_step]
+    if before is not None and not np.allclose(shares, before):
+      changes.append(step)
+    before = shares
+  return changes
+
+
+def _weight_at(schedule: Sequence[tuple[int, float]], step: int) -> float:
+  return next(value for start, value in reversed(schedule) if start <= step)
+
+
 def _size_factors(entries: Sequence[Entry], temperature: float) -> list[float]:
   """Returns what the temperature makes of the sizes; the largest gets 1."""
   if not math.isfinite(temperature) or temperature < 0:
@@ -259,10 +283,7 @@ def _parts(
   step: int,
 ) -> list[int]:
   """Returns the weights at a step as integers."""
-  weights = [
-    next(value for start, value in reversed(schedule) if start <= step)
-    for schedule in schedules
-  ]
+  weights = [_weight_at(schedule, step) for schedule in schedules]
   total = sum(weights)
   if total <= 0:
     names = ", ".join(entry.name for entry in entries)

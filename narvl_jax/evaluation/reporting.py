@@ -8,32 +8,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from narvl_jax.disk import write_text
+from narvl_jax.tables import format_columns
 from narvl_jax.terminal import escape, readable_json
 
 Report = dict[str, Any]
 Prediction = dict[str, Any]
 
 
-def format_table(report: Report) -> str:
-  """Returns the report as text: a line per task and one per question kind.
+def format_table(
+  report: Report,
+  notes: Mapping[str, str] | None = None,
+  *,
+  kinds: bool = True,
+) -> str:
+  """Returns the report as text: a row per task and one per question kind.
 
   Metrics are printed in percent, with the number of examples they rest on.
+
+  Args:
+    report: of `narvl_jax.evaluation.evaluator.evaluate_tasks`.
+    notes: task -> what is to be known of its numbers, behind its row.
+    kinds: whether the rows of question kinds are shown.
   """
-  rows = [("task", "kind", "examples", "metrics")]
-  for task, metrics in report["tasks"].items():
-    count = str(report["counts"][task])
-    rows.append((task, "all", count, _format_metrics(metrics)))
-    for kind, entry in report["kinds"].get(task, {}).items():
-      count = str(entry["examples"])
-      metrics = {k: v for k, v in entry.items() if k != "examples"}
-      rows.append(("", escape(kind), count, _format_metrics(metrics)))
-  widths = [max(len(row[i]) for row in rows) for i in range(3)]
-  lines = [
-    f"{task:<{widths[0]}}  {kind:<{widths[1]}}  {count:>{widths[2]}}  {metrics}"
-    for task, kind, count, metrics in rows
-  ]
-  lines.insert(1, "-" * max(map(len, lines)))
-  return "\n".join([heading(report), "", *(line.rstrip() for line in lines)])
+  return f"{heading(report)}\n\n{format_metrics(report, notes, kinds=kinds)}"
 
 
 def heading(report: Report) -> str:
@@ -69,10 +66,34 @@ def file_name(report: Report) -> str:
   return urllib.parse.quote("-".join(map(str, parts)), safe="")
 
 
-def _format_metrics(metrics: Mapping[str, float]) -> str:
-  if not metrics:
-    return "no ground truth"
-  return "  ".join(f"{k} {100 * v:5.1f} %" for k, v in metrics.items())
+def format_metrics(
+  report: Report,
+  notes: Mapping[str, str] | None = None,
+  *,
+  kinds: bool = True,
+  indent: str = "",
+) -> str:
+  """Returns the rows of `format_table` with their head."""
+  rows = []
+  for task, metrics in report["tasks"].items():
+    rows.append((task, report["counts"][task], metrics))
+    for kind, entry in report["kinds"].get(task, {}).items() if kinds else ():
+      rest = {k: v for k, v in entry.items() if k != "examples"}
+      rows.append((f"  {escape(kind)}", entry["examples"], rest))
+  names = list(dict.fromkeys(name for *_, found in rows for name in found))
+  cells = [("task", "examples", *names)]
+  for label, count, metrics in rows:
+    shown = [
+      f"{100 * metrics[name]:.1f} %" if name in metrics else ""
+      for name in names
+    ]
+    cells.append((label, str(count), *shown))
+  lines = format_columns(cells, indent=indent).splitlines()
+  for i, (label, _, metrics) in enumerate(rows):
+    note = (notes or {}).get(label) if metrics else "no ground truth"
+    if note:
+      lines[i + 2] += f"  {note}"
+  return "\n".join(lines)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

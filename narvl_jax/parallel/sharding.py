@@ -16,6 +16,7 @@ from narvl_jax.parallel.mesh import (
 )
 from narvl_jax.parallel.placement import Placement, place
 from narvl_jax.parallel.rules import DEFAULT_RULES, axes_of, partition_spec
+from narvl_jax.tables import format_columns
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -105,12 +106,9 @@ def sharding_table(
         f"{p.bytes // parts:,}",
       )
     )
-  widths = [max(len(row[i]) for row in rows) for i in range(6)]
   lines = [f"mesh {format_shape(mesh_shape)}", "rules, first to last:"]
   lines += [f"  {name} -> {_shown(axes)}" for name, axes in rules]
-  for row in rows:
-    cells = [cell.ljust(w) for cell, w in zip(row[:5], widths, strict=False)]
-    lines.append("  ".join([*cells, row[5].rjust(widths[5])]))
+  lines.append(format_columns(rows, left=5, rule=False))
   lines.append(
     f"sum {total:,} bytes; {on_device:,} a device; {whole:,}"
     f" ({100 * whole / max(total, 1):.2f} %) whole on every device"

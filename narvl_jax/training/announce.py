@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,10 @@ import jax
 from narvl_jax.cli import USER_ERROR_CODE
 from narvl_jax.data.shard_writer import PROGRESS
 from narvl_jax.data.sources import MANIFEST
+from narvl_jax.datasets import MixtureEntry
 from narvl_jax.disk import explain_disk
 from narvl_jax.errors import UserError
+from narvl_jax.tables import format_columns
 from narvl_jax.terminal import escape, show, show_error
 from narvl_jax.training.interrupt import Terminated
 from narvl_jax.training.ledger import Ledger
@@ -49,21 +51,54 @@ class Announcer:
     """Prints a line."""
     show(f"[{self._ledger.elapsed():7.1f}s] {escape(text)}")
 
-  def used(self, counters: Mapping[str, float]) -> None:
-    """Says what training has used of each source.
 
-    Args:
-      counters: of `narvl_jax.data.pipeline.TrainBatches`.
-    """
-    for key in counters:
-      if not key.endswith("/epochs"):
-        continue
-      name = key.removesuffix("/epochs")
-      examples, bad = counters[f"{name}/examples"], counters[f"{name}/bad"]
-      self(
-        f"used of {name}: {examples:.0f} examples,"
-        f" {counters[key]:.2f} epochs; {bad:.0f} bad records"
+def describe_source(
+  source: Sequence[Any], task: str, name: str, used: int, steps: int
+) -> str:
+  """Returns how large a source is and how much of it a run will use.
+
+  Args:
+    source: its records.
+    task: that reads them.
+    name: of the entry of `data.train`.
+    used: examples in all steps.
+    steps: of the run.
+  """
+  size = "endless" if is_endless(source) else f"{len(source):,} examples"
+  text = f"source {name} for {task}: {size}; {steps} steps use {used:,}"
+  if is_endless(source):
+    return text
+  return f"{text}, {used / len(source):.2f} epochs"
+
+
+def used_table(
+  mixture: Sequence[MixtureEntry], counters: Mapping[str, float]
+) -> str:
+  """Returns what training has used of each source.
+
+  Args:
+    mixture: the sources.
+    counters: of `narvl_jax.data.pipeline.TrainBatches`.
+  """
+  rows = []
+  for source, task, _, name in mixture:
+    epochs = f"{counters[f'{name}/epochs']:.2f}"
+    rows.append(
+      (
+        escape(name),
+        task,
+        f"{counters[f'{name}/examples']:,.0f}",
+        "endless" if is_endless(source) else epochs,
+        f"{counters[f'{name}/bad']:,.0f}",
       )
+    )
+  head = ("source", "task", "examples", "epochs", "bad records")
+  return format_columns([head, *rows], left=2)
+
+
+def is_endless(source: Sequence[Any]) -> bool:
+  """Returns whether a source makes records as they are asked for."""
+  return bool(getattr(source, "endless", False))
 
 
 def quiet_failed_saves() -> None:
@@ -91,8 +126,9 @@ def describe_model(setup: Setup, say: Announcer) -> None:
   """Says how large the model is and how a batch is split."""
   frozen = setup.num_frozen
   say(
-    f"model {setup.num_parameters:,} parameters, {frozen:,} of them frozen;"
-    f" state {format_bytes(setup.state_bytes_per_device)} per device"
+    f"model {setup.num_parameters:,} parameters"
+    + (f", {frozen:,} of them frozen" if frozen else "")
+    + f"; state {format_bytes(setup.state_bytes_per_device)} per device"
   )
   if setup.teacher is not None:
     teacher = setup.teacher

@@ -90,6 +90,10 @@ class Health:
       self.loss_spikes += loss > self.spike_factor * usual > 0
     self.losses.append(loss)
 
+  def forget_losses(self) -> None:
+    """Begins anew with what later losses are compared with."""
+    self.losses.clear()
+
   def __str__(self) -> str:
     return (
       f"{self.loss_spikes} loss spikes, {self.skipped_updates} updates skipped,"

@@ -1,5 +1,6 @@
 """The training loop, the same for every task."""
 
+import bisect
 import collections
 import dataclasses
 import time
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from narvl_jax.data.mixture import share_changes
 from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.bad_numbers import (
   BundleWriter,
@@ -62,6 +64,8 @@ class Loop:
     ledger: of the run's time.
     stop: asks to end early.
     say: prints a line.
+    final_evaluation: examples of the evaluation after the last step, relative
+      to those of the ones before it; for the time that is left.
     health: counts bad updates and the like.
   """
 
@@ -77,6 +81,7 @@ class Loop:
   ledger: Ledger
   stop: StopRequest
   say: Callable[[str], None]
+  final_evaluation: float = 0.0
   health: Health = dataclasses.field(init=False)
 
   def __post_init__(self) -> None:
@@ -89,6 +94,11 @@ class Loop:
       self.writer,
       self.batches.counters,
       self.health.counts,
+      self.final_evaluation,
+    )
+    # Positions of the batches at which the shares of the data change.
+    self._changes = share_changes(
+      [entry.get("weight", 1.0) for entry in self._config.data.train.values()]
     )
 
   def run(self, state: TrainState, stored: Mapping[str, Any]) -> TrainState:
@@ -107,7 +117,7 @@ class Loop:
     """
     steps = self._config.train.steps
     step = int(state.step)
-    self.health.restore(stored)
+    self._restore_health(stored, step)
     self._progress.start(step)
     pending: collections.deque[_Update] = collections.deque()
     self.stop.begin()
@@ -174,6 +184,7 @@ class Loop:
         update = pending.popleft()
         metrics = update.metrics
         loss, skipped = jax.device_get((metrics["loss"], metrics["skipped"]))
+        self._follow_shares(update.position)
         if not skipped:
           self.health.add(float(loss))
         elif self._handle_bad(update):
@@ -181,6 +192,26 @@ class Loop:
           return update
         self._progress.add(update.step, update.position, metrics)
     return None
+
+  def _restore_health(self, stored: Mapping[str, Any], step: int) -> None:
+    """Takes over what was known of the losses before a step."""
+    self.health.restore(stored)
+    self._shares = self._shares_at(stored.get("data_position", step) - 1)
+
+  def _follow_shares(self, position: int) -> None:
+    """Compares no loss with those of batches of other shares.
+
+    Args:
+      position: of the next batch whose loss is known.
+    """
+    shares = self._shares_at(position)
+    if shares != self._shares:
+      self.health.forget_losses()
+    self._shares = shares
+
+  def _shares_at(self, position: int) -> int:
+    """Returns how often the shares have changed until a batch."""
+    return bisect.bisect_right(self._changes, position)
 
   def _handle_bad(self, update: _Update) -> bool:
     """Does what the policy says; returns whether the run is to go back.
@@ -222,7 +253,7 @@ class Loop:
       self.checkpoints.wait()
       state, step, stored = self.restore()
     rollbacks = self.health.rollbacks + 1
-    self.health.restore(stored)
+    self._restore_health(stored, step)
     self.health.rollbacks = rollbacks
     self.batches.seek(bad.position + 1)
     self.writer.go_back(step)

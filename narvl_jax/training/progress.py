@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 
 import jax
 
+from narvl_jax.terminal import show
 from narvl_jax.training.checkpoints import Checkpoints
+from narvl_jax.training.eta import Eta
 from narvl_jax.training.flops import peak_flops
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.metrics import (
@@ -14,6 +16,9 @@ from narvl_jax.training.metrics import (
   mean_metrics,
 )
 from narvl_jax.training.setup import Setup
+
+# Shares below which a number is not worth a place in the line.
+_NOTED_WAIT = 0.1
 
 
 class Progress:
@@ -27,6 +32,7 @@ class Progress:
     writer: MetricsWriter | SilentMetrics,
     counters: Callable[[int], Mapping[str, float]],
     health: Callable[[], Mapping[str, int]],
+    final_evaluation: float = 0.0,
   ) -> None:
     """Takes what is reported.
 
@@ -37,6 +43,7 @@ class Progress:
       writer: of the metrics.
       counters: position in the data -> `TrainBatches.counters`.
       health: returns the counts of bad updates and the like.
+      final_evaluation: see `Eta`.
     """
     config = setup.experiment.config.train
     self._config = config
@@ -46,6 +53,13 @@ class Progress:
     self._counters = counters
     self._health = health
     self._devices = setup.mesh.size
+    self._eta = Eta(
+      config.steps,
+      eval_every=config.eval_every,
+      checkpoint_every=config.checkpoint_every,
+      final_evaluation=final_evaluation,
+    )
+    self._saved = checkpoints.progress
     peak = peak_flops(setup.mesh.devices.flat[0])
     # Tracing for the count takes a moment: only where it has a use.
     self._flops_share = (
@@ -54,10 +68,10 @@ class Progress:
 
   def start(self, step: int) -> None:
     """Begins, or begins anew, with the update after `step`."""
-    self._first = self._step = step
+    self._reported = self._step = step
     self._steps: list[Mapping[str, jax.Array]] = []
     self._last_seconds = self._ledger.seconds()
-    self._start = self._ledger.elapsed()
+    self._last_elapsed = self._ledger.elapsed()
 
   def add(
     self, step: int, position: int, metrics: Mapping[str, jax.Array]
@@ -91,16 +105,21 @@ class Progress:
         **{f"data/{name}": value for name, value in counters.items()},
       },
     )
+    self._say_saved()
     bad = sum(n for name, n in counters.items() if name.endswith("/bad"))
-    print(self._line(values, int(bad)), flush=True)
+    show(self._line(values, int(bad)))
 
   def _speed(self, count: int) -> dict[str, float]:
-    seconds = self._ledger.seconds()
+    seconds, elapsed = self._ledger.seconds(), self._ledger.elapsed()
     spent = {
       name: seconds.get(name, 0.0) - self._last_seconds.get(name, 0.0)
-      for name in ("step", "data wait")
+      for name in ("step", "data wait", "evaluation", "checkpoint")
     }
-    self._last_seconds = seconds
+    pauses = {name: spent.pop(name) for name in ("evaluation", "checkpoint")}
+    passed = elapsed - self._last_elapsed - sum(pauses.values())
+    self._eta.add(self._reported, self._step, training=passed, **pauses)
+    self._reported = self._step
+    self._last_seconds, self._last_elapsed = seconds, elapsed
     total = max(sum(spent.values()), 1e-9)
     rate = count * self._config.batch_size / total
     speed = {
@@ -112,22 +131,35 @@ class Progress:
       speed["mfu"] = self._flops_share * count / total
     return speed
 
+  def _say_saved(self) -> None:
+    """Prints the newest checkpoint that is on disk, once."""
+    saved = self._checkpoints.progress
+    if saved != self._saved and saved.startswith("saved"):
+      step = saved.removeprefix("saved ")
+      show(f"{self._stamp()} checkpoint of step {step} saved")
+      self._saved = saved
+
+  def _stamp(self) -> str:
+    return f"[{self._ledger.elapsed():7.1f}s]"
+
   def _line(self, values: Mapping[str, float], bad_records: int) -> str:
-    done = self._step - self._first
-    elapsed = self._ledger.elapsed() - self._start
-    left = (self._config.steps - self._step) * elapsed / max(done, 1)
+    """Returns the line of an interval; what is as it should be is left out."""
+    steps = self._config.steps
+    rate, loss = values["examples_per_second"], values["loss"]
+    rate_digits = 1 if rate < 100 else 0
     parts = [
-      f"[{self._ledger.elapsed():7.1f}s] step {self._step:>6}"
-      f"/{self._config.steps}",
-      f"loss {values['loss']:.4f}",
-      f"lr {values['learning_rate']:.2e}",
-      f"grad {values['grad_norm']:.2f}",
-      f"{values['examples_per_second']:.1f} ex/s",
-      f"{values['examples_per_second_per_device']:.1f} ex/s/device",
-      f"data wait {100 * values['data_wait']:.1f} %",
+      f"{self._stamp()} step {self._step:>{len(str(steps))}}/{steps}",
+      f"loss {loss:#.4g}",
+      f"lr {_short(values['learning_rate'])}",
+      f"{rate:.{rate_digits}f} ex/s",
     ]
     if "mfu" in values:
-      parts.append(f"MFU {100 * values['mfu']:.1f} %")
+      parts.append(f"MFU {100 * values['mfu']:.0f}%")
+    left = self._eta.seconds_left(self._step)
+    if left is not None:
+      parts.append(f"ETA {format_duration(left)}")
+    if values["data_wait"] >= _NOTED_WAIT:
+      parts.append(f"data wait {100 * values['data_wait']:.0f} %")
     if values["infeasible_fraction"]:
       parts.append(f"infeasible {100 * values['infeasible_fraction']:.1f} %")
     if bad_records:
@@ -137,6 +169,12 @@ class Progress:
       for name, count in self._health().items()
       if count
     ]
-    parts.append(f"checkpoint {self._checkpoints.progress}")
-    parts.append(f"ETA {format_duration(left)}")
     return "  ".join(parts)
+
+
+def _short(value: float) -> str:
+  """Returns two digits of a number, such as `3.5e-3`."""
+  if not value:
+    return "0"
+  digits, exponent = f"{value:.1e}".split("e")
+  return f"{digits}e{int(exponent)}"

@@ -33,6 +33,7 @@ from narvl_jax.state.train_state import (
   make_init,
   state_shardings,
 )
+from narvl_jax.tables import format_columns
 from narvl_jax.training.constrained import answer_constraints
 from narvl_jax.training.flops import forward_flops, train_flops
 from narvl_jax.training.objective import (
@@ -143,12 +144,7 @@ class Setup:
         lr, decay = "frozen", "-"
       shape = "x".join(map(str, leaf.shape)) or "scalar"
       rows.append((path, shape, f"{leaf.size:,}", lr, decay))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return "\n".join(
-      f"  {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}"
-      f"  {row[3]:>{widths[3]}}  {row[4]:>{widths[4]}}"
-      for row in rows
-    )
+    return format_columns(rows, left=2, rule=False, indent="  ")
 
 
 def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
@@ -329,9 +325,14 @@ def make_objective(
 
 
 def describe_parallelism(setup: Setup) -> str:
-  """Returns how a batch is split, such as `batch 128 = 8 devices x 16`."""
+  """Returns how a batch is split, such as `batch 128 = 8 x 16`.
+
+  The first factor counts devices, or groups of devices that split a model.
+  """
   parts = data_parallel_size(setup.mesh)
   steps = setup.experiment.config.train.accumulation_steps
   size = setup.experiment.config.train.batch_size
-  text = f"batch {size} = {parts} x {size // parts // steps}"
+  text = f"batch {size}"
+  if parts * steps > 1:
+    text += f" = {parts} x {size // parts // steps}"
   return text + (f" x {steps} accumulation steps" if steps > 1 else "")

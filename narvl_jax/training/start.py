@@ -17,7 +17,11 @@ from narvl_jax.parallel.mesh import describe
 from narvl_jax.run_vocabulary import check_vocabulary_files
 from narvl_jax.state.train_state import TrainState, evaluation_variables
 from narvl_jax.training import workdir as workdir_lib
-from narvl_jax.training.announce import Announcer, describe_model
+from narvl_jax.training.announce import (
+  Announcer,
+  describe_model,
+  describe_source,
+)
 from narvl_jax.training.checkpoints import (
   Checkpoints,
   choose_step,
@@ -65,10 +69,7 @@ def prepare(
     say(f"note: {note}")
   run_data.check_answers(experiment, mixture)
   for (source, task, _, name), count in zip(mixture, used, strict=True):
-    say(
-      f"source {name}: {len(source)} examples for {task},"
-      f" {count / len(source):.2f} epochs in {config.train.steps} steps"
-    )
+    say(describe_source(source, task, name, count, config.train.steps))
   setup = build_setup(experiment, mesh)
   if config.init_from and not resumes:
     for note in check_init_from(setup):

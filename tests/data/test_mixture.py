@@ -208,3 +208,18 @@ def test_mixture_travels_to_other_processes() -> None:
   first = order[17]
   copy = pickle.loads(pickle.dumps(order))
   assert copy[17] == first
+
+
+@pytest.mark.parametrize(
+  ("weights", "changes"),
+  [
+    ([1.0, 2.0], []),
+    ([((0, 1.0), (500, 1.0)), ((0, 3.0), (500, 3.0))], []),
+    # The same shares by other weights.
+    ([((0, 1.0), (500, 2.0)), ((0, 3.0), (500, 6.0))], []),
+    ([((0, 1.0), (500, 2.0)), 1.0], [500]),
+    ([((0, 0.0), (9, 1.0)), ((0, 1.0), (5, 2.0), (20, 3.0))], [9, 20]),
+  ],
+)
+def test_steps_at_which_shares_change(weights, changes):
+  assert mixture.share_changes(weights) == changes

@@ -30,13 +30,23 @@ def test_table_has_a_line_per_task_and_kind():
   assert reporting.format_table(REPORT).splitlines() == [
     "test, step 7, greedy, 13 examples",
     "",
-    "task       kind    examples  metrics",
-    "-" * 62,
-    "vqa        all            4  accuracy  50.0 %",
-    "           colour         1  accuracy 100.0 %",
-    "           count          3  accuracy  33.3 %",
-    "grounding  all            8  acc@0.5  25.0 %  mean_iou  12.5 %",
-    "caption    all            1  no ground truth",
+    "task       examples  accuracy  acc@0.5  mean_iou",
+    "-" * 48,
+    "vqa               4    50.0 %",
+    "  colour          1   100.0 %",
+    "  count           3    33.3 %",
+    "grounding         8             25.0 %    12.5 %",
+    "caption           1  no ground truth",
+  ]
+
+
+def test_notes_stand_behind_the_row_of_their_task():
+  notes = {"vqa": "not trained yet", "caption": "not trained yet"}
+  rows = reporting.format_metrics(REPORT, notes, kinds=False).splitlines()
+  assert rows[2:] == [
+    "vqa               4    50.0 %  not trained yet",
+    "grounding         8             25.0 %    12.5 %",
+    "caption           1  no ground truth",
   ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from narvl_jax.config import train_source
 from narvl_jax.errors import UserError
 from narvl_jax.training import progress as progress_lib
 from narvl_jax.training.interrupt import EvaluationStopped, StopRequest
@@ -439,22 +440,112 @@ def test_progress_line(tmp_path, capsys):
   run = FakeRun(tmp_path, checkpoint_every=3)
   run.run()
   lines = capsys.readouterr().out.splitlines()
+  saved = [line.split("] ")[1] for line in lines if "checkpoint" in line]
+  assert saved == [f"checkpoint of step {step} saved" for step in (3, 6, 9)]
+  lines = [line for line in lines if "checkpoint" not in line]
   assert len(lines) == 3
   for words in (
-    "step      8/10  loss 6.5000  lr 5.00e-01  grad 1.00",
+    "step  8/10  loss 6.500  lr 5.0e-1  ",
     " ex/s  ",
-    " ex/s/device  ",
-    "data wait ",
-    "MFU ",
+    "MFU 0%",
+    "ETA 0s",
     "infeasible 25.0 %",
-    "checkpoint saved 6",
-    "ETA ",
   ):
     assert words in lines[1]
-  assert "checkpoint none" not in lines[0]
+  assert "device" not in lines[1]
   assert "bad records" not in lines[0]
   assert "bad records 1" in lines[1]
   assert "bad records 2" in lines[2]
+
+
+def test_a_usual_line_fits_a_terminal(tmp_path, capsys):
+  """The steps and the speed of a run of hours on an accelerator."""
+  now = [4000.0]
+  run = FakeRun(tmp_path, steps=9000, log_every=100)
+  run.ledger = Ledger(start=0.0, clock=lambda: now[0])
+  step = run._step
+
+  def slow_step(state: Any, batch: int) -> Any:
+    now[0] += 0.0065
+    state, metrics = step(state, batch)
+    return state, metrics | {"infeasible_fraction": np.float32(0)}
+
+  run._step = slow_step
+  run.counters = lambda position: {}
+  run.run()
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[29].startswith("[ 4019.5s] step 3000/9000  loss 2950.  lr 5.0e")
+  assert lines[29].endswith("  1231 ex/s  MFU 0%  ETA 39s")
+  assert max(map(len, lines)) <= 80
+
+
+def test_time_left_after_going_back_is_that_of_more_steps(tmp_path, capsys):
+  now = [0.0]
+  run = FakeRun(
+    tmp_path, steps=100, log_every=20, checkpoint_every=20, policy="rollback"
+  )
+  run.ledger = Ledger(clock=lambda: now[0])
+  run.losses[74] = math.nan
+  step = run._step
+
+  def slow_step(state: Any, batch: int) -> Any:
+    now[0] += 60.0
+    return step(state, batch)
+
+  run._step = slow_step
+  run.run()
+  lines = [
+    line.split()
+    for line in capsys.readouterr().out.splitlines()
+    if "ETA" in line
+  ]
+  left = [(x[x.index("step") + 1], x[x.index("ETA") + 1]) for x in lines]
+  assert left == [
+    ("20/100", "1h20m"),
+    ("40/100", "1h00m"),
+    ("60/100", "40m00s"),
+    # The updates after the save of step 60 are made once more.
+    ("80/100", "20m00s"),
+    ("100/100", "0s"),
+  ]
+  assert now[0] > 100 * 60
+
+
+def test_no_spike_where_the_shares_of_the_data_change(tmp_path):
+  """The level of the loss is another one; within it spikes still count."""
+  losses = [1.0] * 15 + [9.0] * 15 + [90.0] + [9.0] * 9
+  counts = {}
+  for weight in (1.0, ((0, 1.0), (15, 2.0))):
+    folder = tmp_path / str(weight)
+    folder.mkdir()
+    run = FakeRun(folder, steps=40, log_every=1, checkpoint_every=16)
+    run.config.data.train.other = train_source("shapes", "vqa", weight=weight)
+    run.losses = dict(enumerate(losses))
+    run.run()
+    counts[weight] = [x["train/loss_spikes"] for x in _lines(folder)]
+  assert counts[1.0][15] == 1
+  assert counts[1.0][-1] > 2
+  assert counts[((0, 1.0), (15, 2.0))] == [0] * 30 + [1] * 10
+
+  again = FakeRun(folder, steps=40, log_every=1)
+  again.config = run.config
+  again.setup = run.setup
+  again.losses, again.position = run.losses, 16
+  again.run(16, run.saved[16])
+  assert [x["train/loss_spikes"] for x in _lines(folder)] == [0] * 14 + [1] * 10
+
+
+def test_going_back_beyond_a_change_of_shares_forgets_losses_too(tmp_path):
+  run = FakeRun(
+    tmp_path, steps=40, log_every=1, checkpoint_every=14, policy="rollback"
+  )
+  run.config.data.train.other = train_source(
+    "shapes", "vqa", weight=((0, 1.0), (15, 2.0))
+  )
+  run.losses = dict(enumerate([1.0] * 15 + [9.0] * 60)) | {16: math.nan}
+  run.run()
+  assert run.saved[40]["rollbacks"] == 1
+  assert run.saved[40]["loss_spikes"] == 0
 
 
 def test_counters_of_the_sources_are_written(tmp_path):

@@ -100,7 +100,7 @@ def test_parameter_table():
 
 
 def test_split_of_a_batch():
-  assert describe_parallelism(stand_in.setup()) == "batch 16 = 1 x 16"
+  assert describe_parallelism(stand_in.setup()) == "batch 16"
   run = stand_in.setup(4, train__accumulation_steps=2)
   assert describe_parallelism(run) == "batch 16 = 4 x 2 x 2 accumulation steps"
 

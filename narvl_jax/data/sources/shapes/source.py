@@ -47,6 +47,7 @@ class ShapesSource(RecordSource):
     image_size: side of the square pictures in pixels.
     difficulty: "easy" (1-3 solid objects apart from each other) or "full"
       (1-5, textures, overlap, more relations).
+    endless: whether no run comes to the end of the split.
   """
 
   def __init__(
@@ -88,6 +89,7 @@ class ShapesSource(RecordSource):
     self.image_size, self.difficulty = image_size, difficulty
     self._level = make_level(difficulty, image_size, split == "held_out")
     self._first, self._count = RANGES[split]
+    self.endless = split == "train"
     self._base = (seed << 40) + (TASKS.index(task) << 36) + self._first
     self._compose = _COMPOSE[task]
 
