@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from narvl_jax import parallel
-from narvl_jax.data import sources
+from narvl_jax import datasets, parallel
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.datasets import load_dataset
 from narvl_jax.decoding import Decoding
@@ -80,7 +79,7 @@ def serve(monkeypatch):
       asked.append((name, split))
       return [record for record in records if record.task == task]
 
-    monkeypatch.setattr(sources, "load_source", load_source)
+    monkeypatch.setattr(datasets, "load_source", load_source)
     return asked
 
   return serve
