@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from narvl_jax.errors import UserError
 from narvl_jax.parallel.comparison import describe_differences
 from narvl_jax.parallel.rendezvous import is_local, meet
+from narvl_jax.parallel.slurm import expand_nodes
 
 # --help of a command shows only flags of its own, which these are to be.
 flags.disclaim_key_flags()
@@ -184,7 +185,30 @@ def _from_environment(timeout: int) -> Cluster | None:
     ) from error
   if address is None or count is None or index is None:
     return None
+  address = _first_slurm_node(address)
   return Cluster(address, count, index, devices, found_by="the environment")
+
+
+def _first_slurm_node(address: str) -> str:
+  """Returns the coordinator's address with the first node of a SLURM job.
+
+  jax reads lists up to their first bracket only.
+  """
+  from jax._src.clusters.slurm_cluster import SlurmCluster
+
+  port = os.environ.get("JAX_COORDINATOR_PORT")
+  if not SlurmCluster.is_env_present() or address != (
+    SlurmCluster.get_coordinator_address(None, port)
+  ):
+    return address
+  nodes = os.environ["SLURM_STEP_NODELIST"]
+  try:
+    return f"{expand_nodes(nodes)[0]}:{address.rpartition(':')[2]}"
+  except ValueError as error:
+    raise UserError(
+      f"SLURM_STEP_NODELIST cannot be read: {error}; set"
+      " --coordinator_address, --num_processes and --process_id"
+    ) from error
 
 
 def initialize(

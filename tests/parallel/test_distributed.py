@@ -69,6 +69,33 @@ def test_slurm_is_detected(monkeypatch):
   assert distributed.detect(_settings(distributed="off")) is None
 
 
+@pytest.mark.parametrize(
+  ("nodes", "first"),
+  [("rack[1-2]-gpu[1-4]", "rack1-gpu1"), ("node[7]", "node7"), ("a,b", "a")],
+)
+def test_the_coordinator_is_the_first_node_of_slurm(monkeypatch, nodes, first):
+  for name, value in {**_SLURM, "SLURM_STEP_NODELIST": nodes}.items():
+    monkeypatch.setenv(name, value)
+  found = distributed.detect(_settings())
+  assert found is not None
+  assert found.coordinator_address == f"{first}:61445"
+  monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
+  found = distributed.detect(_settings())
+  assert found is not None
+  assert found.coordinator_address == f"{first}:1234"
+  monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "chosen:1")
+  found = distributed.detect(_settings())
+  assert found is not None
+  assert found.coordinator_address == "chosen:1"
+
+
+def test_a_list_of_nodes_that_cannot_be_read(monkeypatch):
+  for name, value in {**_SLURM, "SLURM_STEP_NODELIST": "a[3-1]"}.items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(UserError, match=r'"3-1" runs backwards; set --coordi'):
+    distributed.detect(_settings())
+
+
 def test_one_slurm_task_is_no_cluster(monkeypatch):
   for name, value in {**_SLURM, "SLURM_NTASKS": "1"}.items():
     monkeypatch.setenv(name, value)
