@@ -1,13 +1,13 @@
 """Looks at checkpoints of a run: what there is, what is wrong, what differs.
 
 python -m narvl_jax.checkpoints list runs/shapes
-python -m narvl_jax.checkpoints verify runs/shapes [--step=3000]
-python -m narvl_jax.checkpoints diff runs/shapes --steps=2000,3000
+python -m narvl_jax.checkpoints verify runs/shapes [--checkpoint=3000]
+python -m narvl_jax.checkpoints diff runs/shapes --checkpoint=best,last
 python -m narvl_jax.checkpoints diff runs/shapes runs/other
 
 It needs no model and touches no device. `verify` reads every file, and exits
 with code 2 if one is not what was written. `diff` compares the newest ones of
-two runs, or those of --steps, array by array.
+two runs, or those of --checkpoint, array by array.
 """
 
 import datetime
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from absl import flags
 
-from narvl_jax import cli
+from narvl_jax import cli, common_flags
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.tables import format_columns
 from narvl_jax.terminal import show
@@ -68,12 +68,12 @@ def list_checkpoints(workdir: pathlib.Path) -> str:
   return _table(rows)
 
 
-def verify(workdir: pathlib.Path, step: int | None = None) -> str:
+def verify(workdir: pathlib.Path, step: str | int | None = None) -> str:
   """Compares checkpoints with what was written.
 
   Args:
     workdir: of the run.
-    step: of the one to look at; None: all.
+    step: of the one to look at, "best" or "last"; None: all.
 
   Returns:
     A line for each.
@@ -196,17 +196,26 @@ def _intact(place: pathlib.Path) -> Record:
   damage = examine(place)
   if damage is not None:
     raise UserError(
-      f"{place} is damaged: {damage}; compare another one: --steps"
+      f"{place} is damaged: {damage}; compare another one: --checkpoint"
     )
   return read_record(place)
 
 
 def _step(folder: pathlib.Path, step: str | int) -> int:
+  """Returns the step that "best", "last" or a number stands for."""
   steps = [str(x) for x in stored_steps(folder)]
+  if step in ("best", "last"):
+    records = [_record(folder, int(x)) for x in steps]
+    scored = [
+      (x.score, x.step)
+      for x in records
+      if isinstance(x, Record) and x.score is not None
+    ]
+    return max(scored)[1] if scored and step == "best" else int(steps[-1])
   if str(step) not in steps:
     raise UserError(
       f'no checkpoint "{step}" in {folder}.{did_you_mean(str(step), steps)}'
-      " (--step, --steps)"
+      " (--checkpoint)"
     )
   return int(step)
 
@@ -217,12 +226,13 @@ def _pair(
   """Returns the folders of the two checkpoints to compare."""
   if steps is not None and len(steps) != 2:
     raise UserError(
-      f"--steps={','.join(steps)} is not two steps, such as --steps=100,200"
+      f"--checkpoint={','.join(steps)} is not two checkpoints, such as"
+      " --checkpoint=best,last or --checkpoint=100,200"
     )
   if steps is None and len(workdirs) == 1:
     raise UserError(
-      "diff of one run needs two steps, such as --steps=100,200; or give a"
-      " second run"
+      "diff of one run needs two checkpoints, such as --checkpoint=best,last;"
+      " or give a second run"
     )
   folders = [_folder(workdirs[0]), _folder(workdirs[-1])]
   chosen = steps or [stored_steps(folder)[-1] for folder in folders]
@@ -239,8 +249,14 @@ def _table(rows: Sequence[Iterable[str]]) -> str:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_integer("step", None, "verify: only this checkpoint.")
-  flags.DEFINE_list("steps", None, "diff: the two checkpoints, A,B.")
+  common_flags.workdir("Folder of the run, instead of DIR.")
+  flags.DEFINE_list(
+    "checkpoint",
+    None,
+    "best, last or a step. verify: only this one; diff: the two, A,B.",
+  )
+  common_flags.rename("step", "checkpoint")
+  common_flags.rename("steps", "checkpoint")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -251,9 +267,18 @@ def main(argv: Sequence[str]) -> None:
       f'unknown command "{command}".{did_you_mean(command, _COMMANDS)}'
     )
   settings = flags.FLAGS
-  for name, of in (("step", "verify"), ("steps", "diff")):
-    if settings[name].present and command != of:
-      raise UserError(f"--{name} is for {of}; leave it out of {command}")
+  chosen = settings.checkpoint
+  if chosen is not None and command == "list":
+    raise UserError(
+      f"--checkpoint={','.join(chosen)} is for verify and diff; leave it out of"
+      " list"
+    )
+  if settings.workdir:
+    places.insert(0, settings.workdir)
+  if not places:
+    raise UserError(
+      f"whose checkpoints? checkpoints {command} DIR, or --workdir=DIR"
+    )
   workdirs = [pathlib.Path(place) for place in places]
   if len(workdirs) > 1 and command != "diff":
     raise UserError(
@@ -262,13 +287,16 @@ def main(argv: Sequence[str]) -> None:
   if command == "list":
     show(list_checkpoints(workdirs[0]))
   elif command == "verify":
-    show(verify(workdirs[0], settings.step))
+    if chosen is not None and len(chosen) != 1:
+      raise UserError(
+        f"--checkpoint={','.join(chosen)}: verify looks at one, or at all"
+        " without it"
+      )
+    show(verify(workdirs[0], chosen and chosen[0]))
   else:
-    show(diff(*_pair(workdirs, settings.steps)))
+    show(diff(*_pair(workdirs, chosen)))
 
 
 if __name__ == "__main__":
   define_flags()
-  cli.run(
-    main, positional=(2, 3), positional_name="list, verify or diff, or DIR,"
-  )
+  cli.run(main, positional=(1, 3), positional_name="list, verify or diff")

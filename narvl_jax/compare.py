@@ -2,8 +2,8 @@ r"""Compares the parallel model with its autoregressive counterpart.
 
     python -m narvl_jax.compare --nar=runs/nar --ar=runs/ar
     python -m narvl_jax.compare --nar=runs/nar --ar=runs/ar \
-      --tasks=caption,vqa --batch_sizes=1,8 --rounds=20 --to=comparison
-    python -m narvl_jax.compare --size=base --uncached --batch_sizes=1
+      --tasks=caption,vqa --batch_size=1,8 --rounds=20 --to=comparison
+    python -m narvl_jax.compare --size=base --uncached --batch_size=1
 
 Prints tables of quality and latency of every way to decode, and writes
 comparison.json and latency.png into --to. With --size, latency alone, of
@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from narvl_jax import cli
+from narvl_jax import cli, common_flags
 from narvl_jax.benchmarks import timing
 from narvl_jax.comparison import latency, random_weights, report, runs
 from narvl_jax.comparison.case import (
@@ -327,13 +327,14 @@ def define_flags() -> None:
     "size", "", "Random weights of this size instead, for latency alone."
   )
   flags.DEFINE_list("tasks", [], "Tasks; default: all.")
-  flags.DEFINE_string("split", "test", "Split of the data sets.")
-  flags.DEFINE_integer(
-    "max_examples", None, "At most this many of every data set."
-  )
-  flags.DEFINE_string("checkpoint", "last", "best, last or a step.")
+  common_flags.split("Split of the data sets.", "test")
+  common_flags.max_examples("At most this many of every data set.")
+  common_flags.checkpoint("last")
   flags.DEFINE_integer("image_size", None, "Pixels a side, for --size.")
-  flags.DEFINE_list("batch_sizes", ["1", "8"], "Examples at a time.")
+  flags.DEFINE_list(
+    "batch_size", ["1", "8"], "Examples at a time, one number or several."
+  )
+  common_flags.rename("batch_sizes", "batch_size")
   flags.DEFINE_integer("rounds", 10, "How often each program is timed.")
   flags.DEFINE_list(
     "lengths",
@@ -349,7 +350,7 @@ def define_flags() -> None:
   flags.DEFINE_bool("uncached", False, "Time greedy search without a cache.")
   flags.DEFINE_bool("no_quality", False, "Do not score the answers.")
   flags.DEFINE_bool("no_latency", False, "Do not time anything.")
-  flags.DEFINE_string("to", None, "Folder for the results.")
+  common_flags.to("Folder for the results.")
 
 
 def _numbers(flag: str) -> list[int]:
@@ -375,7 +376,7 @@ def main(argv: Sequence[str]) -> None:
     max_examples=settings.max_examples,
     checkpoint=settings.checkpoint,
     image_size=settings.image_size,
-    batch_sizes=_numbers("batch_sizes"),
+    batch_sizes=_numbers("batch_size"),
     rounds=settings.rounds,
     lengths=None if settings.lengths is None else _numbers("lengths"),
     beam_size=settings.beam_size,

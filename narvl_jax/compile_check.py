@@ -1,4 +1,4 @@
-"""Compiles a config for a TPU topology, on a machine without a TPU.
+r"""Compiles a config for a TPU topology, on a machine without a TPU.
 
 python -m narvl_jax.compile_check --config=configs/pod.py:base \
   --topology=v5e:16x16 [--num_slices=2] [--json=FILE] [--hlo=FILE]
@@ -9,7 +9,6 @@ estimates. Needs `pip install "narvl_jax[aot]"`, no data and no vocabulary.
 Exit code 3: it does not fit.
 """
 
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -19,9 +18,13 @@ import jax
 from absl import flags
 from ml_collections.config_flags import config_flags
 
-from narvl_jax import cli
+from narvl_jax import cli, common_flags
 from narvl_jax.disk import write_text
-from narvl_jax.errors import UserError
+from narvl_jax.json_output import (
+  check_json_path,
+  check_output_file,
+  write_json,
+)
 from narvl_jax.parallel.mesh import describe
 from narvl_jax.parallel.topology import get_topology
 from narvl_jax.terminal import show
@@ -171,7 +174,7 @@ def define_flags() -> None:
   cli.define_config_flag()
   flags.DEFINE_string("topology", None, "CHIP:SHAPE, such as v5e:16x16.")
   flags.DEFINE_integer("num_slices", 1, "Slices of this topology.")
-  flags.DEFINE_string("json", None, "File to write the figures to.")
+  common_flags.json()
   flags.DEFINE_string("hlo", None, "File to write the compiled program to.")
   flags.DEFINE_bool("predict", True, "Also compile the predict step.")
   flags.mark_flags_as_required(["config", "topology"])
@@ -199,23 +202,20 @@ def run(settings: Any, config: Any, name: str) -> None:
   Raises:
     UserError: a flag or the config is wrong.
   """
-  for flag in ("json", "hlo"):
-    path = getattr(settings, flag)
-    if path and pathlib.Path(path).is_dir():
-      raise UserError(f"--{flag}={path} is a folder; give a file in it")
-    if path and not pathlib.Path(path).parent.is_dir():
-      folder = pathlib.Path(path).parent
-      raise UserError(f"no folder {folder} to write to (--{flag}={path})")
+  check_json_path(settings.json)
+  if settings.hlo:
+    check_output_file("hlo", settings.hlo)
   topology = get_topology(settings.topology, settings.num_slices)
   slices = "" if topology.num_slices == 1 else f" x {topology.num_slices}"
   show(f"train step of {name} for {topology.name}{slices}")
   check = check_train_step(config, topology)
   show(report(check))
   show(f"compiled in {check.seconds:.1f} s")
-  figures = json.dumps(summary(check, name), indent=2) + "\n"
-  for path, text in ((settings.json, figures), (settings.hlo, check.text)):
-    if path and text:
-      write_text(pathlib.Path(path), text)
+  write_json(settings.json, summary(check, name))
+  if settings.hlo and check.text:
+    write_text(pathlib.Path(settings.hlo), check.text)
+  for path in (settings.json, settings.hlo):
+    if path and path != common_flags.STDOUT:
       show(f"wrote {path}")
   if not check.memory.fits:
     sys.exit(DOES_NOT_FIT_CODE)

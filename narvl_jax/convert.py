@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from narvl_jax import cli
+from narvl_jax import cli, common_flags
 from narvl_jax.config import (
   Config,
   default_config,
@@ -208,7 +208,7 @@ def format_import(report: dict[str, Any], target: PathLike) -> str:
 def define_flags() -> None:
   """Defines the flags of the command."""
   flags.DEFINE_string("from", None, "Official file or folder, or a run.")
-  flags.DEFINE_string("to", None, "Folder of the run, or official FILE.pt.")
+  common_flags.to("Folder of the run, or official FILE.pt.")
   cli.define_config_flag()
   flags.DEFINE_string(
     "vocabulary",
@@ -237,7 +237,7 @@ def define_flags() -> None:
     "FROM,TO: stretch image positions from one side in pixels to another.",
   )
   _define_number("seed", 0, "Of all that is new.")
-  flags.DEFINE_string("checkpoint", "best", "Of a run: best, last or a step.")
+  common_flags.checkpoint(text="Of a run: ")
   flags.DEFINE_bool("check", False, "Answer a fixed request, print numbers.")
   flags.mark_flags_as_required(["from", "to"])
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from absl import flags
 
-from narvl_jax import cli
+from narvl_jax import cli, common_flags
 from narvl_jax.config import to_json
 from narvl_jax.data import conversion
 from narvl_jax.data.distilled import (
@@ -68,7 +68,7 @@ def distill(
   file_format: str = "array_record",
   max_examples: int | None = None,
   batch_size: int | None = None,
-  examples_per_shard: int = 2000,
+  shard_size: int = 2000,
   max_bad_fraction: float | None = None,
 ) -> list[DistilledSet]:
   """Writes the data sets that are not there yet, and says how it went.
@@ -90,7 +90,7 @@ def distill(
     file_format: one of `FORMATS`.
     max_examples: the first records of each data set; all if None.
     batch_size: of all devices; that of the teacher's evaluation if None.
-    examples_per_shard: records of a file, about.
+    shard_size: records of a file, about.
     max_bad_fraction: share of a data set that may be bad and left out; that of
       the teacher's config if None.
 
@@ -105,7 +105,7 @@ def distill(
   _check_numbers(
     max_examples=max_examples,
     batch_size=batch_size,
-    examples_per_shard=examples_per_shard,
+    shard_size=shard_size,
   )
   model = Teacher(
     teacher,
@@ -128,9 +128,9 @@ def distill(
     job, origin = conversion.plan(
       folder=str(folder / key),
       limit=max_examples or 0,
-      shard_size=examples_per_shard,
+      shard_size=shard_size,
       format=file_format,
-      size_flags="--max_examples or --examples_per_shard",
+      size_flags="--max_examples or --shard_size",
       **{**data, "split": split or data["split"]},
     )
     origin["source"] |= {**model.prepare(job.task), "format": file_format}
@@ -253,25 +253,22 @@ def _write(
 def define_flags() -> None:
   """Defines the flags of the command."""
   flags.DEFINE_string("teacher", None, "Folder of the teacher's run.")
-  flags.DEFINE_string("to", None, "Folder that gets the data sets.")
-  flags.DEFINE_string("checkpoint", "best", "best, last or a step.")
+  common_flags.rename("workdir", "teacher")
+  common_flags.to("Folder that gets the data sets.")
+  common_flags.checkpoint()
   flags.DEFINE_list(
     "datasets", [], "Entries of the teacher's data.train; default: all."
   )
-  flags.DEFINE_string("split", "", "Split; that of the entry by default.")
+  common_flags.split("Split; that of the entry by default.")
   flags.DEFINE_string("task", "", "Task of a data set that is no entry.")
   flags.DEFINE_string("options", "{}", "Options of its source as JSON.")
   flags.DEFINE_string(
     "name", "", "Its name; default: that of the file or folder."
   )
   flags.DEFINE_enum("format", "array_record", [*FORMATS], "Of the shards.")
-  flags.DEFINE_integer(
-    "max_examples", None, "Only the first records of each data set."
-  )
-  flags.DEFINE_integer(
-    "batch_size", None, "Batch size; evaluation.batch_size by default."
-  )
-  flags.DEFINE_integer("examples_per_shard", 2000, "Records a file, about.")
+  common_flags.max_examples("Only the first records of each data set.")
+  common_flags.batch_size("Batch size; evaluation.batch_size by default.")
+  common_flags.shard_size(old="examples_per_shard")
   flags.DEFINE_float(
     "max_bad_fraction",
     None,
@@ -304,7 +301,7 @@ def main(argv: Sequence[str]) -> None:
     "file_format": settings.format,
     "max_examples": settings.max_examples,
     "batch_size": settings.batch_size,
-    "examples_per_shard": settings.examples_per_shard,
+    "shard_size": settings.shard_size,
     "max_bad_fraction": settings.max_bad_fraction,
   }
 

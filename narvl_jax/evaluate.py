@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from narvl_jax import cli
+from narvl_jax import cli, common_flags
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.errors import UserError, check_lists
 from narvl_jax.evaluation import decoding_flags, evaluator, reporting, results
@@ -105,18 +105,14 @@ def evaluate(
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("workdir", None, "Folder of the run.")
+  common_flags.workdir()
   flags.DEFINE_list("tasks", None, "Tasks; all by default.")
-  flags.DEFINE_string("split", None, "Split; evaluation.split by default.")
-  flags.DEFINE_string("checkpoint", "best", "best, last or a step.")
-  flags.DEFINE_integer(
-    "max_examples",
-    None,
-    "At most this many of every data set; evaluation.max_examples by default.",
+  common_flags.split("Split; evaluation.split by default.", None)
+  common_flags.checkpoint()
+  common_flags.max_examples(
+    "At most this many of every data set; evaluation.max_examples by default."
   )
-  flags.DEFINE_integer(
-    "batch_size", None, "Batch size; evaluation.batch_size by default."
-  )
+  common_flags.batch_size("Batch size; evaluation.batch_size by default.")
   flags.DEFINE_float(
     "max_bad_fraction",
     None,

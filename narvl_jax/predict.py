@@ -14,7 +14,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from narvl_jax import cli
+from narvl_jax import cli, common_flags
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.data import images
 from narvl_jax.data.example import Record
@@ -37,7 +36,8 @@ from narvl_jax.evaluation import (
 )
 from narvl_jax.evaluation.answer_list import with_answers
 from narvl_jax.evaluation.predictor import Answer, Predictor
-from narvl_jax.terminal import readable_json, show
+from narvl_jax.json_output import check_json_path, write_json
+from narvl_jax.terminal import show
 from narvl_jax.training import workdir as workdir_lib
 
 Outcome = dict[str, Any]
@@ -268,8 +268,8 @@ def _format_box(box: Sequence[float]) -> str:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("workdir", None, "Folder of the run.")
-  flags.DEFINE_string("checkpoint", "best", "best, last or a step.")
+  common_flags.workdir()
+  common_flags.checkpoint()
   flags.DEFINE_string("image", None, "JPEG or PNG file.")
   flags.DEFINE_integer(
     "example", None, "Instead of --image: index of a record of the test data."
@@ -280,7 +280,7 @@ def define_flags() -> None:
     "premise", None, "Entailment: a caption that is known to be true."
   )
   flags.DEFINE_string("overlay", None, "Grounding: PNG file to write.")
-  flags.DEFINE_bool("json", False, "Print one JSON object.")
+  common_flags.json()
   decoding_flags.define_flags()
   flags.DEFINE_string(
     "answers", "", "File of the answers that constrained VQA allows."
@@ -292,6 +292,7 @@ def main(argv: Sequence[str]) -> None:
   """Entry point."""
   del argv
   settings = flags.FLAGS
+  check_json_path(settings.json)
   outcome = predict(
     settings.workdir,
     task=settings.task,
@@ -304,10 +305,9 @@ def main(argv: Sequence[str]) -> None:
     decoding=decoding_flags.from_flags(),
     answers=settings.answers,
   )
-  if settings.json:
-    show(readable_json(outcome, sys.stdout.encoding))
-  else:
+  if settings.json != common_flags.STDOUT:
     show(format_outcome(outcome))
+  write_json(settings.json, outcome, indent=None)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from narvl_jax import cli
+from narvl_jax import cli, common_flags
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.config_checks import validate
 from narvl_jax.datasets import MixtureEntry, relative_evaluation
@@ -332,7 +332,7 @@ def _final_evaluation(
 def define_flags() -> None:
   """Defines the flags of the command."""
   cli.define_config_flag()
-  flags.DEFINE_string("workdir", None, "Folder of the run.")
+  common_flags.workdir()
   flags.DEFINE_bool(
     "dry_run", False, "Print shapes, parameters and memory, then stop."
   )

@@ -131,7 +131,7 @@ def test_diff_of_other_trees(run, tmp_path_factory):
       r"no holds no ch",
     ),
     (lambda run: command.verify(run, 7), r'no checkpoint "7" in .* 1, 2, 3'),
-    (lambda run: command._pair([run], ["1"]), r"--steps=1 is not two steps"),
+    (lambda run: command._pair([run], ["1"]), r"--checkpoint=1 is not two ch"),
     (
       lambda run: command._pair([run], None),
       r"diff of one run needs two",

@@ -13,7 +13,7 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from narvl_jax import cli
+from narvl_jax import cli, cli_messages
 from narvl_jax.training import workdir as workdir_lib
 from tests.conftest import ROOT
 from tests.training.tiny import tiny_config
@@ -47,7 +47,7 @@ _CASES: dict[str, tuple[list[str], str, str]] = {
   "unknown flag": (
     ["--config=good.py", "--workdir=run", "--dryrun"],
     'unknown flag "--dryrun".',
-    '"dry_run"',
+    'Did you mean "--dry_run"?',
   ),
   "no workdir": (["--config=good.py"], "flag --workdir is required", ""),
   "no config": (["--workdir=run"], "flag --config is required", ""),
@@ -279,7 +279,7 @@ def test_true_command_line(folder):
 )
 def test_unknown_path(path, message):
   config = ConfigDict({"train": {"steps": 6}, "empty": {}})
-  found = cli.unknown_path(config, path)
+  found = cli_messages.unknown_path(config, path)
   assert found == message or (found or "").startswith(str(message))
 
 

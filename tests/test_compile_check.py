@@ -169,7 +169,7 @@ def test_folder_that_does_not_exist():
     "--config=configs/pod.py:base", "--topology=v5e:2x2", "--json=/no/x.json"
   )
   assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-  assert "no folder /no to write to (--json=/no/x.json)" in result.stderr
+  assert '--json="/no/x.json": there is no folder "/no"' in result.stderr
 
 
 @pytest.mark.parametrize(

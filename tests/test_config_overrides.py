@@ -9,6 +9,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from narvl_jax import cli
+from narvl_jax.cli_flags import normalise
+from narvl_jax.cli_messages import load_config
 from narvl_jax.config import default_config, train_source
 from narvl_jax.config_checks import check_fit, validate
 from narvl_jax.errors import UserError
@@ -55,7 +57,7 @@ def _parse(capsys, *arguments: str) -> tuple[Any, str]:
   """Returns the config that a command line gives, or the error and its line."""
   _forget_flags()
   cli.define_config_flag()
-  sys.argv[1:] = arguments
+  sys.argv = normalise(["train", *arguments])
   try:
     cli._parse_flags(sys.argv)
     validate(flags.FLAGS.config)
@@ -76,7 +78,7 @@ def _has_no_wrong_type(value: Any) -> bool:
 
 @pytest.mark.parametrize("name", _FILES)
 def test_a_value_of_a_wrong_type_ends_in_one_line(name, capsys):
-  config = cli._load_config(_file(name))
+  config = load_config(_file(name))
   assert config is not None
   for path, value in _leaves(config):
     argument = f"--config.{path}=wrong"
@@ -90,7 +92,7 @@ def test_a_value_of_a_wrong_type_ends_in_one_line(name, capsys):
 
 
 def test_any_value_is_taken_or_ends_in_one_line(capsys):
-  config = cli._load_config(_file("shapes"))
+  config = load_config(_file("shapes"))
   assert config is not None
   for path, _ in _leaves(config):
     for text in _VALUES:
@@ -102,7 +104,7 @@ def test_any_value_is_taken_or_ends_in_one_line(capsys):
 
 @pytest.mark.parametrize("name", _FILES)
 def test_a_weight_and_a_schedule_work_on_every_config(name, capsys):
-  config = cli._load_config(_file(name))
+  config = load_config(_file(name))
   assert config is not None
   key = f"--config.data.train.{next(iter(config.data.train))}.weight"
   for text, value in (
@@ -111,7 +113,7 @@ def test_a_weight_and_a_schedule_work_on_every_config(name, capsys):
     ("((0,0.5),(100,2.0))", ((0, 0.5), (100, 2.0))),
     ("[[0, 1], [7, 0]]", [[0, 1], [7, 0]]),
   ):
-    for form in ([f"{key}={text}"],):
+    for form in ([f"{key}={text}"], [key, text]):
       # The file of one's own data lacks a path, which is not asked for here.
       found, message = _parse(capsys, f"--config={_file(name)}", *form)
       assert not message

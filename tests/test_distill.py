@@ -24,7 +24,7 @@ from narvl_jax.evaluation.predictor import Predictor
 from tests.evaluation import tiny_run
 from tests.parallel.processes import start_together
 
-SIZES: dict[str, Any] = {"max_examples": 20, "examples_per_shard": 8}
+SIZES: dict[str, Any] = {"max_examples": 20, "shard_size": 8}
 
 
 def label(to: pathlib.Path, **options: Any) -> list[DistilledSet]:
@@ -239,7 +239,7 @@ def test_two_hosts_share_the_work(tmp_path, whole):
   arguments = [
     *("-m", "narvl_jax.distill", f"--teacher={tiny_run.tiny_run()}"),
     *(f"--to={folder}", "--datasets=vqa", "--max_examples=20"),
-    "--examples_per_shard=8",
+    "--shard_size=8",
   ]
   hosts = start_together(tmp_path / "logs", arguments)
   assert [host.wait() for host in hosts] == [0, 0], hosts[0].errors

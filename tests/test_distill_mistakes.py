@@ -29,7 +29,7 @@ def whole(tmp_path_factory) -> pathlib.Path:
   ("options", "message"),
   [
     ({"max_examples": 19}, r"source.records=20, this command has 19"),
-    ({"examples_per_shard": 20}, r"shards=3, this command has 1"),
+    ({"shard_size": 20}, r"shards=3, this command has 1"),
     ({"file_format": "tsv"}, r"source.format='array_record', .* has 'tsv'"),
     ({"split": "test"}, r"with name='vqa-train', this command has 'vqa-test'"),
     (
@@ -54,7 +54,7 @@ def test_another_checkpoint_needs_another_folder(whole, monkeypatch):
   [
     ({"max_examples": 0}, r"--max_examples=0 .* --max_examples=1"),
     ({"batch_size": -1}, r"--batch_size=-1 .* --batch_size=1"),
-    ({"examples_per_shard": 0}, r"--examples_per_shard=0 is below 1"),
+    ({"shard_size": 0}, r"--shard_size=0 is below 1"),
     ({"datasets": "vqa"}, r'datasets="vqa" is one text; give a list'),
     ({"datasets": ["vqq"]}, r'has no "vqq"\. Did you mean "vqa"'),
     ({"checkpoint": "8"}, r'no checkpoint "8"; this run has 7'),
@@ -71,7 +71,7 @@ def test_another_checkpoint_needs_another_folder(whole, monkeypatch):
       {"decoding": {"method": "greedy", "constrained": True}},
       r"no list of the answers that vqa allows.*--answers=.*\(distill: or an",
     ),
-    ({"max_examples": None}, r"too many; .* --max_examples or --examples_per"),
+    ({"max_examples": None}, r"too many; .* --max_examples or --shard_size"),
   ],
 )
 def test_wrong_arguments_write_nothing(tmp_path, options, message):

@@ -32,12 +32,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from narvl_jax import cli
+from narvl_jax import cli, common_flags
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.benchmarks import timing
 from narvl_jax.config import Config, from_json, to_json
 from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
+from narvl_jax.json_output import check_json_path, write_json
 from narvl_jax.parallel import mesh_from_config, shard_batch
 from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.checkpoints import FOLDER, Checkpoints, restore_target
@@ -259,7 +260,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("steps", 100, "Updates for each save.", lower_bound=1)
   flags.DEFINE_integer("rounds", 5, "Rounds of measurement.", lower_bound=1)
   flags.DEFINE_string("folder", None, "For the checkpoints; default: of /tmp.")
-  flags.DEFINE_string("json", None, "File to write the report to.")
+  common_flags.json()
   flags.mark_flag_as_required("config")
 
 
@@ -267,7 +268,7 @@ def main(argv: Sequence[str]) -> None:
   """Entry point."""
   del argv
   settings = flags.FLAGS
-  timing.check_json_path(settings.json)
+  check_json_path(settings.json)
   if settings.folder and not os.path.isdir(settings.folder):
     raise UserError(f'no folder "{settings.folder}" (--folder=PATH)')
   with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
@@ -278,7 +279,7 @@ def main(argv: Sequence[str]) -> None:
       rounds=settings.rounds,
     )
   print(format_report(report), flush=True)
-  timing.write_json(settings.json, report)
+  write_json(settings.json, report)
 
 
 if __name__ == "__main__":

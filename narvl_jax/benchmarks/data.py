@@ -16,7 +16,7 @@ loop in the same round.
 
   --first_batch  a fresh process: seconds until the first batch, index cached;
                  speed of building the index of rows, against reading alone
-  --memory       resident memory over 20,000 examples (--examples)
+  --memory       resident memory over 20,000 examples (--max_examples)
 """
 
 import copy
@@ -33,12 +33,13 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from narvl_jax import cli
+from narvl_jax import cli, common_flags
 from narvl_jax.benchmarks import data_load, data_startup, timing
 from narvl_jax.data import images
 from narvl_jax.data.batching import Batcher
 from narvl_jax.data.sources.ofa_tsv import OfaTsvSource, decode_base64
 from narvl_jax.data.tasks import make_task
+from narvl_jax.json_output import check_json_path, write_json
 
 BARE = "bare Pillow"
 _PREFETCH = 2
@@ -287,27 +288,32 @@ def define_flags() -> None:
   cli.define_config_flag()
   flags.DEFINE_integer("rows", 256, "Records of a turn.", lower_bound=1)
   flags.DEFINE_integer("rounds", 5, "Rounds of measurement.", lower_bound=1)
-  flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of processes.")
-  flags.DEFINE_integer("batch", 32, "Examples of a batch.", lower_bound=1)
+  flags.DEFINE_list("num_workers", ["0", "1", "2"], "Numbers of processes.")
+  common_flags.rename("workers", "num_workers")
+  common_flags.batch_size("Examples at a time.", 32, old="batch", lower_bound=1)
   flags.DEFINE_integer("width", 640, "Of generated pictures.", lower_bound=8)
   flags.DEFINE_integer("height", 480, "Of generated pictures.", lower_bound=8)
   flags.DEFINE_integer("image_size", 480, "Pixels a side.", lower_bound=1)
   flags.DEFINE_string("folder", None, "Keeps generated files, for later.")
   flags.DEFINE_boolean("first_batch", False, "Time until the first batch.")
   flags.DEFINE_boolean("memory", False, "Resident memory.")
-  flags.DEFINE_integer("examples", 20_000, "For --memory.", lower_bound=1)
-  flags.DEFINE_string("json", None, "File to write the report to.")
+  common_flags.max_examples(
+    "Read by --memory.", 20_000, old="examples", lower_bound=1
+  )
+  common_flags.json()
 
 
 def main(argv: Sequence[str]) -> None:
   """Entry point."""
   del argv
   settings = flags.FLAGS
-  timing.check_json_path(settings.json)
+  check_json_path(settings.json)
   try:
-    workers = [int(number) for number in settings.workers]
+    workers = [int(number) for number in settings.num_workers]
   except ValueError:
-    cli.fail(f"--workers={settings.workers} must be numbers, such as 0,2")
+    cli.fail(
+      f"--num_workers={settings.num_workers} must be numbers, such as 0,2"
+    )
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(settings.folder or temporary)
     folder.mkdir(parents=True, exist_ok=True)
@@ -319,7 +325,7 @@ def main(argv: Sequence[str]) -> None:
       load = data_load.tsv_load(
         path,
         image_size=(settings.image_size, settings.image_size),
-        batch_size=settings.batch,
+        batch_size=settings.batch_size,
       )
     else:
       load = data_load.config_load(settings.config)
@@ -327,7 +333,9 @@ def main(argv: Sequence[str]) -> None:
       report = data_startup.first_batch(load, path, rounds=settings.rounds)
       text = data_startup.format_first_batch(report)
     elif settings.memory:
-      report = data_startup.memory(load, workers, examples=settings.examples)
+      report = data_startup.memory(
+        load, workers, examples=settings.max_examples
+      )
       text = data_startup.format_memory(report)
     else:
       report = benchmark(
@@ -335,7 +343,7 @@ def main(argv: Sequence[str]) -> None:
       )
       text = format_report(report)
   print(text, flush=True)
-  timing.write_json(settings.json, report)
+  write_json(settings.json, report)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from narvl_jax import cli
+from narvl_jax import cli, common_flags
 from narvl_jax.benchmarks import timing
 from narvl_jax.errors import UserError
+from narvl_jax.json_output import check_json_path, write_json
 from narvl_jax.models import project
 from narvl_jax.query_ctc import ChunkedLogits, query_ctc_objective
 
@@ -184,8 +185,10 @@ def format_report(report: dict[str, Any]) -> str:
 def define_flags() -> None:
   """Defines the flags of the command."""
   sizes = Sizes()
+  common_flags.batch_size(
+    "Examples at a time.", sizes.batch, old="batch", lower_bound=1
+  )
   for name, text, least in (
-    ("batch", "Examples.", 1),
     ("num_queries", "Queries of an example.", 1),
     ("labels", "Labels of an example.", 1),
     ("width", "Width of the decoder.", 1),
@@ -197,7 +200,7 @@ def define_flags() -> None:
     "dtype", sizes.dtype, ["float32", "bfloat16"], "Type of the states."
   )
   flags.DEFINE_integer("rounds", 5, "Rounds of measurement.", lower_bound=1)
-  flags.DEFINE_string("json", None, "File to write the report to.")
+  common_flags.json()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -205,12 +208,17 @@ def main(argv: Sequence[str]) -> None:
   del argv
   settings = flags.FLAGS
   sizes = Sizes(
-    **{x.name: getattr(settings, x.name) for x in dataclasses.fields(Sizes)}
+    batch=settings.batch_size,
+    **{
+      x.name: getattr(settings, x.name)
+      for x in dataclasses.fields(Sizes)
+      if x.name != "batch"
+    },
   )
-  timing.check_json_path(settings.json)
+  check_json_path(settings.json)
   report = benchmark(sizes, rounds=settings.rounds)
   print(format_report(report), flush=True)
-  timing.write_json(settings.json, report)
+  write_json(settings.json, report)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,10 @@ import numpy as np
 import optax
 from absl import flags
 
-from narvl_jax import cli
+from narvl_jax import cli, common_flags
 from narvl_jax.benchmarks import timing
 from narvl_jax.errors import UserError
+from narvl_jax.json_output import check_json_path, write_json
 from narvl_jax.query_ctc import query_ctc_loss
 
 _OURS = "query_ctc_loss"
@@ -210,7 +211,9 @@ def format_report(report: dict[str, Any]) -> str:
 def define_flags() -> None:
   """Defines the flags of the command."""
   sizes = Sizes()
-  flags.DEFINE_integer("batch", sizes.batch, "Examples.", lower_bound=1)
+  common_flags.batch_size(
+    "Examples at a time.", sizes.batch, old="batch", lower_bound=1
+  )
   flags.DEFINE_integer(
     "num_queries", sizes.num_queries, "Queries of an example.", lower_bound=1
   )
@@ -224,7 +227,7 @@ def define_flags() -> None:
     "dtype", sizes.dtype, ["float32", "bfloat16"], "Type of the logits."
   )
   flags.DEFINE_integer("rounds", 9, "Rounds of measurement.", lower_bound=1)
-  flags.DEFINE_string("json", None, "File to write the report to.")
+  common_flags.json()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -232,16 +235,16 @@ def main(argv: Sequence[str]) -> None:
   del argv
   settings = flags.FLAGS
   sizes = Sizes(
-    settings.batch,
+    settings.batch_size,
     settings.num_queries,
     settings.labels,
     settings.vocab_size,
     settings.dtype,
   )
-  timing.check_json_path(settings.json)
+  check_json_path(settings.json)
   report = benchmark(sizes, rounds=settings.rounds)
   print(format_report(report), flush=True)
-  timing.write_json(settings.json, report)
+  write_json(settings.json, report)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What the benchmarks share: interleaved timing, a table, a JSON file."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import platform
@@ -12,9 +11,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-
-from narvl_jax.disk import write_text
-from narvl_jax.errors import UserError
 
 Result = TypeVar("Result")
 
@@ -135,30 +131,6 @@ def environment() -> dict[str, Any]:
     if hasattr(os, "sched_getaffinity")
     else os.cpu_count(),
   }
-
-
-def check_json_path(path: str | None) -> None:
-  """Finds out before the measurement whether its result can be saved.
-
-  Raises:
-    UserError: the folder is missing or cannot be written, or the path is one.
-  """
-  if path is None:
-    return
-  target = pathlib.Path(path)
-  if target.is_dir():
-    raise UserError(f'"{path}" is a folder; give a file (--json=PATH)')
-  if not target.parent.is_dir():
-    raise UserError(f'no folder "{target.parent}" (--json=PATH)')
-  if not os.access(target.parent, os.W_OK):
-    raise UserError(f'cannot write to folder "{target.parent}" (--json=PATH)')
-
-
-def write_json(path: str | None, report: Mapping[str, Any]) -> None:
-  """Writes a report in one step; does nothing without a path."""
-  if path is None:
-    return
-  write_text(pathlib.Path(path), json.dumps(report, indent=2) + "\n")
 
 
 def format_megabytes(count: int | None) -> str:

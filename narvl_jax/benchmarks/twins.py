@@ -6,8 +6,8 @@ r"""Trains models that differ only in their decoder, and compares them.
 
 For each data set and seed: the parallel model (nar); its autoregressive twin
 (ar) with the same config, seed, steps and batches; and the parallel model once
-more, half of its captions those that the twin says of the first --labels scenes
-of the training split (distilled).
+more, half of its captions those that the twin says of the first --max_examples
+scenes of the training split (distilled).
 
 The last checkpoint of each is read in several ways: nar and distilled greedily,
 greedily within the answers that a task allows, and by beam search within them;
@@ -29,7 +29,7 @@ from typing import Any
 
 from absl import flags
 
-from narvl_jax import cli
+from narvl_jax import cli, common_flags
 from narvl_jax.benchmarks.twins_runs import STUDIES, Study, Twins
 from narvl_jax.benchmarks.twins_table import (
   append_row,
@@ -119,8 +119,8 @@ def define_flags() -> None:
   flags.DEFINE_list("data", list(STUDIES), "Data sets.")
   flags.DEFINE_list("seeds", ["0", "1"], "Seeds of the runs.")
   flags.DEFINE_list("kinds", list(_KINDS), "What to train.")
-  flags.DEFINE_integer(
-    "labels", 20_000, "Captions that a twin says.", lower_bound=1
+  common_flags.max_examples(
+    "Captions that a twin answers.", 20_000, old="labels", lower_bound=1
   )
   flags.DEFINE_bool("train", True, "Train what is not finished.")
   flags.DEFINE_string("results", str(RESULTS), "File with a line a run.")
@@ -147,7 +147,7 @@ def main(argv: Sequence[str]) -> None:
       studies={name: STUDIES[name] for name in names},
       seeds=_seeds(settings.seeds),
       kinds=_chosen("kinds", settings.kinds, _KINDS),
-      labels=settings.labels,
+      labels=settings.max_examples,
       trains=settings.train,
     )
   print(table(results))

@@ -197,7 +197,7 @@ class Twins:
       "evaluation_seconds": round(time.monotonic() - start),
       "command": "python -m narvl_jax.benchmarks.twins --runs=runs/twins"
       f" --data={self.name} --kinds={kind} --seeds={seed}"
-      + (f" --labels={self.labels}" if kind == "distilled" else ""),
+      + (f" --max_examples={self.labels}" if kind == "distilled" else ""),
       "examples": counts,
       "results": results,
     }
@@ -214,7 +214,7 @@ class Twins:
       source = load_source(
         entry.source, task=entry.task, split=entry.split, **entry.options
       )
-      counts = collect_answers(source, entry.task, max_records=_ANSWER_RECORDS)
+      counts = collect_answers(source, entry.task, max_examples=_ANSWER_RECORDS)
       with replacing(path) as temporary:
         temporary.write_text("\n".join(counts) + "\n", encoding="utf-8")
     return path

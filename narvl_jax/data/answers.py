@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from narvl_jax import cli
+from narvl_jax import cli, common_flags
 from narvl_jax.data import sources
 from narvl_jax.data.answer_text import normalize_answer
 from narvl_jax.data.bad_records import BadRecord, RecordReader
@@ -170,14 +170,14 @@ def encode_answers(
 
 
 def collect_answers(
-  source: Sequence[Record], task: str, *, max_records: int = 0
+  source: Sequence[Record], task: str, *, max_examples: int = 0
 ) -> dict[str, int]:
   """Counts in how many records each answer is valid.
 
   Args:
     source: records; bad ones are passed over, with a warning.
     task: of the records.
-    max_records: how many are read, the first; 0 for all.
+    max_examples: how many are read, the first; 0 for all.
 
   Returns:
     Answer to count, the most frequent first, equal ones in the order of the
@@ -193,13 +193,13 @@ def collect_answers(
       " entailment and grounding are known, captions are free; nearest:"
       f" --task={_TASKS[0]}"
     )
-  if not max_records and len(source) > _MOST_RECORDS:
+  if not max_examples and len(source) > _MOST_RECORDS:
     raise UserError(
       f"the source makes {len(source):,} records, too many to read; set"
-      " --max_records, for example to 100000"
+      " --max_examples, for example to 100000"
     )
   counts: collections.Counter[str] = collections.Counter()
-  number = min(len(source), max_records or len(source))
+  number = min(len(source), max_examples or len(source))
   reader = RecordReader(source, task, number)
   bad: list[BadRecord] = []
   for index in range(number):
@@ -229,14 +229,14 @@ def _answers(record: Record) -> set[str]:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("to", "", "File to write, *.txt.")
+  common_flags.to("File to write, *.txt.", "")
   flags.DEFINE_string("task", "", "Task of the records.")
-  flags.DEFINE_string("split", "", "Split to read.")
+  common_flags.split("Split to read.")
   flags.DEFINE_integer(
     "max_answers", 0, "Keep only the most frequent; 0: all.", lower_bound=0
   )
-  flags.DEFINE_integer(
-    "max_records", 0, "Read only the first; 0: all.", lower_bound=0
+  common_flags.max_examples(
+    "Read only the first records; 0: all.", 0, old="max_records", lower_bound=0
   )
 
 
@@ -250,7 +250,7 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f'--to="{target}" lies in no folder; create it first')
   source = sources.open_source(argv[1], task=options.task, split=options.split)
   task = options.task or getattr(source, "task", "") or source[0].task
-  counts = collect_answers(source, task, max_records=options.max_records)
+  counts = collect_answers(source, task, max_examples=options.max_examples)
   kept = list(counts)[: options.max_answers or None]
   write_text(target, "".join(f"{answer}\n" for answer in kept))
   share = sum(counts[answer] for answer in kept) / sum(counts.values())

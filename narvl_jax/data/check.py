@@ -15,8 +15,6 @@ a mistake in the command.
 """
 
 import dataclasses
-import json
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -24,7 +22,7 @@ from typing import Any
 
 from absl import flags
 
-from narvl_jax import cli, experiment
+from narvl_jax import cli, common_flags, experiment
 from narvl_jax.config import Config, default_config
 from narvl_jax.config_checks import validate
 from narvl_jax.data import check_report, inspection, sources
@@ -32,8 +30,13 @@ from narvl_jax.data.check_samples import draw_samples
 from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import Task, make_task, vocabulary_texts
 from narvl_jax.data.vocabulary import Vocabulary
-from narvl_jax.disk import replacing, write_text
+from narvl_jax.disk import replacing
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.json_output import (
+  check_json_path,
+  check_output_file,
+  write_json,
+)
 from narvl_jax.models import model_config
 from narvl_jax.terminal import show
 
@@ -220,38 +223,29 @@ class _Spread(Sequence[Record]):
     return self._source[index * len(self._source) // self._count]
 
 
-def _check_writable(flag: str, path: Any) -> None:
-  target = pathlib.Path(path)
-  if path and (target.is_dir() or not target.parent.is_dir()):
-    what = "is a folder" if target.is_dir() else "lies in no folder"
-    raise UserError(f'--{flag}="{path}" {what}; give a file')
-  if path and not os.access(target.parent, os.W_OK):
-    raise UserError(f'--{flag}: cannot write to folder "{target.parent}"')
-
-
 def define_flags() -> None:
   """Defines the flags of the command."""
   cli.define_config_flag()
   flags.DEFINE_string("task", "", "Task of the records.")
-  flags.DEFINE_string("split", "", "Split to read.")
+  common_flags.split("Split to read.")
   flags.DEFINE_string("vocabulary", "", "Folder with vocabulary files.")
   flags.DEFINE_integer(
     "num_queries", None, "N of the model, if not the config's.", lower_bound=1
   )
-  flags.DEFINE_integer(
-    "max_examples", 2000, "Records read whole; 0: all.", lower_bound=0
-  )
+  common_flags.max_examples("Records read whole; 0: all.", 2000, lower_bound=0)
   flags.DEFINE_boolean("all", False, "Read the texts of all records.")
-  flags.DEFINE_integer("threads", 2, "Threads that read.", lower_bound=1)
+  flags.DEFINE_integer("num_threads", 2, "Threads that read.", lower_bound=1)
+  common_flags.rename("threads", "num_threads")
   flags.DEFINE_string("png", "data_check.png", "Picture to draw; empty: none.")
-  flags.DEFINE_string("json", "", "File to write the figures to.")
+  common_flags.json()
 
 
 def main(argv: Sequence[str]) -> None:
   """Entry point."""
   options = flags.FLAGS
-  for flag in ("png", "json"):
-    _check_writable(flag, options[flag].value)
+  check_json_path(options.json)
+  if options.png:
+    check_output_file("png", options.png)
   spec = argv[1] if len(argv) > 1 else ""
   if options.config is not None:
     entries = open_entries(options.config, spec, options.split)
@@ -268,9 +262,7 @@ def main(argv: Sequence[str]) -> None:
   merged = check_report.merge(verdicts)
   if len(entries) > 1:
     show("\n" + check_report.format_word("verdict on all", merged))
-  if options.json:
-    text = json.dumps(report, indent=1) + "\n"
-    write_text(pathlib.Path(options.json), text)
+  write_json(options.json, report, indent=1)
   sys.stdout.flush()
   sys.exit(1 if merged.word == check_report.NOT_USABLE else 0)
 
@@ -285,7 +277,7 @@ def _check_and_print(
     num_queries=options.num_queries,
     max_examples=options.max_examples,
     all_texts=options.all,
-    num_threads=options.threads,
+    num_threads=options.num_threads,
   )
   title = f"\n{entry.name}: task {entry.task}"
   settings = dataclasses.asdict(task.settings)

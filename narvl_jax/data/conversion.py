@@ -60,7 +60,7 @@ def plan(
   image_size: int = 0,
   quality: int = 95,
   format: str = "array_record",
-  size_flags: str = "--shards, --shard_size or --limit",
+  size_flags: str = "--shards, --shard_size or --max_examples",
 ) -> tuple[Job, dict[str, Any]]:
   """Opens the source once; returns the job and what identifies its input.
 

@@ -13,92 +13,94 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from narvl_jax import cli
+from narvl_jax import cli, common_flags
 from narvl_jax.data import conversion, manifest
 from narvl_jax.data.sources import parse_options
 from narvl_jax.errors import UserError
 from narvl_jax.terminal import show
 
-_TO = flags.DEFINE_string("to", "", "Folder that gets the shards.")
-_TASK = flags.DEFINE_string(
-  "task", "", "caption, vqa, grounding or entailment."
-)
-_SPLIT = flags.DEFINE_string("split", "", "Split of the source.")
-_OPTIONS = flags.DEFINE_string(
-  "options", "{}", 'Options of the source as JSON, such as {"columns": "0,4"}.'
-)
-_NAME = flags.DEFINE_string("name", "", "Name of shards; default: TASK-SPLIT.")
-_LIMIT = flags.DEFINE_integer(
-  "limit", 0, "Convert only the first records; 0: all.", lower_bound=0
-)
-_SHARDS = flags.DEFINE_integer(
-  "shards", 0, "Number of shards; 0: by --shard_size.", lower_bound=0
-)
-_SHARD_SIZE = flags.DEFINE_integer(
-  "shard_size", 2000, "Records a shard, about.", lower_bound=1
-)
-_IMAGE_SIZE = flags.DEFINE_integer(
-  "image_size",
-  0,
-  "Store pictures as JPEG of this many pixels square; 0: as they are.",
-  lower_bound=0,
-  upper_bound=8192,
-)
-_QUALITY = flags.DEFINE_integer(
-  "quality", 95, "Of these JPEG pictures.", lower_bound=1, upper_bound=100
-)
-_WORKERS = flags.DEFINE_integer(
-  "workers",
-  os.cpu_count() or 1,
-  "Processes; 0: none but this one.",
-  lower_bound=0,
-)
-_MAX_BAD = flags.DEFINE_float(
-  "max_bad_fraction",
-  0.01,
-  "Share of records that may be bad and left out.",
-  lower_bound=0,
-  upper_bound=1,
-)
-_VERIFY = flags.DEFINE_bool(
-  "verify", False, "Read the folder again and compare hashes."
-)
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  common_flags.to("Folder that gets the shards.", "")
+  flags.DEFINE_string("task", "", "caption, vqa, grounding or entailment.")
+  common_flags.split("Split of the source.")
+  flags.DEFINE_string(
+    "options",
+    "{}",
+    'Options of the source as JSON, such as {"columns": "0,4"}.',
+  )
+  flags.DEFINE_string("name", "", "Name of shards; default: TASK-SPLIT.")
+  common_flags.max_examples(
+    "Convert only the first records; 0: all.", 0, old="limit", lower_bound=0
+  )
+  flags.DEFINE_integer(
+    "shards", 0, "Number of shards; 0: by --shard_size.", lower_bound=0
+  )
+  common_flags.shard_size(lower_bound=1)
+  flags.DEFINE_integer(
+    "image_size",
+    0,
+    "Store pictures as JPEG of this many pixels square; 0: as they are.",
+    lower_bound=0,
+    upper_bound=8192,
+  )
+  flags.DEFINE_integer(
+    "quality", 95, "Of these JPEG pictures.", lower_bound=1, upper_bound=100
+  )
+  flags.DEFINE_integer(
+    "num_workers",
+    os.cpu_count() or 1,
+    "Processes; 0: none but this one.",
+    lower_bound=0,
+  )
+  common_flags.rename("workers", "num_workers")
+  flags.DEFINE_float(
+    "max_bad_fraction",
+    0.01,
+    "Share of records that may be bad and left out.",
+    lower_bound=0,
+    upper_bound=1,
+  )
+  flags.DEFINE_bool(
+    "verify", False, "Read the folder again and compare hashes."
+  )
 
 
 def main(argv: Sequence[str]) -> None:
   """Converts, verifies or both, as the flags say."""
   spec = argv[1]
-  if not _TO.value and not _VERIFY.value:
+  if not flags.FLAGS.to and not flags.FLAGS.verify:
     raise UserError(
       "--to is missing: set it to the folder that gets the shards (or pass"
       " --verify to check a folder)"
     )
-  if _TO.value:
+  if flags.FLAGS.to:
     _convert(spec)
-  if _VERIFY.value:
-    _verify(pathlib.Path(_TO.value or spec))
+  if flags.FLAGS.verify:
+    _verify(pathlib.Path(flags.FLAGS.to or spec))
 
 
 def _convert(spec: str) -> None:
   job, origin = conversion.plan(
     spec,
-    _TO.value,
-    task=_TASK.value,
-    split=_SPLIT.value,
-    options=parse_options(_OPTIONS.value),
-    name=_NAME.value,
-    limit=_LIMIT.value,
-    shards=_SHARDS.value,
-    shard_size=_SHARD_SIZE.value,
-    image_size=_IMAGE_SIZE.value,
-    quality=_QUALITY.value,
+    flags.FLAGS.to,
+    task=flags.FLAGS.task,
+    split=flags.FLAGS.split,
+    options=parse_options(flags.FLAGS.options),
+    name=flags.FLAGS.name,
+    limit=flags.FLAGS.max_examples,
+    shards=flags.FLAGS.shards,
+    shard_size=flags.FLAGS.shard_size,
+    image_size=flags.FLAGS.image_size,
+    quality=flags.FLAGS.quality,
   )
   try:
     done = conversion.convert(
       job,
       origin,
-      num_workers=_WORKERS.value,
-      max_bad_fraction=_MAX_BAD.value,
+      num_workers=flags.FLAGS.num_workers,
+      max_bad_fraction=flags.FLAGS.max_bad_fraction,
       tell=show,
     )
   except KeyboardInterrupt:
@@ -108,14 +110,14 @@ def _convert(spec: str) -> None:
   show(
     f"{done.records} records of {done.task}, split {done.split}, in"
     f" {len(done.shards)} shards of {size / 1e6:.1f} MB,"
-    f" {len(done.bad_records)} bad: {_TO.value}"
+    f" {len(done.bad_records)} bad: {flags.FLAGS.to}"
   )
-  if not _SPLIT.value and done.split == "train":
+  if not flags.FLAGS.split and done.split == "train":
     show("sources find them as split train; for another name set --split")
 
 
 def _verify(folder: pathlib.Path) -> None:
-  faults = manifest.verify(folder, num_threads=max(_WORKERS.value, 1))
+  faults = manifest.verify(folder, num_threads=max(flags.FLAGS.num_workers, 1))
   for fault in faults:
     show(fault)
   if faults:
@@ -124,4 +126,5 @@ def _verify(folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
+  define_flags()
   cli.run(main, positional=1, positional_name="what to convert")

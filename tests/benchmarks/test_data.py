@@ -181,7 +181,7 @@ def run(*arguments: str) -> Any:
 def test_command_writes_the_report(tmp_path: pathlib.Path) -> None:
   path = tmp_path / "report.json"
   done = run(
-    *("--rows=8", "--batch=4", "--rounds=1", "--workers=0,1"),
+    *("--rows=8", "--batch_size=4", "--rounds=1", "--num_workers=0,1"),
     *("--width=32", "--height=24", "--image_size=16", f"--json={path}"),
   )
   assert done.returncode == 0, done.stderr
@@ -191,8 +191,8 @@ def test_command_writes_the_report(tmp_path: pathlib.Path) -> None:
 
 
 def test_wrong_workers(tmp_path: pathlib.Path) -> None:
-  done = run("--workers=two")
+  done = run("--num_workers=two")
   assert done.returncode == 2
   assert done.stderr.splitlines() == [
-    "error: --workers=['two'] must be numbers, such as 0,2"
+    "error: --num_workers=['two'] must be numbers, such as 0,2"
   ]

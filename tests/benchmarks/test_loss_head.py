@@ -80,7 +80,7 @@ def test_command_writes_the_report(tmp_path):
   done = subprocess.run(
     [
       *(sys.executable, "-m", "narvl_jax.benchmarks.loss_head"),
-      *("--batch=2", "--num_queries=3", "--labels=2", "--vocab_size=50"),
+      *("--batch_size=2", "--num_queries=3", "--labels=2", "--vocab_size=50"),
       *("--width=4", "--chunk_size=16", "--rounds=2", f"--json={path}"),
     ],
     capture_output=True,

@@ -9,6 +9,7 @@ import pytest
 
 from narvl_jax.benchmarks import query_ctc, timing
 from narvl_jax.errors import UserError
+from narvl_jax.json_output import check_json_path
 
 TINY = query_ctc.Sizes(
   batch=2, num_queries=6, labels=4, vocab_size=5000, dtype="float32"
@@ -76,7 +77,7 @@ def run(*arguments):
 def test_command_writes_the_report(tmp_path):
   path = tmp_path / "report.json"
   done = run(
-    *("--batch=2", "--num_queries=3", "--labels=2", "--vocab_size=50"),
+    *("--batch_size=2", "--num_queries=3", "--labels=2", "--vocab_size=50"),
     *("--rounds=2", f"--json={path}"),
   )
   assert done.returncode == 0, done.stderr
@@ -104,10 +105,10 @@ def test_command_writes_the_report(tmp_path):
   ("arguments", "message"),
   [
     (["--labels=21"], "21 labels do not fit 20 queries"),
-    (["--bach=2"], 'unknown flag "--bach". Did you mean "batch"'),
-    (["--batch=0"], '--batch="0"'),
+    (["--bach=2"], 'unknown flag "--bach". Did you mean "--batch_size'),
+    (["--batch_size=0"], '--batch_size="0"'),
     (["--dtype=int8"], '--dtype="int8"'),
-    (["--json=missing/report.json"], 'no folder "missing" (--json=PATH)'),
+    (["--json=missing/report.json"], 'there is no folder "missing"'),
   ],
 )
 def test_mistakes_are_one_line(arguments, message):
@@ -120,8 +121,8 @@ def test_mistakes_are_one_line(arguments, message):
 
 
 def test_json_path_must_be_a_file(tmp_path):
-  with pytest.raises(UserError, match=r"is a folder; give a file \(--json"):
-    timing.check_json_path(str(tmp_path))
+  with pytest.raises(UserError, match=r'--json=".*" is a folder; give'):
+    check_json_path(str(tmp_path))
 
 
 def test_rounds_interleave_the_candidates():

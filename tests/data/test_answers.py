@@ -143,7 +143,7 @@ def test_collect() -> None:
   )
   counts = answers.collect_answers(records, "vqa")
   assert list(counts.items()) == [("blue", 2), ("red", 2), ("a dog", 1)]
-  counts = answers.collect_answers(records, "vqa", max_records=2)
+  counts = answers.collect_answers(records, "vqa", max_examples=2)
   assert list(counts.items()) == [("red", 2), ("blue", 1)]
   counts = answers.collect_answers(_WithBadRecord(records), "vqa")
   assert counts == {"blue": 2, "a dog": 1, "red": 1}
@@ -155,7 +155,7 @@ def test_collect() -> None:
 
 def test_collect_from_an_endless_source() -> None:
   source = load_source("shapes", task="vqa", split="train")
-  with pytest.raises(UserError, match=r"too many to read; set --max_records"):
+  with pytest.raises(UserError, match=r"too many to read; set --max_examples"):
     answers.collect_answers(source, "vqa")
 
 
@@ -172,7 +172,7 @@ def _run(*arguments: Any) -> subprocess.CompletedProcess[str]:
 def test_command(tmp_path: pathlib.Path) -> None:
   path = tmp_path / "answers.txt"
   result = _run(
-    *("shapes", "--task=vqa", "--max_records=40"),
+    *("shapes", "--task=vqa", "--max_examples=40"),
     *("--max_answers=3", f"--to={path}"),
   )
   assert result.returncode == 0, result.stderr

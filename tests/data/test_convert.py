@@ -25,8 +25,8 @@ from tests.data.converting import (
 
 def test_the_command(tmp_path: pathlib.Path) -> None:
   folder = tmp_path / "out"
-  arguments = [*SHAPES, "--limit=9", "--shard_size=4", f"--to={folder}"]
-  result = run(*arguments, "--workers=2", "--verify")
+  arguments = [*SHAPES, "--max_examples=9", "--shard_size=4", f"--to={folder}"]
+  result = run(*arguments, "--num_workers=2", "--verify")
   assert (result.returncode, result.stderr) == (0, "")
   assert "9 records of grounding, split test, in 3 shards" in result.stdout
   assert "every shard is as the manifest says" in result.stdout
@@ -137,7 +137,7 @@ def test_bad_records_are_left_out_and_told(tmp_path: pathlib.Path) -> None:
   path = write_jsonl(tmp_path, 20, bad=(3, 11))
   folder = tmp_path / "out"
   arguments = [path, "--task=grounding", f"--to={folder}", "--shards=4"]
-  result = run(*arguments, "--max_bad_fraction=0.1", "--workers=0")
+  result = run(*arguments, "--max_bad_fraction=0.1", "--num_workers=0")
   assert result.returncode == 0
   assert "18 records of grounding, split train, in 4 shards" in result.stdout
   assert "2 bad" in result.stdout
@@ -181,9 +181,9 @@ def test_a_full_disk_is_one_line(tmp_path: pathlib.Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
   folder = tmp_path / "out"
-  arguments = [*SHAPES, "--limit=100", "--shards=1", f"--to={folder}"]
+  arguments = [*SHAPES, "--max_examples=100", "--shards=1", f"--to={folder}"]
   for workers in (0, 1):
-    result = run(*arguments, f"--workers={workers}", preexec_fn=limit)
+    result = run(*arguments, f"--num_workers={workers}", preexec_fn=limit)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith(f'error: cannot write "{folder}/grounding-test')
@@ -264,7 +264,7 @@ def test_verify_names_each_fault(folder: pathlib.Path) -> None:
     ([*SHAPES, "--to=OUT", "--options=[]"], "must be a JSON object"),
     ([*SHAPES, "--to=OUT", '--options={"size": 3}'], 'option "size"'),
     (
-      [*SHAPES, "--to=OUT", "--limit=3", "--shards=4"],
+      [*SHAPES, "--to=OUT", "--max_examples=3", "--shards=4"],
       "4 shards for 3 records are too many",
     ),
     ([*SHAPES, "--to=OUT", "--quality=101"], "101"),

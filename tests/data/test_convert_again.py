@@ -22,7 +22,7 @@ from tests.data.converting import (
 
 
 def test_killed_conversion_goes_on(tmp_path: pathlib.Path) -> None:
-  options = [*SHAPES, "--limit=900", "--shards=30", "--workers=2"]
+  options = [*SHAPES, "--max_examples=900", "--shards=30", "--num_workers=2"]
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   assert run(*options, f"--to={whole}").returncode == 0
   process = subprocess.Popen(
@@ -48,7 +48,7 @@ def test_killed_conversion_goes_on(tmp_path: pathlib.Path) -> None:
 
 
 def test_workers_end_with_a_killed_command(tmp_path: pathlib.Path) -> None:
-  options = [*SHAPES, "--limit=40000", "--shards=40", "--workers=1"]
+  options = [*SHAPES, "--max_examples=40000", "--shards=40", "--num_workers=1"]
   process = subprocess.Popen(
     [*COMMAND, *options, f"--to={tmp_path / 'out'}"],
     stdout=subprocess.PIPE,
@@ -66,7 +66,7 @@ def test_workers_end_with_a_killed_command(tmp_path: pathlib.Path) -> None:
 
 def test_interrupted_command_says_how_to_go_on(tmp_path: pathlib.Path) -> None:
   # A shard takes longer than the test waits.
-  options = [*SHAPES, "--limit=4000", "--shards=2", "--workers=2"]
+  options = [*SHAPES, "--max_examples=4000", "--shards=2", "--num_workers=2"]
   process = subprocess.Popen(
     [*COMMAND, *options, f"--to={tmp_path / 'out'}"],
     stdout=subprocess.PIPE,
