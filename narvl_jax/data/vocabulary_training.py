@@ -10,6 +10,8 @@ from tokenizers import models, pre_tokenizers, trainers
 from narvl_jax.errors import UserError
 
 _UNK = "<unk>"
+# Bytes of what is still a word, or a sentence of a script without spaces.
+_LONGEST_WORD = 5000
 
 
 def byte_level(
@@ -69,6 +71,9 @@ def train_bpe(
       f" characters; set --config.vocabulary.size={fixed + len(alphabet)}"
       " or more"
     )
+  for word in [word for word in words if len(word) > _LONGEST_WORD]:
+    # Learning from one takes time that grows with the square of its length.
+    del words[word]
   learner = _learn_merges(words, alphabet, budget)
   used: collections.Counter[str] = collections.Counter()
   for word, count in words.items():
