@@ -14,6 +14,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import (
   decoding_flags,
   evaluator,
+  foreign_input,
   rendering,
   reporting,
   results,
@@ -37,7 +39,7 @@ from narvl_jax.evaluation import (
 from narvl_jax.evaluation.answer_list import with_answers
 from narvl_jax.evaluation.predictor import Answer, Predictor
 from narvl_jax.json_output import check_json_path, write_json
-from narvl_jax.terminal import show
+from narvl_jax.terminal import escape, show
 from narvl_jax.training import workdir as workdir_lib
 
 Outcome = dict[str, Any]
@@ -49,6 +51,8 @@ def predict(
   task: str | None = None,
   image: str | os.PathLike[str] | None = None,
   example: int | None = None,
+  dataset: str = "",
+  split: str = "",
   prompt: str | None = None,
   premise: str | None = None,
   overlay: str | os.PathLike[str] | None = None,
@@ -63,6 +67,8 @@ def predict(
     task: one of the run's tasks; may be left out if there is only one.
     image: JPEG or PNG file.
     example: index of a record of the run's test data.
+    dataset: entry of `data.evaluation` that has it; the task's first one if "".
+    split: of that data set; `evaluation.split` if "".
     prompt: question, expression or hypothesis; with `example` its own prompt
       by default. Captions ignore it.
     premise: entailment only: what else is known about the picture.
@@ -76,7 +82,8 @@ def predict(
     step, task, image (path), prompt, answer (text; grounding: box in pixels of
     the picture, None if the model gave no box), probability; with
     `num_best` above 1 also alternatives (answer and probability, best first);
-    with `example` also truth; for grounding also overlay (path).
+    with `example` also truth; for grounding also overlay (path); warnings
+    (sentences about what the model was not trained for).
 
   Raises:
     UserError: run, picture, task or prompt is wrong or missing.
@@ -94,7 +101,7 @@ def predict(
     record = Record(path.name, name, read_picture(path))
   else:
     path = folder / f"example_{name}_{example}.png"
-    record = _load_example(config, name, example or 0)
+    record = _load_example(config, name, example or 0, dataset, split)
   if prompt is not None or premise is not None:
     record = _with_text(record, prompt, premise)
   if name == "caption":
@@ -120,6 +127,9 @@ def predict(
     target = folder / f"overlay_{path.stem}.png"
     target = target if overlay is None else pathlib.Path(overlay)
     outcome["overlay"] = str(_write_overlay(target, answer))
+  outcome["warnings"] = foreign_input.warnings_about(
+    experiment, record, resized=image is not None
+  )
   return outcome
 
 
@@ -174,10 +184,18 @@ def _choose_task(tasks: Sequence[str], wanted: str | None) -> str:
   return wanted
 
 
-def _load_example(config: Any, task: str, index: int) -> Record:
+def _load_example(
+  config: Any, task: str, index: int, dataset: str, split: str
+) -> Record:
   """Returns a record of the test data with its picture decoded."""
-  split = config.evaluation.split
+  split = split or config.evaluation.split
   names = [k for k, v in config.data.evaluation.items() if v.task == task]
+  if dataset and dataset not in names:
+    raise UserError(
+      f'data.evaluation has no "{dataset}" for the task {task}.'
+      f"{did_you_mean(dataset, names)} (--dataset)"
+    )
+  names = [dataset] if dataset else names
   if not names:
     raise UserError(
       f'this run has no {split} data for "{task}"; pass a picture with --image'
@@ -274,6 +292,12 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "example", None, "Instead of --image: index of a record of the test data."
   )
+  flags.DEFINE_string(
+    "dataset",
+    "",
+    "Of --example: entry of data.evaluation; by default the task's first one.",
+  )
+  common_flags.split("Of --example: split; evaluation.split by default.")
   flags.DEFINE_string("task", None, "One of the run's tasks.")
   flags.DEFINE_string("prompt", None, "Question, expression or hypothesis.")
   flags.DEFINE_string(
@@ -298,6 +322,8 @@ def main(argv: Sequence[str]) -> None:
     task=settings.task,
     image=settings.image,
     example=settings.example,
+    dataset=settings.dataset,
+    split=settings.split,
     prompt=settings.prompt,
     premise=settings.premise,
     overlay=settings.overlay,
@@ -305,6 +331,8 @@ def main(argv: Sequence[str]) -> None:
     decoding=decoding_flags.from_flags(),
     answers=settings.answers,
   )
+  for text in outcome["warnings"]:
+    show(f"warning: {escape(text)}", file=sys.stderr)
   if settings.json != common_flags.STDOUT:
     show(format_outcome(outcome))
   write_json(settings.json, outcome, indent=None)

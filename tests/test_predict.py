@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import pytest
 from PIL import Image
 
 from narvl_jax import predict as predict_lib
+from narvl_jax.data.example import Record
 from narvl_jax.datasets import load_dataset
 from narvl_jax.errors import UserError
-from narvl_jax.evaluation import evaluator
+from narvl_jax.evaluation import evaluator, foreign_input
 from narvl_jax.predict import predict
 from tests.evaluation import tiny_run
 
@@ -42,7 +44,10 @@ def test_answer_to_a_question_about_a_photo(workdir, photo):
   outcome = predict(workdir, task="vqa", image=photo, prompt=QUESTION)
   assert list(outcome) == [
     *("step", "task", "image", "prompt", "answer", "probability"),
+    "warnings",
   ]
+  # 90 x 60 pixels are near enough to 32 x 32, and all words were learned.
+  assert outcome["warnings"] == []
   assert outcome["step"] == tiny_run.STEP
   assert outcome["image"] == str(photo)
   assert outcome["prompt"] == QUESTION
@@ -76,6 +81,66 @@ def test_examples_get_the_answer_of_the_evaluation(workdir, task):
   again = predict(workdir, task=task, image=saved, prompt=outcome["prompt"])
   assert again["answer"] == outcome["answer"]
   assert "truth" not in again
+
+
+@pytest.mark.parametrize(
+  ("prompt", "words"),
+  [
+    (QUESTION, None),
+    ("is this a photograph?", '"this", "photograph"'),
+    ("où est le 汉字 🙂?", '"où", "est", "le", "汉字", "🙂?"'),
+    ("ab bb cc dd ee ff gg", '"ab", "bb", "cc", "dd", "ee" and 2 more'),
+  ],
+)
+def test_unknown_words_are_named(prompt, words):
+  experiment, _ = tiny_run.tiny_model()
+  image = np.zeros((32, 32, 3), np.uint8)
+  record = Record("x", "vqa", image, prompt=prompt)
+  found = foreign_input.warnings_about(experiment, record)
+  expected = [
+    f"unknown words: {words} (not in the texts from which this run made its"
+    " vocabulary); the answer may be meaningless"
+  ]
+  assert found == (expected if words else [])
+
+
+@pytest.mark.parametrize(
+  ("size", "parts"),
+  [
+    ((32, 32), []),
+    ((60, 90), []),
+    ((128, 96), []),
+    ((200, 200), ["of 200x200 pixels .* reduced to 32x32 .* than 6 pixels"]),
+    ((7, 7), ["of 7x7 pixels .* enlarged to 32x32"]),
+    ((20, 60), [r"of 60x20 pixels .* squeezed .* shrinks 3\.0 times as much"]),
+    ((3000, 400), ["reduced to 32x32", r"squeezed to 32x32.* 7\.5 times"]),
+  ],
+)
+def test_resizing_that_matters_is_named(size, parts):
+  experiment, _ = tiny_run.tiny_model()
+  record = Record("x", "vqa", np.zeros((*size, 3), np.uint8), prompt=QUESTION)
+  found = foreign_input.warnings_about(experiment, record)
+  assert len(found) == len(parts)
+  for text, part in zip(found, parts, strict=True):
+    assert re.search(part, text)
+  # Data of the run itself are what it was trained for.
+  assert not foreign_input.warnings_about(experiment, record, resized=False)
+
+
+def test_examples_of_other_splits_and_data_sets(workdir):
+  experiment, _ = tiny_run.tiny_model()
+  source = load_dataset(experiment.config, "vqa", "validation")
+  outcome = predict(workdir, task="vqa", example=4, split="validation")
+  assert outcome["prompt"] == source[4].prompt
+  again = predict(
+    workdir, task="vqa", example=4, split="validation", dataset="vqa"
+  )
+  assert again["answer"] == outcome["answer"]
+  with pytest.raises(
+    UserError,
+    match=r'no "caption" for the task vqa\. Valid: vqa\. \(--dataset\)',
+  ):
+    predict(workdir, task="vqa", example=4, dataset="caption")
 
 
 def test_another_prompt_for_an_example_has_no_known_truth(workdir):

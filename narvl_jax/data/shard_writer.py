@@ -130,7 +130,8 @@ def write_all(
       yield numbers[future], future.result()
   except concurrent.futures.process.BrokenProcessPool as e:
     raise UserError(
-      f"a process that converts died; out of memory? Lower --workers{CONTINUE}"
+      "a process that converts died; out of memory? Lower --num_workers"
+      f"{CONTINUE}"
     ) from e
   except (KeyboardInterrupt, GeneratorExit):
     # The caller gave up: shards in progress are not waited for.

@@ -268,6 +268,40 @@ class Vocabulary:
       self._cache[text] = ids
     return ids.copy()
 
+  def unknown_words(self, text: str, *, whole: bool = False) -> list[str]:
+    """Returns the words of a text that this vocabulary was not made for.
+
+    Those with a character that has no token or falls into bytes, and those of
+    three or more letters that are spelled letter by letter.
+
+    Args:
+      text: as tasks encode it.
+      whole: every word that the vocabulary was made from is one token, so that
+        a word in pieces is none of these.
+    """
+    unknown = []
+    split = self._tokenizer.pre_tokenizer.pre_tokenize_str(checked_text(text))
+    for _, (start, end) in split:
+      word = text[start:end].strip()
+      ids = self.encode(text[start:end])
+      # The space before a word may be a token of its own.
+      spaced = end - start > len(word) and ids[0] == self._space_id
+      pieces = len(ids) - spaced
+      spelled = word.isalpha() and pieces >= len(word) >= 3
+      if (
+        self.unk_id in ids
+        or pieces > len(word)
+        or spelled
+        or (whole and pieces > 1)
+      ):
+        unknown.append(word)
+    return unknown
+
+  @functools.cached_property
+  def _space_id(self) -> int:
+    """Id of a space alone, unk if it has none."""
+    return next(iter(self.encode(" ")), self.unk_id)
+
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of `ids`.
 

@@ -52,7 +52,7 @@ class Panel:
 
   Attributes:
     image: uint8 [H, W, 3].
-    title: first line, such as "vqa / count".
+    title: first line, such as "vqa / count #17".
     prompt: what was asked; may be empty.
     prediction: the answer as text.
     target: the truth as text; None if unknown.
@@ -103,14 +103,16 @@ def prediction_grid(
   panels: Sequence[Panel],
   *,
   title: str,
+  note: str = "",
   columns: int = 5,
   words: Words = _WORDS,
 ) -> Image.Image:
-  """Draws panels side by side below a title and a legend.
+  """Draws panels side by side below a title, and a legend if there are boxes.
 
   Args:
     panels: cells in reading order, at least one.
     title: headline, such as the run and the split.
+    note: below it.
     columns: cells in a row.
     words: what the answers are called.
 
@@ -126,20 +128,31 @@ def prediction_grid(
     for row in rows
   ]
   cell_width = _PICTURE + _MARGIN
-  # The title and the legend stand on lines of their own.
-  top = _MARGIN + 2 * _LINE + _MARGIN
+  width = max(columns * cell_width + _MARGIN, 2 * cell_width)
+  head = [
+    (line, colour)
+    for text, colour in ((title, _TEXT), (note, _FAINT))
+    if text
+    for line in wrap(text, font, width - 2 * _MARGIN)
+  ]
+  # The legend, if any, stands on a line of its own.
+  has_boxes = any(panel.predicted_box or panel.target_box for panel in panels)
+  top = _MARGIN + (len(head) + has_boxes) * _LINE + _MARGIN
   canvas = Image.new(
     "RGB",
     (
-      max(columns * cell_width + _MARGIN, 2 * cell_width),
+      width,
       top + sum(heights) + _MARGIN * len(heights),
     ),
     _PAPER,
   )
   draw = ImageDraw.Draw(canvas)
-  headline = wrap(title, font, canvas.width - 2 * _MARGIN)[0]
-  draw.text((_MARGIN, _MARGIN), headline, font=font, fill=_TEXT)
-  _draw_legend(draw, (_MARGIN, _MARGIN + _LINE), font, words=words)
+  for number, (line, colour) in enumerate(head):
+    place = (_MARGIN, _MARGIN + number * _LINE)
+    draw.text(place, line, font=font, fill=colour)
+  if has_boxes:
+    place = (_MARGIN, _MARGIN + len(head) * _LINE)
+    _draw_legend(draw, place, font, words=words)
   y = top
   for row, height in zip(rows, heights, strict=True):
     for column, panel in enumerate(panels[row : row + columns]):

@@ -30,10 +30,12 @@ def write_results(
 ) -> list[pathlib.Path]:
   """Writes a report, predictions and a page of pictures into a run folder.
 
-  They are `evaluations/NAME.json`, `predictions/NAME.jsonl` and
-  `predictions/NAME.png`; NAME is that of `reporting.file_name`, so that no
-  evaluation replaces a different one. The evaluation by the run's own settings
-  and of its best checkpoint also becomes `evaluation.json`.
+  They are `evaluations/NAME.json`, `predictions/NAME.jsonl`,
+  `predictions/NAME.png` and, if there are wrong answers,
+  `predictions/NAME-mistakes.png` with nothing else; NAME is that of
+  `reporting.file_name`, so that no evaluation replaces a different one. The
+  evaluation by the run's own settings and of its best checkpoint also becomes
+  `evaluation.json`.
 
   Args:
     experiment: opens the data sets again for their pictures.
@@ -54,17 +56,36 @@ def write_results(
     folder / "predictions" / f"{name}.png",
   ]
   reporting.write_predictions(paths[1], predictions)
-  grid = rendering.prediction_grid(
-    prediction_panels(experiment, split, predictions),
-    title=f"{folder.resolve().name}, {reporting.heading(report)}",
-  )
-  write_image(paths[2], grid)
+  title = f"{folder.resolve().name}, {reporting.heading(report)}"
+  again = _how_to_ask_again(experiment, folder, split)
+  pages = [(paths[2], predictions, title)]
+  wrong = [x for x in predictions if x["correct"] is False]
+  if wrong:
+    paths.append(folder / "predictions" / f"{name}-mistakes.png")
+    pages.append((paths[-1], wrong, f"{len(wrong)} mistakes of {title}"))
+  for path, shown, text in pages:
+    panels = prediction_panels(experiment, split, shown)
+    grid = rendering.prediction_grid(panels, title=text, note=again)
+    write_image(path, grid)
   reporting.write_json(paths[0], report)
   if best and _is_main(experiment.config, report):
     # Last: who waits for this file finds the others.
     paths.append(folder / MAIN_FILE)
     reporting.write_json(paths[-1], report)
   return paths
+
+
+def _how_to_ask_again(
+  experiment: Experiment, folder: pathlib.Path, split: str
+) -> str:
+  """Returns the command that asks for the answer of a cell."""
+  text = (
+    f"#N: python -m narvl_jax.predict --workdir={folder} --task=TASK"
+    " --example=N"
+  )
+  if split != experiment.config.evaluation.split:
+    text += f" --split={split}"
+  return text
 
 
 def _is_main(config: Any, report: reporting.Report) -> bool:
@@ -92,14 +113,30 @@ def prediction_panels(
     if name not in datasets:
       datasets[name] = load_dataset(experiment.config, name, split)
     image = datasets[name][prediction["index"]].image
-    panels.append(make_panel(prediction, image))
+    others = [
+      key
+      for key, entry in experiment.config.data.evaluation.items()
+      if entry.task == prediction["task"]
+    ]
+    # `predict --example` reads the first one by default.
+    shown = "" if name == others[0] else f"--dataset={name} "
+    panels.append(make_panel(prediction, image, place=shown))
   return panels
 
 
 def make_panel(
-  prediction: reporting.Prediction, image: bytes | np.ndarray
+  prediction: reporting.Prediction,
+  image: bytes | np.ndarray,
+  *,
+  place: str = "",
 ) -> rendering.Panel:
-  """Returns the panel of one prediction about a picture."""
+  """Returns the panel of one prediction about a picture.
+
+  Args:
+    prediction: of `evaluator.describe`, maybe with its "index".
+    image: the picture.
+    place: what `predict` needs besides the index to find it.
+  """
   grounded = prediction["task"] == "grounding"
   # All zero: the model gave no box.
   box = as_box(prediction["prediction"]) if grounded else None
@@ -108,12 +145,15 @@ def make_panel(
     answer = reporting.format_answer(prediction["prediction"])
   target = prediction["target"]
   kind = f" / {prediction['kind']}" if prediction["kind"] else ""
+  number = f" {place}#{prediction['index']}" if "index" in prediction else ""
+  iou = (prediction.get("scores") or {}).get("mean_iou")
   width, height = images.original_size(image)
   return rendering.Panel(
     image=images.prepare_image(image, (height, width)),
-    title=prediction["task"] + kind,
+    title=prediction["task"] + kind + number,
     prompt=prediction["prompt"],
-    prediction=f"{answer} ({100 * prediction['probability']:.0f} %)",
+    prediction=f"{answer} ({100 * prediction['probability']:.0f} %)"
+    + ("" if iou is None else f", IoU {iou:.2f}"),
     target=None if target is None else reporting.format_answer(target),
     correct=prediction["correct"],
     predicted_box=box if box and any(box) else None,

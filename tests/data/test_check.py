@@ -127,7 +127,7 @@ def test_command_says_not_usable(tmp_path: pathlib.Path) -> None:
   ("arguments", "message"),
   [
     ((), r"nothing to check: name a source, or set --config=FILE"),
-    (("shapes", "--task=vqa", "--png=no/x.png"), r'--png="no/x.png" lies in'),
+    (("shapes", "--task=vqa", "--png=no/x.png"), r'--png="no/x.png": there is'),
     (("shapes", "--task=vqa", "--json=."), r'--json="\." is a folder'),
     (
       ("shapes", "--task=vqa", "--vocabulary=."),

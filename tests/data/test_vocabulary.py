@@ -255,3 +255,19 @@ def test_load_refuses_changed_files(
   path.unlink()
   with pytest.raises(UserError, match="cannot read the vocabulary file"):
     Vocabulary.load(tmp_path)
+
+
+def test_words_that_a_trained_vocabulary_was_not_made_for():
+  texts = [" a red circle", " how many circles are there?"] * 50
+  vocabulary = Vocabulary.train(texts, 400, num_bins=8)
+
+  def unknown(text: str, whole: bool = True) -> list[str]:
+    return vocabulary.unknown_words(text, whole=whole)
+
+  assert unknown(" how many red circles are there?") == []
+  # In pieces, which the words that it was made from are not.
+  assert unknown(" a redder circle") == ["redder"]
+  # Without a token, or letter by letter: surely unknown.
+  assert unknown(" a red xylophone 字", whole=False) == ["xylophone", "字"]
+  assert unknown(" thea", whole=False) == ["thea"]
+  assert unknown("") == []

@@ -120,3 +120,24 @@ def test_boxes_turned_inside_out_are_drawn():
   straight = rendering.box_overlay(image, (8.0, 8.0, 56.0, 40.0))
   turned = rendering.box_overlay(image, (56.0, 40.0, 8.0, 8.0))
   np.testing.assert_array_equal(np.asarray(straight), np.asarray(turned))
+
+
+def test_the_legend_is_there_for_boxes_only():
+  box = (8.0, 8.0, 40.0, 40.0)
+  plain = rendering.prediction_grid([_panel()] * 2, title="run")
+  boxed = rendering.prediction_grid(
+    [_panel(), _panel(predicted_box=box)], title="run"
+  )
+  assert boxed.height == plain.height + 18
+  assert len(_pixels_of(plain, rendering.PREDICTION_COLOUR)) == 0
+  above = [y for y, _ in _pixels_of(boxed, rendering.PREDICTION_COLOUR)]
+  assert min(above) < 48
+
+
+def test_titles_and_notes_take_the_lines_that_they_need():
+  one = rendering.prediction_grid([_panel()] * 2, title="run")
+  more = rendering.prediction_grid(
+    [_panel()] * 2, title="a long title " * 12, note="a note"
+  )
+  assert more.width == one.width
+  assert more.height >= one.height + 2 * 18

@@ -31,7 +31,10 @@ def test_panels_show_the_pictures_of_their_predictions(evaluated):
     record = source[prediction["index"]]
     np.testing.assert_array_equal(panel.image, record.image)
     assert panel.prompt == record.prompt
-    assert panel.title == f"{record.task} / {record.kind}"
+    number = prediction["index"]
+    assert panel.title == f"{record.task} / {record.kind} #{number}"
+    shows_iou = f", IoU {prediction['scores'].get('mean_iou', 0):.2f}"
+    assert panel.prediction.endswith(shows_iou) == (record.box is not None)
     assert panel.target_box == record.box
 
 
@@ -43,6 +46,7 @@ def test_files_hold_the_report_and_every_prediction(evaluated, tmp_path):
     "evaluations/test-7-greedy-max12.json",
     "predictions/test-7-greedy-max12.jsonl",
     "predictions/test-7-greedy-max12.png",
+    "predictions/test-7-greedy-max12-mistakes.png",
   ]
   assert json.loads(paths[0].read_text()) == report
   lines = paths[1].read_text().splitlines()
@@ -69,7 +73,7 @@ def test_only_the_evaluation_of_the_config_is_the_main_one(
   monkeypatch.setattr(
     results.rendering,
     "prediction_grid",
-    lambda panels, title: Image.new("RGB", (8, 8)),
+    lambda panels, title, note: Image.new("RGB", (8, 8)),
   )
   experiment, _ = tiny_run.tiny_model()
   main = {
@@ -127,3 +131,50 @@ def test_an_answer_without_a_box_is_told_as_such():
   assert panel.target_box == (1.0, 2.0, 5.0, 6.0)
   found = results.make_panel({**prediction, "prediction": [1, 2, 5, 6]}, image)
   assert found.predicted_box == (1, 2, 5, 6)
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_page_of_mistakes_says_how_to_ask_again(
+  split, evaluated, tmp_path, monkeypatch
+):
+  pages = []
+
+  def spy(panels, title, note):
+    pages.append((panels, title, note))
+    return Image.new("RGB", (8, 8))
+
+  monkeypatch.setattr(results.rendering, "prediction_grid", spy)
+  experiment, _ = tiny_run.tiny_model()
+  report, predictions = evaluated
+  predictions = [x | {"correct": x["index"] > 0} for x in predictions]
+  report = report | {"split": split}
+  paths = results.write_results(experiment, tmp_path, report, predictions)
+  name = f"{split}-7-greedy-max12"
+  assert [x.name for x in paths[2:]] == [f"{name}.png", f"{name}-mistakes.png"]
+  (whole, title, note), (wrong, title_of_wrong, note_of_wrong) = pages
+  assert len(whole) == 40
+  assert [panel.correct for panel in wrong] == [False] * 4
+  assert title.startswith(f"{tmp_path.name}, {split}, step 7, greedy, 48 exa")
+  assert title_of_wrong == f"4 mistakes of {title}"
+  assert note_of_wrong == note
+  expected = f"#N: python -m narvl_jax.predict --workdir={tmp_path}"
+  expected += " --task=TASK --example=N"
+  assert note == expected + (" --split=validation" if split != "test" else "")
+
+
+def test_panels_of_another_data_set_of_a_task_name_it():
+  prediction = {
+    "task": "vqa",
+    "kind": "",
+    "prompt": "how many?",
+    "prediction": "2",
+    "target": None,
+    "probability": 0.5,
+    "correct": None,
+    "scores": None,
+    "index": 3,
+  }
+  image = np.zeros((8, 8, 3), np.uint8)
+  panel = results.make_panel(prediction, image, place="--dataset=other ")
+  assert panel.title == "vqa --dataset=other #3"
+  assert panel.prediction == "2 (50 %)"

@@ -180,6 +180,10 @@ class Task(abc.ABC, Generic[S]):
       return None
     return [list(sequence) for sequence in space.sequences]
 
+  def source_texts(self, record: Record) -> list[str]:
+    """Returns the texts of the source of a record, as they are encoded."""
+    return self._source_texts(record)
+
   @abc.abstractmethod
   def _source_key(self, record: Record) -> Any:
     """Returns what the source depends on; hashable."""
