@@ -58,6 +58,8 @@ def get_config(arg: str = "vqa") -> ConfigDict:
       "model.scan_unroll": 2,
       "model.num_queries": labels,
       "data.image_size": (_IMAGE_SIZE, _IMAGE_SIZE),
+      # People look at pictures of phones upright when they write about them.
+      "data.exif_orientation": "apply",
       "data.max_text_length": 24,
       "data.max_label_length": labels,
       "vocabulary.size": 1000,

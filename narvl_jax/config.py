@@ -121,6 +121,9 @@ def _data_defaults() -> Config:
   return ConfigDict(
     {
       "image_size": (480, 480),
+      # "ignore" reads pictures as they are stored, as the reference does;
+      # "apply" turns them upright as their EXIF orientation says.
+      "exif_orientation": "ignore",
       "max_text_length": 80,
       "max_label_length": 20,
       # Processes that prepare batches; 0: only threads of the main one.

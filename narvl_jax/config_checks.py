@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from narvl_jax.config import Config, default_config
 from narvl_jax.data.example import TASKS
 from narvl_jax.data.mixture import parse_weight
+from narvl_jax.data.picture_files import EXIF_ORIENTATIONS
 from narvl_jax.data.tasks import check_settings, default_settings
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.models import ModelConfig, model_config
@@ -210,6 +211,9 @@ def _check_values(config: Config) -> None:
     near = high if high is not None and value > high else low
     raise UserError(f"{path}={value} must be {limits}: --config.{path}={near}")
   _one_of("vocabulary.source", config.vocabulary.source, VOCABULARY_SOURCES)
+  _one_of(
+    "data.exif_orientation", config.data.exif_orientation, EXIF_ORIENTATIONS
+  )
   _one_of("optimizer.name", config.optimizer.name, OPTIMIZERS)
   _one_of("model.dtype", config.model.dtype, DTYPES)
   _one_of("loss.confidence", config.loss.confidence, CONFIDENCE_MODES)

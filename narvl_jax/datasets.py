@@ -25,6 +25,7 @@ def load_mixture(config: Config) -> list[MixtureEntry]:
         entry.source,
         task=entry.task,
         split=entry.get("split", "train"),
+        exif_orientation=config.data.exif_orientation,
         **dict(entry.get("options", {})),
       ),
       entry.task,
@@ -48,7 +49,13 @@ def load_dataset(config: Any, name: str, split: str) -> Sequence[Record]:
     )
   entry = entries[name]
   options = dict(entry.get("options", {}))
-  return load_source(entry.source, task=entry.task, split=split, **options)
+  return load_source(
+    entry.source,
+    task=entry.task,
+    split=split,
+    exif_orientation=config.data.exif_orientation,
+    **options,
+  )
 
 
 def relative_evaluation(config: Config) -> float:

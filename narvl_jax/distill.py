@@ -130,6 +130,7 @@ def distill(
       limit=max_examples or 0,
       shard_size=shard_size,
       format=file_format,
+      exif_orientation=model.config.data.exif_orientation,
       size_flags="--max_examples or --shard_size",
       **{**data, "split": split or data["split"]},
     )

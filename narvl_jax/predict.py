@@ -98,7 +98,8 @@ def predict(
   name = _choose_task(list(config.tasks), task)
   if image is not None:
     path = pathlib.Path(image)
-    record = Record(path.name, name, read_picture(path))
+    picture = read_picture(path, config.data.exif_orientation)
+    record = Record(path.name, name, picture)
   else:
     path = folder / f"example_{name}_{example}.png"
     record = _load_example(config, name, example or 0, dataset, split)
@@ -133,13 +134,20 @@ def predict(
   return outcome
 
 
-def read_picture(path: str | os.PathLike[str]) -> np.ndarray:
+def read_picture(
+  path: str | os.PathLike[str], exif_orientation: str = "ignore"
+) -> np.ndarray:
   """Returns a picture file as uint8 [H, W, 3], in its own size.
+
+  Args:
+    path: regular file.
+    exif_orientation: "ignore" or "apply"; see `data.exif_orientation`.
 
   Raises:
     UserError: the file is missing, or no complete picture.
   """
   data = images.read_image_file(path)
+  data = images.with_orientation(data, exif_orientation)
   try:
     width, height = images.original_size(data)
     return images.prepare_image(data, (height, width))

@@ -55,6 +55,30 @@ def test_answer_to_a_question_about_a_photo(workdir, photo):
   assert 0 < outcome["probability"] <= 1
 
 
+@pytest.mark.parametrize("setting", ["ignore", "apply"])
+def test_orientation_is_that_of_the_run(workdir, photo, monkeypatch, setting):
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  _noise((60, 90, 3)).save(photo, exif=exif)
+  read_config = predict_lib.workdir_lib.read_config
+
+  def changed(folder):
+    config = read_config(folder)
+    config.data.exif_orientation = setting
+    return config
+
+  def stop(record, settings):
+    sizes.append(record.image.shape[:2])
+    raise UserError("enough")
+
+  sizes = []
+  monkeypatch.setattr(predict_lib.workdir_lib, "read_config", changed)
+  monkeypatch.setattr(predict_lib, "_check_length", stop)
+  with pytest.raises(UserError, match="enough"):
+    predict(workdir, task="vqa", image=photo, prompt=QUESTION)
+  assert sizes == [(90, 60) if setting == "apply" else (60, 90)]
+
+
 @pytest.mark.parametrize("task", ["caption", "vqa", "grounding", "entailment"])
 def test_examples_get_the_answer_of_the_evaluation(workdir, task):
   experiment, variables = tiny_run.tiny_model()

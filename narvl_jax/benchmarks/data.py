@@ -37,6 +37,7 @@ from narvl_jax import cli, common_flags
 from narvl_jax.benchmarks import data_load, data_startup, timing
 from narvl_jax.data import images
 from narvl_jax.data.batching import Batcher
+from narvl_jax.data.picture_files import FORMATS
 from narvl_jax.data.sources.ofa_tsv import OfaTsvSource, decode_base64
 from narvl_jax.data.tasks import make_task
 from narvl_jax.json_output import check_json_path, write_json
@@ -156,7 +157,7 @@ def _bare(load: data_load.Load, sample: Sequence[Any]) -> Callable[[], int]:
   def run() -> int:
     for data in pictures:
       picture = (
-        Image.open(io.BytesIO(data))
+        Image.open(io.BytesIO(data), formats=FORMATS)
         if isinstance(data, bytes)
         else Image.fromarray(data)
       )

@@ -42,6 +42,14 @@ from narvl_jax.data.sources import MANIFEST, files, open_source, parse_spec
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.terminal import show
 
+_ORIENTATION_NOTES = {
+  "ignore": (
+    "they were stored as their pixels lie; --exif_orientation=apply turns them"
+    " upright"
+  ),
+  "apply": "they were turned upright",
+}
+
 # (job, numbers of shards) -> (number, note) of each; see `write_all`.
 Write = Callable[[Job, Sequence[int]], Iterator[tuple[int, dict[str, Any]]]]
 
@@ -60,6 +68,7 @@ def plan(
   image_size: int = 0,
   quality: int = 95,
   format: str = "array_record",
+  exif_orientation: str = "ignore",
   size_flags: str = "--shards, --shard_size or --max_examples",
 ) -> tuple[Job, dict[str, Any]]:
   """Opens the source once; returns the job and what identifies its input.
@@ -77,13 +86,16 @@ def plan(
     image_size: see `Job`.
     quality: see `Job`.
     format: see `Job`.
+    exif_orientation: see `Job`.
     size_flags: what the user may change if there are too many shards.
 
   Raises:
     UserError: the source cannot be opened or has no record.
   """
   options = options or {}
-  source: Any = open_source(spec, task=task, split=split, **options)
+  source: Any = open_source(
+    spec, task=task, split=split, exif_orientation=exif_orientation, **options
+  )
   task = task or getattr(source, "task", "")
   if task not in TASKS:
     raise UserError(f'--task is "{task}".{did_you_mean(task, TASKS)}')
@@ -99,7 +111,7 @@ def plan(
     )
   job = Job(
     spec, task, split, options, folder, name or _file_name(task, found_split),
-    count, num_shards, image_size, quality, format,
+    count, num_shards, image_size, quality, format, exif_orientation,
   )  # fmt: skip
   origin = {
     "spec": spec,
@@ -181,6 +193,12 @@ def convert(
       )
     manifest = _manifest(job, origin, [notes[k] for k in sorted(notes)])
     manifest.write(folder)
+  turned = sum(note.get("turned", 0) for note in notes.values())
+  if turned:
+    tell(
+      f"{turned} pictures have an EXIF orientation, which --image_size removes:"
+      f" {_ORIENTATION_NOTES[job.exif_orientation]}"
+    )
   shutil.rmtree(folder / PROGRESS, ignore_errors=True)
   return manifest
 

@@ -15,6 +15,7 @@ from absl import flags
 
 from narvl_jax import cli, common_flags
 from narvl_jax.data import conversion, manifest
+from narvl_jax.data.picture_files import EXIF_ORIENTATIONS
 from narvl_jax.data.sources import parse_options
 from narvl_jax.errors import UserError
 from narvl_jax.terminal import show
@@ -47,6 +48,13 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer(
     "quality", 95, "Of these JPEG pictures.", lower_bound=1, upper_bound=100
+  )
+  flags.DEFINE_enum(
+    "exif_orientation",
+    "ignore",
+    EXIF_ORIENTATIONS,
+    "Whether pictures are turned upright as their EXIF orientation says."
+    " Without --image_size they keep it, and the config of the run decides.",
   )
   flags.DEFINE_integer(
     "num_workers",
@@ -94,6 +102,7 @@ def _convert(spec: str) -> None:
     shard_size=flags.FLAGS.shard_size,
     image_size=flags.FLAGS.image_size,
     quality=flags.FLAGS.quality,
+    exif_orientation=flags.FLAGS.exif_orientation,
   )
   try:
     done = conversion.convert(

@@ -1,29 +1,26 @@
 """Pictures: any file or array to uint8 [H, W, 3], as the reference does it.
 
 Decoding is Pillow's `convert("RGB")`: alpha is dropped, palettes are looked
-up, the orientation tag is ignored. Resizing is bicubic to the exact size,
-the aspect ratio is not kept. Beyond the reference: 16-bit and float greys are
-scaled to 8 bits (the reference clips them to white), truncated files are
-refused (the reference fills the rest with grey), and so are huge ones.
+up, the orientation tag is ignored (unless the picture is `Upright`). Resizing
+is bicubic to the exact size, the aspect ratio is not kept. Beyond the
+reference: 16-bit and float greys are scaled to 8 bits (the reference clips them
+to white), truncated files are refused (the reference fills the rest with
+grey), and so are huge ones. `picture_files.py` has what concerns files.
 """
 
 import dataclasses
-import io
-import os
-import pathlib
-import re
-import warnings
 from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 
+from narvl_jax.data import picture_files
+from narvl_jax.data.picture_files import MAX_PIXELS as MAX_PIXELS
+from narvl_jax.data.picture_files import Upright as Upright
+from narvl_jax.data.picture_files import read_image_file as read_image_file
+from narvl_jax.data.picture_files import with_orientation as with_orientation
 from narvl_jax.errors import UserError
 
-# Just under the size at which Pillow itself warns of a decompression bomb.
-MAX_PIXELS = 80_000_000
-# Refused here, with an error of our own.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Shares of red, green and blue in a grey; as Pillow has them.
 _GREY = (0.299, 0.587, 0.114)
 
@@ -44,24 +41,8 @@ class Change:
   color: tuple[float, float, float] | None = None
 
 
-def read_image_file(path: str | os.PathLike[str]) -> bytes:
-  """Returns the bytes of a picture file.
-
-  Raises:
-    UserError: there is no such file or it cannot be read.
-  """
-  try:
-    return pathlib.Path(path).read_bytes()
-  except OSError as e:
-    reason = e.strerror or str(e)
-    raise UserError(
-      f'cannot read the image "{path}": {reason}; set --image to a JPEG or'
-      " PNG file"
-    ) from e
-
-
 def original_size(image: bytes | np.ndarray) -> tuple[int, int]:
-  """Returns (width, height) of a picture without decoding it.
+  """Returns (width, height) of a picture, as a rule without decoding it.
 
   Raises:
     UserError: the picture is no picture, empty or too large.
@@ -69,7 +50,18 @@ def original_size(image: bytes | np.ndarray) -> tuple[int, int]:
   if isinstance(image, np.ndarray):
     _check_array(image)
     return image.shape[1], image.shape[0]
-  return _open(image).size
+  return picture_files.picture_size(image)
+
+
+def orientation(image: bytes | np.ndarray) -> int:
+  """Returns the EXIF orientation of a picture, 1 (upright) to 8.
+
+  Raises:
+    UserError: the picture is no picture, empty or too large.
+  """
+  if isinstance(image, np.ndarray):
+    return 1
+  return picture_files.orientation(picture_files.open_picture(image), image)
 
 
 def prepare_image(
@@ -96,7 +88,7 @@ def prepare_image(
     _check_array(image)
     picture = Image.fromarray(image)
   else:
-    picture = _decode(image)
+    picture = picture_files.decode(image)
   box = None
   if change is not None and change.crop is not None:
     x0, y0, x1, y1 = change.crop
@@ -108,6 +100,9 @@ def prepare_image(
     )
   if box is not None or picture.size != (width, height):
     picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+  if picture.mode != "RGB":
+    # A grey picture has the same three colours then as before, in less memory.
+    picture = picture.convert("RGB")
   if change is not None:
     # Last, where there are the fewest pixels.
     picture = _flip_and_color(picture, change)
@@ -151,68 +146,4 @@ def _check_array(image: np.ndarray) -> None:
       f"the image is an array {image.dtype}{list(image.shape)}; it must be"
       " uint8 [height, width, 3]"
     )
-  _check_size(image.shape[1], image.shape[0])
-
-
-def _check_size(width: int, height: int) -> None:
-  if width < 1 or height < 1:
-    raise UserError(f"the image is empty: {width} x {height} pixels")
-  if width * height > MAX_PIXELS:
-    raise UserError(
-      f"the image has {width} x {height} pixels; the limit is {MAX_PIXELS:,}"
-      " pixels in all, please scale it down"
-    )
-
-
-def _open(data: bytes) -> Image.Image:
-  """Reads the header."""
-  if not data:
-    raise UserError("the image is empty: 0 bytes")
-  try:
-    picture = Image.open(io.BytesIO(data))
-  except Image.DecompressionBombError as e:
-    seen = re.search(r"\d+", str(e))
-    pixels = f"{int(seen[0]):,}" if seen else "too many"
-    raise UserError(
-      f"the image has {pixels} pixels; the limit is {MAX_PIXELS:,} pixels in"
-      " all, please scale it down"
-    ) from e
-  except Image.UnidentifiedImageError as e:
-    raise UserError(
-      f"the image is in no known format: {len(data)} bytes that begin with"
-      f" {data[:8]!r}; use a JPEG or PNG file"
-    ) from e
-  except Exception as e:  # A damaged header fails in any of many ways.
-    raise UserError(
-      f"the image's header is damaged or cut off ({len(data)} bytes): {e}"
-    ) from e
-  _check_size(*picture.size)
-  return picture
-
-
-def _decode(data: bytes) -> Image.Image:
-  picture = _open(data)
-  try:
-    picture.load()
-  except Exception as e:  # Damaged data fails in any of many ways.
-    raise UserError(
-      f"the image is damaged or cut off ({len(data)} bytes): {e}"
-    ) from e
-  if picture.mode == "RGB":
-    return picture
-  if picture.mode == "F" or picture.mode.startswith("I"):
-    return _to_8_bits(picture).convert("RGB")
-  return picture.convert("RGB")
-
-
-def _to_8_bits(picture: Image.Image) -> Image.Image:
-  """Scales greys of more than 8 bits: [0, 65535], or [0, 1] if they are so."""
-  pixels = np.asarray(picture).astype(np.float64)
-  pixels = np.nan_to_num(pixels, nan=0.0, posinf=65535.0, neginf=0.0)
-  top = 65535.0
-  if picture.mode == "F" and pixels.max() <= 1.0:
-    top = 1.0
-  elif picture.mode == "F" and pixels.max() <= 255.0:
-    top = 255.0
-  scaled = np.rint(np.clip(pixels / top, 0, 1) * 255)
-  return Image.fromarray(scaled.astype(np.uint8))
+  picture_files.check_size(image.shape[1], image.shape[0])

@@ -47,6 +47,7 @@ class Job:
     image_size: side of the square JPEG pictures; 0 keeps the original bytes.
     quality: of these JPEG pictures, 1 to 100.
     format: of the files, one of `shard_formats.FORMATS`.
+    exif_orientation: "ignore" or "apply"; see `RecordSource`.
   """
 
   spec: str
@@ -60,6 +61,7 @@ class Job:
   image_size: int = 0
   quality: int = 95
   format: str = "array_record"
+  exif_orientation: str = "ignore"
 
   def file(self, number: int) -> str:
     """Returns the name of a shard."""
@@ -74,17 +76,25 @@ class Job:
   def open(self) -> Sequence[Record]:
     """Opens the source."""
     return open_source(
-      self.spec, task=self.task, split=self.split, **self.options
+      self.spec,
+      task=self.task,
+      split=self.split,
+      exif_orientation=self.exif_orientation,
+      **self.options,
     )
 
   def image(self) -> dict[str, Any]:
     """Returns how pictures are stored."""
+    applied = self.exif_orientation == "apply"
+    # Left out where it is not: older manifests do not have it.
+    orientation = {"exif_orientation": "apply"} if applied else {}
     if not self.image_size:
-      return {"encoding": "original"}
+      return {"encoding": "original", **orientation}
     return {
       "encoding": "jpeg",
       "size": self.image_size,
       "quality": self.quality,
+      **orientation,
     }
 
 
@@ -179,7 +189,7 @@ def write_shard(
 
   Returns:
     "shard": the fields of `Shard`; "bad": index, place, id and reason of each
-    record that was left out.
+    record that was left out; "turned": pictures that lost an EXIF orientation.
 
   Raises:
     UserError: it cannot be written, or what was read back differs.
@@ -190,7 +200,7 @@ def write_shard(
   bad: list[dict[str, Any]] = []
   records = RecordReader(source, job.name, job.count)
   try:
-    count, digest = _write(records, job, number, temporary, bad)
+    count, digest, turned = _write(records, job, number, temporary, bad)
     if _digest(temporary, FORMATS[job.format]) != (count, digest):
       raise OSError("what was read back differs from what was written")
     with open(temporary, "rb") as written:
@@ -204,7 +214,8 @@ def write_shard(
   finally:
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
-  return {"shard": dataclasses.asdict(shard), "bad": bad}
+  note = {"shard": dataclasses.asdict(shard), "bad": bad}
+  return {**note, "turned": turned} if turned else note
 
 
 def _write(
@@ -213,30 +224,35 @@ def _write(
   number: int,
   path: pathlib.Path,
   bad: list[dict[str, Any]],
-) -> tuple[int, str]:
-  """Returns the number of records and the SHA-256 of their stored forms."""
+) -> tuple[int, str, int]:
+  """Returns how many records, their SHA-256, and how many lost a tag."""
   digest = hashlib.sha256()
-  count = 0
+  count = turned = 0
   shards = FORMATS[job.format]
+
+  def stored(record: Record) -> tuple[bytes, bool]:
+    loses_tag = bool(job.image_size) and images.orientation(record.image) != 1
+    return shards.serialize(_with_stored_image(record, job)), loses_tag
+
   with shards.writing(path) as write:
     for index in job.indices(number):
-      data = records.read(
-        index, lambda record: shards.serialize(_with_stored_image(record, job))
-      )
-      if isinstance(data, BadRecord):
+      found = records.read(index, stored)
+      if isinstance(found, BadRecord):
         bad.append(
           {
             "index": index,
-            "place": data.place,
-            "id": "?" if data.record_id is None else data.record_id,
-            "reason": data.reason,
+            "place": found.place,
+            "id": "?" if found.record_id is None else found.record_id,
+            "reason": found.reason,
           }
         )
         continue
+      data, loses_tag = found
       write(data)
       digest.update(data)
       count += 1
-  return count, digest.hexdigest()
+      turned += loses_tag
+  return count, digest.hexdigest(), turned
 
 
 def _digest(path: pathlib.Path, shards: ShardFormat) -> tuple[int, str]:

@@ -204,9 +204,7 @@ def test_truncated(kind: str) -> None:
 def test_no_picture() -> None:
   with pytest.raises(UserError, match="is empty: 0 bytes"):
     images.prepare_image(b"", (8, 8))
-  with pytest.raises(
-    UserError, match=r"no known format: 9 bytes .*b'some tex'"
-  ):
+  with pytest.raises(UserError, match=r"no known format: 9 bytes; use a JPEG"):
     images.prepare_image(b"some text", (8, 8))
   with pytest.raises(UserError, match=r"no known format|header is damaged"):
     images.prepare_image(b"\x89PNG\r\n\x1a\n", (8, 8))

@@ -247,8 +247,8 @@ def test_defects_are_not_taken_for_bad_records(
     ),
     (
       "long answer",
-      r"target of vqa record \"vqa2\" has 42 labels, the limit is 9;"
-      r" set --config.data.max_label_length=42",
+      r"target of vqa record \"vqa2\" has 41 labels, the limit is 9;"
+      r" set --config.data.max_label_length=41",
     ),
   ],
 )

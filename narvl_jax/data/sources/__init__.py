@@ -25,7 +25,14 @@ MANIFEST = "manifest.json"
 
 
 def load_source(
-  name: str, /, *, task: str, split: str, seed: int = 0, **options: Any
+  name: str,
+  /,
+  *,
+  task: str,
+  split: str,
+  seed: int = 0,
+  exif_orientation: str = "ignore",
+  **options: Any,
 ) -> Sequence[Record]:
   """Opens a source of records for one task.
 
@@ -34,6 +41,7 @@ def load_source(
     task: one of `narvl_jax.data.example.TASKS` that the source supports.
     split: such as "train", "validation" or "test".
     seed: for procedural sources; fixed data sets ignore it.
+    exif_orientation: "ignore" or "apply"; see `RecordSource`.
     **options: keyword arguments of the source's class.
 
   Returns:
@@ -56,7 +64,9 @@ def load_source(
         f'{name}: unknown option "{option}".{did_you_mean(option, known)} '
         "Set data.train.NAME.options."
       )
-  return source(task=task, split=split, seed=seed, **options)
+  opened = source(task=task, split=split, seed=seed, **options)
+  opened.exif_orientation = exif_orientation
+  return opened
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:

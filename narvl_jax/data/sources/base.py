@@ -1,11 +1,13 @@
 """What sources share: random access and the place of a record."""
 
 import abc
+import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any, overload
 
 from narvl_jax.data.example import Record
+from narvl_jax.data.picture_files import with_orientation
 
 
 class RecordSource(Sequence[Record], abc.ABC):
@@ -18,10 +20,13 @@ class RecordSource(Sequence[Record], abc.ABC):
   Attributes:
     task: of the records, one of `TASKS`.
     split: such as "train".
+    exif_orientation: one of `picture_files.EXIF_ORIENTATIONS`; every picture of
+      the source is treated so, wherever it is decoded.
   """
 
   task: str
   split: str
+  exif_orientation: str = "ignore"
 
   @overload
   def __getitem__(self, index: int) -> Record: ...
@@ -30,7 +35,11 @@ class RecordSource(Sequence[Record], abc.ABC):
   def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
     if isinstance(index, slice):
       return [self[i] for i in range(*index.indices(len(self)))]
-    return self._read(self._number(index))
+    record = self._read(self._number(index))
+    image = with_orientation(record.image, self.exif_orientation)
+    if image is record.image:
+      return record
+    return dataclasses.replace(record, image=image)
 
   def locate(self, index: int) -> str:
     """Returns where a record comes from, such as "vqa.tsv row 17"."""

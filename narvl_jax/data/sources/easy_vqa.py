@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import pathlib
 
+from narvl_jax.data import images
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources.base import RecordSource
 from narvl_jax.errors import UserError, did_you_mean
@@ -75,7 +76,9 @@ class EasyVQASource(RecordSource):
     row, question, answer, image_id = self._rows[number]
     image = self._images.get(image_id)
     if image is None:
-      image = self._images[image_id] = self._paths[image_id].read_bytes()
+      image = self._images[image_id] = images.read_image_file(
+        self._paths[image_id], "install the package easy-vqa anew"
+      )
     return Record(
       id=f"{self._prefix}-{row}",
       task="vqa",

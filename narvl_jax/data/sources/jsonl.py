@@ -4,8 +4,8 @@
 
 | key     | value                                                            |
 | ------- | ---------------------------------------------------------------- |
-| image   | a JPEG or PNG file; relative names start at the folder of the    |
-|         | .jsonl file                                                      |
+| image   | a JPEG, PNG, WebP, GIF, BMP, TIFF or MPO file; relative names    |
+|         | start at the folder of the .jsonl file                           |
 | task    | caption, vqa, grounding or entailment; may be left out. A source |
 |         | has the rows of its own task, and those that name none           |
 | prompt  | question, expression or hypothesis; none for captions            |
@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from narvl_jax.data import images
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.sources import fields, files
 from narvl_jax.data.sources.row_source import RowSource
@@ -180,13 +181,9 @@ def _read_image(folder: pathlib.Path, name: str) -> bytes:
   if not name:
     raise UserError('the row has no "image"; name a JPEG or PNG file')
   path = folder / files.with_home(name)
-  try:
-    return path.read_bytes()
-  except OSError as e:
-    raise UserError(
-      f'cannot read the image "{path}": {e.strerror or e}; names are relative'
-      " to the folder of the .jsonl file"
-    ) from e
+  return images.read_image_file(
+    path, "names are relative to the folder of the .jsonl file"
+  )
 
 
 def _caption(target: Any) -> dict[str, Any]:

@@ -166,11 +166,14 @@ class TfdsSource(RecordSource):
     return self._files
 
   def __getstate__(self) -> dict[str, Any]:
-    return self._options
+    return {**self._options, "exif_orientation": self.exif_orientation}
 
-  def __setstate__(self, options: dict[str, Any]) -> None:
+  def __setstate__(self, state: dict[str, Any]) -> None:
     # TFDS keeps open files; a new process opens them anew.
+    options = dict(state)
+    exif_orientation = options.pop("exif_orientation")
     self.__init__(**options)
+    self.exif_orientation = exif_orientation
 
   def _find(self, number: int) -> tuple[int, int]:
     """Returns the example of a record and the record's place in it."""
@@ -257,7 +260,9 @@ class TfdsSource(RecordSource):
     elif self._box_format == "XYWH":
       c, d = a + c, b + d
     if self._box_format.startswith("REL_"):
-      width, height = images.original_size(image)
+      width, height = images.original_size(
+        images.with_orientation(image, self.exif_orientation)
+      )
       a, b, c, d = a * width, b * height, c * width, d * height
     return checked.pixel_box((a, b, c, d))
 
