@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
+from narvl_jax import user_paths
 from narvl_jax.cli_flags import normalise, print_help
 from narvl_jax.cli_messages import (
   check_config_files,
@@ -58,6 +59,8 @@ def run(
       logging.set_verbosity(logging.WARNING)
     try:
       given = argv[1:]
+      if "" in given:
+        raise UserError("an argument is empty; give a name, or leave it out")
       if len(given) > most:
         raise UserError(unexpected_argument(given[most], sys.argv))
       if len(given) < least:
@@ -77,7 +80,7 @@ def run(
       _drop_stdout()
       sys.exit(1)
     except Exception as error:
-      text = explain_disk(error)
+      text = explain_disk(error) or user_paths.explain_path(error)
       if text is None:
         raise
       fail(text)
@@ -110,6 +113,7 @@ def _drop_stdout() -> None:
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   try:
     remaining = flags.FLAGS(list(argv))
+    user_paths.check_flags()
     check_config_files()
     return remaining
   except (flags.Error, UserError) as error:

@@ -38,6 +38,7 @@ from narvl_jax.comparison.ways import NAR, UNCACHED
 from narvl_jax.errors import UserError, check_lists
 from narvl_jax.evaluation.reporting import write_json
 from narvl_jax.terminal import show
+from narvl_jax.user_paths import check_folder
 
 JSON_FILE, PLOT_FILE = "comparison.json", "latency.png"
 
@@ -206,6 +207,8 @@ def _check_files(size: str, answers: str, to: str | None) -> None:
     )
   if to is not None and os.path.isfile(to):
     raise UserError(f"--to={to} is a file; give a folder for the results")
+  if to is not None:
+    check_folder("--to", to)
 
 
 def _check_numbers(**numbers: Sequence[int]) -> None:

@@ -40,7 +40,7 @@ def explain_disk(
       None if there is none.
   """
   run = None if folder is None else pathlib.Path(folder)
-  for link in _chain(error):
+  for link in errors_of(error):
     number, path = _number_and_path(link)
     advice = _DISK_ERRORS.get(number)
     if run is not None and path is not None:
@@ -72,18 +72,20 @@ def _what_failed(
       f"the folder {run} is gone, in which {path.name} was wanted;"
       f" {_FILE_ERRORS[number]}"
     )
-  return f"{path} cannot be written or read: {reason_of(number, path)}"
+  text = f"{path} cannot be written or read: {reason_of(number, path)}"
+  advice = _FILE_ERRORS.get(number)
+  return f"{text}; {advice}" if advice else text
 
 
 def reason_of(number: int, path: pathlib.Path | None = None) -> str:
-  """Returns what an error of the system means, and what to do.
+  """Returns what an error of the system means, and what to do about a disk.
 
   Args:
     number: of the error.
     path: what could not be written or read; None if that is not known.
   """
   text = os.strerror(number)
-  advice = _DISK_ERRORS.get(number) or _FILE_ERRORS.get(number)
+  advice = _DISK_ERRORS.get(number)
   with contextlib.suppress(OSError):
     if path is not None and number in _DISK_ERRORS:
       place = free_place(path)
@@ -112,7 +114,8 @@ def free_place(path: pathlib.Path) -> pathlib.Path:
   return place
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def errors_of(error: BaseException | None) -> Iterator[BaseException]:
+  """Yields an error and those that it was raised from."""
   seen = set()
   while error is not None and id(error) not in seen:
     seen.add(id(error))
@@ -131,7 +134,7 @@ def atomically(path: pathlib.Path) -> Iterator[pathlib.Path]:
   Raises:
     OSError: it cannot be written.
   """
-  if _is_stream(path):
+  if is_stream(path):
     yield path
     return
   if path.is_symlink() and path.exists():
@@ -155,7 +158,7 @@ def atomically(path: pathlib.Path) -> Iterator[pathlib.Path]:
     leftovers.remove(temporary)
 
 
-def _is_stream(path: pathlib.Path) -> bool:
+def is_stream(path: pathlib.Path) -> bool:
   """Returns whether a path is a device or a pipe, such as /dev/stdout."""
   if path.absolute().parts[:3] == ("/", "dev", "shm"):
     return False

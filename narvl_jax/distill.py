@@ -47,6 +47,7 @@ from narvl_jax.training import hosts
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.announce import explain_failure
 from narvl_jax.training.interrupt import termination_raises
+from narvl_jax.user_paths import check_folder
 
 # Name of a data set -> what is written, and what identifies it.
 Jobs = dict[str, tuple[Job, dict[str, Any]]]
@@ -192,6 +193,7 @@ def _chosen(
 
 def _check_folder(folder: pathlib.Path) -> None:
   """Refuses a folder that holds anything but distilled data."""
+  check_folder("--to", folder)
   if not folder.is_dir():
     return
   for path in sorted(folder.iterdir()):

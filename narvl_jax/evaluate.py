@@ -25,6 +25,7 @@ from narvl_jax.errors import UserError, check_lists
 from narvl_jax.evaluation import decoding_flags, evaluator, reporting, results
 from narvl_jax.evaluation.answer_list import with_answers
 from narvl_jax.terminal import show
+from narvl_jax.user_paths import check_folder
 
 
 def evaluate(
@@ -80,6 +81,7 @@ def evaluate(
   decoding_flags.check_answers_heeded(
     {k: v for k, v in decodings.items() if not tasks or k in tasks}, answers
   )
+  check_folder("--workdir", workdir)
   name = decoding_flags.decoding_name(decoding, answers)
   start = time.monotonic()
   report, predictions = evaluator.evaluate_tasks(

@@ -1,7 +1,6 @@
 """What `--json` writes: a file, or JSON alone on stdout."""
 
 import contextlib
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from narvl_jax.common_flags import STDOUT
 from narvl_jax.disk import write_text
 from narvl_jax.errors import UserError
 from narvl_jax.terminal import readable_json
+from narvl_jax.user_paths import check_file, check_possible
 
 # Where JSON goes while what is for people goes to stderr.
 _stdout: list[TextIO] = []
@@ -50,6 +50,7 @@ def check_output_file(flag: str, path: str) -> None:
   Raises:
     UserError: the folder is missing or cannot be written, or the path is one.
   """
+  check_possible(f"--{flag}", path)
   target = pathlib.Path(path)
   if target.is_dir():
     raise UserError(f'--{flag}="{path}" is a folder; give a file in it')
@@ -58,10 +59,7 @@ def check_output_file(flag: str, path: str) -> None:
       f'--{flag}="{path}": there is no folder "{target.parent}"; create it'
       " first"
     )
-  if not os.access(target.parent, os.W_OK):
-    raise UserError(
-      f'--{flag}="{path}": cannot write to the folder "{target.parent}"'
-    )
+  check_file(f"--{flag}", path)
 
 
 def write_json(

@@ -41,6 +41,7 @@ from narvl_jax.evaluation.predictor import Answer, Predictor
 from narvl_jax.json_output import check_json_path, write_json
 from narvl_jax.terminal import escape, show
 from narvl_jax.training import workdir as workdir_lib
+from narvl_jax.user_paths import check_file
 
 Outcome = dict[str, Any]
 
@@ -93,6 +94,8 @@ def predict(
       "give a picture: either --image=FILE or --example=INDEX of the test data"
     )
   # What can be wrong is checked before the weights are read.
+  if overlay is not None:
+    check_file("--overlay", overlay)
   folder = pathlib.Path(workdir) / "predictions"
   config = workdir_lib.read_config(pathlib.Path(workdir))
   name = _choose_task(list(config.tasks), task)

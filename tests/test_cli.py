@@ -50,6 +50,21 @@ _CASES: dict[str, tuple[list[str], str, str]] = {
     'Did you mean "--dry_run"?',
   ),
   "no workdir": (["--config=good.py"], "flag --workdir is required", ""),
+  "empty workdir": (
+    ["--config=good.py", "--workdir="],
+    '--workdir="" names nothing',
+    "--workdir=. for the current folder",
+  ),
+  "a place without folders": (
+    ["--config=good.py", "--workdir=/proc/run"],
+    "--workdir=/proc/run cannot be written: No such file or directory",
+    "use another --workdir",
+  ),
+  "a name that is too long": (
+    ["--config=good.py", f"--workdir=runs/{'x' * 300}"],
+    '--workdir="runs/xxx',
+    "File name too long",
+  ),
   "no config": (["--workdir=run"], "flag --config is required", ""),
   "argument without dashes": (
     ["--config=good.py", "--workdir=run", "steps=3"],

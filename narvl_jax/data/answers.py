@@ -26,6 +26,7 @@ from narvl_jax.data.vocabulary import Vocabulary, checked_text
 from narvl_jax.disk import write_text
 from narvl_jax.errors import UserError
 from narvl_jax.terminal import show, warn
+from narvl_jax.user_paths import check_file
 
 _SETTING = "--config.tasks.vqa.answers"
 _FLAG = f"{_SETTING}, or --answers"
@@ -248,6 +249,7 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f'--to="{options.to}" must be a file *.txt')
   if not target.parent.is_dir():
     raise UserError(f'--to="{target}" lies in no folder; create it first')
+  check_file("--to", target)
   source = sources.open_source(argv[1], task=options.task, split=options.split)
   task = options.task or getattr(source, "task", "") or source[0].task
   counts = collect_answers(source, task, max_examples=options.max_examples)

@@ -19,6 +19,7 @@ from narvl_jax.data.picture_files import EXIF_ORIENTATIONS
 from narvl_jax.data.sources import parse_options
 from narvl_jax.errors import UserError
 from narvl_jax.terminal import show
+from narvl_jax.user_paths import check_folder
 
 
 def define_flags() -> None:
@@ -90,6 +91,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _convert(spec: str) -> None:
+  check_folder("--to", flags.FLAGS.to)
   job, origin = conversion.plan(
     spec,
     flags.FLAGS.to,

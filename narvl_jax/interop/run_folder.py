@@ -24,6 +24,7 @@ from narvl_jax.interop.torch_write import write_torch
 from narvl_jax.models import ModelConfig, model_config
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import FOLDER, Checkpoints, choose_step
+from narvl_jax.user_paths import check_file, check_folder
 
 REPORT_FILE = "report.json"
 SIDE_FILE = "official_unused.pt"
@@ -48,7 +49,7 @@ def check_target(folder: PathLike) -> None:
     UserError: something is there.
   """
   path = pathlib.Path(folder)
-  _check_place(path, f"--to={folder}")
+  check_folder("--to", folder)
   if path.is_dir() and any(path.iterdir()):
     raise UserError(f"--to={folder} is not empty; use a folder that is new")
 
@@ -62,16 +63,7 @@ def check_file_target(file: PathLike) -> None:
   path = pathlib.Path(file)
   if os.path.lexists(path):
     raise UserError(f"--to={file} exists; name a new file")
-  _check_place(path.parent, f"--to={file}: {path.parent}")
-
-
-def _check_place(folder: pathlib.Path, shown: str) -> None:
-  """Checks that a folder can be written; says `shown` of it."""
-  try:
-    workdir_lib.check_folder(folder)
-  except UserError as error:
-    text = str(error).replace(f"--workdir={folder}", shown)
-    raise UserError(text.replace("--workdir", "--to")) from error
+  check_file("--to", file)
 
 
 def cannot_write(target: PathLike, error: OSError) -> UserError:

@@ -23,6 +23,7 @@ from narvl_jax.training.interrupt import Terminated
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.metrics import format_bytes
 from narvl_jax.training.setup import Setup, describe_parallelism
+from narvl_jax.user_paths import explain_path
 
 # Of an error that nobody expected, in the line about it.
 _LONGEST_ERROR = 200
@@ -187,6 +188,9 @@ def describe_failure(
   disk = explain_disk(error, workdir)
   if disk is not None:
     return USER_ERROR_CODE, f"error: {disk}, then {HOW_TO_RESUME}"
+  place = explain_path(error)
+  if place is not None:
+    return USER_ERROR_CODE, f"error: {place}"
   what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
   if len(what) > _LONGEST_ERROR:
     what = what[: _LONGEST_ERROR - 3] + "..."

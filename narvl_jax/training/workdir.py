@@ -4,7 +4,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 
 import jax
 
-from narvl_jax import side_files
+from narvl_jax import side_files, user_paths
 from narvl_jax.config import from_json, to_json
 from narvl_jax.disk import write_text
 from narvl_jax.errors import UserError
@@ -107,17 +106,7 @@ def check_folder(workdir: pathlib.Path) -> None:
   Raises:
     UserError: it cannot.
   """
-  place = workdir.absolute()
-  while not os.path.lexists(place):
-    place = place.parent
-  if not place.is_dir():
-    what = "is" if place == workdir.absolute() else f"is below {place},"
-    raise UserError(f"--workdir={workdir} {what} a file, not a folder")
-  if not os.access(place, os.W_OK | os.X_OK):
-    raise UserError(
-      f"--workdir={workdir} cannot be written: no permission for {place};"
-      " use another --workdir"
-    )
+  user_paths.check_folder("--workdir", workdir)
 
 
 def diff(

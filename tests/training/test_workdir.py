@@ -125,7 +125,9 @@ def test_read_only_folder(tmp_path):
   with small_disk(tmp_path / "disk", 100) as disk:
     read_only(disk)
     with pytest.raises(
-      UserError, match=r"run cannot be written: no permission for .*disk; use"
+      UserError,
+      match=r"run cannot be written: Read-only file system .*; make it writable"
+      r" again; use another --workdir",
     ):
       workdir_lib.check(disk / "run", tiny_config())
 
