@@ -176,14 +176,24 @@ def _sync(path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def replacing(
+  path: pathlib.Path, *, inside: pathlib.Path | None = None
+) -> Iterator[pathlib.Path]:
   """Does what `atomically` does, in a folder that is made if need be.
+
+  Args:
+    path: to be written.
+    inside: a folder above it that is not made again if it has vanished, such
+      as that of a run.
 
   Raises:
     UserError: the folder or the file cannot be written.
   """
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if inside is None:
+      path.parent.mkdir(parents=True, exist_ok=True)
+    elif path.parent != inside:
+      path.parent.mkdir(exist_ok=True)
     with atomically(path) as temporary:
       yield temporary
   except OSError as error:
@@ -191,11 +201,18 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     raise UserError(f'cannot write "{path}": {reason}') from error
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write_text(
+  path: pathlib.Path, text: str, *, inside: pathlib.Path | None = None
+) -> None:
   """Writes a file so that readers see the old or the new one, never a part.
+
+  Args:
+    path: to be written.
+    text: the content.
+    inside: see `replacing`.
 
   Raises:
     UserError: it cannot be written.
   """
-  with replacing(path) as temporary:
+  with replacing(path, inside=inside) as temporary:
     temporary.write_text(text, encoding="utf-8")

@@ -142,6 +142,15 @@ SABOTAGES = (
     "tests/training/test_loop.py::test_evaluation_that_is_stopped",
   ),
   Sabotage(
+    "a run folder that was renamed during a save is made again",
+    "narvl_jax/training/held_folder.py",
+    "self.path = through if through.is_dir() else folder",
+    "self.path = folder",
+    "tests/training/test_failed_saves.py"
+    "::test_a_folder_that_vanishes_during_a_save_is_not_made_again"
+    "[write-rename]",
+  ),
+  Sabotage(
     "the lock of another run is overwritten",
     "narvl_jax/training/run_lock.py",
     "while not self._create(stage):",

@@ -96,18 +96,26 @@ def format_metrics(
   return "\n".join(lines)
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(
+  path: str | os.PathLike[str],
+  value: Any,
+  *,
+  inside: pathlib.Path | None = None,
+) -> None:
   """Writes JSON so that readers see the old or the new file, never a part."""
   text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-  write_text(pathlib.Path(path), text)
+  write_text(pathlib.Path(path), text, inside=inside)
 
 
 def write_predictions(
-  path: str | os.PathLike[str], predictions: Iterable[Prediction]
+  path: str | os.PathLike[str],
+  predictions: Iterable[Prediction],
+  *,
+  inside: pathlib.Path | None = None,
 ) -> None:
   """Writes one JSON object a line, all or nothing."""
   lines = (readable_json(prediction) + "\n" for prediction in predictions)
-  write_text(pathlib.Path(path), "".join(lines))
+  write_text(pathlib.Path(path), "".join(lines), inside=inside)
 
 
 def format_answer(answer: str | Sequence[float] | None) -> str:

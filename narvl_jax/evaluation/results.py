@@ -55,7 +55,8 @@ def write_results(
     folder / "predictions" / f"{name}.jsonl",
     folder / "predictions" / f"{name}.png",
   ]
-  reporting.write_predictions(paths[1], predictions)
+  # A run folder that is gone is not made again.
+  reporting.write_predictions(paths[1], predictions, inside=folder)
   title = f"{folder.resolve().name}, {reporting.heading(report)}"
   again = _how_to_ask_again(experiment, folder, split)
   pages = [(paths[2], predictions, title)]
@@ -66,12 +67,12 @@ def write_results(
   for path, shown, text in pages:
     panels = prediction_panels(experiment, split, shown)
     grid = rendering.prediction_grid(panels, title=text, note=again)
-    write_image(path, grid)
-  reporting.write_json(paths[0], report)
+    write_image(path, grid, inside=folder)
+  reporting.write_json(paths[0], report, inside=folder)
   if best and _is_main(experiment.config, report):
     # Last: who waits for this file finds the others.
     paths.append(folder / MAIN_FILE)
-    reporting.write_json(paths[-1], report)
+    reporting.write_json(paths[-1], report, inside=folder)
   return paths
 
 
@@ -168,10 +169,13 @@ def as_box(values: Sequence[float]) -> Box:
 
 
 def write_image(
-  path: str | os.PathLike[str], picture: Image.Image
+  path: str | os.PathLike[str],
+  picture: Image.Image,
+  *,
+  inside: pathlib.Path | None = None,
 ) -> pathlib.Path:
   """Writes a PNG; readers see the old or the new file, never a part."""
   path = pathlib.Path(path)
-  with replacing(path) as temporary:
+  with replacing(path, inside=inside) as temporary:
     picture.save(temporary, format="PNG")
   return path

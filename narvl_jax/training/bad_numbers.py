@@ -230,7 +230,9 @@ def _write(
   arrays: Mapping[str, np.ndarray],
   rows: Sequence[int],
 ) -> None:
-  folder.mkdir(parents=True, exist_ok=True)
+  # A run folder that is gone is not made again.
+  folder.parent.mkdir(exist_ok=True)
+  folder.mkdir(exist_ok=True)
   host = jax.process_index()
   path = folder / f"host_{host:03d}.npz"
   with atomically(path) as temporary, temporary.open("wb") as file:

@@ -22,7 +22,7 @@ class Board:
     """Opens a file.
 
     Args:
-      folder: made if need be.
+      folder: made if need be, in one that exists.
       first_step: TensorBoard hides what earlier files have from there on.
 
     Raises:
@@ -37,7 +37,7 @@ class Board:
     # Its classes are made at run time.
     messages: Any = event_pb2
     side_files.make_way(folder, folder=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     self._event = messages.Event
     self._scalar = summary.scalar
     self._writer = EventsWriter(str(folder / "events"))

@@ -18,6 +18,7 @@ from narvl_jax.state.train_state import TrainState
 from narvl_jax.training import record as record_lib
 from narvl_jax.training.checksums import device_checksums, text
 from narvl_jax.training.fit import leaf_of
+from narvl_jax.training.held_folder import HeldFolder
 from narvl_jax.training.host_memory import return_free_memory
 from narvl_jax.training.integrity import (
   Damage,
@@ -73,18 +74,23 @@ class Checkpoints(StoredCheckpoints):
     self._failed = False
     self.set_aside: list[str] = []
     self._policy = None
+    self._held: HeldFolder | None = None
     if keep_last is not None:
       retention = Retention(keep_last, keep_best, keep_every)
       self._policy = Policy(retention, lambda: self._scores)
       # A run that goes on looks for itself.
       self._advises = False
+      self._held = HeldFolder(pathlib.Path(workdir).resolve() / FOLDER)
     super().__init__(workdir)
     if self._policy is not None:
       self._remove_deleted()
 
   def _open(self) -> Any:
+    if self._held is None:
+      return super()._open()
+    # Orbax makes the folders above what it writes, should they have vanished.
     return self._orbax.open_manager(
-      self._folder, self._policy, self._note_error
+      self._held.path, self._policy, self._note_error
     )
 
   @property
@@ -197,6 +203,8 @@ class Checkpoints(StoredCheckpoints):
   def _complete(self, step: int) -> None:
     """Waits until a checkpoint is on disk; writes its digests."""
     self._manager.wait_until_finished()
+    if self._held is not None and not self._held.in_place:
+      raise FolderLostError
     hosts = jax.process_count()
     write_digests(self._folder / str(step), jax.process_index(), hosts)
     self._remove_deleted()
@@ -231,13 +239,20 @@ class Checkpoints(StoredCheckpoints):
   def _failure(self, step: int, error: BaseException) -> Exception:
     """Returns the error to raise; nothing is left of the checkpoint."""
     self._failed = True
+    assert self._held is not None
+    self._held.name_files(error)
     # What the manager knows is already that of a save that went well.
-    saved = record_lib.stored_steps(self._folder)
+    saved = record_lib.stored_steps(self._held.path)
     if distributed.is_first():
-      for part in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+      for part in self._held.path.glob(f"{step}.orbax-checkpoint-tmp*"):
         shutil.rmtree(part, ignore_errors=True)
     what = f"the checkpoint of step {step} could not be saved"
     reason = explain_disk(error, self._workdir)
+    if not self._held.in_place:
+      reason = (
+        f"the folder {self._folder} was renamed or removed meanwhile; bring it"
+        " back"
+      )
     if reason is None:
       kind = type(error).__name__
       return RuntimeError(f"{what}: {kind}: {' '.join(str(error).split())}")
@@ -291,11 +306,17 @@ class Checkpoints(StoredCheckpoints):
     if not self._failed:
       self.wait()
       self._manager.close()
+      if self._held is not None:
+        self._held.close()
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     # What ended the block is not to be hidden by what follows from it.
     with contextlib.suppress(*(() if kind is None else (Exception,))):
       self.close()
+
+
+class FolderLostError(Exception):
+  """The folder that was written to no longer has its name."""
 
 
 class _Completion(threading.Thread):

@@ -150,7 +150,8 @@ def write_stacks(workdir: pathlib.Path, host: int, why: str) -> str:
   name = f"host_{host:03d}_{moment:%Y%m%dT%H%M%S}.txt"
   path = workdir / STACKS_FOLDER / name
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # A run folder that is gone is not made again.
+    path.parent.mkdir(exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
       file.write(f"{why}\nprocess {os.getpid()}: {' '.join(sys.argv)}\n\n")
       file.flush()

@@ -66,6 +66,13 @@ def test_folder_that_cannot_be_written(evaluated, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["predictions"]
 
 
+def test_a_run_folder_that_is_gone_is_not_made_again(evaluated, tmp_path):
+  experiment, _ = tiny_run.tiny_model()
+  with pytest.raises(UserError, match=r'cannot write ".*": No such file'):
+    results.write_results(experiment, tmp_path / "run", *evaluated)
+  assert not list(tmp_path.iterdir())
+
+
 def test_only_the_evaluation_of_the_config_is_the_main_one(
   tmp_path, monkeypatch
 ):

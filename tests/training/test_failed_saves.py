@@ -2,12 +2,17 @@
 
 import dataclasses
 import errno
+import gc
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +21,9 @@ import pytest
 from narvl_jax.errors import UserError
 from narvl_jax.state.train_state import TrainState
 from narvl_jax.training import checkpoints as checkpoints_lib
+from narvl_jax.training import integrity, orbax_manager
 from narvl_jax.training.checkpoints import Checkpoints
+from narvl_jax.training.held_folder import HeldFolder
 from tests.training.saved import make_state, save_run
 
 
@@ -82,6 +89,87 @@ def test_a_file_that_cannot_grow_ends_the_save(tmp_path):
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert [x.name for x in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+@pytest.fixture
+def _quiet() -> Iterator[None]:
+  """Drops what a failed save leaves; see `announce.quiet_failed_saves`."""
+  yield
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    gc.collect()
+
+
+@pytest.mark.usefixtures("_quiet")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("how", ["rename", "remove"])
+@pytest.mark.parametrize("moment", ["before", "write", "finalize"])
+def test_a_folder_that_vanishes_during_a_save_is_not_made_again(
+  tmp_path, monkeypatch, moment, how
+):
+  """The save is completed where the folder is now, or nowhere."""
+  run, other = tmp_path / "run", tmp_path / "other"
+
+  def vanish() -> None:
+    if not run.exists():
+      return
+    run.rename(other)
+    if how == "remove":
+      shutil.rmtree(other)
+
+  handler = orbax_manager._ArrayHandler
+  async_save, finalize = handler.async_save, handler.finalize
+
+  async def vanish_and_save(self: Any, *args: Any, **kwargs: Any) -> Any:
+    vanish()
+    return await async_save(self, *args, **kwargs)
+
+  def vanish_and_finalize(self: Any, *args: Any, **kwargs: Any) -> None:
+    vanish()
+    finalize(self, *args, **kwargs)
+
+  with Checkpoints(run, keep_last=2) as checkpoints:
+    _save(checkpoints, 3, make_state(3))
+  if moment == "write":
+    monkeypatch.setattr(handler, "async_save", vanish_and_save)
+  elif moment == "finalize":
+    monkeypatch.setattr(handler, "finalize", vanish_and_finalize)
+  resumes = "goes on from step 6" if how == "rename" else "starts anew"
+  with Checkpoints(run, keep_last=2) as checkpoints:
+    if moment == "before":
+      vanish()
+    with pytest.raises(
+      UserError,
+      match=rf"step 6 could not be saved: the folder {run}/checkpoints was"
+      rf" renamed or removed .*; bring it back, .*: it {resumes}$",
+    ):
+      _save(checkpoints, 6, make_state(6))
+  if how == "remove":
+    assert not list(tmp_path.iterdir())
+    return
+  assert [x.name for x in tmp_path.iterdir()] == ["other"]
+  # As if nothing had happened, but for its digests.
+  assert sorted(x.name for x in (other / "checkpoints").iterdir()) == ["3", "6"]
+  assert integrity.examine(other / "checkpoints" / "6") is None
+
+
+def test_errors_name_the_folder_that_the_user_knows(tmp_path):
+  folder = tmp_path / "checkpoints"
+  held = HeldFolder(folder)
+  assert held.in_place
+  inside = f"{held.path}/6/params"
+  cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), inside)
+  error = ValueError(f"writing {inside}: No space left on device")
+  error.__cause__ = cause
+  held.name_files(error)
+  assert str(error) == f"writing {folder}/6/params: No space left on device"
+  assert cause.filename == f"{folder}/6/params"
+  folder.rename(tmp_path / "other")
+  assert not held.in_place
+  folder.mkdir()
+  assert not held.in_place
+  held.close()
+  held.close()
 
 
 def test_an_error_is_told_while_other_hosts_are_waited_for(

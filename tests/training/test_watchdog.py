@@ -133,6 +133,7 @@ def test_stacks_of_all_threads(tmp_path):
   def wait_in_a_thread() -> None:
     release.wait()
 
+  (tmp_path / "run").mkdir()
   thread = threading.Thread(target=wait_in_a_thread)
   thread.start()
   try:
@@ -153,6 +154,12 @@ def test_stacks_without_a_disk(tmp_path, capfd):
   (tmp_path / "run").write_text("")
   assert write_stacks(tmp_path / "run", 0, "why") == "stderr"
   assert "in test_stacks_without_a_disk" in capfd.readouterr().err
+
+
+def test_stacks_do_not_make_a_folder_again_that_is_gone(tmp_path, capfd):
+  assert write_stacks(tmp_path / "run", 0, "why") == "stderr"
+  assert "in test_stacks_do_not_make_a_folder" in capfd.readouterr().err
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_thread_that_keeps_the_lock_of_python_is_ended():
