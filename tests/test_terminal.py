@@ -168,6 +168,6 @@ def test_modules_print_by_show() -> None:
         and isinstance(call.value, ast.Name)
         and call.value.id == "logging"
       )
-      if bare or log:
-        found.append(f"{name}:{node.lineno}")
+      if call is not None and (bare or log):
+        found.append(f"{name}:{call.lineno}")
   assert not found, "use narvl_jax.terminal.show or warn"

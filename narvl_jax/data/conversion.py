@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ from narvl_jax.data.shard_writer import (
   write_error,
 )
 from narvl_jax.data.sources import MANIFEST, files, open_source, parse_spec
+from narvl_jax.data.sources.content import content_digest
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.terminal import show
 
@@ -50,6 +52,8 @@ _ORIENTATION_NOTES = {
   "apply": "they were turned upright",
 }
 
+# Between digests of the files' names, sizes and times, and of their contents.
+_CONTENT_MARK = ":"
 # (job, numbers of shards) -> (number, note) of each; see `write_all`.
 Write = Callable[[Job, Sequence[int]], Iterator[tuple[int, dict[str, Any]]]]
 
@@ -138,11 +142,15 @@ def _fingerprint(
   path = {**found, **options}.get("path")
   if path is None:
     return ""
-  stats = [
-    (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-    for file in files.resolve(path, split, source=source_name)
-  ]
-  return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+  stats = []
+  contents = hashlib.sha256()
+  for file in files.resolve(path, split, source=source_name):
+    with open(file, "rb") as opened:
+      status = os.fstat(opened.fileno())
+      contents.update(content_digest(opened.fileno(), status.st_size))
+    stats.append((file.name, status.st_size, status.st_mtime_ns))
+  before = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+  return f"{before}{_CONTENT_MARK}{contents.hexdigest()}"
 
 
 def convert(
@@ -275,6 +283,8 @@ def _check_settings(
 ) -> None:
   for key, value in wanted.items():
     old = had.get(key)
+    if key == "source":
+      value = _as_comparable(old, value)
     if old == value:
       continue
     while isinstance(value, dict) and isinstance(old, dict):
@@ -289,6 +299,14 @@ def _check_settings(
       f'"{folder}" was begun with {key}={old!r}, this command has {value!r};'
       " set --to to a new folder, or remove the old one"
     )
+
+
+def _as_comparable(old: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+  """Returns the source without its content, if `old` was written so."""
+  fingerprint = str(wanted.get("fingerprint", ""))
+  if not isinstance(old, dict) or _CONTENT_MARK in str(old.get("fingerprint")):
+    return wanted
+  return {**wanted, "fingerprint": fingerprint.split(_CONTENT_MARK)[0]}
 
 
 @contextlib.contextmanager

@@ -47,6 +47,10 @@ def model_tasks() -> dict[str, Any]:
   return make_tasks()
 
 
+def _source(count: int, faults: Any = None) -> Any:
+  return NumberSource("vqa", count, faults)
+
+
 def _settings(**changes: Any) -> dict[str, Any]:
   return {
     "batch_size": 8,
@@ -75,7 +79,7 @@ def _spread_faults() -> dict[int, Any]:
 
 def test_one_record_of_each_kind() -> None:
   faults = _spread_faults()
-  source = NumberSource("vqa", 60, faults)
+  source = _source(60, faults)
   # A record that was used tells that the code works.
   for start in (0, 1):
     reader = RecordReader(source, "x")
@@ -95,7 +99,7 @@ def test_what_is_done_with_a_record_counts_too(error: Exception) -> None:
       raise error
     return record.id
 
-  found = RecordReader(NumberSource("vqa", 9), "x").read(4, use)
+  found = RecordReader(_source(9), "x").read(4, use)
   assert isinstance(found, BadRecord)
   assert (found.record_id, found.place) == ("vqa4", "record 4")
   assert type(error).__name__ in found.reason or str(error) in found.reason
@@ -106,7 +110,7 @@ def test_what_is_done_with_a_record_counts_too(error: Exception) -> None:
 def test_all_records_failing_alike_is_a_defect(
   error: Exception, count: int
 ) -> None:
-  source = NumberSource("vqa", count, dict.fromkeys(range(count), error))
+  source = _source(count, dict.fromkeys(range(count), error))
   reader = RecordReader(source, "x")
   with pytest.raises(type(error)) as raised:
     reader.read(0, lambda record: record)
@@ -119,7 +123,7 @@ def test_all_records_failing_alike_is_a_defect(
 
 def test_known_faults_of_all_records_are_no_defect() -> None:
   for error in (ValueError("torn"), OSError("no"), OverflowError("large")):
-    source = NumberSource("vqa", 20, dict.fromkeys(range(20), error))
+    source = _source(20, dict.fromkeys(range(20), error))
     reader = RecordReader(source, "x")
     for index in range(20):
       assert isinstance(reader.read(index, lambda x: x), BadRecord)
@@ -127,14 +131,14 @@ def test_known_faults_of_all_records_are_no_defect() -> None:
 
 def test_the_first_good_record_may_come_late() -> None:
   """A block of damaged rows at the start of a file is no defect."""
-  source = NumberSource("vqa", 400, dict.fromkeys(range(300), TypeError("odd")))
+  source = _source(400, dict.fromkeys(range(300), TypeError("odd")))
   reader = RecordReader(source, "x")
   assert isinstance(reader.read(0, lambda record: record), BadRecord)
 
 
 def test_memory_of_one_record_and_of_the_machine() -> None:
   faults = dict.fromkeys((2, 3, 5, 7, 8, 9), MemoryError())
-  reader = RecordReader(NumberSource("vqa", 20, faults), "x")
+  reader = RecordReader(_source(20, faults), "x")
   for index in range(9):
     found = reader.read(index, lambda record: record)
     assert isinstance(found, BadRecord) == (index in faults)
@@ -170,7 +174,7 @@ def test_training_counts_and_replaces_them(
   bad = pipeline.BadRecords(0.9)
   batches = _train(
     model_tasks,
-    NumberSource("vqa", 60, faults),
+    _source(60, faults),
     num_workers=workers,
     num_threads=2 * workers,
     bad_records=bad,
@@ -189,9 +193,7 @@ def test_training_tells_a_defect(
   model_tasks: dict[str, Any], workers: int, count: int
 ) -> None:
   faults = dict.fromkeys(range(count), TypeError("a defect of ours"))
-  batches = _train(
-    model_tasks, NumberSource("vqa", count, faults), num_workers=workers
-  )
+  batches = _train(model_tasks, _source(count, faults), num_workers=workers)
   with pytest.raises(TypeError, match="a defect of ours"):
     next(batches)
   batches.close()
@@ -203,7 +205,7 @@ def test_evaluation_tells_a_defect_on_every_host(
 ) -> None:
   faults = dict.fromkeys(range(50), RuntimeError("a defect of ours"))
   batches = pipeline.eval_batches(
-    NumberSource("vqa", 50, faults),
+    _source(50, faults),
     model_tasks["vqa"],
     rows=rows,
     **_settings(),
@@ -216,7 +218,7 @@ def test_evaluation_leaves_them_out(model_tasks: dict[str, Any]) -> None:
   faults = _spread_faults()
   bad = pipeline.BadRecords(0.9)
   batches = pipeline.eval_batches(
-    NumberSource("vqa", 60, faults),
+    _source(60, faults),
     model_tasks["vqa"],
     bad_records=bad,
     **_settings(),
@@ -228,7 +230,7 @@ def test_evaluation_leaves_them_out(model_tasks: dict[str, Any]) -> None:
 
 def test_other_readers_leave_them_out(model_tasks: dict[str, Any]) -> None:
   faults = _spread_faults()
-  source: Any = NumberSource("vqa", 60, faults)
+  source = _source(60, faults)
   task = model_tasks["vqa"]
   found: list[BadRecord] = []
   texts = list(tasks.vocabulary_texts("vqa", {}, source, found.append))

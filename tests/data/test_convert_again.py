@@ -1,5 +1,6 @@
 """Conversions that were stopped go on, and mix with nothing else."""
 
+import json
 import os
 import pathlib
 import signal
@@ -173,6 +174,29 @@ def test_a_changed_source_is_noticed(tmp_path: pathlib.Path) -> None:
   os.utime(path, ns=(0, 0))
   with pytest.raises(UserError, match="the source changed since"):
     convert(folder, str(path), limit=0, shards=4)
+
+
+def test_a_source_of_the_same_size_and_time_is_noticed(
+  tmp_path: pathlib.Path,
+) -> None:
+  path = write_jsonl(tmp_path, 8)
+  folder = tmp_path / "out"
+  _interrupted(folder, spec=str(path), limit=0, shards=4)
+  status = path.stat()
+  rows = path.read_text()
+  path.write_text(rows.replace("no 7", "no X"))
+  os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+  with pytest.raises(UserError, match="the source changed since"):
+    convert(folder, str(path), limit=0, shards=4)
+  # A conversion that was begun before contents were compared continues.
+  path.write_text(rows)
+  os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+  settings = folder / ".convert" / "settings.json"
+  old = json.loads(settings.read_text())
+  mark = old["source"]["fingerprint"]
+  old["source"]["fingerprint"] = mark.split(":")[0]
+  settings.write_text(json.dumps(old))
+  assert convert(folder, str(path), limit=0, shards=4).records == 8
 
 
 def test_only_one_conversion_at_a_time(tmp_path: pathlib.Path) -> None:

@@ -5,7 +5,8 @@
 | key     | value                                                            |
 | ------- | ---------------------------------------------------------------- |
 | image   | a JPEG, PNG, WebP, GIF, BMP, TIFF or MPO file; relative names    |
-|         | start at the folder of the .jsonl file                           |
+|         | start at the folder of the .jsonl file, those with ~/ at the     |
+|         | home folder                                                      |
 | task    | caption, vqa, grounding or entailment; may be left out. A source |
 |         | has the rows of its own task, and those that name none           |
 | prompt  | question, expression or hypothesis; none for captions            |
@@ -15,7 +16,7 @@
 |         | grounding: [x0, y0, x1, y1] in pixels                            |
 |         | entailment: yes, no, maybe, or entailment, contradiction,        |
 |         | neutral. May be left out for prediction                          |
-| id      | a name; by default "FILE:ROW"                                    |
+| id      | a name or a number; by default, or if null, "FILE:ROW"           |
 | premise | entailment only: a caption of the picture                        |
 | objects | vqa only: a list of names                                        |
 | kind    | a sub-category for reports                                       |

@@ -3,7 +3,8 @@
 The index of `FILE` is `FILE.rows.idx`, or lies in a cache folder if that of
 the file is read-only. It is written under another name and then renamed, so
 that any number of processes may build it at once. One that is damaged or does
-not fit the file's size and modification time is built again.
+not fit the file's size, modification time and content (`content.py`) is built
+again.
 
 Layout, little-endian: a header (`_HEADER`), then count + 1 int64: row i is
 the bytes [start[i], start[i + 1] - 1) of the file, a newline follows it.
@@ -23,6 +24,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from narvl_jax import side_files
+from narvl_jax.data.sources.content import DIGEST_BYTES, content_digest
 from narvl_jax.data.sources.files import with_home
 from narvl_jax.disk import atomically
 from narvl_jax.errors import UserError
@@ -32,11 +34,12 @@ SUFFIX = ".rows.idx"
 BLOCK_BYTES = 1 << 24
 _BOM = b"\xef\xbb\xbf"
 _MAGIC = b"NARVLROW"
-_VERSION = 1
+_VERSION = 2
 # Magic, version, bytes and mtime_ns of the file, rows, rows that end with
 # CRLF, 1 if there is a BOM, 1 if the last row has no newline, empty last rows,
-# CRC-32 of the starts, CRC-32 of all before.
-_HEADER = struct.Struct("<8s9qI")
+# CRC-32 of the starts, digest of the content, CRC-32 of all before.
+_FIELDS = struct.Struct(f"<8s9q{DIGEST_BYTES}s")
+_HEADER = struct.Struct(f"{_FIELDS.format}I")
 # Starts that are read into memory; more of them are mapped.
 _MAX_LOADED = 1 << 22
 # Blocks with more rows than one in so many bytes are searched by NumPy.
@@ -49,10 +52,12 @@ class Index(NamedTuple):
   Attributes:
     starts: int64 [rows + 1]; row i is [starts[i], starts[i + 1] - 1).
     notes: what is odd about the file, if anything.
+    content: digest of the file.
   """
 
   starts: np.ndarray
   notes: tuple[str, ...]
+  content: bytes
 
 
 def identity(status: os.stat_result) -> tuple[int, int, int]:
@@ -75,7 +80,7 @@ def open_index(fd: int, path: pathlib.Path, index_dir: str = "") -> Index:
   status = os.fstat(fd)
   places = _places(path, index_dir)
   for place in places:
-    index = _load(place, status)
+    index = _load(place, fd, status)
     if index is not None:
       return index
   for place in places:
@@ -117,9 +122,10 @@ class _Header(NamedTuple):
   no_newline: int
   blank: int
   crc: int
+  content: bytes = bytes(DIGEST_BYTES)
 
   def pack(self) -> bytes:
-    head = struct.pack("<8s9q", _MAGIC, _VERSION, *self)
+    head = _FIELDS.pack(_MAGIC, _VERSION, *self)
     return head + struct.pack("<I", zlib.crc32(head))
 
   def notes(self) -> tuple[str, ...]:
@@ -135,7 +141,7 @@ class _Header(NamedTuple):
     return tuple(notes)
 
 
-def _load(place: pathlib.Path, status: os.stat_result) -> Index | None:
+def _load(place: pathlib.Path, fd: int, status: os.stat_result) -> Index | None:
   """Returns an index if it is there, whole, and that of this very file."""
   if not place.is_file():
     # A pipe would never be opened.
@@ -150,6 +156,8 @@ def _load(place: pathlib.Path, status: os.stat_result) -> Index | None:
       if (magic, version) != (_MAGIC, _VERSION) or crc != zlib.crc32(head[:-4]):
         return None
       if header[:2] != (status.st_size, status.st_mtime_ns):
+        return None
+      if header.content != content_digest(fd, header.size):
         return None
       return _read(file, header)
   except (OSError, ValueError):
@@ -169,7 +177,7 @@ def _read(file: IO[bytes], header: _Header) -> Index:
   else:
     # The file is renamed into place and never written again.
     starts = np.memmap(file, "<i8", "r", _HEADER.size, (count,))
-  return Index(starts, header.notes())
+  return Index(starts, header.notes(), header.content)
 
 
 def _checksum(file: IO[bytes]) -> int:
@@ -212,6 +220,7 @@ def _build(
   out.flush()
   kept = _without_blank(fd, out.fileno(), rows)
   out.truncate(_HEADER.size + 8 * (kept + 1))
+  content = content_digest(fd, size)
   if identity(os.fstat(fd)) != identity(status):
     raise UserError(
       f'"{path}" changed while its rows were counted; wait until it is written'
@@ -225,6 +234,7 @@ def _build(
     no_newline=no_newline,
     blank=rows - kept,
     crc=_checksum(out),
+    content=content,
   )
   out.seek(0)
   out.write(header.pack())

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from narvl_jax.data.sources import row_index
+from narvl_jax.data.sources.content import content_digest
 from narvl_jax.errors import UserError
 from narvl_jax.terminal import warn
 
@@ -57,6 +58,7 @@ class RowFile(Sequence[bytes]):
     self._lock = threading.Lock()
     self._fd = -1
     self._identity: tuple[int, int, int] | None = None
+    self._content: bytes | None = None
     try:
       self._open()
     except OSError as e:
@@ -146,10 +148,18 @@ class RowFile(Sequence[bytes]):
         raise UserError(
           f'"{self.path}" is compressed; unpack it first (gunzip -k)'
         )
+      status = os.fstat(fd)
       if self._identity is None:
-        self._identity = row_index.identity(os.fstat(fd))
+        self._identity = row_index.identity(status)
+      # What changes with every write, even if mtime is set back. Of this
+      # process: other hosts may see another one.
+      self._ctime_ns = status.st_ctime_ns
       self._check(fd)
       self._index = row_index.open_index(fd, self.path, self._index_dir)
+      if self._content is None:
+        self._content = self._index.content
+      if self._content != self._index.content:
+        raise self._changed(status)
     except BaseException:
       os.close(fd)
       raise
@@ -158,13 +168,22 @@ class RowFile(Sequence[bytes]):
     self._fd = fd
 
   def _check(self, fd: int) -> None:
-    seen = row_index.identity(os.fstat(fd))
-    if seen != self._identity:
-      assert self._identity is not None
-      raise UserError(
-        f'"{self.path}" changed while it is in use ({self._identity[0]:,} bytes'
-        f" when opened, now {seen[0]:,}); restart, and leave the file alone"
-      )
+    status = os.fstat(fd)
+    if row_index.identity(status) != self._identity:
+      raise self._changed(status)
+    if status.st_ctime_ns != self._ctime_ns:
+      # Its name or permissions changed, or `cp -p` wrote over it.
+      if content_digest(fd, status.st_size) != self._content:
+        raise self._changed(status)
+      self._ctime_ns = status.st_ctime_ns
+
+  def _changed(self, status: os.stat_result) -> UserError:
+    assert self._identity is not None
+    return UserError(
+      f'"{self.path}" changed while it is in use ({self._identity[0]:,} bytes'
+      f" when opened, now {status.st_size:,}); restart, and leave the file"
+      " alone"
+    )
 
 
 class RowFiles(Sequence[bytes]):

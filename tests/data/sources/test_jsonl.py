@@ -211,6 +211,51 @@ def _batches(records: Any, task: str, bad: pipeline.BadRecords) -> Any:
   )
 
 
+@pytest.mark.parametrize(
+  ("given", "shown"),
+  [
+    (0, "0"),
+    (0.0, "0.0"),
+    (False, "False"),
+    (7, "7"),
+    ("", ""),
+    ("a", "a"),
+    (None, "own.jsonl:1"),
+  ],
+)
+def test_an_id_that_is_given_counts(
+  tmp_path: pathlib.Path, given: Any, shown: str
+) -> None:
+  row = {"image": "photos/1.jpg", "prompt": "how many?", "id": given}
+  assert source(tmp_path, "vqa", [row])[0].id == shown
+
+
+@pytest.mark.parametrize("task", [0, False, [], {}, "vqaa"])
+def test_a_task_that_is_none(tmp_path: pathlib.Path, task: Any) -> None:
+  row = {"image": "photos/1.jpg", "prompt": "how many?", "task": task}
+  with pytest.raises(UserError, match="the task is "):
+    source(tmp_path, "vqa", [row])[0]
+  row["task"] = ""
+  assert source(tmp_path, "vqa", [row])[0].task == "vqa"
+
+
+def test_only_a_leading_tilde_is_the_home_folder(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  row = {"image": "~/1.jpg", "prompt": "how many?"}
+  source(tmp_path, "vqa", [row])
+  monkeypatch.setenv("HOME", str(tmp_path / "photos"))
+  assert source(tmp_path, "vqa", [row])[0].image
+  for name in ("~nosuchuser/x.png", "~root/x.png"):
+    with pytest.raises(UserError, match=f"{tmp_path}/{name}"):
+      source(tmp_path, "vqa", [{**row, "image": name}])[0]
+  folder = tmp_path / "~nosuchuser"
+  folder.mkdir()
+  (folder / "x.png").write_bytes((tmp_path / "photos" / "1.jpg").read_bytes())
+  row["image"] = "~nosuchuser/x.png"
+  assert source(tmp_path, "vqa", [row])[0].image
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_rows_are_skipped(
   tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, name: str

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import shutil
 import threading
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from narvl_jax.data.sources import row_index
+from narvl_jax.data.sources import content, row_index
 from narvl_jax.data.sources.rows import RowFile, RowFiles, text
 from narvl_jax.errors import UserError
 
@@ -248,6 +249,82 @@ def test_changed_file(path: pathlib.Path) -> None:
     rows[0]
 
 
+def _digest(path: pathlib.Path) -> bytes:
+  with open(path, "rb") as file:
+    return content.content_digest(file.fileno(), path.stat().st_size)
+
+
+def _rewrite(path: pathlib.Path, data: bytes) -> None:
+  """Changes the content and keeps the times, as `cp -p` over a file does."""
+  status = os.stat(path)
+  path.write_bytes(data)
+  os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_index_of_a_file_with_the_same_size_and_time(
+  path: pathlib.Path, replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  builds = count_builds(monkeypatch)
+  path.write_bytes(b"a\nbb\nccc\n")
+  assert list(RowFile(path)) == [b"a", b"bb", b"ccc"]
+  if replaced:
+    new = path.with_name("new")
+    new.write_bytes(b"aaa\nbb\nc\n")
+    status = os.stat(path)
+    os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.replace(new, path)
+  else:
+    _rewrite(path, b"aaa\nbb\nc\n")
+  assert list(RowFile(path)) == [b"aaa", b"bb", b"c"]
+  assert len(builds) == 2
+  # What changes nothing of the content costs no new index.
+  copy = path.with_name("copy.tsv")
+  shutil.copy2(path, copy)
+  shutil.copy2(index_of(path), index_of(copy))
+  path.chmod(0o600)
+  assert list(RowFile(copy)) == list(RowFile(path))
+  assert len(builds) == 2
+
+
+def test_file_in_use_that_keeps_its_size_and_time(path: pathlib.Path) -> None:
+  path.write_bytes(b"a\nbb\n")
+  rows, state = RowFile(path), pickle.dumps(RowFile(path))
+  path.chmod(0o600)
+  assert rows[0] == b"a"
+  _rewrite(path, b"aa\nb\n")
+  with pytest.raises(UserError, match="changed while it is in use"):
+    rows[0]
+  with pytest.raises(UserError, match="changed while it is in use"):
+    len(pickle.loads(state))
+
+
+def test_content_of_large_files(
+  path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(content, "WHOLE_BYTES", 1000)
+  monkeypatch.setattr(content, "SAMPLES", 5)
+  monkeypatch.setattr(content, "SAMPLE_BYTES", 100)
+  data = bytes(range(250)) * 20
+  path.write_bytes(data)
+  whole = _digest(path)
+  seen = {0: True, 99: True, 100: False, 2450: True, 4899: False, 4999: True}
+  for place, noticed in seen.items():
+    changed = bytearray(data)
+    changed[place] ^= 1
+    path.write_bytes(changed)
+    assert (_digest(path) != whole) == noticed, place
+  # Inserted in a gap: what follows moves.
+  path.write_bytes(data[:200] + b"x" + data[200:-1])
+  assert _digest(path) != whole
+  monkeypatch.undo()
+  for place in range(0, 5000, 99):
+    changed = bytearray(data)
+    changed[place] ^= 1
+    path.write_bytes(changed)
+    assert _digest(path) != whole
+
+
 def test_replaced_file_is_read_to_its_end(path: pathlib.Path) -> None:
   path.write_bytes(b"a\nb\n")
   rows, state = RowFile(path), pickle.dumps(RowFile(path))
@@ -361,6 +438,7 @@ def test_sparse_file_of_many_gigabytes(path: pathlib.Path) -> None:
     no_newline=1,
     blank=0,
     crc=row_index._checksum(io.BytesIO(bytes(row_index._HEADER.size) + starts)),
+    content=_digest(path),
   )
   index.write_bytes(header.pack() + starts)
   rows = RowFile(path)
