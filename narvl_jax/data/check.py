@@ -28,6 +28,7 @@ from narvl_jax.config_checks import validate
 from narvl_jax.data import check_report, inspection, sources
 from narvl_jax.data.check_samples import draw_samples
 from narvl_jax.data.example import Record
+from narvl_jax.data.picture_files import EXIF_ORIENTATIONS
 from narvl_jax.data.tasks import Task, make_task, vocabulary_texts
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.disk import replacing
@@ -104,19 +105,32 @@ def _limits(config: Config, num_queries: int | None) -> inspection.Limits:
     num_queries=model.num_queries,
     max_text_positions=model.max_text_positions,
     max_bad_fraction=data.max_bad_fraction,
+    exif_orientation=data.exif_orientation,
   )
 
 
-def open_spec(spec: str, task: str, split: str) -> Entry:
+def open_spec(
+  spec: str, task: str, split: str, exif_orientation: str = "ignore"
+) -> Entry:
   """Opens what the command names, with the limits of the default config.
+
+  Args:
+    spec: see `sources.open_source`.
+    task: of the records; may be empty if the source knows it.
+    split: to read.
+    exif_orientation: see `data.exif_orientation`.
 
   Raises:
     UserError: it cannot be opened, or its task is not known.
   """
-  source = sources.open_source(spec, task=task, split=split)
+  source = sources.open_source(
+    spec, task=task, split=split, exif_orientation=exif_orientation
+  )
   task = task or getattr(source, "task", "") or source[0].task
   name = pathlib.Path(spec.replace(":", "_")).stem
-  return Entry(name, source, task, default_config(task))
+  config = default_config(task)
+  config.data.exif_orientation = exif_orientation
+  return Entry(name, source, task, config)
 
 
 def open_entries(config: Config, name: str, split: str) -> list[Entry]:
@@ -149,6 +163,7 @@ def open_entries(config: Config, name: str, split: str) -> list[Entry]:
       entry.source,
       task=entry.task,
       split=split or own,
+      exif_orientation=data.exif_orientation,
       **dict(entry.get("options", {})),
     )
     opened.append(Entry(key, source, entry.task, config))
@@ -233,6 +248,12 @@ def define_flags() -> None:
     "num_queries", None, "N of the model, if not the config's.", lower_bound=1
   )
   common_flags.max_examples("Records read whole; 0: all.", 2000, lower_bound=0)
+  flags.DEFINE_enum(
+    "exif_orientation",
+    None,
+    EXIF_ORIENTATIONS,
+    "Without --config: ignore or apply the EXIF orientation of pictures.",
+  )
   flags.DEFINE_boolean("all", False, "Read the texts of all records.")
   flags.DEFINE_integer("num_threads", 2, "Threads that read.", lower_bound=1)
   common_flags.rename("threads", "num_threads")
@@ -248,9 +269,16 @@ def main(argv: Sequence[str]) -> None:
     check_output_file("png", options.png)
   spec = argv[1] if len(argv) > 1 else ""
   if options.config is not None:
+    if options.exif_orientation:
+      raise UserError(
+        f"--exif_orientation={options.exif_orientation} is for a source without"
+        " a config; set --config.data.exif_orientation="
+        f"{options.exif_orientation}"
+      )
     entries = open_entries(options.config, spec, options.split)
   elif spec:
-    entries = [open_spec(spec, options.task, options.split)]
+    orientation = options.exif_orientation or "ignore"
+    entries = [open_spec(spec, options.task, options.split, orientation)]
   else:
     raise UserError("nothing to check: name a source, or set --config=FILE")
   vocabulary, how = find_vocabulary(options.vocabulary, options.config, entries)

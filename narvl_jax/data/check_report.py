@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from narvl_jax.data import check_pictures
 from narvl_jax.terminal import escape
 
 GOOD, USABLE, NOT_USABLE = "good", "usable with these flags", "not usable"
@@ -49,21 +50,25 @@ def judge(figures: Mapping[str, Any], task: str, *, eos: bool) -> Verdict:
   good = read - bad
   if not read:
     return Verdict(NOT_USABLE, ["there is no record"], [])
-  if not good:
+  reasons: list[str] = []
+  flags, mended = check_pictures.orientation_flags(figures, reasons, _SPARED)
+  # What the flag mends is no fault of the data.
+  bad -= mended
+  if not good and not mended:
     return Verdict(
       NOT_USABLE, [f"every record is bad; is it data for {task}?"], []
     )
   if bad > _MAX_BAD * read:
-    reasons = [f"{_percent(bad, read)} of the records are bad: mend the data"]
-    return Verdict(NOT_USABLE, reasons, [])
+    reason = f"{_percent(bad, read)} of the records are bad: mend the data"
+    return Verdict(NOT_USABLE, [reason], [])
   if 2 * figures["boxes_of_fractions"] > figures["boxes"]:
     reason = (
       "the boxes look like fractions of the picture; they must be pixels, x0,"
       " y0, x1, y1"
     )
     return Verdict(NOT_USABLE, [reason], [])
-  reasons: list[str] = []
-  flags = [*_length_flags(figures, reasons)]
+  reasons += check_pictures.picture_warnings(figures, _SPARED)
+  flags += _length_flags(figures, reasons)
   flags += _query_flags(figures, task, eos, reasons)
   missing = figures["without_target"] if figures["with_target"] else 0
   unusable = (bad + missing) / read
@@ -77,7 +82,7 @@ def judge(figures: Mapping[str, Any], task: str, *, eos: bool) -> Verdict:
     reasons.append(f"{unusable:.2%} of the records are bad or have no target")
     # Rounded up, with room for what was not read.
     flags.append(f"--config.data.max_bad_fraction={1.2 * unusable + 0.001:.3f}")
-  if not figures["with_target"]:
+  if not figures["with_target"] and good:
     reasons.append("no record has a target: good for prediction only")
   return Verdict(USABLE if flags else GOOD, reasons, flags)
 
@@ -96,8 +101,16 @@ def merge(verdicts: Mapping[str, Verdict]) -> Verdict:
   for verdict in verdicts.values():
     for flag in verdict.flags:
       name, value = flag.split("=")
-      if name not in largest or float(value) > float(largest[name]):
-        largest[name] = value
+      had = largest.setdefault(name, value)
+      if had == value:
+        continue
+      if not _is_number(value):
+        reason = (
+          f"one source needs {name}={had}, another {flag}; convert one of them"
+          " with narvl_jax.data.convert --image_size"
+        )
+        return Verdict(NOT_USABLE, [reason], [])
+      largest[name] = max(had, value, key=float)
   flags = [f"{name}={value}" for name, value in largest.items()]
   return Verdict(USABLE if flags else GOOD, [], flags)
 
@@ -180,7 +193,7 @@ def format_figures(
     text = f'{row["place"]} (id "{row["id"]}"): {row["error"]}'
     lines.append(f"  {escape(text)}")
   lines.append(_repeated(figures["repeated_ids"]))
-  lines += _picture_lines(figures)
+  lines += check_pictures.picture_lines(figures)
   lines += _text_lines(figures, settings)
   return "\n".join(lines)
 
@@ -204,26 +217,6 @@ def _repeated(repeated: Mapping[str, Any]) -> str:
     places = ", ".join(example["places"])
     text += "\n  " + escape(f'"{example["id"]}": {places}')
   return text
-
-
-def _picture_lines(figures: Mapping[str, Any]) -> list[str]:
-  lines = []
-  for name, unit in (("width", "pixels"), ("height", "pixels"), ("bytes", "")):
-    spread = figures["pictures"][name]
-    if spread:
-      lines.append(
-        f"picture {name:<6} min {spread['min']:,.0f}, median"
-        f" {spread['median']:,.0f}, max {spread['max']:,.0f} {unit}".rstrip()
-      )
-  area = figures["box_area"]
-  if area:
-    lines += [
-      "boxes          x0, y0, x1, y1 in pixels of the original picture, from"
-      " its left upper corner",
-      f"box area       min {area['min']:.2%}, median {area['median']:.2%}, max"
-      f" {area['max']:.2%} of the picture",
-    ]
-  return lines
 
 
 def _text_lines(
@@ -324,6 +317,14 @@ def _fitting(lengths: Mapping[str, int], share: float) -> int:
     if seen >= share * total:
       return length
   return 0
+
+
+def _is_number(text: str) -> bool:
+  try:
+    float(text)
+  except ValueError:
+    return False
+  return True
 
 
 def _percent(count: int, total: int) -> str:

@@ -142,7 +142,9 @@ def test_mistakes_in_the_command(
   message: str,
 ) -> None:
   monkeypatch.chdir(tmp_path)
-  values: dict[str, Any] = dict.fromkeys(("config", "num_queries"))
+  values: dict[str, Any] = dict.fromkeys(
+    ("config", "num_queries", "exif_orientation")
+  )
   values |= dict.fromkeys(("task", "split", "vocabulary", "png", "json"), "")
   spec = [a for a in arguments if not a.startswith("--")]
   for argument in arguments:
