@@ -1,5 +1,6 @@
 """What every entry point shares: flags in, one line per mistake out."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -100,7 +101,8 @@ def run(
 
 def fail(message: str) -> NoReturn:
   """Prints `error: MESSAGE` as one line on stderr; exits with code 2."""
-  sys.stdout.flush()
+  with contextlib.suppress(BrokenPipeError):
+    sys.stdout.flush()
   show("error: " + " ".join(message.split()), file=sys.stderr)
   sys.exit(USER_ERROR_CODE)
 

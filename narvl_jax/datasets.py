@@ -19,21 +19,17 @@ def load_mixture(config: Config) -> list[MixtureEntry]:
   Raises:
     UserError: a source, a split or an option does not exist.
   """
-  return [
-    (
-      load_source(
-        entry.source,
-        task=entry.task,
-        split=entry.get("split", "train"),
-        exif_orientation=config.data.exif_orientation,
-        **dict(entry.get("options", {})),
-      ),
-      entry.task,
-      entry.get("weight", 1.0),
-      name,
-    )
-    for name, entry in config.data.train.items()
-  ]
+  mixture = []
+  for name, entry in config.data.train.items():
+    try:
+      source = _load(config, entry, entry.get("split", "train"))
+    except UserError as error:
+      raise UserError(
+        f"data.train.{name}: {error} (--config.data.train.{name}"
+        f"{recipe_hint(name, entry)})"
+      ) from error
+    mixture.append((source, entry.task, entry.get("weight", 1.0), name))
+  return mixture
 
 
 def load_dataset(config: Any, name: str, split: str) -> Sequence[Record]:
@@ -47,7 +43,10 @@ def load_dataset(config: Any, name: str, split: str) -> Sequence[Record]:
     raise UserError(
       f'data.evaluation has no "{name}".{did_you_mean(name, entries.keys())}'
     )
-  entry = entries[name]
+  return _load(config, entries[name], split)
+
+
+def _load(config: Config, entry: Any, split: str) -> Sequence[Record]:
   options = dict(entry.get("options", {}))
   return load_source(
     entry.source,
@@ -56,6 +55,22 @@ def load_dataset(config: Any, name: str, split: str) -> Sequence[Record]:
     exif_orientation=config.data.exif_orientation,
     **options,
   )
+
+
+def recipe_hint(name: str, entry: Any) -> str:
+  """Returns how an official recipe names the folder of its files.
+
+  Args:
+    name: of the entry.
+    entry: of `data.train` or `data.evaluation`.
+
+  Returns:
+    What goes behind the flag of a key; "" if the files are not a recipe's.
+  """
+  path = str(entry.get("options", {}).get("path"))
+  if not path.endswith(f"/{name}_{{split}}.tsv"):
+    return ""
+  return f", or --config=FILE.py:data=FOLDER for the folder of {name}_*.tsv"
 
 
 def relative_evaluation(config: Config) -> float:

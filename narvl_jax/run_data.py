@@ -9,7 +9,7 @@ from narvl_jax.data.example import Record
 from narvl_jax.data.mixture import Entry, Mixture
 from narvl_jax.data.tasks import Encoded, Task, check_num_queries
 from narvl_jax.data.tasks.base import required_queries
-from narvl_jax.datasets import MixtureEntry, load_dataset
+from narvl_jax.datasets import MixtureEntry, load_dataset, recipe_hint
 from narvl_jax.errors import UserError
 from narvl_jax.experiment import Experiment
 from narvl_jax.training.constrained import (
@@ -54,9 +54,10 @@ def check_evaluation(config: Config) -> None:
       try:
         load_dataset(config, name, split)
       except UserError as error:
+        hint = recipe_hint(name, config.data.evaluation[name])
         raise UserError(
           f'data.evaluation.{name} with {key}="{split}": {error}'
-          f" (--config.{key})"
+          f" (--config.{key}{hint})"
         ) from error
   tasks = [entry.task for entry in config.data.evaluation.values()]
   check_best_metric(config.evaluation.best_metric, tasks)

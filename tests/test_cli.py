@@ -201,8 +201,8 @@ _CASES: dict[str, tuple[list[str], str, str]] = {
       "--workdir=run",
       "--config.data.train.vqa.source=shap",
     ],
-    'Unknown source "shap". Did you mean "shapes"?',
-    "",
+    'data.train.vqa: Unknown source "shap". Did you mean "shapes"?',
+    "(--config.data.train.vqa)",
   ),
   "rules": (
     [

@@ -234,6 +234,20 @@ def test_a_run_finds_its_files(
   assert longest <= config.data.max_text_length
 
 
+def test_missing_files_name_the_folder_that_was_given(tmp_path: pathlib.Path):
+  config = _config("refcoco", f"data={tmp_path / 'no'}")
+  hint = r"or --config=FILE.py:data=FOLDER for the folder of refcoco_\*\.tsv\)$"
+  with pytest.raises(
+    UserError,
+    match=r'^data\.train\.refcoco: ofa_tsv: there is no file ".*/no/refcoco_tr'
+    r'ain.tsv" .* no folder ".*/no" either\. \(--config\.data\.train\.refcoco, '
+    + hint,
+  ):
+    load_mixture(config)
+  with pytest.raises(UserError, match=r"^data\.evaluation\.refcoco .*" + hint):
+    run_data.check_evaluation(config)
+
+
 @pytest.mark.parametrize("name", SPLITS)
 def test_every_official_split_can_be_evaluated(
   name: str, tmp_path: pathlib.Path

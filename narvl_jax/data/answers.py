@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import pickle
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -250,6 +251,9 @@ def main(argv: Sequence[str]) -> None:
   if not target.parent.is_dir():
     raise UserError(f'--to="{target}" lies in no folder; create it first')
   check_file("--to", target)
+  note = sources.unused_split(argv[1], options.split)
+  if note:
+    show(f"note: {note}", file=sys.stderr)
   source = sources.open_source(argv[1], task=options.task, split=options.split)
   task = options.task or getattr(source, "task", "") or source[0].task
   counts = collect_answers(source, task, max_examples=options.max_examples)

@@ -123,6 +123,9 @@ def open_spec(
   Raises:
     UserError: it cannot be opened, or its task is not known.
   """
+  note = sources.unused_split(spec, split)
+  if note:
+    show(f"note: {note}", file=sys.stderr)
   source = sources.open_source(
     spec, task=task, split=split, exif_orientation=exif_orientation
   )

@@ -181,7 +181,11 @@ def convert(
   if done is not None:
     tell(f"{folder} is complete: {done.records} records")
     return done
-  with _written(folder), _progress_folder(folder, job, origin) as progress:
+  with (
+    _written(folder),
+    _progress_folder(folder, job, origin) as progress,
+    _nothing_left_over(progress, job, shared=write is not None),
+  ):
     notes = _kept_notes(progress, folder, job, max(num_workers, 1))
     if notes:
       tell(f"{len(notes)} of {job.num_shards} shards are there already")
@@ -285,19 +289,22 @@ def _check_settings(
     old = had.get(key)
     if key == "source":
       value = _as_comparable(old, value)
-    if old == value:
+    found = list(_differences(key, old, value))
+    if not found:
       continue
-    while isinstance(value, dict) and isinstance(old, dict):
-      part = next(k for k in [*value, *old] if old.get(k) != value.get(k))
-      key, old, value = f"{key}.{part}", old.get(part), value.get(part)
-    if key == "source.fingerprint":
+    path, old, new = found[0]
+    if path == "source.fingerprint":
       raise UserError(
         f'the source changed since "{folder}" was begun; set --to to a new'
         " folder, or remove the old one"
       )
+    begun = f"with {path}={old!r}" if old is not None else f"without {path}"
+    now = repr(new) if new is not None else "none"
+    more = ", ".join(path for path, *_ in found[1:])
     raise UserError(
-      f'"{folder}" was begun with {key}={old!r}, this command has {value!r};'
-      " set --to to a new folder, or remove the old one"
+      f'"{folder}" was begun {begun}, this command has {now}'
+      + (f" (other differences: {more})" if more else "")
+      + "; set --to to a new folder, or remove the old one"
     )
 
 
@@ -307,6 +314,22 @@ def _as_comparable(old: Any, wanted: dict[str, Any]) -> dict[str, Any]:
   if not isinstance(old, dict) or _CONTENT_MARK in str(old.get("fingerprint")):
     return wanted
   return {**wanted, "fingerprint": fingerprint.split(_CONTENT_MARK)[0]}
+
+
+def _differences(
+  key: str, old: Any, new: Any
+) -> Iterator[tuple[str, Any, Any]]:
+  """Yields the keys of which one of two values differs, and both."""
+  if old == new:
+    return
+  if not isinstance(new, dict) and not isinstance(old, dict):
+    yield key, old, new
+    return
+  # One may lack the section that the other has.
+  before = old if isinstance(old, dict) else {}
+  after = new if isinstance(new, dict) else {}
+  for part in {**after, **before}:
+    yield from _differences(f"{key}.{part}", before.get(part), after.get(part))
 
 
 @contextlib.contextmanager
@@ -346,6 +369,28 @@ def _progress_folder(
     for file in progress.glob("*.tmp"):
       file.unlink(missing_ok=True)
     yield progress
+
+
+@contextlib.contextmanager
+def _nothing_left_over(
+  progress: pathlib.Path, job: Job, *, shared: bool
+) -> Iterator[None]:
+  """Empties the folder if the body fails before a shard was completed.
+
+  Otherwise a command with the right settings, such as another task, would be
+  refused. Where others write as well (`shared`) everything stays.
+  """
+  try:
+    yield
+  except BaseException:
+    if not shared and not any(progress.glob("[0-9]*.json")):
+      folder = progress.parent
+      for file in folder.glob(f"*{FORMATS[job.format].suffix}"):
+        file.unlink(missing_ok=True)
+      shutil.rmtree(progress, ignore_errors=True)
+      with contextlib.suppress(OSError):
+        folder.rmdir()
+    raise
 
 
 def _kept_notes(

@@ -2,6 +2,7 @@
 
 import functools
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -88,6 +89,9 @@ class DevicePrefetcher:
     names: tuple[str, ...],
     batch_size: int | None,
   ) -> None:
+    # Ctrl-C is for the main thread. Processes that this one starts inherit the
+    # mask: the signal would otherwise end them while they still import.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
       for batch in batches:
         chosen = {name: batch[name] for name in names}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from narvl_jax.data import manifest
+from narvl_jax.data import conversion, manifest
 from narvl_jax.errors import UserError
 from tests.data.converting import (
   COMMAND,
@@ -146,7 +146,7 @@ def test_shards_that_are_kept_are_checked(
     ({"limit": 11}, "begun with source.records=12, this command has 11"),
     (
       {"options": {"image_size": 64}},
-      "begun with source.options.image_size=None, this command has 64",
+      "begun without source.options.image_size, this command has 64",
     ),
   ],
 )
@@ -215,3 +215,56 @@ def test_unknown_shards_are_not_overwritten(tmp_path: pathlib.Path) -> None:
   with pytest.raises(UserError, match="of unknown origin; set --to"):
     convert(tmp_path)
   assert path.read_text() == "mine"
+
+
+def test_only_what_differs_is_named():
+  had = {
+    "source": {
+      "fingerprint": "",
+      "options": {"a": 1, "b": [2]},
+      "decoding": {"x": 1},
+    }
+  }
+  wanted = {
+    "source": {"fingerprint": "", "options": {"a": 1, "b": [3]}, "teacher": "t"}
+  }
+  with pytest.raises(
+    UserError,
+    match=r'"f" was begun with source\.options\.b=\[2\], this command has \[3\]'
+    r" \(other differences: source\.teacher, source\.decoding\.x\); set --to",
+  ):
+    conversion._check_settings(pathlib.Path("f"), had, wanted)
+  with pytest.raises(
+    UserError, match=r"begun without source\.teacher, this command has 't';"
+  ):
+    conversion._check_settings(
+      pathlib.Path("f"),
+      {"source": {"fingerprint": ""}},
+      {"source": {"fingerprint": "", "teacher": "t"}},
+    )
+  with pytest.raises(
+    UserError, match=r"begun with source\.decoding\.x=1, this command has none;"
+  ):
+    conversion._check_settings(
+      pathlib.Path("f"),
+      {"source": {"fingerprint": "", "decoding": {"x": 1}}},
+      {"source": {"fingerprint": ""}},
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_wrong_task_leaves_nothing(
+  tmp_path: pathlib.Path, num_workers: int
+) -> None:
+  path = str(write_jsonl(tmp_path, 8))
+  folder = tmp_path / "new" / "out"
+  with pytest.raises(UserError):
+    convert(folder, path, task="vqa", shards=4, num_workers=num_workers)
+  assert not folder.exists()
+  # What was there before stays.
+  folder.mkdir(parents=True)
+  (folder / "notes.txt").write_text("mine")
+  with pytest.raises(UserError):
+    convert(folder, path, task="vqa", shards=4)
+  assert [x.name for x in folder.iterdir()] == ["notes.txt"]
+  convert(folder, path, limit=0, shards=4)

@@ -50,3 +50,43 @@ def test_locate() -> None:
 
   assert sources.locate(NumberSource("vqa", 3), 2) == "record 2"  # pyright: ignore
   assert sources.locate(Located("vqa", 3), 2) == "file row 3"  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+  ("suffix", "command"),
+  [
+    (".gz", "gunzip -k"),
+    (".bz2", "bunzip2 -k"),
+    (".xz", "unxz -k"),
+    (".zst", "unzstd"),
+    (".zip", "unzip"),
+  ],
+)
+def test_compressed_files_are_to_be_unpacked(
+  tmp_path: pathlib.Path, suffix: str, command: str
+) -> None:
+  path = tmp_path / f"vqa.tsv{suffix}"
+  path.write_bytes(b"\x1f\x8b")
+  message = (
+    rf"vqa.tsv{suffix}\" is compressed; records are read in any order, so"
+    rf" unpack it first: {command} {path}, and give {path.with_suffix('')}$"
+  )
+  with pytest.raises(UserError, match=message):
+    sources.open_source(str(path), task="vqa")
+  with pytest.raises(UserError, match=message):
+    sources.load_source("ofa_tsv", task="vqa", split="train", path=str(path))
+
+
+def test_a_split_that_changes_nothing() -> None:
+  assert sources.unused_split("a.tsv", "val") == (
+    '--split=val changes nothing: "a.tsv" is one file for all splits; write'
+    " {split} where its name has the split"
+  )
+  assert sources.unused_split("a.jsonl", "val")
+  for spec, split in (
+    ("a.tsv", ""),
+    ("a_{split}.tsv", "val"),
+    ("shapes", "test"),
+    ("tfds:coco", "val"),
+  ):
+    assert sources.unused_split(spec, split) == ""

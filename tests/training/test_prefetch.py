@@ -1,6 +1,10 @@
 """Batches on the devices ahead of their use."""
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -125,3 +129,31 @@ def test_batches_from_any_position():
           batches.get()["rows"], _batch(position)["rows"]
         )
   assert [source.closed for source in opened] == [1, 1, 1]
+
+
+def test_ctrl_c_does_not_reach_processes_that_prepare_batches():
+  """They inherit the mask of the thread, also while they import."""
+  program = (
+    "import signal, sys, time; print('begun', flush=True); time.sleep(60)"
+  )
+  found = []
+
+  def batches():
+    with subprocess.Popen(
+      [sys.executable, "-c", program],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    ) as child:
+      assert child.stdout is not None
+      child.stdout.readline()
+      os.kill(child.pid, signal.SIGINT)
+      time.sleep(0.2)
+      found.append(child.poll())
+      child.kill()
+      found.append(child.communicate()[1])
+    yield _batch(0)
+
+  with DevicePrefetcher(batches(), make_mesh(), ("rows",)) as prefetcher:
+    prefetcher.get()
+  assert found == [None, ""]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from narvl_jax.data.example import Record
+from narvl_jax.data.sources.files import check_uncompressed
 from narvl_jax.errors import UserError, did_you_mean
 
 # name: module and class; imported when first asked for.
@@ -83,6 +84,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
   if spec.startswith("tfds:"):
     return "tfds", {"name": spec.removeprefix("tfds:")}
   path = pathlib.Path(spec)
+  check_uncompressed(spec)
   if path.suffix in _SOURCE_OF_SUFFIX:
     return _SOURCE_OF_SUFFIX[path.suffix], {"path": spec}
   if (path / MANIFEST).exists():
@@ -114,6 +116,22 @@ def open_source(
   default = "" if name == "array_record" else "train"
   return load_source(
     name, task=task, split=split or default, **{**found, **options}
+  )
+
+
+def unused_split(spec: str, split: str) -> str:
+  """Returns a sentence if a split that a command was given changes nothing.
+
+  Args:
+    spec: see `parse_spec`.
+    split: of the command line, "" if there was none.
+  """
+  name, _ = parse_spec(spec)
+  if not split or name not in _SOURCE_OF_SUFFIX.values() or "{split}" in spec:
+    return ""
+  return (
+    f'--split={split} changes nothing: "{spec}" is one file for all splits;'
+    " write {split} where its name has the split"
   )
 
 

@@ -9,6 +9,14 @@ from typing import Any
 
 from narvl_jax.errors import UserError, did_you_mean
 
+# Ending of a compressed file -> what unpacks it.
+_UNPACK = {
+  ".gz": "gunzip -k",
+  ".bz2": "bunzip2 -k",
+  ".xz": "unxz -k",
+  ".zst": "unzstd",
+  ".zip": "unzip",
+}
 # str, several, or split -> str or several.
 PathOption = str | Sequence[str] | Mapping[str, Any] | None
 
@@ -63,6 +71,21 @@ def with_home(name: str) -> pathlib.Path:
   )
 
 
+def check_uncompressed(name: str) -> None:
+  """Checks that the name of a file is not that of a compressed one.
+
+  Raises:
+    UserError: it is; with the command that unpacks it.
+  """
+  path = pathlib.Path(name)
+  command = _UNPACK.get(path.suffix)
+  if command is not None:
+    raise UserError(
+      f'"{name}" is compressed; records are read in any order, so unpack it'
+      f" first: {command} {name}, and give {path.with_suffix('')}"
+    )
+
+
 def _expand(name: str, split: str, source: str) -> list[pathlib.Path]:
   if "://" in name:
     raise UserError(
@@ -76,13 +99,13 @@ def _expand(name: str, split: str, source: str) -> list[pathlib.Path]:
       f" pattern such as {name.rstrip('/')}/*"
     )
   if path.exists():
+    check_uncompressed(name)
     return [path]
   found = sorted(glob.glob(str(path)))
   if found:
     return [pathlib.Path(file) for file in found]
   raise UserError(
     f'{source}: there is no file "{name}" (split "{split}").{_near(path)}'
-    " Set options.path or the split"
   )
 
 
