@@ -28,6 +28,7 @@ attempt() {
   local port=${FLAG[port]} process
   if ((port == 0)); then port=$(free_port); fi
   stage "start ${FLAG[processes]} processes, attempt $ATTEMPT"
+  make_secret
   is_on dry_run && quote mkdir -p "${FLAG[log_dir]}"
   PIDS=()
   TRAINING=yes

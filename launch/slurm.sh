@@ -81,6 +81,7 @@ attempt() {
   local code=0 first
   stage "start ${FLAG[nodes]} x ${FLAG[processes_per_node]} processes," \
     "attempt $ATTEMPT"
+  make_secret # srun hands the environment on.
   run mkdir -p "${FLAG[log_dir]}"
   TRAINING=yes
   run_srun || code=$?

@@ -74,11 +74,15 @@ new_workload() {
     image=("--base-docker-image=${FLAG[base_docker_image]}" --script-dir=.)
     command="python -m pip install --quiet -e . 'jax[tpu]' && $command"
   fi
+  make_secret
+  run mkdir -p "${FLAG[log_dir]}"
+  # A name without a value: xpk takes that from its own environment.
+  run_line "echo NARVL_CLUSTER_SECRET >$(quote "${FLAG[log_dir]}/environment")"
   # xpk repeats after 42 and 127 to 255; 1 is what a failed training ends with.
   run xpk workload create "${PLACE[@]}" "--workload=$WORKLOAD" \
     "--tpu-type=${FLAG[tpu_type]}" "--num-slices=${FLAG[num_slices]}" \
     "${image[@]}" "--max-restarts=${FLAG[retries]}" \
-    --restart-on-exit-codes=1 \
+    --restart-on-exit-codes=1 "--env-file=${FLAG[log_dir]}/environment" \
     "--termination-grace-period-seconds=${FLAG[grace_seconds]}" \
     "--command=$command"
 }

@@ -154,6 +154,22 @@ need() {  # PROGRAM HOW_TO_GET_IT
   die "no program \"$1\" on the PATH; $2"
 }
 
+# ---- The secret ----
+
+# By this the processes of a run know each other at the start. It goes through
+# the environment or a file that only its owner can read: command lines are
+# shown by `ps` and printed in logs.
+make_secret() {
+  if is_on dry_run; then
+    cat <<'END'
+export NARVL_CLUSTER_SECRET=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+END
+  elif [[ -z ${NARVL_CLUSTER_SECRET-} ]]; then
+    NARVL_CLUSTER_SECRET=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+    export NARVL_CLUSTER_SECRET
+  fi
+}
+
 # ---- Running commands ----
 
 say() { printf '[%5ds] %s\n' "$SECONDS" "$*"; }

@@ -50,6 +50,11 @@ show() {  # What training prints, until it ends.
 
 supervise() {  # ARGUMENTS of narvl_jax.train
   local code=0
+  # It came with the code, as command lines can be seen by others.
+  if [[ -e cluster_secret ]]; then
+    NARVL_CLUSTER_SECRET=$(<cluster_secret)
+    export NARVL_CLUSTER_SECRET
+  fi
   echo $$ >"$attempt/supervisor"
   .venv/bin/python -m narvl_jax.train "$@" >>"$state/train.log" 2>&1 &
   echo $! >"$attempt/pid.new"

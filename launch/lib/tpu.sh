@@ -41,10 +41,15 @@ copy_code() {
   local archive=${FLAG[log_dir]}/narvl_jax.tar.gz
   stage "copy the code to all hosts"
   run mkdir -p "${FLAG[log_dir]}"
+  make_secret
+  # Both files hold the secret.
+  run_line "(umask 077 && printf %s \"\$NARVL_CLUSTER_SECRET\"\
+ >$(quote "${FLAG[log_dir]}/cluster_secret") && : >$(quote "$archive"))" ||
+    return 1
   run tar --exclude=./.git --exclude=./runs --exclude=./launch_logs \
     --exclude="./${FLAG[log_dir]}" --exclude='./.venv*' \
     --exclude=__pycache__ --exclude='*.egg-info' --exclude='./.*_cache' \
-    -czf "$archive" . || return 1
+    -czf "$archive" . -C "${FLAG[log_dir]}" cluster_secret || return 1
   run "${GCLOUD[@]}" scp "$archive" "$NAME:narvl_jax.tar.gz" \
     "${PLACE[@]}" "${ALL[@]}" --quiet &&
     on_all_hosts "rm -rf narvl_jax/narvl_jax && mkdir -p narvl_jax &&\

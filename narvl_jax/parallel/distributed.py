@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from narvl_jax.errors import UserError
 from narvl_jax.parallel.comparison import describe_differences
-from narvl_jax.parallel.rendezvous import is_local, meet
+from narvl_jax.parallel.rendezvous import SECRET_VARIABLE, is_local, meet
 from narvl_jax.parallel.slurm import expand_nodes
 
 # --help of a command shows only flags of its own, which these are to be.
@@ -228,7 +228,14 @@ def initialize(
   Raises:
     UserError: on every host: one is missing, or not the same.
   """
+  secret = os.environ.get(SECRET_VARIABLE) or None
   _print_checklist(cluster, say)
+  if secret is None:
+    say(
+      f"note: {SECRET_VARIABLE} is not set, so processes are believed without"
+      " proof that they belong to this run; set it to the same random text on"
+      " all hosts where others can reach the coordinator's port"
+    )
   _host_names[:] = meet(
     cluster.coordinator_address,
     cluster.num_processes,
@@ -237,6 +244,7 @@ def initialize(
     timeout=cluster.start_timeout,
     compare=describe_differences,
     say=say,
+    secret=secret,
   )
   # It would take SIGTERM away from us; see `notices` for what we do instead.
   jax.config.update("jax_enable_preemption_service", False)

@@ -6,24 +6,28 @@ but where a process is missing it ends every other with an abort that names
 nobody.
 """
 
-import json
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from narvl_jax.errors import UserError
+from narvl_jax.parallel.gathering import Gathering
+from narvl_jax.parallel.messages import (
+  Message,
+  decode,
+  encode,
+  is_signed,
+  make_nonce,
+  read_line,
+)
 
-# What a process says of itself: see `meet`.
-Hello = dict[str, Any]
+SECRET_VARIABLE = "NARVL_CLUSTER_SECRET"
 
+_MIN_SECRET = 16
 _POLL_SECONDS = 0.5
-# Who connects speaks at once; what does not is no process of ours.
-_HELLO_SECONDS = 5.0
+_SEND_SECONDS = 5.0
 # How much longer than process 0 the others wait, for it says what is missing.
 _GRACE_SECONDS = 10.0
-_PROGRESS_SECONDS = 30.0
-_MAX_BYTES = 1 << 22
 
 
 def meet(
@@ -35,6 +39,7 @@ def meet(
   timeout: float,
   compare: Callable[[list[Mapping[str, str]], list[str]], str | None],
   say: Callable[[str], None],
+  secret: str | None = None,
 ) -> list[str]:
   """Waits for all processes and has process 0 compare them.
 
@@ -43,9 +48,11 @@ def meet(
     num_processes: how many there are.
     process_id: which one this is.
     facts: of this process, that should be the same in all.
-    timeout: seconds to wait for the others.
+    timeout: seconds to wait for the others, whatever strangers send.
     compare: (facts, host names), both by process, -> what differs, or None.
     say: prints a line.
+    secret: known to all processes, which then prove it to each other; None
+      believes whoever connects.
 
   Returns:
     The host names by process.
@@ -53,6 +60,12 @@ def meet(
   Raises:
     UserError: in every process: one is missing, there twice, or differs.
   """
+  if secret is not None and len(secret) < _MIN_SECRET:
+    raise UserError(
+      f"{SECRET_VARIABLE} has {len(secret)} characters, so it could be"
+      f" guessed; use {_MIN_SECRET} or more, as `openssl rand -hex 16` makes"
+      " them"
+    )
   hello = {
     "process_id": process_id,
     "num_processes": num_processes,
@@ -60,12 +73,13 @@ def meet(
     "facts": dict(facts),
   }
   if process_id:
-    return _ask(address, hello, timeout)
+    return _ask(address, hello, timeout, secret)
   with _listen(address) as listener:
-    gathering = _Gathering(hello, num_processes)
+    gathering = Gathering(hello, num_processes, secret, say)
     try:
-      gathering.wait(listener, timeout, say)
-      hellos = [gathering.hellos[i] for i in range(num_processes)]
+      gathering.wait(listener, timeout)
+      here = gathering.hellos
+      hellos = [here[i] for i in range(num_processes)]
       names = [hello["host"] for hello in hellos]
       difference = compare([hello["facts"] for hello in hellos], names)
       if difference:
@@ -122,156 +136,69 @@ def _free_port() -> int:
     return server.getsockname()[1]
 
 
-class _Gathering:
-  """What process 0 knows of the others while it waits."""
-
-  def __init__(self, own: Hello, num_processes: int) -> None:
-    self.hellos: dict[int, Hello] = {0: own}
-    self._count = num_processes
-    self._connections: dict[int, socket.socket] = {}
-
-  def wait(
-    self, listener: socket.socket, timeout: float, say: Callable[[str], None]
-  ) -> None:
-    """Returns when all are there.
-
-    Raises:
-      UserError: some did not come, or do not fit.
-    """
-    deadline = time.monotonic() + timeout
-    spoken = time.monotonic()
-    while self._missing():
-      if time.monotonic() > deadline:
-        raise UserError(
-          f"{self._describe_missing()} did not come within {timeout:g} s, of"
-          f" {self._count}: check that it was started and reaches the"
-          " coordinator (the list above), or raise --start_timeout"
-        )
-      if time.monotonic() > spoken + _PROGRESS_SECONDS:
-        spoken = time.monotonic()
-        say(f"still waiting for {self._describe_missing()}")
-      listener.settimeout(_POLL_SECONDS)
-      try:
-        connection, _ = listener.accept()
-      except TimeoutError:
-        self._drop_lost()
-        continue
-      self._receive(connection)
-      if not self._missing():
-        self._drop_lost()
-
-  def answer(self, value: Mapping[str, Any]) -> None:
-    """Tells all that came."""
-    for connection in self._connections.values():
-      _send(connection, value)
-
-  def close(self) -> None:
-    """Lets all go."""
-    for connection in self._connections.values():
-      connection.close()
-
-  def _missing(self) -> list[int]:
-    return [i for i in range(self._count) if i not in self.hellos]
-
-  def _describe_missing(self) -> str:
-    missing = self._missing()
-    shown = ", ".join(map(str, missing[:8]))
-    if len(missing) > 8:
-      shown += f" and {len(missing) - 8} more"
-    return f"process {shown}" if len(missing) == 1 else f"processes {shown}"
-
-  def _receive(self, connection: socket.socket) -> None:
-    hello = _read(connection, _HELLO_SECONDS)
-    if hello is None or not {"process_id", "num_processes", "host"} <= {*hello}:
-      connection.close()
-      return
-    self._drop_lost()
-    problem = self._problem(hello)
-    if problem:
-      _send(connection, {"error": problem})
-      connection.close()
-      raise UserError(problem)
-    self.hellos[hello["process_id"]] = hello
-    self._connections[hello["process_id"]] = connection
-
-  def _problem(self, hello: Hello) -> str | None:
-    number, host = hello["process_id"], hello["host"]
-    if hello["num_processes"] != self._count:
-      return (
-        f"process {number} ({host}) has"
-        f" --num_processes={hello['num_processes']}, process 0"
-        f" ({self.hellos[0]['host']}) has --num_processes={self._count}; give"
-        " all the same"
-      )
-    if number in self.hellos:
-      missing = self._missing()
-      near = f" --process_id={missing[0]}" if missing else ""
-      return (
-        f"two processes have --process_id={number}: on"
-        f" {self.hellos[number]['host']} and on {host}; give one of them"
-        f"{near or ' another'}"
-      )
-    return None
-
-  def _drop_lost(self) -> None:
-    """Forgets processes that came and ended."""
-    for number, connection in list(self._connections.items()):
-      connection.setblocking(False)
-      try:
-        lost = not connection.recv(1, socket.MSG_PEEK)
-      except BlockingIOError:
-        lost = False
-      except OSError:
-        lost = True
-      if lost:
-        connection.close()
-        del self._connections[number], self.hellos[number]
-
-
-def _ask(address: str, hello: Hello, timeout: float) -> list[str]:
+def _ask(
+  address: str, hello: Message, timeout: float, secret: str | None
+) -> list[str]:
   """Tells process 0 of this one and waits for its answer."""
-  host, port = address.rsplit(":", 1)
   deadline = time.monotonic() + timeout + _GRACE_SECONDS
-  answer, why = None, ""
-  while answer is None:
-    left = deadline - time.monotonic()
-    if left <= (0 if not why else _GRACE_SECONDS):
-      raise UserError(
-        f"process {hello['process_id']} ({hello['host']}) cannot reach process"
-        f" 0 at {address} within {timeout:g} s ({why}): check that process 0"
-        " was started, --coordinator_address, the port and the firewall, or"
-        " raise --start_timeout"
-      )
+  why = ""
+  while deadline - time.monotonic() > (_GRACE_SECONDS if why else 0):
     try:
-      with socket.create_connection((host.strip("[]"), int(port)), 5) as link:
-        why = "it does not answer"
-        _send(link, hello)
-        answer = _read(link, max(deadline - time.monotonic(), 0.1))
-        if answer is None:
-          time.sleep(_POLL_SECONDS)
+      return _ask_once(address, hello, deadline, secret)
     except OSError as error:
       why = error.strerror or str(error)
       time.sleep(_POLL_SECONDS)
+  raise UserError(
+    f"process {hello['process_id']} ({hello['host']}) cannot reach process"
+    f" 0 at {address} within {timeout:g} s ({why}): check that process 0"
+    " was started, --coordinator_address, the port and the firewall, or"
+    " raise --start_timeout"
+  )
+
+
+def _ask_once(
+  address: str, hello: Message, deadline: float, secret: str | None
+) -> list[str]:
+  """Returns the host names that process 0 tells.
+
+  Raises:
+    OSError: it cannot be reached, ended, or is no such process.
+    UserError: it reports a mistake, or only one of the two knows the secret.
+  """
+  host, port = address.rsplit(":", 1)
+  with socket.create_connection((host.strip("[]"), int(port)), 5) as link:
+    challenge = decode(read_line(link, min(deadline, time.monotonic() + 10)))
+    if challenge is None or not isinstance(challenge.get("nonce"), str):
+      raise OSError("it answers something else")
+    own = f"process {hello['process_id']} ({hello['host']})"
+    if secret is not None and not challenge.get("signed"):
+      raise UserError(
+        f"process 0 at {address} was started without {SECRET_VARIABLE}, {own}"
+        " with it; set it to the same value on all hosts"
+      )
+    nonces = (challenge["nonce"], make_nonce())
+    link.settimeout(_SEND_SECONDS)
+    link.sendall(encode(hello | {"nonce": nonces[1]}, secret, "hello", *nonces))
+    answer = decode(read_line(link, deadline))
+  if answer is None:
+    raise OSError("it answers something else")
+  if "refused" in answer:
+    # Anybody can write this, but nobody gains by it.
+    why = f"it refused this one: {str(answer['refused'])[:200]}"
+    if answer.get("final") is not True:
+      raise OSError(why)
+    raise UserError(
+      f"process 0 at {address} does not accept {own}, {why}; set"
+      f" {SECRET_VARIABLE} to the same value on all hosts"
+    )
+  if not is_signed(answer, secret, "answer", *nonces):
+    raise UserError(
+      f"who answers at {address} does not know {SECRET_VARIABLE}; set it to"
+      " the same value on all hosts, or use another port"
+    )
   if "error" in answer:
-    raise UserError(answer["error"])
-  return answer["names"]
-
-
-def _send(connection: socket.socket, value: Mapping[str, Any]) -> None:
-  """Sends a line of JSON; a receiver that is gone does not matter."""
-  try:
-    connection.settimeout(_HELLO_SECONDS)
-    connection.sendall(json.dumps(value).encode() + b"\n")
-  except OSError:
-    pass
-
-
-def _read(connection: socket.socket, timeout: float) -> dict[str, Any] | None:
-  """Returns what a line of JSON says, None if there is no such line."""
-  try:
-    connection.settimeout(timeout)
-    with connection.makefile("rb") as stream:
-      value = json.loads(stream.readline(_MAX_BYTES))
-  except (OSError, ValueError):
-    return None
-  return value if isinstance(value, dict) else None
+    raise UserError(str(answer["error"]))
+  names = answer.get("names")
+  if not isinstance(names, list) or len(names) != hello["num_processes"]:
+    raise OSError("it answers something else")
+  return [str(name) for name in names]

@@ -16,8 +16,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAMS = ("gcloud", "kubectl", "xpk", "srun", "sbatch", "scontrol", "python")
 TOOLS = """
-awk basename bash cat cp cut date dirname env grep gzip head mkdir mv nohup rm
-sed seq setsid sleep tail tar tee touch
+awk basename bash cat cp cut date dirname env grep gzip head mkdir mv nohup od
+rm sed seq setsid sleep tail tar tee touch tr
 """
 # Arguments that every layer of quoting has to leave alone.
 TRAIN_ARGS = [
@@ -116,6 +116,10 @@ class Launcher:
 
   def events(self) -> list[list[str]]:
     return self._lines("events.jsonl")
+
+  def secrets(self) -> list[list[str]]:
+    """Returns (who, secret) of each process that trained."""
+    return self._lines("secrets.jsonl")
 
   def wait_for(self, *events: list[str]) -> None:
     """Waits until the stand-ins reported these events."""

@@ -58,6 +58,7 @@ def train() -> None:
     if argument.startswith("--process_id="):
       who = argument.removeprefix("--process_id=")
   rule = follow_plan() or {}
+  record("secrets.jsonl", [who, os.environ.get("NARVL_CLUSTER_SECRET")])
 
   def on_term(number: int, frame: object) -> None:
     del number, frame
@@ -205,6 +206,8 @@ def kubectl() -> None:
 
 def xpk() -> None:
   rule = follow_plan() or {}
+  if "create" in ARGUMENTS:
+    record("secrets.jsonl", ["xpk", os.environ.get("NARVL_CLUSTER_SECRET")])
   if "delete" in ARGUMENTS:
     open(f"{HERE}/deleted", "w").close()
   sys.exit(rule.get("code", 0))

@@ -1,0 +1,119 @@
+"""What processes tell each other at the start, and how they prove who they are.
+
+A message is one line of JSON. With a shared secret it carries an HMAC of its
+content and of the random numbers that both ends chose for this connection, so
+that neither the secret travels nor an old message is worth anything.
+"""
+
+import hashlib
+import hmac
+import json
+import secrets
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any
+
+Message = dict[str, Any]
+
+# The facts of a process are about 10 kB.
+MAX_BYTES = 1 << 20
+_MAX_HOST_NAME = 255
+
+
+def make_nonce() -> str:
+  """Returns a random number that is used once."""
+  return secrets.token_hex(16)
+
+
+def encode(
+  message: Mapping[str, Any], secret: str | None, *context: str
+) -> bytes:
+  """Returns a message as a line, signed if there is a secret.
+
+  Args:
+    message: what JSON can hold.
+    secret: shared by all processes, None without.
+    *context: what kind of message it is, and the nonces of both ends.
+  """
+  signed = dict(message)
+  if secret is not None:
+    signed["mac"] = _mac(message, secret, context)
+  return json.dumps(signed).encode() + b"\n"
+
+
+def is_signed(message: Message, secret: str | None, *context: str) -> bool:
+  """Returns whether a message comes from who knows the secret."""
+  if secret is None:
+    return True
+  given = message.get("mac")
+  content = {key: value for key, value in message.items() if key != "mac"}
+  return isinstance(given, str) and hmac.compare_digest(
+    given.encode("utf-8", "replace"), _mac(content, secret, context).encode()
+  )
+
+
+def decode(line: bytes) -> Message | None:
+  """Returns what a line says, None if it is no message."""
+  try:
+    value = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  return value if isinstance(value, dict) else None
+
+
+def what_is_wrong(hello: Message | None) -> str | None:
+  """Returns why a message is no hello of a process, None if it is one."""
+  if hello is None:
+    return "it sent no hello of such a process"
+  for name in ("process_id", "num_processes"):
+    value = hello.get(name)
+    if type(value) is not int or not 0 <= value < 1 << 31:
+      return f"its hello has no proper {name}"
+  host = hello.get("host")
+  if (
+    not isinstance(host, str)
+    or not 0 < len(host) <= _MAX_HOST_NAME
+    or not host.isprintable()
+  ):
+    return "its hello has no proper host"
+  facts = hello.get("facts")
+  if not isinstance(facts, dict) or not all(
+    isinstance(value, str) for value in facts.values()
+  ):
+    return "its hello has no proper facts"
+  return None
+
+
+def read_line(connection: socket.socket, deadline: float) -> bytes:
+  """Returns the next line, however slowly it comes.
+
+  Args:
+    connection: which nothing was read from behind that line.
+    deadline: in the time of `time.monotonic`.
+
+  Raises:
+    OSError: it did not come in time, is too long, or the other end is gone.
+  """
+  line = b""
+  while not line.endswith(b"\n"):
+    connection.settimeout(max(deadline - time.monotonic(), 0.01))
+    try:
+      # Not beyond the line: what follows belongs to the next message.
+      data = connection.recv(1 << 16, socket.MSG_PEEK)
+    except TimeoutError:
+      data = b""
+    if not data or time.monotonic() > deadline:
+      raise OSError("it does not answer")
+    end = data.find(b"\n") + 1
+    line += connection.recv(end or len(data))
+    if len(line) > MAX_BYTES:
+      raise OSError("its message is too long")
+  return line
+
+
+def _mac(
+  message: Mapping[str, Any], secret: str, context: tuple[str, ...]
+) -> str:
+  content = json.dumps([context, message], sort_keys=True)
+  return hmac.new(secret.encode(), content.encode(), hashlib.sha256).hexdigest()
