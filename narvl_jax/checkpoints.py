@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from absl import flags
 
-from narvl_jax import cli, common_flags
+from narvl_jax import cli, common_flags, progress
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.tables import format_columns
 from narvl_jax.terminal import show
@@ -85,7 +85,8 @@ def verify(workdir: pathlib.Path, step: str | int | None = None) -> str:
   steps = stored_steps(folder) if step is None else [_step(folder, step)]
   lines, damaged = [], []
   for number in steps:
-    damage = examine(folder / str(number))
+    with progress.doing(f"reading the checkpoint of step {number}"):
+      damage = examine(folder / str(number))
     if damage is None:
       digests = has_digests(folder / str(number))
       how = "every file" if digests else "every array; it has no digests"
@@ -120,7 +121,8 @@ def diff(first: pathlib.Path, second: pathlib.Path) -> str:
   Raises:
     UserError: one of them cannot be read.
   """
-  records = [_intact(place) for place in (first, second)]
+  with progress.doing("reading both checkpoints"):
+    records = [_intact(place) for place in (first, second)]
   ours, theirs = (record.leaves for record in records)
   rows = [("array", "shape", "max |a - b|", "|a - b| / |a|")]
   same = 0

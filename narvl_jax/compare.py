@@ -11,12 +11,14 @@ random weights at the resolutions of the official models.
 `narvl_jax/comparison/README.md` says what is measured and how to read it.
 """
 
+import contextlib
 import datetime
 import functools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import flax
@@ -24,7 +26,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from narvl_jax import cli, common_flags
+from narvl_jax import cli, common_flags, progress
 from narvl_jax.benchmarks import timing
 from narvl_jax.comparison import latency, random_weights, report, runs
 from narvl_jax.comparison.case import (
@@ -119,9 +121,9 @@ def compare(
   start = time.monotonic()
   result = _header(opened, size, batch_sizes, rounds, measure_latency)
   for task, make in cases.items():
-    say = functools.partial(_say, start, task)
-    say("models and pictures")
-    case = make()
+    stage = functools.partial(_stage, start, task)
+    with stage("models and pictures"):
+      case = make()
     entry = _entry(case)
     result["tasks"][task] = entry
     result["dtype"] = entry["facts"]["dtype"]
@@ -130,24 +132,27 @@ def compare(
       # A length that does not fit is told before anything is measured.
       curve = choose_lengths(case, lengths)
     if measure_quality:
-      _add_quality(entry, case, opened, split, max_examples, say)
+      _add_quality(entry, case, opened, split, max_examples, stage)
     if measure_latency:
-      _add_latency(entry, case, batch_sizes, rounds, say)
+      _add_latency(entry, case, batch_sizes, rounds, stage)
       # What has been measured outlives a later failure.
       _write(to, result)
       if curve:
-        say("times by length of the answer")
-        result["lengths"] = _curves(case, curve, beam_size, rounds)
+        with stage("times by length of the answer"):
+          result["lengths"] = _curves(case, curve, beam_size, rounds)
   show(report.format_report(result))
   for path in _write(to, result):
     show(f"wrote {path}")
   return result
 
 
-def _say(start: float, task: str, what: str) -> None:
-  """Says what is under way: compiling and searching take minutes."""
+@contextlib.contextmanager
+def _stage(start: float, task: str, what: str) -> Iterator[None]:
+  """Shows what is under way: compiling and searching take minutes."""
   seconds = time.monotonic() - start
   show(f"[{seconds:7.1f}s] {task}: {what}")
+  with progress.doing(f"{task}: {what}"):
+    yield
 
 
 def _cases(
@@ -265,15 +270,15 @@ def _add_quality(
   opened: dict[str, runs.Run],
   split: str,
   max_examples: int | None,
-  say: Callable[[str], None],
+  stage: Callable[[str], AbstractContextManager[None]],
 ) -> None:
   for way in case.ways:
     # Without a cache the answers are the same.
     if way.decoding is not None and way.label != UNCACHED:
-      say(f"answers of {way.label}")
-      entry["ways"][way.label]["quality"] = runs.quality(
-        opened[way.model], case.task, way, split, max_examples
-      )
+      with stage(f"answers of {way.label}"):
+        entry["ways"][way.label]["quality"] = runs.quality(
+          opened[way.model], case.task, way, split, max_examples
+        )
 
 
 def _add_latency(
@@ -281,13 +286,13 @@ def _add_latency(
   case: Case,
   batch_sizes: Sequence[int],
   rounds: int,
-  say: Callable[[str], None],
+  stage: Callable[[str], AbstractContextManager[None]],
 ) -> None:
   for size in batch_sizes:
-    say(f"times at batch {size}, {rounds} rounds")
-    times = latency.measure(
-      case.encoders, case.programs, case.batches(size, rounds), rounds=rounds
-    )
+    with stage(f"times at batch {size}, {rounds} rounds"):
+      times = latency.measure(
+        case.encoders, case.programs, case.batches(size, rounds), rounds=rounds
+      )
     for label, measured in times.items():
       way = entry["ways"][label]
       way.setdefault("latency", {})[str(size)] = measured

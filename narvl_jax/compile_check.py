@@ -18,7 +18,7 @@ import jax
 from absl import flags
 from ml_collections.config_flags import config_flags
 
-from narvl_jax import cli, common_flags
+from narvl_jax import cli, common_flags, progress
 from narvl_jax.disk import write_text
 from narvl_jax.json_output import (
   check_json_path,
@@ -208,7 +208,8 @@ def run(settings: Any, config: Any, name: str) -> None:
   topology = get_topology(settings.topology, settings.num_slices)
   slices = "" if topology.num_slices == 1 else f" x {topology.num_slices}"
   show(f"train step of {name} for {topology.name}{slices}")
-  check = check_train_step(config, topology)
+  with progress.doing("compiling the train step"):
+    check = check_train_step(config, topology)
   show(report(check))
   show(f"compiled in {check.seconds:.1f} s")
   write_json(settings.json, summary(check, name))
@@ -221,7 +222,8 @@ def run(settings: Any, config: Any, name: str) -> None:
     sys.exit(DOES_NOT_FIT_CODE)
   if not settings.predict:
     return
-  predict = check_predict_step(check)
+  with progress.doing("compiling the predict step"):
+    predict = check_predict_step(check)
   show(f"predict step, batch {predict_batch_size(predict.setup)}")
   show("\n".join(_memory_lines(predict)))
   seconds = 1e3 * (predict.compute_seconds or 0.0)

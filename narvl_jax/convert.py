@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from narvl_jax import cli, common_flags
+from narvl_jax import cli, common_flags, progress
 from narvl_jax.config import (
   Config,
   default_config,
@@ -96,7 +96,8 @@ def import_official(
   options = options or Options()
   if config is not None:
     options = with_config(options, config)
-  made = convert_official(source, options, ema=ema)
+  with progress.doing(f"converting {source}"):
+    made = convert_official(source, options, ema=ema)
   if config is not None:
     run_folder.check_size(made, config)
   words, section = run_folder.find_vocabulary(
@@ -106,8 +107,9 @@ def import_official(
   report = made.report
   report["vocabulary"] = words.fingerprint if words else None
   if check:
-    report["check"] = forward(made.config, made.variables)
-  run_folder.write_run(target, made, settings, words, report)
+    report["check"] = _forward(made.config, made.variables)
+  with progress.doing(f"writing {target}"):
+    run_folder.write_run(target, made, settings, words, report)
   return report
 
 
@@ -153,12 +155,14 @@ def export_official(
     UserError: there is no such run, or the file exists or cannot be written.
   """
   run_folder.check_file_target(target)
-  config, variables, step = run_folder.read_run(source, checkpoint)
+  with progress.doing(f"reading the checkpoint of {source}"):
+    config, variables, step = run_folder.read_run(source, checkpoint)
   unused, settings = run_folder.read_side(source)
   try:
-    made = save_official(
-      target, config, variables, unused=unused, settings=settings
-    )
+    with progress.doing(f"writing {target}"):
+      made = save_official(
+        target, config, variables, unused=unused, settings=settings
+      )
   except OSError as error:
     raise run_folder.cannot_write(target, error) from error
   report: dict[str, Any] = {
@@ -167,8 +171,13 @@ def export_official(
     "made": made,
   }
   if check:
-    report["check"] = forward(config, variables)
+    report["check"] = _forward(config, variables)
   return report
+
+
+def _forward(config: Any, variables: Any) -> dict[str, Any]:
+  with progress.doing("compiling the model and answering"):
+    return forward(config, variables)
 
 
 def format_import(report: dict[str, Any], target: PathLike) -> str:

@@ -27,6 +27,7 @@ from typing import Any
 from absl import flags
 
 from narvl_jax import cli, common_flags
+from narvl_jax.activity import Activity
 from narvl_jax.config import to_json
 from narvl_jax.data import conversion
 from narvl_jax.data.distilled import (
@@ -225,12 +226,12 @@ def _write(
   told = False
 
   def write(
-    job: Job, todo: Sequence[int]
+    job: Job, todo: Sequence[int], answering: Activity
   ) -> Iterator[tuple[int, dict[str, Any]]]:
     nonlocal told
     told = True
     distributed.gather_json(list(todo))
-    yield from teacher.write(job, todo)
+    yield from teacher.write(job, todo, answering)
 
   answered, seconds = teacher.answered, teacher.seconds
   show(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import meta
 
+from narvl_jax import progress
 from narvl_jax.config import Config
 from narvl_jax.config_checks import check_fit, validate
 from narvl_jax.data.example import TASKS
@@ -182,7 +183,10 @@ def restore(
       tree,
     )
 
-  with Checkpoints(folder) as checkpoints:
+  with (
+    progress.doing(f"reading the checkpoint of {folder}"),
+    Checkpoints(folder) as checkpoints,
+  ):
     step = choose_step(checkpoints, checkpoint)
     variables = checkpoints.restore_variables(
       step, placed(shapes), None if ema is None else placed(ema)

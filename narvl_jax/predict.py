@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from narvl_jax import cli, common_flags
+from narvl_jax import cli, common_flags, progress
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.data import images
 from narvl_jax.data.example import Record
@@ -116,7 +116,8 @@ def predict(
     experiment = with_answers(experiment, answers)
   decodings = decoding_flags.decodings_for(experiment, decoding)
   decoding_flags.check_answers_heeded({name: decodings[name]}, answers)
-  answer = Predictor(experiment, variables, decodings).answer(record)
+  with progress.doing("compiling the model and answering"):
+    answer = Predictor(experiment, variables, decodings).answer(record)
 
   if image is None:
     results.write_image(path, Image.fromarray(_pixels(record)))

@@ -4,6 +4,8 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from narvl_jax import progress
+from narvl_jax.activity import Activity
 from narvl_jax.config import Config
 from narvl_jax.data.bad_records import BadRecord
 from narvl_jax.data.example import Record
@@ -34,7 +36,9 @@ def make_vocabulary(config: Config) -> Vocabulary:
   settings = config.vocabulary
   counts = {"num_codes": settings.num_codes, "num_bins": settings.num_bins}
   if settings.source == "train":
-    return Vocabulary.train(_texts(config), settings.size, **counts)
+    with progress.doing("training the vocabulary", unit="texts") as training:
+      texts = _texts(config, training)
+      return Vocabulary.train(texts, settings.size, **counts)
   check_vocabulary_files(config)
   folder = pathlib.Path(settings.path)
   files = [folder / name for name in _FILES[settings.source]]
@@ -79,7 +83,7 @@ def placeholder_vocabulary(config: Config) -> Vocabulary:
   return Vocabulary.placeholder(size, **counts)
 
 
-def _texts(config: Config) -> Iterator[str]:
+def _texts(config: Config, training: Activity) -> Iterator[str]:
   for source, task, _, name in load_mixture(config):
     count = min(len(source), _VOCABULARY_RECORDS)
     # Spread over the source, which may be sorted.
@@ -90,6 +94,7 @@ def _texts(config: Config) -> Iterator[str]:
       task, dict(config.tasks[task]), records, bad.append
     ):
       found = True
+      training.advance()
       yield text
     if not found:
       problem = bad[0].what if bad else f"{records.locate(0)} has no text"

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from narvl_jax import cli, common_flags
+from narvl_jax import cli, common_flags, progress
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.config_checks import validate
 from narvl_jax.datasets import MixtureEntry, relative_evaluation
@@ -230,8 +230,8 @@ def _fit(
     tuple(setup.batch),
     config.train.batch_size,
   ) as batches:
-    say("compiling the step")
-    with ledger.stage("compile"):
+    say("compiling the step, which takes minutes for a large model")
+    with ledger.stage("compile"), progress.doing("compiling the step"):
       step = setup.compile_step()
     say(f"compiled in {ledger.seconds()['compile']:.1f} s")
     if setup.teacher is not None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from narvl_jax import cli, common_flags
+from narvl_jax import cli, common_flags, progress
 from narvl_jax.data import sources
 from narvl_jax.data.answer_text import normalize_answer
 from narvl_jax.data.bad_records import BadRecord, RecordReader
@@ -204,12 +204,14 @@ def collect_answers(
   number = min(len(source), max_examples or len(source))
   reader = RecordReader(source, task, number)
   bad: list[BadRecord] = []
-  for index in range(number):
-    answers = reader.read(index, _answers)
-    if isinstance(answers, BadRecord):
-      bad.append(answers)
-    else:
-      counts.update(answers)
+  with progress.doing("collecting answers", number, "records") as collecting:
+    for index in range(number):
+      answers = reader.read(index, _answers)
+      if isinstance(answers, BadRecord):
+        bad.append(answers)
+      else:
+        counts.update(answers)
+      collecting.advance()
   if bad:
     warn(
       f"{len(bad):,} of the {number:,} records are bad and were passed over,"

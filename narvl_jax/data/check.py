@@ -22,7 +22,7 @@ from typing import Any
 
 from absl import flags
 
-from narvl_jax import cli, common_flags, experiment
+from narvl_jax import cli, common_flags, experiment, progress
 from narvl_jax.config import Config, default_config
 from narvl_jax.config_checks import validate
 from narvl_jax.data import check_report, inspection, sources
@@ -195,17 +195,20 @@ def find_vocabulary(
       "learnt from data.train" if kind == "train" else config.vocabulary.path
     )
     return experiment.make_vocabulary(config), how
-  texts = []
-  for entry in entries:
-    records = _Spread(entry.source, _LEARNT_RECORDS)
-    texts += vocabulary_texts(
-      entry.task, entry.config.tasks[entry.task], records
-    )
   bins = entries[0].config.vocabulary.num_bins
-  # Every character, so that hardly any source is too rich for it.
-  vocabulary = Vocabulary.train(
-    texts or [" "], _LEARNT_IDS + bins, num_bins=bins
-  )
+  with progress.doing("training a vocabulary", unit="texts") as training:
+    texts = []
+    for entry in entries:
+      records = _Spread(entry.source, _LEARNT_RECORDS)
+      for text in vocabulary_texts(
+        entry.task, entry.config.tasks[entry.task], records
+      ):
+        texts.append(text)
+        training.advance()
+    # Every character, so that hardly any source is too rich for it.
+    vocabulary = Vocabulary.train(
+      texts or [" "], _LEARNT_IDS + bins, num_bins=bins
+    )
   how = "learnt from these texts; lengths differ with the official one"
   return vocabulary, how + " (--vocabulary=FOLDER)"
 

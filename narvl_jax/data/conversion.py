@@ -21,6 +21,7 @@ from concurrent import futures
 from typing import Any
 
 from narvl_jax import side_files
+from narvl_jax.activity import Activity
 from narvl_jax.data import records
 from narvl_jax.data.example import TASKS
 from narvl_jax.data.manifest import (
@@ -42,6 +43,7 @@ from narvl_jax.data.shard_writer import (
 from narvl_jax.data.sources import MANIFEST, files, open_source, parse_spec
 from narvl_jax.data.sources.content import content_digest
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.progress import doing
 from narvl_jax.terminal import show
 
 _ORIENTATION_NOTES = {
@@ -54,8 +56,11 @@ _ORIENTATION_NOTES = {
 
 # Between digests of the files' names, sizes and times, and of their contents.
 _CONTENT_MARK = ":"
-# (job, numbers of shards) -> (number, note) of each; see `write_all`.
-Write = Callable[[Job, Sequence[int]], Iterator[tuple[int, dict[str, Any]]]]
+# (job, numbers of shards, what counts the records that are done) -> (number,
+# note) of each shard; see `write_all`.
+Write = Callable[
+  [Job, Sequence[int], Activity], Iterator[tuple[int, dict[str, Any]]]
+]
 
 
 def plan(
@@ -193,16 +198,24 @@ def convert(
     account = BadAccount(job, max_bad_fraction)
     for note in notes.values():
       account.add(note, log=False)
-    written = write(job, todo) if write else write_all(job, todo, num_workers)
-    for number, note in written:
-      account.add(note)
-      write_json(progress / f"{number:05d}.json", note)
-      notes[number] = note
-      shard = note["shard"]
-      tell(
-        f"{shard['file']}: {shard['records']} records,"
-        f" {shard['bytes'] / 1e6:.1f} MB, {len(note['bad'])} bad"
-      )
+    records = sum(len(job.indices(number)) for number in todo)
+    with doing(f"writing {job.name}", records, "records") as writing:
+      finished = 0
+      if write:
+        written = write(job, todo, writing)
+      else:
+        written = write_all(job, todo, num_workers)
+      for number, note in written:
+        account.add(note)
+        write_json(progress / f"{number:05d}.json", note)
+        notes[number] = note
+        shard = note["shard"]
+        tell(
+          f"{shard['file']}: {shard['records']} records,"
+          f" {shard['bytes'] / 1e6:.1f} MB, {len(note['bad'])} bad"
+        )
+        finished += len(job.indices(number))
+        writing.done = finished
     manifest = _manifest(job, origin, [notes[k] for k in sorted(notes)])
     manifest.write(folder)
   turned = sum(note.get("turned", 0) for note in notes.values())

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from narvl_jax import cli, common_flags
+from narvl_jax import cli, common_flags, progress
 from narvl_jax.data import conversion, manifest
 from narvl_jax.data.picture_files import EXIF_ORIENTATIONS
 from narvl_jax.data.sources import parse_options
@@ -128,7 +128,10 @@ def _convert(spec: str) -> None:
 
 
 def _verify(folder: pathlib.Path) -> None:
-  faults = manifest.verify(folder, num_threads=max(flags.FLAGS.num_workers, 1))
+  with progress.doing(f"reading the shards of {folder}"):
+    faults = manifest.verify(
+      folder, num_threads=max(flags.FLAGS.num_workers, 1)
+    )
   for fault in faults:
     show(fault)
   if faults:

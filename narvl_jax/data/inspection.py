@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from narvl_jax import progress
 from narvl_jax.data import images
 from narvl_jax.data.answer_text import normalized_answers
 from narvl_jax.data.bad_records import BadRecord, RecordReader, short_reason
@@ -65,9 +66,11 @@ def inspect(
   reader = _Reader(source, task, frozenset(whole) if all_texts else None)
   collector = Collector(task, limits)
   chunks = (indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK))
-  for findings in _in_threads(reader, chunks, num_threads):
-    for finding in findings:
-      collector.add(finding)
+  with progress.doing("checking", len(indices), "records") as checking:
+    for findings in _in_threads(reader, chunks, num_threads):
+      for finding in findings:
+        collector.add(finding)
+      checking.advance(len(findings))
   figures = {
     "records": total,
     "read": len(indices),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from narvl_jax import progress
 from narvl_jax.data import sources
 from narvl_jax.data.example import Box, Record
 from narvl_jax.datasets import load_dataset
@@ -88,17 +89,26 @@ def evaluate_tasks(
   for entry in chosen.values():
     # A way to decode that does not fit a task is told before any answer.
     predictor.steps(entry.task)
-  for name, entry in chosen.items():
-    source = load_dataset(config, name, split)
-    indices = spread(len(source), max_examples)
-    for answer in predictor.answers(
-      Subset(source, indices),
-      entry.task,
-      batch_size=batch_size,
-      before_batch=before_batch,
-    ):
-      place = {"dataset": name, "index": int(indices[answer.index])}
-      predictions.append(describe(answer) | place)
+  opened = {name: load_dataset(config, name, split) for name in chosen}
+  subsets = {
+    name: Subset(source, spread(len(source), max_examples))
+    for name, source in opened.items()
+  }
+  total = sum(map(len, subsets.values()))
+  with progress.doing(f"evaluating {split}", total, "examples") as evaluating:
+    for name, subset in subsets.items():
+      before = evaluating.done
+      for answer in predictor.answers(
+        subset,
+        chosen[name].task,
+        batch_size=batch_size,
+        before_batch=before_batch,
+      ):
+        place = {"dataset": name, "index": int(subset.indices[answer.index])}
+        predictions.append(describe(answer) | place)
+        # Other hosts answer those in between.
+        evaluating.done = before + answer.index + 1
+      evaluating.done = before + len(subset)
   predictions = _of_all_hosts(predictions, list(config.data.evaluation))
   report = summarise(predictions, split=split, step=step)
   every = list(dict.fromkeys(x.task for x in config.data.evaluation.values()))
@@ -189,20 +199,24 @@ def spread(size: int, limit: int | None) -> np.ndarray:
 
 
 class Subset(Sequence[Record]):
-  """Some records of a source, by position."""
+  """Some records of a source, by position.
+
+  Attributes:
+    indices: their positions in the source, int [count].
+  """
 
   def __init__(self, source: Sequence[Record], indices: np.ndarray) -> None:
-    self._source, self._indices = source, indices
+    self._source, self.indices = source, indices
 
   def __len__(self) -> int:
-    return len(self._indices)
+    return len(self.indices)
 
   def __getitem__(self, index: Any) -> Any:
-    return self._source[int(self._indices[index])]
+    return self._source[int(self.indices[index])]
 
   def locate(self, index: int) -> str:
     """Returns where a record comes from."""
-    return sources.locate(self._source, int(self._indices[index]))
+    return sources.locate(self._source, int(self.indices[index]))
 
 
 def _plain(answer: str | Box | None) -> str | list[float] | None:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from narvl_jax import experiment as experiment_lib
+from narvl_jax.activity import Activity
 from narvl_jax.data.distilled import Label, Labelled
 from narvl_jax.data.example import Record
 from narvl_jax.data.pipeline import Batcher
@@ -137,7 +138,7 @@ class Teacher:
     return experiment, Predictor(experiment, variables, decodings)
 
   def write(
-    self, job: Job, todo: Sequence[int]
+    self, job: Job, todo: Sequence[int], answering: Activity | None = None
   ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Answers shards and writes them; see `shard_writer.write_all`.
 
@@ -147,6 +148,7 @@ class Teacher:
     Args:
       job: the records to be answered, and where to write.
       todo: numbers of the shards, the same on all hosts.
+      answering: counts the records that are answered.
 
     Yields:
       (number, note) of each shard on every host; the note also has "labels",
@@ -159,12 +161,14 @@ class Teacher:
       return
     source = job.open()
     experiment, predictor = self._loaded
+    answering = answering or Activity("answering")
     count, own = jax.process_count(), jax.process_index()
     for first in range(0, len(todo), count):
       start = time.monotonic()
       group = todo[first : first + count]
       labels = [
-        self._answer(predictor, job, source, number) for number in group
+        self._answer(predictor, job, source, number, answering)
+        for number in group
       ]
       note = None
       if own < len(group):
@@ -183,19 +187,22 @@ class Teacher:
     job: Job,
     source: Sequence[Record],
     number: int,
+    answering: Activity,
   ) -> dict[int, Label]:
     """Returns the answers to the good records of a shard, on all hosts."""
     indices = job.indices(number)
     # Batches begin with the shard: the answers do not depend, not even by
     # rounding, on which shards are there already.
-    own = [
-      (indices[answer.index], answer.value, answer.log_prob)
-      for answer in predictor.answers(
-        Subset(source, np.asarray(indices)),
-        job.task,
-        batch_size=self._batch_size,
-      )
-    ]
+    own, before = [], answering.done
+    for answer in predictor.answers(
+      Subset(source, np.asarray(indices)),
+      job.task,
+      batch_size=self._batch_size,
+    ):
+      own.append((indices[answer.index], answer.value, answer.log_prob))
+      # Other hosts answer those in between.
+      answering.done = before + answer.index + 1
+    answering.done = before + len(indices)
     # Hosts that share rows have the same answers.
     return {
       index: Label(value if isinstance(value, str) else tuple(value), score)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from narvl_jax import progress
 from narvl_jax.cli import USER_ERROR_CODE
 from narvl_jax.data.shard_writer import PROGRESS
 from narvl_jax.data.sources import MANIFEST
@@ -149,8 +150,12 @@ def dry_run(setup: Setup, ledger: Ledger, say: Announcer) -> None:
     show(f"  {name:<13} {shape} {spec.dtype}")
   show(setup.parameter_table())
   show(setup.sharding_table())
-  say("compiling the step")
-  with jax.set_mesh(setup.mesh), ledger.stage("compile"):
+  say("compiling the step, which takes minutes for a large model")
+  with (
+    jax.set_mesh(setup.mesh),
+    ledger.stage("compile"),
+    progress.doing("compiling the step"),
+  ):
     compiled = setup.compile_step()
   memory: Any = compiled.memory_analysis()
   arguments = format_bytes(memory.argument_size_in_bytes)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from narvl_jax import side_files
-from narvl_jax.training.metrics import METRICS_FILE, format_duration
+from narvl_jax.activity import format_duration
+from narvl_jax.training.metrics import METRICS_FILE
 from narvl_jax.training.run_lock import now
 
 RESTARTS_FILE = "restarts.jsonl"

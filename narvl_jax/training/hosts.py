@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import jax
 from absl import logging
 
-from narvl_jax import side_files
+from narvl_jax import progress, side_files
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import distributed
 from narvl_jax.parallel.distributed import Cluster
@@ -114,6 +114,8 @@ def _output(
     sys.stderr.flush()
     out, err = (_duplicate(stack, number) for number in (1, 2))
     loud = _Tee(err, log)
+    if process_id:
+      stack.enter_context(progress.muted())
     numbers = [1]
     if process_id == 0:
       stack.callback(setattr, sys, "stdout", sys.stdout)

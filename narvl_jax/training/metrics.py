@@ -186,16 +186,6 @@ def mean_metrics(
   return means
 
 
-def format_duration(seconds: float) -> str:
-  """Returns a duration such as `2h05m`, `3m20s` or `7s`."""
-  seconds = round(seconds)
-  if seconds >= 3600:
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-  if seconds >= 60:
-    return f"{seconds // 60}m{seconds % 60:02d}s"
-  return f"{seconds}s"
-
-
 def format_bytes(count: float) -> str:
   """Returns a size such as `1.5 MB`."""
   units = ("B", "kB", "MB", "GB", "TB")

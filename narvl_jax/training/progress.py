@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 
+from narvl_jax.activity import format_duration
 from narvl_jax.terminal import show
 from narvl_jax.training.checkpoints import Checkpoints
 from narvl_jax.training.eta import Eta
@@ -12,7 +13,6 @@ from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.metrics import (
   MetricsWriter,
   SilentMetrics,
-  format_duration,
   mean_metrics,
 )
 from narvl_jax.training.setup import Setup

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from narvl_jax import experiment as experiment_lib
-from narvl_jax import run_data
+from narvl_jax import progress, run_data
 from narvl_jax.config_checks import check_fit
 from narvl_jax.data.answers import load_answers
 from narvl_jax.datasets import MixtureEntry, load_mixture
@@ -70,7 +70,8 @@ def prepare(
   run_data.check_answers(experiment, mixture)
   for (source, task, _, name), count in zip(mixture, used, strict=True):
     say(describe_source(source, task, name, count, config.train.steps))
-  setup = build_setup(experiment, mesh)
+  with progress.doing("tracing the model"):
+    setup = build_setup(experiment, mesh)
   if config.init_from and not resumes:
     for note in check_init_from(setup):
       say(f"note: {note}")
@@ -134,13 +135,16 @@ def first_state(
   if resumed is not None:
     return resumed
   config = setup.experiment.config
-  state = jax.block_until_ready(setup.init(jax.random.key(config.seed)))
+  with progress.doing("initialising the state"):
+    state = jax.block_until_ready(setup.init(jax.random.key(config.seed)))
   if config.init_from:
-    state = init_from(setup, state)
+    with progress.doing(f"reading the weights of {config.init_from}"):
+      state = init_from(setup, state)
     say(f"weights from {config.init_from}")
   else:
     say(f"initialised with seed {config.seed}")
-  checkpoints.prepare(state)
+  with progress.doing("compiling the checksums of checkpoints"):
+    checkpoints.prepare(state)
   return state, 0, {}
 
 
@@ -218,7 +222,8 @@ def _resume(
   damages = {}
   for step in reversed(checkpoints.steps()):
     try:
-      state = checkpoints.restore(step, target)
+      with progress.doing(f"reading the checkpoint of step {step}"):
+        state = checkpoints.restore(step, target)
     except DamagedCheckpoint as error:
       say(f"refused: {error}")
       damages[step] = error.damage

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto import event_pb2
 
+from narvl_jax.activity import format_duration
 from narvl_jax.training import metrics
 from narvl_jax.training.metrics import (
   MetricsWriter,
   format_bytes,
-  format_duration,
   mean_metrics,
 )
 from tests.conftest import ROOT

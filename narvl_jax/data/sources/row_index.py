@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from narvl_jax import side_files
+from narvl_jax import progress, side_files
 from narvl_jax.data.sources.content import DIGEST_BYTES, content_digest
 from narvl_jax.data.sources.files import with_home
 from narvl_jax.disk import atomically
@@ -208,10 +208,13 @@ def _build(
   out.seek(_HEADER.size)
   out.write(struct.pack("<q", len(_BOM) if bom else 0))
   crlf = newlines = 0
-  for starts, returns in _scan(fd, size, block_bytes):
-    out.write(starts.astype("<i8", copy=False).tobytes())
-    newlines += len(starts)
-    crlf += returns
+  text = f"finding the rows of {path.name}"
+  with progress.doing(text, size, "bytes") as finding:
+    for starts, returns in _scan(fd, size, block_bytes):
+      out.write(starts.astype("<i8", copy=False).tobytes())
+      newlines += len(starts)
+      crlf += returns
+      finding.done = min(finding.done + block_bytes, size)
   no_newline = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
   if no_newline:
     # As if a newline followed.
