@@ -41,6 +41,8 @@ _LINE = 18
 _MAX_LINES = 6
 # More characters than so many lines can have.
 _MAX_TEXT = 2000
+# Pixels beyond any picture.
+_FAR = 10_000.0
 _OVERLAY_MIN = 512
 _OVERLAY_MAX = 1600
 _OVERLAY_MIN_WIDTH = 320
@@ -284,11 +286,16 @@ def _draw_boxes(
   ):
     if box is None:
       continue
-    xs = sorted(origin[0] + x * scale[0] for x in (box[0], box[2]))
-    ys = sorted(origin[1] + y * scale[1] for y in (box[1], box[3]))
+    xs = sorted(_near(origin[0] + x * scale[0]) for x in (box[0], box[2]))
+    ys = sorted(_near(origin[1] + y * scale[1]) for y in (box[1], box[3]))
     corners = (xs[0], ys[0], xs[1], ys[1])
     _rectangle(draw, corners, _PAPER, 5)
     _rectangle(draw, corners, colour, 3, dashed=dashed)
+
+
+def _near(position: float) -> float:
+  """Keeps a coordinate of the data where drawing a line up to it ends soon."""
+  return min(max(position, -_FAR), _FAR)
 
 
 def _rectangle(

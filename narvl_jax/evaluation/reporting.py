@@ -63,7 +63,8 @@ def file_name(report: Report) -> str:
     parts.append(f"max{report['max_examples']}")
   parts += report.get("only_tasks") or []
   # A split is named by the data, and may be no name of a file.
-  return urllib.parse.quote("-".join(map(str, parts)), safe="")
+  name = "-".join(map(str, parts))
+  return urllib.parse.quote(name, safe="", errors="backslashreplace")
 
 
 def format_metrics(

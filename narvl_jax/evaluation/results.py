@@ -1,5 +1,6 @@
 """The files that an evaluation leaves in the run folder."""
 
+import functools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -9,11 +10,13 @@ import numpy as np
 from PIL import Image
 
 from narvl_jax.data import images
-from narvl_jax.data.example import Box
+from narvl_jax.data.bad_records import BadRecord, RecordReader
+from narvl_jax.data.example import Box, Record
 from narvl_jax.datasets import load_dataset
 from narvl_jax.disk import replacing
 from narvl_jax.evaluation import rendering, reporting
 from narvl_jax.experiment import Experiment
+from narvl_jax.terminal import warn
 
 # The evaluation by the run's own settings, of its best checkpoint.
 MAIN_FILE = "evaluation.json"
@@ -57,6 +60,8 @@ def write_results(
   ]
   # A run folder that is gone is not made again.
   reporting.write_predictions(paths[1], predictions, inside=folder)
+  # Before the pictures, which may fail: what was computed is kept.
+  reporting.write_json(paths[0], report, inside=folder)
   title = f"{folder.resolve().name}, {reporting.heading(report)}"
   again = _how_to_ask_again(experiment, folder, split)
   pages = [(paths[2], predictions, title)]
@@ -66,9 +71,11 @@ def write_results(
     pages.append((paths[-1], wrong, f"{len(wrong)} mistakes of {title}"))
   for path, shown, text in pages:
     panels = prediction_panels(experiment, split, shown)
+    if shown and not panels:
+      paths.remove(path)
+      continue
     grid = rendering.prediction_grid(panels, title=text, note=again)
     write_image(path, grid, inside=folder)
-  reporting.write_json(paths[0], report, inside=folder)
   if best and _is_main(experiment.config, report):
     # Last: who waits for this file finds the others.
     paths.append(folder / MAIN_FILE)
@@ -106,14 +113,17 @@ def prediction_panels(
   predictions: Sequence[reporting.Prediction],
   per_task: int = _PANELS_PER_TASK,
 ) -> list[rendering.Panel]:
-  """Returns panels of some examples of every task and kind."""
-  datasets = {}
+  """Returns panels of some examples of every task and kind.
+
+  One whose picture cannot be read any more is left out with a warning.
+  """
+  readers: dict[str, RecordReader] = {}
   panels = []
   for prediction in reporting.select_examples(predictions, per_task):
     name = prediction["dataset"]
-    if name not in datasets:
-      datasets[name] = load_dataset(experiment.config, name, split)
-    image = datasets[name][prediction["index"]].image
+    if name not in readers:
+      source = load_dataset(experiment.config, name, split)
+      readers[name] = RecordReader(source, name)
     others = [
       key
       for key, entry in experiment.config.data.evaluation.items()
@@ -121,8 +131,19 @@ def prediction_panels(
     ]
     # `predict --example` reads the first one by default.
     shown = "" if name == others[0] else f"--dataset={name} "
-    panels.append(make_panel(prediction, image, place=shown))
+    draw = functools.partial(_panel_of_record, prediction, shown)
+    panel = readers[name].read(prediction["index"], draw)
+    if isinstance(panel, BadRecord):
+      warn(f"left out of the pictures: {panel.what}")
+    else:
+      panels.append(panel)
   return panels
+
+
+def _panel_of_record(
+  prediction: reporting.Prediction, place: str, record: Record
+) -> rendering.Panel:
+  return make_panel(prediction, record.image, place=place)
 
 
 def make_panel(

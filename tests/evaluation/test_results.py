@@ -1,6 +1,7 @@
 """Panels and files made from predictions."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from PIL import Image
 from narvl_jax.datasets import load_dataset
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import evaluator, reporting, results
+from narvl_jax.terminal import escape
 from tests.evaluation import tiny_run
+from tests.test_terminal import NASTY
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,69 @@ def test_files_hold_the_report_and_every_prediction(evaluated, tmp_path):
   with Image.open(paths[2]) as grid:
     assert grid.width > 5 * 256
     assert grid.height > 8 * 256
+
+
+def test_any_text_of_a_record_can_be_written(evaluated, tmp_path):
+  experiment, _ = tiny_run.tiny_model()
+  settings, predictions = evaluated
+  fields = ("id", "kind", "prompt")
+  changed = [
+    {**x, **{field: NASTY for field in fields}, "answers": {NASTY: 1.0}}
+    for x in predictions
+  ]
+  for prediction in changed:
+    if prediction["task"] == "grounding":
+      prediction["target"] = [-1e300, 0.0, 1e300, 1e308]
+    else:
+      prediction["target"] = NASTY
+  summary = evaluator.summarise(changed, split="test", step=7)
+  report = {**settings, **summary}
+  paths = results.write_results(experiment, tmp_path, report, changed)
+  assert json.loads(paths[0].read_text()) == report
+  lines = paths[1].read_text().splitlines()
+  assert [json.loads(line) for line in lines] == changed
+  with Image.open(paths[2]) as grid:
+    assert grid.width > 5 * 256
+  assert reporting.file_name({**report, "split": NASTY}).isascii()
+  table = reporting.format_table(report)
+  assert escape(NASTY) in table
+  assert "\x1b" not in table
+
+
+def test_a_picture_that_is_gone_costs_its_panel_only(
+  evaluated, tmp_path, monkeypatch, caplog
+):
+  experiment, _ = tiny_run.tiny_model()
+  report, predictions = evaluated
+  whole = results.prediction_panels(experiment, "test", predictions)
+  monkeypatch.setattr(
+    results, "load_dataset", lambda *name: _Gone(load_dataset(*name), 2)
+  )
+  with caplog.at_level(logging.WARNING, logger="absl"):
+    panels = results.prediction_panels(experiment, "test", predictions)
+  assert 0 < len(panels) < len(whole)
+  assert "left out of the pictures: record" in caplog.text
+  monkeypatch.setattr(
+    results, "load_dataset", lambda *name: _Gone(load_dataset(*name), 0)
+  )
+  paths = results.write_results(experiment, tmp_path, report, predictions)
+  assert [path.suffix for path in paths] == [".json", ".jsonl"]
+  assert json.loads(paths[0].read_text()) == report
+
+
+class _Gone:
+  """Records of which only every `kept`-th can still be read."""
+
+  def __init__(self, source, kept):
+    self.source, self.kept = source, kept
+
+  def __len__(self):
+    return len(self.source)
+
+  def __getitem__(self, index):
+    if not self.kept or index % self.kept:
+      raise OSError("gone")
+    return self.source[index]
 
 
 def test_folder_that_cannot_be_written(evaluated, tmp_path):
