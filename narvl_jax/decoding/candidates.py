@@ -15,6 +15,7 @@ from narvl_jax.decoding.constraint import (
 )
 from narvl_jax.decoding.rules import allowed_classes, num_classes
 from narvl_jax.errors import UserError
+from narvl_jax.query_ctc.log_space import normalizer
 
 # (tokens int32 [B, C', L + 1], cache) -> logits [B, C', L + 1, V].
 Extend = Callable[[jax.Array, Any], jax.Array]
@@ -140,8 +141,8 @@ def _log_probs(
     allowed: bool [C', L + 1, V] or [V], classes that share the probability; a
       target that is none of them has -inf.
   """
-  mass = jax.nn.logsumexp(jnp.where(allowed, logits, -jnp.inf), axis=-1)
-  index = jnp.broadcast_to(targets, mass.shape)[..., None]
+  total = normalizer(jnp.where(allowed, logits, -jnp.inf))
+  index = jnp.broadcast_to(targets, total.shift.shape)[..., None]
   values = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
   possible = jnp.take_along_axis(
     jnp.broadcast_to(allowed, (*targets.shape, logits.shape[-1])),
@@ -149,4 +150,4 @@ def _log_probs(
     axis=-1,
   )[..., 0]
   # Not a number where nothing is allowed.
-  return jnp.where(possible, values - mass, -jnp.inf)
+  return jnp.where(possible, total.log_probs(values), -jnp.inf)

@@ -26,7 +26,15 @@ from narvl_jax.decoding.viterbi import best_path
 from narvl_jax.errors import UserError
 from narvl_jax.query_ctc import collapse
 from narvl_jax.query_ctc.automaton import queries_needed
-from narvl_jax.query_ctc.prefix_beam_search import LOG_ZERO, prefix_beam_search
+from narvl_jax.query_ctc.log_space import (
+  LOG_ZERO,
+  NO_ANSWER,
+  Normalizer,
+  normalizer,
+  show_no_answer,
+)
+from narvl_jax.query_ctc.prefix_beam_search import prefix_beam_search
+from narvl_jax.query_ctc.targets import check_classes, check_targets
 
 Merge = bool | jax.Array
 
@@ -137,14 +145,17 @@ def best_candidate(
 
   Returns:
     The best candidate, int32 [B], the first of equals, and the Query-CTC
-    log-probability of each, float32 [B, C]; -1e9 or less for one that needs
-    more queries than there are.
+    log-probability of each, float32 [B, C]; for one that needs more queries
+    than there are, -1e9 or less, and less than that of any other.
 
   Raises:
-    UserError: there is no candidate.
+    UserError: there is no candidate, or one has a label that is no class or
+      is blank.
   """
   if not candidates.shape[0]:
     raise UserError("there are no candidates to choose from; give at least one")
+  size = check_classes(logits.shape[-1], vocab_size, blank_id)
+  check_targets(candidates, lengths, size, blank_id)
   never = _never(logits.shape[-1], forbidden, vocab_size)
   b = logits.shape[0]
   log_probs = _answer_log_probs(
@@ -156,7 +167,8 @@ def best_candidate(
     blank_id,
     merge_repeats,
   )
-  return jnp.argmax(log_probs, axis=1).astype(jnp.int32), log_probs
+  best = jnp.argmax(log_probs, axis=1).astype(jnp.int32)
+  return best, show_no_answer(log_probs)
 
 
 def constrained_greedy(
@@ -187,8 +199,8 @@ def constrained_greedy(
   Returns:
     ids int32 [B, N], lengths int32 [B], `path_log_prob` float32 [B] of the
     alignment and `log_prob` float32 [B] of the answer, summed over all its
-    alignments. Where no answer fits on the queries the length is 0 and both
-    are -1e9.
+    alignments. Where no answer is possible the length is 0 and both are -1e9.
+    NaN in the logits of an example makes both NaN.
 
   Source: Graves 2012, "Supervised Sequence Labelling", section 7.5; Viterbi.
   """
@@ -202,7 +214,7 @@ def constrained_greedy(
   classes, path_log_prob = jax.vmap(search, in_axes=(1, 1))(
     blank, labels, merge_repeats=merge
   )
-  found = path_log_prob > LOG_ZERO / 2
+  found = path_log_prob != LOG_ZERO
   classes = jnp.where(found[:, None], classes, blank_id)
   ids, lengths = collapse(
     classes, blank_id=blank_id, pad_id=pad_id, merge_repeats=merge
@@ -219,8 +231,8 @@ def constrained_greedy(
   return {
     "ids": ids,
     "lengths": lengths,
-    "path_log_prob": jnp.where(found, path_log_prob, LOG_ZERO),
-    "log_prob": jnp.where(found, log_prob, LOG_ZERO),
+    "path_log_prob": jnp.where(found, path_log_prob, NO_ANSWER),
+    "log_prob": jnp.where(found, log_prob, NO_ANSWER),
   }
 
 
@@ -240,30 +252,41 @@ def _masked(logits: jax.Array, never: np.ndarray | None) -> jax.Array:
   return logits if never is None else jnp.where(never, LOG_ZERO, logits)
 
 
-def _row(
+def _masked_row(
   logits: jax.Array, query: jax.Array, never: np.ndarray | None
 ) -> jax.Array:
-  """Returns the logits [..., V] of one query, out of [..., N, V]."""
+  """Returns the logits [B, V] of one query, out of [B, N, V]."""
   row = jax.lax.dynamic_index_in_dim(logits, query, -2, keepdims=False)
   return _masked(row, never)
 
 
-def _normalizers(logits: jax.Array, never: np.ndarray | None) -> jax.Array:
-  """Returns logsumexp over the allowed classes, [B, N].
+def _row(
+  logits: jax.Array,
+  query: jax.Array,
+  normalizers: Normalizer,
+  never: np.ndarray | None,
+) -> jax.Array:
+  """Returns the log-probabilities [B, V] of one query."""
+  own = jax.tree.map(lambda x: x[query], normalizers)
+  return own.log_probs(_masked_row(logits, query, never))
+
+
+def _normalizers(logits: jax.Array, never: np.ndarray | None) -> Normalizer:
+  """Returns those over the allowed classes, [N, B, 1].
 
   One query at a time, so that no second array of the logits' size exists.
   """
   by_query = jax.lax.map(
-    lambda query: jax.nn.logsumexp(_row(logits, query, never), axis=-1),
+    lambda query: normalizer(_masked_row(logits, query, never)),
     jnp.arange(logits.shape[1]),
   )
-  return by_query.T
+  return jax.tree.map(lambda x: x[..., None], by_query)
 
 
 def _gather(
   logits: jax.Array,
   constraint: Automaton,
-  normalizers: jax.Array,
+  normalizers: Normalizer,
   never: np.ndarray | None,
   blank_id: int,
 ) -> tuple[jax.Array, jax.Array]:
@@ -271,7 +294,7 @@ def _gather(
   token = jnp.asarray(constraint.token)
 
   def of_query(query: jax.Array) -> tuple[jax.Array, jax.Array]:
-    row = _row(logits, query, never) - normalizers[:, query, None]
+    row = _row(logits, query, normalizers, never)
     return row[:, blank_id], row[:, token]
 
   return jax.lax.map(of_query, jnp.arange(logits.shape[1]))
@@ -281,7 +304,7 @@ def _answer_log_probs(
   logits: jax.Array,
   labels: jax.Array,
   lengths: jax.Array,
-  normalizers: jax.Array,
+  normalizers: Normalizer,
   never: np.ndarray | None,
   blank_id: int,
   merge_repeats: Merge,
@@ -294,7 +317,7 @@ def _answer_log_probs(
     logits: [B, N, V].
     labels: int32 [B, C, L].
     lengths: int32 [B, C].
-    normalizers: [B, N].
+    normalizers: [N, B, 1].
     never: bool [V].
     blank_id: id of the CTC blank.
     merge_repeats: bool or bool [B].
@@ -320,7 +343,7 @@ def _answer_log_probs(
   ) -> tuple[tuple[jax.Array, jax.Array], None]:
     # Both [B, C, L+1]: after l labels, the last query said blank or label l.
     blank, label = alphas
-    row = _row(logits, query, never) - normalizers[:, query, None]
+    row = _row(logits, query, normalizers, never)
     gathered = jax.vmap(lambda x, ids: x[ids])(row, labels)
     before = jnp.logaddexp(
       shift(blank), jnp.where(joined, LOG_ZERO, shift(label))
@@ -330,7 +353,7 @@ def _answer_log_probs(
     blank = jnp.logaddexp(blank, label) + row[:, blank_id, None, None]
     return (blank, label.at[..., 1:].set(said)), None
 
-  nothing = jnp.full((b, c, size + 1), LOG_ZERO)
+  nothing = jnp.full((b, c, size + 1), LOG_ZERO, jnp.float32)
   start = (nothing.at[..., 0].set(0.0), nothing)
   (blank, label), _ = jax.lax.scan(step, start, jnp.arange(logits.shape[1]))
   total = jnp.logaddexp(blank, label)

@@ -6,9 +6,7 @@ import numpy as np
 
 from narvl_jax.query_ctc import MeshAxes, collapse, query_ctc_loss
 from narvl_jax.query_ctc.axes import split_of
-
-# Finite, so that log-sum-exp and differences of logits never become NaN.
-_NEVER = -1e9
+from narvl_jax.query_ctc.log_space import LOG_ZERO
 
 _WHOLE = MeshAxes()
 
@@ -56,7 +54,7 @@ def greedy_decode(
   if forbidden is not None or size < classes:
     never = np.zeros(size, bool) if forbidden is None else forbidden
     never = np.pad(never, (0, classes - size), constant_values=True)
-    logits = jnp.where(never, _NEVER, logits)
+    logits = jnp.where(never, LOG_ZERO, logits)
   token_ids, best_log_probs = _best_classes(logits, axes)
   ids, lengths = collapse(
     token_ids, blank_id=blank_id, pad_id=pad_id, merge_repeats=merge_repeats

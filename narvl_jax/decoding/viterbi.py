@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from narvl_jax.decoding.constraint import START, Automaton
 from narvl_jax.query_ctc.automaton import as_arrays
-from narvl_jax.query_ctc.prefix_beam_search import LOG_ZERO
+from narvl_jax.query_ctc.log_space import LOG_ZERO
 
 
 def best_path(
@@ -33,7 +33,7 @@ def best_path(
 
   Returns:
     The class of every query, int32 [N], and their log-probability; that is
-    half of -1e9 or less, and the classes mean nothing, if nothing fits.
+    -inf, and the classes mean nothing, if no alignment is possible.
   """
   source, token, target, accepting = as_arrays(constraint)
   edges, states = token.shape[0], accepting.shape[0]
@@ -62,8 +62,8 @@ def best_path(
     return scores, jnp.concatenate([label_from, blank_from])
 
   start = (
-    jnp.full(states, LOG_ZERO).at[START].set(0.0),
-    jnp.full(edges, LOG_ZERO),
+    jnp.full(states, LOG_ZERO, jnp.float32).at[START].set(0.0),
+    jnp.full(edges, LOG_ZERO, jnp.float32),
   )
   (blank, label), came_from = jax.lax.scan(
     step, start, (blank_log_probs, edge_log_probs)
@@ -93,14 +93,15 @@ def _entering(
 
   Returns:
     Score and edge into each state, [S], and before each edge, [E]; edge E and
-    the score -1e9 where there is none.
+    the score -inf where there is none.
   """
   source, token, target, accepting = as_arrays(constraint)
   edges = token.shape[0]
   order = jnp.arange(edges, dtype=jnp.int32)
 
   def best(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    largest = jnp.full(accepting.shape, LOG_ZERO).at[target].max(scores)
+    largest = jnp.full(accepting.shape, LOG_ZERO, scores.dtype)
+    largest = largest.at[target].max(scores)
     wins = (scores == largest[target]) & (scores > LOG_ZERO)
     edge = jnp.full(accepting.shape, edges, jnp.int32)
     return largest, edge.at[target].min(jnp.where(wins, order, edges))

@@ -2,7 +2,6 @@
 
 from narvl_jax.query_ctc.axes import MeshAxes
 from narvl_jax.query_ctc.chunked import ChunkedLogits
-from narvl_jax.query_ctc.compact import feasible
 from narvl_jax.query_ctc.decoding import collapse
 from narvl_jax.query_ctc.loss import (
   CONFIDENCE_MODES,
@@ -10,6 +9,7 @@ from narvl_jax.query_ctc.loss import (
   query_ctc_objective,
 )
 from narvl_jax.query_ctc.posterior import label_posterior
+from narvl_jax.query_ctc.targets import feasible
 
 __all__ = [
   "CONFIDENCE_MODES",

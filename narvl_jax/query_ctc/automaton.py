@@ -64,7 +64,7 @@ def queries_needed(
   source, token, target, accepting = as_arrays(automaton)
   states = accepting.shape[0]
   edges = token.shape[0]
-  order = jnp.arange(edges)
+  order = jnp.arange(edges, dtype=jnp.int32)
   never = jnp.full(states, UNREACHABLE, jnp.int32)
 
   def least(values: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from narvl_jax.errors import UserError
+from narvl_jax.query_ctc.log_space import Normalizer, zero_if_none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +130,13 @@ class Split:
     rest = tuple(name for name in self.batch if name != self.width)
     return jax.lax.psum(x, rest) if rest else x
 
-  def logsumexp(self, x: jax.Array) -> jax.Array:
-    """Joins the logsumexp over the classes of every device."""
+  def join(self, part: Normalizer) -> Normalizer:
+    """Joins the normalizers over the classes of every device."""
     if self.vocab is None:
-      return x
-    largest = jax.lax.pmax(x, self.vocab)
-    return largest + jnp.log(self.sum_over_classes(jnp.exp(x - largest)))
+      return part
+    shift = jax.lax.pmax(part.shift, self.vocab)
+    mass = jnp.exp(part.shift - zero_if_none(shift) + part.log_mass)
+    return Normalizer(shift, jnp.log(self.sum_over_classes(mass)))
 
 
 def split_of(

@@ -18,9 +18,7 @@ import jax.numpy as jnp
 
 from narvl_jax.query_ctc.axes import Split
 from narvl_jax.query_ctc.compact import LogitGradient, Summary
-
-# Below every logit, and finite, so that differences are never NaN.
-_LOWEST = -1e30
+from narvl_jax.query_ctc.log_space import Normalizer, zero_if_none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +65,22 @@ class ChunkedHead:
       states: jax.Array, table: jax.Array, columns: jax.Array
     ) -> Summary:
       size = split.true_classes(self.vocab_size, len(table))
-      lse = _logsumexp(states, table, size, self.chunk_size)
+      part = _normalizer(states, table, size, self.chunk_size)
       # The sum of the logits is the product with the sum of the rows.
       true_row = jnp.arange(len(table))[:, None] < size
       row_sum = jnp.sum(
         jnp.where(true_row, table, 0), axis=0, dtype=jnp.float32
       )
-      total = jnp.einsum("bnd,d->bn", states, row_sum, precision="highest")
+      total = jnp.einsum(
+        "bnd,d->bn",
+        states.astype(jnp.float32),
+        row_sum,
+        precision="highest",
+      )
       rows = _rows_at(table, split.local_ids(columns, len(table)))
       gathered = _product("bnd,bkd->bnk", states, rows)
       total, gathered = split.sum_over_classes((total, gathered))
-      return Summary(split.logsumexp(lse), total, gathered)
+      return Summary(split.join(part), total, gathered)
 
     states, table = inputs
     return split.run(
@@ -100,6 +103,8 @@ class ChunkedHead:
       states: jax.Array, table: jax.Array, gradient: LogitGradient
     ) -> tuple[jax.Array, jax.Array]:
       size = split.true_classes(self.vocab_size, len(table))
+      # They share the products with all others: zero times NaN is NaN.
+      states = jnp.where(gradient.live[:, None, None], states, 0)
       d_states, d_table = _softmax_gradient(
         states, table, gradient, size, self.chunk_size
       )
@@ -124,10 +129,10 @@ class ChunkedHead:
     return d_states, d_table.astype(table.dtype)
 
 
-def _logsumexp(
+def _normalizer(
   states: jax.Array, table: jax.Array, vocab_size: Any, chunk_size: int
-) -> jax.Array:
-  """Logsumexp of the logits [B, N] with a running maximum."""
+) -> Normalizer:
+  """Normalizer of the logits [B, N] with a running maximum."""
   b, n, d = states.shape
   flat = states.reshape(b * n, d)
 
@@ -137,13 +142,17 @@ def _logsumexp(
     largest, mass = carry
     z = mask(_product("md,cd->mc", flat, rows), -jnp.inf)
     new = jnp.maximum(largest, jnp.max(z, axis=1))
-    mass *= jnp.exp(largest - new)
-    mass += jnp.sum(jnp.exp(z - new[:, None]), axis=1)
+    shift = zero_if_none(new)
+    mass *= jnp.exp(largest - shift)
+    mass += jnp.sum(jnp.exp(z - shift[:, None]), axis=1)
     return new, mass
 
-  start = jnp.full(b * n, _LOWEST), jnp.zeros(b * n)
+  start = (
+    jnp.full(b * n, -jnp.inf, jnp.float32),
+    jnp.zeros(b * n, jnp.float32),
+  )
   largest, mass = _over_chunks(add, start, table, vocab_size, chunk_size)
-  return (largest + jnp.log(mass)).reshape(b, n)
+  return Normalizer(largest.reshape(b, n), jnp.log(mass).reshape(b, n))
 
 
 def _softmax_gradient(
@@ -156,7 +165,7 @@ def _softmax_gradient(
   """Gradients of states and table from all but the columns, fp32."""
   b, n, d = states.shape
   flat = states.reshape(b * n, d)
-  lse = gradient.lse.reshape(b * n, 1)
+  normalizer = jax.tree.map(lambda x: x.reshape(b * n, 1), gradient.normalizer)
   scale = jnp.repeat(gradient.scale, n)[:, None]
   offset = jnp.repeat(gradient.offset, n)[:, None]
 
@@ -164,8 +173,11 @@ def _softmax_gradient(
     carry: tuple[jax.Array, jax.Array], rows: jax.Array, mask: Any, first: Any
   ) -> tuple[jax.Array, jax.Array]:
     d_states, d_table = carry
+    # Padding of the table may hold anything: zero times NaN is NaN.
+    rows = mask(rows.T, 0).T
     z = _product("md,cd->mc", flat, rows)
-    g = mask(scale * jnp.exp(z - lse) + offset, 0.0).astype(flat.dtype)
+    g = scale * jnp.exp(normalizer.log_probs(z)) + offset
+    g = mask(g, 0.0).astype(flat.dtype)
     d_states += _product("mc,cd->md", g, rows)
     d_rows = _product("mc,md->cd", g, flat)
     # Added, as the last chunk may overlap the one before.
@@ -174,7 +186,10 @@ def _softmax_gradient(
       d_table, d_rows, first, 0
     )
 
-  start = jnp.zeros((b * n, d)), jnp.zeros(table.shape)
+  start = (
+    jnp.zeros((b * n, d), jnp.float32),
+    jnp.zeros(table.shape, jnp.float32),
+  )
   d_states, d_table = _over_chunks(add, start, table, vocab_size, chunk_size)
   return d_states.reshape(b, n, d), d_table
 

@@ -12,22 +12,22 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import optax
 
-# What optax takes for the logarithm of zero; -inf would give 0 * inf.
-_LOG_ZERO = -1e5
+from narvl_jax.query_ctc.alignment import log_likelihood
+from narvl_jax.query_ctc.log_space import Normalizer
+from narvl_jax.query_ctc.targets import feasible, is_target
 
 
 class Summary(NamedTuple):
   """All that the loss needs to know of the logits, float32.
 
   Attributes:
-    lse: [B, N] logsumexp over the true classes.
+    normalizer: [B, N] over the true classes.
     total: [B, N] sum over the true classes.
     gathered: [B, N, L+1] logits of the compact classes.
   """
 
-  lse: jax.Array
+  normalizer: Normalizer
   total: jax.Array
   gathered: jax.Array
 
@@ -36,25 +36,28 @@ class LogitGradient(NamedTuple):
   """Gradient with respect to the logits, as it is before it is written out.
 
   That of a true class is scale * softmax + offset, less `taken` at the
-  columns. Of columns with one id all but the first take nothing.
+  columns. Only the first of several columns with the same id takes anything.
 
   Attributes:
-    lse: [B, N].
+    normalizer: [B, N].
     scale: [B].
     offset: [B].
     columns: int32 [B, L+1] class ids.
     first: int32 [B, L+1] the first column of equal id.
     log_probs: [B, N, L+1] of the columns.
     taken: [B, N, L+1].
+    live: bool [B], False for an example whose gradient is zero, whatever its
+      logits hold; its numbers above are zero.
   """
 
-  lse: jax.Array
+  normalizer: Normalizer
   scale: jax.Array
   offset: jax.Array
   columns: jax.Array
   first: jax.Array
   log_probs: jax.Array
   taken: jax.Array
+  live: jax.Array
 
 
 class Head(Protocol):
@@ -72,24 +75,6 @@ class Head(Protocol):
   def pull_back(self, inputs: Any, gradient: LogitGradient) -> Any:
     """Returns the gradient with respect to the inputs."""
     ...
-
-
-def feasible(
-  labels: jax.Array, label_lengths: jax.Array, num_queries: int
-) -> jax.Array:
-  """Whether the queries suffice for the labels: N >= L + adjacent repeats.
-
-  Args:
-    labels: [B, L] integers, right padded.
-    label_lengths: [B] integers.
-    num_queries: N.
-
-  Returns:
-    bool [B].
-  """
-  inside = jnp.arange(1, labels.shape[1]) < label_lengths[:, None]
-  repeats = jnp.sum((labels[:, 1:] == labels[:, :-1]) & inside, axis=1)
-  return label_lengths + repeats <= num_queries
 
 
 def _terms(
@@ -113,8 +98,9 @@ def _terms(
     temper: float32 [B], multiplies the log-probabilities.
 
   Returns:
-    nll [B], zero where infeasible, and the mean of the (tempered)
-    log-probabilities over queries and true classes [B]; float32.
+    nll [B] and the mean of the (tempered) log-probabilities over queries and
+    true classes [B]; float32. nll is zero where infeasible; both are NaN for
+    what is no target.
   """
   terms, _ = _forward(head, blank_id, inputs, labels, label_lengths, temper)
   return terms
@@ -128,22 +114,31 @@ def _forward(
   label_lengths: jax.Array,
   temper: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
+  is_good = is_target(labels, label_lengths, head.vocab_size, blank_id)
+  # What is no target must not look like one: the training step stops at NaN.
+  temper = jnp.where(is_good, temper, jnp.nan)
   columns, first = class_columns(labels, label_lengths, blank_id)
-  lse, total, gathered = head.summarize(inputs, columns)
-  compact = gathered - lse[:, :, None]
-  valid = jnp.arange(labels.shape[1]) < label_lengths[:, None]
+  normalizer, total, gathered = head.summarize(inputs, columns)
+  by_column = jax.tree.map(lambda x: x[:, :, None], normalizer)
+  compact = by_column.precise_log_probs(gathered)
+  log_probs = compact.high
+  compact = compact.map(lambda x, _: temper[:, None, None] * x)
   # Examples do not interact: the gradient of the sum holds each one's own.
-  nll, pull_back = jax.vjp(
-    lambda x: _compact_ctc(x, first, valid, temper), compact
+  log_likelihoods, pull_back = jax.vjp(
+    lambda x: log_likelihood(compact._replace(high=x), labels, label_lengths),
+    compact.high,
   )
-  (occupancy,) = pull_back(-jnp.ones_like(nll))
-  # The sum over the classes is `temper` but for rounding.
-  occupancy /= jnp.maximum(jnp.sum(occupancy, axis=-1, keepdims=True), 1e-6)
-  ok = feasible(labels, label_lengths, lse.shape[1])
-  nll = jnp.where(ok, nll, 0.0)
-  mean = temper * jnp.mean(total / head.vocab_size - lse, axis=1)
-  residuals = (inputs, lse, compact, occupancy, columns, first, temper, ok)
-  return (nll, mean), residuals
+  (posterior,) = pull_back(jnp.ones_like(log_likelihoods))
+  # A target of probability zero has no posterior.
+  possible = jnp.isfinite(log_likelihoods)[:, None, None]
+  occupancy = _by_class(jnp.where(possible, posterior, jnp.nan), first)
+  ok = feasible(labels, label_lengths, total.shape[1]) | ~is_good
+  occupancy = jnp.where(ok[:, None, None], occupancy, 0.0)
+  nll = jnp.where(ok, -log_likelihoods, 0.0)
+  mean = normalizer.log_probs(total / head.vocab_size)
+  mean = temper * jnp.mean(mean, axis=1)
+  residuals = (normalizer, log_probs, occupancy, columns, first, temper, ok)
+  return (nll, mean), (inputs, *residuals)
 
 
 def _backward(
@@ -158,24 +153,55 @@ def _backward(
   d nll / dz = c (softmax - g) and d mean / dz = c (1 / V - softmax) / N.
   """
   del blank_id
-  inputs, lse, compact, occupancy, columns, first, temper, ok = residuals
+  inputs, normalizer, log_probs, occupancy, columns, first, temper, ok = (
+    residuals
+  )
   nll_bar, mean_bar = cotangents
   nll_bar = jnp.where(ok, nll_bar, 0.0)
-  mean_bar = mean_bar / lse.shape[1]
+  # Where nothing is asked for nothing is given, also of numbers that are NaN.
+  live = (nll_bar != 0) | (mean_bar != 0)
+
+  def zero_unless_live(x: jax.Array) -> jax.Array:
+    return jnp.where(live.reshape(-1, *[1] * (x.ndim - 1)), x, 0.0)
+
+  mean_bar = mean_bar / log_probs.shape[1]
   gradient = LogitGradient(
-    lse=lse,
-    scale=temper * (nll_bar - mean_bar),
-    offset=temper * mean_bar / head.vocab_size,
+    normalizer=jax.tree.map(zero_unless_live, normalizer),
+    scale=zero_unless_live(temper * (nll_bar - mean_bar)),
+    offset=zero_unless_live(temper * mean_bar / head.vocab_size),
     columns=columns,
     first=first,
-    log_probs=compact,
-    taken=(nll_bar * temper)[:, None, None] * occupancy,
+    log_probs=zero_unless_live(log_probs),
+    taken=zero_unless_live((nll_bar * temper)[:, None, None] * occupancy),
+    live=live,
   )
   return head.pull_back(inputs, gradient), None, None, None
 
 
 ctc_terms = jax.custom_vjp(_terms, nondiff_argnums=(0, 1))
 ctc_terms.defvjp(_forward, _backward)
+
+
+def _by_class(posterior: jax.Array, first: jax.Array) -> jax.Array:
+  """Adds up places of one class at the first of them.
+
+  Args:
+    posterior: [B, N, L+1] of blank and the places.
+    first: int32 [B, L+1], see `class_columns`.
+
+  Returns:
+    [B, N, L+1]; sums to 1 over the classes.
+  """
+  # Not a scatter, which is slow on accelerators.
+  goes_to = first[:, :, None] == jnp.arange(first.shape[1])
+  occupancy = jnp.einsum(
+    "bnk,bkj->bnj",
+    posterior,
+    goes_to.astype(posterior.dtype),
+    precision="highest",
+  )
+  # The sum is 1 but for rounding.
+  return occupancy / jnp.sum(occupancy, axis=-1, keepdims=True)
 
 
 def class_columns(
@@ -189,6 +215,8 @@ def class_columns(
     int32 [B, L+1] both.
   """
   valid = jnp.arange(labels.shape[1]) < label_lengths[:, None]
+  # Negative ids would count from the end; what is no target is NaN anyway.
+  valid &= labels >= 0
   columns = jnp.pad(
     jnp.where(valid, labels, blank_id).astype(jnp.int32),
     ((0, 0), (1, 0)),
@@ -196,39 +224,3 @@ def class_columns(
   )
   equal = columns[:, :, None] == columns[:, None, :]
   return columns, jnp.argmax(equal, axis=-1).astype(jnp.int32)
-
-
-def _compact_ctc(
-  log_probs: jax.Array, first: jax.Array, valid: jax.Array, temper: jax.Array
-) -> jax.Array:
-  """CTC of the gathered log-probabilities.
-
-  `optax.ctc_loss` normalises over the classes it is given. Taking that
-  normaliser out again accounts for the mass of all other classes, and for
-  tempered log-probabilities, which do not sum to one. Its gradient nearly
-  cancels in the same way; one more class of constant weight 1, which no label
-  uses, keeps the part that cancels as small as the probabilities themselves.
-
-  Args:
-    log_probs: [B, N, L+1], blank first.
-    first: int32 [B, L+1], see `class_columns`.
-    valid: bool [B, L], False for padding.
-    temper: [B].
-
-  Returns:
-    nll, float32 [B]; without meaning where infeasible.
-  """
-  unique = first == jnp.arange(first.shape[1])
-  scores = jnp.maximum(temper[:, None, None] * log_probs, _LOG_ZERO)
-  scores = jnp.where(unique[:, None, :], scores, _LOG_ZERO)
-  scores = jnp.pad(scores, ((0, 0), (0, 0), (0, 1)))
-  # optax looks labels up by a product with one-hot rows, which accelerators
-  # would round to bfloat16 or TF32.
-  with jax.default_matmul_precision("highest"):
-    nll = optax.ctc_loss(
-      scores,
-      jnp.zeros(scores.shape[:2]),
-      first[:, 1:],
-      1.0 - valid.astype(jnp.float32),
-    )
-  return nll - jnp.sum(jax.nn.logsumexp(scores, axis=-1), axis=1)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from narvl_jax.query_ctc.axes import Split
 from narvl_jax.query_ctc.compact import LogitGradient, Summary
+from narvl_jax.query_ctc.log_space import Normalizer, normalizer
 
 # A sum of plain exponentials is as exact as one of shifted ones if no term is
 # above exp(_LARGE), so that it is finite, and it is above _SMALL, so that what
@@ -45,7 +46,7 @@ class DenseHead:
       classes = logits.shape[-1]
       size = self.split.true_classes(self.vocab_size, classes)
       columns = self.split.local_ids(columns, classes)
-      lse, total, gathered = jax.lax.platform_dependent(
+      part, total, gathered = jax.lax.platform_dependent(
         logits,
         columns,
         cpu=functools.partial(_summarize_by_query, vocab_size=size),
@@ -55,7 +56,7 @@ class DenseHead:
         here = columns < classes
         gathered = jnp.where(here[:, None, :], gathered, 0.0)
       total, gathered = self.split.sum_over_classes((total, gathered))
-      return Summary(self.split.logsumexp(lse), total, gathered)
+      return Summary(self.split.join(part), total, gathered)
 
     return self.split.run(
       local,
@@ -88,8 +89,8 @@ def _summarize(
   columns: jax.Array,
   *,
   vocab_size: Size,
-  reduce: Callable[..., jax.Array] = jax.nn.logsumexp,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  reduce: Callable[..., Any] = normalizer,
+) -> tuple[Any, jax.Array, jax.Array]:
   """The parts of a `Summary`.
 
   Args:
@@ -99,7 +100,7 @@ def _summarize(
     reduce: what to take of fp32 [B, N, V] over `axis`.
 
   Returns:
-    logsumexp (or `reduce`) and sum over the true classes [B, N] and the
+    Normalizer (or `reduce`) and sum over the true classes [B, N] and the
     logits at the columns [B, N, L+1] (any number for column V), fp32.
   """
   z = _true_classes(logits, vocab_size, -jnp.inf)
@@ -110,7 +111,7 @@ def _summarize(
 
 def _summarize_by_query(
   logits: jax.Array, columns: jax.Array, *, vocab_size: Size
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Normalizer, jax.Array, jax.Array]:
   """`_summarize`, one query at a time.
 
   On a CPU the exponentials are stored before they are summed; those of one
@@ -127,11 +128,9 @@ def _summarize_by_query(
     _, out = jax.lax.scan(step, None, jnp.arange(logits.shape[1]))
     return jax.tree.map(lambda x: x[:, :, 0].swapaxes(0, 1), out)
 
-  def safe() -> jax.Array:
+  def safe() -> Normalizer:
     return scan(
-      lambda row: jax.nn.logsumexp(
-        _true_classes(row, vocab_size, -jnp.inf), axis=-1
-      )
+      lambda row: normalizer(_true_classes(row, vocab_size, -jnp.inf))
     )
 
   # Finding the maximum first takes as long as all the rest, and is seldom
@@ -141,8 +140,9 @@ def _summarize_by_query(
       _summarize, columns=columns, vocab_size=vocab_size, reduce=_sum_exp
     )
   )
-  lse = jax.lax.cond(jnp.all(mass > _SMALL), lambda: jnp.log(mass), safe)
-  return lse, total, gathered
+  plain = Normalizer(jnp.zeros_like(mass), jnp.log(mass))
+  part = jax.lax.cond(jnp.all(mass > _SMALL), lambda: plain, safe)
+  return part, total, gathered
 
 
 def _sum_exp(z: jax.Array, axis: int) -> jax.Array:
@@ -174,8 +174,9 @@ def _write_out(
   """
   scale = gradient.scale[:, None, None]
   offset = gradient.offset[:, None, None]
-  z = logits.astype(jnp.float32)
-  grad = scale * jnp.exp(z - gradient.lse[:, :, None]) + offset
+  z = jnp.where(gradient.live[:, None, None], logits.astype(jnp.float32), 0.0)
+  normalizer = jax.tree.map(lambda x: x[:, :, None], gradient.normalizer)
+  grad = scale * jnp.exp(normalizer.log_probs(z)) + offset
   grad = _true_classes(grad, vocab_size, 0.0)
   # Written over the pass above, not added to it: one rounding, and columns of
   # equal id all carry the value of the first.

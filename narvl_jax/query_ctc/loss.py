@@ -17,8 +17,15 @@ import jax.numpy as jnp
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.query_ctc.axes import MeshAxes, split_of
 from narvl_jax.query_ctc.chunked import ChunkedHead, ChunkedLogits
-from narvl_jax.query_ctc.compact import Head, ctc_terms, feasible
+from narvl_jax.query_ctc.compact import Head, ctc_terms
 from narvl_jax.query_ctc.dense import DenseHead
+from narvl_jax.query_ctc.targets import (
+  check_classes,
+  check_smoothing,
+  check_targets,
+  feasible,
+  is_target,
+)
 
 CONFIDENCE_MODES = ("weight", "temper")
 
@@ -37,11 +44,31 @@ def query_ctc_loss(
 ) -> jax.Array:
   """Negative log-likelihood of the labels over all CTC alignments.
 
-  An infeasible target (see `feasible`) has zero loss and zero gradient. With
-  `label_smoothing` e the loss is `(1 - e) * nll - e * m`, m being the mean
-  log-probability over all queries and classes; m also acts on infeasible
-  targets. The loss is not divided by the target length; `query_ctc_objective`
-  does that.
+  With `label_smoothing` e the loss is `(1 - e) * nll - e * m`, where m is the
+  mean log-probability over all queries and classes. The loss is not divided by
+  the target length; `query_ctc_objective` does that.
+
+  What happens at the edges, in every variant (whole logits or
+  `ChunkedLogits`, one device or a split vocabulary, any float dtype):
+
+  * Logits of any finite magnitude give the right loss and gradient, to the
+    precision of float32, as long as the loss is below its largest number
+    (3.4e38); beyond it the loss is +inf.
+  * An infeasible target (see `feasible`) has zero nll and zero gradient,
+    whatever the logits hold. Only m acts on it.
+  * A target of which a label is no class below `vocab_size`, or blank, or
+    whose length is outside 0..L, makes loss and gradient of its example NaN.
+    Where the values are known before tracing, it is a `UserError`.
+  * A logit of -inf is a class of probability zero. A feasible target that
+    needs it at every alignment has loss +inf and a NaN gradient; with label
+    smoothing, m of the example is -inf.
+  * A logit of NaN or +inf, or a query whose logits are all -inf, makes loss
+    and gradient of its example NaN, unless the target is infeasible.
+  * Logits of the table's padding (`vocab_size` and above) may hold anything.
+  * B = 0 and L = 0 are allowed; N = 0 is a `UserError`.
+
+  The training step skips an update whose loss or gradient is not finite, or
+  ends the run: `config.bad_numbers`.
 
   Works under `jit`, `vmap` and sharding over the batch. Only first-order
   reverse-mode differentiation with respect to `logits` is defined; the
@@ -58,15 +85,17 @@ def query_ctc_loss(
     axes: mesh axes that split batch and classes.
 
   Returns:
-    Loss per example, float32 [B].
+    Loss per example, float32 [B], also with `jax_enable_x64`.
 
   Raises:
-    UserError: `blank_id`, `vocab_size`, `label_smoothing` or chunk size out of
-      range, or classes that do not divide by their axis.
+    UserError: a wrong shape or dtype; `blank_id`, `vocab_size`,
+      `label_smoothing` or chunk size out of range; a wrong target that is
+      known before tracing; or classes that do not divide by their axis.
 
   Source: Graves et al. 2006, section 4; NARVL (arXiv 2403.02249).
   """
-  size = _check(logits, labels, blank_id, vocab_size, label_smoothing)
+  size = check_input(logits, labels, label_lengths, blank_id, vocab_size)
+  check_smoothing(label_smoothing)
   ones = jnp.ones(logits.shape[:1], jnp.float32)
   nll, mean_log_prob = _terms(
     logits, labels, label_lengths, ones, blank_id, size, axes
@@ -90,11 +119,13 @@ def query_ctc_objective(
   """Training objective of a batch and what to log about it.
 
   The nll of an example is divided by its target length (at least 1) and
-  smoothed as in `query_ctc_loss`; the objective is the mean over the examples
-  with `example_mask`. Infeasible targets have zero nll but stay in the
-  divisor, and are counted. To weight micro-batches in gradient accumulation,
-  multiply the gradient by `metrics["examples"]`, add up, and divide by the
-  summed `examples`.
+  smoothed as in `query_ctc_loss`, which also tells what happens at the edges;
+  the objective is the mean over the examples with `example_mask`. The others
+  add nothing to it or to its gradient, whatever they hold. Infeasible targets
+  have zero nll but stay in the divisor, and are counted.
+
+  To weight micro-batches in gradient accumulation, multiply the gradient by
+  `metrics["examples"]`, add up, and divide by the summed `examples`.
 
   `confidence` c of a target acts in one of two ways:
 
@@ -127,12 +158,21 @@ def query_ctc_objective(
     `nll_per_example`, float32 [B], the terms of `nll`.
 
   Raises:
-    UserError: an argument out of range or an unknown `confidence_mode`.
+    UserError: see `query_ctc_loss`, or an unknown `confidence_mode`.
 
   Source: the official criterion (value in mode "temper"); NARVL
   (arXiv 2403.02249).
   """
-  size = _check(logits, labels, blank_id, vocab_size, label_smoothing)
+  size = check_input(
+    logits,
+    labels,
+    label_lengths,
+    blank_id,
+    vocab_size,
+    example_mask=example_mask,
+    confidence=confidence,
+  )
+  check_smoothing(label_smoothing)
   if confidence_mode not in CONFIDENCE_MODES:
     raise UserError(
       f'unknown confidence mode "{confidence_mode}".'
@@ -143,19 +183,21 @@ def query_ctc_objective(
   confidence = ones if confidence is None else confidence.astype(jnp.float32)
   temper = confidence if confidence_mode == "temper" else ones
   weight = confidence if confidence_mode == "weight" else ones
-  mask = ones if example_mask is None else example_mask.astype(jnp.float32)
-  examples = jnp.sum(mask)
+  mask = ones > 0 if example_mask is None else example_mask.astype(bool)
+  examples = jnp.sum(mask, dtype=jnp.float32)
 
   def mean(x: jax.Array) -> jax.Array:
-    return jnp.sum(mask * x) / jnp.maximum(examples, 1.0)
+    return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(examples, 1.0)
 
   nll, mean_log_prob = _terms(
     logits, labels, label_lengths, temper, blank_id, size, axes
   )
   nll = nll / jnp.maximum(label_lengths, 1)
   losses = _smooth(nll, mean_log_prob, label_smoothing)
-  loss = mean(jax.lax.stop_gradient(weight) * losses)
+  weight = jnp.where(mask, jax.lax.stop_gradient(weight), 0.0)
+  loss = mean(weight * losses)
   infeasible = ~feasible(labels, label_lengths, logits.shape[1])
+  infeasible &= is_target(labels, label_lengths, size, blank_id)
   metrics = {
     "loss": loss,
     "nll": mean(nll),
@@ -166,6 +208,39 @@ def query_ctc_objective(
   return loss, jax.lax.stop_gradient(metrics)
 
 
+def check_input(
+  logits: jax.Array | ChunkedLogits,
+  labels: jax.Array,
+  label_lengths: jax.Array,
+  blank_id: int,
+  vocab_size: int | None,
+  **per_example: jax.Array | None,
+) -> int:
+  """Returns the number of true classes.
+
+  Raises:
+    UserError: see `query_ctc_loss`.
+  """
+  shape = logits.shape
+  if len(shape) != 3 or labels.ndim != 2 or shape[0] != len(labels):
+    raise UserError(
+      "the Query-CTC loss needs logits [B, N, V] and labels [B, L], got"
+      f" {shape} and {labels.shape}"
+    )
+  if shape[1] < 1:
+    raise UserError(
+      f"logits {shape} have no query; set --config.model.num_queries to at"
+      " least 1"
+    )
+  if isinstance(logits, ChunkedLogits):
+    _check_chunked(logits)
+  elif not jnp.issubdtype(logits.dtype, jnp.floating):
+    raise UserError(f"logits must be floats, got {logits.dtype}")
+  size = check_classes(shape[-1], vocab_size, blank_id)
+  check_targets(labels, label_lengths, size, blank_id, **per_example)
+  return size
+
+
 def make_head(
   logits: jax.Array | ChunkedLogits, vocab_size: int, axes: MeshAxes
 ) -> tuple[Head, Any]:
@@ -174,8 +249,8 @@ def make_head(
   if isinstance(logits, ChunkedLogits):
     split = split_of(axes, b, v, width=logits.table.shape[1])
     head = ChunkedHead(vocab_size, logits.chunk_size, split)
-    return head, (logits.states, logits.table)
-  return DenseHead(vocab_size, split_of(axes, b, v)), logits
+    return head, (jnp.asarray(logits.states), jnp.asarray(logits.table))
+  return DenseHead(vocab_size, split_of(axes, b, v)), jnp.asarray(logits)
 
 
 def _terms(
@@ -200,37 +275,15 @@ def _smooth(
   return (1.0 - label_smoothing) * nll - label_smoothing * mean_log_prob
 
 
-def _check(
-  logits: jax.Array | ChunkedLogits,
-  labels: jax.Array,
-  blank_id: int,
-  vocab_size: int | None,
-  label_smoothing: float,
-) -> int:
-  """Returns the number of true classes; rejects wrong shapes and numbers."""
-  shape = logits.shape
-  if len(shape) != 3 or labels.ndim != 2 or shape[0] != len(labels):
-    raise UserError(
-      "query_ctc_loss needs logits [B, N, V] and labels [B, L], got"
-      f" {shape} and {labels.shape}"
-    )
-  if isinstance(logits, ChunkedLogits) and logits.chunk_size < 1:
+def _check_chunked(logits: ChunkedLogits) -> None:
+  if logits.chunk_size < 1:
     raise UserError(
       f"chunk size {logits.chunk_size} is below 1; set"
       " --config.loss.chunk_size, for example to 4096"
     )
-  classes = shape[-1]
-  size = classes if vocab_size is None else vocab_size
-  if not 0 < size <= classes:
+  states, table = logits.states.shape, logits.table.shape
+  if len(table) != 2 or states[-1] != table[-1]:
     raise UserError(
-      f"vocab_size {size} does not fit logits of {classes} classes;"
-      f" give 1 to {classes}"
+      f"chunked logits need states [B, N, D] and a table [V, D], got {states}"
+      f" and {table}"
     )
-  if not 0 <= blank_id < size:
-    raise UserError(f"blank_id {blank_id} is not a class; give 0 to {size - 1}")
-  if not 0.0 <= label_smoothing < 1.0:
-    raise UserError(
-      f"label smoothing {label_smoothing} is outside [0, 1); set"
-      " --config.loss.label_smoothing, for example to 0.1"
-    )
-  return size

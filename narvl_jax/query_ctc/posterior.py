@@ -6,13 +6,12 @@ Letters: b batch, n queries, l labels.
 import jax
 import jax.numpy as jnp
 
+from narvl_jax.query_ctc.alignment import log_likelihood
 from narvl_jax.query_ctc.axes import MeshAxes
 from narvl_jax.query_ctc.chunked import ChunkedLogits
-from narvl_jax.query_ctc.compact import class_columns, feasible
-from narvl_jax.query_ctc.loss import make_head
-
-# Stands for the logarithm of zero; finite, so that no difference is NaN.
-_LOG_ZERO = -1e30
+from narvl_jax.query_ctc.compact import class_columns
+from narvl_jax.query_ctc.loss import check_input, make_head
+from narvl_jax.query_ctc.targets import feasible, is_target
 
 _WHOLE = MeshAxes()
 
@@ -41,63 +40,32 @@ def label_posterior(
     axes: mesh axes that split batch and classes.
 
   Returns:
-    float32 [B, N, L] without gradient; zero for padding and where the queries
-    do not suffice (see `feasible`).
+    float32 [B, N, L] without gradient, also with `jax_enable_x64`. Zero for
+    padding, and where the queries do not suffice (see `feasible`) whatever
+    the logits hold. NaN where the loss is not finite (see `query_ctc_loss`).
+
+  Raises:
+    UserError: see `query_ctc_loss`.
 
   Source: Graves et al. 2006, section 4.1, the products of forward and backward
   variables over the likelihood.
   """
-  size = logits.shape[-1] if vocab_size is None else vocab_size
+  size = check_input(logits, labels, label_lengths, blank_id, vocab_size)
   head, inputs = make_head(logits, size, axes)
   columns, _ = class_columns(labels, label_lengths, blank_id)
   summary = head.summarize(jax.lax.stop_gradient(inputs), columns)
-  log_probs = summary.gathered - summary.lse[..., None]
+  normalizer = jax.tree.map(lambda x: x[..., None], summary.normalizer)
+  log_probs = normalizer.precise_log_probs(summary.gathered)
   # A query says a label as often as the likelihood depends on its saying so.
-  posterior = jax.grad(
-    lambda x: jnp.sum(_log_likelihood(x, labels, label_lengths))
-  )(log_probs)[..., 1:]
-  ok = feasible(labels, label_lengths, logits.shape[1])
-  return jnp.where(ok[:, None, None], posterior, 0.0)
-
-
-def _log_likelihood(
-  log_probs: jax.Array, labels: jax.Array, label_lengths: jax.Array
-) -> jax.Array:
-  """Log-likelihood of the target, by the forward variables.
-
-  Unlike `optax.ctc_loss` it takes a number for each place of the target, also
-  where two hold one label.
-
-  Args:
-    log_probs: float32 [B, N, L+1], blank first, then the places.
-    labels: [B, L] integers.
-    label_lengths: [B] integers.
-
-  Returns:
-    float32 [B]; without meaning where infeasible.
-  """
-  batch, length = labels.shape
-  never = jnp.full((batch, 1), _LOG_ZERO)
-  # From one label straight to the next; equal ones need a blank between.
-  differs = labels[:, 1:] != labels[:, :-1]
-  blank = jnp.concatenate(
-    [jnp.zeros((batch, 1)), jnp.full((batch, length), _LOG_ZERO)], axis=1
+  values, pull_back = jax.vjp(
+    lambda x: log_likelihood(log_probs._replace(high=x), labels, label_lengths),
+    log_probs.high,
   )
-  said = jnp.full((batch, length), _LOG_ZERO)
-
-  def step(
-    state: tuple[jax.Array, jax.Array], query: jax.Array
-  ) -> tuple[tuple[jax.Array, jax.Array], None]:
-    # Of l labels said so far: the last query said blank, or the label itself.
-    blank, said = state
-    before = jnp.concatenate([never, said], axis=1)
-    after = jnp.logaddexp(blank, before) + query[:, :1]
-    onward = jnp.where(differs, said[:, :-1], _LOG_ZERO)
-    onward = jnp.concatenate([never, onward], axis=1)[:, :length]
-    said = jnp.logaddexp(jnp.logaddexp(said, blank[:, :-1]), onward)
-    return (after, said + query[:, 1:]), None
-
-  (blank, said), _ = jax.lax.scan(step, (blank, said), log_probs.swapaxes(0, 1))
-  said = jnp.concatenate([never, said], axis=1)
-  ends = jnp.logaddexp(blank, said)
-  return jnp.take_along_axis(ends, label_lengths[:, None], axis=1)[:, 0]
+  (posterior,) = pull_back(jnp.ones_like(values))
+  is_good = is_target(labels, label_lengths, size, blank_id)
+  ok = feasible(labels, label_lengths, logits.shape[1]) | ~is_good
+  possible = is_good & jnp.isfinite(values)
+  fill = jnp.where(ok & ~possible, jnp.nan, 0.0).astype(jnp.float32)
+  return jnp.where(
+    (ok & possible)[:, None, None], posterior[..., 1:], fill[:, None, None]
+  )

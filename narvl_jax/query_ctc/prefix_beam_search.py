@@ -16,11 +16,8 @@ from narvl_jax.query_ctc.automaton import (
   as_arrays,
   queries_needed,
 )
+from narvl_jax.query_ctc.log_space import LOG_ZERO, show_no_answer
 
-# Stands for the logarithm of zero: finite, so that no difference becomes NaN.
-LOG_ZERO = -1e9
-# What is below has met a zero somewhere.
-_DEAD = LOG_ZERO / 2
 # Classes beyond the best 32 of a query hold next to nothing of a trained
 # model's probability.
 _CANDIDATES = 32
@@ -103,7 +100,9 @@ def prefix_beam_search(
   over devices.
 
   Args:
-    log_probs: float32 [B, N, V], normalised; -inf is allowed.
+    log_probs: float [B, N, V], normalised, of any magnitude. -inf is allowed:
+      what has probability zero is never an answer. NaN in an example makes its
+      scores NaN and its lengths 0.
     blank_id: id of the blank class.
     pad_id: never a label; fills the tail of `ids`.
     beam_size: prefixes that are kept.
@@ -118,16 +117,24 @@ def prefix_beam_search(
   Returns:
     ids int32 [B, num_best, N], lengths int32 [B, num_best] and scores float32
     [B, num_best], natural logarithms, best first. A place for which there is
-    no sequence has length 0 and the score -1e9.
+    no sequence has length 0 and the score -1e9, or less if the score of a
+    sequence is: it is below all of them.
 
   Raises:
-    UserError: a size is out of range.
+    UserError: a size is out of range, or there is no query.
 
   Source: Graves et al. 2006, section 3.2; Hannun et al. 2014 (1408.2873).
   """
   b, n, v = log_probs.shape
   _check(beam_size, num_best, candidates_per_query)
-  log_probs = jnp.maximum(log_probs.astype(jnp.float32), LOG_ZERO)
+  if n < 1:
+    raise UserError(
+      f"log-probabilities {log_probs.shape} have no query; set"
+      " --config.model.num_queries to at least 1"
+    )
+  log_probs = log_probs.astype(jnp.float32)
+  # Comparisons with NaN would drop it somewhere in the search.
+  is_number = ~jnp.any(jnp.isnan(log_probs), axis=(1, 2))
   merge = jnp.broadcast_to(jnp.asarray(merge_repeats, bool), (b,))
   search = functools.partial(
     _search, blank_id=blank_id, beam_size=beam_size, constraint=constraint
@@ -142,7 +149,13 @@ def prefix_beam_search(
     count = v if candidates_per_query is None else candidates_per_query
     best = _best_labels(log_probs, count, (blank_id, pad_id))
     beam = jax.vmap(search)(log_probs, merge, best, None)
-  return _results(beam, num_best, pad_id, constraint)
+  ids, lengths, scores = _results(beam, num_best, pad_id, constraint)
+  is_number = is_number[:, None]
+  return (
+    jnp.where(is_number[..., None], ids, pad_id),
+    jnp.where(is_number, lengths, 0),
+    jnp.where(is_number, scores, jnp.nan),
+  )
 
 
 def _check(
@@ -226,8 +239,8 @@ def _search(
   start = _Beam(
     ids=jnp.zeros((beam_size, n), jnp.int32),
     lengths=jnp.zeros(beam_size, jnp.int32),
-    blank=jnp.full(beam_size, LOG_ZERO).at[0].set(0.0),
-    label=jnp.full(beam_size, LOG_ZERO),
+    blank=jnp.full(beam_size, LOG_ZERO, jnp.float32).at[0].set(0.0),
+    label=jnp.full(beam_size, LOG_ZERO, jnp.float32),
     state=jnp.zeros(beam_size, jnp.int32),
   )
   beam, _ = jax.lax.scan(step, start, jnp.arange(n))
@@ -292,7 +305,7 @@ def _is_child(beam: _Beam) -> jax.Array:
   place = jnp.arange(beam.ids.shape[1])
   equal = beam.ids[:, None] == beam.ids[None, :]
   outside = place >= beam.lengths[:, None, None]
-  alive = beam.total > _DEAD
+  alive = beam.total > LOG_ZERO
   return (
     jnp.all(equal | outside, axis=-1)
     & (beam.lengths[:, None] + 1 == beam.lengths)
@@ -310,10 +323,10 @@ def _results(
     *_, accepting = as_arrays(constraint)
     scores = jnp.where(accepting[beam.state], scores, LOG_ZERO)
   scores, order = jax.lax.top_k(scores, num_best)
-  found = scores > _DEAD
+  found = scores > LOG_ZERO
   lengths = jnp.take_along_axis(beam.lengths, order, axis=1)
   lengths = jnp.where(found, lengths, 0)
   ids = jnp.take_along_axis(beam.ids, order[..., None], axis=1)
   tail = jnp.arange(ids.shape[-1]) >= lengths[..., None]
   ids = jnp.where(tail, pad_id, ids)
-  return ids, lengths, jnp.where(found, scores, LOG_ZERO)
+  return ids, lengths, show_no_answer(scores)

@@ -31,6 +31,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
   return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
 
 
+def log_sum(scores: Sequence[float]) -> float:
+  """Logarithm of the sum of exponentials, of any magnitude."""
+  largest = max(scores, default=-np.inf)
+  if largest == -np.inf:
+    return -np.inf
+  return float(largest + np.log(np.sum(np.exp(np.array(scores) - largest))))
+
+
 def enumerate_paths(
   logits: np.ndarray,
   target: Sequence[int],
@@ -43,17 +51,22 @@ def enumerate_paths(
   log_probs = log_softmax(logits)
   softmax = np.exp(log_probs)
   q = temper * log_probs
-  total = 0.0
-  visits = np.zeros((n, v))
-  for path in itertools.product(range(v), repeat=n):
-    labels = collapse(path, blank_id=blank_id, pad_id=-1, merge_repeats=True)
-    if labels != list(target):
-      continue
-    p = np.exp(q[np.arange(n), path].sum())
-    total += p
-    visits[np.arange(n), path] += p
-  if total == 0.0:
+  paths = [
+    path
+    for path in itertools.product(range(v), repeat=n)
+    if collapse(path, blank_id=blank_id, pad_id=-1, merge_repeats=True)
+    == list(target)
+  ]
+  scores = [float(q[np.arange(n), path].sum()) for path in paths]
+  total = log_sum(scores)
+  if total == -np.inf:
     nll, gradient = np.inf, np.zeros((n, v))
   else:
-    nll, gradient = -np.log(total), temper * (softmax - visits / total)
+    # Not of the total, from which large scores round the count of paths away.
+    weights = np.exp(np.array(scores) - max(scores))
+    weights /= weights.sum()
+    visits = np.zeros((n, v))
+    for path, weight in zip(paths, weights, strict=True):
+      visits[np.arange(n), path] += weight
+    nll, gradient = -total, temper * (softmax - visits)
   return Enumeration(nll, gradient, q.mean(), temper * (1 / v - softmax) / n)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tests.query_ctc.reference import log_sum
+
 Prefix = tuple[int, ...]
 # Whether a prefix (True: a whole answer) is allowed with so many queries left.
 Allowed = Callable[[Prefix, int, bool], bool]
@@ -24,12 +26,13 @@ def all_answers(
 ) -> dict[Prefix, float]:
   """Sums over all alignments of log_probs [N, V], one by one."""
   n, v = log_probs.shape
-  probabilities: dict[Prefix, float] = defaultdict(float)
+  scores: dict[Prefix, list[float]] = defaultdict(list)
   for path in itertools.product(range(v), repeat=n):
     if pad not in path:
-      probability = math.exp(sum(log_probs[i, c] for i, c in enumerate(path)))
-      probabilities[collapse(path, blank, merge)] += probability
-  return {answer: math.log(p) for answer, p in probabilities.items() if p > 0}
+      score = sum(float(log_probs[i, c]) for i, c in enumerate(path))
+      scores[collapse(path, blank, merge)].append(score)
+  totals = {answer: log_sum(terms) for answer, terms in scores.items()}
+  return {answer: x for answer, x in totals.items() if x > -math.inf}
 
 
 def best_alignment(

@@ -1,0 +1,140 @@
+"""Sums of probabilities that are held as logarithms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# The logarithm of zero. No finite number can stand for it: a logit may have
+# any magnitude, and an unlikely alignment is not an impossible one.
+LOG_ZERO = -np.inf
+# What results show in place of a log-probability where there is no answer:
+# finite, so that it can be averaged and written as JSON.
+NO_ANSWER = -1e9
+
+
+class Pair(NamedTuple):
+  """A number as the sum of two float32, the second below the first's spacing.
+
+  Alignments compete by differences of a few units between sums that may be
+  millions, where one float32 is off by as much. Gradients flow through `high`.
+
+  Attributes:
+    high: float32 [...]; may be -inf or NaN.
+    low: float32 [...], finite.
+  """
+
+  high: jax.Array
+  low: jax.Array
+
+  @classmethod
+  def of(cls, x: jax.Array) -> Pair:
+    """Returns a pair for one float32."""
+    return cls(x, jnp.zeros_like(x))
+
+  @classmethod
+  def sum(cls, a: jax.Array, b: jax.Array) -> Pair:
+    """Returns a + b without rounding (Knuth's TwoSum)."""
+    high = a + b
+    part = high - a
+    low = jax.lax.stop_gradient((a - (high - part)) + (b - part))
+    return cls(high, jnp.where(jnp.isfinite(high), low, 0.0))
+
+  def __add__(self, other: Pair) -> Pair:
+    high, low = Pair.sum(self.high, other.high)
+    return Pair.sum(high, low + self.low + other.low)
+
+  def map(self, function: Callable[[jax.Array, float], jax.Array]) -> Pair:
+    """Returns function(high, -inf) and function(low, 0).
+
+    The second argument is what stands for the logarithm of zero.
+    """
+    return Pair(function(self.high, LOG_ZERO), function(self.low, 0.0))
+
+
+@jax.custom_jvp
+def log_add(a: Pair, b: Pair) -> Pair:
+  """Returns log(exp(a) + exp(b)), with a gradient for infinite values too.
+
+  The gradient of `jnp.logaddexp` is NaN where both are -inf. The weights of
+  this one sum to 1 however large the values are.
+
+  Args:
+    a: below +inf; NaN gives NaN.
+    b: the same.
+  """
+  gap = _difference(a, b)
+  high = jnp.where(gap >= 0, a.high, b.high)
+  # NaN on either side must not lose a comparison.
+  high = jnp.where(jnp.isnan(gap), gap, high)
+  low = jnp.where(gap >= 0, a.low, b.low)
+  return Pair.sum(high, low + jnp.log1p(jnp.exp(-jnp.abs(gap))))
+
+
+@log_add.defjvp
+def _log_add_jvp(
+  primals: tuple[Pair, Pair], tangents: tuple[Pair, Pair]
+) -> tuple[Pair, Pair]:
+  (a, b), (da, db) = primals, tangents
+  gap = _difference(a, b)
+  change = jax.nn.sigmoid(gap) * da.high + jax.nn.sigmoid(-gap) * db.high
+  return log_add(a, b), Pair.of(change)
+
+
+def _difference(a: Pair, b: Pair) -> jax.Array:
+  """Returns a - b, 0 if both are -inf."""
+  high = jnp.where(a.high == b.high, 0.0, a.high - b.high)
+  return high + (a.low - b.low)
+
+
+class Normalizer(NamedTuple):
+  """A logsumexp over classes in two parts, `shift` + `log_mass`.
+
+  Their sum would round what matters away where logits are large: of logits
+  that are all 1e30 it is 1e30.
+
+  Attributes:
+    shift: float32 [...], near the largest logit; -inf if there is none.
+    log_mass: float32 [...], logsumexp of the logits less `shift`.
+  """
+
+  shift: jax.Array
+  log_mass: jax.Array
+
+  def log_probs(self, logits: jax.Array) -> jax.Array:
+    """Returns the log-probabilities of logits that broadcast to [...]."""
+    return (logits - self.shift) - self.log_mass
+
+  def precise_log_probs(self, logits: jax.Array) -> Pair:
+    """Returns the same with the rounding errors of both differences."""
+    return Pair.sum(logits, -self.shift) + Pair.of(-self.log_mass)
+
+
+def normalizer(logits: jax.Array, axis: int = -1) -> Normalizer:
+  """Returns the normalizer of float32 logits along an axis.
+
+  NaN or +inf among the logits make `log_mass` NaN.
+  """
+  shift = jnp.max(logits, axis=axis)
+  mass = jnp.exp(logits - jnp.expand_dims(zero_if_none(shift), axis))
+  return Normalizer(shift, jnp.log(jnp.sum(mass, axis=axis)))
+
+
+def zero_if_none(shift: jax.Array) -> jax.Array:
+  """Returns a shift that can be subtracted from -inf."""
+  return jnp.where(shift == LOG_ZERO, 0.0, shift)
+
+
+def show_no_answer(scores: jax.Array) -> jax.Array:
+  """Returns scores [..., M] with `NO_ANSWER`, or less, in place of -inf.
+
+  The number is below every other score along the last axis, so that the order
+  is kept.
+  """
+  finite = jnp.where(jnp.isfinite(scores), scores, 0.0)
+  lowest = jnp.minimum(NO_ANSWER, 2.0 * jnp.min(finite, -1, keepdims=True))
+  return jnp.where(scores == LOG_ZERO, lowest, scores)

@@ -1,0 +1,151 @@
+"""What logits and targets the loss accepts, and which targets fit.
+
+Letters: b batch, n queries, l labels, v vocabulary.
+"""
+
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from narvl_jax.errors import UserError
+
+
+def feasible(
+  labels: jax.Array, label_lengths: jax.Array, num_queries: int
+) -> jax.Array:
+  """Whether the queries suffice for the labels: N >= L + adjacent repeats.
+
+  Args:
+    labels: [B, L] integers, right padded.
+    label_lengths: [B] integers.
+    num_queries: N.
+
+  Returns:
+    bool [B].
+  """
+  inside = jnp.arange(1, labels.shape[1]) < label_lengths[:, None]
+  repeats = jnp.sum((labels[:, 1:] == labels[:, :-1]) & inside, axis=1)
+  return label_lengths + repeats <= num_queries
+
+
+def is_target(
+  labels: jax.Array,
+  label_lengths: jax.Array,
+  vocab_size: int,
+  blank_id: int | None = None,
+) -> jax.Array:
+  """Whether the labels are classes other than blank, and the length fits.
+
+  Args:
+    labels: [B, L] integers, right padded with any id.
+    label_lengths: [B] integers.
+    vocab_size: number of true classes.
+    blank_id: id of the blank class, None if there is none.
+
+  Returns:
+    bool [B].
+  """
+  width = labels.shape[1]
+  padding = jnp.arange(width) >= label_lengths[:, None]
+  known = (labels >= 0) & (labels < vocab_size)
+  if blank_id is not None:
+    known &= labels != blank_id
+  fits = (label_lengths >= 0) & (label_lengths <= width)
+  return fits & jnp.all(known | padding, axis=1)
+
+
+def check_classes(
+  classes: int, vocab_size: int | None, blank_id: int | None = None
+) -> int:
+  """Returns the number of true classes, at most those of the logits.
+
+  Raises:
+    UserError: `vocab_size` or `blank_id` is out of range.
+  """
+  size = classes if vocab_size is None else vocab_size
+  if not 0 < size <= classes:
+    raise UserError(
+      f"vocab_size {size} does not fit logits of {classes} classes;"
+      f" give 1 to {max(classes, 1)}"
+    )
+  if blank_id is not None and not 0 <= blank_id < size:
+    raise UserError(f"blank_id {blank_id} is not a class; give 0 to {size - 1}")
+  return size
+
+
+def check_smoothing(label_smoothing: float) -> None:
+  """Raises `UserError` for a number outside [0, 1)."""
+  if not 0.0 <= label_smoothing < 1.0:
+    raise UserError(
+      f"label smoothing {label_smoothing} is outside [0, 1); set"
+      " --config.loss.label_smoothing, for example to 0.1"
+    )
+
+
+def check_targets(
+  labels: Any,
+  label_lengths: Any,
+  vocab_size: int,
+  blank_id: int | None = None,
+  *,
+  example_mask: Any = None,
+  confidence: Any = None,
+) -> None:
+  """Rejects wrong targets, by their values where these are known.
+
+  Under a trace only shapes and dtypes are; `is_target` tells the rest.
+
+  Args:
+    labels: [B, L] integers.
+    label_lengths: [B] integers.
+    vocab_size: number of true classes.
+    blank_id: id of the blank class, None if there is none.
+    example_mask: [B], False for rows whose values do not count, or None.
+    confidence: [B] or None.
+
+  Raises:
+    UserError: a shape, a dtype or a value is wrong.
+  """
+  batch = labels.shape[:1]
+  for name, x in (
+    ("label_lengths", label_lengths),
+    ("example_mask", example_mask),
+    ("confidence", confidence),
+  ):
+    if x is not None and x.shape != batch:
+      raise UserError(f"{name} needs the shape [B] = {batch}, got {x.shape}")
+  for name, x in (("labels", labels), ("label_lengths", label_lengths)):
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+      raise UserError(f"{name} must be integers, got {x.dtype}")
+  if not all(_is_known(x) for x in (labels, label_lengths, example_mask)):
+    return
+  labels, lengths = np.asarray(labels), np.asarray(label_lengths)
+  if example_mask is not None:
+    lengths = np.where(np.asarray(example_mask), lengths, 0)
+  width = labels.shape[1]
+  wrong = (lengths < 0) | (lengths > width)
+  if wrong.any():
+    row = int(np.argmax(wrong))
+    raise UserError(
+      f"label length {lengths[row]} of example {row} is outside 0 to {width},"
+      " the width of labels"
+    )
+  wrong = (labels < 0) | (labels >= vocab_size) | (labels == blank_id)
+  wrong &= np.arange(width) < lengths[:, None]
+  if wrong.any():
+    row, place = (int(i) for i in np.argwhere(wrong)[0])
+    but = "" if blank_id is None else f", but not blank ({blank_id})"
+    raise UserError(
+      f"label {labels[row, place]} of example {row} at place {place} is not a"
+      f" class that a target may hold: 0 to {vocab_size - 1}{but}"
+    )
+
+
+def _is_known(x: Any) -> bool:
+  """Whether the values are there, and on this host."""
+  if isinstance(x, jax.core.Tracer):
+    return False
+  return not isinstance(x, jax.Array) or x.is_fully_addressable
