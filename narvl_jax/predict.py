@@ -66,7 +66,7 @@ def predict(
   Args:
     workdir: run folder.
     task: one of the run's tasks; may be left out if there is only one.
-    image: JPEG or PNG file.
+    image: picture file; see narvl_jax/data/README.md.
     example: index of a record of the run's test data.
     dataset: entry of `data.evaluation` that has it; the task's first one if "".
     split: of that data set; `evaluation.split` if "".
@@ -300,7 +300,7 @@ def define_flags() -> None:
   """Defines the flags of the command."""
   common_flags.workdir()
   common_flags.checkpoint()
-  flags.DEFINE_string("image", None, "JPEG or PNG file.")
+  flags.DEFINE_string("image", None, "Picture file, JPEG or PNG.")
   flags.DEFINE_integer(
     "example", None, "Instead of --image: index of a record of the test data."
   )

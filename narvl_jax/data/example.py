@@ -33,7 +33,8 @@ class Record:
   Attributes:
     id: name of the record, unique within its source and split.
     task: one of `TASKS`.
-    image: encoded JPEG/PNG bytes, or uint8 [H, W, 3].
+    image: a picture file's bytes (see `picture_files`; `Upright` if its EXIF
+      orientation counts), or uint8 [H, W, 3].
     prompt: question (VQA), referring expression (grounding), hypothesis
       (entailment); unused by captions.
     answers: valid answers with their scores in (0, 1]. Captions: every

@@ -180,7 +180,7 @@ def _word(values: dict[str, Any], key: str) -> str:
 
 def _read_image(folder: pathlib.Path, name: str) -> bytes:
   if not name:
-    raise UserError('the row has no "image"; name a JPEG or PNG file')
+    raise UserError('the row has no "image"; name a picture file')
   path = folder / files.with_home(name)
   return images.read_image_file(
     path, "names are relative to the folder of the .jsonl file"

@@ -132,8 +132,7 @@ def decode_base64(field: bytes) -> bytes:
     return pybase64.b64decode(standard, validate=True)
   except binascii.Error as e:
     raise UserError(
-      f"the picture's column is broken base64 ({len(field)} characters that"
-      f" begin with {field[:8]!r}): {e}"
+      f"the picture's column is broken base64 ({len(field)} characters): {e}"
     ) from e
 
 

@@ -209,7 +209,7 @@ class TfdsSource(RecordSource):
     if not isinstance(image, bytes) or not image:
       raise UserError(
         f'the feature "{self._selectors["image"].feature.path}" is'
-        f" {short(image)}, not an encoded picture"
+        f" a value of type {type(image).__name__}, not an encoded picture"
       )
     objects = values.get("objects")
     return Record(
