@@ -37,7 +37,7 @@ from narvl_jax.comparison.case import (
 )
 from narvl_jax.comparison.plot import draw_lengths
 from narvl_jax.comparison.ways import NAR, UNCACHED
-from narvl_jax.errors import UserError, check_lists
+from narvl_jax.errors import UserError, check_counts, check_lists
 from narvl_jax.evaluation.reporting import write_json
 from narvl_jax.terminal import show
 from narvl_jax.user_paths import check_folder
@@ -74,7 +74,7 @@ def compare(
     size: a named size with random weights instead of the runs.
     tasks: all that the runs share by default.
     split: of the data sets.
-    max_examples: at most this many of every data set; all if None.
+    max_examples: at most this many of every data set; all if None or 0.
     checkpoint: "best", "last" or a step.
     image_size: pixels a side, for `size`; those of the task if None.
     batch_sizes: for latency.
@@ -99,13 +99,10 @@ def compare(
   _check(nar, ar, size, image_size, measure_quality, measure_latency)
   check_lists(tasks=tasks, ways=ways, lengths=lengths, batch_sizes=batch_sizes)
   _check_files(size, answers, to)
-  _check_numbers(
-    max_examples=[max_examples] if max_examples is not None else [],
-    batch_sizes=batch_sizes,
-    rounds=[rounds],
-    lengths=lengths or [],
-    beam_size=[beam_size],
-  )
+  check_counts(least=0, max_examples=max_examples)
+  check_counts(rounds=rounds, beam_size=beam_size)
+  check_counts(batch_size=min(batch_sizes, default=None))
+  check_counts(lengths=min(lengths or (), default=None))
   opened = {} if size else runs.open_runs(nar, ar, checkpoint, answers)
   cases = _cases(
     opened,
@@ -132,7 +129,7 @@ def compare(
       # A length that does not fit is told before anything is measured.
       curve = choose_lengths(case, lengths)
     if measure_quality:
-      _add_quality(entry, case, opened, split, max_examples, stage)
+      _add_quality(entry, case, opened, split, max_examples or None, stage)
     if measure_latency:
       _add_latency(entry, case, batch_sizes, rounds, stage)
       # What has been measured outlives a later failure.
@@ -214,15 +211,6 @@ def _check_files(size: str, answers: str, to: str | None) -> None:
     raise UserError(f"--to={to} is a file; give a folder for the results")
   if to is not None:
     check_folder("--to", to)
-
-
-def _check_numbers(**numbers: Sequence[int]) -> None:
-  for flag, values in numbers.items():
-    for value in values:
-      if value < 1:
-        raise UserError(
-          f"--{flag}={value} is below 1; nearest valid: --{flag}=1"
-        )
 
 
 def _header(
@@ -336,7 +324,7 @@ def define_flags() -> None:
   )
   flags.DEFINE_list("tasks", [], "Tasks; default: all.")
   common_flags.split("Split of the data sets.", "test")
-  common_flags.max_examples("At most this many of every data set.")
+  common_flags.max_examples("At most this many of every data set; 0: all.", 0)
   common_flags.checkpoint("last")
   flags.DEFINE_integer("image_size", None, "Pixels a side, for --size.")
   flags.DEFINE_list(

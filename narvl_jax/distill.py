@@ -39,7 +39,12 @@ from narvl_jax.data.distilled import (
 from narvl_jax.data.shard_formats import FORMATS
 from narvl_jax.data.shard_writer import PROGRESS, Job
 from narvl_jax.data.sources import MANIFEST, parse_options
-from narvl_jax.errors import UserError, check_lists, did_you_mean
+from narvl_jax.errors import (
+  UserError,
+  check_counts,
+  check_lists,
+  did_you_mean,
+)
 from narvl_jax.evaluation import decoding_flags
 from narvl_jax.evaluation.labelling import Teacher
 from narvl_jax.parallel import distributed
@@ -90,7 +95,7 @@ def distill(
     answers: file of the answers that VQA allows; that of the teacher's config
       if "".
     file_format: one of `FORMATS`.
-    max_examples: the first records of each data set; all if None.
+    max_examples: the first records of each data set; all if None or 0.
     batch_size: of all devices; that of the teacher's evaluation if None.
     shard_size: records of a file, about.
     max_bad_fraction: share of a data set that may be bad and left out; that of
@@ -104,11 +109,8 @@ def distill(
       range; the folder holds something else; too many records are bad.
   """
   check_lists(datasets=datasets)
-  _check_numbers(
-    max_examples=max_examples,
-    batch_size=batch_size,
-    shard_size=shard_size,
-  )
+  check_counts(batch_size=batch_size, shard_size=shard_size)
+  check_counts(least=0, max_examples=max_examples)
   model = Teacher(
     teacher,
     checkpoint=checkpoint,
@@ -146,12 +148,6 @@ def distill(
   done = distilled_sets(folder, list(jobs))
   show(f"\n{how_to_use(folder, done)}")
   return done
-
-
-def _check_numbers(**numbers: int | None) -> None:
-  for flag, value in numbers.items():
-    if value is not None and value < 1:
-      raise UserError(f"--{flag}={value} is below 1; nearest valid: --{flag}=1")
 
 
 def _chosen(
@@ -270,7 +266,9 @@ def define_flags() -> None:
     "name", "", "Its name; default: that of the file or folder."
   )
   flags.DEFINE_enum("format", "array_record", [*FORMATS], "Of the shards.")
-  common_flags.max_examples("Only the first records of each data set.")
+  common_flags.max_examples(
+    "Only the first records of each data set; 0: all.", 0
+  )
   common_flags.batch_size("Batch size; evaluation.batch_size by default.")
   common_flags.shard_size(old="examples_per_shard")
   flags.DEFINE_float(

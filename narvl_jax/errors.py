@@ -36,3 +36,17 @@ def check_lists(**values: object) -> None:
       raise UserError(
         f'{name}="{value}" is one text; give a list: {name}={value.split(",")}'
       )
+
+
+def check_counts(*, least: int = 1, **numbers: int | None) -> None:
+  """Raises `UserError` for a number that is too low.
+
+  Args:
+    least: lowest valid number.
+    **numbers: flag -> its value; None is not checked.
+  """
+  for flag, value in numbers.items():
+    if value is not None and value < least:
+      raise UserError(
+        f"--{flag}={value} is below {least}; nearest valid: --{flag}={least}"
+      )

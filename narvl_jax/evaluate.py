@@ -21,7 +21,7 @@ from absl import flags
 
 from narvl_jax import cli, common_flags
 from narvl_jax import experiment as experiment_lib
-from narvl_jax.errors import UserError, check_lists
+from narvl_jax.errors import check_counts, check_lists
 from narvl_jax.evaluation import decoding_flags, evaluator, reporting, results
 from narvl_jax.evaluation.answer_list import with_answers
 from narvl_jax.terminal import show
@@ -46,7 +46,7 @@ def evaluate(
     workdir: run folder.
     split: of the data sets; `config.evaluation.split` if None.
     checkpoint: "best", "last" or a step.
-    max_examples: at most this many of every data set;
+    max_examples: at most this many of every data set, 0: all;
       `config.evaluation.max_examples` if None.
     batch_size: `config.evaluation.batch_size` if None.
     max_bad_fraction: of the records; `config.data.max_bad_fraction` if None.
@@ -59,16 +59,12 @@ def evaluate(
     The report, see `evaluator.evaluate_tasks`.
 
   Raises:
-    UserError: no such run, checkpoint or split, or a number below 1; or
+    UserError: no such run, checkpoint or split, or a number out of range; or
       answers that would not be heeded.
   """
   check_lists(tasks=tasks)
-  for flag, value in (
-    ("max_examples", max_examples),
-    ("batch_size", batch_size),
-  ):
-    if value is not None and value < 1:
-      raise UserError(f"--{flag}={value} is below 1; nearest valid: --{flag}=1")
+  check_counts(batch_size=batch_size)
+  check_counts(least=0, max_examples=max_examples)
   experiment, variables, step = experiment_lib.restore(workdir, checkpoint)
   settings: Any = experiment.config.evaluation
   if max_bad_fraction is not None:
@@ -76,7 +72,7 @@ def evaluate(
   if answers:
     experiment = with_answers(experiment, answers)
   if max_examples is None:
-    max_examples = settings.max_examples or None
+    max_examples = settings.max_examples
   decodings = decoding_flags.decodings_for(experiment, decoding)
   decoding_flags.check_answers_heeded(
     {k: v for k, v in decodings.items() if not tasks or k in tasks}, answers
@@ -88,7 +84,7 @@ def evaluate(
     experiment,
     variables,
     split=settings.split if split is None else split,
-    max_examples=max_examples,
+    max_examples=max_examples or None,
     batch_size=settings.batch_size if batch_size is None else batch_size,
     step=step,
     decodings=decodings,
@@ -112,7 +108,8 @@ def define_flags() -> None:
   common_flags.split("Split; evaluation.split by default.", None)
   common_flags.checkpoint()
   common_flags.max_examples(
-    "At most this many of every data set; evaluation.max_examples by default."
+    "At most this many of every data set, 0: all; evaluation.max_examples by"
+    " default."
   )
   common_flags.batch_size("Batch size; evaluation.batch_size by default.")
   flags.DEFINE_float(

@@ -34,7 +34,8 @@ def whole(tmp_path_factory) -> pathlib.Path:
     ({"split": "test"}, r"with name='vqa-train', this command has 'vqa-test'"),
     (
       {"decoding": {"method": "beam", "beam_size": 2}},
-      r"source.decoding.method='greedy', this command has 'beam'; ",
+      r"source.decoding.method='greedy', this command has 'beam' \(other"
+      r" differences: source.decoding.beam_size\); ",
     ),
   ],
 )
@@ -52,7 +53,7 @@ def test_another_checkpoint_needs_another_folder(whole, monkeypatch):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"max_examples": 0}, r"--max_examples=0 .* --max_examples=1"),
+    ({"max_examples": -1}, r"--max_examples=-1 .* --max_examples=0$"),
     ({"batch_size": -1}, r"--batch_size=-1 .* --batch_size=1"),
     ({"shard_size": 0}, r"--shard_size=0 is below 1"),
     ({"datasets": "vqa"}, r'datasets="vqa" is one text; give a list'),

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from narvl_jax import evaluate as evaluate_lib
 from narvl_jax.data.sources.shapes import ShapesSource
 from narvl_jax.errors import UserError
 from narvl_jax.evaluate import evaluate
@@ -118,7 +119,7 @@ def test_answers_of_a_file(workdir, tmp_path):
     ({"split": "tset"}, r'unknown split "tset".*Did you mean "test"'),
     ({"checkpoint": "8"}, r'no checkpoint "8".*7'),
     ({"checkpoint": "bset"}, r'no checkpoint "bset"'),
-    ({"max_examples": 0}, r"--max_examples=0 .* --max_examples=1"),
+    ({"max_examples": -1}, r"--max_examples=-1 .* --max_examples=0$"),
     ({"tasks": ["vqaa"]}, r'no task "vqaa".*Did you mean "vqa"'),
     ({"batch_size": -1}, r"--batch_size=-1 .* --batch_size=1"),
     ({"tasks": "vqa,caption"}, r"one text; give .* tasks=\['vqa', 'caption'\]"),
@@ -169,3 +170,17 @@ def test_command_ends_in_one_line(tmp_path, flags, line):
   assert len(result.stderr.splitlines()) == 1
   assert result.stderr.startswith("error: ")
   assert line in result.stderr
+
+
+@pytest.mark.parametrize(("given", "expected"), [(0, None), (5, 5), (None, 9)])
+def test_a_limit_of_0_is_all_whatever_the_config_says(
+  workdir, monkeypatch, given, expected
+):
+  def reached(*_, max_examples, **__):
+    assert max_examples == expected
+    raise KeyboardInterrupt
+
+  _limit(workdir, 9)
+  monkeypatch.setattr(evaluate_lib.evaluator, "evaluate_tasks", reached)
+  with pytest.raises(KeyboardInterrupt):
+    evaluate(workdir, max_examples=given)
