@@ -83,9 +83,13 @@ def low_byte_tiles(picture: Image.Image) -> list[Any]:
 
 
 def is_black(picture: Image.Image) -> bool:
-  """Returns whether every color channel of a decoded picture is 0."""
-  extrema: Any = picture.convert("RGB").getextrema()
-  return not any(high for _, high in extrema)
+  """Returns whether every color channel of a decoded picture is 0.
+
+  Args:
+    picture: in mode "RGB" or "RGBA".
+  """
+  extrema: Any = picture.getextrema()
+  return not any(high for _, high in extrema[:3])
 
 
 def decode_low_bytes(picture: Image.Image, tiles: list[Any]) -> Image.Image:

@@ -34,6 +34,7 @@ import numpy as np
 from tensorflow_datasets.proto import tf_example_pb2
 
 from narvl_jax.data import images
+from narvl_jax.data.answer_text import normalize_answer
 from narvl_jax.data.example import TASKS, Box, Record
 from narvl_jax.data.sources import fields as checked
 from narvl_jax.data.sources import tfds_index, tfds_prepared
@@ -245,7 +246,7 @@ class TfdsSource(RecordSource):
       if len(scores) != len(targets):
         raise UserError(f"{len(targets)} answers have {len(scores)} scores")
       return checked.scored_answers(zip(targets, scores, strict=True))
-    people = collections.Counter(targets)
+    people = collections.Counter(map(normalize_answer, targets))
     return checked.scored_answers(
       (answer, min(1.0, 0.3 * n) if self._soft_scores else 1.0)
       for answer, n in people.items()
