@@ -26,6 +26,8 @@ class Activity:
     total: how much there is to do; None if that is not known.
     unit: of `total`, such as "examples"; "bytes" are shown as sizes.
     done: how much is done.
+    left: seconds that are left, where the caller knows better than the recent
+      speed tells; None otherwise.
   """
 
   def __init__(
@@ -34,15 +36,17 @@ class Activity:
     total: int | None = None,
     unit: str = "",
     *,
+    done: int = 0,
     clock: Callable[[], float] = time.monotonic,
   ) -> None:
     """Begins it."""
     self.text = " ".join(escape(text).split())
     self.total, self.unit = total, unit
-    self.done = 0
+    self.done = done
+    self.left: float | None = None
     self._clock = clock
     self._start = clock()
-    self._samples = collections.deque([(self._start, 0)])
+    self._samples = collections.deque([(self._start, done)])
 
   def advance(self, count: int = 1) -> None:
     """Says that more is done; as cheap as an addition."""
@@ -77,9 +81,11 @@ class Activity:
     if not short:
       counts = f"{_plain(self.done, self.unit)}/{_count(self.total, self.unit)}"
       parts.insert(0, counts)
-    rate = self.rate()
-    if rate > 0 and self.done < self.total:
-      parts.append(f"{format_duration((self.total - self.done) / rate)} left")
+    rate, left = self.rate(), self.left
+    if left is None and rate > 0 and self.done < self.total:
+      left = (self.total - self.done) / rate
+    if left is not None:
+      parts.append(f"{format_duration(left)} left")
     else:
       parts.append(format_duration(self.elapsed()))
     return "  ".join(parts)

@@ -184,7 +184,12 @@ _muted = False
 
 @contextlib.contextmanager
 def doing(
-  text: str, total: int | None = None, unit: str = ""
+  text: str,
+  total: int | None = None,
+  unit: str = "",
+  *,
+  done: int = 0,
+  only_live: bool = False,
 ) -> Iterator[Activity]:
   """Shows what the block does, and how far it is.
 
@@ -196,13 +201,16 @@ def doing(
     text: what is done, such as "evaluating"; any characters.
     total: how much there is to do; None if that is not known.
     unit: of `total`, such as "examples" or "bytes".
+    done: how much is done already.
+    only_live: show nothing where there are plain lines, as the block prints
+      lines of its own.
 
   Yields:
     What counts how much is done: call its `advance`.
   """
   global _display
-  activity = Activity(text, total, unit)
-  if not _may_show():
+  activity = Activity(text, total, unit, done=done)
+  if not _may_show() or (only_live and not is_live(sys.stderr)):
     yield activity
     return
   if _display is not None:

@@ -345,3 +345,24 @@ assert working.done == 10
   command = f"{sys.executable} -c '{code}' {closed}"
   environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
   assert subprocess.call(command, shell=True, env=environment) == 0
+
+
+def test_what_was_done_before_is_no_speed(open_terminal):
+  open_terminal()
+  with progress.doing("training", 1000, "steps", done=900) as training:
+    assert training.rate() == 0
+    assert training.progress().startswith("900/1,000 steps  90 %  0s")
+    training.left = 125.0
+    assert training.progress() == "900/1,000 steps  90 %  2m05s left"
+
+
+def test_a_block_with_lines_of_its_own_shows_only_a_bar(
+  monkeypatch, open_terminal
+):
+  terminal = open_terminal()
+  with progress.doing("training", only_live=True):
+    wait_for(lambda: "training" in terminal.text)
+  stream = io.StringIO()
+  monkeypatch.setattr(sys, "stderr", stream)
+  with progress.doing("training", only_live=True):
+    assert progress._display is None

@@ -115,12 +115,17 @@ class Loop:
         is to stop or its limit is reached. No state of such a step, or of a
         later one, is saved.
     """
-    steps = self._config.train.steps
     step = int(state.step)
     self._restore_health(stored, step)
     self._progress.start(step)
-    pending: collections.deque[_Update] = collections.deque()
     self.stop.begin()
+    with self._progress.shown(step):
+      return self._train(state)
+
+  def _train(self, state: TrainState) -> TrainState:
+    steps = self._config.train.steps
+    step = int(state.step)
+    pending: collections.deque[_Update] = collections.deque()
     while step < steps:
       self.checkpoints.check_errors()
       step += 1

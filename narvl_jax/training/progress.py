@@ -1,10 +1,12 @@
 """The line of numbers that a run prints every few steps."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
-from narvl_jax.activity import format_duration
+from narvl_jax.activity import Activity, format_duration
+from narvl_jax.progress import doing
 from narvl_jax.terminal import show
 from narvl_jax.training.checkpoints import Checkpoints
 from narvl_jax.training.eta import Eta
@@ -60,11 +62,24 @@ class Progress:
       final_evaluation=final_evaluation,
     )
     self._saved = checkpoints.progress
+    self._bar = Activity("training", config.steps, "steps")
     peak = peak_flops(setup.mesh.devices.flat[0])
     # Tracing for the count takes a moment: only where it has a use.
     self._flops_share = (
       None if peak is None else setup.step_flops() / (peak * self._devices)
     )
+
+  @contextlib.contextmanager
+  def shown(self, step: int) -> Iterator[None]:
+    """Shows on a terminal how far the run is, between the lines.
+
+    Args:
+      step: where training begins.
+    """
+    steps = self._config.steps
+    with doing("training", steps, "steps", done=step, only_live=True) as bar:
+      self._bar = bar
+      yield
 
   def start(self, step: int) -> None:
     """Begins, or begins anew, with the update after `step`."""
@@ -83,7 +98,7 @@ class Progress:
       position: of its batch in the data.
       metrics: of the update.
     """
-    self._step = step
+    self._step = self._bar.done = step
     self._position = position
     self._steps.append(metrics)
     if step % self._config.log_every == 0:
@@ -155,7 +170,7 @@ class Progress:
     ]
     if "mfu" in values:
       parts.append(f"MFU {100 * values['mfu']:.0f}%")
-    left = self._eta.seconds_left(self._step)
+    self._bar.left = left = self._eta.seconds_left(self._step)
     if left is not None:
       parts.append(f"ETA {format_duration(left)}")
     if values["data_wait"] >= _NOTED_WAIT:

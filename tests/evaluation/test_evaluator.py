@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from narvl_jax import datasets, parallel
+from narvl_jax import datasets, parallel, progress
+from narvl_jax.activity import Activity
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.datasets import load_dataset
 from narvl_jax.decoding import Decoding
@@ -302,3 +303,24 @@ def test_predictions_of_several_hosts_have_the_order_of_one(monkeypatch):
 
   monkeypatch.setattr(evaluator.distributed, "gather_json", gather)
   assert evaluator._of_all_hosts(parts[1], ["b", "a"]) == whole
+
+
+def test_progress_comes_to_the_end_of_all_examples(serve, monkeypatch):
+  """Also where a record is bad, and where other hosts answer some."""
+  records = _known_records()
+  bad = dataclasses.replace(records[1], image=b"no picture")
+  serve([bad if record is records[1] else record for record in records])
+  shown = []
+
+  class Noted(Activity):
+    def __init__(self, *args: Any, **settings: Any) -> None:
+      super().__init__(*args, **settings)
+      shown.append(self)
+
+  monkeypatch.setattr(progress, "Activity", Noted)
+  experiment = _oracle()
+  experiment.config.data.max_bad_fraction = 0.5
+  evaluator.evaluate_tasks(experiment, _identity(), split="test", batch_size=2)
+  (activity,) = shown
+  assert (activity.text, activity.unit) == ("evaluating test", "examples")
+  assert activity.done == activity.total == len(records)

@@ -1,15 +1,18 @@
 """The loop with a step that costs nothing: what happens when."""
 
+import contextlib
 import json
 import math
 import pathlib
 import signal
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from narvl_jax.activity import Activity
 from narvl_jax.config import train_source
 from narvl_jax.errors import UserError
 from narvl_jax.training import progress as progress_lib
@@ -583,3 +586,22 @@ def test_speed_follows_the_ledger(tmp_path, monkeypatch):
   assert line["train/examples_per_second_per_device"] == pytest.approx(1)
   assert line["train/data_wait"] == pytest.approx(0.25)
   assert line["train/mfu"] == pytest.approx(1 / 8)
+
+
+def test_the_bar_follows_the_run(tmp_path, monkeypatch):
+  shown = []
+
+  @contextlib.contextmanager
+  def doing(*args: Any, **settings: Any) -> Iterator[Activity]:
+    shown.append((args, settings, Activity(*args, done=settings["done"])))
+    yield shown[-1][2]
+
+  monkeypatch.setattr(progress_lib, "doing", doing)
+  run = FakeRun(tmp_path, checkpoint_every=4)
+  run.position = 2
+  run.run(2)
+  ((args, settings, activity),) = shown
+  assert args == ("training", 10, "steps")
+  assert settings == {"done": 2, "only_live": True}
+  assert activity.done == 10
+  assert activity.left is not None
