@@ -34,7 +34,7 @@ _OTHER_WORD = re.compile(
 _UNSURE = re.compile(
   r"(?<![^\W\d_])(?:"
   # Abbreviations and common misspellings.
-  r"[lr]|[lr]h|[lr]hs|[lr][_\W]?(?:side|hand)|[tbu][lr]|l[lr]|lft|lef|leff|lfet"
+  r"[lr]|[lr]h|[lr]hs|[lr][_\W]?(?:side|hand)|[tbu][lr]|l[lr]|lft|lt|lef|leff|lfet"
   r"|elft|rt|rgt|rght|rigt|righ|rigth|rihgt|ritght|rite"
   # Directions of turning, hours of the clock.
   r"|(?:counter|anti)?\W?clockwise|o\W{0,3}clock"

@@ -105,6 +105,9 @@ def plan(
   source: Any = open_source(
     spec, task=task, split=split, exif_orientation=exif_orientation, **options
   )
+  if getattr(source, "upright", False):
+    # Settled when it was converted before.
+    exif_orientation = "apply"
   task = task or getattr(source, "task", "")
   if task not in TASKS:
     raise UserError(f'--task is "{task}".{did_you_mean(task, TASKS)}')

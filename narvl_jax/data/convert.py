@@ -54,8 +54,8 @@ def define_flags() -> None:
     "exif_orientation",
     "ignore",
     EXIF_ORIENTATIONS,
-    "Whether pictures are turned upright as their EXIF orientation says."
-    " Without --image_size they keep it, and the config of the run decides.",
+    "apply: pictures are turned upright as their EXIF orientation says. ignore:"
+    " they stay as stored; without --image_size the config of the run decides.",
   )
   flags.DEFINE_integer(
     "num_workers",

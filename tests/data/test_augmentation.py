@@ -176,7 +176,15 @@ def test_swap_sides(text: str, swapped: str | None) -> None:
     # Words that hold a side and are not known.
     *("leftish", "rightfield", "leftt dog", "left2", "left_dog", "nonleft"),
     # Abbreviations, misspellings, ships, maps, cars.
-    *("tl corner", "guy on R", "3rd from l.", "l-side", "rigth dog", "rt"),
+    *(
+      "tl corner",
+      "guy on R",
+      "3rd from l.",
+      "l-side",
+      "rigth dog",
+      "rt",
+      "lt",
+    ),
     *("port side", "Starboard bow", "the east one", "southwest corner"),
     *("driver\u2019s side", "passenger side", "right side up"),
     # The same words in other letters, or with something invisible inside.

@@ -231,6 +231,33 @@ def test_converted_to_jpeg(tmp_path: pathlib.Path) -> None:
     )
 
 
+def test_converted_as_they_are(tmp_path: pathlib.Path) -> None:
+  """With the flag it is settled; otherwise the config of the run decides."""
+  path = _write(tmp_path)["jsonl"]
+  folders = [tmp_path / name for name in ("ignore", "apply", "again")]
+  convert(folders[0], path, split="train")
+  done = convert(folders[1], path, split="train", exif_orientation="apply")
+  assert done.image == {"encoding": "original", "exif_orientation": "apply"}
+  assert convert(folders[2], str(folders[1]), split="train").image == done.image
+  for folder, sizes in zip(
+    folders, [[(40, 24), (24, 40)], *[[(24, 40)] * 2] * 2], strict=True
+  ):
+    for setting, size in zip(("ignore", "apply"), sizes, strict=True):
+      source = load_source(
+        "array_record",
+        task="grounding",
+        split="train",
+        path=str(folder),
+        exif_orientation=setting,
+      )
+      for copied in (source, pickle.loads(pickle.dumps(source))):
+        assert images.original_size(copied[0].image) == size
+  both = tuple(map(str, folders[:2]))
+  message = r"some of the folders .*or convert them alike"
+  with pytest.raises(UserError, match=message):
+    load_source("array_record", task="", split="", path=both)
+
+
 def test_pictures_for_people(tmp_path: pathlib.Path) -> None:
   """Of predict, of the page of predictions, and of data.check."""
   paths = _write(tmp_path)

@@ -12,6 +12,7 @@ from array_record.python import array_record_data_source
 from narvl_jax.data import records
 from narvl_jax.data.example import Record
 from narvl_jax.data.manifest import Manifest, Shard, quick_fault, read_manifest
+from narvl_jax.data.picture_files import with_orientation
 from narvl_jax.data.shard_formats import FORMATS
 from narvl_jax.data.sources import MANIFEST, files
 from narvl_jax.data.sources.base import RecordSource
@@ -29,6 +30,8 @@ class ArrayRecordSource(RecordSource):
   Attributes:
     task: of the records.
     split: that was converted.
+    upright: pictures were converted to be turned upright; the setting of the
+      run does not change that.
   """
 
   def __init__(
@@ -57,12 +60,22 @@ class ArrayRecordSource(RecordSource):
     )
     self._folders = [file.parent for file in manifests]
     shards: list[tuple[pathlib.Path, Shard]] = []
+    settings: set[str] = set()
     for folder in self._folders:
       manifest = read_manifest(folder)
       task = task or manifest.task
       split = split or manifest.split
       _check_contents(folder, manifest, task, split)
       shards += [(folder, shard) for shard in manifest.shards]
+      settings.add(manifest.image.get("exif_orientation", "ignore"))
+    if len(settings) > 1:
+      raise UserError(
+        "array_record: some of the folders "
+        + ", ".join(f'"{folder}"' for folder in self._folders)
+        + " were converted with --exif_orientation=apply and some without; read"
+        " them by entries of their own, or convert them alike"
+      )
+    self.upright = settings == {"apply"}
     self.task, self.split = task, split
     self._names = [str(folder / shard.file) for folder, shard in shards]
     self._fingerprint = [shard.sha256 for _, shard in shards]
@@ -84,7 +97,11 @@ class ArrayRecordSource(RecordSource):
         f"the stored record cannot be read ({e}); check the folder with"
         " python -m narvl_jax.data.convert DIR --verify"
       ) from e
-    return records.deserialize(data)
+    record = records.deserialize(data)
+    if not self.upright:
+      return record
+    image = with_orientation(record.image, "apply")
+    return dataclasses.replace(record, image=image)
 
   def _place(self, number: int) -> str:
     """Returns "SHARD record N", from 0 on."""
