@@ -42,6 +42,13 @@ def escape(text: str, keep: str = "") -> str:
   return _HIDDEN.sub(visible, text)
 
 
+def brief(text: str, longest: int = 60) -> str:
+  """Returns the start of a text, escaped, for a cell of a table."""
+  if len(text) > longest:
+    text = text[: longest - 3] + "..."
+  return escape(text)
+
+
 def show(text: str, file: TextIO | None = None) -> None:
   """Prints lines; characters that cannot be shown become escapes.
 

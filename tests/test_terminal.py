@@ -13,7 +13,14 @@ from absl import logging
 
 from narvl_jax import cli
 from narvl_jax.errors import UserError
-from narvl_jax.terminal import escape, readable_json, show, show_error, warn
+from narvl_jax.terminal import (
+  brief,
+  escape,
+  readable_json,
+  show,
+  show_error,
+  warn,
+)
 from narvl_jax.training.announce import Announcer, describe_failure
 from narvl_jax.training.ledger import Ledger
 from tests.conftest import ROOT
@@ -46,6 +53,12 @@ _MAY_PRINT = ("benchmarks/", "training/progress", "terminal.py")
 def test_escape(text: str, shown: str) -> None:
   assert escape(text) == shown
   assert escape(shown) == shown
+
+
+def test_cells_are_brief() -> None:
+  assert brief("größe") == "größe"
+  assert brief("x" * 60) == "x" * 60
+  assert brief("\x1b" + "x" * 60) == r"\x1b" + "x" * 56 + "..."
 
 
 def test_escape_keeps_what_is_asked_for() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from narvl_jax.data import check_pictures
-from narvl_jax.terminal import escape
+from narvl_jax.terminal import brief, escape
 
 GOOD, USABLE, NOT_USABLE = "good", "usable with these flags", "not usable"
 # Share of the records that may miss a limit without a word in the verdict.
@@ -190,8 +190,8 @@ def format_figures(
     f"  {n} x {escape(reason)}" for reason, n in figures["reasons"].items()
   ]
   for row in figures["bad_rows"]:
-    text = f'{row["place"]} (id "{row["id"]}"): {row["error"]}'
-    lines.append(f"  {escape(text)}")
+    place = f'{escape(row["place"])} (id "{brief(row["id"])}")'
+    lines.append(f"  {place}: {escape(row['error'])}")
   lines.append(_repeated(figures["repeated_ids"]))
   lines += check_pictures.picture_lines(figures)
   lines += _text_lines(figures, settings)
@@ -215,7 +215,7 @@ def _repeated(repeated: Mapping[str, Any]) -> str:
     )
   for example in repeated["examples"]:
     places = ", ".join(example["places"])
-    text += "\n  " + escape(f'"{example["id"]}": {places}')
+    text += f'\n  "{brief(example["id"])}": {escape(places)}'
   return text
 
 
@@ -243,11 +243,10 @@ def _text_lines(
   if answers["of"]:
     lines += ["", f"best answers   {answers['different']:,} different"]
     for answer, count in answers["most_common"].items():
-      shown = answer if len(answer) <= 60 else answer[:57] + "..."
-      lines.append(f"  {count / answers['of']:6.1%} {escape(shown)}")
+      lines.append(f"  {count / answers['of']:6.1%} {brief(answer)}")
   if figures["kinds"]:
-    kinds = (f"{kind} {count:,}" for kind, count in figures["kinds"].items())
-    lines += ["", "kinds          " + escape(", ".join(kinds))]
+    kinds = (f"{brief(kind)} {n:,}" for kind, n in figures["kinds"].items())
+    lines += ["", "kinds          " + ", ".join(kinds)]
   return lines
 
 

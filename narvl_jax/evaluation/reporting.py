@@ -9,7 +9,7 @@ from typing import Any
 
 from narvl_jax.disk import write_text
 from narvl_jax.tables import format_columns
-from narvl_jax.terminal import escape, readable_json
+from narvl_jax.terminal import brief, readable_json
 
 Report = dict[str, Any]
 Prediction = dict[str, Any]
@@ -80,7 +80,7 @@ def format_metrics(
     rows.append((task, report["counts"][task], metrics))
     for kind, entry in report["kinds"].get(task, {}).items() if kinds else ():
       rest = {k: v for k, v in entry.items() if k != "examples"}
-      rows.append((f"  {escape(kind)}", entry["examples"], rest))
+      rows.append((f"  {brief(kind)}", entry["examples"], rest))
   names = list(dict.fromkeys(name for *_, found in rows for name in found))
   cells = [("task", "examples", *names)]
   for label, count, metrics in rows:
