@@ -11,7 +11,6 @@ from the run's own test data, saves the picture, and prints the truth, too.
 """
 
 import dataclasses
-import math
 import os
 import pathlib
 import sys
@@ -30,10 +29,9 @@ from narvl_jax.datasets import load_dataset
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import (
   decoding_flags,
-  evaluator,
   foreign_input,
+  outcomes,
   rendering,
-  reporting,
   results,
 )
 from narvl_jax.evaluation.answer_list import with_answers
@@ -42,8 +40,6 @@ from narvl_jax.json_output import check_json_path, write_json
 from narvl_jax.terminal import escape, show
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.user_paths import check_file
-
-Outcome = dict[str, Any]
 
 
 def predict(
@@ -60,7 +56,7 @@ def predict(
   checkpoint: str | int = "best",
   decoding: Mapping[str, Any] | None = None,
   answers: str = "",
-) -> Outcome:
+) -> outcomes.Outcome:
   """Answers one request; exactly one of `image` and `example` is given.
 
   Args:
@@ -121,12 +117,12 @@ def predict(
 
   if image is None:
     results.write_image(path, Image.fromarray(_pixels(record)))
-  outcome: Outcome = {
+  outcome: outcomes.Outcome = {
     "step": step,
     "task": name,
     "image": str(path),
     "prompt": record.prompt,
-    **_plain_answer(answer),
+    **outcomes.plain_answer(answer),
   }
   if name == "grounding":
     target = folder / f"overlay_{path.stem}.png"
@@ -157,33 +153,6 @@ def read_picture(
     return images.prepare_image(data, (height, width))
   except UserError as error:
     raise UserError(f'--image="{os.fspath(path)}": {error}') from error
-
-
-def format_outcome(outcome: Outcome) -> str:
-  """Returns what `predict` found as lines for people."""
-  answer, grounded = outcome["answer"], outcome["task"] == "grounding"
-  if grounded:
-    shown = "none, the model gave no complete box"
-    if answer is not None:
-      shown = f"{_format_box(answer)} (x0, y0, x1, y1 in pixels)"
-  else:
-    shown = reporting.format_answer(answer)
-  rows = [
-    ("image", outcome["image"]),
-    ("prompt", outcome["prompt"]),
-    ("box" if grounded else outcome["task"], shown),
-    ("probability", f"{100 * outcome['probability']:.1f} %"),
-  ]
-  for other in outcome.get("alternatives", ()):
-    value = other["answer"]
-    text = _format_box(value) if grounded else reporting.format_answer(value)
-    rows.append(("or", f"{text} ({100 * other['probability']:.1f} %)"))
-  truth = outcome.get("truth")
-  if truth is not None:
-    rows.append(("truth", _format_box(truth) if grounded else truth))
-  if "overlay" in outcome:
-    rows.append(("overlay", outcome["overlay"]))
-  return "\n".join(f"{key + ':':<13}{value}" for key, value in rows if value)
 
 
 def _choose_task(tasks: Sequence[str], wanted: str | None) -> str:
@@ -251,32 +220,10 @@ def _check_length(record: Record, settings: Mapping[str, Any]) -> None:
       )
 
 
-def _plain_answer(answer: Answer) -> Outcome:
-  """Returns answer, probability and, if known, truth as JSON can hold them."""
-  described = evaluator.describe(answer)
-  # All zero stands for "no box" where every answer must be some box.
-  no_box = answer.record.task == "grounding" and not any(answer.value)
-  plain = {
-    "answer": None if no_box else described["prediction"],
-    "probability": answer.probability,
-  }
-  if answer.alternatives:
-    plain["alternatives"] = [
-      {
-        "answer": value if isinstance(value, str) else list(value),
-        "probability": math.exp(log_prob),
-      }
-      for value, log_prob in answer.alternatives
-    ]
-  if described["target"] is not None:
-    plain["truth"] = described["target"]
-  return plain
-
-
 def _write_overlay(path: pathlib.Path, answer: Answer) -> pathlib.Path:
   assert not isinstance(answer.value, str)
   record, box = answer.record, answer.value
-  shown = _format_box(box) if any(box) else "no box"
+  shown = outcomes.format_box(box) if any(box) else "no box"
   picture = rendering.box_overlay(
     _pixels(record),
     box if any(box) else None,
@@ -290,10 +237,6 @@ def _pixels(record: Record) -> np.ndarray:
   """Returns the picture of a record that is known to be decoded."""
   assert isinstance(record.image, np.ndarray)
   return record.image
-
-
-def _format_box(box: Sequence[float]) -> str:
-  return ", ".join(f"{x:.1f}" for x in box)
 
 
 def define_flags() -> None:
@@ -346,7 +289,7 @@ def main(argv: Sequence[str]) -> None:
   for text in outcome["warnings"]:
     show(f"warning: {escape(text)}", file=sys.stderr)
   if settings.json != common_flags.STDOUT:
-    show(format_outcome(outcome))
+    show(outcomes.format_outcome(outcome))
   write_json(settings.json, outcome, indent=None)
 
 

@@ -16,7 +16,7 @@ from narvl_jax import predict as predict_lib
 from narvl_jax.data.example import Record
 from narvl_jax.datasets import load_dataset
 from narvl_jax.errors import UserError
-from narvl_jax.evaluation import evaluator, foreign_input
+from narvl_jax.evaluation import evaluator, foreign_input, outcomes
 from narvl_jax.predict import predict
 from tests.evaluation import tiny_run
 
@@ -211,7 +211,7 @@ def test_box_is_in_pixels_of_the_photo(workdir, photo, monkeypatch, tmp_path):
   orange = orange[orange[:, 0] < 60 * 5]
   np.testing.assert_allclose(orange.min(0), (60, 0), atol=2)
   np.testing.assert_allclose(orange.max(0), (180, 449), atol=2)
-  text = predict_lib.format_outcome(outcome)
+  text = outcomes.format_outcome(outcome)
   assert "box:         0.0, 12.0, 90.0, 36.0 (x0, y0, x1, y1" in text
   assert "probability: 25.0 %" in text
 
@@ -227,7 +227,7 @@ def test_incomplete_box_is_no_box(workdir, photo, monkeypatch):
   overlay = workdir / "predictions" / "overlay_photo.png"
   assert outcome["overlay"] == str(overlay)
   assert overlay.exists()
-  assert "no complete box" in predict_lib.format_outcome(outcome)
+  assert "no complete box" in outcomes.format_outcome(outcome)
 
 
 def _decoded(ids: list[int], probability: float) -> dict[str, np.ndarray]:
@@ -378,14 +378,14 @@ def test_lines_for_people():
     "probability": 0.931,
     "truth": "blue",
   }
-  assert predict_lib.format_outcome(outcome).splitlines() == [
+  assert outcomes.format_outcome(outcome).splitlines() == [
     "image:       photo.jpg",
     "prompt:      what color is the circle?",
     "vqa:         red",
     "probability: 93.1 %",
     "truth:       blue",
   ]
-  empty = predict_lib.format_outcome(outcome | {"answer": ""})
+  empty = outcomes.format_outcome(outcome | {"answer": ""})
   assert "vqa:         (empty)" in empty
 
 

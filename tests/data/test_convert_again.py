@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from narvl_jax.data import conversion, manifest
+from narvl_jax.data import conversion_folder, manifest
 from narvl_jax.errors import UserError
 from tests.data.converting import (
   COMMAND,
@@ -233,11 +233,11 @@ def test_only_what_differs_is_named():
     match=r'"f" was begun with source\.options\.b=\[2\], this command has \[3\]'
     r" \(other differences: source\.teacher, source\.decoding\.x\); set --to",
   ):
-    conversion._check_settings(pathlib.Path("f"), had, wanted)
+    conversion_folder.check_settings(pathlib.Path("f"), had, wanted)
   with pytest.raises(
     UserError, match=r"begun without source\.teacher, this command has 't';"
   ):
-    conversion._check_settings(
+    conversion_folder.check_settings(
       pathlib.Path("f"),
       {"source": {"fingerprint": ""}},
       {"source": {"fingerprint": "", "teacher": "t"}},
@@ -245,7 +245,7 @@ def test_only_what_differs_is_named():
   with pytest.raises(
     UserError, match=r"begun with source\.decoding\.x=1, this command has none;"
   ):
-    conversion._check_settings(
+    conversion_folder.check_settings(
       pathlib.Path("f"),
       {"source": {"fingerprint": "", "decoding": {"x": 1}}},
       {"source": {"fingerprint": ""}},

@@ -1,0 +1,64 @@
+"""The answer to one request, as JSON can hold it and as people read it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from narvl_jax.evaluation import evaluator, reporting
+from narvl_jax.evaluation.predictor import Answer
+
+Outcome = dict[str, Any]
+
+
+def format_outcome(outcome: Outcome) -> str:
+  """Returns what `predict` found as lines for people."""
+  answer, grounded = outcome["answer"], outcome["task"] == "grounding"
+  if grounded:
+    shown = "none, the model gave no complete box"
+    if answer is not None:
+      shown = f"{format_box(answer)} (x0, y0, x1, y1 in pixels)"
+  else:
+    shown = reporting.format_answer(answer)
+  rows = [
+    ("image", outcome["image"]),
+    ("prompt", outcome["prompt"]),
+    ("box" if grounded else outcome["task"], shown),
+    ("probability", f"{100 * outcome['probability']:.1f} %"),
+  ]
+  for other in outcome.get("alternatives", ()):
+    value = other["answer"]
+    text = format_box(value) if grounded else reporting.format_answer(value)
+    rows.append(("or", f"{text} ({100 * other['probability']:.1f} %)"))
+  truth = outcome.get("truth")
+  if truth is not None:
+    rows.append(("truth", format_box(truth) if grounded else truth))
+  if "overlay" in outcome:
+    rows.append(("overlay", outcome["overlay"]))
+  return "\n".join(f"{key + ':':<13}{value}" for key, value in rows if value)
+
+
+def plain_answer(answer: Answer) -> Outcome:
+  """Returns answer, probability and, if known, truth as JSON can hold them."""
+  described = evaluator.describe(answer)
+  # All zero stands for "no box" where every answer must be some box.
+  no_box = answer.record.task == "grounding" and not any(answer.value)
+  plain = {
+    "answer": None if no_box else described["prediction"],
+    "probability": answer.probability,
+  }
+  if answer.alternatives:
+    plain["alternatives"] = [
+      {
+        "answer": value if isinstance(value, str) else list(value),
+        "probability": math.exp(log_prob),
+      }
+      for value, log_prob in answer.alternatives
+    ]
+  if described["target"] is not None:
+    plain["truth"] = described["target"]
+  return plain
+
+
+def format_box(box: Sequence[float]) -> str:
+  """Returns a box in pixels with a digit behind the point."""
+  return ", ".join(f"{x:.1f}" for x in box)
