@@ -84,6 +84,9 @@ def check(
   settings = dict(entry.config.tasks[entry.task])
   task = make_task(entry.task, vocabulary, settings)
   limits = _limits(entry.config, num_queries)
+  if getattr(entry.source, "upright", False):
+    # Settled when it was converted.
+    limits = dataclasses.replace(limits, exif_orientation="apply")
   figures = inspection.inspect(entry.source, task, limits, **options)
   verdict = check_report.judge(figures, entry.task, eos=task.settings.eos)
   return figures, verdict, task

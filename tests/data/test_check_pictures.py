@@ -16,6 +16,7 @@ from narvl_jax.data.picture_facts import examine
 from narvl_jax.data.picture_files import with_orientation
 from narvl_jax.errors import UserError
 from tests.data import picture_samples as samples
+from tests.data.converting import convert
 from tests.data.number_source import ListSource, make_tasks
 
 LIMITS = inspection.Limits(
@@ -266,6 +267,11 @@ def test_command(
   path = tmp_path / "own.jsonl"
   path.write_text((json.dumps(row) + "\n") * 5)
   vocabulary = make_tasks()["grounding"].vocabulary
+  convert(tmp_path / "out", str(path), split="train", exif_orientation="apply")
+  entry = check.open_spec(str(tmp_path / "out"), "", "")
+  figures, verdict, _ = check.check(entry, vocabulary)
+  assert figures["limits"]["exif_orientation"] == "apply"
+  assert verdict.word == check_report.GOOD
   words = []
   for setting in ("ignore", "apply"):
     entry = check.open_spec(str(path), "grounding", "", setting)
