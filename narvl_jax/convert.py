@@ -37,7 +37,7 @@ from narvl_jax.interop.conversion import Conversion, convert_official
 from narvl_jax.interop.export import save_official
 from narvl_jax.interop.source_file import file_hash
 from narvl_jax.interop.tensors import PathLike
-from narvl_jax.terminal import show
+from narvl_jax.terminal import escape, show
 
 _OFFICIAL_SUFFIXES = (".pt", ".pth")
 # Of files, but not of those that the official code writes.
@@ -198,8 +198,8 @@ def format_import(report: dict[str, Any], target: PathLike) -> str:
   for change in report["new_or_resized"]:
     before = "new" if change["before"] is None else list(change["before"])
     lines.append(
-      f"changed    {change['key']}: {before} -> {list(change['after'])},"
-      f" {change['how']}"
+      f"changed    {escape(change['key'])}: {before} ->"
+      f" {list(change['after'])}, {change['how']}"
     )
   if report["vocabulary"] is None:
     lines.append(

@@ -112,7 +112,8 @@ def _output(
   with _open_log(process_id, folder) as log, contextlib.ExitStack() as stack:
     sys.stdout.flush()
     sys.stderr.flush()
-    out, err = (_duplicate(stack, number) for number in (1, 2))
+    out = _duplicate(stack, 1, sys.stdout)
+    err = _duplicate(stack, 2, sys.stderr)
     loud = _Tee(err, log)
     if process_id:
       stack.enter_context(progress.muted())
@@ -144,7 +145,7 @@ def _open_log(process_id: int, folder: pathlib.Path | None) -> TextIO:
     side_files.make_way(folder, folder=True)
     folder.mkdir(parents=True, exist_ok=True)
     side_files.make_way(path)
-    log = path.open("a", encoding="utf-8")
+    log = path.open("a", encoding="utf-8", errors="backslashreplace")
   except OSError as error:
     raise UserError(
       f"the log of host {process_id} cannot be written in {folder}"
@@ -155,9 +156,16 @@ def _open_log(process_id: int, folder: pathlib.Path | None) -> TextIO:
   return log
 
 
-def _duplicate(stack: contextlib.ExitStack, number: int) -> TextIO:
+def _duplicate(stack: contextlib.ExitStack, number: int, stream: Any) -> TextIO:
+  """Opens a terminal once more, in the encoding that it has."""
   return stack.enter_context(
-    os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8")
+    os.fdopen(
+      os.dup(number),
+      "w",
+      buffering=1,
+      encoding=getattr(stream, "encoding", None) or "utf-8",
+      errors="backslashreplace",
+    )
   )
 
 

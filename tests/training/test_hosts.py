@@ -1,5 +1,6 @@
 """Where a host prints, and how a run on several of them ends."""
 
+import contextlib
 import errno
 import io
 import os
@@ -10,12 +11,14 @@ import sys
 import pytest
 
 from narvl_jax.errors import UserError
+from narvl_jax.terminal import show
 from narvl_jax.training import hosts
 
 # Everything that prints, in the way of each.
 _SPEAK = """
 import os, pathlib, sys, warnings
 from absl import logging
+from narvl_jax.terminal import show
 from narvl_jax.training import hosts
 logging.use_absl_handler()
 folder = sys.argv[2] and pathlib.Path(sys.argv[2])
@@ -150,3 +153,15 @@ def test_a_single_process_is_left_alone(tmp_path):
     assert (sys.stdout, sys.stderr) == streams
     assert os.fstat(1) == kept
   assert not list(tmp_path.iterdir())
+
+
+def test_a_terminal_keeps_its_encoding() -> None:
+  reading, writing = os.pipe()
+  terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+  with contextlib.ExitStack() as stack:
+    copy = hosts._duplicate(stack, writing, terminal)
+    show("größe", file=copy)
+    print("\ud83d", file=copy)
+  os.close(writing)
+  with open(reading, "rb") as file:
+    assert file.read() == b"gr\\xf6\\xdfe\n\\ud83d\n"
