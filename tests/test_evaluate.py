@@ -153,7 +153,7 @@ def test_run_without_a_checkpoint(workdir):
   ("flags", "line"),
   [
     (["--workdir=nowhere"], "--workdir=nowhere holds no run"),
-    (["--workdir=a", "--splt=test"], 'Did you mean "split"?'),
+    (["--workdir=a", "--splt=test"], 'Did you mean "--split"?'),
     ([], "--workdir is required"),
   ],
 )

@@ -199,12 +199,17 @@ def convert(
     for note in notes.values():
       account.add(note, log=False)
     records = sum(len(job.indices(number)) for number in todo)
-    with doing(f"writing {job.name}", records, "records") as writing:
+    with (
+      doing(f"writing {job.name}", records, "records") as writing,
+      contextlib.ExitStack() as stack,
+    ):
       finished = 0
       if write:
         written = write(job, todo, writing)
       else:
-        written = write_all(job, todo, num_workers)
+        # After a failure no process may go on writing.
+        workers = contextlib.closing(write_all(job, todo, num_workers))
+        written = stack.enter_context(workers)
       for number, note in written:
         account.add(note)
         write_json(progress / f"{number:05d}.json", note)

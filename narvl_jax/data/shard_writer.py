@@ -10,7 +10,7 @@ import os
 import pathlib
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -109,7 +109,7 @@ def write_error(path: Any, error: BaseException) -> UserError:
 
 def write_all(
   job: Job, todo: Sequence[int], num_workers: int
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Generator[tuple[int, dict[str, Any]], None, None]:
   """Yields (number, note) of each shard as soon as it is written.
 
   Args:
