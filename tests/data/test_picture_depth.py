@@ -92,4 +92,4 @@ def test_memory_is_bounded(dtype: type) -> None:
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
   assert grey.mode == "L"
-  assert peak < 2.5 * side * side + 16 * picture_depth._STRIP_PIXELS
+  assert peak < 2.5 * side * side + (16 << 20)
