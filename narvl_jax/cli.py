@@ -22,7 +22,7 @@ from narvl_jax.cli_messages import (
 from narvl_jax.disk import explain_disk
 from narvl_jax.errors import UserError
 from narvl_jax.json_output import reserved_stdout
-from narvl_jax.terminal import show, show_error
+from narvl_jax.terminal import naming, show, show_error
 
 USER_ERROR_CODE = 2
 
@@ -71,7 +71,12 @@ def run(
       # Not all commands have it.
       json = flags.FLAGS["json"].value if "json" in flags.FLAGS else None
       with reserved_stdout(json):
-        return main(argv)
+        try:
+          return main(argv)
+        finally:
+          # Otherwise an error comes when Python ends, as a traceback.
+          with naming(sys.stdout):
+            sys.stdout.flush()
     except UserError as error:
       fail(str(error))
     except KeyboardInterrupt:
@@ -86,6 +91,7 @@ def run(
         raise
       fail(text)
 
+  _open_closed_streams()
   # A traceback may quote what a file holds.
   sys.excepthook = show_error
   sys.argv[:] = normalise(sys.argv)
@@ -95,21 +101,43 @@ def run(
   except BrokenPipeError:
     _drop_stdout()
     sys.exit(0)
+  except UserError as error:
+    fail(str(error))
   app.run(guarded, flags_parser=_parse_flags)
   raise AssertionError("app.run returned")
 
 
 def fail(message: str) -> NoReturn:
   """Prints `error: MESSAGE` as one line on stderr; exits with code 2."""
-  with contextlib.suppress(BrokenPipeError):
+  try:
     sys.stdout.flush()
-  show("error: " + " ".join(message.split()), file=sys.stderr)
+  except OSError:
+    _drop_stdout()
+  with contextlib.suppress(OSError, UserError):
+    show("error: " + " ".join(message.split()), file=sys.stderr)
   sys.exit(USER_ERROR_CODE)
 
 
 def _drop_stdout() -> None:
   """Lets what is still buffered go nowhere, as nobody reads on (`| head`)."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_closed_streams() -> None:
+  """Lets what goes to a stream that the caller has closed (`>&-`) go nowhere.
+
+  Otherwise the next file that is opened takes its number, and gets the output.
+  """
+  for number, name in enumerate(("stdin", "stdout", "stderr")):
+    try:
+      os.fstat(number)
+    except OSError:
+      # The system gives the lowest number that is free.
+      os.open(os.devnull, os.O_RDWR)
+    if getattr(sys, name) is None:
+      mode = "w" if number else "r"
+      stream = os.fdopen(number, mode, closefd=False)
+      setattr(sys, name, stream)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

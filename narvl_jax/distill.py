@@ -310,12 +310,15 @@ def main(argv: Sequence[str]) -> None:
   def explain(error: BaseException) -> tuple[int, str]:
     return explain_failure(error, folder)
 
+  logs = folder / hosts.LOG_FOLDER
   try:
+    cluster = distributed.detect(settings)
     with (
       termination_raises(),
+      hosts.outliving_terminal(logs if cluster is None else None),
       hosts.together(
-        distributed.detect(settings),
-        folder / hosts.LOG_FOLDER,
+        cluster,
+        logs,
         lambda: workdir_lib.facts({"teacher": settings.teacher, **arguments}),
         explain,
         show,

@@ -92,11 +92,13 @@ def evaluate(
     tasks=tasks,
   )
   seconds = time.monotonic() - start
+  # First: stdout may be closed or full, and what was computed must be kept.
+  paths = results.write_results(
+    experiment, workdir, report, predictions, best=checkpoint == "best"
+  )
   show(reporting.format_table(report))
   show(f"\n{report['examples'] / seconds:.3g} examples/s, {seconds:.1f} s")
-  for path in results.write_results(
-    experiment, workdir, report, predictions, best=checkpoint == "best"
-  ):
+  for path in paths:
     show(f"wrote {path}")
   return report
 

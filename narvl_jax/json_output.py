@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from narvl_jax.common_flags import STDOUT
 from narvl_jax.disk import write_text
 from narvl_jax.errors import UserError
-from narvl_jax.terminal import readable_json
+from narvl_jax.terminal import naming, readable_json
 from narvl_jax.user_paths import check_file, check_possible
 
 # Where JSON goes while what is for people goes to stderr.
@@ -70,7 +70,8 @@ def write_json(
     return
   if path == STDOUT:
     out = _stdout[-1] if _stdout else sys.stdout
-    out.write(readable_json(report, out.encoding, indent) + "\n")
-    out.flush()
+    with naming(out):
+      out.write(readable_json(report, out.encoding, indent) + "\n")
+      out.flush()
   else:
     write_text(pathlib.Path(path), readable_json(report, indent=indent) + "\n")

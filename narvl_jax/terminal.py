@@ -6,15 +6,19 @@ themselves: they set the title of the window, reverse the text that follows, or
 end the program, as the terminal's encoding lacks them.
 """
 
+import contextlib
 import functools
 import json
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, TextIO
 
 from absl import logging
+
+from narvl_jax.errors import UserError
 
 # C0, DEL and C1 controls; marks, embeddings and isolates of text direction;
 # line and paragraph separators; what has no width, but for the joiners, which
@@ -60,7 +64,28 @@ def show(text: str, file: TextIO | None = None) -> None:
   stream = sys.stdout if file is None else file
   encoding = getattr(stream, "encoding", None) or "utf-8"
   shown = escape(text, keep="\n\t").encode(encoding, "backslashreplace")
-  print(shown.decode(encoding), file=stream, flush=True)
+  with naming(stream):
+    print(shown.decode(encoding), file=stream, flush=True)
+
+
+@contextlib.contextmanager
+def naming(stream: TextIO) -> Iterator[None]:
+  """Lets errors of writing to a stream name it, as those of files do.
+
+  Raises:
+    UserError: it cannot be written.
+    BrokenPipeError: nobody reads on.
+  """
+  try:
+    yield
+  except BrokenPipeError:
+    raise
+  except OSError as error:
+    name = str(getattr(stream, "name", "the terminal")).strip("<>")
+    raise UserError(
+      f"{name} cannot be written: {error.strerror}; send it to a file or a pipe"
+      " that takes it"
+    ) from error
 
 
 def show_error(

@@ -363,14 +363,18 @@ def main(argv: Sequence[str]) -> None:
       cluster = distributed.detect(settings)
       if cluster is not None:
         workdir_lib.check_folder(workdir)
-      with hosts.together(
-        cluster,
-        None if only_prints else workdir / hosts.LOG_FOLDER,
-        lambda: workdir_lib.facts(settings.config),
-        explain,
-        Announcer(ledger),
-        guard.end,
-      ) as notices:
+      logs = None if only_prints else workdir / hosts.LOG_FOLDER
+      with (
+        hosts.outliving_terminal(logs if cluster is None else None),
+        hosts.together(
+          cluster,
+          logs,
+          lambda: workdir_lib.facts(settings.config),
+          explain,
+          Announcer(ledger),
+          guard.end,
+        ) as notices,
+      ):
         guard.connect(notices)
         train(
           settings.config,

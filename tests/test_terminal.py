@@ -184,3 +184,63 @@ def test_modules_print_by_show() -> None:
       if call is not None and (bare or log):
         found.append(f"{name}:{call.lineno}")
   assert not found, "use narvl_jax.terminal.show or warn"
+
+
+# What a command may print, and how.
+_COMMAND = """
+import sys
+from narvl_jax import cli, common_flags
+from narvl_jax.json_output import write_json
+from narvl_jax.terminal import show
+
+def main(argv):
+  if argv[1] == "show":
+    show("words")
+  elif argv[1] == "json":
+    write_json("-", {"a": 1})
+  elif argv[1] == "late":
+    sys.stdout.write("words")
+  elif argv[1] == "exit":
+    sys.stdout.write("words")
+    sys.exit(0)
+  elif argv[1] == "file":
+    with open(argv[2], "w") as file:
+      show("words")
+    show(open(argv[2]).read() or "nothing", file=sys.stderr)
+
+if __name__ == "__main__":
+  cli.run(main, positional=(1, 2))
+"""
+
+
+@pytest.mark.parametrize("how", ["show", "json", "late", "exit", "--help"])
+def test_a_stdout_that_is_full_is_told_as_what_it_is(how):
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  # What is not flushed fails as late as it can.
+  environment.pop("PYTHONUNBUFFERED", None)
+  with open("/dev/full", "w") as full:
+    done = subprocess.run(
+      [sys.executable, "-c", _COMMAND, how],
+      stdout=full,
+      stderr=subprocess.PIPE,
+      text=True,
+      env=environment,
+    )
+  assert (done.returncode, done.stderr) == (
+    2,
+    "error: stdout cannot be written: No space left on device; send it to a"
+    " file or a pipe that takes it\n",
+  )
+
+
+def test_a_closed_stdout_does_not_end_up_in_a_file(tmp_path):
+  done = subprocess.run(
+    [
+      *("sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", _COMMAND),
+      *("file", str(tmp_path / "file")),
+    ],
+    stderr=subprocess.PIPE,
+    text=True,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+  )
+  assert (done.returncode, done.stderr) == (0, "nothing\n")

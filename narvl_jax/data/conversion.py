@@ -263,5 +263,8 @@ def _written(folder: pathlib.Path) -> Iterator[None]:
   """Tells what is wrong with the target in one line."""
   try:
     yield
+  except BrokenPipeError:
+    # Nobody reads what is told.
+    raise
   except OSError as e:
     raise write_error(folder, e) from e

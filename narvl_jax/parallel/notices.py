@@ -156,7 +156,7 @@ class Notices:
       return
     # The service that tells the others takes no halves of surrogate pairs.
     message = escape(" ".join(message.split()))
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
       text = f"{host_name(self.host)}: {message}"
       show(text, file=self._terminal)
     with self._at_most(_TELLING_SECONDS, code):
@@ -200,7 +200,7 @@ class Notices:
     code, message = value.split(" ", 1)
     text = f"{host_name(host)}: {escape(message)}"
     for stream in dict.fromkeys((self._terminal, sys.stderr)):
-      with contextlib.suppress(OSError):
+      with contextlib.suppress(OSError, ValueError):
         show(text, file=stream)
     try:
       self._on_end(int(code), text)

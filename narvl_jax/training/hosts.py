@@ -85,6 +85,38 @@ def together(
     raise stopped
 
 
+@contextlib.contextmanager
+def outliving_terminal(folder: pathlib.Path | None) -> Iterator[None]:
+  """Lets a run of one process continue when its terminal is closed or full.
+
+  What is printed from then on is in the log, as that of the first of several
+  hosts always is.
+
+  Args:
+    folder: for `host_000.log`, which is made only then; None: the run ends.
+  """
+  if folder is None:
+    yield
+    return
+  with contextlib.ExitStack() as stack:
+    log: list[TextIO] = []
+
+    def open_log() -> TextIO:
+      if not log:
+        log.append(stack.enter_context(_open_log(0, folder)))
+      return log[0]
+
+    streams = sys.stdout, sys.stderr
+    sys.stdout = _Tee(sys.stdout, open_log=open_log)
+    sys.stderr = _Tee(sys.stderr, open_log=open_log)
+    _log_to(sys.stderr)
+    try:
+      yield
+    finally:
+      sys.stdout, sys.stderr = streams
+      _log_to(sys.stderr)
+
+
 def leave(code: int) -> None:
   """Ends the process at once, whatever its threads are doing."""
   for child in multiprocessing.active_children():
@@ -181,22 +213,42 @@ class _Tee(io.TextIOBase):
   that keeps no log ends as soon as nobody reads on.
   """
 
-  def __init__(self, terminal: TextIO, log: TextIO) -> None:
-    self._streams = [terminal, log]
-    self._names = {terminal: "terminal", log: "log"}
-    self._kept = getattr(log, "name", "") != os.devnull
+  def __init__(
+    self,
+    terminal: TextIO,
+    log: TextIO | None = None,
+    open_log: Callable[[], TextIO] | None = None,
+  ) -> None:
+    """Takes the streams.
+
+    Args:
+      terminal: what the user sees.
+      log: gets the same; None: nothing does, while the terminal lasts.
+      open_log: opens the log that takes the place of the terminal.
+    """
+    self._terminal = terminal
+    self._streams = [terminal] if log is None else [terminal, log]
+    self._kept = log is None or getattr(log, "name", "") != os.devnull
+    self._open_log = open_log
+    # What a log that is opened now would lack.
+    self._unflushed = ""
 
   def write(self, text: str) -> int:
+    self._unflushed += text
+
     def put(stream: TextIO) -> None:
       stream.write(text)
       if "\n" in text:
         stream.flush()
 
     self._each(put)
+    if "\n" in text:
+      self._unflushed = ""
     return len(text)
 
   def flush(self) -> None:
     self._each(lambda stream: stream.flush())
+    self._unflushed = ""
 
   def close(self) -> None:
     """Does nothing: both streams belong to the caller.
@@ -215,11 +267,15 @@ class _Tee(io.TextIOBase):
         failed[stream] = error
     left = [stream for stream in self._streams if stream not in failed]
     for stream, error in failed.items():
-      name = self._names[stream]
+      name = "terminal" if stream is self._terminal else "log"
+      opened = [] if left else self._opened_log(error)
+      left += opened
       if not left or (name == "terminal" and not self._kept):
         raise error
       self._streams = left
       left[0].write(f"note: no more {name}: {error.strerror}\n")
+      for log in opened:
+        log.write(self._unflushed)
       left[0].flush()
       # Else what it still holds fails once more when it is closed.
       with (
@@ -227,6 +283,30 @@ class _Tee(io.TextIOBase):
         open(os.devnull, "w") as nothing,
       ):
         os.dup2(nothing.fileno(), stream.fileno())
+
+  def _opened_log(self, error: OSError) -> list[TextIO]:
+    """Returns the log that is opened for a terminal; none if it cannot be."""
+    if self._open_log is None:
+      return []
+    try:
+      log = self._open_log()
+    except UserError:
+      return []
+    self._open_log = None
+    if self._terminal is sys.__stdout__ and sys.__stderr__ is not None:
+      with contextlib.suppress(OSError, ValueError):
+        show(
+          f"note: stdout cannot be written ({error.strerror}); the run"
+          f" continues, and prints into {log.name}",
+          file=sys.__stderr__,
+        )
+    return [log]
+
+  @property
+  def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+    """What all streams can take."""
+    names = [getattr(x, "encoding", None) or "utf-8" for x in self._streams]
+    return next((x for x in names if x.lower() != "utf-8"), "utf-8")
 
   def fileno(self) -> int:
     return self._streams[0].fileno()

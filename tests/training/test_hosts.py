@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -165,3 +166,84 @@ def test_a_terminal_keeps_its_encoding() -> None:
   os.close(writing)
   with open(reading, "rb") as file:
     assert file.read() == b"gr\\xf6\\xdfe\n\\ud83d\n"
+
+
+# A run of one process that prints before and after its terminal is gone.
+_OUTLIVE = """
+import pathlib, sys
+from absl import logging
+from narvl_jax.terminal import show
+from narvl_jax.training import hosts
+logging.use_absl_handler()
+with hosts.outliving_terminal(pathlib.Path(sys.argv[1])):
+  show("first")
+  sys.stdin.readline()
+  for word in ("second", "third"):
+    show(word)
+  logging.warning("logged")
+  print("wrong", file=sys.stderr)
+show("last")
+"""
+
+
+def _outlive(
+  folder: pathlib.Path, stdout: Any, stderr: Any = subprocess.PIPE
+) -> subprocess.Popen:
+  return subprocess.Popen(
+    [sys.executable, "-c", _OUTLIVE, str(folder)],
+    stdin=subprocess.PIPE,
+    stdout=stdout,
+    stderr=stderr,
+    text=True,
+  )
+
+
+def test_a_single_process_outlives_the_reader_of_its_output(tmp_path):
+  process = _outlive(tmp_path / "logs", subprocess.PIPE)
+  assert process.stdout is not None
+  assert process.stderr is not None
+  assert process.stdin is not None
+  assert process.stdout.readline() == "first\n"
+  assert not (tmp_path / "logs").exists()
+  process.stdout.close()
+  process.stdin.write("\n")
+  process.stdin.close()
+  errors = process.stderr.read()
+  assert process.wait() == 0
+  process.stderr.close()
+  path = tmp_path / "logs" / "host_000.log"
+  note, *_, logged, wrong = errors.splitlines()
+  assert note == (
+    "note: stdout cannot be written (Broken pipe); the run continues, and"
+    f" prints into {path}"
+  )
+  assert logged.endswith("logged")
+  assert wrong == "wrong"
+  head, *lines = path.read_text().splitlines()
+  assert head.startswith("--- ")
+  assert lines == ["note: no more terminal: Broken pipe", "second", "third"]
+
+
+def test_a_single_process_outlives_a_full_disk(tmp_path):
+  with open("/dev/full", "w") as full:
+    process = _outlive(tmp_path, full, full)
+    process.communicate("\n")
+  assert process.returncode == 0
+  lines = (tmp_path / "host_000.log").read_text().splitlines()
+  note = "note: no more terminal: No space left on device"
+  assert lines[1:5] == [note, "first", "second", "third"]
+  assert lines[5] == note
+  assert lines[-2].endswith("logged")
+  assert lines[-1] == "wrong"
+
+
+def test_without_a_log_a_single_process_ends(tmp_path):
+  (tmp_path / "file").write_text("")
+  tee = hosts._Tee(
+    _closed(), open_log=lambda: hosts._open_log(0, tmp_path / "file" / "logs")
+  )
+  with pytest.raises(BrokenPipeError):
+    print("words", file=tee, flush=True)
+  streams = sys.stdout, sys.stderr
+  with hosts.outliving_terminal(None):
+    assert (sys.stdout, sys.stderr) == streams
