@@ -7,6 +7,83 @@ from tests.sabotage import Sabotage
 
 SABOTAGES = (
   Sabotage(
+    "an error of one record that nobody foresaw ends the run",
+    "narvl_jax/data/bad_records.py",
+    "except Exception as error:",
+    "except (ValueError, OSError, LookupError) as error:",
+    "tests/data/test_bad_records.py::test_no_error_of_a_record_escapes",
+  ),
+  Sabotage(
+    "a defect that fails every record passes for bad data",
+    "narvl_jax/data/bad_records.py",
+    "elif not self._sound and not isinstance(error, MemoryError):",
+    "elif False:",
+    "tests/data/test_bad_records.py"
+    "::test_all_records_failing_alike_is_a_defect[TypeError-40]",
+  ),
+  Sabotage(
+    "a machine without memory drops its records",
+    "narvl_jax/data/bad_records.py",
+    "if self._short_of_memory >= _SHORT_OF_MEMORY:",
+    "if False:",
+    "tests/data/test_bad_records.py"
+    "::test_memory_of_one_record_and_of_the_machine",
+  ),
+  Sabotage(
+    "halves of surrogate pairs are passed to the tokenizer",
+    "narvl_jax/data/vocabulary.py",
+    "text.encode()",
+    'text.encode(errors="replace")',
+    "tests/data/test_bad_records.py::test_half_a_surrogate_pair",
+  ),
+  Sabotage(
+    "control characters reach the terminal",
+    "narvl_jax/terminal.py",
+    'shown = escape(text, keep="\\n\\t").encode(encoding, "backslashreplace")',
+    'shown = text.encode(encoding, "backslashreplace")',
+    "tests/test_terminal.py::test_show_on_any_terminal[utf-8]",
+  ),
+  Sabotage(
+    "control characters are written into JSON lines",
+    "narvl_jax/terminal.py",
+    'lambda found: found[0] if found[0] == "\\n" else json.dumps(found[0])'
+    "[1:-1],",
+    "lambda found: found[0],",
+    "tests/test_terminal.py::test_readable_json",
+  ),
+  Sabotage(
+    "an id of 0 is no id",
+    "narvl_jax/data/sources/jsonl.py",
+    'name = f"{file.path.name}:{index + 1}" if given is None else str(given)',
+    'name = str(given or f"{file.path.name}:{index + 1}")',
+    "tests/data/sources/test_jsonl.py::test_an_id_that_is_given_counts[0-0]",
+  ),
+  Sabotage(
+    "any name behind a tilde is a home folder",
+    "narvl_jax/data/sources/files.py",
+    'os.path.expanduser(name) if name == "~" or name.startswith("~/")'
+    " else name",
+    "os.path.expanduser(name)",
+    "tests/data/sources/test_jsonl.py"
+    "::test_only_a_leading_tilde_is_the_home_folder",
+  ),
+  Sabotage(
+    "an index of rows belongs to a size and a time only",
+    "narvl_jax/data/sources/row_index.py",
+    "if header.content != content_digest(fd, header.size):",
+    "if False:",
+    "tests/data/sources/test_rows.py"
+    "::test_index_of_a_file_with_the_same_size_and_time[False]",
+  ),
+  Sabotage(
+    "a file in use may change behind its size and time",
+    "narvl_jax/data/sources/rows.py",
+    "if content_digest(fd, status.st_size) != self._content:",
+    "if False:",
+    "tests/data/sources/test_rows.py"
+    "::test_file_in_use_that_keeps_its_size_and_time",
+  ),
+  Sabotage(
     "the position in the data is not read",
     "narvl_jax/train.py",
     'stored.get("data_position", int(state.step)),',

@@ -83,9 +83,9 @@ def test_readable_json() -> None:
   for indent in (None, 2):
     text = readable_json(value, indent=indent)
     assert json.loads(text) == value
-    text.encode()
     assert "Größe 😀" in text
     assert escape(text, keep="\n") == text
+    text.encode()
     assert len(text.splitlines()) == (
       1 if indent is None else text.count("\n") + 1
     )

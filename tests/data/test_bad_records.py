@@ -92,6 +92,19 @@ def test_one_record_of_each_kind() -> None:
         assert found.what.removeprefix(f"record {index}: ")
 
 
+def test_no_error_of_a_record_escapes() -> None:
+  escaped = []
+  for error in ERRORS:
+    reader = RecordReader(_source(30, {7: error}), "x")
+    try:
+      found = reader.read(7, lambda record: record)
+    except Exception as e:
+      escaped.append(e)
+    else:
+      assert isinstance(found, BadRecord)
+  assert not escaped
+
+
 @pytest.mark.parametrize("error", ERRORS, ids=lambda x: type(x).__name__)
 def test_what_is_done_with_a_record_counts_too(error: Exception) -> None:
   def use(record: Any) -> str:
