@@ -23,6 +23,9 @@ _SYNONYMS = {
   "output_dir": "workdir",
   "model_dir": "workdir",
   "ckpt": "checkpoint",
+  "limit": "max_examples",
+  "num_examples": "max_examples",
+  "output": "to",
   "gpus": "mesh",
 }
 
@@ -69,7 +72,11 @@ def flag_message(error: Exception, argv: Sequence[str]) -> str:
     return where + _without_fields(last)
   match = re.match(r"flag --([\w.]+)=(.*?): (.*)", text, re.DOTALL)
   if match and match.group(2) == "None":
-    return f"flag --{match.group(1)} is required"
+    text = f"flag --{match.group(1)} is required"
+    if argv[1:] and not argv[1].startswith("-"):
+      # Given without its name, perhaps.
+      text += f"; {unexpected_argument(argv[1], argv)}"
+    return text
   if match:
     return f'--{match.group(1)}="{match.group(2)}": {match.group(3)}'
   return text

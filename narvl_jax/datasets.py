@@ -24,8 +24,9 @@ def load_mixture(config: Config) -> list[MixtureEntry]:
     try:
       source = _load(config, entry, entry.get("split", "train"))
     except UserError as error:
+      text = str(error).replace("data.train.NAME", f"data.train.{name}")
       raise UserError(
-        f"data.train.{name}: {error} (--config.data.train.{name}"
+        f"data.train.{name}: {text} (--config.data.train.{name}"
         f"{recipe_hint(name, entry)})"
       ) from error
     mixture.append((source, entry.task, entry.get("weight", 1.0), name))

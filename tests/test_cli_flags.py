@@ -187,6 +187,7 @@ def test_forms(given, expected, define):
     ("work_dir", ["workdir"]),
     ("output_dir", ["workdir"]),
     ("dry-run", ["dry_run"]),
+    ("num_examples", ["config.evaluation.max_examples"]),
     ("xyzzy", []),
   ],
 )
@@ -260,6 +261,21 @@ def test_json_goes_to_a_file(tmp_path, capsys):
     json_output.check_json_path(str(tmp_path))
   with pytest.raises(UserError, match=r"there is no folder .*; create it"):
     json_output.check_json_path(str(tmp_path / "no" / "x"))
+
+
+def test_a_required_flag_without_its_name(define, capsys):
+  define("evaluate")
+  with pytest.raises(SystemExit):
+    cli._parse_flags(["x", ".", "--split=test"])
+  assert capsys.readouterr().err == (
+    'error: flag --workdir is required; unexpected argument "."; flags start'
+    ' with "--". Did you mean "--workdir=."?\n'
+  )
+  with pytest.raises(SystemExit):
+    cli._parse_flags(["x", "--limit=3", "--workdir=."])
+  assert capsys.readouterr().err == (
+    'error: unknown flag "--limit". Did you mean "--max_examples"?\n'
+  )
 
 
 def test_unknown_flags_name_the_nearest(define, capsys):
