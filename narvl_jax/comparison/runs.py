@@ -30,7 +30,7 @@ from narvl_jax.parallel import activation_rules
 from narvl_jax.training import workdir as workdir_lib
 
 # Both must see the same pictures and prompts.
-_SAME_DATA = ("image_size", "max_text_length")
+_SAME_DATA = ("image_size", "max_text_length", "exif_orientation")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ def _run(flag: str, **changes: Any) -> runs_lib.Run:
   data = {
     "image_size": (32, 32),
     "max_text_length": 40,
+    "exif_orientation": "ignore",
     "evaluation": {
       "a": {"source": "shapes", "task": "vqa", "options": {}},
       "b": {"source": "shapes", "task": "caption", "options": {}},
@@ -34,6 +35,7 @@ def _run(flag: str, **changes: Any) -> runs_lib.Run:
     ({"words": "2" * 64}, "different vocabularies, 111111111111 .*--nar, --ar"),
     ({"image_size": (64, 64)}, r"image_size is \[32, 32\].*\[64, 64\] in"),
     ({"max_text_length": 9}, "max_text_length is 40.* and 9 in runs/ar"),
+    ({"exif_orientation": "apply"}, r"exif_orientation is ignore in .*apply"),
   ],
 )
 def test_runs_that_see_other_things(change: Any, message: str) -> None:
