@@ -27,10 +27,14 @@ flags.disclaim_key_flags()
 
 # Long enough for the slowest file system, short enough not to waste a night.
 BARRIER_SECONDS = 600.0
-# What is left of half a minute goes into telling the others.
-HEARTBEAT_SECONDS = 20
+HEARTBEAT_SECONDS = 60
+# jax aborts every process when one gives it no sign for so long. `Liveness`
+# notices far earlier, and in one line.
+_JAX_HEARTBEAT_SECONDS = 3600
 _MODES = ("auto", "on", "off")
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
+
+_BROKEN = re.compile(r"gloo.*(connection (closed|reset)|broken pipe)", re.I)
 
 _host_names: list[str] = []
 _barriers = itertools.count()
@@ -63,6 +67,25 @@ class HostsLost(RuntimeError):
   """Other hosts did not come to where they should be."""
 
 
+def explain_lost(error: BaseException) -> str | None:
+  """Returns one line about hosts that are gone, None if that is no cause.
+
+  On CPUs a host that dies in the middle of an update closes the connections
+  that the others wait at.
+  """
+  if isinstance(error, HostsLost):
+    return " ".join(str(error).split())
+  text = " ".join(str(error).split())
+  if not isinstance(error, jax.errors.JaxRuntimeError) or not _BROKEN.search(
+    text
+  ):
+    return None
+  return (
+    "the connection to another host broke, whose process was killed or whose"
+    f" machine or network failed ({text[:200]})"
+  )
+
+
 def define_flags() -> None:
   """Defines the flags of a command that runs in several processes."""
   flags.DEFINE_string(
@@ -76,7 +99,8 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "heartbeat_timeout",
     HEARTBEAT_SECONDS,
-    "Seconds after which a silent process is lost.",
+    "Seconds after which a silent process is lost; five times as many where"
+    " it may be compiling.",
   )
   flags.DEFINE_enum(
     "distributed",
@@ -261,7 +285,7 @@ def initialize(
     # What it could detect is known.
     cluster_detection_method="deactivate",
     initialization_timeout=cluster.start_timeout,
-    heartbeat_timeout_seconds=cluster.heartbeat_timeout,
+    heartbeat_timeout_seconds=_JAX_HEARTBEAT_SECONDS,
   )
   say(
     f"all {cluster.num_processes} processes are here, with the same config and"

@@ -12,7 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self, TextIO
 
-from narvl_jax.parallel.distributed import HostsLost, host_name
+from narvl_jax.parallel.distributed import (
+  HEARTBEAT_SECONDS,
+  HostsLost,
+  host_name,
+)
+from narvl_jax.parallel.liveness import Liveness
 from narvl_jax.terminal import escape, show
 
 _POLL_SECONDS = 1.0
@@ -26,6 +31,8 @@ _TELLING_SECONDS = 15.0
 # A host may be in the middle of an evaluation.
 _AGREEMENT_SECONDS = 1800.0
 _MAX_UNANSWERED = 5
+# Of the time between two looks, at least so many until a host is lost.
+_SHORTEST_LOSS = 5.0
 
 
 class StopAgreement:
@@ -91,6 +98,7 @@ class Notices:
     host: which one this is.
     stop_signal: set by whoever is asked to stop; also if another host is.
     agreement: for the training loop.
+    stage: returns what this host is doing; set by who knows it.
   """
 
   def __init__(
@@ -103,6 +111,8 @@ class Notices:
     poll_seconds: float = _POLL_SECONDS,
     leave: Callable[[int], Any] = os._exit,
     on_end: Callable[[int, str], Any] = lambda code, message: None,
+    explain: Callable[[HostsLost], tuple[int, str]] = lambda e: (1, str(e)),
+    lost_seconds: float = HEARTBEAT_SECONDS,
   ) -> None:
     """Prepares the thread.
 
@@ -115,6 +125,8 @@ class Notices:
       leave: ends the process with an exit code, whatever other threads do.
       on_end: told of exit code and message before the process ends by either
         its own failure or that of another host.
+      explain: of a host that is lost -> exit code and one line.
+      lost_seconds: see `Liveness`.
     """
     self._client = client
     self.host = process_id
@@ -130,14 +142,27 @@ class Notices:
     self._ended = threading.Event()
     self.stop_signal: int | None = None
     self.agreement = StopAgreement()
+    self.stage: Callable[[], str] = lambda: ""
+    self._explain = explain
+    self._liveness = Liveness(
+      client,
+      process_id,
+      num_processes,
+      lost_seconds=max(lost_seconds, _SHORTEST_LOSS * poll_seconds),
+      stage=lambda: self.stage(),
+    )
+    self._polls = 0
+    self._second = threading.Thread(target=self._watch_polls, daemon=True)
 
   def __enter__(self) -> Self:
     self._thread.start()
+    self._second.start()
     return self
 
   def __exit__(self, *_: object) -> None:
     self._closed.set()
     self._thread.join()
+    self._second.join()
 
   def fail(self, code: int, message: str) -> None:
     """Ends this process, and the others with the same exit code.
@@ -250,16 +275,38 @@ class Notices:
     while not self._closed.wait(self._poll_seconds):
       try:
         self.poll()
+        # Not the time that went by: the whole machine may have been busy.
+        self._liveness.look(self._poll_seconds)
+        self._polls += 1
         unanswered = 0
+      except HostsLost as error:
+        self.fail(*self._explain(error))
       except Exception as error:
         unanswered += 1
         if unanswered == _MAX_UNANSWERED and not self._closed.is_set():
-          show(
-            f"{host_name(0)}, the coordinator, does not answer:"
-            f" {' '.join(str(error).split())[:200]}",
-            file=self._terminal,
-          )
-          self._leave(1)
+          self._leave_unanswered(" ".join(str(error).split())[:200])
+
+  def _watch_polls(self) -> None:
+    """Ends this process if a question to the coordinator is never answered.
+
+    So it is if its machine lost power or its network failed.
+    """
+    seen, seconds = self._polls, 0.0
+    while not self._closed.wait(self._poll_seconds):
+      seconds += self._poll_seconds
+      if self._polls != seen:
+        seen, seconds = self._polls, 0.0
+      if seconds > self._liveness.patience(self.stage()):
+        self._leave_unanswered(f"nothing for {seconds:.0f} s")
+        return
+
+  def _leave_unanswered(self, why: str) -> None:
+    with contextlib.suppress(OSError):
+      show(
+        f"{host_name(0)}, the coordinator, does not answer: {why}",
+        file=self._terminal,
+      )
+    self._leave(1)
 
   def _number_of(self, kind: str) -> int:
     return len(self._client.key_value_dir_get(f"{_PREFIX}/{kind}"))

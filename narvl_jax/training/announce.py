@@ -18,6 +18,7 @@ from narvl_jax.data.sources import MANIFEST
 from narvl_jax.datasets import MixtureEntry
 from narvl_jax.disk import explain_disk
 from narvl_jax.errors import UserError
+from narvl_jax.parallel.distributed import explain_lost
 from narvl_jax.tables import format_columns
 from narvl_jax.terminal import escape, show, show_error
 from narvl_jax.training.interrupt import Terminated
@@ -172,7 +173,7 @@ def explain_failure(
   What nobody expected is printed as a traceback.
   """
   code, message = describe_failure(error, workdir)
-  if code == 1:
+  if code == 1 and explain_lost(error) is None:
     show_error(type(error), error, error.__traceback__)
   return code, message
 
@@ -196,6 +197,9 @@ def describe_failure(
   place = explain_path(error)
   if place is not None:
     return USER_ERROR_CODE, f"error: {place}"
+  lost = explain_lost(error)
+  if lost is not None:
+    return 1, f"failed: {lost}; {HOW_TO_RESUME}"
   what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
   if len(what) > _LONGEST_ERROR:
     what = what[: _LONGEST_ERROR - 3] + "..."

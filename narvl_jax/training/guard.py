@@ -94,6 +94,8 @@ class Guard:
   def connect(self, notices: Notices | None) -> None:
     """Takes what several hosts tell each other, None for a single one."""
     self._notices = self.stop.notices = notices
+    if notices is not None:
+      notices.stage = lambda: self.ledger.activity.stage
 
   def watch(self, budgets: Mapping[str, float]) -> None:
     """Starts the watchdog.

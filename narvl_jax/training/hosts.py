@@ -66,6 +66,8 @@ def together(
       terminal=terminal,
       leave=leave,
       on_end=on_end,
+      explain=explain,
+      lost_seconds=cluster.heartbeat_timeout,
     ) as notices:
       stopped = None
       try:

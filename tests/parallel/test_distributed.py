@@ -18,7 +18,7 @@ def _settings(**changes: Any) -> Any:
     "num_processes": None,
     "process_id": None,
     "start_timeout": 300,
-    "heartbeat_timeout": 20,
+    "heartbeat_timeout": 60,
     "distributed": "auto",
   }
   return SimpleNamespace(**(usual | changes))
@@ -175,6 +175,27 @@ def test_one_process_waits_for_nobody():
   distributed.barrier("alone", timeout=0)
   assert distributed.is_first()
   assert distributed.gather_json({"a": [1, None]}) == [{"a": [1, None]}]
+
+
+@pytest.mark.parametrize(
+  ("text", "found"),
+  [
+    (
+      "UNKNOWN: Gloo all-reduce failed: [external/gloo/transport/tcp/pair.cc]"
+      " Connection closed by peer [127.0.0.1]:1234",
+      "the connection to another host broke, whose process was killed or",
+    ),
+    ("INVALID_ARGUMENT: Gloo all-reduce: wrong type", None),
+    ("RESOURCE_EXHAUSTED: out of memory", None),
+  ],
+)
+def test_a_broken_connection_is_a_lost_host(text, found):
+  explained = distributed.explain_lost(jax.errors.JaxRuntimeError(text))
+  assert (explained or "").startswith(found or "")
+  assert bool(explained) == bool(found)
+  assert distributed.explain_lost(ValueError(text)) is None
+  lost = distributed.HostsLost("host 1 is lost")
+  assert distributed.explain_lost(lost) == "host 1 is lost"
 
 
 class Unanswered:

@@ -21,8 +21,10 @@ class Store:
     self.values: dict[str, str] = {}
     self.down = False
 
-  def key_value_set(self, key: str, value: str) -> None:
-    if key in self.values:
+  def key_value_set(
+    self, key: str, value: str, allow_overwrite: bool = False
+  ) -> None:
+    if key in self.values and not allow_overwrite:
       raise RuntimeError(f"ALREADY_EXISTS: key {key}")
     self.values[key] = value
 
@@ -214,7 +216,7 @@ def test_a_coordinator_that_hangs_is_not_waited_for(monkeypatch):
   release = threading.Event()
   for name in ("_TELLING_SECONDS", "_FAREWELL_SECONDS"):
     monkeypatch.setattr(notices_lib, name, 0.1)
-  monkeypatch.setattr(store, "key_value_set", lambda *_: release.wait(20))
+  monkeypatch.setattr(store, "key_value_set", lambda *_, **__: release.wait(20))
   ending = threading.Thread(target=notices[1].fail, args=(75, "watchdog"))
   ending.start()
   _wait(lambda: left == [(1, 75)])
