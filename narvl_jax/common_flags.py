@@ -84,6 +84,24 @@ def shard_size(
     rename(old, "shard_size")
 
 
+def answers(whose: str = "the run's") -> None:
+  """Defines --answers."""
+  flags.DEFINE_string(
+    "answers", "", f"File of the answers that VQA allows; default: {whose}."
+  )
+
+
+def max_bad_fraction(text: str = "", default: float | None = None) -> None:
+  """Defines --max_bad_fraction."""
+  flags.DEFINE_float(
+    "max_bad_fraction",
+    default,
+    f"Share of records that may be bad and left out{text}.",
+    lower_bound=0,
+    upper_bound=1,
+  )
+
+
 def rename(old: str, new: str) -> None:
   """Keeps the name that a flag of this command once had.
 

@@ -340,9 +340,7 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer("beam_size", 5, "Hypotheses of the beam searches.")
   flags.DEFINE_list("ways", [], "Such as ar-beam; default: all.")
-  flags.DEFINE_string(
-    "answers", "", "File of answers that VQA allows; by default the runs'."
-  )
+  common_flags.answers("the runs'")
   flags.DEFINE_bool("uncached", False, "Time greedy search without a cache.")
   flags.DEFINE_bool("no_quality", False, "Do not score the answers.")
   flags.DEFINE_bool("no_latency", False, "Do not time anything.")

@@ -271,16 +271,8 @@ def define_flags() -> None:
   )
   common_flags.batch_size("Batch size; evaluation.batch_size by default.")
   common_flags.shard_size(old="examples_per_shard")
-  flags.DEFINE_float(
-    "max_bad_fraction",
-    None,
-    "Share of records that may be bad; data.max_bad_fraction by default.",
-    lower_bound=0,
-    upper_bound=1,
-  )
-  flags.DEFINE_string(
-    "answers", "", "File of answers that VQA allows; by default the teacher's."
-  )
+  common_flags.max_bad_fraction("; data.max_bad_fraction by default")
+  common_flags.answers("the teacher's")
   decoding_flags.define_flags(default="reference")
   distributed.define_flags()
   flags.mark_flags_as_required(["teacher", "to"])

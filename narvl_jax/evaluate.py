@@ -114,16 +114,8 @@ def define_flags() -> None:
     " default."
   )
   common_flags.batch_size("Batch size; evaluation.batch_size by default.")
-  flags.DEFINE_float(
-    "max_bad_fraction",
-    None,
-    "Share of records that may be bad; data.max_bad_fraction by default.",
-    lower_bound=0,
-    upper_bound=1,
-  )
-  flags.DEFINE_string(
-    "answers", "", "File of answers that VQA allows; by default the run's."
-  )
+  common_flags.max_bad_fraction("; data.max_bad_fraction by default")
+  common_flags.answers()
   decoding_flags.define_flags()
   flags.mark_flag_as_required("workdir")
 

@@ -261,9 +261,7 @@ def define_flags() -> None:
   flags.DEFINE_string("overlay", None, "Grounding: PNG file to write.")
   common_flags.json()
   decoding_flags.define_flags()
-  flags.DEFINE_string(
-    "answers", "", "File of the answers that constrained VQA allows."
-  )
+  common_flags.answers()
   flags.mark_flag_as_required("workdir")
 
 

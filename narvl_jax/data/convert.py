@@ -64,13 +64,7 @@ def define_flags() -> None:
     lower_bound=0,
   )
   common_flags.rename("workers", "num_workers")
-  flags.DEFINE_float(
-    "max_bad_fraction",
-    0.01,
-    "Share of records that may be bad and left out.",
-    lower_bound=0,
-    upper_bound=1,
-  )
+  common_flags.max_bad_fraction(default=0.01)
   flags.DEFINE_bool(
     "verify", False, "Read the folder again and compare hashes."
   )

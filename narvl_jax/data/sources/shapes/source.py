@@ -65,8 +65,8 @@ class ShapesSource(RecordSource):
       UserError: unknown task, split or difficulty; bad image size or seed.
     """
     for name, value, options, where in (
-      ("task", task, TASKS, "--task=, or data.train.NAME.task"),
-      ("split", split, RANGES, "--split=, or data.train.NAME.split"),
+      ("task", task, TASKS, "--task, or data.train.NAME.task"),
+      ("split", split, RANGES, "--split, or data.train.NAME.split"),
       ("difficulty", difficulty, DIFFICULTIES, "options.difficulty"),
     ):
       if value not in options:
@@ -83,7 +83,7 @@ class ShapesSource(RecordSource):
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
       raise UserError(
         "shapes: seed must be a whole number from 0 to 2**64 - 1, got "
-        f"{seed!r}. Set seed=."
+        f"{seed!r}. Set seed."
       )
     self.task, self.split, self.seed = task, split, seed
     self.image_size, self.difficulty = image_size, difficulty
