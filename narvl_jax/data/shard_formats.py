@@ -137,10 +137,12 @@ def _lines(cell: str) -> list[str]:
 
 
 def _caption(record: Record) -> tuple[str, ...]:
+  _check_answers(record)
   return (_joined(record.answers, record),)
 
 
 def _vqa(record: Record) -> tuple[str, ...]:
+  _check_answers(record)
   pairs = [f"{float(x)!r}|!+{answer}" for answer, x in record.answers.items()]
   objects = _joined(record.objects or (), record)
   return record.prompt, _joined(pairs, record), objects
@@ -155,6 +157,16 @@ def _entailment(record: Record) -> tuple[str, ...]:
   answers = record.answers
   best = max(answers, key=answers.__getitem__) if answers else ""
   return record.prompt, record.premise, best
+
+
+def _check_answers(record: Record) -> None:
+  """Raises `UserError` for an answer of which a row would keep nothing."""
+  for answer in record.answers:
+    if not " ".join(_lines(answer)).strip():
+      raise UserError(
+        f"the answer {answer!r} has no character that a TSV file can hold; use"
+        " --format=array_record"
+      )
 
 
 def _joined(texts: Any, record: Record) -> str:

@@ -162,7 +162,8 @@ def write_set(folder: pathlib.Path, name: str, kind: str) -> Manifest:
     format=kind,
   )
 
-  def write(job, todo):
+  def write(job, todo, writing):
+    del writing
     source = job.open()
     for number in todo:
       labels = {i: Label(ANSWERS[name], -0.1 * i) for i in job.indices(number)}
@@ -308,3 +309,37 @@ def test_lines_of_a_config_do_what_they_say(folders):
   assert config.data.train.vqa.weight == 0.5
   assert len(config.data.train) == 8
   assert sizes(config) == dict.fromkeys(TASKS, 5)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_shards_hold_any_text(
+  tmp_path: pathlib.Path, name: str, task: str
+) -> None:
+  """What is written can be read; TSV replaces what UTF-8 cannot hold."""
+  nasty = "\ud83d two\x1b]0;x\x07 \u2028\x85"
+  record = dataclasses.replace(
+    RECORDS[task], id=nasty, kind=nasty, prompt=nasty, premise=nasty
+  )
+  if task in ("caption", "vqa"):
+    record = dataclasses.replace(record, answers={nasty: 1.0})
+  shards = FORMATS[name]
+  path = tmp_path / f"x{shards.suffix}"
+  with shards.writing(path) as write:
+    write(shards.serialize(record))
+  if name == "array_record":
+    (data,) = shards.read(path)
+    read = records.deserialize(data)
+    assert (read.id, read.kind, read.prompt) == (nasty,) * 3
+    assert read.answers == record.answers
+    return
+  (read,) = open_source(str(path), task=task)
+  assert read.id == "\ufffd two\x1b]0;x\x07  "
+  assert read.box == record.box
+
+
+@pytest.mark.parametrize("task", ["caption", "vqa"])
+def test_an_answer_that_a_row_cannot_hold(task: str) -> None:
+  record = dataclasses.replace(RECORDS[task], answers={"\0": 1.0})
+  with pytest.raises(UserError, match="no character that a TSV file can hold"):
+    FORMATS["tsv"].serialize(record)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from narvl_jax import side_files
+from narvl_jax.data.sources.files import with_home
 from narvl_jax.disk import atomically
 
 _CHUNK = 256
@@ -32,9 +33,9 @@ def record_ends(
     int64 [count].
   """
   cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  folder = pathlib.Path(index_dir or os.path.join(cache, "narvl_jax"))
+  folder = with_home(index_dir or os.path.join(cache, "narvl_jax"))
   name = hashlib.sha256(key.encode()).hexdigest()[:32]
-  path = folder.expanduser() / f"tfds-{name}.npy"
+  path = folder / f"tfds-{name}.npy"
   ends = _load(path, count)
   if ends is None:
     ends = np.cumsum(_count(count, records_of), dtype=np.int64)

@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants, read_only_builder, registered
 
+from narvl_jax.data.sources.files import with_home
 from narvl_jax.errors import UserError, did_you_mean
 
 _NAME = re.compile(r"(\w+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?")
@@ -23,8 +24,8 @@ def open_builder(name: str, data_dir: str) -> Any:
   Raises:
     UserError: it is not prepared, or in a form without random access.
   """
-  if (pathlib.Path(name).expanduser() / _INFO).exists():
-    folder = str(pathlib.Path(name).expanduser())
+  if (with_home(name) / _INFO).exists():
+    folder = str(with_home(name))
     builder = read_only_builder.builder_from_directory(folder)
   else:
     builder = _find(name, data_dir)
@@ -51,7 +52,7 @@ def _find(name: str, data_dir: str) -> Any:
   try:
     return read_only_builder.builder_from_files(
       base,
-      data_dir=str(pathlib.Path(data_dir).expanduser()) if data_dir else None,
+      data_dir=str(with_home(data_dir)) if data_dir else None,
       **{key: value for key, value in given.items() if value},
     )
   except registered.DatasetNotFoundError as e:
@@ -59,8 +60,7 @@ def _find(name: str, data_dir: str) -> Any:
 
 
 def _not_prepared(name: str, base: str, data_dir: str) -> str:
-  folder = pathlib.Path(data_dir or str(constants.DATA_DIR))
-  folder = folder.expanduser()
+  folder = with_home(data_dir or str(constants.DATA_DIR))
   prepared = [
     path.parent.relative_to(folder)
     for path in sorted(folder.glob("*/**/" + _INFO))
