@@ -252,8 +252,8 @@ def test_drafts_need_no_pictures_and_few_words(monkeypatch):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    ({"task": "captions"}, r'unknown task "captions".*"caption".*task='),
-    ({"split": "valid"}, r'unknown split "valid".*"validation".*split='),
+    ({"task": "captions"}, r'unknown task "captions".*"caption".*--task,'),
+    ({"split": "valid"}, r'unknown split "valid".*"validation".*--split,'),
     ({"difficulty": "eazy"}, r'unknown difficulty "eazy".*"easy"'),
     ({"image_size": 16}, r"from 32 to 512, got 16.*options.image_size"),
     ({"image_size": 48.0}, r"image_size must be a whole number.*48\.0"),
