@@ -54,7 +54,7 @@ def test_photo_has_the_size_of_a_photo() -> None:
 
 
 def test_every_candidate_reads_pictures(load: data_load.Load) -> None:
-  report = data.benchmark(load, rows=ROWS, rounds=2, workers=[0])
+  report = data.benchmark(load, rows=ROWS, rounds=1, workers=[0])
   results = report["results"]
   assert list(results) == [
     "bare Pillow",
@@ -70,8 +70,9 @@ def test_every_candidate_reads_pictures(load: data_load.Load) -> None:
   assert results["bare Pillow"]["ratio"]["median"] == 1
   for result in results.values():
     assert result["cpu_ms"]["min"] > 0
+    # Of one round, as the median of rates is not the rate of the median.
     rate = 1e3 / result["cpu_ms"]["median"]
-    assert result["per_core"]["median"] == pytest.approx(rate, rel=0.5)
+    assert result["per_core"]["median"] == pytest.approx(rate)
   text = data.format_report(report)
   assert "rows=12 image_size=24x16 batch=4" in text
   assert "pictures/s/core" in text

@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,15 @@ COMMAND = [sys.executable, "-m", "narvl_jax.data.convert"]
 SHAPES = ["shapes", "--task=grounding", "--split=test"]
 
 
-def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(
+  *arguments: Any, before: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+  """Runs the command, started by another one if that is given."""
   return subprocess.run(
-    [*COMMAND, *map(str, arguments)],
+    [*before, *COMMAND, *map(str, arguments)],
     capture_output=True,
     text=True,
     check=False,
-    **options,
   )
 
 

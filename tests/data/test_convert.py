@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import pathlib
-import resource
 from typing import Any
 
 import numpy as np
@@ -176,14 +175,15 @@ def test_a_shard_may_lose_all_its_records(tmp_path: pathlib.Path) -> None:
   assert source.locate(1).endswith("00002-of-00004.array_record record 0")  # pyright: ignore
 
 
-def test_a_full_disk_is_one_line(tmp_path: pathlib.Path) -> None:
-  def limit() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+# No file may have more than 50 blocks of 1024 bytes.
+_SMALL_FILES = ("bash", "-c", 'ulimit -f 50; exec "$@"', "bash")
 
+
+def test_a_full_disk_is_one_line(tmp_path: pathlib.Path) -> None:
   folder = tmp_path / "out"
   arguments = [*SHAPES, "--max_examples=100", "--shards=1", f"--to={folder}"]
   for workers in (0, 1):
-    result = run(*arguments, f"--num_workers={workers}", preexec_fn=limit)
+    result = run(*arguments, f"--num_workers={workers}", before=_SMALL_FILES)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith(f'error: cannot write "{folder}/grounding-test')

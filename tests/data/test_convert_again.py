@@ -69,13 +69,15 @@ def test_interrupted_command_says_how_to_go_on(tmp_path: pathlib.Path) -> None:
   # A shard takes longer than the test waits.
   options = [*SHAPES, "--max_examples=4000", "--shards=2", "--num_workers=2"]
   process = subprocess.Popen(
-    [*COMMAND, *options, f"--to={tmp_path / 'out'}"],
+    # A test run in the background may ignore it.
+    [
+      *("/usr/bin/env", "--default-signal=INT"),
+      *(*COMMAND, *options, f"--to={tmp_path / 'out'}"),
+    ],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
     start_new_session=True,
-    # A test run in the background may ignore it.
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   progress = tmp_path / "out" / ".convert"
   while not list(progress.glob("*.tmp")):

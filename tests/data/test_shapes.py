@@ -41,7 +41,6 @@ def scenes(task, split, level, count, **options):
   return [source.draft(i) for i in range(count)]
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("task", TASKS)
 def test_record_has_the_schema(task, level):
@@ -65,7 +64,6 @@ def test_record_has_the_schema(task, level):
   assert [r.id for r in source[2:4]] == ["shapes-test-2", "shapes-test-3"]
 
 
-@pytest.mark.newest
 def test_same_records_in_another_process_and_order():
   here = some_digests()
   code = "from tests.data.test_shapes import some_digests as f; print(*f())"

@@ -56,7 +56,6 @@ def assert_same(a: State, b: State) -> None:
     np.testing.assert_array_equal(a[key], b[key], err_msg=key, strict=True)
 
 
-@pytest.mark.newest
 def test_there_and_back(state: State) -> None:
   variables = variables_from_official(state, CONFIG)
   assert_same(official_from_variables(variables, CONFIG), state)

@@ -140,6 +140,9 @@ class Launcher:
       if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=30)
+      for stream in (process.stdout, process.stderr):
+        if stream is not None:
+          stream.close()
     # Stand-ins that a failed test left behind run programs of this folder.
     for event in pathlib.Path("/proc").glob("[0-9]*/environ"):
       try:

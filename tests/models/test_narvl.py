@@ -34,7 +34,6 @@ def outputs(variables: small.Variables) -> Any:
   )
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("config", CONFIGS, ids=IMAGE_ENCODERS)
 def test_shapes_and_types_of_the_outputs(

@@ -85,7 +85,6 @@ def test_official_tensors_of_base() -> None:
   assert len(keys) == 968 - counters - buffers - tables
 
 
-@pytest.mark.newest
 def test_as_a_user_types_it() -> None:
   config = model_config("base", num_queries=5, vocab_size=59458)
   logits, _ = jax.eval_shape(

@@ -190,7 +190,6 @@ def test_vmap_gives_the_same():
   np.testing.assert_allclose(both, each, rtol=1e-6)
 
 
-@pytest.mark.newest
 class TestReferenceNumbers:
   """Numbers of the official PyTorch criterion for one small batch."""
 

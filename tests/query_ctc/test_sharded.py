@@ -54,9 +54,9 @@ def problem():
   # Padding that would win everywhere.
   table[CLASSES:] = 9.0
   # Of all devices, none, with a repeat, and one that does not fit.
-  labels = rng.integers(0, BLANK, (B, L))
+  labels = rng.integers(0, BLANK, (B, L)).astype(np.int32)
   labels[0], labels[1], labels[2] = (0, 100, 218), (31, 31, 32), (5, 5, 5)
-  lengths = np.array([3, 2, 3, 0, 1, 2, 3, 3])
+  lengths = np.array([3, 2, 3, 0, 1, 2, 3, 3], np.int32)
   labels[2], lengths[2] = (5, 5, 5), 3
   confidence = rng.uniform(0.2, 1.0, B).astype(np.float32)
   return states, table, labels, lengths, confidence

@@ -70,10 +70,12 @@ def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
     name = writer._file.name
     seek = write = truncate = flush = full
 
-  monkeypatch.setattr(writer, "_file", Full())
-  with pytest.raises(OSError, match="No space left") as error:
-    writer.flush()
+  with monkeypatch.context() as patch:
+    patch.setattr(writer, "_file", Full())
+    with pytest.raises(OSError, match="No space left") as error:
+      writer.flush()
   assert error.value.filename == str(tmp_path / "metrics.jsonl")
+  writer.close()
 
 
 def test_going_back(tmp_path):

@@ -76,7 +76,6 @@ def _updated(rules: dict[str, ParameterRule], learning_rate: float = 0.1):
   return gradient, change
 
 
-@pytest.mark.newest
 def test_a_matrix_moves_equally_far_in_every_direction():
   rules = {"kernel": ParameterRule(), "table": ParameterRule()}
   gradient, change = _updated(rules)
@@ -101,7 +100,6 @@ def test_the_rest_is_left_to_adam():
   assert (np.sign(change["table"]) == -np.sign(gradient["table"])).all()
 
 
-@pytest.mark.newest
 def test_its_state_comes_back_from_a_checkpoint(tmp_path):
   config = model_config("micro", image_encoder="conv", **MODEL)
   boxed = abstract_variables(NARVL(config), (16, 16), 8)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -43,15 +44,15 @@ def _dead(lock: RunLock, say: Any = lambda text: None) -> list[dict[str, Any]]:
   return found
 
 
-def _hold(workdir: pathlib.Path) -> subprocess.Popen:
-  process = subprocess.Popen(
-    [sys.executable, "-c", _HOLD, str(workdir)],
-    stdout=subprocess.PIPE,
-    text=True,
-  )
-  assert process.stdout is not None
-  assert process.stdout.readline() == "taken\n"
-  return process
+@pytest.fixture
+def holder(tmp_path: pathlib.Path) -> Iterator[subprocess.Popen]:
+  """A process that holds the lock."""
+  command = [sys.executable, "-c", _HOLD, str(tmp_path)]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "taken\n"
+    yield process
+    process.kill()
 
 
 def _foreign(workdir: pathlib.Path) -> dict[str, Any]:
@@ -84,8 +85,8 @@ def test_what_a_lock_says(tmp_path):
   assert not list(path.parent.iterdir())
 
 
-def test_a_run_of_this_machine_is_alive_and_then_killed(tmp_path):
-  process = _hold(tmp_path)
+def test_a_run_of_this_machine_is_alive_and_then_killed(tmp_path, holder):
+  process = holder
   held = _read(tmp_path)
   # It lives and is silent, as a run that hangs.
   lock = RunLock(tmp_path, stale_seconds=0.3)
@@ -108,8 +109,8 @@ def test_a_run_of_this_machine_is_alive_and_then_killed(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
 
 
-def test_a_process_that_nobody_waited_for_is_gone(tmp_path):
-  process = _hold(tmp_path)
+def test_a_process_that_nobody_waited_for_is_gone(tmp_path, holder):
+  process = holder
   process.send_signal(signal.SIGKILL)
   assert process.stdout is not None
   assert process.stdout.read() == ""
@@ -118,8 +119,8 @@ def test_a_process_that_nobody_waited_for_is_gone(tmp_path):
   process.wait()
 
 
-def test_a_process_that_is_being_killed_is_waited_for(tmp_path):
-  process = _hold(tmp_path)
+def test_a_process_that_is_being_killed_is_waited_for(tmp_path, holder):
+  process = holder
   # A large process takes a while to go.
   lock = RunLock(tmp_path, stale_seconds=60.0)
   held = _read(tmp_path)

@@ -482,7 +482,8 @@ def _rows_of(rows: RowFiles) -> tuple[int, list[bytes]]:
 def test_processes_build_at_once(path: pathlib.Path) -> None:
   lines = [b"row %d" % i for i in range(5000)]
   path.write_bytes(b"\n".join(lines))
-  context = multiprocessing.get_context("fork")
+  # Not of this process, which has threads.
+  context = multiprocessing.get_context("forkserver")
   with context.Manager() as manager, context.Pool(3) as pool:
     barrier = manager.Barrier(3)
     results = pool.map(_read_in_process, [(path, barrier)] * 3, chunksize=1)
