@@ -4,10 +4,13 @@ python -m narvl_jax.checkpoints list runs/shapes
 python -m narvl_jax.checkpoints verify runs/shapes [--checkpoint=3000]
 python -m narvl_jax.checkpoints diff runs/shapes --checkpoint=best,last
 python -m narvl_jax.checkpoints diff runs/shapes runs/other
+python -m narvl_jax.checkpoints restore_config runs/shapes
 
 It needs no model and touches no device. `verify` reads every file, and exits
 with code 2 if one is not what was written. `diff` compares the newest ones of
-two runs, or those of --checkpoint, array by array.
+two runs, or those of --checkpoint, array by array. `restore_config` writes a
+config.json that was lost or changed, as the newest intact checkpoint was
+trained with it; the old file becomes config.json.old.
 """
 
 import datetime
@@ -22,7 +25,8 @@ from narvl_jax import cli, common_flags, progress
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.tables import format_columns
 from narvl_jax.terminal import show
-from narvl_jax.training.integrity import examine, has_digests
+from narvl_jax.training import recorded_config
+from narvl_jax.training.integrity import Damage, examine, has_digests
 from narvl_jax.training.metrics import format_bytes
 from narvl_jax.training.record import (
   BrokenRecord,
@@ -35,8 +39,9 @@ from narvl_jax.training.record import (
 )
 from narvl_jax.training.retention import Retention
 from narvl_jax.training.stored_checkpoints import FOLDER
+from narvl_jax.training.workdir import CONFIG_FILE
 
-_COMMANDS = ("list", "verify", "diff")
+_COMMANDS = ("list", "verify", "diff", "restore_config")
 
 
 def list_checkpoints(workdir: pathlib.Path) -> str:
@@ -52,8 +57,12 @@ def list_checkpoints(workdir: pathlib.Path) -> str:
   rows = [("step", "saved", "size", "score", "kept as", "digests")]
   for step, record in records.items():
     place = folder / str(step)
-    saved = datetime.datetime.fromtimestamp(place.stat().st_mtime)
-    size = sum(x.stat().st_size for x in place.rglob("*") if x.is_file())
+    try:
+      saved = datetime.datetime.fromtimestamp(place.stat().st_mtime)
+      size = sum(x.stat().st_size for x in place.rglob("*") if x.is_file())
+    except FileNotFoundError:
+      # The run is training, and has removed it.
+      continue
     score = record.score if isinstance(record, Record) else None
     rows.append(
       (
@@ -86,7 +95,10 @@ def verify(workdir: pathlib.Path, step: str | int | None = None) -> str:
   lines, damaged = [], []
   for number in steps:
     with progress.doing(f"reading the checkpoint of step {number}"):
-      damage = examine(folder / str(number))
+      damage = _examine(folder / str(number))
+    if not (folder / str(number)).is_dir():
+      lines.append(f"{number}: removed meanwhile by the run")
+      continue
     if damage is None:
       digests = has_digests(folder / str(number))
       how = "every file" if digests else "every array; it has no digests"
@@ -146,6 +158,26 @@ def diff(first: pathlib.Path, second: pathlib.Path) -> str:
   return "\n".join(lines)
 
 
+def restore_config(workdir: pathlib.Path) -> str:
+  """Writes the config of a run again, from its newest intact checkpoint.
+
+  Returns:
+    A line for each file.
+
+  Raises:
+    UserError: no checkpoint is intact and holds a config.
+  """
+  folder = _folder(workdir)
+  for step in reversed(stored_steps(folder)):
+    record = _record(folder, step)
+    if isinstance(record, Record) and record.config is not None:
+      return "\n".join(recorded_config.restore_config(workdir, record))
+  raise UserError(
+    f"no checkpoint in {folder} has an intact record with a config; bring"
+    f" {workdir / CONFIG_FILE} back from a copy"
+  )
+
+
 def _distance(
   first: pathlib.Path, second: pathlib.Path, name: str
 ) -> tuple[str, str]:
@@ -194,8 +226,23 @@ def _record(folder: pathlib.Path, step: int) -> Record | str:
     return "damaged record"
 
 
+def _examine(place: pathlib.Path) -> Damage | None:
+  """Returns what is wrong with a checkpoint, None also if it vanishes."""
+  try:
+    return examine(place)
+  except OSError:
+    if place.is_dir():
+      raise
+    return None
+
+
 def _intact(place: pathlib.Path) -> Record:
-  damage = examine(place)
+  damage = _examine(place)
+  if not place.is_dir():
+    raise UserError(
+      f"{place} was removed meanwhile by the run that is training there;"
+      " compare another one: --checkpoint"
+    )
   if damage is not None:
     raise UserError(
       f"{place} is damaged: {damage}; compare another one: --checkpoint"
@@ -270,10 +317,10 @@ def main(argv: Sequence[str]) -> None:
     )
   settings = flags.FLAGS
   chosen = settings.checkpoint
-  if chosen is not None and command == "list":
+  if chosen is not None and command in ("list", "restore_config"):
     raise UserError(
       f"--checkpoint={','.join(chosen)} is for verify and diff; leave it out of"
-      " list"
+      f" {command}"
     )
   if settings.workdir:
     places.insert(0, settings.workdir)
@@ -288,6 +335,8 @@ def main(argv: Sequence[str]) -> None:
     )
   if command == "list":
     show(list_checkpoints(workdirs[0]))
+  elif command == "restore_config":
+    show(restore_config(workdirs[0]))
   elif command == "verify":
     if chosen is not None and len(chosen) != 1:
       raise UserError(
@@ -301,4 +350,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
   define_flags()
-  cli.run(main, positional=(1, 3), positional_name="list, verify or diff")
+  cli.run(main, positional=(1, 3), positional_name=", ".join(_COMMANDS))

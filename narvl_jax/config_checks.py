@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -84,6 +85,44 @@ def _check_tree(config: Any, schema: Config, prefix: str) -> None:
       raise UserError(
         f'config key "{prefix}{key}" is missing; start from default_config()'
       )
+
+
+def check_stored(
+  values: Mapping[str, Any], schema: Any = None, prefix: str = ""
+) -> None:
+  """Checks the types in a stored config, before it is used as one.
+
+  Keys that are not known, as those of other versions, are left out.
+
+  Args:
+    values: JSON that `narvl_jax.config.to_json` made, or should have.
+    schema: section of the default config; None: all of it.
+    prefix: of the section's keys.
+
+  Raises:
+    UserError: naming the key and the value.
+  """
+  schema = default_config() if schema is None else schema
+  for key, value in values.items():
+    if key not in schema:
+      continue
+    path, default, kind = f"{prefix}{key}", schema[key], schema.get_type(key)
+    shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
+    if not isinstance(default, ConfigDict):
+      unset = value is None and default is None
+      if not unset and not _has_type(value, kind):
+        raise UserError(f"{path}={shown} is not of type {kind.__name__}")
+      continue
+    # Sections that the schema leaves empty hold sections of any name.
+    inner = [value] if len(default) else [value, *_values_of(value)]
+    if not all(isinstance(x, Mapping) for x in inner):
+      raise UserError(f"{path}={shown} is not a section of settings")
+    if len(default):
+      check_stored(value, default, f"{path}.")
+
+
+def _values_of(value: Any) -> Iterable[Any]:
+  return value.values() if isinstance(value, Mapping) else ()
 
 
 def _has_type(value: Any, kind: type) -> bool:

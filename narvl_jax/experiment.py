@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -29,8 +30,11 @@ from narvl_jax.run_vocabulary import (
   placeholder_vocabulary,
 )
 from narvl_jax.state.parameters import assign_rules, flatten, split_frozen
+from narvl_jax.terminal import escape
 from narvl_jax.training import workdir as workdir_lib
-from narvl_jax.training.checkpoints import Checkpoints, choose_step
+from narvl_jax.training.checkpoints import Checkpoints
+from narvl_jax.training.chosen import read_chosen
+from narvl_jax.training.recorded_config import check_recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +167,30 @@ def restore(
   """
   folder = pathlib.Path(workdir)
   config = workdir_lib.read_config(folder)
-  experiment = build(config, folder)
+
+  def read(
+    checkpoints: Checkpoints, step: int
+  ) -> tuple[Experiment, dict[str, Any], int]:
+    record = checkpoints.read_record(step)
+    notes = check_recorded(folder, config, record)
+    experiment = build(config, folder)
+    with progress.doing(f"reading the checkpoint of {folder}"):
+      variables = _read_variables(experiment, checkpoints, step, sharding)
+    for note in notes:
+      print(f"note: {escape(note)}", file=sys.stderr)
+    return experiment, variables, step
+
+  return read_chosen(folder, checkpoint, read)
+
+
+def _read_variables(
+  experiment: Experiment,
+  checkpoints: Checkpoints,
+  step: int,
+  sharding: jax.sharding.Sharding | None,
+) -> dict[str, Any]:
+  """Reads the variables of an experiment, see `restore`."""
+  config = experiment.config
   shapes = meta.unbox(experiment.abstract_variables())
   shapes = {"batch_stats": {}, **shapes}
   ema = None
@@ -183,15 +210,9 @@ def restore(
       tree,
     )
 
-  with (
-    progress.doing(f"reading the checkpoint of {folder}"),
-    Checkpoints(folder) as checkpoints,
-  ):
-    step = choose_step(checkpoints, checkpoint)
-    variables = checkpoints.restore_variables(
-      step, placed(shapes), None if ema is None else placed(ema)
-    )
-  return experiment, variables, step
+  return checkpoints.restore_variables(
+    step, placed(shapes), None if ema is None else placed(ema)
+  )
 
 
 def is_autoregressive(config: Config) -> bool:

@@ -228,6 +228,22 @@ SABOTAGES = (
     "[write-rename]",
   ),
   Sabotage(
+    "an edited config is used without a word",
+    "narvl_jax/training/recorded_config.py",
+    "if refused:",
+    "if False:",
+    "tests/training/test_recorded_config.py"
+    "::test_an_edited_config_is_refused[seed-3-3 there and 0 in the]",
+  ),
+  Sabotage(
+    "a checkpoint that was removed while it was read is called damaged",
+    "narvl_jax/training/stored_checkpoints.py",
+    "return self._removed(step)",
+    "pass",
+    "tests/training/test_chosen.py"
+    "::test_a_step_that_was_named_is_told_to_be_gone[record]",
+  ),
+  Sabotage(
     "the lock of another run is overwritten",
     "narvl_jax/training/run_lock.py",
     "while not self._create(stage):",

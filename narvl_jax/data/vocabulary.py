@@ -356,8 +356,9 @@ class Vocabulary:
       UserError: a file is missing or was changed since.
     """
     path = pathlib.Path(folder)
-    content = vocabulary_files.read_json_object(path / _SYMBOLS_FILE)
-    text = vocabulary_files.read_text(path / _TOKENIZER_FILE)
+    advice = "bring it back from a copy of the run"
+    content = vocabulary_files.read_json_object(path / _SYMBOLS_FILE, advice)
+    text = vocabulary_files.read_text(path / _TOKENIZER_FILE, advice)
     try:
       vocabulary = cls(
         tokenizers.Tokenizer.from_str(text),
@@ -366,9 +367,13 @@ class Vocabulary:
         num_bins=content["num_bins"],
         expansions=content["expansions"],
       )
+      same = vocabulary.fingerprint == content["fingerprint"]
     except Exception as e:  # The library raises plain Exception.
-      raise UserError(f"{path} holds no vocabulary of this program: {e}") from e
-    if vocabulary.fingerprint != content["fingerprint"]:
+      what = " ".join(f"{type(e).__name__}: {e}".split())
+      raise UserError(
+        f"{path} holds no vocabulary of this program ({what}); {advice}"
+      ) from e
+    if not same:
       raise UserError(
         f"the vocabulary in {path} was changed after it was saved: its"
         f" fingerprint is {vocabulary.fingerprint[:12]}, not"

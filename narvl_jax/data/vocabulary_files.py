@@ -14,6 +14,7 @@ from narvl_jax.terminal import warn
 
 PathLike = str | os.PathLike[str]
 
+_ADVICE = "set --config.vocabulary.path"
 _FOLDER = "set --config.vocabulary.path to the folder of the official files"
 # Tokens that no merge makes: specials and fillers are few.
 _MAX_UNMERGED = 0.001
@@ -128,7 +129,7 @@ def read_token_ids(path: PathLike) -> dict[str, int]:
   return content
 
 
-def read_text(path: PathLike) -> str:
+def read_text(path: PathLike, advice: str = _ADVICE) -> str:
   """Returns the text of a file.
 
   Raises:
@@ -138,26 +139,22 @@ def read_text(path: PathLike) -> str:
     return pathlib.Path(path).read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as e:
     raise UserError(
-      f"cannot read the vocabulary file {path}: {e}; set"
-      " --config.vocabulary.path"
+      f"cannot read the vocabulary file {path}: {e}; {advice}"
     ) from e
 
 
-def read_json_object(path: PathLike) -> dict[str, Any]:
+def read_json_object(path: PathLike, advice: str = _ADVICE) -> dict[str, Any]:
   """Returns the JSON object in a file.
 
   Raises:
     UserError: it cannot be read or holds something else.
   """
   try:
-    content = json.loads(read_text(path))
-  except json.JSONDecodeError as e:
-    raise UserError(
-      f"{path} is not JSON: {e}; set --config.vocabulary.path"
-    ) from e
+    content = json.loads(read_text(path, advice))
+  except (json.JSONDecodeError, RecursionError) as e:
+    raise UserError(f"{path} is not JSON: {e}; {advice}") from e
   if not isinstance(content, dict):
     raise UserError(
-      f"{path} holds a {type(content).__name__}, not a JSON object; set"
-      " --config.vocabulary.path"
+      f"{path} holds a {type(content).__name__}, not a JSON object; {advice}"
     )
   return content

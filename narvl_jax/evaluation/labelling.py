@@ -28,7 +28,9 @@ from narvl_jax.evaluation.predictor import Predictor
 from narvl_jax.evaluation.readers import make_reader
 from narvl_jax.parallel import distributed, make_mesh, replicated
 from narvl_jax.training import workdir as workdir_lib
-from narvl_jax.training.checkpoints import Checkpoints, choose_step
+from narvl_jax.training.checkpoints import Checkpoints
+from narvl_jax.training.chosen import read_chosen
+from narvl_jax.training.recorded_config import check_recorded
 
 
 class Teacher:
@@ -73,8 +75,13 @@ class Teacher:
       )
     self.config: Any = workdir_lib.read_config(self.workdir)
     self._batch_size = batch_size or self.config.evaluation.batch_size
-    with Checkpoints(self.workdir) as checkpoints:
-      self.step = choose_step(checkpoints, checkpoint)
+
+    def choose(checkpoints: Checkpoints, step: int) -> int:
+      record = checkpoints.read_record(step)
+      check_recorded(self.workdir, self.config, record)
+      return step
+
+    self.step = read_chosen(self.workdir, checkpoint, choose)
     if answers:
       self._set_answers(answers)
     self._experiment = experiment_lib.build(self.config, self.workdir)

@@ -23,7 +23,9 @@ from narvl_jax.interop.torch_file import read_torch
 from narvl_jax.interop.torch_write import write_torch
 from narvl_jax.models import ModelConfig, model_config
 from narvl_jax.training import workdir as workdir_lib
-from narvl_jax.training.checkpoints import FOLDER, Checkpoints, choose_step
+from narvl_jax.training.checkpoints import FOLDER, Checkpoints
+from narvl_jax.training.chosen import read_chosen
+from narvl_jax.training.recorded_config import check_recorded
 from narvl_jax.user_paths import check_file, check_folder
 
 REPORT_FILE = "report.json"
@@ -292,12 +294,14 @@ def read_run(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree
     )
 
-  with Checkpoints(path) as checkpoints:
-    step = choose_step(checkpoints, checkpoint)
+  def read(checkpoints: Checkpoints, step: int) -> tuple[dict[str, Any], int]:
+    check_recorded(path, config, checkpoints.read_record(step))
     stored = checkpoints.shapes(step)
     ema = target(stored["ema"]) if "ema" in stored else None
-    read = checkpoints.restore_variables(step, target(stored["params"]), ema)
-  return architecture, read, step
+    weights = target(stored["params"])
+    return checkpoints.restore_variables(step, weights, ema), step
+
+  return architecture, *read_chosen(path, checkpoint, read)
 
 
 def read_side(folder: PathLike) -> tuple[State, dict[str, Any]]:

@@ -31,6 +31,7 @@ from narvl_jax.training.init_from import check_init_from, init_from
 from narvl_jax.training.integrity import DamagedCheckpoint
 from narvl_jax.training.loop import EVALUATION_DUE, Evaluate
 from narvl_jax.training.metrics import MetricsWriter, SilentMetrics
+from narvl_jax.training.recorded_config import check_recorded
 from narvl_jax.training.setup import Setup, build_setup
 from narvl_jax.training.weights import opened
 
@@ -222,6 +223,11 @@ def _resume(
   damages = {}
   for step in reversed(checkpoints.steps()):
     try:
+      record = checkpoints.read_record(step)
+      if record.config is not None:
+        check_recorded(
+          checkpoints.workdir, setup.experiment.config, record, resumes=True
+        )
       with progress.doing(f"reading the checkpoint of step {step}"):
         state = checkpoints.restore(step, target)
     except DamagedCheckpoint as error:

@@ -1,5 +1,6 @@
 """Reading checkpoints: which there are, and their arrays if intact."""
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Mapping
@@ -27,6 +28,12 @@ from narvl_jax.training.record import Record, name_leaves
 from narvl_jax.training.retention import ranked
 
 FOLDER = "checkpoints"
+# Each fails only if a checkpoint vanishes between its listing and its look-up.
+_OPENINGS = 5
+
+
+class RemovedCheckpoint(UserError):
+  """A checkpoint is gone, which was there when the folder was opened."""
 
 
 class StoredCheckpoints:
@@ -52,11 +59,23 @@ class StoredCheckpoints:
     self._orbax = orbax_manager
     self._workdir = pathlib.Path(workdir).resolve()
     self._folder = self._workdir / FOLDER
-    self._manager = self._open()
+    self._manager = self._open_patiently()
     self._scores = {step: self._read_score(step) for step in self.steps()}
 
   def _open(self) -> Any:
     return self._orbax.open_manager(self._folder)
+
+  def _open_patiently(self) -> Any:
+    """Opens the folder; a run that is training may change it meanwhile."""
+    for _ in range(_OPENINGS - 1):
+      with contextlib.suppress(FileNotFoundError):
+        return self._open()
+    return self._open()
+
+  @property
+  def workdir(self) -> pathlib.Path:
+    """The run folder."""
+    return self._workdir
 
   @property
   def best_step(self) -> int | None:
@@ -123,12 +142,13 @@ class StoredCheckpoints:
       step: one of `steps()`.
     """
     self.wait()
-    return examine(
-      self._folder / str(step),
-      jax.process_index(),
-      jax.process_count(),
-      _gather,
-    )
+    place = self._folder / str(step)
+    try:
+      return examine(place, jax.process_index(), jax.process_count(), _gather)
+    except OSError as error:
+      if place.is_dir():
+        raise
+      raise self._removed(step) from error
 
   def restore(self, step: int, target: TrainState) -> TrainState:
     """Reads a whole state to where it is to lie.
@@ -203,6 +223,8 @@ class StoredCheckpoints:
       with large_blocks_returned():
         found = dict(self._manager.restore(step, args=args))
     except Exception as error:
+      if not (self._folder / str(step)).is_dir():
+        raise self._removed(step) from error
       # Without digests, files that hold no arrays were not looked at.
       if has_digests(self._folder / str(step)):
         raise
@@ -218,12 +240,27 @@ class StoredCheckpoints:
       for name, item in items.items()
     }
 
-  def _refuse(self, step: int, damage: Damage) -> DamagedCheckpoint:
+  def _removed(self, step: int) -> RemovedCheckpoint:
+    return RemovedCheckpoint(
+      f"the checkpoint of step {step} was removed from {self._folder} while it"
+      " was read, as a run that is training does with old ones; choose one that"
+      " is kept: --checkpoint=best or last"
+    )
+
+  def _is_intact(self, step: int) -> bool:
+    try:
+      return self.damage(step) is None
+    except RemovedCheckpoint:
+      return False
+
+  def _refuse(self, step: int, damage: Damage) -> UserError:
     """Returns the error of a damaged checkpoint; names one that is not."""
+    if not (self._folder / str(step)).is_dir():
+      return self._removed(step)
     if not self._advises:
       return DamagedCheckpoint(step, damage)
     others = sorted(set(self.steps()) - {step}, key=lambda x: (step - x) ** 2)
-    intact = next((x for x in others if self.damage(x) is None), None)
+    intact = next((x for x in others if self._is_intact(x)), None)
     advice = "no other one of this run is intact"
     if intact is not None:
       advice = f"the nearest one that is intact: --checkpoint={intact}"

@@ -11,6 +11,8 @@ from narvl_jax.errors import UserError
 from narvl_jax.state.parameters import flatten
 from narvl_jax.training.checkpoints import FOLDER, Checkpoints, choose_step
 from narvl_jax.training.integrity import DamagedCheckpoint
+from narvl_jax.training.recorded_config import check_recorded
+from narvl_jax.training.workdir import is_run, read_config
 
 
 @contextlib.contextmanager
@@ -44,6 +46,9 @@ def opened(path: str, key: str) -> Iterator[tuple[Checkpoints, int]]:
     except UserError as error:
       raise UserError(f"{named} has no checkpoint yet ({flag})") from error
     try:
+      if is_run(place):
+        record = checkpoints.read_record(step)
+        check_recorded(place, read_config(place), record)
       yield checkpoints, step
     except DamagedCheckpoint as error:
       raise UserError(

@@ -16,12 +16,14 @@ import jax
 
 from narvl_jax import side_files, user_paths
 from narvl_jax.config import from_json, to_json
+from narvl_jax.config_checks import check_stored
 from narvl_jax.disk import write_text
 from narvl_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
 SHARDING_FILE = "sharding.txt"
+RESTORE_COMMAND = "python -m narvl_jax.checkpoints restore_config"
 
 _PACKAGES = (
   "narvl_jax",
@@ -38,7 +40,7 @@ _PACKAGES = (
 _PATIENCE_SECONDS = 60.0
 
 # Settings of the config in which a resumed run may differ.
-_FREE_KEYS = (
+FREE_KEYS = (
   "mesh.",
   "watchdog.",
   "data.num_workers",
@@ -73,16 +75,16 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
     if any((workdir / "checkpoints").glob("*")):
       raise UserError(
         f"--workdir={workdir} holds checkpoints but no {CONFIG_FILE}, so what"
-        " they belong to is not known; use another --workdir"
+        f" they belong to is not known; use another --workdir"
+        f"{_how_to_restore(workdir)}"
       )
     return False
-  path = workdir / CONFIG_FILE
   # Through `from_json`, so that settings that came later do not differ.
-  old = to_json(from_json(_read(path)))
+  old = to_json(read_config(workdir))
   difference = {
     key: values
     for key, values in diff(old, to_json(config)).items()
-    if not key.startswith(_FREE_KEYS)
+    if not key.startswith(FREE_KEYS)
   }
   if not difference:
     return True
@@ -148,8 +150,25 @@ def read_config(workdir: pathlib.Path) -> Any:
   if not is_run(workdir):
     raise UserError(
       f"--workdir={workdir} holds no run: there is no {CONFIG_FILE}"
+      f"{_how_to_restore(workdir, '; if it was lost, ')}"
     )
-  return from_json(_read(workdir / CONFIG_FILE))
+  path = workdir / CONFIG_FILE
+  values = _read(path, _how_to_restore(workdir))
+  try:
+    check_stored(values)
+  except UserError as error:
+    raise UserError(
+      f"{path} cannot be used: {error}; use another --workdir"
+      f"{_how_to_restore(workdir)}"
+    ) from error
+  return from_json(values)
+
+
+def _how_to_restore(workdir: pathlib.Path, start: str = ", or ") -> str:
+  """Returns what to do about a damaged config; "" if nothing can be done."""
+  if not any((workdir / "checkpoints").glob("[0-9]*")):
+    return ""
+  return f"{start}write it again: {RESTORE_COMMAND} {workdir}"
 
 
 def check_shared(
@@ -276,16 +295,16 @@ def _commit() -> str | None:
   return head + ("+" if changed else "")
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def _read(path: pathlib.Path, advice: str = "") -> dict[str, Any]:
   try:
     values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
       raise ValueError("it is not a JSON object")
     return values
-  # ValueError: no JSON, or not even text.
-  except (OSError, ValueError) as error:
+  # ValueError: no JSON, or not even text. RecursionError: too deep.
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(
-      f"{path} cannot be read ({error}); use another --workdir"
+      f"{path} cannot be read ({error}); use another --workdir{advice}"
     ) from error
 
 
