@@ -122,11 +122,11 @@ def test_an_interrupted_one_goes_on(tmp_path, monkeypatch, whole, kind):
   answered = []
   answer = labelling.Teacher._answer
 
-  def counted(self, predictor, job, source, number):
+  def counted(self, predictor, job, source, number, *rest):
     answered.append(number)
     if number == 1 and len(answered) == 2:
       raise KeyboardInterrupt
-    return answer(self, predictor, job, source, number)
+    return answer(self, predictor, job, source, number, *rest)
 
   monkeypatch.setattr(labelling.Teacher, "_answer", counted)
   with pytest.raises(KeyboardInterrupt):
