@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -85,7 +86,9 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Any:
     *(f"--config.{key}={value}" for key, value in _SMALL.items()),
   )
   assert result.returncode == 0, result.stderr
-  assert result.stderr == ""
+  # A slow machine is told how long it takes; nothing else.
+  told = result.stderr.splitlines()
+  assert all(re.fullmatch(r"compiling the \w+ step: \w+", x) for x in told)
   program = pathlib.Path(f"{path}.txt").read_text()
   return result.stdout, json.loads(path.read_text()), program
 

@@ -21,7 +21,8 @@ class Eta:
   Training takes the median of the last intervals, so that one slow interval
   (the first one, a machine that was paused) does not count. Evaluations and
   checkpoints take as long as the last one did; before the first one nothing
-  is known of them, and they count as nothing.
+  is known of them, and they count as nothing. The first evaluation of a process
+  also compiles, so until the second one the estimate is too long.
   """
 
   def __init__(
