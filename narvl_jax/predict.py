@@ -25,6 +25,7 @@ from narvl_jax import cli, common_flags, progress
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.data import images
 from narvl_jax.data.example import Record
+from narvl_jax.data.texts import checked_text
 from narvl_jax.datasets import load_dataset
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import (
@@ -208,10 +209,13 @@ def _with_text(
 
 
 def _check_length(record: Record, settings: Mapping[str, Any]) -> None:
-  """Refuses words that the task would cut off silently."""
+  """Refuses what has no tokens, and words that would be cut off silently."""
   limit = settings.get("max_source_words", 0)
   for flag in ("prompt", "premise"):
-    words = len(getattr(record, flag).split())
+    try:
+      words = len(checked_text(getattr(record, flag)).split())
+    except UserError as error:
+      raise UserError(f"--{flag}: {error}") from error
     if limit and words > limit:
       raise UserError(
         f"--{flag} has {words} words, the run reads at most {limit}; shorten"

@@ -31,7 +31,7 @@ SABOTAGES = (
   ),
   Sabotage(
     "halves of surrogate pairs are passed to the tokenizer",
-    "narvl_jax/data/vocabulary.py",
+    "narvl_jax/data/texts.py",
     "text.encode()",
     'text.encode(errors="replace")',
     "tests/data/test_bad_records.py::test_half_a_surrogate_pair",

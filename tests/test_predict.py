@@ -55,6 +55,14 @@ def test_answer_to_a_question_about_a_photo(workdir, photo):
   assert 0 < outcome["probability"] <= 1
 
 
+@pytest.mark.parametrize("flag", ["prompt", "premise"])
+def test_a_text_that_has_no_tokens(workdir, photo, flag):
+  texts = {"prompt": QUESTION, flag: "two\udcff"}
+  message = rf"--{flag}: the text has half of a surrogate pair, .udcff, as its"
+  with pytest.raises(UserError, match=message):
+    predict(workdir, task="entailment", image=photo, **texts)
+
+
 @pytest.mark.parametrize("setting", ["ignore", "apply"])
 def test_orientation_is_that_of_the_run(workdir, photo, monkeypatch, setting):
   exif = Image.Exif()

@@ -23,7 +23,8 @@ from narvl_jax.data import sources
 from narvl_jax.data.answer_text import normalize_answer
 from narvl_jax.data.bad_records import BadRecord, RecordReader
 from narvl_jax.data.example import Record
-from narvl_jax.data.vocabulary import Vocabulary, checked_text
+from narvl_jax.data.texts import checked_text
+from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.disk import write_text
 from narvl_jax.errors import UserError
 from narvl_jax.terminal import show, warn

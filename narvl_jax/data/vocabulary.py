@@ -24,6 +24,7 @@ import numpy as np
 import tokenizers
 
 from narvl_jax.data import vocabulary_files, vocabulary_training
+from narvl_jax.data.texts import checked_text
 from narvl_jax.disk import write_text
 from narvl_jax.errors import UserError
 
@@ -39,23 +40,6 @@ _SYMBOLS_FILE = "vocabulary.json"
 _FORMAT = 1
 # Texts whose ids are kept; captions and questions of a data set repeat.
 _CACHE_SIZE = 1 << 12
-
-
-def checked_text(text: str) -> str:
-  """Returns the text if it can be tokenised.
-
-  Raises:
-    UserError: it holds half of a surrogate pair, which is no character.
-  """
-  try:
-    text.encode()
-  except UnicodeEncodeError as e:
-    raise UserError(
-      f"the text has half of a surrogate pair, \\u{ord(text[e.start]):04x}, as"
-      f" its character {e.start + 1}; no token stands for it: save the text as"
-      " UTF-8 again"
-    ) from e
-  return text
 
 
 class Vocabulary:
@@ -253,7 +237,7 @@ class Vocabulary:
     """Returns the ids of `text`, without bos and eos.
 
     Raises:
-      UserError: it holds half of a surrogate pair.
+      UserError: see `checked_text`.
     """
     ids = self._cache.get(text)
     if ids is None:

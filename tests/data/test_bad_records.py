@@ -10,7 +10,8 @@ from narvl_jax import run_data
 from narvl_jax.data import answers, inspection, pipeline, tasks
 from narvl_jax.data.bad_records import BadRecord, RecordReader, short_reason
 from narvl_jax.data.check_samples import draw_samples
-from narvl_jax.data.vocabulary import Vocabulary, checked_text
+from narvl_jax.data.texts import checked_text
+from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from tests.data.number_source import H, L, NumberSource, T, W, make_tasks
 
@@ -264,4 +265,6 @@ def test_half_a_surrogate_pair(model_tasks: dict[str, Any]) -> None:
   with pytest.raises(UserError, match=message):
     model_tasks["vqa"].vocabulary.encode("two\ud83d")
   assert checked_text("two 😀") == "two 😀"
+  with pytest.raises(UserError, match="has 1,000,001 characters, the limit is"):
+    checked_text("x" * 1_000_001)
   assert Vocabulary.train([" two"], 300).encode(" two")

@@ -48,6 +48,8 @@ KEYS = (
 # The task of a row that names none, and of one that cannot be read: every
 # source of the file has it, to say what is wrong with it.
 _ANY = ""
+# JSON takes up to thirty times as much memory as its text.
+_MAX_BYTES = 1 << 24
 
 
 class JsonlSource(RowSource):
@@ -145,6 +147,11 @@ class JsonlSource(RowSource):
 
 
 def _parse(row: bytes) -> dict[str, Any]:
+  if len(row) > _MAX_BYTES:
+    raise UserError(
+      f"the row has {len(row):,} bytes, the limit is {_MAX_BYTES:,}; pictures"
+      " are files beside it"
+    )
   try:
     values = json.loads(text(row, "row"))
   except json.JSONDecodeError as e:

@@ -15,7 +15,8 @@ from narvl_jax.data.tasks.entailment import EntailmentTask
 from narvl_jax.data.tasks.grounding import GroundingTask
 from narvl_jax.data.tasks.settings import parse_settings
 from narvl_jax.data.tasks.vqa import VqaTask
-from narvl_jax.data.vocabulary import Vocabulary, checked_text
+from narvl_jax.data.texts import checked_text
+from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError, did_you_mean
 
 _CLASSES: dict[str, type[Task[Any]]] = {

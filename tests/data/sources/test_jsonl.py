@@ -230,6 +230,12 @@ def test_an_id_that_is_given_counts(
   assert source(tmp_path, "vqa", [row])[0].id == shown
 
 
+def test_a_row_of_gigantic_json(tmp_path: pathlib.Path) -> None:
+  records = source(tmp_path, "vqa", [{"target": [[]] * 4_300_000}])
+  with pytest.raises(UserError, match=r"has 17,200,\d+ bytes, the limit is"):
+    records[0]
+
+
 @pytest.mark.parametrize("task", [0, False, [], {}, "vqaa"])
 def test_a_task_that_is_none(tmp_path: pathlib.Path, task: Any) -> None:
   row = {"image": "photos/1.jpg", "prompt": "how many?", "task": task}
