@@ -30,6 +30,16 @@ _SYNONYMS = {
 }
 
 
+# Part of what the parsers of flags say -> what is meant.
+_REASONS = {
+  "invalid literal for int()": "not a whole number",
+  "could not convert string to float": "not a number",
+  "Non-boolean argument": "neither true nor false",
+  "Error while parsing string": "not a tuple in Python's notation",
+  "as a ConfigDict": "not a section of settings",
+}
+
+
 def check_config_files() -> None:
   """Raises `UserError` for a config file that could not be read."""
   for name in flags.FLAGS:
@@ -78,8 +88,29 @@ def flag_message(error: Exception, argv: Sequence[str]) -> str:
       text += f"; {unexpected_argument(argv[1], argv)}"
     return text
   if match:
-    return f'--{match.group(1)}="{match.group(2)}": {match.group(3)}'
+    name, value, reason = match.groups()
+    return f'--{name}="{value}": {_wrong_value(name, reason, argv)}'
   return text
+
+
+def _wrong_value(name: str, reason: str, argv: Sequence[str]) -> str:
+  """Returns what a value should have been, in words of ours."""
+  known = [text for part, text in _REASONS.items() if part in reason]
+  path = name.removeprefix("config.")
+  if path == name:
+    return known[0] if known else reason
+  value: Any = _given_config(argv)
+  for key in path.split("."):
+    value = None if value is None else value.get(key)
+  if isinstance(value, config_dict.ConfigDict):
+    key = next(iter(value), "KEY")
+    return (
+      "this is a section of settings; set one of its keys, such as"
+      f" --{name}.{key}={value.get(key)}"
+    )
+  if not known:
+    return reason
+  return known[0] + ("" if value is None else f"; the config has {value!r}")
 
 
 def _unknown_flag(name: str, argv: Sequence[str]) -> str:

@@ -88,6 +88,7 @@ def test_a_value_of_a_wrong_type_ends_in_one_line(name, capsys):
     assert found is None, argument
     assert message.startswith("error: "), argument
     assert message.count("\n") == 1, (argument, message)
+    assert "ConfigDict" not in message
     assert path.rsplit(".", maxsplit=1)[-1] in message, (argument, message)
 
 
@@ -171,3 +172,34 @@ def test_a_warm_up_that_is_too_long_needs_no_data(capsys):
     "error: optimizer.warmup_steps=50 must be at least 0 and below"
     " train.steps=10: --config.optimizer.warmup_steps=1\n"
   )
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("train.steps=many", "not a whole number; the config has 2000"),
+    ("optimizer.b2=many", "not a number; the config has 0.98"),
+    ("optimizer.ema_warmup=2", "neither true nor false; the config has True"),
+    (
+      "data.image_size=(1,",
+      "not a tuple in Python's notation; the config has (48, 48)",
+    ),
+    (
+      "loss=3",
+      "this is a section of settings; set one of its keys, such as"
+      " --config.loss.average=labels",
+    ),
+    ("model.num_heads=x", "not a whole number; the config has 4"),
+    ("model.remat=x", ""),
+    ("model.resnet_width=x", "not a whole number"),
+  ],
+)
+def test_a_wrong_type_tells_the_right_one(argument, message, capsys):
+  name, _, value = argument.partition("=")
+  _, found = _parse(
+    capsys, f"--config={_file('shapes')}", f"--config.{argument}"
+  )
+  if message:
+    assert found == f'error: --config.{name}="{value}": {message}\n'
+  for internal in ("ConfigDict", "malformed", "literal", "ast."):
+    assert internal not in found
