@@ -93,7 +93,7 @@ def format_metrics(
   for i, (label, _, metrics) in enumerate(rows):
     note = (notes or {}).get(label) if metrics else "no ground truth"
     if note:
-      lines[i + 2] += f"  {note}"
+      lines[i + 2] += f"  ({note})"
   return "\n".join(lines)
 
 

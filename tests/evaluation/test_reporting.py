@@ -36,7 +36,7 @@ def test_table_has_a_line_per_task_and_kind():
     "  colour          1   100.0 %",
     "  count           3    33.3 %",
     "grounding         8             25.0 %    12.5 %",
-    "caption           1  no ground truth",
+    "caption           1  (no ground truth)",
   ]
 
 
@@ -44,9 +44,9 @@ def test_notes_stand_behind_the_row_of_their_task():
   notes = {"vqa": "not trained yet", "caption": "not trained yet"}
   rows = reporting.format_metrics(REPORT, notes, kinds=False).splitlines()
   assert rows[2:] == [
-    "vqa               4    50.0 %  not trained yet",
+    "vqa               4    50.0 %  (not trained yet)",
     "grounding         8             25.0 %    12.5 %",
-    "caption           1  no ground truth",
+    "caption           1  (no ground truth)",
   ]
 
 
