@@ -29,6 +29,8 @@ from rich.console import Console
 from narvl_jax.activity import Activity, drawn
 from narvl_jax.terminal import show
 
+# Of plain lines, which logs can be searched for or rid of.
+LINE_START = "progress: "
 _DRAW_SECONDS = 0.25
 # Between two plain lines; as long as it has taken so far, within these bounds.
 _GAPS = (10.0, 60.0)
@@ -107,7 +109,7 @@ class _Display:
     shortest, longest = _GAPS
     gap = min(max(now - self._start, shortest), longest)
     self._next_line = now + gap
-    show(activity.line(), file=self._stream)
+    show(f"{LINE_START}{activity.line()}", file=self._stream)
 
   def _rendered(self, activity: Activity, console: Console) -> str:
     # The last column stays free: some terminals begin a new line after it.

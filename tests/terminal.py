@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+from narvl_jax import progress
+
 _MASKS = (
   (r"\[ *[\d.]+s\]", "[TIME]"),
   (r"ETA \S+", "ETA TIME"),
@@ -15,6 +17,12 @@ _MASKS = (
 )
 # A checkpoint is written while the run trains on.
 _ANY_TIME = re.compile(r".*\] checkpoint of step \d+ saved\n")
+
+
+def without_progress(text: str) -> str:
+  """Returns a text of stderr without lines that only slow machines get."""
+  lines = text.splitlines(keepends=True)
+  return "".join(x for x in lines if not x.startswith(progress.LINE_START))
 
 
 def masked(text: str, **folders: pathlib.Path) -> str:

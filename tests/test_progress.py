@@ -189,8 +189,8 @@ def test_plain_lines_come_at_growing_intervals():
         times.append(clock.now)
   assert times == [10, 20, 40, 80, 140, 200, 260, 320, 380]
   lines = stream.getvalue().splitlines()
-  assert lines[0] == "working: 10/1,000  1 %  16m30s left, 1.0 /s"
-  assert lines[-1] == "working: 380/1,000  38 %  10m20s left, 1.0 /s"
+  assert lines[0] == "progress: working: 10/1,000  1 %  16m30s left, 1.0 /s"
+  assert lines[-1] == "progress: working: 380/1,000  38 %  10m20s left, 1.0 /s"
 
 
 def test_the_speed_is_that_of_the_last_half_minute():
@@ -290,7 +290,7 @@ def test_a_terminal_without_a_cursor_gets_lines(
   assert not progress.is_live(terminal)
   monkeypatch.setattr(progress, "_GAPS", (0.001, 0.001))
   with progress.doing("working"):
-    wait_for(lambda: "working: 0s\n" in terminal.text)
+    wait_for(lambda: "progress: working: 0s\n" in terminal.text)
   assert "\r" not in terminal.text
   assert "\x1b" not in terminal.text
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 from tests.conftest import ROOT, xla_flags
+from tests.terminal import without_progress
 
 
 @dataclasses.dataclass
@@ -27,7 +28,7 @@ class Process:
 
   @property
   def errors(self) -> str:
-    return self.err.read_text()
+    return without_progress(self.err.read_text())
 
   def wait(self, timeout: float = 800) -> int:
     """Returns the exit code; a process that hangs is killed."""

@@ -46,6 +46,26 @@ def _speak(host: int, folder: pathlib.Path | str) -> tuple[str, str]:
   return done.stdout, done.stderr
 
 
+@pytest.mark.parametrize(("host", "shows"), [(0, True), (1, False)])
+def test_only_the_first_host_shows_what_it_does(tmp_path, host, shows):
+  """By lines, as they also go into the log."""
+  code = """
+import sys, pathlib, time
+from narvl_jax import progress
+from narvl_jax.training import hosts
+progress._DRAW_SECONDS, progress._GAPS = 0.01, (0.01, 0.01)
+with hosts._output(int(sys.argv[1]), pathlib.Path(sys.argv[2])):
+  with progress.doing("working"):
+    time.sleep(0.5)
+"""
+  command = [sys.executable, "-c", code, str(host), str(tmp_path)]
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  log = (tmp_path / f"host_{host:03d}.log").read_text()
+  line = "progress: working: 0s"
+  assert (line in log, line in done.stderr) == (shows, shows)
+  assert done.stdout == ""
+
+
 def test_the_first_host_prints_and_keeps_a_log(tmp_path):
   out, err = _speak(0, tmp_path)
   assert out == "python out\nafter out\n"
