@@ -30,7 +30,7 @@ from narvl_jax.run_vocabulary import (
   placeholder_vocabulary,
 )
 from narvl_jax.state.parameters import assign_rules, flatten, split_frozen
-from narvl_jax.terminal import escape
+from narvl_jax.terminal import escape, show
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import Checkpoints
 from narvl_jax.training.chosen import read_chosen
@@ -177,7 +177,7 @@ def restore(
     with progress.doing(f"reading the checkpoint of {folder}"):
       variables = _read_variables(experiment, checkpoints, step, sharding)
     for note in notes:
-      print(f"note: {escape(note)}", file=sys.stderr)
+      show(f"note: {escape(note)}", file=sys.stderr)
     return experiment, variables, step
 
   return read_chosen(folder, checkpoint, read)
