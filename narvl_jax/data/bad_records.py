@@ -84,7 +84,12 @@ class RecordReader:
   """
 
   def __init__(
-    self, source: Sequence[Record], name: str, total: int | None = None
+    self,
+    source: Sequence[Record],
+    name: str,
+    total: int | None = None,
+    *,
+    among: Sequence[int] | None = None,
   ) -> None:
     """Takes the source.
 
@@ -92,10 +97,12 @@ class RecordReader:
       source: records, random access.
       name: of the entry or data set, in messages.
       total: of how many records, if not all of the source.
+      among: indices of the records that can be used; all by default.
     """
     self._source = source
     self._name = name
     self._total = len(source) if total is None else total
+    self._among = range(self._total) if among is None else among
     # Whether some record was used, or failed as data does.
     self._sound = False
     self.defect: Exception | None = None
@@ -143,16 +150,18 @@ class RecordReader:
     self, index: int, use: Callable[[Record], object], error: Exception
   ) -> None:
     """Raises `error` if all records that are tried raise the same."""
-    count = min(self._total, _PROBED)
-    for i in range(1, count):
+    number = len(self._among)
+    count = min(number, _PROBED)
+    probed = {self._among[i * number // count] for i in range(count)}
+    for other_index in sorted(probed - {index}):
       try:
-        use(self._source[(index + i * self._total // count) % self._total])
+        use(self._source[other_index])
       except Exception as other:
         if type(other) is type(error):
           continue
       self._sound = True
       return
-    self._raise_defect(index, count, error)
+    self._raise_defect(index, len(probed | {index}), error)
 
   def _raise_defect(self, index: int, count: int, error: Exception) -> NoReturn:
     self.defect = error

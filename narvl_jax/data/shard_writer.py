@@ -198,7 +198,7 @@ def write_shard(
   file = job.file(number)
   temporary = folder / PROGRESS / f"{file}.{os.getpid()}.tmp"
   bad: list[dict[str, Any]] = []
-  records = RecordReader(source, job.name, job.count)
+  records = RecordReader(source, job.name, job.count, among=job.indices(number))
   try:
     count, digest, turned = _write(records, job, number, temporary, bad)
     if _digest(temporary, FORMATS[job.format]) != (count, digest):

@@ -10,6 +10,7 @@ from narvl_jax import run_data
 from narvl_jax.data import answers, inspection, pipeline, tasks
 from narvl_jax.data.bad_records import BadRecord, RecordReader, short_reason
 from narvl_jax.data.check_samples import draw_samples
+from narvl_jax.data.shard_writer import PROGRESS, Job, write_shard
 from narvl_jax.data.texts import checked_text
 from narvl_jax.data.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
@@ -141,6 +142,30 @@ def test_known_faults_of_all_records_are_no_defect() -> None:
     reader = RecordReader(source, "x")
     for index in range(20):
       assert isinstance(reader.read(index, lambda x: x), BadRecord)
+
+
+def test_only_records_that_can_be_used_are_tried() -> None:
+  """A process that writes a shard has labels for the records of that shard."""
+  source = _source(100, {i: TypeError("odd") for i in range(40, 60)})
+  reader = RecordReader(source, "x", among=range(40, 60))
+  with pytest.raises(TypeError, match="odd"):
+    reader.read(45, lambda record: record)
+  assert set(source.reads) <= set(range(40, 60))
+
+
+def test_a_defect_in_a_shard_is_no_failed_write(tmp_path: Any) -> None:
+  job = Job(
+    *("spec", "vqa", "train", {}, str(tmp_path), "x", 30, 3),
+    format="tsv",
+  )
+  (tmp_path / PROGRESS).mkdir()
+  source = _source(30, dict.fromkeys(range(30), RuntimeError("ours")))
+  with pytest.raises(RuntimeError, match="ours"):
+    write_shard(source, job, 1)
+  source = _source(30, {12: RuntimeError("odd")})
+  note = write_shard(source, job, 1)
+  (bad,) = note["bad"]
+  assert (bad["index"], bad["reason"]) == (12, "RuntimeError: odd")
 
 
 def test_the_first_good_record_may_come_late() -> None:
