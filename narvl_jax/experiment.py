@@ -34,7 +34,10 @@ from narvl_jax.terminal import escape, show
 from narvl_jax.training import workdir as workdir_lib
 from narvl_jax.training.checkpoints import Checkpoints
 from narvl_jax.training.chosen import read_chosen
-from narvl_jax.training.recorded_config import check_recorded
+from narvl_jax.training.recorded_config import (
+  check_recorded,
+  check_vocabulary,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +177,7 @@ def restore(
     record = checkpoints.read_record(step)
     notes = check_recorded(folder, config, record)
     experiment = build(config, folder)
+    check_vocabulary(folder, experiment.vocabulary.fingerprint, record)
     with progress.doing(f"reading the checkpoint of {folder}"):
       variables = _read_variables(experiment, checkpoints, step, sharding)
     for note in notes:

@@ -150,6 +150,7 @@ def _run(
           keep_best=config.train.keep_best,
           keep_every=config.train.keep_every,
           config=config,
+          vocabulary=experiment.vocabulary.fingerprint,
         )
       )
       guard.busy = lambda: checkpoints.progress.startswith("saving")

@@ -56,6 +56,7 @@ class Checkpoints(StoredCheckpoints):
     keep_best: int = 1,
     keep_every: int = 0,
     config: Any = None,
+    vocabulary: str | None = None,
   ) -> None:
     """Opens the folder.
 
@@ -66,8 +67,10 @@ class Checkpoints(StoredCheckpoints):
       keep_best: number of those with the highest scores to keep besides.
       keep_every: keeps those of every such step; 0: none.
       config: of the run, to be stored with every checkpoint.
+      vocabulary: its fingerprint, likewise.
     """
     self._config = None if config is None else to_json(config)
+    self._vocabulary = vocabulary
     self._saved: int | None = None
     self._completion: _Completion | None = None
     self._error: BaseException | None = None
@@ -155,7 +158,9 @@ class Checkpoints(StoredCheckpoints):
     }
     score = None if score is None else float(score)
     self._scores[step] = score
-    record = Record(step, score, dict(run or {}), self._config, leaves)
+    record = Record(
+      step, score, dict(run or {}), self._config, leaves, self._vocabulary
+    )
     args = self._orbax.ocp.args
     try:
       self._manager.save(

@@ -47,6 +47,8 @@ class Record(NamedTuple):
     config: of the run, seeds included; None for weights without a run.
     leaves: name -> array. Names are those of a `TrainState`, such as
       `params/encoder/kernel` or `opt_state/0/count`.
+    vocabulary: fingerprint of the run's; None where it is not known, as in
+      checkpoints of earlier versions.
   """
 
   step: int
@@ -54,6 +56,7 @@ class Record(NamedTuple):
   run: dict[str, Any]
   config: Any
   leaves: dict[str, Leaf]
+  vocabulary: str | None = None
 
 
 class BrokenRecord(ValueError):

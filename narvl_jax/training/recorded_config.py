@@ -72,6 +72,28 @@ def check_recorded(
   ]
 
 
+def check_vocabulary(
+  workdir: pathlib.Path, fingerprint: str, record: Record
+) -> None:
+  """Compares the vocabulary of a run folder with that of a checkpoint.
+
+  Args:
+    workdir: the run folder.
+    fingerprint: of its vocabulary.
+    record: of the checkpoint; without a fingerprint, nothing is compared.
+
+  Raises:
+    UserError: they differ.
+  """
+  if record.vocabulary not in (None, fingerprint):
+    raise UserError(
+      f"{workdir / 'vocabulary'} is not the vocabulary that the checkpoint of"
+      f" step {record.step} was trained with: its fingerprint is"
+      f" {fingerprint[:12]}, not {record.vocabulary[:12]}; bring that one back"
+      " from a copy of the run"
+    )
+
+
 def restore_config(workdir: pathlib.Path, record: Record) -> list[str]:
   """Writes `config.json` as a checkpoint was trained with it.
 

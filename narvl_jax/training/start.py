@@ -31,7 +31,11 @@ from narvl_jax.training.init_from import check_init_from, init_from
 from narvl_jax.training.integrity import DamagedCheckpoint
 from narvl_jax.training.loop import EVALUATION_DUE, Evaluate
 from narvl_jax.training.metrics import MetricsWriter, SilentMetrics
-from narvl_jax.training.recorded_config import check_recorded
+from narvl_jax.training.record import Record
+from narvl_jax.training.recorded_config import (
+  check_recorded,
+  check_vocabulary,
+)
 from narvl_jax.training.setup import Setup, build_setup
 from narvl_jax.training.weights import opened
 
@@ -211,6 +215,17 @@ def chosen_variables(
   return evaluation_variables(state), step
 
 
+def _check_same_run(
+  setup: Setup, checkpoints: Checkpoints, record: Record
+) -> None:
+  """Raises `UserError` if a checkpoint is of another config or vocabulary."""
+  if record.config is None:
+    return
+  folder, experiment = checkpoints.workdir, setup.experiment
+  check_recorded(folder, experiment.config, record, resumes=True)
+  check_vocabulary(folder, experiment.vocabulary.fingerprint, record)
+
+
 def _resume(
   setup: Setup, checkpoints: Checkpoints, say: Announcer
 ) -> tuple[TrainState, int, dict[str, Any]] | None:
@@ -224,10 +239,7 @@ def _resume(
   for step in reversed(checkpoints.steps()):
     try:
       record = checkpoints.read_record(step)
-      if record.config is not None:
-        check_recorded(
-          checkpoints.workdir, setup.experiment.config, record, resumes=True
-        )
+      _check_same_run(setup, checkpoints, record)
       with progress.doing(f"reading the checkpoint of step {step}"):
         state = checkpoints.restore(step, target)
     except DamagedCheckpoint as error:

@@ -193,6 +193,32 @@ def test_no_config_in_any_checkpoint(tmp_path):
     command.restore_config(run)
 
 
+def test_the_vocabulary_of_another_run_is_refused(run):
+  folder = run / "checkpoints" / str(tiny_run.STEP)
+  record = read_record(folder)
+  own = Vocabulary.load(run / "vocabulary").fingerprint
+  integrity.replace_record(folder, record._replace(vocabulary=own))
+  experiment, _, _ = experiment_lib.restore(run)
+  words = ["red", "green", "blue"] * 40
+  Vocabulary.train(words, experiment.vocabulary.size, num_bins=16).save(
+    run / "vocabulary"
+  )
+  message = rf"run/vocabulary is not .* step 7 .* is .*, not {own[:12]}; bring"
+  with pytest.raises(UserError, match=message):
+    experiment_lib.restore(run)
+  setup: Any = SimpleNamespace(
+    experiment=experiment_lib.build(experiment.config, run),
+    abstract_state={},
+    shardings={},
+  )
+  say: Any = print
+  with (
+    Checkpoints(run, keep_last=2) as checkpoints,
+    pytest.raises(UserError, match=message),
+  ):
+    first_state(setup, checkpoints, say)
+
+
 @pytest.mark.parametrize("name", ["vocabulary.json", "tokenizer.json"])
 @pytest.mark.parametrize(
   "text", ["", "[]", "5", "{}", '{"base": 5}', "[" * 200_000, "cut"]
