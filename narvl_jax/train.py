@@ -27,6 +27,7 @@ from absl import flags
 from narvl_jax import cli, common_flags, progress
 from narvl_jax import experiment as experiment_lib
 from narvl_jax.config_checks import validate
+from narvl_jax.data.workers import quiet_cleanup
 from narvl_jax.datasets import MixtureEntry, relative_evaluation
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import evaluate_tasks
@@ -355,6 +356,7 @@ def main(argv: Sequence[str]) -> None:
   ledger = Ledger(start=_START)
   only_prints = settings.dry_run or settings.explain_sharding
   quiet_failed_saves()
+  quiet_cleanup()
 
   def explain(error: BaseException) -> tuple[int, str]:
     return explain_failure(error, workdir)

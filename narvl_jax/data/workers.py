@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from narvl_jax.data.shared_batches import Segments, WorkerSegments
 from narvl_jax.errors import UserError
 
 _MIN_SHARED_BYTES = 512
+_TRACKER_WARNING = "ignore:resource_tracker:UserWarning"
 # Of this process, if it is a worker.
 _segments: WorkerSegments | None = None
 
@@ -42,6 +44,18 @@ def in_processes(
   names = segments.names if segments else [[]] * num_workers
   start = functools.partial(_start_worker, names, os.getpid())
   return dataset.mp_prefetch(options, worker_init_fn=start)
+
+
+def quiet_cleanup() -> None:
+  """Lets multiprocessing remove in silence what an abrupt end leaves.
+
+  Its tracker, a process of its own, removes the shared memory and semaphores
+  of a run that ends within a step. It would warn of them on the terminal,
+  after the line that says how to resume. To be called before it starts.
+  """
+  if _TRACKER_WARNING not in sys.warnoptions:
+    # Handed to every Python process that multiprocessing starts.
+    sys.warnoptions.append(_TRACKER_WARNING)
 
 
 def own_segments() -> WorkerSegments | None:

@@ -344,3 +344,23 @@ def _alive(pid: int) -> bool:
   except FileNotFoundError:
     return False
   return status.rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_what_an_abrupt_end_leaves_is_removed_in_silence():
+  program = """
+import multiprocessing.shared_memory, os, sys
+from narvl_jax.data.workers import quiet_cleanup
+quiet_cleanup()
+memory = multiprocessing.shared_memory.SharedMemory(create=True, size=64)
+print(memory.name, flush=True)
+os._exit(0)
+"""
+  # The tracker holds the stream until it has cleaned up.
+  result = subprocess.run(
+    [sys.executable, "-c", program],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert result.stderr == ""
+  assert not pathlib.Path("/dev/shm", result.stdout.strip()).exists()
