@@ -33,7 +33,7 @@ from narvl_jax.training.stored_checkpoints import (
   state_items,
 )
 
-__all__ = ["FOLDER", "Checkpoints", "choose_step", "restore_target"]
+__all__ = ["FOLDER", "Checkpoints", "restore_target"]
 
 # Of the run folder; where checkpoints go that are not what was written.
 DAMAGED_FOLDER = "damaged"
@@ -353,37 +353,6 @@ def _unused(path: pathlib.Path) -> pathlib.Path:
     number += 1
     target = path.with_name(f"{path.name}.{number}")
   return target
-
-
-def choose_step(checkpoints: Checkpoints, wanted: str | int) -> int:
-  """Returns the step that "best", "last" or a number stands for.
-
-  "best" is the last one while no checkpoint has a score.
-
-  Raises:
-    UserError: the run has no such checkpoint.
-  """
-  steps = checkpoints.steps()
-  if not steps:
-    raise UserError(
-      "this run has no checkpoint yet; train it first, or give another"
-      " --workdir"
-    )
-  if wanted == "last":
-    return steps[-1]
-  if wanted == "best":
-    best = checkpoints.best_step
-    return steps[-1] if best is None else best
-  try:
-    number = int(wanted)
-  except ValueError:
-    number = -1
-  if number not in steps:
-    raise UserError(
-      f'no checkpoint "{wanted}"; this run has'
-      f" {', '.join(map(str, steps))}, or say best or last (--checkpoint)"
-    )
-  return number
 
 
 def restore_target(abstract: Any, shardings: Any) -> Any:

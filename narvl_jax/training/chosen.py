@@ -1,15 +1,47 @@
-"""Reading the best or the last checkpoint, also of a run that is training."""
+"""Which checkpoint is read: the best, the last, or a step."""
 
 import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from narvl_jax.training.checkpoints import Checkpoints, choose_step
+from narvl_jax.errors import UserError
+from narvl_jax.training.checkpoints import Checkpoints
 from narvl_jax.training.stored_checkpoints import RemovedCheckpoint
 
 _T = TypeVar("_T")
 # Each time a run has saved a checkpoint meanwhile, which takes it a while.
 _TRIES = 20
+
+
+def choose_step(checkpoints: Checkpoints, wanted: str | int) -> int:
+  """Returns the step that "best", "last" or a number stands for.
+
+  "best" is the last one while no checkpoint has a score.
+
+  Raises:
+    UserError: the run has no such checkpoint.
+  """
+  steps = checkpoints.steps()
+  if not steps:
+    raise UserError(
+      "this run has no checkpoint yet; train it first, or give another"
+      " --workdir"
+    )
+  if wanted == "last":
+    return steps[-1]
+  if wanted == "best":
+    best = checkpoints.best_step
+    return steps[-1] if best is None else best
+  try:
+    number = int(wanted)
+  except ValueError:
+    number = -1
+  if number not in steps:
+    raise UserError(
+      f'no checkpoint "{wanted}"; this run has'
+      f" {', '.join(map(str, steps))}, or say best or last (--checkpoint)"
+    )
+  return number
 
 
 def read_chosen(

@@ -22,11 +22,8 @@ from narvl_jax.training.announce import (
   describe_model,
   describe_source,
 )
-from narvl_jax.training.checkpoints import (
-  Checkpoints,
-  choose_step,
-  restore_target,
-)
+from narvl_jax.training.checkpoints import Checkpoints, restore_target
+from narvl_jax.training.chosen import choose_step
 from narvl_jax.training.init_from import check_init_from, init_from
 from narvl_jax.training.integrity import DamagedCheckpoint
 from narvl_jax.training.loop import EVALUATION_DUE, Evaluate

@@ -9,7 +9,8 @@ import flax.traverse_util
 
 from narvl_jax.errors import UserError
 from narvl_jax.state.parameters import flatten
-from narvl_jax.training.checkpoints import FOLDER, Checkpoints, choose_step
+from narvl_jax.training.checkpoints import FOLDER, Checkpoints
+from narvl_jax.training.chosen import choose_step
 from narvl_jax.training.integrity import DamagedCheckpoint
 from narvl_jax.training.recorded_config import check_recorded
 from narvl_jax.training.workdir import is_run, read_config

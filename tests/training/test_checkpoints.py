@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import make_mesh, replicated
-from narvl_jax.training.checkpoints import Checkpoints, choose_step
+from narvl_jax.training.checkpoints import Checkpoints
+from narvl_jax.training.chosen import choose_step
 from narvl_jax.training.record import read_leaf
 from tests.training.saved import (
   assert_equal,

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from narvl_jax.errors import UserError
 from narvl_jax.state.train_state import evaluation_variables
 from narvl_jax.training import start
-from narvl_jax.training.checkpoints import Checkpoints, choose_step
+from narvl_jax.training.checkpoints import Checkpoints
+from narvl_jax.training.chosen import choose_step
 from narvl_jax.training.loop import EVALUATION_DUE
 from narvl_jax.training.metrics import MetricsWriter
 from narvl_jax.training.start import (
