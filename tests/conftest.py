@@ -4,9 +4,12 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import re
 import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -77,6 +80,29 @@ def pytest_collection_modifyitems(
   for item in items:
     if "slow" in item.keywords:
       item.add_marker(skip)
+
+
+# What Python prints of a warning, and of an error that nobody can catch.
+_COMPLAINT = re.compile(
+  r"^(\S+:\d+: \w*Warning: |Exception ignored in).*", re.M
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet_commands() -> Iterator[None]:
+  """Fails a test whose command warns; those of this process are errors."""
+  run = subprocess.run
+
+  def checked_run(*args: Any, **kwargs: Any) -> Any:
+    result = run(*args, **kwargs)
+    if isinstance(result.stderr, str):
+      complaint = _COMPLAINT.search(result.stderr)
+      assert complaint is None, result.stderr
+    return result
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(subprocess, "run", checked_run)
+    yield
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import pathlib
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -219,9 +218,8 @@ def test_a_full_disk_does_not_hide_the_bad_number(tmp_path, monkeypatch):
 
   warned = []
   monkeypatch.setattr(np, "savez", full)
-  monkeypatch.setattr(
-    "narvl_jax.training.bad_numbers.logging",
-    SimpleNamespace(warning=lambda *args: warned.append(args)),
-  )
+  monkeypatch.setattr("narvl_jax.training.bad_numbers.warn", warned.append)
   folder = _write(tmp_path)
-  assert [args[1] for args in warned] == [folder]
+  assert warned == [
+    f"{folder} cannot be written: [Errno 28] No space left on device"
+  ]
