@@ -212,14 +212,15 @@ def doing(
   """
   global _display
   activity = Activity(text, total, unit, done=done)
-  if not _may_show() or (only_live and not is_live(sys.stderr)):
+  terminal = terminal_of(sys.stderr)
+  if not _may_show() or (only_live and terminal is None):
     yield activity
     return
   if _display is not None:
     with _display.showing(activity):
       yield activity
     return
-  display = _Display(sys.stderr, live=is_live(sys.stderr))
+  display = _Display(terminal or sys.stderr, live=terminal is not None)
   _display = display
   try:
     with display.showing(activity), display.running():
@@ -239,15 +240,16 @@ def muted() -> Iterator[None]:
     _muted = before
 
 
-def is_live(stream: TextIO) -> bool:
-  """Returns whether a line may be drawn anew on a stream.
+def terminal_of(stream: Any) -> TextIO | None:
+  """Returns the terminal on which a line may be drawn anew, None for none.
 
-  So it is on a terminal, but not on one that can only add text, nor on a
-  stream that also goes into a log.
+  Some terminals can only add text. A stream that also goes into a log is none;
+  one that passes everything on to a terminal names it as `undivided`.
   """
+  stream = getattr(stream, "undivided", stream)
   if not isinstance(stream, io.TextIOWrapper) or not stream.isatty():
-    return False
-  return not Console(file=stream).is_dumb_terminal
+    return None
+  return None if Console(file=stream).is_dumb_terminal else stream
 
 
 def _may_show() -> bool:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from narvl_jax import progress
 from narvl_jax.activity import Activity, drawn
+from narvl_jax.training import hosts
 
 
 class Clock:
@@ -287,7 +288,7 @@ def test_a_terminal_without_a_cursor_gets_lines(
 ):
   terminal = open_terminal()
   monkeypatch.setenv("TERM", term)
-  assert not progress.is_live(terminal)
+  assert progress.terminal_of(terminal) is None
   monkeypatch.setattr(progress, "_GAPS", (0.001, 0.001))
   with progress.doing("working"):
     wait_for(lambda: "progress: working: 0s\n" in terminal.text)
@@ -309,7 +310,7 @@ def test_a_stream_into_a_log_is_not_drawn_on():
       return True
 
   tee: Any = Tee()
-  assert not progress.is_live(tee)
+  assert progress.terminal_of(tee) is None
 
 
 def test_nothing_is_shown_where_nobody_looks(monkeypatch, open_terminal):
@@ -366,3 +367,23 @@ def test_a_block_with_lines_of_its_own_shows_only_a_bar(
   monkeypatch.setattr(sys, "stderr", stream)
   with progress.doing("training", only_live=True):
     assert progress._display is None
+
+
+def test_the_terminal_of_a_run_is_drawn_on(open_terminal, tmp_path):
+  """A run opens a log once its terminal is gone, and then has no bar."""
+  terminal = open_terminal()
+  log = tmp_path / "host_000.log"
+  with hosts.outliving_terminal(tmp_path):
+    with progress.doing("working"):
+      wait_for(lambda: "working" in terminal.text)
+      print("a line")
+    assert screen(terminal.text) == ["a line", ""]
+    assert not log.exists()
+    terminal.closes = True
+    with progress.doing("working on"):
+      print("another line")
+      threading.Event().wait(0.05)
+    assert progress.terminal_of(sys.stdout) is None
+    terminal.closes = False
+  assert "another line" in log.read_text()
+  assert "\x1b" not in log.read_text()

@@ -252,6 +252,11 @@ class _Tee(io.TextIOBase):
     self._each(lambda stream: stream.flush())
     self._unflushed = ""
 
+  @property
+  def undivided(self) -> TextIO | None:
+    """The terminal as long as nothing else gets what is written; or None."""
+    return self._terminal if self._streams == [self._terminal] else None
+
   def close(self) -> None:
     """Does nothing: both streams belong to the caller.
 
