@@ -1,6 +1,7 @@
 """What every entry point shares: flags in, one line per mistake out."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -32,6 +33,21 @@ def define_config_flag(name: str = "config") -> flags.FlagHolder[Any]:
   return config_flags.DEFINE_config_file(
     name, None, "Experiment: FILE.py or FILE.py:ARG, passed to get_config."
   )
+
+
+class Stopped(SystemExit):
+  """A signal ended a command, of which nothing is left to do."""
+
+
+def leave(code: int) -> NoReturn:
+  """Ends the process at once, whatever its threads are doing."""
+  for child in multiprocessing.active_children():
+    # What prepares its data would outlive it.
+    child.terminate()
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):
+      stream.flush()
+  os._exit(code)
 
 
 def run(
@@ -81,7 +97,7 @@ def run(
       fail(str(error))
     except KeyboardInterrupt:
       show("SIGINT: stopped", file=sys.stderr)
-      sys.exit(128 + signal.SIGINT)
+      raise Stopped(128 + signal.SIGINT) from None
     except BrokenPipeError:
       _drop_stdout()
       sys.exit(1)
@@ -103,7 +119,12 @@ def run(
     sys.exit(0)
   except UserError as error:
     fail(str(error))
-  app.run(guarded, flags_parser=_parse_flags)
+  try:
+    app.run(guarded, flags_parser=_parse_flags)
+  except Stopped as stop:
+    # A signal may have cut off a compilation. What libraries then do when the
+    # interpreter ends can be a segmentation fault.
+    leave(int(stop.code or 0))
   raise AssertionError("app.run returned")
 
 

@@ -20,7 +20,6 @@ the folder.
 """
 
 import pathlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -320,9 +319,7 @@ def main(argv: Sequence[str]) -> None:
   except UserError:
     raise
   except (KeyboardInterrupt, Exception) as error:
-    code, message = explain(error)
-    show(message, file=sys.stderr)
-    sys.exit(code)
+    hosts.end(error, *explain(error))
 
 
 if __name__ == "__main__":

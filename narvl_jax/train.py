@@ -17,7 +17,6 @@ _START = time.monotonic()
 import contextlib
 import functools
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -389,9 +388,7 @@ def main(argv: Sequence[str]) -> None:
   except (UserError, BrokenPipeError):
     raise
   except (KeyboardInterrupt, Exception) as error:
-    code, message = explain(error)
-    show(message, file=sys.stderr)
-    sys.exit(code)
+    hosts.end(error, *explain(error))
 
 
 if __name__ == "__main__":

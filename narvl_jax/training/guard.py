@@ -21,7 +21,7 @@ from narvl_jax.training.announce import (
   how_to_resume,
 )
 from narvl_jax.training.checkpoints import FOLDER as CHECKPOINTS
-from narvl_jax.training.interrupt import StopRequest, ignore_signals
+from narvl_jax.training.interrupt import StopRequest
 from narvl_jax.training.ledger import Ledger
 from narvl_jax.training.run_lock import RENEW_SECONDS, LockLost, RunLock
 from narvl_jax.training.workdir import is_run
@@ -86,10 +86,8 @@ class Guard:
       self.end(*describe_failure(error, self._workdir))
     elif (lock := self._lock) is not None:
       lock.release()
-    self.stop.__exit__()
-    if error is not None and self._leave is not None:
-      # The end is decided: a launcher that stops all must not disturb it.
-      ignore_signals()
+    # Once the end is decided, a launcher that stops all must not disturb it.
+    self.stop.close(ignore=error is not None and self._leave is not None)
 
   def connect(self, notices: Notices | None) -> None:
     """Takes what several hosts tell each other, None for a single one."""

@@ -3,17 +3,17 @@
 import contextlib
 import datetime
 import io
-import multiprocessing
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import jax
 from absl import logging
 
 from narvl_jax import progress, side_files
+from narvl_jax.cli import Stopped, leave
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import distributed
 from narvl_jax.parallel.distributed import Cluster
@@ -119,15 +119,21 @@ def outliving_terminal(folder: pathlib.Path | None) -> Iterator[None]:
       _log_to(sys.stderr)
 
 
-def leave(code: int) -> None:
-  """Ends the process at once, whatever its threads are doing."""
-  for child in multiprocessing.active_children():
-    # What prepares its data would outlive it.
-    child.terminate()
-  for stream in (sys.stdout, sys.stderr):
-    with contextlib.suppress(OSError, ValueError):
-      stream.flush()
-  os._exit(code)
+def end(error: BaseException, code: int, message: str) -> NoReturn:
+  """Ends a command after an error, with one line about it.
+
+  Args:
+    error: what ended the command.
+    code: exit code.
+    message: the line.
+
+  Raises:
+    SystemExit: always.
+  """
+  show(message, file=sys.stderr)
+  raise (
+    Stopped(code) if isinstance(error, KeyboardInterrupt) else SystemExit(code)
+  )
 
 
 @contextlib.contextmanager

@@ -85,6 +85,7 @@ class StopRequest:
     self._signal_number: int | None = None
     self._looping = False
     self._handled = self._received = 0
+    self._raised = False
     self._previous: dict[int, Any] = {}
     self._ended = threading.Event()
 
@@ -147,10 +148,18 @@ class StopRequest:
     return self
 
   def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def close(self, ignore: bool = False) -> None:
+    """Leaves signals to the handlers before.
+
+    Args:
+      ignore: ignore signals from now on instead: the process is ending.
+    """
     if not self._previous:
       return
     for number, handler in self._previous.items():
-      signal.signal(number, handler)
+      signal.signal(number, signal.SIG_IGN if ignore else handler)
     signal.set_wakeup_fd(self._previous_fd)
     self._ended.set()
     with contextlib.suppress(OSError):
@@ -163,7 +172,10 @@ class StopRequest:
     """Runs in the main thread, when that comes to it."""
     del frame
     self._handled += 1
-    if self._note(number):
+    # Only once: a second error would cut off what the first one ends. Where
+    # that takes too long, the thread ends the process.
+    if self._note(number) and not self._raised:
+      self._raised = True
       raise _error(number, self._looping)
 
   def _note(self, number: int) -> bool:

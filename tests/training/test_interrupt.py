@@ -1,6 +1,7 @@
 """Signals: the first one asks, the second one insists."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 
 from narvl_jax.parallel.notices import StopAgreement
+from narvl_jax.training import failures
 from narvl_jax.training.interrupt import (
   StopRequest,
   Terminated,
   ignore_signals,
   termination_raises,
 )
+from tests.conftest import ROOT
 
 _ERRORS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 _BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -228,3 +231,42 @@ def test_another_host_was_told_to_stop():
     # Its own first signal does not insist, and does not change the other's.
     _send(signal.SIGTERM)
     assert stop.signal_number == signal.SIGINT
+
+
+def _stop_twice(folder: pathlib.Path, *more: str) -> subprocess.Popen[str]:
+  process = subprocess.Popen(
+    [sys.executable, "-m", "tests.training.stopped_twice", folder, *more],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    cwd=ROOT,
+  )
+  assert process.stdout is not None
+  assert process.stdout.readline() == "ready\n"
+  return process
+
+
+def _check_end(process: subprocess.Popen[str], folder: pathlib.Path) -> None:
+  _, errors = process.communicate(timeout=200)
+  # It was a segmentation fault when the interpreter ended.
+  assert process.returncode == 0, errors
+  (line,) = errors.splitlines()
+  assert line.startswith("SIGTERM: stopped; run the same command again to res")
+  assert not (folder / "lock.json").exists()
+  (event,) = failures.history(folder)
+  assert event["how"] == "SIGTERM: stopped"
+
+
+@pytest.mark.parametrize("gap", [0.02, 1.0])
+def test_two_signals_while_it_compiles(tmp_path, gap):
+  process = _stop_twice(tmp_path)
+  # Somewhere in the compiler.
+  time.sleep(1.0)
+  for _ in range(2):
+    process.send_signal(signal.SIGTERM)
+    time.sleep(gap)
+  _check_end(process, tmp_path)
+
+
+def test_a_second_signal_does_not_cut_off_the_end(tmp_path):
+  _check_end(_stop_twice(tmp_path, "while_it_ends"), tmp_path)
