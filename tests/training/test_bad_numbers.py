@@ -81,6 +81,22 @@ def test_a_bad_update_changes_nothing_but_the_step(value):
   assert _count(state) == (2, 3)
 
 
+@pytest.mark.parametrize(
+  ("key", "value"), [("labels", 10**6), ("labels", -1), ("label_length", 99)]
+)
+def test_a_wrong_target_does_not_pass_for_one(key, value):
+  run = _setup()
+  batch = dict(stand_in.host_batch(1))
+  assert batch["valid"][5]
+  assert batch["label_length"][5] > 0
+  batch[key] = batch[key].copy()
+  batch[key][5] = value
+  state = stand_in.initial_state(run)
+  _, metrics = run.step(state, shard_batch(batch, run.mesh))
+  assert metrics["skipped"] == 1
+  assert np.isnan(metrics["loss"])
+
+
 def test_a_gradient_may_be_bad_while_the_loss_is_not():
   def objective(model, variables, batch, key, step):
     del model, key, step
