@@ -24,6 +24,7 @@ from narvl_jax import experiment as experiment_lib
 from narvl_jax.errors import check_counts, check_lists
 from narvl_jax.evaluation import decoding_flags, evaluator, reporting, results
 from narvl_jax.evaluation.answer_list import with_answers
+from narvl_jax.json_output import check_json_path, write_json
 from narvl_jax.terminal import show
 from narvl_jax.user_paths import check_folder
 
@@ -117,6 +118,7 @@ def define_flags() -> None:
   common_flags.max_bad_fraction("; data.max_bad_fraction by default")
   common_flags.answers()
   decoding_flags.define_flags()
+  common_flags.json()
   flags.mark_flag_as_required("workdir")
 
 
@@ -124,7 +126,8 @@ def main(argv: Sequence[str]) -> None:
   """Entry point."""
   del argv
   settings = flags.FLAGS
-  evaluate(
+  check_json_path(settings.json)
+  report = evaluate(
     settings.workdir,
     split=settings.split,
     checkpoint=settings.checkpoint,
@@ -135,6 +138,7 @@ def main(argv: Sequence[str]) -> None:
     answers=settings.answers,
     tasks=settings.tasks,
   )
+  write_json(settings.json, report)
 
 
 if __name__ == "__main__":

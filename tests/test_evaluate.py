@@ -184,3 +184,22 @@ def test_a_limit_of_0_is_all_whatever_the_config_says(
   monkeypatch.setattr(evaluate_lib.evaluator, "evaluate_tasks", reached)
   with pytest.raises(KeyboardInterrupt):
     evaluate(workdir, max_examples=given)
+
+
+def test_command_prints_the_report_as_json_alone(workdir):
+  result = subprocess.run(
+    [
+      *(sys.executable, "-m", "narvl_jax.evaluate", f"--workdir={workdir}"),
+      *("--max_examples=2", "--tasks=vqa", "--json"),
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode == 0, result.stderr
+  report = json.loads(result.stdout)
+  (path,) = (workdir / "evaluations").iterdir()
+  assert report == json.loads(path.read_text())
+  # For people.
+  assert "vqa" in result.stderr
+  assert f"wrote {path}" in result.stderr
