@@ -43,6 +43,13 @@ def fill(folder: pathlib.Path) -> None:
           file.write(bytes(size))
 
 
+def use_all_files(folder: pathlib.Path) -> None:
+  """Leaves room for no file on the disk of a folder, but for bytes."""
+  with contextlib.suppress(OSError):
+    for number in range(100_000):
+      (folder / f"filler_{number}").touch()
+
+
 def read_only(folder: pathlib.Path) -> None:
   """Makes a disk of `small_disk` read-only; no file may be open to write."""
   subprocess.run(["mount", "-o", "remount,ro", folder], check=True)

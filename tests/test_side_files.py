@@ -233,7 +233,9 @@ def test_damaged_lines_are_written_before_they_are_removed(
 
 def test_readers_change_nothing(tmp_path):
   path = tmp_path / "restarts.jsonl"
-  path.write_bytes(b'5\n{"event": "end", "how": "stopped"}\n{"ev')
+  path.write_bytes(
+    b'5\n{"event": "end", "how": "stopped"}\n{"event": "restart"}\n{"ev'
+  )
   assert failures.history(tmp_path) == [{"event": "end", "how": "stopped"}]
   assert failures.summary(tmp_path) == []
   assert os.listdir(tmp_path) == [path.name]

@@ -3,6 +3,7 @@
 import functools
 import logging
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ def open_manager(
   _split_only_large_arrays()
   _wait_with_timeouts()
   _silence_errors()
+  _let_writers_end()
   arrays = functools.partial(_ArrayHandler, note_error)
   return ocp.CheckpointManager(
     folder,
@@ -138,6 +140,21 @@ def _split_only_large_arrays() -> None:
   absl_logging.set_verbosity(absl_logging.ERROR)
   type_handlers.register_type_handler(jax.Array, handler, override=True)
   absl_logging.set_verbosity(verbosity)
+
+
+@functools.cache
+def _let_writers_end() -> None:
+  """Lets a process end though threads of Orbax still wait to write.
+
+  Where the folder of a checkpoint cannot be made, as on a disk that became
+  read-only, they wait for it until the save times out, and Python for them.
+  A save that has not failed is waited for by `Checkpoints`.
+  """
+  module = sys.modules.get("orbax.checkpoint._src.futures.future")
+  thread: Any = getattr(module, "_SignalingThread", None)
+  if thread is not None:
+    # Each is started by Orbax, so that it cannot be told on its own.
+    thread.daemon = property(lambda self: True, lambda self, value: None)
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from narvl_jax.training import checkpoints as checkpoints_lib
 from narvl_jax.training import integrity, orbax_manager
 from narvl_jax.training.checkpoints import Checkpoints
 from narvl_jax.training.held_folder import HeldFolder
+from tests import disks
 from tests.training.saved import make_state, save_run
 
 
@@ -89,6 +90,36 @@ def test_a_file_that_cannot_grow_ends_the_save(tmp_path):
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert [x.name for x in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+@pytest.mark.usefixtures("_quiet")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+  ("fails", "reason"),
+  [
+    (disks.read_only, r"Read-only file system \(.*; make it writable again"),
+    (
+      disks.use_all_files,
+      r"the disk can hold no more files \([\d,]+ bytes are free, but no inode"
+      r".*; remove some, or have the number of inodes raised",
+    ),
+  ],
+)
+def test_a_disk_that_fails_during_a_run(tmp_path, fails, reason):
+  with disks.small_disk(tmp_path / "disk", 4000, files=200) as disk:
+    with Checkpoints(disk, keep_last=2) as checkpoints:
+      _save(checkpoints, 3, make_state(3))
+      fails(disk)
+      with pytest.raises(
+        UserError, match=rf"step 6 could not be saved: .*{reason}.* from step 3"
+      ):
+        _save(checkpoints, 6, make_state(6))
+    names = {path.name for path in (disk / "checkpoints").iterdir()}
+    assert "3" in names
+    assert "6" not in names
+  # Python would wait at its end for any other thread, here for minutes.
+  waited_for = {x for x in threading.enumerate() if not x.daemon}
+  assert waited_for == {threading.main_thread()}
 
 
 @pytest.fixture
