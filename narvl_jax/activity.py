@@ -26,8 +26,6 @@ class Activity:
     total: how much there is to do; None if that is not known.
     unit: of `total`, such as "examples"; "bytes" are shown as sizes.
     done: how much is done.
-    left: seconds that are left, where the caller knows better than the recent
-      speed tells; None otherwise.
   """
 
   def __init__(
@@ -43,7 +41,7 @@ class Activity:
     self.text = " ".join(escape(text).split())
     self.total, self.unit = total, unit
     self.done = done
-    self.left: float | None = None
+    self._expected_end: float | None = None
     self._clock = clock
     self._start = clock()
     self._samples = collections.deque([(self._start, done)])
@@ -51,6 +49,15 @@ class Activity:
   def advance(self, count: int = 1) -> None:
     """Says that more is done; as cheap as an addition."""
     self.done += count
+
+  def expect(self, seconds: float | None) -> None:
+    """Says how long it still takes, where that is known better than here.
+
+    Args:
+      seconds: from now on; None: as the recent speed tells.
+    """
+    end = None if seconds is None else self._clock() + seconds
+    self._expected_end = end
 
   def elapsed(self) -> float:
     """Returns the seconds since it began."""
@@ -81,8 +88,10 @@ class Activity:
     if not short:
       counts = f"{_plain(self.done, self.unit)}/{_count(self.total, self.unit)}"
       parts.insert(0, counts)
-    rate, left = self.rate(), self.left
-    if left is None and rate > 0 and self.done < self.total:
+    rate, left = self.rate(), None
+    if self._expected_end is not None:
+      left = max(self._expected_end - self._clock(), 0.0)
+    elif rate > 0 and self.done < self.total:
       left = (self.total - self.done) / rate
     if left is not None:
       parts.append(f"{format_duration(left)} left")

@@ -353,8 +353,20 @@ def test_what_was_done_before_is_no_speed(open_terminal):
   with progress.doing("training", 1000, "steps", done=900) as training:
     assert training.rate() == 0
     assert training.progress().startswith("900/1,000 steps  90 %  0s")
-    training.left = 125.0
-    assert training.progress() == "900/1,000 steps  90 %  2m05s left"
+
+
+def test_a_time_that_is_known_better_runs_down():
+  clock = Clock()
+  activity = Activity("training", 1000, "steps", done=900, clock=clock)
+  activity.expect(125.0)
+  assert activity.progress() == "900/1,000 steps  90 %  2m05s left"
+  clock.now += 25
+  assert activity.progress() == "900/1,000 steps  90 %  1m40s left"
+  clock.now += 200
+  assert activity.progress() == "900/1,000 steps  90 %  0s left"
+  activity.expect(None)
+  activity.done = 950
+  assert activity.progress() == "950/1,000 steps  95 %  3m20s left"
 
 
 def test_a_block_with_lines_of_its_own_shows_only_a_bar(

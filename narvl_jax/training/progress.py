@@ -170,7 +170,8 @@ class Progress:
     ]
     if "mfu" in values:
       parts.append(f"MFU {100 * values['mfu']:.0f}%")
-    self._bar.left = left = self._eta.seconds_left(self._step)
+    left = self._eta.seconds_left(self._step)
+    self._bar.expect(left)
     if left is not None:
       parts.append(f"ETA {format_duration(left)}")
     if values["data_wait"] >= _NOTED_WAIT:

@@ -604,4 +604,4 @@ def test_the_bar_follows_the_run(tmp_path, monkeypatch):
   assert args == ("training", 10, "steps")
   assert settings == {"done": 2, "only_live": True}
   assert activity.done == 10
-  assert activity.left is not None
+  assert activity.progress().endswith(" left")
