@@ -167,7 +167,15 @@ def test_report_of_known_answers(serve, batch_size):
     "examples": 2,
     "accuracy": 0.5,
   }
-  assert report == {"split": "held_out", "step": 3, "examples": 11}
+  assert report.pop("decoding").keys() == tasks.keys()
+  assert report == {
+    "split": "held_out",
+    "step": 3,
+    "examples": 11,
+    "decoding_name": "greedy",
+    "max_examples": None,
+    "only_tasks": None,
+  }
 
   found = [p for p in predictions if p["task"] == "vqa"]
   assert [p["prediction"] for p in found] == ["red", "blue", "red", "red", "2"]
