@@ -1,4 +1,6 @@
-"""The likelihood of a target: the sum over its alignments with the queries.
+"""The likelihood of a target by its places, for their posterior.
+
+`optax.ctc_loss` has one number for all places of a label, this one for each.
 
 Letters: b batch, n queries, l labels.
 """

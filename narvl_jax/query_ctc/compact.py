@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from narvl_jax.query_ctc.alignment import log_likelihood
-from narvl_jax.query_ctc.log_space import Normalizer
+from narvl_jax.query_ctc.log_space import LOG_ZERO, Normalizer
 from narvl_jax.query_ctc.targets import feasible, is_target
 
 
@@ -120,18 +120,19 @@ def _forward(
   columns, first = class_columns(labels, label_lengths, blank_id)
   normalizer, total, gathered = head.summarize(inputs, columns)
   by_column = jax.tree.map(lambda x: x[:, :, None], normalizer)
-  compact = by_column.precise_log_probs(gathered)
-  log_probs = compact.high
-  compact = compact.map(lambda x, _: temper[:, None, None] * x)
+  log_probs = by_column.log_probs(gathered)
+  valid = jnp.arange(labels.shape[1]) < label_lengths[:, None]
   # Examples do not interact: the gradient of the sum holds each one's own.
   log_likelihoods, pull_back = jax.vjp(
-    lambda x: log_likelihood(compact._replace(high=x), labels, label_lengths),
-    compact.high,
+    lambda x: _log_likelihood(x, first, valid),
+    temper[:, None, None] * log_probs,
   )
-  (posterior,) = pull_back(jnp.ones_like(log_likelihoods))
+  (occupancy,) = pull_back(jnp.ones_like(log_likelihoods))
+  # The sum over the classes is 1 but for rounding.
+  occupancy /= jnp.sum(occupancy, axis=-1, keepdims=True)
   # A target of probability zero has no posterior.
   possible = jnp.isfinite(log_likelihoods)[:, None, None]
-  occupancy = _by_class(jnp.where(possible, posterior, jnp.nan), first)
+  occupancy = jnp.where(possible, occupancy, jnp.nan)
   ok = feasible(labels, label_lengths, total.shape[1]) | ~is_good
   occupancy = jnp.where(ok[:, None, None], occupancy, 0.0)
   nll = jnp.where(ok, -log_likelihoods, 0.0)
@@ -182,26 +183,51 @@ ctc_terms = jax.custom_vjp(_terms, nondiff_argnums=(0, 1))
 ctc_terms.defvjp(_forward, _backward)
 
 
-def _by_class(posterior: jax.Array, first: jax.Array) -> jax.Array:
-  """Adds up places of one class at the first of them.
+def _log_likelihood(
+  log_probs: jax.Array, first: jax.Array, valid: jax.Array
+) -> jax.Array:
+  """Log-likelihood of the target by `optax.ctc_loss`, on the compact classes.
+
+  `optax.ctc_loss` normalises over the classes it is given. Adding that
+  normaliser again accounts for the mass of all other classes, and for tempered
+  log-probabilities, which do not sum to one. Its gradient nearly cancels in the
+  same way; one more class of constant weight 1, which no label uses, keeps the
+  part that cancels as small as the probabilities themselves.
 
   Args:
-    posterior: [B, N, L+1] of blank and the places.
+    log_probs: float32 [B, N, L+1], blank first, at most 0; may be -inf or NaN.
     first: int32 [B, L+1], see `class_columns`.
+    valid: bool [B, L], False for padding.
 
   Returns:
-    [B, N, L+1]; sums to 1 over the classes.
+    float32 [B]; -inf if the target is impossible. As precise as float32
+    resolves sums of that size.
   """
-  # Not a scatter, which is slow on accelerators.
-  goes_to = first[:, :, None] == jnp.arange(first.shape[1])
-  occupancy = jnp.einsum(
-    "bnk,bkj->bnj",
-    posterior,
-    goes_to.astype(posterior.dtype),
-    precision="highest",
-  )
-  # The sum is 1 but for rounding.
-  return occupancy / jnp.sum(occupancy, axis=-1, keepdims=True)
+  # Finite, as optax multiplies it by zeros; so low that no logit comes near,
+  # and that the 2N + 2 of them that an alignment may add up do not overflow.
+  log_zero = -1e38 / (2 * log_probs.shape[1] + 2)
+  # Alignments near the best one are then compared by small numbers, which
+  # float32 resolves however large the logits are.
+  shift = jnp.max(log_probs, axis=-1, keepdims=True)
+  shift = jax.lax.stop_gradient(jnp.maximum(shift, log_zero))
+  scores = jnp.maximum(log_probs - shift, log_zero)
+  unique = first == jnp.arange(first.shape[1])
+  scores = jnp.where(unique[:, None, :], scores, log_zero)
+  scores = jnp.pad(scores, ((0, 0), (0, 0), (0, 1)))
+  # optax looks labels up by a product with one-hot rows, which accelerators
+  # would round to bfloat16 or TF32.
+  with jax.default_matmul_precision("highest"):
+    nll = optax.ctc_loss(
+      scores,
+      jnp.zeros(scores.shape[:2]),
+      first[:, 1:],
+      1.0 - valid.astype(jnp.float32),
+      log_epsilon=log_zero,
+    )
+  value = jnp.sum(jax.nn.logsumexp(scores, axis=-1), axis=1) - nll
+  value = jnp.where(value < log_zero / 2, LOG_ZERO, value)
+  # optax computes in float64 where that is on.
+  return value.astype(log_probs.dtype) + jnp.sum(shift, axis=(1, 2))
 
 
 def class_columns(
