@@ -29,7 +29,7 @@ OFA (CIDEr): tiny 119.0, medium 130.4, base 138.2, large 142.2, huge 145.3
 """
 
 from configs.official import SIZES, Dataset, Recipe, official_config
-from narvl_jax.config import Config
+from narvl_jax.experiment.config import Config
 
 DATASET = Dataset(
   "caption",

@@ -17,13 +17,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from narvl_jax.config import (
+from narvl_jax.data.shards.distilled import distilled_sets
+from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.experiment.config import (
   default_config,
   evaluation_source,
   train_source,
 )
-from narvl_jax.data.distilled import distilled_sets
-from narvl_jax.errors import UserError, did_you_mean
 
 __all__ = [
   "add_distilled",

@@ -15,10 +15,10 @@ from configs.common import (
   train_source,
   update,
 )
-from narvl_jax.config import Config
 from narvl_jax.data.sources import files
-from narvl_jax.data.sources.rows import RowFiles
+from narvl_jax.data.sources.rows.files import RowFiles
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.experiment.config import Config
 
 SIZES: tuple[str, ...] = ("tiny", "medium", "base", "large", "huge")
 # Their parameters and Adam's moments are too many for one TPU v5e chip.

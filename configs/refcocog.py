@@ -31,7 +31,7 @@ Acc@0.5 on val / test, per cent:
 
 from configs.official import Dataset, Recipe, official_config
 from configs.refcoco import SETTINGS
-from narvl_jax.config import Config
+from narvl_jax.experiment.config import Config
 
 DATASET = Dataset("refcocog", "grounding", train_rows=80_512)
 

@@ -29,7 +29,7 @@ Acc@0.5 on val / testA / testB, per cent:
 
 from configs.official import Dataset, Recipe, official_config
 from configs.refcoco import SETTINGS
-from narvl_jax.config import Config
+from narvl_jax.experiment.config import Config
 
 DATASET = Dataset("refcocoplus", "grounding", train_rows=120_191, test="testA")
 

@@ -21,14 +21,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from absl import flags
 
-from narvl_jax import cli, common_flags, progress
-from narvl_jax.errors import UserError, did_you_mean
-from narvl_jax.tables import format_columns
-from narvl_jax.terminal import show
-from narvl_jax.training import recorded_config
-from narvl_jax.training.integrity import Damage, examine, has_digests
-from narvl_jax.training.metrics import format_bytes
-from narvl_jax.training.record import (
+from narvl_jax.checkpointing import recorded_config
+from narvl_jax.checkpointing.integrity import Damage, examine, has_digests
+from narvl_jax.checkpointing.reading import FOLDER
+from narvl_jax.checkpointing.record import (
   BrokenRecord,
   Record,
   RenamedCheckpoint,
@@ -37,9 +33,15 @@ from narvl_jax.training.record import (
   read_record,
   stored_steps,
 )
-from narvl_jax.training.retention import Retention
-from narvl_jax.training.stored_checkpoints import FOLDER
-from narvl_jax.training.workdir import CONFIG_FILE
+from narvl_jax.checkpointing.retention import Retention
+from narvl_jax.command_line import cli
+from narvl_jax.command_line import flags as common_flags
+from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.run_folder.metrics import format_bytes
+from narvl_jax.run_folder.workdir import CONFIG_FILE
+from narvl_jax.terminal import progress
+from narvl_jax.terminal.tables import format_columns
+from narvl_jax.terminal.text import show
 
 _COMMANDS = ("list", "verify", "diff", "restore_config")
 

@@ -26,8 +26,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from narvl_jax import cli, common_flags, progress
 from narvl_jax.benchmarks import timing
+from narvl_jax.command_line import cli
+from narvl_jax.command_line import flags as common_flags
 from narvl_jax.comparison import latency, random_weights, report, runs
 from narvl_jax.comparison.case import (
   LENGTHS,
@@ -39,8 +40,9 @@ from narvl_jax.comparison.plot import draw_lengths
 from narvl_jax.comparison.ways import NAR, UNCACHED
 from narvl_jax.errors import UserError, check_counts, check_lists
 from narvl_jax.evaluation.reporting import write_json
-from narvl_jax.terminal import show
-from narvl_jax.user_paths import check_folder
+from narvl_jax.files.paths import check_folder
+from narvl_jax.terminal import progress
+from narvl_jax.terminal.text import show
 
 JSON_FILE, PLOT_FILE = "comparison.json", "latency.png"
 

@@ -18,23 +18,25 @@ import jax
 from absl import flags
 from ml_collections.config_flags import config_flags
 
-from narvl_jax import cli, common_flags, progress
-from narvl_jax.disk import write_text
-from narvl_jax.json_output import (
-  check_json_path,
-  check_output_file,
-  write_json,
-)
-from narvl_jax.parallel.mesh import describe
-from narvl_jax.parallel.topology import get_topology
-from narvl_jax.terminal import show
-from narvl_jax.training.aot import (
+from narvl_jax.ahead_of_time.compile import (
   Check,
   advice,
   check_predict_step,
   check_train_step,
   predict_batch_size,
 )
+from narvl_jax.ahead_of_time.topology import get_topology
+from narvl_jax.command_line import cli
+from narvl_jax.command_line import flags as common_flags
+from narvl_jax.command_line.json_output import (
+  check_json_path,
+  check_output_file,
+  write_json,
+)
+from narvl_jax.files.disk import write_text
+from narvl_jax.parallel.mesh import describe
+from narvl_jax.terminal import progress
+from narvl_jax.terminal.text import show
 from narvl_jax.training.setup import describe_parallelism
 
 DOES_NOT_FIT_CODE = 3

@@ -21,15 +21,16 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from narvl_jax import cli, common_flags, progress
-from narvl_jax.config import (
+from narvl_jax.command_line import cli
+from narvl_jax.command_line import flags as common_flags
+from narvl_jax.data.example import TASKS
+from narvl_jax.errors import UserError
+from narvl_jax.experiment.config import (
   Config,
   default_config,
   evaluation_source,
   train_source,
 )
-from narvl_jax.data.example import TASKS
-from narvl_jax.errors import UserError
 from narvl_jax.interop import run_folder
 from narvl_jax.interop.adapt import BLANK_ROWS, Options, with_config
 from narvl_jax.interop.check_forward import format_forward, forward
@@ -37,7 +38,8 @@ from narvl_jax.interop.conversion import Conversion, convert_official
 from narvl_jax.interop.export import save_official
 from narvl_jax.interop.source_file import file_hash
 from narvl_jax.interop.tensors import PathLike
-from narvl_jax.terminal import escape, show
+from narvl_jax.terminal import progress
+from narvl_jax.terminal.text import escape, show
 
 _OFFICIAL_SUFFIXES = (".pt", ".pth")
 # Of files, but not of those that the official code writes.

@@ -7,7 +7,7 @@ r"""Replaces the targets of a data set by the answers of a trained teacher.
       --to=distilled --format=tsv
 
 Every entry of the teacher's `data.train` (or those of --datasets, or the data
-set that is named first, as for `narvl_jax.data.convert`) becomes a folder
+set that is named first, as for `narvl_jax.convert_data`) becomes a folder
 DIR/NAME of shards with a manifest. Of a data set that is cut off by
 --max_examples the first records are taken.
 
@@ -25,18 +25,17 @@ from typing import Any
 
 from absl import flags
 
-from narvl_jax import cli, common_flags
-from narvl_jax.activity import Activity
-from narvl_jax.config import to_json
-from narvl_jax.data import conversion
-from narvl_jax.data.distilled import (
+from narvl_jax.command_line import cli
+from narvl_jax.command_line import flags as common_flags
+from narvl_jax.data.shards import conversion
+from narvl_jax.data.shards.distilled import (
   DistilledSet,
   distilled_sets,
   how_to_use,
   summary,
 )
-from narvl_jax.data.shard_formats import FORMATS
-from narvl_jax.data.shard_writer import PROGRESS, Job
+from narvl_jax.data.shards.formats import FORMATS
+from narvl_jax.data.shards.writer import PROGRESS, Job
 from narvl_jax.data.sources import MANIFEST, parse_options
 from narvl_jax.errors import (
   UserError,
@@ -44,15 +43,17 @@ from narvl_jax.errors import (
   check_lists,
   did_you_mean,
 )
-from narvl_jax.evaluation import decoding_flags
 from narvl_jax.evaluation.labelling import Teacher
-from narvl_jax.parallel import distributed
-from narvl_jax.terminal import show
-from narvl_jax.training import hosts
-from narvl_jax.training import workdir as workdir_lib
-from narvl_jax.training.announce import explain_failure
-from narvl_jax.training.interrupt import termination_raises
-from narvl_jax.user_paths import check_folder
+from narvl_jax.experiment.config import to_json
+from narvl_jax.files.paths import check_folder
+from narvl_jax.hosts import distributed
+from narvl_jax.prediction import decoding_flags
+from narvl_jax.reliability import session as hosts
+from narvl_jax.reliability.interrupt import termination_raises
+from narvl_jax.run.announce import explain_failure
+from narvl_jax.run_folder import workdir as workdir_lib
+from narvl_jax.terminal.activity import Activity
+from narvl_jax.terminal.text import show
 
 # Name of a data set -> what is written, and what identifies it.
 Jobs = dict[str, tuple[Job, dict[str, Any]]]

@@ -19,14 +19,16 @@ from typing import Any
 
 from absl import flags
 
-from narvl_jax import cli, common_flags
-from narvl_jax import experiment as experiment_lib
+from narvl_jax.command_line import cli
+from narvl_jax.command_line import flags as common_flags
+from narvl_jax.command_line.json_output import check_json_path, write_json
 from narvl_jax.errors import check_counts, check_lists
-from narvl_jax.evaluation import decoding_flags, evaluator, reporting, results
-from narvl_jax.evaluation.answer_list import with_answers
-from narvl_jax.json_output import check_json_path, write_json
-from narvl_jax.terminal import show
-from narvl_jax.user_paths import check_folder
+from narvl_jax.evaluation import evaluator, reporting, results
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.files.paths import check_folder
+from narvl_jax.prediction import decoding_flags
+from narvl_jax.prediction.answer_list import with_answers
+from narvl_jax.terminal.text import show
 
 
 def evaluate(

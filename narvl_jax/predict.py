@@ -21,26 +21,23 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from narvl_jax import cli, common_flags, progress
-from narvl_jax import experiment as experiment_lib
-from narvl_jax.data import images
+from narvl_jax.command_line import cli
+from narvl_jax.command_line import flags as common_flags
+from narvl_jax.command_line.json_output import check_json_path, write_json
+from narvl_jax.data import images, rendering
 from narvl_jax.data.example import Record
 from narvl_jax.data.texts import checked_text
-from narvl_jax.datasets import load_dataset
 from narvl_jax.errors import UserError, did_you_mean
-from narvl_jax.evaluation import (
-  decoding_flags,
-  foreign_input,
-  outcomes,
-  rendering,
-  results,
-)
-from narvl_jax.evaluation.answer_list import with_answers
-from narvl_jax.evaluation.predictor import Answer, Predictor
-from narvl_jax.json_output import check_json_path, write_json
-from narvl_jax.terminal import escape, show
-from narvl_jax.training import workdir as workdir_lib
-from narvl_jax.user_paths import check_file
+from narvl_jax.evaluation import outcomes, results
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.datasets import load_dataset
+from narvl_jax.files.paths import check_file
+from narvl_jax.prediction import decoding_flags, foreign_input
+from narvl_jax.prediction.answer_list import with_answers
+from narvl_jax.prediction.predictor import Answer, Predictor
+from narvl_jax.run_folder import workdir as workdir_lib
+from narvl_jax.terminal import progress
+from narvl_jax.terminal.text import escape, show
 
 
 def predict(

@@ -23,46 +23,48 @@ from typing import Any
 import jax
 from absl import flags
 
-from narvl_jax import cli, common_flags, progress
-from narvl_jax import experiment as experiment_lib
-from narvl_jax.config_checks import validate
-from narvl_jax.data.workers import quiet_cleanup
-from narvl_jax.datasets import MixtureEntry, relative_evaluation
+from narvl_jax.checkpointing.writing import Checkpoints
+from narvl_jax.command_line import cli
+from narvl_jax.command_line import flags as common_flags
+from narvl_jax.data.batches.workers import quiet_cleanup
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import evaluate_tasks
 from narvl_jax.evaluation.reporting import format_metrics, format_table
 from narvl_jax.evaluation.results import write_results
-from narvl_jax.parallel import distributed
-from narvl_jax.run_data import untrained_tasks
-from narvl_jax.state.train_state import TrainState, evaluation_variables
-from narvl_jax.terminal import show
-from narvl_jax.training import hosts
-from narvl_jax.training import workdir as workdir_lib
-from narvl_jax.training.announce import (
+from narvl_jax.evaluation.score import flat_metrics, score_of
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.config_checks import validate
+from narvl_jax.experiment.datasets import MixtureEntry, relative_evaluation
+from narvl_jax.hosts import distributed
+from narvl_jax.reliability import session as hosts
+from narvl_jax.reliability.guard import Guard, check_unchanged
+from narvl_jax.reliability.interrupt import EvaluationStopped
+from narvl_jax.reliability.ledger import Ledger
+from narvl_jax.run.announce import (
   Announcer,
   explain_failure,
   quiet_failed_saves,
   used_table,
 )
-from narvl_jax.training.announce import dry_run as print_dry_run
-from narvl_jax.training.bad_numbers import BundleWriter
-from narvl_jax.training.checkpoints import Checkpoints
-from narvl_jax.training.failures import summary
-from narvl_jax.training.guard import Guard, check_unchanged
-from narvl_jax.training.interrupt import EvaluationStopped
-from narvl_jax.training.ledger import Ledger
-from narvl_jax.training.loop import EVALUATION_DUE, Loop
-from narvl_jax.training.metrics import MetricsWriter, SilentMetrics
-from narvl_jax.training.prefetch import DeviceBatches, batch_opener
-from narvl_jax.training.score import flat_metrics, score_of
-from narvl_jax.training.setup import Setup
-from narvl_jax.training.start import (
+from narvl_jax.run.announce import dry_run as print_dry_run
+from narvl_jax.run.bad_numbers import BundleWriter
+from narvl_jax.run.batches import DeviceBatches, batch_opener
+from narvl_jax.run.data_checks import untrained_tasks
+from narvl_jax.run.loop import EVALUATION_DUE, Loop
+from narvl_jax.run.start import (
   chosen_variables,
   first_state,
   make_up_evaluation,
   prepare,
   write_run,
 )
+from narvl_jax.run_folder import workdir as workdir_lib
+from narvl_jax.run_folder.metrics import MetricsWriter, SilentMetrics
+from narvl_jax.run_folder.restarts import summary
+from narvl_jax.state.train_state import TrainState, evaluation_variables
+from narvl_jax.terminal import progress
+from narvl_jax.terminal.text import show
+from narvl_jax.training.setup import Setup
 
 
 def train(
@@ -77,7 +79,7 @@ def train(
   """Trains, or goes on training, and evaluates at the end.
 
   Args:
-    config: see `narvl_jax.config.default_config`.
+    config: see `narvl_jax.experiment.config.default_config`.
     workdir: the run folder.
     dry_run: stop before anything is written or trained.
     explain_sharding: print where every parameter lies, and stop.

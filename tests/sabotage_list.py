@@ -8,25 +8,25 @@ from tests.sabotage import Sabotage
 SABOTAGES = (
   Sabotage(
     "an error of one record that nobody foresaw ends the run",
-    "narvl_jax/data/bad_records.py",
+    "narvl_jax/data/batches/bad_records.py",
     "except Exception as error:",
     "except (ValueError, OSError, LookupError) as error:",
-    "tests/data/test_bad_records.py::test_no_error_of_a_record_escapes",
+    "tests/data/batches/test_bad_records.py::test_no_error_of_a_record_escapes",
   ),
   Sabotage(
     "a defect that fails every record passes for bad data",
-    "narvl_jax/data/bad_records.py",
+    "narvl_jax/data/batches/bad_records.py",
     "elif not self._sound and not isinstance(error, MemoryError):",
     "elif False:",
-    "tests/data/test_bad_records.py"
+    "tests/data/batches/test_bad_records.py"
     "::test_all_records_failing_alike_is_a_defect[TypeError-40]",
   ),
   Sabotage(
     "a machine without memory drops its records",
-    "narvl_jax/data/bad_records.py",
+    "narvl_jax/data/batches/bad_records.py",
     "if self._short_of_memory >= _SHORT_OF_MEMORY:",
     "if False:",
-    "tests/data/test_bad_records.py"
+    "tests/data/batches/test_bad_records.py"
     "::test_memory_of_one_record_and_of_the_machine",
   ),
   Sabotage(
@@ -34,22 +34,22 @@ SABOTAGES = (
     "narvl_jax/data/texts.py",
     "text.encode()",
     'text.encode(errors="replace")',
-    "tests/data/test_bad_records.py::test_half_a_surrogate_pair",
+    "tests/data/batches/test_bad_records.py::test_half_a_surrogate_pair",
   ),
   Sabotage(
     "control characters reach the terminal",
-    "narvl_jax/terminal.py",
+    "narvl_jax/terminal/text.py",
     'shown = escape(text, keep="\\n\\t").encode(encoding, "backslashreplace")',
     'shown = text.encode(encoding, "backslashreplace")',
-    "tests/test_terminal.py::test_show_on_any_terminal[utf-8]",
+    "tests/terminal/test_text.py::test_show_on_any_terminal[utf-8]",
   ),
   Sabotage(
     "control characters are written into JSON lines",
-    "narvl_jax/terminal.py",
+    "narvl_jax/terminal/text.py",
     'lambda found: found[0] if found[0] == "\\n" else json.dumps(found[0])'
     "[1:-1],",
     "lambda found: found[0],",
-    "tests/test_terminal.py::test_readable_json",
+    "tests/terminal/test_text.py::test_readable_json",
   ),
   Sabotage(
     "an id of 0 is no id",
@@ -69,18 +69,18 @@ SABOTAGES = (
   ),
   Sabotage(
     "an index of rows belongs to a size and a time only",
-    "narvl_jax/data/sources/row_index.py",
+    "narvl_jax/data/sources/rows/index.py",
     "if header.content != content_digest(fd, header.size):",
     "if False:",
-    "tests/data/sources/test_rows.py"
+    "tests/data/sources/rows/test_files.py"
     "::test_index_of_a_file_with_the_same_size_and_time[False]",
   ),
   Sabotage(
     "a file in use may change behind its size and time",
-    "narvl_jax/data/sources/rows.py",
+    "narvl_jax/data/sources/rows/files.py",
     "if content_digest(fd, status.st_size) != self._content:",
     "if False:",
-    "tests/data/sources/test_rows.py"
+    "tests/data/sources/rows/test_files.py"
     "::test_file_in_use_that_keeps_its_size_and_time",
   ),
   Sabotage(
@@ -88,36 +88,36 @@ SABOTAGES = (
     "narvl_jax/train.py",
     'stored.get("data_position", int(state.step)),',
     "0,",
-    "tests/training/test_exact_resume.py::test_every_split[stand-in-9]",
+    "tests/checkpointing/test_exact_resume.py::test_every_split[stand-in-9]",
   ),
   Sabotage(
     "the position in the data is not stored",
-    "narvl_jax/training/loop.py",
+    "narvl_jax/run/loop.py",
     '"data_position": self.batches.position,',
     '"data_position": step,',
-    "tests/training/test_loop.py"
+    "tests/run/test_loop.py"
     "::test_rollback_before_the_first_checkpoint_and_twice",
   ),
   Sabotage(
     "saved before the update",
-    "narvl_jax/training/loop.py",
+    "narvl_jax/run/loop.py",
     "self.checkpoints.save(step, state, score=score, run=stored)",
     "self.checkpoints.save(step + 1, state, score=score, run=stored)",
-    "tests/training/test_loop.py::test_evaluations_and_checkpoints_when_due",
+    "tests/run/test_loop.py::test_evaluations_and_checkpoints_when_due",
   ),
   Sabotage(
     "saved before its numbers are known",
-    "narvl_jax/training/loop.py",
+    "narvl_jax/run/loop.py",
     "bad = self._settle(pending, 0 if saves else _MAX_AHEAD)",
     "bad = self._settle(pending, _MAX_AHEAD)",
-    "tests/training/test_loop.py::test_broken_state_is_not_saved",
+    "tests/run/test_loop.py::test_broken_state_is_not_saved",
   ),
   Sabotage(
     "a rollback also leaves out a good batch",
-    "narvl_jax/training/loop.py",
+    "narvl_jax/run/loop.py",
     "self.batches.seek(bad.position + 1)",
     "self.batches.seek(bad.position + 2)",
-    "tests/training/test_loop.py::test_rollback_goes_on_after_the_bad_batch",
+    "tests/run/test_loop.py::test_rollback_goes_on_after_the_bad_batch",
   ),
   Sabotage(
     "a bad number is ignored",
@@ -125,7 +125,7 @@ SABOTAGES = (
     'finite = jnp.isfinite(metrics["loss"])'
     ' & jnp.isfinite(metrics["grad_norm"])',
     "finite = jnp.bool_(True)",
-    "tests/training/test_bad_numbers.py"
+    "tests/run/test_bad_numbers.py"
     "::test_a_bad_update_changes_nothing_but_the_step",
   ),
   Sabotage(
@@ -144,63 +144,63 @@ SABOTAGES = (
   ),
   Sabotage(
     "moving averages are not restored",
-    "narvl_jax/training/stored_checkpoints.py",
+    "narvl_jax/checkpointing/reading.py",
     'ema=read.get("ema"),',
     'ema=jax.tree.map(jax.numpy.zeros_like, read.get("ema")),',
-    "tests/training/test_checkpoints.py::test_state_comes_back_exactly[True]",
+    "tests/checkpointing/test_writing.py::test_state_comes_back_exactly[True]",
   ),
   Sabotage(
     "the statistics of BatchNorm are not restored",
-    "narvl_jax/training/stored_checkpoints.py",
+    "narvl_jax/checkpointing/reading.py",
     'batch_stats=read["params"]["batch_stats"],',
     "batch_stats=jax.tree.map("
     'jax.numpy.zeros_like, read["params"]["batch_stats"]),',
-    "tests/training/test_checkpoints.py::test_state_comes_back_exactly[True]",
+    "tests/checkpointing/test_writing.py::test_state_comes_back_exactly[True]",
   ),
   Sabotage(
     "the optimizer starts anew",
-    "narvl_jax/training/stored_checkpoints.py",
+    "narvl_jax/checkpointing/reading.py",
     'opt_state=read["optimizer"]["opt_state"],',
     "opt_state=jax.tree.map("
     'jax.numpy.zeros_like, read["optimizer"]["opt_state"]),',
-    "tests/training/test_checkpoints.py::test_state_comes_back_exactly[True]",
+    "tests/checkpointing/test_writing.py::test_state_comes_back_exactly[True]",
   ),
   Sabotage(
     "checksums of arrays are not compared",
-    "narvl_jax/training/stored_checkpoints.py",
+    "narvl_jax/checkpointing/reading.py",
     "if different:",
     "if False:",
-    "tests/training/test_integrity.py::test_values_that_were_read_are_compared",
+    "tests/checkpointing/test_integrity.py::test_values_that_were_read_are_compared",
   ),
   Sabotage(
     "no digests are written",
-    "narvl_jax/training/checkpoints.py",
+    "narvl_jax/checkpointing/writing.py",
     "write_digests(self._folder / str(step), jax.process_index(), hosts)",
     "del hosts",
-    "tests/training/test_integrity.py::test_an_intact_one",
+    "tests/checkpointing/test_integrity.py::test_an_intact_one",
   ),
   Sabotage(
     "the best checkpoint is not kept",
-    "narvl_jax/training/retention.py",
+    "narvl_jax/checkpointing/retention.py",
     "best = ranked(steps, scores)[: self.best]",
     "best: list[int] = []",
-    "tests/training/test_checkpoints.py"
+    "tests/checkpointing/test_writing.py"
     "::test_best_of_an_earlier_process_is_kept",
   ),
   Sabotage(
     "a checkpoint is accepted under the name of another step",
-    "narvl_jax/training/record.py",
+    "narvl_jax/checkpointing/record.py",
     "if str(record.step) != folder.name:",
     "if False:",
-    "tests/training/test_integrity.py"
+    "tests/checkpointing/test_integrity.py"
     "::test_a_step_under_another_name_is_told[copied-False]",
   ),
   Sabotage(
     "the final report is of the last checkpoint",
-    "narvl_jax/training/start.py",
+    "narvl_jax/run/start.py",
     'while (step := choose_step(checkpoints, "best")) != int(state.step):',
     'while (step := choose_step(checkpoints, "last")) != int(state.step):',
-    "tests/training/test_start.py"
+    "tests/run/test_start.py"
     "::test_the_final_report_is_of_the_best_checkpoint[3]",
   ),
   Sabotage(
@@ -213,128 +213,128 @@ SABOTAGES = (
   ),
   Sabotage(
     "an evaluation that was stopped is forgotten",
-    "narvl_jax/training/loop.py",
+    "narvl_jax/run/loop.py",
     "EVALUATION_DUE: missed,",
     "EVALUATION_DUE: False,",
-    "tests/training/test_loop.py::test_evaluation_that_is_stopped",
+    "tests/run/test_loop.py::test_evaluation_that_is_stopped",
   ),
   Sabotage(
     "a run folder that was renamed during a save is made again",
-    "narvl_jax/training/held_folder.py",
+    "narvl_jax/files/held_folder.py",
     "self.path = through if through.is_dir() else folder",
     "self.path = folder",
-    "tests/training/test_failed_saves.py"
+    "tests/checkpointing/test_failed_saves.py"
     "::test_a_folder_that_vanishes_during_a_save_is_not_made_again"
     "[write-rename]",
   ),
   Sabotage(
     "an edited config is used without a word",
-    "narvl_jax/training/recorded_config.py",
+    "narvl_jax/checkpointing/recorded_config.py",
     "if refused:",
     "if False:",
-    "tests/training/test_recorded_config.py"
+    "tests/checkpointing/test_recorded_config.py"
     "::test_an_edited_config_is_refused[seed-3-3 there and 0 in the]",
   ),
   Sabotage(
     "a checkpoint that was removed while it was read is called damaged",
-    "narvl_jax/training/stored_checkpoints.py",
+    "narvl_jax/checkpointing/reading.py",
     "return self._removed(step)",
     "pass",
-    "tests/training/test_chosen.py"
+    "tests/checkpointing/test_chosen.py"
     "::test_a_step_that_was_named_is_told_to_be_gone[record]",
   ),
   Sabotage(
     "the lock of another run is overwritten",
-    "narvl_jax/training/run_lock.py",
+    "narvl_jax/run_folder/lock.py",
     "while not self._create(stage):",
     "while not self._create(stage) and False:",
-    "tests/training/test_run_lock.py"
+    "tests/run_folder/test_lock.py"
     "::test_a_run_of_this_machine_is_alive_and_then_killed",
   ),
   Sabotage(
     "the watchdog sees progress everywhere",
-    "narvl_jax/training/watchdog.py",
+    "narvl_jax/reliability/watchdog.py",
     "self._still += passed",
     "self._still = 0.0",
-    "tests/training/test_watchdog.py::test_every_move_counts",
+    "tests/reliability/test_watchdog.py::test_every_move_counts",
   ),
   Sabotage(
     "a drop of init_drops does not count",
-    "narvl_jax/training/init_from.py",
+    "narvl_jax/warm_start/init_from.py",
     "sources = {x: y for x, y in sources.items() if x not in dropped}",
     "sources = dict(sources)",
-    "tests/training/test_init_sizes.py::test_renamed_dropped_and_new_parameters",
+    "tests/warm_start/test_sizes.py::test_renamed_dropped_and_new_parameters",
   ),
   Sabotage(
     "the line of the resumed step is taken out of metrics.jsonl",
-    "narvl_jax/training/metrics.py",
+    "narvl_jax/run_folder/metrics.py",
     'lines = [line for line in written if line["step"] <= resumed_step]',
     'lines = [line for line in written if line["step"] < resumed_step]',
-    "tests/training/test_metrics.py::test_a_killed_run_has_lost_no_line",
+    "tests/run_folder/test_metrics.py::test_a_killed_run_has_lost_no_line",
   ),
   Sabotage(
     "what is added to a line of metrics.jsonl becomes another line",
-    "narvl_jax/training/metrics.py",
+    "narvl_jax/run_folder/metrics.py",
     "self._is_written = True",
     "self._is_written = False",
-    "tests/training/test_metrics.py::test_flushed_line_takes_what_comes_later",
+    "tests/run_folder/test_metrics.py::test_flushed_line_takes_what_comes_later",
   ),
   Sabotage(
     "damaged lines are thrown away",
-    "narvl_jax/side_files.py",
+    "narvl_jax/files/side_files.py",
     'file.write(b"".join(text + b"\\n" for text in damaged))',
     'file.write(b"")',
-    "tests/test_side_files.py::test_damaged_lines_are_kept_elsewhere",
+    "tests/files/test_side_files.py::test_damaged_lines_are_kept_elsewhere",
   ),
   Sabotage(
     "records are not looked at before they are used",
-    "narvl_jax/training/failures.py",
+    "narvl_jax/run_folder/restarts.py",
     "if needed is None or not needed <= record.keys():",
     "if needed is None:",
-    "tests/test_side_files.py::test_readers_change_nothing",
+    "tests/files/test_side_files.py::test_readers_change_nothing",
   ),
   Sabotage(
     "a link that leads nowhere stays in the place of a file",
-    "narvl_jax/side_files.py",
+    "narvl_jax/files/side_files.py",
     "if not path.is_symlink():",
     "if True:",
-    "tests/test_side_files.py"
+    "tests/files/test_side_files.py"
     "::test_something_else_in_the_place_of_a_file[sharding.txt-loop]",
   ),
   Sabotage(
     "leftovers of killed processes stay",
-    "narvl_jax/leftovers.py",
+    "narvl_jax/files/leftovers.py",
     'return process_start(int(match["pid"])) != match["start"]',
     "return False",
-    "tests/test_leftovers.py::test_a_killed_writer_and_a_live_one",
+    "tests/files/test_leftovers.py::test_a_killed_writer_and_a_live_one",
   ),
   Sabotage(
     "what a live process writes is removed",
-    "narvl_jax/leftovers.py",
+    "narvl_jax/files/leftovers.py",
     'return process_start(int(match["pid"])) != match["start"]',
     "return True",
-    "tests/test_leftovers.py::test_a_killed_writer_and_a_live_one",
+    "tests/files/test_leftovers.py::test_a_killed_writer_and_a_live_one",
   ),
   Sabotage(
     "empty paths are the current folder",
-    "narvl_jax/user_paths.py",
+    "narvl_jax/files/paths.py",
     "if not value.strip() and name not in _MAY_BE_EMPTY:",
     "if False:",
-    "tests/test_user_paths.py::test_empty_paths",
+    "tests/files/test_paths.py::test_empty_paths",
   ),
   Sabotage(
     "a disk without inodes is told as one without room",
-    "narvl_jax/disk.py",
+    "narvl_jax/files/disk.py",
     "if number == errno.ENOSPC and _lacks_inodes(place):",
     "if False:",
-    "tests/test_disk.py::test_a_disk_that_can_hold_no_more_files",
+    "tests/files/test_disk.py::test_a_disk_that_can_hold_no_more_files",
   ),
   Sabotage(
     "a run of one host ends with its terminal",
-    "narvl_jax/training/hosts.py",
+    "narvl_jax/reliability/session.py",
     "opened = [] if left else self._opened_log(error)",
     "opened: list[TextIO] = []",
-    "tests/training/test_hosts.py"
+    "tests/reliability/test_session.py"
     "::test_a_single_process_outlives_the_reader_of_its_output",
   ),
 )

@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 
-from narvl_jax import progress, run_vocabulary
-from narvl_jax.activity import Activity
-from narvl_jax.config import default_config
-from narvl_jax.data import inspection
 from narvl_jax.data.answers import collect_answers
+from narvl_jax.data.checking import inspection
 from narvl_jax.data.sources import load_source
 from narvl_jax.data.tasks import make_task
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
+from narvl_jax.experiment import vocabulary as run_vocabulary
+from narvl_jax.experiment.config import default_config
+from narvl_jax.terminal import progress
+from narvl_jax.terminal.activity import Activity
 from tests.data import converting
-from tests.training.tiny import tiny_config
+from tests.support.tiny import tiny_config
 
 Shown = list[Activity]
 

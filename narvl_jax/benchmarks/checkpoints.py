@@ -32,16 +32,17 @@ import jax
 import numpy as np
 from absl import flags
 
-from narvl_jax import cli, common_flags
-from narvl_jax import experiment as experiment_lib
 from narvl_jax.benchmarks import timing
-from narvl_jax.config import Config, from_json, to_json
+from narvl_jax.checkpointing.writing import FOLDER, Checkpoints, restore_target
+from narvl_jax.command_line import cli
+from narvl_jax.command_line import flags as common_flags
+from narvl_jax.command_line.json_output import check_json_path, write_json
 from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
-from narvl_jax.json_output import check_json_path, write_json
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.config import Config, from_json, to_json
 from narvl_jax.parallel import mesh_from_config, shard_batch
 from narvl_jax.state.train_state import TrainState
-from narvl_jax.training.checkpoints import FOLDER, Checkpoints, restore_target
 from narvl_jax.training.setup import Setup, build_setup
 
 # As in the loop: one update runs, one is queued.

@@ -33,14 +33,15 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from narvl_jax import cli, common_flags
 from narvl_jax.benchmarks import data_load, data_startup, timing
+from narvl_jax.command_line import cli
+from narvl_jax.command_line import flags as common_flags
+from narvl_jax.command_line.json_output import check_json_path, write_json
 from narvl_jax.data import images
-from narvl_jax.data.batching import Batcher
+from narvl_jax.data.batches.batching import Batcher
 from narvl_jax.data.picture_files import FORMATS
 from narvl_jax.data.sources.ofa_tsv import OfaTsvSource, decode_base64
 from narvl_jax.data.tasks import make_task
-from narvl_jax.json_output import check_json_path, write_json
 
 BARE = "bare Pillow"
 _PREFETCH = 2

@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from narvl_jax.benchmarks.data_files import write_vqa_tsv
-from narvl_jax.data import pipeline
-from narvl_jax.data.bad_records import BadRecord, RecordReader
+from narvl_jax.data.batches import pipeline
+from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources import load_source
 from narvl_jax.data.sources.ofa_tsv import OfaTsvSource
 from narvl_jax.data.tasks import Task, make_task, vocabulary_texts
-from narvl_jax.data.vocabulary import Vocabulary
-from narvl_jax.datasets import load_mixture
-from narvl_jax.disk import replacing
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
+from narvl_jax.experiment.datasets import load_mixture
+from narvl_jax.files.disk import replacing
 
 _VOCABULARY_RECORDS = 256
 _IDLE_SECONDS = 0.1
@@ -85,8 +85,8 @@ def config_load(config: Any) -> Load:
     UserError: the config is wrong.
   """
   # Heavy, and of no use to worker processes.
-  from narvl_jax import run_vocabulary
-  from narvl_jax.config_checks import validate
+  from narvl_jax.experiment import vocabulary as run_vocabulary
+  from narvl_jax.experiment.config_checks import validate
 
   validate(config)
   vocabulary = run_vocabulary.make_vocabulary(config)

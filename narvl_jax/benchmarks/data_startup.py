@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from narvl_jax.benchmarks import data_load, timing
-from narvl_jax.data.sources.rows import RowFile
+from narvl_jax.data.sources.rows.files import RowFile
 
 _BLOCK = 1 << 23
 # Lines of the memory table; the first follows the first batches.

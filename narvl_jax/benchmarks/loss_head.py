@@ -26,10 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from narvl_jax import cli, common_flags
 from narvl_jax.benchmarks import timing
+from narvl_jax.command_line import cli
+from narvl_jax.command_line import flags as common_flags
+from narvl_jax.command_line.json_output import check_json_path, write_json
 from narvl_jax.errors import UserError
-from narvl_jax.json_output import check_json_path, write_json
 from narvl_jax.models import project
 from narvl_jax.query_ctc import ChunkedLogits, query_ctc_objective
 

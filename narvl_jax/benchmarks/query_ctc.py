@@ -26,10 +26,11 @@ import numpy as np
 import optax
 from absl import flags
 
-from narvl_jax import cli, common_flags
 from narvl_jax.benchmarks import timing
+from narvl_jax.command_line import cli
+from narvl_jax.command_line import flags as common_flags
+from narvl_jax.command_line.json_output import check_json_path, write_json
 from narvl_jax.errors import UserError
-from narvl_jax.json_output import check_json_path, write_json
 from narvl_jax.query_ctc import query_ctc_loss
 
 _OURS = "query_ctc_loss"

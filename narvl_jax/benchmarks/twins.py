@@ -29,16 +29,17 @@ from typing import Any
 
 from absl import flags
 
-from narvl_jax import cli, common_flags
 from narvl_jax.benchmarks.twins_runs import STUDIES, Study, Twins
 from narvl_jax.benchmarks.twins_table import (
   append_row,
   format_table,
   read_rows,
 )
+from narvl_jax.command_line import cli
+from narvl_jax.command_line import flags as common_flags
 from narvl_jax.errors import UserError, did_you_mean
-from narvl_jax.training.announce import explain_failure
-from narvl_jax.training.interrupt import termination_raises
+from narvl_jax.reliability.interrupt import termination_raises
+from narvl_jax.run.announce import explain_failure
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "twins.jsonl"
 # In the order in which they are trained.

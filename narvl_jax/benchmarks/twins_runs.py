@@ -10,21 +10,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from narvl_jax import experiment as experiment_lib
 from narvl_jax.benchmarks.twins_table import CHOICE_SPLIT, Row
+from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.answers import collect_answers
 from narvl_jax.data.example import TASKS
 from narvl_jax.data.sources import load_source
 from narvl_jax.decoding import Decoding
-from narvl_jax.disk import replacing
 from narvl_jax.distill import distill
 from narvl_jax.errors import UserError
-from narvl_jax.evaluation.answer_list import with_answers
 from narvl_jax.evaluation.evaluator import evaluate_tasks
-from narvl_jax.evaluation.readers import reference_decoding
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.files.disk import replacing
+from narvl_jax.prediction.answer_list import with_answers
+from narvl_jax.prediction.readers import reference_decoding
+from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.train import train
-from narvl_jax.training import workdir as workdir_lib
-from narvl_jax.training.checkpoints import Checkpoints
 
 # Records of the training split whose answers are those that VQA allows.
 _ANSWER_RECORDS = 5000

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from narvl_jax.errors import UserError
-from narvl_jax.training.score import METRICS
+from narvl_jax.evaluation.score import METRICS
 
 # What is trained, and its heading.
 KINDS = {"ar": "AR", "nar": "NAR", "distilled": "NAR distilled"}

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from narvl_jax.disk import replacing
+from narvl_jax.files.disk import replacing
 
 _SIZE = (6.4, 4.0)
 _DPI = 150

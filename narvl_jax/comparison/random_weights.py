@@ -9,19 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import meta
 
-from narvl_jax import experiment as experiment_lib
 from narvl_jax.comparison.case import Case, Model, program_of
 from narvl_jax.comparison.latency import Batch
 from narvl_jax.comparison.ways import AR, NAR, choose, ways_of
-from narvl_jax.config import default_config, evaluation_source, train_source
 from narvl_jax.data.example import TASKS
 from narvl_jax.data.tasks import AnswerSpace
 from narvl_jax.decoding import Decoding
 from narvl_jax.decoding.answers import AnswerSet
 from narvl_jax.decoding.steps import Reader
 from narvl_jax.errors import UserError, did_you_mean
-from narvl_jax.evaluation.readers import make_reader, reference_decoding
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.config import (
+  default_config,
+  evaluation_source,
+  train_source,
+)
 from narvl_jax.models import SIZES
+from narvl_jax.prediction.readers import make_reader, reference_decoding
 
 # Numbers that fill the weights, over and over; prime, so that the rows of a
 # table differ.

@@ -8,26 +8,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from narvl_jax import experiment as experiment_lib
 from narvl_jax.comparison.case import Case, Model, program_of
 from narvl_jax.comparison.latency import Batch
 from narvl_jax.comparison.ways import AR, NAR, Way, choose, ways_of
-from narvl_jax.config import to_json
-from narvl_jax.data import pipeline
+from narvl_jax.data.batches import pipeline
 from narvl_jax.data.example import Record
-from narvl_jax.datasets import load_dataset
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import evaluator
-from narvl_jax.evaluation.answer_list import with_answers
-from narvl_jax.evaluation.predictor import Predictor
-from narvl_jax.evaluation.readers import (
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.config import to_json
+from narvl_jax.experiment.datasets import load_dataset
+from narvl_jax.parallel import activation_rules
+from narvl_jax.prediction.answer_list import with_answers
+from narvl_jax.prediction.predictor import Predictor
+from narvl_jax.prediction.readers import (
   answer_lengths,
   make_reader,
   reference_decoding,
 )
-from narvl_jax.parallel import activation_rules
-from narvl_jax.training import workdir as workdir_lib
+from narvl_jax.run_folder import workdir as workdir_lib
 
 # Both must see the same pictures and prompts.
 _SAME_DATA = ("image_size", "max_text_length", "exif_orientation")

@@ -3,7 +3,7 @@
   python -m narvl_jax.data.answers SPEC --to=answers.txt [--max_answers=3129]
 
 writes the answers of a data set, the most frequent first, one a line. SPEC is
-what `narvl_jax.data.check` takes: a file `*.tsv` or `*.jsonl`, a folder of
+what `narvl_jax.check_data` takes: a file `*.tsv` or `*.jsonl`, a folder of
 ArrayRecord shards, `tfds:NAME` or the name of a source.
 """
 
@@ -18,17 +18,19 @@ from typing import Any
 
 from absl import flags
 
-from narvl_jax import cli, common_flags, progress
+from narvl_jax.command_line import cli
+from narvl_jax.command_line import flags as common_flags
 from narvl_jax.data import sources
 from narvl_jax.data.answer_text import normalize_answer
-from narvl_jax.data.bad_records import BadRecord, RecordReader
+from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
 from narvl_jax.data.example import Record
 from narvl_jax.data.texts import checked_text
-from narvl_jax.data.vocabulary import Vocabulary
-from narvl_jax.disk import write_text
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
-from narvl_jax.terminal import show, warn
-from narvl_jax.user_paths import check_file
+from narvl_jax.files.disk import write_text
+from narvl_jax.files.paths import check_file
+from narvl_jax.terminal import progress
+from narvl_jax.terminal.text import show, warn
 
 _SETTING = "--config.tasks.vqa.answers"
 _FLAG = f"{_SETTING}, or --answers"

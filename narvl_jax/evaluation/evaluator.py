@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from narvl_jax import progress
 from narvl_jax.data import sources
 from narvl_jax.data.example import Box, Record
-from narvl_jax.datasets import load_dataset
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import caption, entailment, grounding, vqa
-from narvl_jax.evaluation.predictor import Answer, Predictor
 from narvl_jax.evaluation.reporting import Prediction, Report
-from narvl_jax.experiment import Experiment
-from narvl_jax.parallel import distributed
+from narvl_jax.experiment.datasets import load_dataset
+from narvl_jax.experiment.experiment import Experiment
+from narvl_jax.hosts import distributed
+from narvl_jax.prediction.predictor import Answer, Predictor
+from narvl_jax.terminal import progress
 
 # (answer, record) -> metric -> score in [0, 1], the task's main metric first.
 SCORERS: Mapping[str, Callable[[Any, Record], dict[str, float] | None]] = {

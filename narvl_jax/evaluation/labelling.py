@@ -12,25 +12,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from narvl_jax import experiment as experiment_lib
-from narvl_jax.activity import Activity
-from narvl_jax.data.distilled import Label, Labelled
+from narvl_jax.checkpointing.chosen import read_chosen
+from narvl_jax.checkpointing.recorded_config import check_recorded
+from narvl_jax.checkpointing.writing import Checkpoints
+from narvl_jax.data.batches.pipeline import Batcher
 from narvl_jax.data.example import Record
-from narvl_jax.data.pipeline import Batcher
-from narvl_jax.data.shard_writer import Job, write_shard
+from narvl_jax.data.shards.distilled import Label, Labelled
+from narvl_jax.data.shards.writer import Job, write_shard
 from narvl_jax.errors import UserError, did_you_mean
-from narvl_jax.evaluation.decoding_flags import (
+from narvl_jax.evaluation.evaluator import Subset
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.hosts import distributed
+from narvl_jax.parallel import make_mesh, replicated
+from narvl_jax.prediction.decoding_flags import (
   check_answers_heeded,
   decodings_for,
 )
-from narvl_jax.evaluation.evaluator import Subset
-from narvl_jax.evaluation.predictor import Predictor
-from narvl_jax.evaluation.readers import make_reader
-from narvl_jax.parallel import distributed, make_mesh, replicated
-from narvl_jax.training import workdir as workdir_lib
-from narvl_jax.training.checkpoints import Checkpoints
-from narvl_jax.training.chosen import read_chosen
-from narvl_jax.training.recorded_config import check_recorded
+from narvl_jax.prediction.predictor import Predictor
+from narvl_jax.prediction.readers import make_reader
+from narvl_jax.run_folder import workdir as workdir_lib
+from narvl_jax.terminal.activity import Activity
 
 
 class Teacher:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from narvl_jax.evaluation import evaluator, reporting
-from narvl_jax.evaluation.predictor import Answer
+from narvl_jax.prediction.predictor import Answer
 
 Outcome = dict[str, Any]
 

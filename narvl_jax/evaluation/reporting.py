@@ -7,9 +7,9 @@ import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from narvl_jax.disk import write_text
-from narvl_jax.tables import format_columns
-from narvl_jax.terminal import brief, readable_json
+from narvl_jax.files.disk import write_text
+from narvl_jax.terminal.tables import format_columns
+from narvl_jax.terminal.text import brief, readable_json
 
 Report = dict[str, Any]
 Prediction = dict[str, Any]

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from narvl_jax.data import images
-from narvl_jax.data.bad_records import BadRecord, RecordReader
+from narvl_jax.data import images, rendering
+from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
 from narvl_jax.data.example import Box, Record
-from narvl_jax.datasets import load_dataset
-from narvl_jax.disk import replacing
-from narvl_jax.evaluation import rendering, reporting
-from narvl_jax.experiment import Experiment
-from narvl_jax.terminal import warn
+from narvl_jax.evaluation import reporting
+from narvl_jax.experiment.datasets import load_dataset
+from narvl_jax.experiment.experiment import Experiment
+from narvl_jax.files.disk import replacing
+from narvl_jax.terminal.text import warn
 
 # The evaluation by the run's own settings, of its best checkpoint.
 MAIN_FILE = "evaluation.json"

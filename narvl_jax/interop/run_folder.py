@@ -9,24 +9,24 @@ from typing import Any
 
 import jax
 
-from narvl_jax import experiment as experiment_lib
-from narvl_jax.config import Config
-from narvl_jax.config_checks import validate
-from narvl_jax.data.vocabulary import Vocabulary
-from narvl_jax.data.vocabulary_files import read_json_object
-from narvl_jax.disk import atomically
+from narvl_jax.checkpointing.chosen import read_chosen
+from narvl_jax.checkpointing.recorded_config import check_recorded
+from narvl_jax.checkpointing.writing import FOLDER, Checkpoints
+from narvl_jax.data.vocabulary.files import read_json_object
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.config import Config
+from narvl_jax.experiment.config_checks import validate
+from narvl_jax.files.disk import atomically
+from narvl_jax.files.paths import check_file, check_folder
 from narvl_jax.interop.conversion import Conversion
 from narvl_jax.interop.source_file import setting
 from narvl_jax.interop.tensors import PathLike, State, check_bytes
 from narvl_jax.interop.torch_file import read_torch
 from narvl_jax.interop.torch_write import write_torch
 from narvl_jax.models import ModelConfig, model_config
-from narvl_jax.training import workdir as workdir_lib
-from narvl_jax.training.checkpoints import FOLDER, Checkpoints
-from narvl_jax.training.chosen import read_chosen
-from narvl_jax.training.recorded_config import check_recorded
-from narvl_jax.user_paths import check_file, check_folder
+from narvl_jax.run_folder import workdir as workdir_lib
 
 REPORT_FILE = "report.json"
 SIDE_FILE = "official_unused.pt"

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from narvl_jax.disk import atomically
+from narvl_jax.files.disk import atomically
 from narvl_jax.interop.tensors import PathLike, Tensor
 
 _STORAGES = {

@@ -16,7 +16,7 @@ from narvl_jax.parallel.mesh import (
 )
 from narvl_jax.parallel.placement import Placement, place
 from narvl_jax.parallel.rules import DEFAULT_RULES, axes_of, partition_spec
-from narvl_jax.tables import format_columns
+from narvl_jax.terminal.tables import format_columns
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

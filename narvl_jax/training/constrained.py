@@ -3,7 +3,7 @@
 from narvl_jax.data.example import TASKS
 from narvl_jax.decoding.constraint import Automaton, answer_trie
 from narvl_jax.errors import UserError
-from narvl_jax.experiment import Experiment
+from narvl_jax.experiment.experiment import Experiment
 
 # How to train without them.
 CONSTRAINED_OFF = "--config.loss.constrained=False"

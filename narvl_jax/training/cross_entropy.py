@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from narvl_jax.config_checks import AVERAGES
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.experiment.config_checks import AVERAGES
 from narvl_jax.query_ctc.targets import (
   check_classes,
   check_smoothing,

@@ -11,7 +11,7 @@ import optax
 from optax import contrib
 from optax.contrib import MuonDimensionNumbers
 
-from narvl_jax.config_checks import check_schedule
+from narvl_jax.experiment.config_checks import check_schedule
 from narvl_jax.state.parameters import ParameterRule, flatten
 
 # Muon's updates times this have the size of AdamW's (arXiv 2502.16982).

@@ -11,7 +11,7 @@ from flax.linen import meta
 from jax.sharding import Mesh
 
 from narvl_jax.data.example import TASKS
-from narvl_jax.experiment import Experiment
+from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.parallel import (
   BATCH_AXES,
   VOCAB_AXIS,
@@ -33,7 +33,7 @@ from narvl_jax.state.train_state import (
   make_init,
   state_shardings,
 )
-from narvl_jax.tables import format_columns
+from narvl_jax.terminal.tables import format_columns
 from narvl_jax.training.constrained import answer_constraints
 from narvl_jax.training.flops import forward_flops, train_flops
 from narvl_jax.training.objective import (

@@ -14,16 +14,16 @@ import jax
 from flax.linen import meta
 from jax.sharding import Mesh
 
-from narvl_jax import experiment as experiment_lib
+from narvl_jax.checkpointing.weights import opened, read_weights
+from narvl_jax.checkpointing.writing import restore_target
 from narvl_jax.errors import UserError
-from narvl_jax.experiment import VOCABULARY_FOLDER, Experiment
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.experiment import VOCABULARY_FOLDER, Experiment
 from narvl_jax.models import EncoderDecoder
 from narvl_jax.parallel import tree_shardings
+from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.state.train_state import bytes_per_device
-from narvl_jax.training import workdir as workdir_lib
-from narvl_jax.training.checkpoints import restore_target
 from narvl_jax.training.forcing import forced_input, predicting_states
-from narvl_jax.training.weights import opened, read_weights
 
 _KEY = "distillation.teacher"
 _FLAG = f"--config.{_KEY}"

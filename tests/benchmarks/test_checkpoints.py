@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from narvl_jax.benchmarks import checkpoints
-from narvl_jax.training.checkpoints import Checkpoints
-from tests.training.tiny import tiny_config
+from narvl_jax.checkpointing.writing import Checkpoints
+from tests.support.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")

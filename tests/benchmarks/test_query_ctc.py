@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from narvl_jax.benchmarks import query_ctc, timing
+from narvl_jax.command_line.json_output import check_json_path
 from narvl_jax.errors import UserError
-from narvl_jax.json_output import check_json_path
 
 TINY = query_ctc.Sizes(
   batch=2, num_queries=6, labels=4, vocab_size=5000, dtype="float32"

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from flax.linen import meta
 
-from narvl_jax import experiment as experiment_lib
 from narvl_jax.benchmarks import twins, twins_runs, twins_table
 from narvl_jax.benchmarks.twins_runs import Study
-from narvl_jax.data.distilled import distilled_sets
+from narvl_jax.checkpointing.writing import Checkpoints
+from narvl_jax.data.shards.distilled import distilled_sets
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError
-from narvl_jax.evaluation.answer_list import with_answers
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.prediction.answer_list import with_answers
+from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.state.train_state import TrainState
-from narvl_jax.training import workdir as workdir_lib
-from narvl_jax.training.checkpoints import Checkpoints
 from tests.evaluation import tiny_run
 
 TASKS = ("caption", "vqa")

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from narvl_jax.comparison import runs as runs_lib
-from narvl_jax.config import ConfigDict
 from narvl_jax.errors import UserError
+from narvl_jax.experiment.config import ConfigDict
 
 
 def _run(flag: str, **changes: Any) -> runs_lib.Run:

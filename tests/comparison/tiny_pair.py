@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from flax.linen import meta
 
-from narvl_jax import experiment as experiment_lib
+from narvl_jax.checkpointing.writing import Checkpoints
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.state.train_state import TrainState
-from narvl_jax.training import workdir as workdir_lib
-from narvl_jax.training.checkpoints import Checkpoints
 from tests.evaluation import tiny_run
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from narvl_jax.data import conversion, manifest
+from narvl_jax.data.shards import conversion, manifest
 
-COMMAND = [sys.executable, "-m", "narvl_jax.data.convert"]
+COMMAND = [sys.executable, "-m", "narvl_jax.convert_data"]
 
 SHAPES = ["shapes", "--task=grounding", "--split=test"]
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from narvl_jax.data import tasks
 from narvl_jax.data.example import TASKS, Record
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 
 H, W, T, L = 6, 8, 24, 9
 NUMBERS = "one two three four five six seven"

@@ -7,7 +7,7 @@ import numpy as np
 
 from narvl_jax.data import tasks
 from narvl_jax.data.example import TASKS, Record
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 
 SIZE = (200, 100)
 PICTURE = np.zeros((100, 200, 3), np.uint8)

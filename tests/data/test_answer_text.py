@@ -9,19 +9,20 @@ from typing import Any
 import pytest
 
 from narvl_jax.data import answers as answer_lists
-from narvl_jax.data import records, tasks
+from narvl_jax.data import tasks
 from narvl_jax.data.answer_text import (
   annotator_scores,
   normalize_answer,
   normalized_answers,
 )
-from narvl_jax.data.distilled import Label, relabel
 from narvl_jax.data.example import Record
+from narvl_jax.data.shards import records
+from narvl_jax.data.shards.distilled import Label, relabel
 from narvl_jax.data.sources import load_source
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.evaluation import caption, entailment, vqa
 from narvl_jax.evaluation.evaluator import describe
-from narvl_jax.evaluation.predictor import Answer
+from narvl_jax.prediction.predictor import Answer
 from tests.data.sources import tsv_files
 from tests.data.task_records import PICTURE, make_vocabulary
 

@@ -10,7 +10,7 @@ import pytest
 from narvl_jax.data import answers, tasks
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources import load_source
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from tests.data.task_records import PICTURE, RECORDS, make_vocabulary
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from narvl_jax.data import augmentation, images, tasks
-from narvl_jax.data.batching import Batcher
+from narvl_jax.data.batches.batching import Batcher
 from narvl_jax.data.example import TASKS, Record
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)

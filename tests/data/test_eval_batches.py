@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from narvl_jax.data import pipeline
+from narvl_jax.data.batches import pipeline
 from narvl_jax.data.example import Record
 from narvl_jax.errors import UserError
 from tests.data.number_source import H, L, NumberSource, T, W, make_tasks

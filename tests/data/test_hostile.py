@@ -12,14 +12,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from narvl_jax.data import inspection, pipeline, tasks
-from narvl_jax.data.bad_records import BadRecord, RecordReader
+from narvl_jax.data import tasks
+from narvl_jax.data.batches import pipeline
+from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
+from narvl_jax.data.checking import inspection
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.sources import open_source
 from narvl_jax.data.sources.jsonl import KEYS
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
-from narvl_jax.terminal import escape
+from narvl_jax.terminal.text import escape
 from tests.data import hostile
 from tests.data.sources import tsv_files
 
@@ -178,7 +180,7 @@ def test_command(
   path = write(tmp_path, "vqa", 1500)
   done = subprocess.run(
     [
-      *(sys.executable, "-m", "narvl_jax.data.check", str(path), "--task=vqa"),
+      *(sys.executable, "-m", "narvl_jax.check_data", str(path), "--task=vqa"),
       *("--max_examples=0", "--json=figures.json"),
     ],
     cwd=tmp_path,

@@ -13,14 +13,21 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from configs.own_data import get_config
-from narvl_jax.config import default_config, evaluation_source, train_source
-from narvl_jax.config_checks import validate
-from narvl_jax.data import check_samples, images, pipeline, records
+from narvl_jax.data import images
+from narvl_jax.data.batches import pipeline
+from narvl_jax.data.checking import samples as check_samples
 from narvl_jax.data.example import Record
+from narvl_jax.data.shards import records
 from narvl_jax.data.sources import load_source
-from narvl_jax.datasets import load_dataset, load_mixture
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.results import make_panel
+from narvl_jax.experiment.config import (
+  default_config,
+  evaluation_source,
+  train_source,
+)
+from narvl_jax.experiment.config_checks import validate
+from narvl_jax.experiment.datasets import load_dataset, load_mixture
 from narvl_jax.predict import read_picture
 from tests.data import picture_samples as samples
 from tests.data.converting import convert
@@ -286,7 +293,7 @@ def test_pictures_for_people(tmp_path: pathlib.Path) -> None:
 
 def test_tfds(monkeypatch: pytest.MonkeyPatch) -> None:
   """Boxes that are shares of the picture are shares of the upright one."""
-  from narvl_jax.data.sources import tfds
+  from narvl_jax.data.sources.tfds import source as tfds
 
   made: list[Any] = []
 

@@ -9,7 +9,7 @@ import pytest
 
 from narvl_jax.data import tasks
 from narvl_jax.data.example import TASKS, Record
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from tests.data.task_records import RECORDS, SIZE, make_vocabulary
 from tests.data.task_records import changed as _change

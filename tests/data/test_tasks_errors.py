@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from narvl_jax.data import tasks
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from tests.data.task_records import changed as _change
 from tests.data.task_records import make_vocabulary

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from narvl_jax.data import tasks
-from narvl_jax.data.batching import Batcher
+from narvl_jax.data.batches.batching import Batcher
 from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import base, caption, entailment
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.evaluation import grounding, vqa
 from narvl_jax.query_ctc import collapse
 

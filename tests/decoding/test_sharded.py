@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from narvl_jax.ahead_of_time.program import read_program
+from narvl_jax.ahead_of_time.topology import get_topology
 from narvl_jax.decoding import greedy_decode
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import AXES as MESH_AXES
 from narvl_jax.parallel import BATCH_AXES, VOCAB_AXIS, make_mesh
-from narvl_jax.parallel.program import read_program
-from narvl_jax.parallel.topology import get_topology
 from narvl_jax.query_ctc import MeshAxes
 
 AXES = MeshAxes(BATCH_AXES, VOCAB_AXIS)

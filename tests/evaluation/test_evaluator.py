@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from narvl_jax import datasets, parallel, progress
-from narvl_jax.activity import Activity
+from narvl_jax import parallel
 from narvl_jax.data.example import TASKS, Record
-from narvl_jax.datasets import load_dataset
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import evaluator
-from narvl_jax.evaluation.predictor import Predictor
+from narvl_jax.experiment import datasets
+from narvl_jax.experiment.datasets import load_dataset
+from narvl_jax.prediction.predictor import Predictor
+from narvl_jax.terminal import progress
+from narvl_jax.terminal.activity import Activity
 from tests.evaluation import tiny_run
 
 QUERIES = 8

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from narvl_jax.datasets import load_dataset
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import evaluator, reporting, results
+from narvl_jax.experiment.datasets import load_dataset
 from tests.evaluation import tiny_run
-from tests.test_terminal import NASTY
+from tests.terminal.test_text import NASTY
 
 
 @pytest.fixture(scope="module")

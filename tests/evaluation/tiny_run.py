@@ -11,15 +11,19 @@ import jax
 import numpy as np
 from flax.linen import meta
 
-from narvl_jax import experiment as experiment_lib
-from narvl_jax.config import default_config, evaluation_source, train_source
+from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.example import TASKS
 from narvl_jax.data.sources import load_source
 from narvl_jax.data.tasks import vocabulary_texts
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.config import (
+  default_config,
+  evaluation_source,
+  train_source,
+)
+from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.state.train_state import TrainState
-from narvl_jax.training import workdir as workdir_lib
-from narvl_jax.training.checkpoints import Checkpoints
 
 STEP = 7
 MODEL = {

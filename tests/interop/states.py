@@ -10,7 +10,7 @@ from narvl_jax.interop.key_map import TABLE_KEY, TIED_KEYS
 from narvl_jax.interop.settings import QUERY_KEY
 from narvl_jax.interop.torch_write import write_torch
 from narvl_jax.models import model_config
-from tests.training.tiny import tiny_config
+from tests.support.tiny import tiny_config
 
 CONFIG = model_config(
   "micro",

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from narvl_jax import convert
-from narvl_jax import experiment as experiment_lib
 from narvl_jax.errors import UserError
+from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.interop import (
   Options,
   convert_official,

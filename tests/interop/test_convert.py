@@ -13,14 +13,14 @@ import pytest
 from absl import flags
 
 from narvl_jax import convert
-from narvl_jax import experiment as experiment_lib
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.checkpointing.writing import Checkpoints
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
+from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.interop import official_from_variables
 from narvl_jax.interop.run_folder import read_run
 from narvl_jax.interop.torch_file import read_torch
 from narvl_jax.interop.torch_write import write_torch
-from narvl_jax.training.checkpoints import Checkpoints
 from tests.interop.states import (
   CONFIG,
   COUNTS,

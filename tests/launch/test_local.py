@@ -208,7 +208,7 @@ def test_real_processes_stop_with_a_save_and_resume(tmp_path: pathlib.Path):
     *("bash", "launch/local.sh", "--processes=2", "--devices=2"),
     "--retries=0",
     *(f"--python={sys.executable}", f"--log_dir={tmp_path / 'logs'}", "--"),
-    "--config=tests/parallel/tiny_run.py:100000",
+    "--config=tests/programs/tiny_run.py:100000",
     *(f"--workdir={tmp_path / 'run'}", "--config.train.eval_every=100000"),
   ]
   first, out = _train_and_stop(command, tmp_path / "run", 1)

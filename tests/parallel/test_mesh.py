@@ -8,8 +8,8 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from narvl_jax.config import default_config
 from narvl_jax.errors import UserError
+from narvl_jax.experiment.config import default_config
 from narvl_jax.parallel import (
   AXES,
   data_parallel_size,

@@ -4,9 +4,9 @@ import functools
 
 import jax
 
-from narvl_jax.parallel.program import Collective, read_program
+from narvl_jax.ahead_of_time.program import Collective, read_program
 from narvl_jax.state.parameters import flatten
-from tests.parallel import runs
+from tests.support import runs
 
 SHAPE = {"data": 2, "fsdp": 2, "tensor": 2}
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from narvl_jax.ahead_of_time.program import read_program
 from narvl_jax.errors import UserError
 from narvl_jax.models import project
-from narvl_jax.parallel.program import read_program
 from narvl_jax.query_ctc import (
   ChunkedLogits,
   query_ctc_loss,

@@ -16,12 +16,12 @@ from jax.sharding import (
   PartitionSpec,
 )
 
+from narvl_jax.ahead_of_time.program import read_program
+from narvl_jax.ahead_of_time.topology import get_topology
 from narvl_jax.errors import UserError
 from narvl_jax.models import project
 from narvl_jax.parallel import AXES as MESH_AXES
 from narvl_jax.parallel import BATCH_AXES, VOCAB_AXIS, WIDTH_AXIS, make_mesh
-from narvl_jax.parallel.program import read_program
-from narvl_jax.parallel.topology import get_topology
 from narvl_jax.query_ctc import (
   ChunkedLogits,
   MeshAxes,

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from narvl_jax import cli
-from narvl_jax.terminal import show
-from narvl_jax.training import failures, hosts
-from narvl_jax.training.announce import explain_failure
-from narvl_jax.training.guard import Guard
-from narvl_jax.training.ledger import Ledger
+from narvl_jax.command_line import cli
+from narvl_jax.reliability import session as hosts
+from narvl_jax.reliability.guard import Guard
+from narvl_jax.reliability.ledger import Ledger
+from narvl_jax.run.announce import explain_failure
+from narvl_jax.run_folder import restarts as failures
+from narvl_jax.terminal.text import show
 
 
 def _compile(depth: int) -> None:

@@ -21,7 +21,7 @@ from narvl_jax.query_ctc import MeshAxes, label_posterior
 from narvl_jax.training.objective import DistillationLoss, QueryCtcLoss
 from narvl_jax.training.teacher import Teacher
 from tests.query_ctc.reference import log_softmax
-from tests.training.stand_in_decoders import (
+from tests.support.stand_in_decoders import (
   BLANK,
   KEY,
   PAD,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from narvl_jax import experiment as experiment_lib
+from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.models import (
   NARVL,
   Autoregressive,
@@ -19,8 +19,8 @@ from narvl_jax.models.transformer import DecoderLayer, EncoderLayer
 from narvl_jax.parallel import make_mesh
 from narvl_jax.training import flops
 from narvl_jax.training.setup import build_setup
-from tests.training.count_products import matmul_flops
-from tests.training.tiny import tiny_config
+from tests.support.count_products import matmul_flops
+from tests.support.tiny import tiny_config
 
 _TINY = model_config(
   "micro",

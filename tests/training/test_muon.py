@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from narvl_jax.checkpointing.writing import Checkpoints, restore_target
 from narvl_jax.models import NARVL, model_config
 from narvl_jax.models.shapes import abstract_variables
 from narvl_jax.parallel import make_mesh
 from narvl_jax.state.parameters import ParameterRule, flatten
 from narvl_jax.state.train_state import make_first_state, state_shardings
-from narvl_jax.training.checkpoints import Checkpoints, restore_target
 from narvl_jax.training.optimizer import make_optimizer, matrix_axes
 
 SETTINGS = {"weight_decay": 0.0, "b1": 0.9, "b2": 0.99, "eps": 1e-8}

@@ -14,7 +14,7 @@ from narvl_jax.state.parameters import ParameterRule
 from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.objective import AutoregressiveLoss
 from narvl_jax.training.train_step import StepConfig, make_train_step
-from tests.training.stand_in_decoders import (
+from tests.support.stand_in_decoders import (
   EOS,
   KEY,
   PAD,

@@ -20,7 +20,7 @@ from narvl_jax.state.train_state import (
   state_shardings,
 )
 from narvl_jax.training.setup import describe_parallelism
-from tests.training import stand_in
+from tests.support import stand_in
 
 
 def test_shapes_of_equal_models_are_traced_once():

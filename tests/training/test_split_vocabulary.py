@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from narvl_jax.ahead_of_time.program import read_program
 from narvl_jax.decoding import Classes, ParallelReader, make_steps
 from narvl_jax.parallel import (
   AXES,
@@ -12,9 +13,8 @@ from narvl_jax.parallel import (
   activation_rules,
   shard_batch,
 )
-from narvl_jax.parallel.program import read_program
 from narvl_jax.query_ctc import MeshAxes
-from tests.parallel import runs
+from tests.support import runs
 
 # Numbers that no other array has: of the table with its padding, and the part
 # of a device.

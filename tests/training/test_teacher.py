@@ -11,21 +11,21 @@ import jax
 import numpy as np
 import pytest
 
-from narvl_jax import experiment as experiment_lib
 from narvl_jax.data.answers import load_answers
-from narvl_jax.data.pipeline import Batcher
-from narvl_jax.datasets import load_mixture
+from narvl_jax.data.batches.pipeline import Batcher
 from narvl_jax.errors import UserError
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.datasets import load_mixture
 from narvl_jax.parallel import make_mesh, shard_batch
-from narvl_jax.run_data import check_answers
+from narvl_jax.run.announce import describe_model
+from narvl_jax.run.data_checks import check_answers
+from narvl_jax.run_folder.workdir import read_config, write_config
 from narvl_jax.state.parameters import flatten
-from narvl_jax.training.announce import describe_model
 from narvl_jax.training.constrained import answer_constraints
 from narvl_jax.training.setup import Setup, build_setup
 from narvl_jax.training.teacher import find_teacher
-from narvl_jax.training.workdir import read_config, write_config
 from tests.evaluation.tiny_run import tiny_config, tiny_run
-from tests.training.twin import twin_of
+from tests.support.twin import twin_of
 
 
 @pytest.fixture(scope="module")

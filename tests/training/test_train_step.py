@@ -13,7 +13,7 @@ from narvl_jax.data.example import TASKS
 from narvl_jax.parallel import shard_batch
 from narvl_jax.query_ctc import query_ctc_objective
 from narvl_jax.state.parameters import flatten
-from tests.training import stand_in
+from tests.support import stand_in
 
 
 def _assert_close(a: object, b: object, **tolerance: Any) -> None:

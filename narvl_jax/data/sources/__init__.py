@@ -17,7 +17,7 @@ SOURCES = {
   "easy_vqa": ("narvl_jax.data.sources.easy_vqa", "EasyVQASource"),
   "ofa_tsv": ("narvl_jax.data.sources.ofa_tsv", "OfaTsvSource"),
   "jsonl": ("narvl_jax.data.sources.jsonl", "JsonlSource"),
-  "tfds": ("narvl_jax.data.sources.tfds", "TfdsSource"),
+  "tfds": ("narvl_jax.data.sources.tfds.source", "TfdsSource"),
   "array_record": ("narvl_jax.data.sources.array_record", "ArrayRecordSource"),
 }
 # Endings of files that `open_source` knows.
@@ -94,7 +94,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
   if path.is_dir():
     raise UserError(
       f'"{spec}" is a folder without {MANIFEST}; pass a folder that'
-      " narvl_jax.data.convert wrote, a file *.tsv or *.jsonl, tfds:NAME, or"
+      " narvl_jax.convert_data wrote, a file *.tsv or *.jsonl, tfds:NAME, or"
       f" one of {', '.join(sorted(SOURCES))}"
     )
   raise UserError(

@@ -1,4 +1,4 @@
-"""Folders of ArrayRecord shards that `narvl_jax.data.convert` wrote."""
+"""Folders of ArrayRecord shards that `narvl_jax.convert_data` wrote."""
 
 import bisect
 import dataclasses
@@ -9,11 +9,16 @@ from typing import Any
 
 from array_record.python import array_record_data_source
 
-from narvl_jax.data import records
 from narvl_jax.data.example import Record
-from narvl_jax.data.manifest import Manifest, Shard, quick_fault, read_manifest
 from narvl_jax.data.picture_files import with_orientation
-from narvl_jax.data.shard_formats import FORMATS
+from narvl_jax.data.shards import records
+from narvl_jax.data.shards.formats import FORMATS
+from narvl_jax.data.shards.manifest import (
+  Manifest,
+  Shard,
+  quick_fault,
+  read_manifest,
+)
 from narvl_jax.data.sources import MANIFEST, files
 from narvl_jax.data.sources.base import RecordSource
 from narvl_jax.errors import UserError
@@ -95,7 +100,7 @@ class ArrayRecordSource(RecordSource):
     except RuntimeError as e:  # What the library raises for damaged data.
       raise UserError(
         f"the stored record cannot be read ({e}); check the folder with"
-        " python -m narvl_jax.data.convert DIR --verify"
+        " python -m narvl_jax.convert_data DIR --verify"
       ) from e
     record = records.deserialize(data)
     if not self.upright:
@@ -160,7 +165,7 @@ def _check_contents(
     more = f" (and {len(faults) - 1} more)" if faults[1:] else ""
     raise UserError(
       f'array_record: the folder "{folder}" is damaged: {faults[0]}{more};'
-      f" see python -m narvl_jax.data.convert {folder} --verify"
+      f" see python -m narvl_jax.convert_data {folder} --verify"
     )
   if not manifest.records:
     raise UserError(f'array_record: "{folder}" holds no record')

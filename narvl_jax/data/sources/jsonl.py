@@ -31,8 +31,8 @@ import numpy as np
 from narvl_jax.data import images
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.sources import fields, files
-from narvl_jax.data.sources.row_source import RowSource
-from narvl_jax.data.sources.rows import RowFile, text
+from narvl_jax.data.sources.rows.files import RowFile, text
+from narvl_jax.data.sources.rows.source import RowSource
 from narvl_jax.errors import UserError, did_you_mean
 
 KEYS = (

@@ -22,8 +22,8 @@ import pybase64
 
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources import fields, files
-from narvl_jax.data.sources.row_source import RowSource
-from narvl_jax.data.sources.rows import RowFile, text
+from narvl_jax.data.sources.rows.files import RowFile, text
+from narvl_jax.data.sources.rows.source import RowSource
 from narvl_jax.errors import UserError
 
 COLUMNS = {

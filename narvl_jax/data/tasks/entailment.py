@@ -6,7 +6,7 @@ from typing import Any
 
 from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import base
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError, did_you_mean
 
 ANSWERS = ("yes", "no", "maybe")

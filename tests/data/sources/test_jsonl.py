@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from narvl_jax.data import pipeline, tasks
+from narvl_jax.data import tasks
+from narvl_jax.data.batches import pipeline
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources import load_source, locate, open_source
-from narvl_jax.data.vocabulary import Vocabulary
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from tests.data.sources import tsv_files
 

@@ -1,0 +1,304 @@
+"""What a compiled program does on one device, counted from its text.
+
+Bodies of loops count once per iteration, which `cost_analysis()` leaves out.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+from narvl_jax.ahead_of_time.hlo import (
+  Array,
+  Groups,
+  Instruction,
+  Module,
+  find_arrays,
+  parse,
+  parse_groups,
+  tuple_parts,
+)
+from narvl_jax.ahead_of_time.products import product_flops
+
+KINDS = (
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
+)
+# They hand on what others made.
+_PASSING = ("parameter", "tuple", "get-tuple-element", "bitcast", "while")
+# Their operand does not run here, or was counted where it starts.
+_SKIPPED = ("async-done", "async-update")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """A communication between devices, as one of them sees it.
+
+  Attributes:
+    kind: one of `KINDS`.
+    arrays: the whole arrays that the group works on: what an all-gather
+      returns, what a reduce-scatter takes, else both.
+    count: how often a run of the program does this.
+    groups: devices, by their position in the mesh, that talk to one another;
+      (from, to) pairs of a collective-permute.
+    op_name: where the program asked for it.
+  """
+
+  kind: str
+  arrays: tuple[Array, ...]
+  count: int
+  groups: Groups
+  op_name: str
+
+  @property
+  def bytes(self) -> int:
+    """Bytes of the arrays, of all `count` times."""
+    return self.count * sum(array.bytes for array in self.arrays)
+
+  def traffic(self, block: int) -> tuple[float, float]:
+    """Returns the bytes that a device receives, all `count` times.
+
+    Groups form rings. A group that spans several blocks works within each of
+    them first; then every device exchanges its part with the other blocks.
+
+    Args:
+      block: devices that a faster network connects, such as a slice.
+
+    Returns:
+      Bytes from devices of the same block, and from those of others.
+    """
+    group = max(self.groups, key=len)
+    across = len({device // block for device in group})
+    if self.kind == "collective-permute":
+      return (0.0, self.bytes) if across > 1 else (self.bytes, 0.0)
+    within = len(group) // across
+    passes = 2 if self.kind == "all-reduce" else 1
+    return (
+      passes * (within - 1) / within * self.bytes,
+      passes * (across - 1) / across * self.bytes / within,
+    )
+
+  def axes(self, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+    """Returns the axes of a mesh along which devices talk to one another."""
+    found = set()
+    for group in self.groups:
+      for axis, stride, size in _strides(mesh_shape):
+        if len({device // stride % size for device in group}) > 1:
+          found.add(axis)
+    return tuple(axis for axis in mesh_shape if axis in found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Counts of one run on one device.
+
+  Attributes:
+    collectives: in the order in which the text has them.
+    flops: of matrix products and convolutions, 2 per multiply-add.
+    cycles: the compiler's own estimate (TPU only, else 0), which knows
+      nothing of the time that collectives take.
+    arrays: every array that an instruction outside of fusions makes -> where
+      the program asked for it. What exists only within a fusion never is in
+      memory as a whole.
+    num_partitions: number of devices.
+  """
+
+  collectives: tuple[Collective, ...]
+  flops: float
+  cycles: float
+  arrays: Mapping[Array, frozenset[str]]
+  num_partitions: int
+
+  def by_kind(self) -> dict[str, tuple[int, int]]:
+    """Returns kind -> (count, bytes) for the kinds that occur."""
+    totals: dict[str, tuple[int, int]] = {}
+    for kind in KINDS:
+      mine = [c for c in self.collectives if c.kind == kind]
+      if mine:
+        count = sum(c.count for c in mine)
+        totals[kind] = count, sum(c.bytes for c in mine)
+    return totals
+
+  @property
+  def collective_bytes(self) -> int:
+    """Bytes of all collectives."""
+    return sum(c.bytes for c in self.collectives)
+
+  def shapes(self, *kinds: str) -> set[tuple[int, ...]]:
+    """Returns the shapes that collectives of some kinds, or all, work on."""
+    return {
+      array.shape
+      for c in self.collectives
+      if not kinds or c.kind in kinds
+      for array in c.arrays
+    }
+
+
+def read_program(text: str | None) -> Program:
+  """Counts what the text of a compiled program (`as_text()`) does.
+
+  The number of iterations of a loop is what XLA noted, or else the largest
+  integer constant of its condition: loops of `jax.lax.scan` count from 0.
+  Every branch of a conditional counts.
+
+  Raises:
+    ValueError: the text is no module.
+  """
+  module = parse(text or "")
+  counter = _Counter(module)
+  total = counter.total(module.entry, fused=False)
+  return Program(
+    collectives=tuple(
+      dataclasses.replace(found, count=count)
+      for found, count in total.collectives.items()
+    ),
+    flops=total.flops,
+    cycles=total.cycles,
+    arrays=counter.arrays(),
+    num_partitions=module.num_partitions,
+  )
+
+
+@dataclasses.dataclass
+class _Total:
+  """Counts of one run of a computation."""
+
+  collectives: collections.Counter[Collective]
+  flops: float = 0.0
+  cycles: float = 0.0
+
+  def add(self, other: "_Total", times: int) -> None:
+    for found, count in other.collectives.items():
+      self.collectives[found] += times * count
+    self.flops += times * other.flops
+    self.cycles += times * other.cycles
+
+
+class _Counter:
+  """Adds up a module from its leaves to its entry."""
+
+  def __init__(self, module: Module) -> None:
+    self._module = module
+    self._outside: set[str] = set()
+    self.total = functools.cache(self._total)
+
+  def arrays(self) -> dict[Array, frozenset[str]]:
+    """Returns what instructions outside of fusions make."""
+    found: collections.defaultdict[Array, set[str]]
+    found = collections.defaultdict(set)
+    for name in self._outside:
+      for instruction in self._module.computations[name]:
+        if instruction.opcode in _PASSING:
+          continue
+        for array in instruction.arrays:
+          found[array].add(_op_name(instruction))
+    return {array: frozenset(names) for array, names in found.items()}
+
+  def _total(self, name: str, fused: bool) -> _Total:
+    total = _Total(collections.Counter())
+    if not fused:
+      self._outside.add(name)
+    instructions = self._module.computations[name]
+    types = {i.name: i.type for i in instructions}
+    starts_async = any(
+      "AsyncCollectiveStart" in i.attributes for i in instructions
+    )
+    for instruction in instructions:
+      # An overlapped collective appears in every fusion that it lasts through.
+      continued = "chain_id=" in instruction.attributes and not starts_async
+      if not (fused and continued):
+        found = _collective(instruction, name, self._module, types)
+        if found is not None:
+          total.collectives[found] += 1
+      total.flops += product_flops(instruction, types)
+      if not fused:
+        total.cycles += _cycles(instruction)
+      for called, times, inner in self._calls(instruction):
+        total.add(self.total(called, fused or inner), times)
+    return total
+
+  def _calls(self, i: Instruction) -> Iterator[tuple[str, int, bool]]:
+    """Yields computation, how often it runs, and whether it is fused."""
+    if i.opcode in _SKIPPED:
+      return
+    if i.opcode == "while":
+      (body,), (condition,) = i.called("body"), i.called("condition")
+      yield body, self._trip_count(i, condition), False
+    elif i.opcode == "fusion":
+      yield from ((name, 1, True) for name in i.called("calls"))
+    elif i.opcode in ("call", "async-start", "conditional"):
+      for name in i.called(
+        "calls",
+        "to_apply",
+        "true_computation",
+        "false_computation",
+        "branch_computations",
+      ):
+        yield name, 1, False
+
+  def _trip_count(self, loop: Instruction, condition: str) -> int:
+    known = re.search(
+      r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.attributes
+    )
+    if known:
+      return int(known.group(1))
+    constants, todo = [1], [condition]
+    while todo:
+      for instruction in self._module.computations[todo.pop()]:
+        todo += instruction.called("calls")
+        literal = re.fullmatch(r"\d+", instruction.arguments)
+        if instruction.opcode == "constant" and literal:
+          constants.append(int(literal.group()))
+    return max(constants)
+
+
+def _collective(
+  i: Instruction, computation: str, module: Module, types: Mapping[str, str]
+) -> Collective | None:
+  """Returns what an instruction communicates, counted once, or None."""
+  kind = i.opcode.removesuffix("-start")
+  if kind not in KINDS:
+    return None
+  result = find_arrays(i.type)
+  if i.opcode in ("all-gather-start", "collective-permute-start"):
+    # (operands, results, ...)
+    result = find_arrays(tuple_parts(i.type)[1])
+  if kind == "reduce-scatter":
+    result = find_arrays(" ".join(types[name] for name in i.operands))
+  # TPUs have no such instruction but a fusion that keeps one part of the sum.
+  if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+    kind = "reduce-scatter"
+  mesh = re.search(r"replica_groups=(mesh\[.*?\{.*?\})", i.attributes)
+  groups = mesh.group(1) if mesh else i.attribute("replica_groups")
+  groups = groups or i.attribute("source_target_pairs")
+  return Collective(
+    kind,
+    result,
+    1,
+    parse_groups(groups or "", module.num_partitions),
+    _op_name(i),
+  )
+
+
+def _op_name(i: Instruction) -> str:
+  found = re.search(r'op_name="([^"]*)"', i.attributes)
+  return found.group(1) if found else ""
+
+
+def _cycles(i: Instruction) -> float:
+  found = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
+  return float(found.group(1)) if found else 0.0
+
+
+def _strides(
+  mesh_shape: Mapping[str, int],
+) -> Iterator[tuple[str, int, int]]:
+  stride = math.prod(mesh_shape.values())
+  for axis, size in mesh_shape.items():
+    stride //= size
+    yield axis, stride, size

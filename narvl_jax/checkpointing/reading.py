@@ -1,0 +1,318 @@
+"""Reading checkpoints: which there are, and their arrays if intact."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Self
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from narvl_jax.checkpointing import record as record_lib
+from narvl_jax.checkpointing.checksums import device_checksums
+from narvl_jax.checkpointing.fit import check_fit
+from narvl_jax.checkpointing.host_memory import large_blocks_returned
+from narvl_jax.checkpointing.integrity import (
+  Damage,
+  DamagedCheckpoint,
+  compare_leaves,
+  examine,
+  has_digests,
+)
+from narvl_jax.checkpointing.record import Record, name_leaves
+from narvl_jax.checkpointing.retention import ranked
+from narvl_jax.errors import UserError
+from narvl_jax.hosts import distributed
+from narvl_jax.state.train_state import TrainState, averaged_variables
+
+FOLDER = "checkpoints"
+# Each fails only if a checkpoint vanishes between its listing and its look-up.
+_OPENINGS = 5
+
+
+class RemovedCheckpoint(UserError):
+  """A checkpoint is gone, which was there when the folder was opened."""
+
+
+class StoredCheckpoints:
+  """The checkpoints in `WORKDIR/checkpoints/STEP`; see `training.record`.
+
+  Arrays are read straight to where they are to lie. Nothing is used before
+  the files, and then the arrays on the devices, were compared with what was
+  written.
+  """
+
+  # Whether to look for another checkpoint where one is damaged.
+  _advises = True
+
+  def __init__(self, workdir: str | os.PathLike[str]) -> None:
+    """Opens the folder of a run; makes nothing.
+
+    Args:
+      workdir: the run folder.
+    """
+    # Orbax takes a second to import: those who only train pay for it late.
+    from narvl_jax.checkpointing import orbax_manager
+
+    self._orbax = orbax_manager
+    self._workdir = pathlib.Path(workdir).resolve()
+    self._folder = self._workdir / FOLDER
+    self._manager = self._open_patiently()
+    self._scores = {step: self._read_score(step) for step in self.steps()}
+
+  def _open(self) -> Any:
+    return self._orbax.open_manager(self._folder)
+
+  def _open_patiently(self) -> Any:
+    """Opens the folder; a run that is training may change it meanwhile."""
+    for _ in range(_OPENINGS - 1):
+      with contextlib.suppress(FileNotFoundError):
+        return self._open()
+    return self._open()
+
+  @property
+  def workdir(self) -> pathlib.Path:
+    """The run folder."""
+    return self._workdir
+
+  @property
+  def best_step(self) -> int | None:
+    """The step with the best score, None if none has one."""
+    return next(iter(ranked(self.steps(), self._scores)), None)
+
+  def steps(self) -> list[int]:
+    """Returns the steps on disk in order."""
+    return sorted(self._manager.all_steps())
+
+  def read_record(self, step: int) -> Record:
+    """Returns what a checkpoint is, without reading its arrays.
+
+    Args:
+      step: one of `steps()`.
+
+    Raises:
+      DamagedCheckpoint: that cannot be told.
+    """
+    self.wait()
+    try:
+      return record_lib.read_record(self._folder / str(step))
+    except (OSError, record_lib.BrokenRecord) as error:
+      damage = self.damage(step)
+      assert damage is not None
+      raise self._refuse(step, damage) from error
+
+  def _read_score(self, step: int) -> float | None:
+    try:
+      return record_lib.read_record(self._folder / str(step)).score
+    except (OSError, record_lib.BrokenRecord):
+      return None
+
+  def run(self, step: int) -> dict[str, Any]:
+    """Returns what `save` was given as `run`; {} for weights only."""
+    return self.read_record(step).run
+
+  def shapes(self, step: int) -> dict[str, Any]:
+    """Returns what a checkpoint holds, without reading the values.
+
+    Args:
+      step: one of `steps()`.
+
+    Returns:
+      "params" and, if there are any, "ema": trees of `jax.ShapeDtypeStruct`;
+      each has {"params", "batch_stats"}.
+    """
+    found: dict[str, Any] = {}
+    for name, leaf in self.read_record(step).leaves.items():
+      item = record_lib.item_of(name)
+      if item != "optimizer":
+        path = name.removeprefix("ema/")
+        shape = jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
+        found.setdefault(item, {})[path] = shape
+    return {
+      item: flax.traverse_util.unflatten_dict(leaves, sep="/")
+      for item, leaves in found.items()
+    }
+
+  def damage(self, step: int) -> Damage | None:
+    """Returns what is wrong with a checkpoint on disk, the same on all hosts.
+
+    Args:
+      step: one of `steps()`.
+    """
+    self.wait()
+    place = self._folder / str(step)
+    try:
+      return examine(place, jax.process_index(), jax.process_count(), _gather)
+    except OSError as error:
+      if place.is_dir():
+        raise
+      raise self._removed(step) from error
+
+  def restore(self, step: int, target: TrainState) -> TrainState:
+    """Reads a whole state to where it is to lie.
+
+    Args:
+      step: one of `steps()`.
+      target: shapes, dtypes and shardings of the state
+        (`jax.ShapeDtypeStruct`s).
+
+    Raises:
+      DamagedCheckpoint: it is not what was written.
+      UserError: it holds weights only, or the state of another model.
+    """
+    items = state_items(target)
+    record = self.read_record(step)
+    if not any(record_lib.item_of(x) == "optimizer" for x in record.leaves):
+      raise UserError(
+        f"the checkpoint {step} holds weights but no state of an optimizer, so"
+        " no run can go on from it; start one with --config.init_from=FOLDER"
+        " and another --workdir"
+      )
+    check_fit(record, name_leaves(items), self._workdir)
+    read = self._read(step, record, items)
+    return TrainState(
+      step=read["optimizer"]["step"],
+      params=read["params"]["params"],
+      batch_stats=read["params"]["batch_stats"],
+      opt_state=read["optimizer"]["opt_state"],
+      ema=read.get("ema"),
+    )
+
+  def restore_variables(
+    self, step: int, target: Mapping[str, Any], ema: Mapping[str, Any] | None
+  ) -> dict[str, Any]:
+    """Reads the variables to evaluate, averaged ones if the run has them.
+
+    Args:
+      step: one of `steps()`.
+      target: shapes of {"params", "batch_stats"}.
+      ema: shapes of {"params", "batch_stats"} of the averages, or None.
+
+    Raises:
+      DamagedCheckpoint: it is not what was written.
+      UserError: it holds the variables of another model.
+    """
+    items = {"params": dict(target)}
+    if ema is not None:
+      items["ema"] = dict(ema)
+    record = self.read_record(step)
+    check_fit(record, name_leaves(items), self._workdir, dtypes=False)
+    read = self._read(step, record, items)
+    if ema is None:
+      return read["params"]
+    return averaged_variables(read["params"]["params"], read["ema"])
+
+  def _read(
+    self, step: int, record: Record, items: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """Reads items and compares them with what was saved."""
+    damage = self.damage(step)
+    if damage is not None:
+      raise self._refuse(step, damage)
+    wanted = name_leaves(items)
+    args = self._orbax.ocp.args.Composite(
+      **{
+        # In the types that they have, to which their checksums belong.
+        name: self._orbax.RestoreArrays(_as_stored(item, name, record))
+        for name, item in items.items()
+      }
+    )
+    try:
+      with large_blocks_returned():
+        found = dict(self._manager.restore(step, args=args))
+    except Exception as error:
+      if not (self._folder / str(step)).is_dir():
+        raise self._removed(step) from error
+      # Without digests, files that hold no arrays were not looked at.
+      if has_digests(self._folder / str(step)):
+        raise
+      what = f"cannot be read: {' '.join(str(error).split())[:200]}"
+      raise self._refuse(step, Damage([[".", what]], [])) from error
+    arrays = list(name_leaves(found).values())
+    sums = device_checksums(arrays)
+    different = compare_leaves(record, list(wanted), sums)
+    if different:
+      raise self._refuse(step, Damage([], different))
+    return {
+      name: jax.tree.map(_as_wanted, found[name], item)
+      for name, item in items.items()
+    }
+
+  def _removed(self, step: int) -> RemovedCheckpoint:
+    return RemovedCheckpoint(
+      f"the checkpoint of step {step} was removed from {self._folder} while it"
+      " was read, as a run that is training does with old ones; choose one that"
+      " is kept: --checkpoint=best or last"
+    )
+
+  def _is_intact(self, step: int) -> bool:
+    try:
+      return self.damage(step) is None
+    except RemovedCheckpoint:
+      return False
+
+  def _refuse(self, step: int, damage: Damage) -> UserError:
+    """Returns the error of a damaged checkpoint; names one that is not."""
+    if not (self._folder / str(step)).is_dir():
+      return self._removed(step)
+    if not self._advises:
+      return DamagedCheckpoint(step, damage)
+    others = sorted(set(self.steps()) - {step}, key=lambda x: (step - x) ** 2)
+    intact = next((x for x in others if self._is_intact(x)), None)
+    advice = "no other one of this run is intact"
+    if intact is not None:
+      advice = f"the nearest one that is intact: --checkpoint={intact}"
+    return DamagedCheckpoint(step, damage, advice)
+
+  def wait(self) -> None:
+    """Blocks until everything saved is on disk."""
+
+  def close(self) -> None:
+    """Closes the folder."""
+    self._manager.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+
+def state_items(state: TrainState) -> dict[str, Any]:
+  """Returns the parts of a state, each of which can be read without others."""
+  items = {
+    "params": {"params": state.params, "batch_stats": state.batch_stats},
+    "optimizer": {"step": state.step, "opt_state": state.opt_state},
+  }
+  if state.ema is not None:
+    items["ema"] = state.ema
+  return items
+
+
+def _as_stored(tree: Any, item: str, record: Record) -> Any:
+  """Gives the shapes of an item the dtypes that they have on disk."""
+  names = iter(name_leaves({item: tree}))
+
+  def stored(leaf: Any) -> jax.ShapeDtypeStruct:
+    dtype = record.leaves[next(names)].dtype
+    same = str(leaf.dtype) == dtype
+    return jax.ShapeDtypeStruct(
+      leaf.shape,
+      leaf.dtype if same else np.dtype(dtype),
+      sharding=leaf.sharding,
+    )
+
+  return jax.tree.map(stored, tree)
+
+
+def _as_wanted(array: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
+  same = array.dtype == target.dtype
+  return array if same else array.astype(target.dtype)
+
+
+def _gather(value: Any) -> list[Any]:
+  """Returns a value of all hosts; some may have more to read than others."""
+  distributed.barrier("checkpoint examined")
+  return distributed.gather_json(value)

@@ -1,0 +1,79 @@
+"""Weights in the folders of other runs: finding and reading them."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.traverse_util
+
+from narvl_jax.checkpointing.chosen import choose_step
+from narvl_jax.checkpointing.integrity import DamagedCheckpoint
+from narvl_jax.checkpointing.recorded_config import check_recorded
+from narvl_jax.checkpointing.writing import FOLDER, Checkpoints
+from narvl_jax.errors import UserError
+from narvl_jax.run_folder.workdir import is_run, read_config
+from narvl_jax.state.parameters import flatten
+
+
+@contextlib.contextmanager
+def opened(path: str, key: str) -> Iterator[tuple[Checkpoints, int]]:
+  """Opens the checkpoints of a folder; yields them and the best step.
+
+  Args:
+    path: folder of a run or of converted weights.
+    key: of the config that names it.
+
+  Raises:
+    UserError: there are none, or what the block read is damaged.
+  """
+  place, named, flag = pathlib.Path(path), f'{key}="{path}"', f"--config.{key}"
+  if place.is_file():
+    raise UserError(
+      f"{named} is a file; convert it first: python -m"
+      f" narvl_jax.convert --from={path} --to=FOLDER, then"
+      f" {flag}=FOLDER"
+    )
+  if not place.exists():
+    raise UserError(f"{named}: there is no such folder ({flag})")
+  if not (place / FOLDER).is_dir():
+    raise UserError(
+      f"{named} holds no {FOLDER}; it must be the folder of a run"
+      f" or of converted weights ({flag})"
+    )
+  with Checkpoints(path) as checkpoints:
+    try:
+      step = choose_step(checkpoints, "best")
+    except UserError as error:
+      raise UserError(f"{named} has no checkpoint yet ({flag})") from error
+    try:
+      if is_run(place):
+        record = checkpoints.read_record(step)
+        check_recorded(place, read_config(place), record)
+      yield checkpoints, step
+    except DamagedCheckpoint as error:
+      raise UserError(
+        f"{named}: the checkpoint of step {error.step} is damaged:"
+        f" {error.damage}; move {place / FOLDER / str(error.step)} away to take"
+        f" another one of this folder, or name another folder ({flag})"
+      ) from error
+
+
+def read_weights(
+  checkpoints: Checkpoints, step: int, target: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Reads the weights, moving averages where there are any.
+
+  Args:
+    checkpoints: of the folder.
+    step: one of theirs.
+    target: shapes, dtypes and shardings of {"params", "batch_stats"}.
+  """
+  ema = checkpoints.shapes(step).get("ema")
+  if ema is not None:
+    wanted = flatten(target)
+    # Parameters that were frozen there have no average.
+    ema = {name: wanted[name] for name in flatten(ema)}
+    ema = flax.traverse_util.unflatten_dict(ema, sep="/")
+    ema = {"batch_stats": {}, **ema}
+  return checkpoints.restore_variables(step, target, ema)

@@ -1,0 +1,175 @@
+"""What every entry point shares: flags in, one line per mistake out."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections.config_flags import config_flags
+
+from narvl_jax.command_line.flag_parsing import normalise, print_help
+from narvl_jax.command_line.json_output import reserved_stdout
+from narvl_jax.command_line.messages import (
+  check_config_files,
+  config_file_message,
+  flag_message,
+  unexpected_argument,
+  unknown_key,
+)
+from narvl_jax.errors import UserError
+from narvl_jax.files import paths as user_paths
+from narvl_jax.files.disk import explain_disk
+from narvl_jax.terminal.text import naming, show, show_error
+
+USER_ERROR_CODE = 2
+
+
+def define_config_flag(name: str = "config") -> flags.FlagHolder[Any]:
+  """Defines `--config=FILE.py[:ARG]` with one override flag per key."""
+  return config_flags.DEFINE_config_file(
+    name, None, "Experiment: FILE.py or FILE.py:ARG, passed to get_config."
+  )
+
+
+class Stopped(SystemExit):
+  """A signal ended a command, of which nothing is left to do."""
+
+
+def leave(code: int) -> NoReturn:
+  """Ends the process at once, whatever its threads are doing."""
+  for child in multiprocessing.active_children():
+    # What prepares its data would outlive it.
+    child.terminate()
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):
+      stream.flush()
+  os._exit(code)
+
+
+def run(
+  main: Callable[[Sequence[str]], Any],
+  *,
+  positional: int | tuple[int, int] = 0,
+  positional_name: str = "",
+) -> NoReturn:
+  """Parses the flags, runs `main` and exits.
+
+  Mistakes of the user (`UserError`, unknown flags and config keys, values of
+  the wrong type, missing files) become one line on stderr and exit code 2.
+
+  Args:
+    main: gets the name of the command and the arguments that are no flags.
+    positional: number of such arguments, or the least and the largest one.
+    positional_name: what they are, for messages.
+  """
+  least, most = (
+    (positional, positional) if isinstance(positional, int) else positional
+  )
+
+  def guarded(argv: Sequence[str]) -> Any:
+    if not flags.FLAGS["verbosity"].present:
+      # Libraries tell of every file they touch.
+      logging.set_verbosity(logging.WARNING)
+    try:
+      given = argv[1:]
+      if "" in given:
+        raise UserError("an argument is empty; give a name, or leave it out")
+      if len(given) > most:
+        raise UserError(unexpected_argument(given[most], sys.argv))
+      if len(given) < least:
+        raise UserError(
+          f"{positional_name or 'an argument'} is missing; --help tells more"
+        )
+      # Not all commands have it.
+      json = flags.FLAGS["json"].value if "json" in flags.FLAGS else None
+      with reserved_stdout(json):
+        try:
+          return main(argv)
+        finally:
+          # Otherwise an error comes when Python ends, as a traceback.
+          with naming(sys.stdout):
+            sys.stdout.flush()
+    except UserError as error:
+      fail(str(error))
+    except KeyboardInterrupt:
+      show("SIGINT: stopped", file=sys.stderr)
+      raise Stopped(128 + signal.SIGINT) from None
+    except BrokenPipeError:
+      _drop_stdout()
+      sys.exit(1)
+    except Exception as error:
+      text = explain_disk(error) or user_paths.explain_path(error)
+      if text is None:
+        raise
+      fail(text)
+
+  _open_closed_streams()
+  # A traceback may quote what a file holds.
+  sys.excepthook = show_error
+  sys.argv[:] = normalise(sys.argv)
+  try:
+    if print_help(main, sys.argv):
+      sys.exit(0)
+  except BrokenPipeError:
+    _drop_stdout()
+    sys.exit(0)
+  except UserError as error:
+    fail(str(error))
+  try:
+    app.run(guarded, flags_parser=_parse_flags)
+  except Stopped as stop:
+    # A signal may have cut off a compilation. What libraries then do when the
+    # interpreter ends can be a segmentation fault.
+    leave(int(stop.code or 0))
+  raise AssertionError("app.run returned")
+
+
+def fail(message: str) -> NoReturn:
+  """Prints `error: MESSAGE` as one line on stderr; exits with code 2."""
+  try:
+    sys.stdout.flush()
+  except OSError:
+    _drop_stdout()
+  with contextlib.suppress(OSError, UserError):
+    show("error: " + " ".join(message.split()), file=sys.stderr)
+  sys.exit(USER_ERROR_CODE)
+
+
+def _drop_stdout() -> None:
+  """Lets what is still buffered go nowhere, as nobody reads on (`| head`)."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_closed_streams() -> None:
+  """Lets what goes to a stream that the caller has closed (`>&-`) go nowhere.
+
+  Otherwise the next file that is opened takes its number, and gets the output.
+  """
+  for number, name in enumerate(("stdin", "stdout", "stderr")):
+    try:
+      os.fstat(number)
+    except OSError:
+      # The system gives the lowest number that is free.
+      os.open(os.devnull, os.O_RDWR)
+    if getattr(sys, name) is None:
+      mode = "w" if number else "r"
+      stream = os.fdopen(number, mode, closefd=False)
+      setattr(sys, name, stream)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+  try:
+    remaining = flags.FLAGS(list(argv))
+    user_paths.check_flags()
+    check_config_files()
+    return remaining
+  except (flags.Error, UserError) as error:
+    fail(flag_message(error, argv))
+  except Exception as error:
+    # config_flags lets these escape: an override without such a key, or what
+    # a config file raises.
+    fail(unknown_key(argv) or config_file_message(error))

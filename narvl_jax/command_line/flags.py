@@ -1,0 +1,140 @@
+"""Flags that several commands have: one name for one idea.
+
+| idea                          | flag                                     |
+| ----------------------------- | ---------------------------------------- |
+| folder of the run             | `--workdir=FOLDER`                       |
+| which of its checkpoints      | `--checkpoint=best`, `last` or a step    |
+| what is written, and where    | `--to=FILE` or `--to=FOLDER`             |
+| split of a data set           | `--split=NAME`                           |
+| at most so many examples      | `--max_examples=N`                       |
+| examples at a time            | `--batch_size=N`                         |
+| records of a file of shards   | `--shard_size=N`                         |
+| processes, threads            | `--num_workers=N`, `--num_threads=N`     |
+| output for programs           | `--json` (stdout) or `--json=FILE`       |
+
+`rename` keeps an old name working, with a note.
+"""
+
+from typing import Any
+
+from absl import flags
+
+# A command's --help lists these as its own.
+flags.disclaim_key_flags()
+
+# Old name -> the one that took its place.
+RENAMED: dict[str, str] = {}
+STDOUT = "-"
+
+
+def workdir(text: str = "Folder of the run.") -> None:
+  """Defines --workdir."""
+  flags.DEFINE_string("workdir", None, text)
+
+
+def checkpoint(default: str = "best", text: str = "") -> None:
+  """Defines --checkpoint."""
+  flags.DEFINE_string("checkpoint", default, f"{text}best, last or a step.")
+
+
+def to(text: str, default: str | None = None) -> None:
+  """Defines --to."""
+  flags.DEFINE_string("to", default, text)
+
+
+def split(text: str, default: str | None = "") -> None:
+  """Defines --split."""
+  flags.DEFINE_string("split", default, text)
+
+
+def max_examples(
+  text: str,
+  default: int | None = None,
+  *,
+  old: str | None = None,
+  lower_bound: int | None = None,
+) -> None:
+  """Defines --max_examples."""
+  flags.DEFINE_integer("max_examples", default, text, lower_bound=lower_bound)
+  if old:
+    rename(old, "max_examples")
+
+
+def batch_size(
+  text: str,
+  default: int | None = None,
+  *,
+  old: str | None = None,
+  lower_bound: int | None = None,
+) -> None:
+  """Defines --batch_size."""
+  flags.DEFINE_integer("batch_size", default, text, lower_bound=lower_bound)
+  if old:
+    rename(old, "batch_size")
+
+
+def shard_size(
+  *, old: str | None = None, lower_bound: int | None = None
+) -> None:
+  """Defines --shard_size."""
+  flags.DEFINE_integer(
+    "shard_size", 2000, "Records of a shard, about.", lower_bound=lower_bound
+  )
+  if old:
+    rename(old, "shard_size")
+
+
+def answers(whose: str = "the run's") -> None:
+  """Defines --answers."""
+  flags.DEFINE_string(
+    "answers", "", f"File of the answers that VQA allows; default: {whose}."
+  )
+
+
+def max_bad_fraction(text: str = "", default: float | None = None) -> None:
+  """Defines --max_bad_fraction."""
+  flags.DEFINE_float(
+    "max_bad_fraction",
+    default,
+    f"Share of records that may be bad and left out{text}.",
+    lower_bound=0,
+    upper_bound=1,
+  )
+
+
+def rename(old: str, new: str) -> None:
+  """Keeps the name that a flag of this command once had.
+
+  Args:
+    old: name, without dashes; `narvl_jax.command_line.cli` replaces it and prints a note.
+    new: name of a flag that is defined.
+  """
+  RENAMED[old] = new
+
+
+class _JsonParser(flags.ArgumentParser):
+  """A file; "true", which a flag without a value gets, is stdout."""
+
+  def parse(self, argument: Any) -> str | None:
+    """Returns the file, `STDOUT`, or None for neither."""
+    if argument in (True, "true", "True"):
+      return STDOUT
+    return None if argument in (False, "false", "False", "") else str(argument)
+
+  def flag_type(self) -> str:
+    """Returns what the value is, for --help."""
+    return "file"
+
+
+def json() -> None:
+  """Defines --json, which `narvl_jax.command_line.cli.write_json` heeds."""
+  flag = flags.Flag(
+    parser=_JsonParser(),
+    serializer=flags.ArgumentSerializer(),
+    name="json",
+    default=None,
+    help_string="Print JSON, and what is for people on stderr; or write it to"
+    " FILE.",
+    boolean=True,
+  )
+  flags.DEFINE_flag(flag)

@@ -1,0 +1,236 @@
+"""The one place where a record may fail, and the account of those that did.
+
+Whatever is raised while one record is read, decoded, augmented or tokenised
+makes it a bad record, which is counted and left out. All that reads records
+reads them through `RecordReader`.
+"""
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+from narvl_jax.data import sources
+from narvl_jax.data.example import Record
+from narvl_jax.errors import UserError
+from narvl_jax.terminal.text import warn
+
+# What damaged data is known to raise. Other errors may be defects of the code.
+_FORESEEN = (ValueError, OSError, LookupError, OverflowError)
+# Records, spread over the source, that all fail in one unforeseen way if that
+# is a defect of the code.
+_PROBED = 16
+# Records in a row for which memory is short if the machine lacks it, and not
+# the one record wants too much.
+_SHORT_OF_MEMORY = 3
+# Characters at either end of a long reason that are kept, and of an id.
+_REASON_PART = 200
+_ID_PART = 100
+
+T = TypeVar("T")
+
+
+def short_reason(error: Exception) -> str:
+  """Returns what is wrong in one line, without the whole of a long field."""
+  reason = " ".join(str(error).split())
+  if not reason or not isinstance(error, _FORESEEN):
+    reason = f"{type(error).__name__}: {reason}".rstrip(": ")
+  if len(reason) > 2 * _REASON_PART:
+    reason = f"{reason[:_REASON_PART]} ... {reason[-_REASON_PART:]}"
+  return reason
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRecord:
+  """A record that could not be used; travels from worker to main process.
+
+  Attributes:
+    name: of the entry or data set.
+    index: of the record in its source.
+    total: number of records of the source.
+    place: where it is, such as "vqa.tsv row 17".
+    reason: what is wrong with it.
+    record_id: its id; None if it could not even be read.
+    kind: its kind; "" if it could not be read.
+  """
+
+  name: str
+  index: int
+  total: int
+  place: str
+  reason: str
+  record_id: str | None = None
+  kind: str = ""
+
+  @property
+  def what(self) -> str:
+    """Place, id and fault in words."""
+    place = self.place
+    if self.record_id:
+      short = self.record_id[:_ID_PART]
+      dots = "..." if short != self.record_id else ""
+      place += f' (id "{short}{dots}")'
+    return f"{place}: {self.reason}"
+
+
+class RecordReader:
+  """Reads records of one source and does something with each.
+
+  May be used by several threads, and be pickled to other processes.
+
+  Attributes:
+    defect: what `read` raised for all records that were tried, if it did.
+  """
+
+  def __init__(
+    self,
+    source: Sequence[Record],
+    name: str,
+    total: int | None = None,
+    *,
+    among: Sequence[int] | None = None,
+  ) -> None:
+    """Takes the source.
+
+    Args:
+      source: records, random access.
+      name: of the entry or data set, in messages.
+      total: of how many records, if not all of the source.
+      among: indices of the records that can be used; all by default.
+    """
+    self._source = source
+    self._name = name
+    self._total = len(source) if total is None else total
+    self._among = range(self._total) if among is None else among
+    # Whether some record was used, or failed as data does.
+    self._sound = False
+    self.defect: Exception | None = None
+    self._short_of_memory = 0
+
+  def read(self, index: int, use: Callable[[Record], T]) -> T | BadRecord:
+    """Returns `use(source[index])`, or what is wrong with the record.
+
+    Args:
+      index: of the record.
+      use: may be called with other records of the source as well, to tell a
+        defect of the code from bad data.
+
+    Raises:
+      Exception: what the record raised, if that is not known of bad data and
+        all other records that are tried then raise the same.
+      UserError: the machine has no memory left.
+    """
+    record = None
+    try:
+      record = self._source[index]
+      value = use(record)
+    except Exception as error:
+      self._check_memory(index, error)
+      if isinstance(error, _FORESEEN):
+        self._sound = True
+      elif not self._sound and not isinstance(error, MemoryError):
+        self._check_defect(index, use, error)
+      # A source of others may return anything.
+      known = isinstance(record, Record)
+      return BadRecord(
+        self._name,
+        index,
+        self._total,
+        self._place(index),
+        short_reason(error),
+        str(record.id) if known else None,
+        str(record.kind) if known else "",
+      )
+    self._sound = True
+    self._short_of_memory = 0
+    return value
+
+  def _check_defect(
+    self, index: int, use: Callable[[Record], object], error: Exception
+  ) -> None:
+    """Raises `error` if all records that are tried raise the same."""
+    number = len(self._among)
+    count = min(number, _PROBED)
+    probed = {self._among[i * number // count] for i in range(count)}
+    for other_index in sorted(probed - {index}):
+      try:
+        use(self._source[other_index])
+      except Exception as other:
+        if type(other) is type(error):
+          continue
+      self._sound = True
+      return
+    self._raise_defect(index, len(probed | {index}), error)
+
+  def _raise_defect(self, index: int, count: int, error: Exception) -> NoReturn:
+    self.defect = error
+    error.add_note(
+      f"All {count} records of {self._name} that were tried raise"
+      f" {type(error).__name__}, such as {self._place(index)}: a defect of the"
+      " code rather than bad data"
+    )
+    raise error
+
+  def _check_memory(self, index: int, error: Exception) -> None:
+    if not isinstance(error, MemoryError):
+      self._short_of_memory = 0
+      return
+    self._short_of_memory += 1
+    if self._short_of_memory >= _SHORT_OF_MEMORY:
+      raise UserError(
+        f"there was no memory for {self._short_of_memory} records of"
+        f" {self._name} in a row, the last {self._place(index)}: the machine"
+        " has too little; lower --config.data.num_workers,"
+        " --config.data.num_threads or --config.data.prefetch"
+      ) from error
+
+  def _place(self, index: int) -> str:
+    try:
+      return sources.locate(self._source, index)
+    except Exception:  # Not worth the run.
+      return f"record {index}"
+
+
+class BadRecords:
+  """Counts the bad records of a run and stops it when there are too many.
+
+  Attributes:
+    max_fraction: of the records of a source that may be bad.
+  """
+
+  def __init__(self, max_fraction: float = 0.01) -> None:
+    self.max_fraction = max_fraction
+    self._seen: dict[str, set[int]] = collections.defaultdict(set)
+    self._lock = threading.Lock()
+
+  @property
+  def count(self) -> int:
+    """Number of different bad records met so far."""
+    with self._lock:
+      return sum(len(seen) for seen in self._seen.values())
+
+  def count_of(self, name: str) -> int:
+    """Returns the number of different bad records of one entry."""
+    with self._lock:
+      return len(self._seen[name])
+
+  def report(self, record: BadRecord) -> None:
+    """Takes note of a bad record; logs it the first time.
+
+    Raises:
+      UserError: more than `max_fraction` of the source is bad.
+    """
+    with self._lock:
+      seen = self._seen[record.name]
+      if record.index in seen:
+        return
+      seen.add(record.index)
+      bad = len(seen)
+    warn(f"skipped a bad record of {record.name}: {record.what}")
+    if bad > self.max_fraction * record.total:
+      raise UserError(
+        f"{bad} of {record.total} records of {record.name} are bad, more than"
+        f" {self.max_fraction:.2%}; the last is {record.what}. Mend the data"
+        " or set --config.data.max_bad_fraction (evaluate: --max_bad_fraction)"
+      )

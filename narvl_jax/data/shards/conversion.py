@@ -1,0 +1,270 @@
+"""Any source to a folder of ArrayRecord shards: parallel and resumable.
+
+Shard k of n holds the records from k * count // n on, whatever the number of
+processes, so the bytes do not depend on it. A shard is written under another
+name in the folder `.convert`, read back, and renamed; a note beside it says
+that it is done. The manifest comes last. A conversion that was killed goes on
+with the shards whose notes and hashes are right.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from narvl_jax.data.example import TASKS
+from narvl_jax.data.shards import records
+from narvl_jax.data.shards.folder import (
+  CONTENT_MARK,
+  finished_manifest,
+  kept_notes,
+  nothing_left_over,
+  progress_folder,
+)
+from narvl_jax.data.shards.manifest import (
+  Manifest,
+  Shard,
+  write_json,
+)
+from narvl_jax.data.shards.writer import (
+  PROGRESS,
+  BadAccount,
+  Job,
+  write_all,
+  write_error,
+)
+from narvl_jax.data.sources import files, open_source, parse_spec
+from narvl_jax.data.sources.content import content_digest
+from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.terminal.activity import Activity
+from narvl_jax.terminal.progress import doing
+from narvl_jax.terminal.text import show
+
+_ORIENTATION_NOTES = {
+  "ignore": (
+    "they were stored as their pixels lie; --exif_orientation=apply turns them"
+    " upright"
+  ),
+  "apply": "they were turned upright",
+}
+
+# (job, numbers of shards, what counts the records that are done) -> (number,
+# note) of each shard; see `write_all`.
+Write = Callable[
+  [Job, Sequence[int], Activity], Iterator[tuple[int, dict[str, Any]]]
+]
+
+
+def plan(
+  spec: str,
+  folder: str,
+  *,
+  task: str = "",
+  split: str = "",
+  options: dict[str, Any] | None = None,
+  name: str = "",
+  limit: int = 0,
+  shards: int = 0,
+  shard_size: int = 2000,
+  image_size: int = 0,
+  quality: int = 95,
+  format: str = "array_record",
+  exif_orientation: str = "ignore",
+  size_flags: str = "--shards, --shard_size or --max_examples",
+) -> tuple[Job, dict[str, Any]]:
+  """Opens the source once; returns the job and what identifies its input.
+
+  Args:
+    spec: see `open_source`.
+    folder: that gets the shards.
+    task: one of `TASKS`; may be "" if the source knows its task.
+    split: of the source.
+    options: of the source.
+    name: of the shards; by default TASK-SPLIT.
+    limit: converts only so many records; 0 converts all.
+    shards: number of shards; 0 derives it from `shard_size`.
+    shard_size: records of a shard, about.
+    image_size: see `Job`.
+    quality: see `Job`.
+    format: see `Job`.
+    exif_orientation: see `Job`.
+    size_flags: what the user may change if there are too many shards.
+
+  Raises:
+    UserError: the source cannot be opened or has no record.
+  """
+  options = options or {}
+  source: Any = open_source(
+    spec, task=task, split=split, exif_orientation=exif_orientation, **options
+  )
+  if getattr(source, "upright", False):
+    # Settled when it was converted before.
+    exif_orientation = "apply"
+  task = task or getattr(source, "task", "")
+  if task not in TASKS:
+    raise UserError(f'--task is "{task}".{did_you_mean(task, TASKS)}')
+  found_split = split or getattr(source, "split", "") or "train"
+  count = min(limit, len(source)) if limit else len(source)
+  if count < 1:
+    raise UserError(f'"{spec}" has no record; check --split')
+  num_shards = shards or math.ceil(count / shard_size)
+  if num_shards > min(count, 99999):
+    raise UserError(
+      f"{num_shards} shards for {count} records are too many; there may be"
+      f" {min(count, 99999)}: change {size_flags}"
+    )
+  job = Job(
+    spec, task, split, options, folder, name or _file_name(task, found_split),
+    count, num_shards, image_size, quality, format, exif_orientation,
+  )  # fmt: skip
+  origin = {
+    "spec": spec,
+    "options": options,
+    "records": count,
+    "fingerprint": _fingerprint(source, spec, options, found_split),
+  }
+  return job, {"split": found_split, "source": origin}
+
+
+def _file_name(task: str, split: str) -> str:
+  kept = [c if c.isalnum() or c in "-_." else "_" for c in split]
+  return f"{task}-{''.join(kept)}"
+
+
+def _fingerprint(
+  source: Any, spec: str, options: dict[str, Any], split: str
+) -> str:
+  """Returns a text that differs when the input's files do."""
+  own = getattr(source, "fingerprint", None)
+  if own is not None:
+    return own()
+  source_name, found = parse_spec(spec)
+  path = {**found, **options}.get("path")
+  if path is None:
+    return ""
+  stats = []
+  contents = hashlib.sha256()
+  for file in files.resolve(path, split, source=source_name):
+    with open(file, "rb") as opened:
+      status = os.fstat(opened.fileno())
+      contents.update(content_digest(opened.fileno(), status.st_size))
+    stats.append((file.name, status.st_size, status.st_mtime_ns))
+  before = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+  return f"{before}{CONTENT_MARK}{contents.hexdigest()}"
+
+
+def convert(
+  job: Job,
+  origin: dict[str, Any],
+  *,
+  num_workers: int = 0,
+  max_bad_fraction: float = 0.01,
+  tell: Callable[[str], None] = show,
+  write: Write | None = None,
+) -> Manifest:
+  """Writes the shards that are not there yet, and the manifest.
+
+  Args:
+    job: from `plan`.
+    origin: from `plan`.
+    num_workers: number of processes; 0 works in this one.
+    max_bad_fraction: of the records that may be bad and left out.
+    tell: gets a line for each shard.
+    write: writes shards instead of `write_all`.
+
+  Raises:
+    UserError: too many records are bad, the folder holds something else or
+      another conversion works on it, or it cannot be written.
+  """
+  folder = pathlib.Path(job.folder)
+  done = finished_manifest(folder, job, origin)
+  if done is not None:
+    tell(f"{folder} is complete: {done.records} records")
+    return done
+  with (
+    _written(folder),
+    progress_folder(folder, job, origin) as progress,
+    nothing_left_over(progress, job, shared=write is not None),
+  ):
+    notes = kept_notes(progress, folder, job, max(num_workers, 1))
+    if notes:
+      tell(f"{len(notes)} of {job.num_shards} shards are there already")
+    todo = [k for k in range(job.num_shards) if k not in notes]
+    account = BadAccount(job, max_bad_fraction)
+    for note in notes.values():
+      account.add(note, log=False)
+    records = sum(len(job.indices(number)) for number in todo)
+    with (
+      doing(f"writing {job.name}", records, "records") as writing,
+      contextlib.ExitStack() as stack,
+    ):
+      finished = 0
+      if write:
+        written = write(job, todo, writing)
+      else:
+        # After a failure no process may go on writing.
+        workers = contextlib.closing(write_all(job, todo, num_workers))
+        written = stack.enter_context(workers)
+      for number, note in written:
+        account.add(note)
+        write_json(progress / f"{number:05d}.json", note)
+        notes[number] = note
+        shard = note["shard"]
+        tell(
+          f"{shard['file']}: {shard['records']} records,"
+          f" {shard['bytes'] / 1e6:.1f} MB, {len(note['bad'])} bad"
+        )
+        finished += len(job.indices(number))
+        writing.done = finished
+    manifest = _manifest(job, origin, [notes[k] for k in sorted(notes)])
+    manifest.write(folder)
+  turned = sum(note.get("turned", 0) for note in notes.values())
+  if turned:
+    tell(
+      f"{turned} pictures have an EXIF orientation, which --image_size removes:"
+      f" {_ORIENTATION_NOTES[job.exif_orientation]}"
+    )
+  shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+  return manifest
+
+
+def _manifest(
+  job: Job, origin: dict[str, Any], notes: Sequence[dict[str, Any]]
+) -> Manifest:
+  shards = [Shard(**note["shard"]) for note in notes]
+  return Manifest(
+    schema_version=records.SCHEMA_VERSION,
+    name=job.name,
+    task=job.task,
+    split=origin["split"],
+    source=origin["source"],
+    image=job.image(),
+    records=sum(shard.records for shard in shards),
+    bad_records=[bad for note in notes for bad in note["bad"]],
+    shards=shards,
+    labels=_summed([note["labels"] for note in notes if "labels" in note]),
+  )
+
+
+def _summed(counts: Sequence[dict[str, float]]) -> dict[str, float] | None:
+  """Returns the sum of each count; None if nothing was counted."""
+  if not counts:
+    return None
+  return {key: sum(count[key] for count in counts) for key in counts[0]}
+
+
+@contextlib.contextmanager
+def _written(folder: pathlib.Path) -> Iterator[None]:
+  """Tells what is wrong with the target in one line."""
+  try:
+    yield
+  except BrokenPipeError:
+    # Nobody reads what is told.
+    raise
+  except OSError as e:
+    raise write_error(folder, e) from e

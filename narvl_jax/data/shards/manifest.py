@@ -1,0 +1,199 @@
+"""`manifest.json`: what a folder of shards holds, and its check."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator
+from concurrent import futures
+from typing import Any
+
+from narvl_jax.data.shards.formats import format_of
+from narvl_jax.data.shards.records import SCHEMA_VERSION
+from narvl_jax.data.sources import MANIFEST
+from narvl_jax.errors import UserError
+from narvl_jax.files.disk import atomically
+from narvl_jax.terminal.text import readable_json
+
+_AGAIN = "; convert the data again with python -m narvl_jax.convert_data"
+_BLOCK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """One file.
+
+  Attributes:
+    file: its name within the folder.
+    records: number of records.
+    bytes: its size.
+    sha256: of the whole file, in hexadecimal.
+  """
+
+  file: str
+  records: int
+  bytes: int
+  sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """What `manifest.json` says.
+
+  Attributes:
+    schema_version: of the records; see `records`.
+    name: the shards are NAME-00000-of-00012.array_record.
+    task: one of `TASKS`.
+    split: such as "train".
+    source: what was converted: spec, options, fingerprint, length; of
+      distilled data also teacher, checkpoint_step, vocabulary (its
+      fingerprint), decoding and format.
+    image: how pictures are stored: {"encoding": "original"}, or "jpeg" with
+      size and quality.
+    records: number of records in all.
+    bad_records: what was left out: index, place, id and reason each.
+    shards: the files in order.
+    labels: of distilled data, sums over its records; see
+      `distilled.Labelled.counts`.
+  """
+
+  schema_version: int
+  name: str
+  task: str
+  split: str
+  source: dict[str, Any]
+  image: dict[str, Any]
+  records: int
+  bad_records: list[dict[str, Any]]
+  shards: list[Shard]
+  labels: dict[str, float] | None = None
+
+  def write(self, folder: pathlib.Path) -> None:
+    """Writes the manifest at once or not at all."""
+    fields = dataclasses.asdict(self)
+    if self.labels is None:
+      del fields["labels"]
+    write_json(folder / MANIFEST, fields)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes a JSON file at once or not at all."""
+  text = readable_json(value, indent=2) + "\n"
+  with atomically(path) as temporary:
+    temporary.write_text(text, encoding="utf-8")
+
+
+def read_manifest(folder: pathlib.Path) -> Manifest:
+  """Reads the manifest of a folder.
+
+  Raises:
+    UserError: there is none, it is damaged, or its version is a newer one.
+  """
+  path = folder / MANIFEST
+  try:
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    version = int(fields["schema_version"])
+  except FileNotFoundError as e:
+    raise UserError(
+      f'"{folder}" has no {MANIFEST}; pass a folder that'
+      " narvl_jax.convert_data wrote to its end"
+    ) from e
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise UserError(f'"{path}" is no manifest ({e!r}){_AGAIN}') from e
+  if version > SCHEMA_VERSION:
+    raise UserError(
+      f'"{path}" has schema version {version}; this version of narvl_jax reads'
+      f" versions up to {SCHEMA_VERSION}: upgrade narvl_jax, or convert the"
+      " data with this version"
+    )
+  try:
+    fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
+    manifest = Manifest(**fields)
+    total = sum(shard.records for shard in manifest.shards)
+  except (TypeError, KeyError) as e:
+    raise UserError(f'"{path}" is no manifest ({e}){_AGAIN}') from e
+  if manifest.records != total:
+    raise UserError(
+      f'"{path}" counts {manifest.records} records and {total} in its'
+      f" shards{_AGAIN}"
+    )
+  return manifest
+
+
+def quick_fault(folder: pathlib.Path, shard: Shard) -> str:
+  """Returns what is wrong with a shard, "" if nothing; its data is not read."""
+  path = folder / shard.file
+  try:
+    size = path.stat().st_size
+  except OSError as e:
+    return f"{shard.file}: {'missing' if not path.exists() else e.strerror}"
+  if size != shard.bytes:
+    word = "truncated" if size < shard.bytes else "too long"
+    return f"{shard.file}: {word}: {size:,} bytes of {shard.bytes:,}"
+  try:
+    count = format_of(path).count(path)
+  except Exception as e:  # Damage shows in the library's own ways.
+    return f"{shard.file}: cannot be read: {e}"
+  if count != shard.records:
+    return f"{shard.file}: damaged: {count} records of {shard.records}"
+  return ""
+
+
+def sha256_of(path: pathlib.Path) -> str:
+  """Returns the SHA-256 of a file in hexadecimal."""
+  digest = hashlib.sha256()
+  with open(path, "rb") as file:
+    while block := file.read(_BLOCK):
+      digest.update(block)
+  return digest.hexdigest()
+
+
+def verify(folder: pathlib.Path, *, num_threads: int = 1) -> list[str]:
+  """Reads all shards of a folder again; returns one line a fault.
+
+  Finds shards that are missing, renamed, cut off or changed in any bit, and
+  files that the manifest does not have.
+
+  Raises:
+    UserError: the manifest itself cannot be used.
+  """
+  manifest = read_manifest(folder)
+  listed = {shard.file for shard in manifest.shards}
+  suffixes = {format_of(shard.file).suffix for shard in manifest.shards}
+  strays = sorted(
+    path
+    for suffix in suffixes
+    for path in folder.glob("*" + suffix)
+    if path.name not in listed
+  )
+  with futures.ThreadPoolExecutor(max(num_threads, 1)) as pool:
+    faults = list(
+      pool.map(lambda shard: _fault(folder, shard), manifest.shards)
+    )
+    stray_hashes = dict(zip(strays, pool.map(sha256_of, strays), strict=True))
+  return list(_tell(manifest, faults, stray_hashes))
+
+
+def _fault(folder: pathlib.Path, shard: Shard) -> str:
+  fault = quick_fault(folder, shard)
+  if fault:
+    return fault
+  if sha256_of(folder / shard.file) != shard.sha256:
+    return f"{shard.file}: changed: its SHA-256 is not the manifest's"
+  return ""
+
+
+def _tell(
+  manifest: Manifest, faults: list[str], strays: dict[pathlib.Path, str]
+) -> Iterator[str]:
+  """Yields the faults; a stray file may be a missing shard's data."""
+  known = {shard.sha256: shard.file for shard in manifest.shards}
+  for shard, fault in zip(manifest.shards, faults, strict=True):
+    if not fault:
+      continue
+    copies = [p.name for p, value in strays.items() if value == shard.sha256]
+    hint = f"; {copies[0]} has its data, rename it" if copies else ""
+    yield fault + hint
+  for path, value in strays.items():
+    twin = f", a copy of {known[value]}" if value in known else ""
+    yield f"{path.name}: not in {MANIFEST}{twin}"

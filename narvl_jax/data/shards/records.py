@@ -1,0 +1,124 @@
+"""The form in which a record is stored in a shard.
+
+Schema 1: one MessagePack map a record, with the fields of `Record` by name:
+
+| key        | value                                                       |
+| ---------- | ----------------------------------------------------------- |
+| id         | str                                                         |
+| task       | str, one of `TASKS`                                         |
+| image      | bin: an encoded picture file (arrays are stored as PNG)     |
+| prompt     | str                                                         |
+| answers    | array of [str, float], in the order of the source           |
+| box        | array of 4 floats: x0, y0, x1, y1 in pixels of `image`      |
+| premise    | str                                                         |
+| objects    | array of str; absent for None, which is not an empty array  |
+| kind       | str                                                         |
+| score      | float: log-probability of a teacher's answer                |
+| annotators | int: people from whose answers the scores follow            |
+
+Fields that have their default value are left out. `id`, `task` and `image`
+are always there. Numbers are 64-bit floats.
+"""
+
+import io
+from typing import Any
+
+import msgpack
+import numpy as np
+from PIL import Image
+
+from narvl_jax.data import images
+from narvl_jax.data.example import TASKS, Record
+from narvl_jax.errors import UserError
+
+SCHEMA_VERSION = 1
+_TEXTS = ("id", "task", "prompt", "premise", "kind")
+
+
+def serialize(record: Record) -> bytes:
+  """Returns a record in the form above.
+
+  Raises:
+    UserError: the picture is no picture, or a field has a wrong type.
+  """
+  fields: dict[str, Any] = {
+    "id": record.id,
+    "task": record.task,
+    "image": encoded_image(record.image),
+    "prompt": record.prompt,
+    "answers": [[a, float(score)] for a, score in record.answers.items()],
+    "box": None if record.box is None else [float(c) for c in record.box],
+    "premise": record.premise,
+    "kind": record.kind,
+    "annotators": record.annotators,
+  }
+  kept = {key: value for key, value in fields.items() if value}
+  kept["id"] = record.id
+  if record.objects is not None:
+    kept["objects"] = list(record.objects)
+  if record.score is not None:
+    kept["score"] = float(record.score)
+  try:
+    # Whatever a text of a record holds: halves of surrogate pairs, too.
+    data = msgpack.packb(
+      kept, use_bin_type=True, unicode_errors="surrogatepass"
+    )
+  except (TypeError, ValueError, OverflowError) as e:
+    raise UserError(f"the record cannot be stored: {e}") from e
+  assert data is not None
+  return data
+
+
+def deserialize(data: bytes) -> Record:
+  """Returns the record that `serialize` made `data` of.
+
+  Raises:
+    UserError: `data` is damaged or has another form.
+  """
+  try:
+    fields = msgpack.unpackb(
+      data, raw=False, strict_map_key=True, unicode_errors="surrogatepass"
+    )
+    record = Record(
+      **{key: fields.get(key, "") for key in _TEXTS},
+      image=fields["image"],
+      answers={str(a): float(score) for a, score in fields.get("answers", ())},
+      box=_box(fields.get("box")),
+      objects=tuple(fields["objects"]) if "objects" in fields else None,
+      score=float(fields["score"]) if "score" in fields else None,
+      annotators=int(fields.get("annotators", 0)),
+    )
+  except Exception as e:  # Whatever the bytes are.
+    raise UserError(
+      f"the stored record is damaged ({type(e).__name__}: {e}); check the"
+      " folder with python -m narvl_jax.convert_data DIR --verify"
+    ) from e
+  if not isinstance(record.image, bytes) or record.task not in TASKS:
+    raise UserError(
+      f'the stored record has the task "{record.task}" and a picture of type'
+      f" {type(record.image).__name__}; convert the data again"
+    )
+  return record
+
+
+def _box(values: Any) -> tuple[float, float, float, float] | None:
+  if values is None:
+    return None
+  x0, y0, x1, y1 = (float(value) for value in values)
+  return x0, y0, x1, y1
+
+
+def encoded_image(image: bytes | np.ndarray) -> bytes:
+  """Returns encoded pictures as they are and arrays as PNG.
+
+  Raises:
+    UserError: it is empty or no picture.
+  """
+  if isinstance(image, bytes):
+    if not image:
+      raise UserError("the image is empty: 0 bytes")
+    return image
+  images.original_size(image)  # Refuses what is no picture.
+  out = io.BytesIO()
+  Image.fromarray(np.ascontiguousarray(image)).save(out, "PNG")
+  return out.getvalue()

@@ -1,0 +1,265 @@
+"""Random access to the rows of text files of any size, with flat memory.
+
+Rows are read where they lie; nothing of a file is kept but where its rows
+begin (`row_index.py`). Objects can be pickled to other processes, which open
+the files again; these share the page cache and nothing else.
+"""
+
+import bisect
+import itertools
+import operator
+import os
+import pathlib
+import stat
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from narvl_jax.data.sources.content import content_digest
+from narvl_jax.data.sources.rows import index as row_index
+from narvl_jax.errors import UserError
+from narvl_jax.terminal.text import warn
+
+# A longer row means that the file is not what it should be.
+MAX_ROW_BYTES = 1 << 28
+_SEARCH_BYTES = 1 << 22
+_GZIP = b"\x1f\x8b"
+# Files whose oddities were told by this process.
+_told: set[tuple[str, tuple[int, int, int]]] = set()
+
+
+class RowFile(Sequence[bytes]):
+  """Rows of one file, without their ends (LF or CRLF).
+
+  A byte order mark and empty last rows are left out. All methods may be called
+  by several threads.
+
+  Attributes:
+    path: the file.
+    notes: what is odd about it: byte order mark, mixed ends of rows, no newline
+      at the end, empty last rows. Told once as a warning, too.
+  """
+
+  def __init__(self, path: str | os.PathLike[str], index_dir: str = "") -> None:
+    """Opens a file; finds its rows if there is no index yet.
+
+    Args:
+      path: the file.
+      index_dir: see `row_index.open_index`.
+
+    Raises:
+      UserError: the file cannot be read, is no plain text file or is empty.
+    """
+    self.path = pathlib.Path(path)
+    self._index_dir = index_dir
+    self._lock = threading.Lock()
+    self._fd = -1
+    self._identity: tuple[int, int, int] | None = None
+    self._content: bytes | None = None
+    try:
+      self._open()
+    except OSError as e:
+      raise UserError(_cannot_read(self.path, e)) from e
+    if not len(self):
+      raise UserError(f'"{self.path}" has no rows; check options.path')
+    self.notes = self._index.notes
+    assert self._identity is not None
+    key = (str(self.path.absolute()), self._identity)
+    if self.notes and key not in _told:
+      _told.add(key)
+      warn(f'"{self.path}": {"; ".join(self.notes)}')
+
+  def __len__(self) -> int:
+    return len(self._starts()) - 1
+
+  def __getitem__(self, index: Any) -> Any:
+    """Returns a row, or a list of them for a slice.
+
+    Raises:
+      IndexError: there is no such row.
+      UserError: the file changed since it was opened, or the row is too long
+        or holds NUL bytes.
+    """
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(len(self)))]
+    starts = self._starts()
+    number = operator.index(index)
+    if number < 0:
+      number += len(starts) - 1
+    if not 0 <= number < len(starts) - 1:
+      raise IndexError(f"there is no row {index} of {len(starts) - 1}")
+    start = int(starts[number])
+    length = int(starts[number + 1]) - 1 - start
+    if length > MAX_ROW_BYTES:
+      raise UserError(
+        f"the row has {length:,} bytes, the limit is {MAX_ROW_BYTES:,}; is this"
+        " a text file with newlines?"
+      )
+    row = _read_at(self._fd, start, length)
+    # After reading, so that no change before it is missed.
+    self._check(self._fd)
+    if len(row) < length:
+      raise UserError(f'"{self.path}" is cut off within this row')
+    if b"\0" in row:
+      raise UserError(
+        f"the row holds {row.count(0)} NUL bytes, the first at byte"
+        f" {row.index(0) + 1}; the file is damaged or no UTF-8 text"
+      )
+    return row[:-1] if row.endswith(b"\r") else row
+
+  def contains(self, word: bytes) -> bool:
+    """Returns whether the word is anywhere in the file; much faster than []."""
+    self._starts()
+    start, kept = 0, b""
+    while block := os.pread(self._fd, _SEARCH_BYTES, start):
+      if word in kept + block:
+        return True
+      start += len(block)
+      # The word may lie across two blocks.
+      kept = (kept + block)[1 - len(word) :] if len(word) > 1 else b""
+    return False
+
+  def __getstate__(self) -> dict[str, Any]:
+    state = dict(self.__dict__)
+    for name in ("_lock", "_fd", "_index", "_close"):
+      state.pop(name, None)
+    return state
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state, _lock=threading.Lock(), _fd=-1)
+
+  def _starts(self) -> np.ndarray:
+    if self._fd < 0:
+      with self._lock:
+        if self._fd < 0:
+          self._open()
+    return self._index.starts
+
+  def _open(self) -> None:
+    # Opening a pipe would wait for its writer.
+    if not stat.S_ISREG(os.stat(self.path).st_mode):
+      raise UserError(f'"{self.path}" is no file; check options.path')
+    fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+      if os.pread(fd, 2, 0) == _GZIP:
+        raise UserError(
+          f'"{self.path}" is compressed; unpack it first (gunzip -k)'
+        )
+      status = os.fstat(fd)
+      if self._identity is None:
+        self._identity = row_index.identity(status)
+      # What changes with every write, even if mtime is set back. Of this
+      # process: other hosts may see another one.
+      self._ctime_ns = status.st_ctime_ns
+      self._check(fd)
+      self._index = row_index.open_index(fd, self.path, self._index_dir)
+      if self._content is None:
+        self._content = self._index.content
+      if self._content != self._index.content:
+        raise self._changed(status)
+    except BaseException:
+      os.close(fd)
+      raise
+    self._close = weakref.finalize(self, os.close, fd)
+    # Last: other threads take it for "open".
+    self._fd = fd
+
+  def _check(self, fd: int) -> None:
+    status = os.fstat(fd)
+    if row_index.identity(status) != self._identity:
+      raise self._changed(status)
+    if status.st_ctime_ns != self._ctime_ns:
+      # Its name or permissions changed, or `cp -p` wrote over it.
+      if content_digest(fd, status.st_size) != self._content:
+        raise self._changed(status)
+      self._ctime_ns = status.st_ctime_ns
+
+  def _changed(self, status: os.stat_result) -> UserError:
+    assert self._identity is not None
+    return UserError(
+      f'"{self.path}" changed while it is in use ({self._identity[0]:,} bytes'
+      f" when opened, now {status.st_size:,}); restart, and leave the file"
+      " alone"
+    )
+
+
+class RowFiles(Sequence[bytes]):
+  """The rows of several files, one file after another.
+
+  Attributes:
+    files: the files.
+  """
+
+  def __init__(
+    self, paths: Sequence[str | os.PathLike[str]], index_dir: str = ""
+  ) -> None:
+    """Opens all files; see `RowFile`."""
+    self.files = [RowFile(path, index_dir) for path in paths]
+    self._ends = list(itertools.accumulate(len(file) for file in self.files))
+
+  def __len__(self) -> int:
+    return self._ends[-1]
+
+  def __getitem__(self, index: Any) -> Any:
+    """Returns a row, or a list of them for a slice; see `RowFile`."""
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(len(self)))]
+    file, row = self.find(index)
+    return file[row]
+
+  def find(self, index: int) -> tuple[RowFile, int]:
+    """Returns the file of a row and the row's index in it."""
+    number = operator.index(index)
+    if number < 0:
+      number += len(self)
+    if not 0 <= number < len(self):
+      raise IndexError(f"there is no row {index} of {len(self)}")
+    file = bisect.bisect_right(self._ends, number)
+    return self.files[file], number - (self._ends[file - 1] if file else 0)
+
+  def locate(self, index: int) -> str:
+    """Returns a row's place, such as "vqa.tsv row 17", from row 1 on."""
+    file, row = self.find(index)
+    return f"{file.path} row {row + 1}"
+
+  def notes(self) -> Iterator[str]:
+    """Yields what is odd about the files."""
+    for file in self.files:
+      for note in file.notes:
+        yield f"{file.path}: {note}"
+
+
+def text(field: bytes, name: str) -> str:
+  """Returns a field as text.
+
+  Raises:
+    UserError: it is not UTF-8.
+  """
+  try:
+    return field.decode()
+  except UnicodeDecodeError as e:
+    raise UserError(
+      f"the {name} is not UTF-8 at byte {e.start + 1}:"
+      f" {field[e.start : e.start + 4]!r}; save the file as UTF-8"
+    ) from e
+
+
+def _read_at(fd: int, start: int, length: int) -> bytes:
+  row = os.pread(fd, length, start)
+  while len(row) < length:
+    # A signal or a network drive may give less at a time.
+    more = os.pread(fd, length - len(row), start + len(row))
+    if not more:
+      break
+    row += more
+  return row
+
+
+def _cannot_read(path: pathlib.Path, error: OSError) -> str:
+  hint = "check options.path"
+  if error.errno in (23, 24):  # ENFILE, EMFILE
+    hint = "raise the limit of open files (ulimit -n) or join the files"
+  return f'cannot read "{path}": {error.strerror or error}; {hint}'

@@ -1,0 +1,71 @@
+"""What sources have in common whose records are rows of text files."""
+
+import abc
+
+import numpy as np
+
+from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.sources import files
+from narvl_jax.data.sources.base import RecordSource
+from narvl_jax.data.sources.rows.files import RowFile, RowFiles
+from narvl_jax.errors import UserError, did_you_mean
+
+
+class RowSource(RecordSource):
+  """Records that are rows of files; a subclass says how to read a row.
+
+  Attributes:
+    task: one of `TASKS`.
+    split: such as "train".
+    rows: the rows of all files.
+  """
+
+  name = ""
+
+  def __init__(
+    self, *, task: str, split: str, path: files.PathOption, index_dir: str
+  ) -> None:
+    """Opens the files.
+
+    Args:
+      task: one of `TASKS`.
+      split: any; replaces `{split}` in `path`.
+      path: see `files.resolve`.
+      index_dir: see `row_index.open_index`.
+
+    Raises:
+      UserError: there is no such task or file.
+    """
+    if task not in TASKS:
+      raise UserError(
+        f'{self.name}: there is no task "{task}".{did_you_mean(task, TASKS)}'
+        " Set --task, or task in the entry of data.train"
+      )
+    self.task, self.split = task, split
+    self.rows = RowFiles(
+      files.resolve(path, split, source=self.name), index_dir
+    )
+    # Rows that are records of this source; None: all.
+    self._numbers: np.ndarray | None = None
+
+  def __len__(self) -> int:
+    return len(self.rows if self._numbers is None else self._numbers)
+
+  def _read(self, number: int) -> Record:
+    file, row = self.rows.find(self._row(number))
+    return self._record(file[row], file, row)
+
+  def _place(self, number: int) -> str:
+    return self.rows.locate(self._row(number))
+
+  def notes(self) -> list[str]:
+    """Returns what is odd about the files, such as mixed ends of rows."""
+    return list(self.rows.notes())
+
+  @abc.abstractmethod
+  def _record(self, row: bytes, file: RowFile, index: int) -> Record:
+    """Reads row `index` of `file`; raises `UserError` if it is bad."""
+
+  def _row(self, number: int) -> int:
+    """Returns the number of a record's row among all rows."""
+    return number if self._numbers is None else int(self._numbers[number])

@@ -1,0 +1,87 @@
+"""How many records each TFDS example gives: counted once, kept in a file."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import os
+import pathlib
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from narvl_jax.data.sources.files import with_home
+from narvl_jax.files import side_files
+from narvl_jax.files.disk import atomically
+
+_CHUNK = 256
+
+
+def record_ends(
+  key: str, count: int, index_dir: str, records_of: Callable[[int], int]
+) -> np.ndarray:
+  """Returns, for each example, the number of records up to its end.
+
+  Args:
+    key: identifies the data set, its files and what is counted.
+    count: number of examples.
+    index_dir: folder of the cache; "" is `$XDG_CACHE_HOME/narvl_jax`.
+    records_of: example number -> its number of records.
+
+  Returns:
+    int64 [count].
+  """
+  cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  folder = with_home(index_dir or os.path.join(cache, "narvl_jax"))
+  name = hashlib.sha256(key.encode()).hexdigest()[:32]
+  path = folder / f"tfds-{name}.npy"
+  ends = _load(path, count)
+  if ends is None:
+    ends = np.cumsum(_count(count, records_of), dtype=np.int64)
+    # A cache that cannot be written costs time only.
+    with contextlib.suppress(OSError):
+      _save(path, ends)
+  return ends
+
+
+def _count(count: int, records_of: Callable[[int], int]) -> np.ndarray:
+  counts = np.zeros(count, np.int64)
+
+  def fill(start: int) -> None:
+    for index in range(start, min(start + _CHUNK, count)):
+      counts[index] = records_of(index)
+
+  # Reading lets other threads run; parsing does not.
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    list(pool.map(fill, range(0, count, _CHUNK)))
+  return counts
+
+
+def _checksum(ends: np.ndarray) -> int:
+  return zlib.crc32(np.ascontiguousarray(ends).tobytes())
+
+
+def _load(path: pathlib.Path, count: int) -> np.ndarray | None:
+  """Returns the ends in a cache file, None if it is absent or damaged."""
+  if not path.is_file():
+    return None
+  try:
+    with open(path, "rb") as file:
+      stored: Any = np.load(file, allow_pickle=False)
+  # Of a damaged file it may fail in any way; counting again costs time only.
+  except Exception:
+    return None
+  if not isinstance(stored, np.ndarray):
+    return None
+  if stored.dtype != np.int64 or stored.shape != (count + 1,):
+    return None
+  ends = stored[:-1]
+  return ends if _checksum(ends) == int(stored[-1]) else None
+
+
+def _save(path: pathlib.Path, ends: np.ndarray) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  side_files.make_way(path)
+  with atomically(path) as temporary, open(temporary, "wb") as file:
+    np.save(file, np.append(ends, np.int64(_checksum(ends))))

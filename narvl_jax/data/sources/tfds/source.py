@@ -1,0 +1,282 @@
+"""TensorFlow Datasets, read without TensorFlow.
+
+`coco_captions` and `ref_coco` are known. Any other data set needs a mapping
+from our fields to its features:
+
+    train_source("tfds", "vqa", name="my_vqa", fields={
+      "image": "image", "prompt": "question", "target": "answers"})
+
+| field   | what it is                                                       |
+| ------- | ---------------------------------------------------------------- |
+| image   | an encoded picture                                               |
+| prompt  | question, expression or hypothesis                               |
+| target  | answer, caption or label: a text, a list, or a class label       |
+| box     | grounding: a BBoxFeature, or four numbers with `box_format`      |
+| score   | vqa: a score in (0, 1] for each target                           |
+| id      | a name; by default SPLIT-NUMBER                                  |
+| premise | entailment: caption of the picture                               |
+| objects | vqa: list of names or class labels                               |
+| kind    | a sub-category for reports                                       |
+
+With `each="objects"` every element of that sequence is a record: fields below
+it have the element's value, others the whole example's.
+"""
+
+import bisect
+import collections
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from tensorflow_datasets.proto import tf_example_pb2
+
+from narvl_jax.data import images
+from narvl_jax.data.answer_text import normalize_answer
+from narvl_jax.data.example import TASKS, Box, Record
+from narvl_jax.data.sources import fields as checked
+from narvl_jax.data.sources.base import RecordSource
+from narvl_jax.data.sources.tfds import index as tfds_index
+from narvl_jax.data.sources.tfds import prepared as tfds_prepared
+from narvl_jax.data.sources.tfds.fields import (
+  make_selector,
+  short,
+  text,
+  texts,
+)
+from narvl_jax.data.sources.tfds.layouts import (
+  box_format_of,
+  check_fields,
+  counter,
+  layout,
+  needed_fields,
+)
+from narvl_jax.errors import UserError, did_you_mean
+
+# Its names are made when it is imported.
+_PROTO: Any = tf_example_pb2
+
+
+class TfdsSource(RecordSource):
+  """Records of a data set that TFDS has prepared as ArrayRecord files.
+
+  It can be pickled and read by several threads; pictures stay encoded.
+
+  Attributes:
+    task: one of `TASKS`.
+    split: such as "train" or "train[:50%]".
+  """
+
+  def __init__(
+    self,
+    *,
+    task: str,
+    split: str,
+    seed: int = 0,
+    name: str = "",
+    data_dir: str = "",
+    fields: Mapping[str, str] | None = None,
+    each: str | None = None,
+    box_format: str = "",
+    labels: Mapping[str, str] | None = None,
+    soft_scores: bool = False,
+    index_dir: str = "",
+  ) -> None:
+    """Opens the data set; no seed.
+
+    Args:
+      task: one of `TASKS`.
+      split: of the data set; parts such as "train[:50%]" and sums with "+".
+      name: NAME, NAME/CONFIG, NAME:VERSION, or a folder of a data set.
+      data_dir: folder of all data sets; "" is the default of TFDS.
+      fields: our field -> path of a feature; adds to a known data set's.
+      each: path of the sequence whose elements are the records; "" makes one
+        record an example. None: as the data set is known to need.
+      box_format: of `BOX_FORMATS`, for a box that does not state its own.
+      labels: renames targets, such as {"0": "entailment"}.
+      soft_scores: an answer that n people gave has the score min(1, 0.3 n).
+      index_dir: folder for the index of records; "" is the user's cache.
+
+    Raises:
+      UserError: an option is wrong, or the data set is not prepared.
+    """
+    self._options: dict[str, Any] = {
+      "task": task, "split": split, "name": name, "data_dir": data_dir,
+      "fields": dict(fields.items()) if fields else None, "each": each,
+      "box_format": box_format,
+      "labels": dict(labels.items()) if labels else None,
+      "soft_scores": soft_scores, "index_dir": index_dir, "seed": seed,
+    }  # fmt: skip
+    if task not in TASKS:
+      raise UserError(
+        f'tfds: there is no task "{task}".{did_you_mean(task, TASKS)} Set task'
+      )
+    if not name:
+      raise UserError(
+        "tfds: options.name is missing; set it to NAME or NAME/CONFIG of a"
+        " data set"
+      )
+    self.task, self.split = task, split
+    builder = tfds_prepared.open_builder(name, data_dir)
+    self._full_name = builder.info.full_name
+    self._data = tfds_prepared.data_source(builder, split)
+    known, each = layout(builder.name, split, each)
+    mapping = {
+      **needed_fields(task, known),
+      **(self._options["fields"] or {}),
+    }
+    check_fields(builder.name, task, mapping)
+    self._selectors = {
+      field: make_selector(builder.info.features, path, each, field=field)
+      for field, path in mapping.items()
+    }
+    self._each = each
+    self._counter = counter(self._selectors, each)
+    self._box_format = box_format_of(self._selectors.get("box"), box_format)
+    self._labels = self._options["labels"] or {}
+    self._soft_scores = soft_scores
+    self._files = _files_key(builder, split)
+    self._ends: np.ndarray | None = None
+    if self._counter is not None:
+      key = f"{self._files} {self._counter}"
+      self._ends = tfds_index.record_ends(
+        key, len(self._data), index_dir, self._records_of
+      )
+    if not len(self):
+      raise UserError(
+        f'tfds: no example of {self._full_name} "{split}" has an element in'
+        f' "{each}"; set options.each'
+      )
+
+  def __len__(self) -> int:
+    return len(self._data) if self._ends is None else int(self._ends[-1])
+
+  def _read(self, number: int) -> Record:
+    example_number, element = self._find(number)
+    return self._record(self._example(example_number), element, number)
+
+  def _place(self, number: int) -> str:
+    """Returns "NAME/CONFIG/VERSION SPLIT example N"."""
+    example, element = self._find(number)
+    place = f"{self._full_name} {self.split} example {example}"
+    return f"{place}, {self._each} {element}" if self._each else place
+
+  def fingerprint(self) -> str:
+    """Returns a text that differs when the data set's files do."""
+    return self._files
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {**self._options, "exif_orientation": self.exif_orientation}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    # TFDS keeps open files; a new process opens them anew.
+    options = dict(state)
+    exif_orientation = options.pop("exif_orientation")
+    self.__init__(**options)
+    self.exif_orientation = exif_orientation
+
+  def _find(self, number: int) -> tuple[int, int]:
+    """Returns the example of a record and the record's place in it."""
+    if self._ends is None:
+      return number, 0
+    example = bisect.bisect_right(self._ends, number)
+    first = int(self._ends[example - 1]) if example else 0
+    return example, number - first
+
+  def _example(self, number: int) -> Any:
+    try:
+      data = self._data[number]
+      return _PROTO.Example.FromString(data)
+    except Exception as e:  # RuntimeError, DecodeError: damaged data.
+      raise UserError(
+        f"the stored example cannot be read ({e}); prepare the data set again"
+      ) from e
+
+  def _records_of(self, number: int) -> int:
+    assert self._counter is not None
+    try:
+      return self._counter.count(self._example(number))
+    except UserError:
+      return 1  # So that reading meets it and counts it as a bad record.
+
+  def _record(self, example: Any, element: int, number: int) -> Record:
+    lengths = self._counter.row_lengths(example) if self._counter else []
+    values = {
+      field: selector.select(example, element, lengths)
+      for field, selector in self._selectors.items()
+    }
+    image = values["image"]
+    if not isinstance(image, bytes) or not image:
+      raise UserError(
+        f'the feature "{self._selectors["image"].feature.path}" is'
+        f" a value of type {type(image).__name__}, not an encoded picture"
+      )
+    objects = values.get("objects")
+    return Record(
+      id=self._id(values.get("id"), element, number),
+      task=self.task,
+      image=image,
+      prompt=text(values.get("prompt")),
+      premise=text(values.get("premise")),
+      objects=None if objects is None else tuple(texts(objects)),
+      kind=text(values.get("kind")),
+      answers=self._answers(values) if "target" in values else {},
+      box=self._box(values["box"], image) if "box" in values else None,
+    )
+
+  def _id(self, value: Any, element: int, number: int) -> str:
+    if value is None:
+      return f"{self.split}-{number}"
+    # An id of the example is shared by all of its records.
+    shared = self._each and not self._selectors["id"].common
+    return f"{text(value)}-{element}" if shared else text(value)
+
+  def _answers(self, values: Mapping[str, Any]) -> dict[str, float]:
+    targets = [self._labels.get(t, t) for t in texts(values["target"])]
+    if self.task == "caption":
+      return checked.captions(targets)
+    if self.task == "entailment":
+      if len(targets) != 1:
+        raise UserError(f"there are {len(targets)} labels; there must be one")
+      return checked.entailment_answer(targets[0].strip())
+    if "score" in values:
+      scores = values["score"]
+      scores = scores if isinstance(scores, list) else [scores]
+      if len(scores) != len(targets):
+        raise UserError(f"{len(targets)} answers have {len(scores)} scores")
+      return checked.scored_answers(zip(targets, scores, strict=True))
+    people = collections.Counter(map(normalize_answer, targets))
+    return checked.scored_answers(
+      (answer, min(1.0, 0.3 * n) if self._soft_scores else 1.0)
+      for answer, n in people.items()
+    )
+
+  def _box(self, values: Any, image: bytes) -> Box:
+    if not isinstance(values, list) or len(values) != 4:
+      raise UserError(f"the box is {short(values)}; it must be four numbers")
+    a, b, c, d = values
+    if self._box_format.endswith("YXYX"):
+      a, b, c, d = b, a, d, c
+    elif self._box_format == "XYWH":
+      c, d = a + c, b + d
+    if self._box_format.startswith("REL_"):
+      width, height = images.original_size(
+        images.with_orientation(image, self.exif_orientation)
+      )
+      a, b, c, d = a * width, b * height, c * width, d * height
+    return checked.pixel_box((a, b, c, d))
+
+
+def _files_key(builder: Any, split: str) -> str:
+  """Returns a text that differs when the split or its files do."""
+  stats = []
+  for part in builder.info.splits[split].file_instructions:
+    file = pathlib.Path(str(part.filename))
+    status = file.stat()
+    stats.append(
+      [file.name, part.skip, part.take, status.st_size, status.st_mtime_ns]
+    )
+  key = json.dumps([builder.info.full_name, str(builder.data_dir), stats])
+  return hashlib.sha256(key.encode()).hexdigest()

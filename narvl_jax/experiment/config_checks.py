@@ -1,0 +1,346 @@
+"""The check of a config against the default one, before anything is built."""
+
+import math
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from narvl_jax.data.batches.mixture import parse_weight
+from narvl_jax.data.example import TASKS
+from narvl_jax.data.picture_files import EXIF_ORIENTATIONS
+from narvl_jax.data.tasks import check_settings, default_settings
+from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.experiment.config import Config, default_config
+from narvl_jax.models import ModelConfig, model_config
+from narvl_jax.models.encoder import (
+  check_image_size,
+  check_text_length,
+  nearest_side,
+)
+from narvl_jax.parallel.rules import check_rules
+from narvl_jax.query_ctc.loss import CONFIDENCE_MODES
+from narvl_jax.state.parameters import parse_rules
+from narvl_jax.state.renames import parse_drops, parse_renames
+
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("linear", "cosine", "constant")
+POLICIES = ("stop", "skip", "rollback")
+VOCABULARY_SOURCES = ("train", "official", "huggingface", "run")
+# What a batch of an autoregressive model is averaged over.
+AVERAGES = ("labels", "examples")
+DTYPES = ("auto", "float32", "bfloat16")
+_EVALUATION_KEYS = ("source", "task", "options")
+_TRAIN_KEYS = (*_EVALUATION_KEYS, "weight", "split")
+_TEXT_KEYS = ("source", "task", "split")
+
+
+def validate(config: Config) -> None:
+  """Checks all of a config that needs neither data nor devices.
+
+  Raises:
+    UserError: naming the key, the value seen, and the nearest valid one.
+  """
+  _check_tree(config, default_config(), "")
+  _check_sections(config)
+  _check_values(config)
+  _check_model(config)
+  check_schedule(
+    schedule=config.optimizer.schedule,
+    warmup_steps=config.optimizer.warmup_steps,
+    steps=config.train.steps,
+  )
+  parse_rules(config.optimizer.rules)
+  check_rules(config.mesh.rules)
+
+
+def _check_tree(config: Any, schema: Config, prefix: str) -> None:
+  """Compares keys and types; sections that the schema leaves empty are open."""
+  for key in config:
+    path = f"{prefix}{key}"
+    if key not in schema:
+      raise UserError(
+        f'unknown config key "{path}".'
+        + did_you_mean(path, [f"{prefix}{name}" for name in schema])
+      )
+    default = schema[key]
+    # Placeholders are None when read; their type is kept beside.
+    kind = schema.get_type(key)
+    value = config[key]
+    if isinstance(default, ConfigDict):
+      if not isinstance(value, ConfigDict):
+        raise UserError(f"{path}={value!r} is not a section of settings")
+      if len(default):
+        _check_tree(value, default, f"{path}.")
+    elif value is None and default is None:
+      continue
+    elif not _has_type(value, kind):
+      raise UserError(
+        f"{path}={value!r} is not of type {kind.__name__}"
+        f" (--config.{path}={default!r})"
+      )
+  for key in schema:
+    if key not in config:
+      raise UserError(
+        f'config key "{prefix}{key}" is missing; start from default_config()'
+      )
+
+
+def check_stored(
+  values: Mapping[str, Any], schema: Any = None, prefix: str = ""
+) -> None:
+  """Checks the types in a stored config, before it is used as one.
+
+  Keys that are not known, as those of other versions, are left out.
+
+  Args:
+    values: JSON that `narvl_jax.experiment.config.to_json` made, or should have.
+    schema: section of the default config; None: all of it.
+    prefix: of the section's keys.
+
+  Raises:
+    UserError: naming the key and the value.
+  """
+  schema = default_config() if schema is None else schema
+  for key, value in values.items():
+    if key not in schema:
+      continue
+    path, default, kind = f"{prefix}{key}", schema[key], schema.get_type(key)
+    shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
+    if not isinstance(default, ConfigDict):
+      unset = value is None and default is None
+      if not unset and not _has_type(value, kind):
+        raise UserError(f"{path}={shown} is not of type {kind.__name__}")
+      continue
+    # Sections that the schema leaves empty hold sections of any name.
+    inner = [value] if len(default) else [value, *_values_of(value)]
+    if not all(isinstance(x, Mapping) for x in inner):
+      raise UserError(f"{path}={shown} is not a section of settings")
+    if len(default):
+      check_stored(value, default, f"{path}.")
+
+
+def _values_of(value: Any) -> Iterable[Any]:
+  return value.values() if isinstance(value, Mapping) else ()
+
+
+def _has_type(value: Any, kind: type) -> bool:
+  if kind is bool:
+    return isinstance(value, bool)
+  if isinstance(value, bool):
+    return False
+  if kind is float:
+    return isinstance(value, numbers.Real)
+  if kind in (tuple, list):
+    return isinstance(value, (tuple, list))
+  return isinstance(value, kind)
+
+
+def _check_sections(config: Config) -> None:
+  """Checks the parts that a config file names itself."""
+  for name in config.tasks:
+    _one_of("tasks", name, TASKS)
+    for key in config.tasks[name]:
+      _one_of(f"tasks.{name}", key, default_settings(name))
+    check_settings(name, dict(config.tasks[name]))
+  if not len(config.tasks):
+    raise UserError("tasks is empty; name at least one of " + ", ".join(TASKS))
+  for section, schema in (
+    ("train", _TRAIN_KEYS),
+    ("evaluation", _EVALUATION_KEYS),
+  ):
+    entries = config.data[section]
+    if not len(entries):
+      raise UserError(f"data.{section} is empty; name at least one source")
+    for name, entry in entries.items():
+      where = f"data.{section}.{name}"
+      for key in entry:
+        _one_of(where, key, schema)
+      for key in ("source", "task"):
+        if not entry.get(key):
+          raise UserError(f'{where} has no "{key}" (--config.{where}.{key}=)')
+      for key in _TEXT_KEYS:
+        if not isinstance(entry.get(key, ""), str):
+          raise UserError(
+            f"{where}.{key}={entry[key]!r} is not a text"
+            f" (--config.{where}.{key})"
+          )
+      _check_options(where, entry.get("options", {}))
+      parse_weight(name, entry.get("weight", 1.0))
+      _one_of(f"{where}.task", entry.task, tuple(config.tasks))
+
+
+def _check_options(where: str, options: Any) -> None:
+  if not hasattr(options, "items"):
+    raise UserError(
+      f"{where}.options={options!r} is not a section of settings; set one of"
+      f" them by --config.{where}.options.NAME="
+    )
+
+
+def _one_of(key: str, value: str, options: Any) -> None:
+  if value not in options:
+    raise UserError(
+      f'{key}: "{value}" is unknown.{did_you_mean(str(value), options)}'
+      f" (--config.{key})"
+    )
+
+
+# key -> (lowest value, highest value); None is no limit.
+_RANGES: dict[str, tuple[float, float | None]] = {
+  "seed": (0, 2**32 - 1),
+  "vocabulary.size": (1, None),
+  "vocabulary.num_bins": (0, None),
+  "vocabulary.num_codes": (0, None),
+  "data.max_text_length": (1, None),
+  "data.max_label_length": (1, None),
+  "data.num_workers": (0, None),
+  "data.num_threads": (0, None),
+  "data.prefetch": (1, None),
+  "data.max_bad_fraction": (0, 1),
+  "data.temperature": (0, None),
+  "loss.label_smoothing": (0, 0.999),
+  "loss.chunk_size": (0, None),
+  "loss.drop_worst": (0, 0.999),
+  "loss.drop_worst_after": (0, None),
+  "distillation.weight": (0, 1),
+  "distillation.temperature": (0.01, None),
+  "optimizer.learning_rate": (0, None),
+  "optimizer.weight_decay": (0, None),
+  "optimizer.b1": (0, 0.99999),
+  "optimizer.b2": (0, 0.9999999),
+  "optimizer.eps": (1e-16, None),
+  "optimizer.clip_norm": (0, None),
+  "optimizer.ema_decay": (0, 0.9999999),
+  "train.steps": (1, None),
+  "train.batch_size": (1, None),
+  "train.accumulation_steps": (1, None),
+  "train.log_every": (1, None),
+  "train.eval_every": (0, None),
+  "train.eval_examples": (1, None),
+  "train.checkpoint_every": (0, None),
+  "train.keep_last": (1, None),
+  "train.keep_best": (0, None),
+  "train.keep_every": (0, None),
+  "bad_numbers.limit": (0, None),
+  "bad_numbers.spike_factor": (0, None),
+  "watchdog.start": (0, None),
+  "watchdog.compile": (0, None),
+  "watchdog.step": (0, None),
+  "watchdog.data_wait": (0, None),
+  "watchdog.evaluation": (0, None),
+  "watchdog.checkpoint": (0, None),
+  "watchdog.other": (0, None),
+  "evaluation.batch_size": (1, None),
+  "evaluation.max_examples": (0, None),
+}
+
+
+def _check_values(config: Config) -> None:
+  """Checks ranges and choices that do not depend on data or devices."""
+  for path, (low, high) in _RANGES.items():
+    value = config
+    for key in path.split("."):
+      value = value[key]
+    top = math.inf if high is None else high
+    if low <= value <= top and math.isfinite(value):
+      continue
+    limits = f"at least {low}" + ("" if high is None else f", at most {high}")
+    near = high if high is not None and value > high else low
+    raise UserError(f"{path}={value} must be {limits}: --config.{path}={near}")
+  _one_of("vocabulary.source", config.vocabulary.source, VOCABULARY_SOURCES)
+  _one_of(
+    "data.exif_orientation", config.data.exif_orientation, EXIF_ORIENTATIONS
+  )
+  _one_of("optimizer.name", config.optimizer.name, OPTIMIZERS)
+  _one_of("model.dtype", config.model.dtype, DTYPES)
+  _one_of("loss.confidence", config.loss.confidence, CONFIDENCE_MODES)
+  _one_of("loss.average", config.loss.average, AVERAGES)
+  _one_of("bad_numbers.policy", config.bad_numbers.policy, POLICIES)
+  _check_decoder(config)
+  _check_start(config)
+
+
+def _check_model(config: Config) -> None:
+  """Checks the model, and that pictures have two sides."""
+  model = _model(config)
+  size = tuple(config.data.image_size)
+  if len(size) != 2 or not all(type(x) is int and x > 0 for x in size):
+    sides = [x for x in size if type(x) in (int, float) and 0 < x < math.inf]
+    near = [nearest_side(model, side) for side in sides]
+    height, width = (near * 2)[:2] or (nearest_side(model, 480),) * 2
+    raise UserError(
+      f"data.image_size={size} is not (height, width) in pixels:"
+      f" --config.data.image_size='({height},{width})'"
+    )
+
+
+def check_fit(config: Config) -> None:
+  """Checks pictures and texts against the tables of the model.
+
+  Args:
+    config: one that `validate` accepts.
+
+  Raises:
+    UserError: naming the setting to change, and the nearest valid value.
+  """
+  model = _model(config)
+  check_image_size(model, *config.data.image_size)
+  check_text_length(model, config.data.max_text_length)
+
+
+def _model(config: Config) -> ModelConfig:
+  """Returns the architecture for some vocabulary."""
+  given = {
+    name: value
+    for name, value in config.model.items()
+    if name not in ("size", "dtype") and value is not None
+  }
+  return model_config(config.model.size, **given)
+
+
+def _check_start(config: Config) -> None:
+  """Raises UserError for wrong rules, or rules for weights that none names."""
+  parse_renames(config.init_renames)
+  parse_drops(config.init_drops)
+  for key in ("init_renames", "init_drops"):
+    if config[key] and not config.init_from:
+      raise UserError(
+        f"{key}={config[key]!r} is of use only with weights to start from:"
+        f" --config.init_from=FOLDER, or --config.{key}='()'"
+      )
+
+
+def _check_decoder(config: Config) -> None:
+  """Raises UserError for what only the other kind of decoder can do."""
+  autoregressive = config.model.decoder == "autoregressive"
+  if config.loss.constrained and not autoregressive:
+    raise UserError(
+      "loss.constrained=True is for autoregressive models; the Query-CTC loss"
+      " of a parallel one knows no constraint: --config.loss.constrained=False"
+    )
+  if config.distillation.teacher and autoregressive:
+    raise UserError(
+      f'distillation.teacher="{config.distillation.teacher}" is for parallel'
+      " models; an autoregressive one learns from answers that python -m"
+      " narvl_jax.distill writes: --config.distillation.teacher="
+    )
+
+
+def check_schedule(*, schedule: str, warmup_steps: int, steps: int) -> None:
+  """Checks the learning-rate schedule of a run.
+
+  Raises:
+    UserError: unknown schedule, or a warm-up longer than the run.
+  """
+  if schedule not in SCHEDULES:
+    raise UserError(
+      f'optimizer.schedule="{schedule}" is unknown.'
+      f"{did_you_mean(schedule, SCHEDULES)} (--config.optimizer.schedule)"
+    )
+  if not 0 <= warmup_steps < steps:
+    raise UserError(
+      f"optimizer.warmup_steps={warmup_steps} must be at least 0 and below"
+      f" train.steps={steps}: --config.optimizer.warmup_steps={steps // 10}"
+    )

@@ -1,0 +1,121 @@
+"""The vocabulary of a run: read from files, or trained on its data."""
+
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from narvl_jax.data.batches.bad_records import BadRecord
+from narvl_jax.data.example import Record
+from narvl_jax.data.sources import locate
+from narvl_jax.data.tasks import vocabulary_texts
+from narvl_jax.data.vocabulary.vocabulary import OFFICIAL_FIXED_IDS, Vocabulary
+from narvl_jax.errors import UserError
+from narvl_jax.experiment.config import Config
+from narvl_jax.experiment.datasets import load_mixture
+from narvl_jax.terminal import progress
+from narvl_jax.terminal.activity import Activity
+
+VOCABULARY_FOLDER = "vocabulary"
+# Source -> the files that it reads in the folder `path`.
+_FILES = {
+  "train": (),
+  "run": (VOCABULARY_FOLDER,),
+  "official": ("dict.txt", "encoder.json", "vocab.bpe"),
+  "huggingface": ("vocab.json", "merges.txt"),
+}
+# Records of each source that a trained vocabulary has seen.
+_VOCABULARY_RECORDS = 4000
+
+
+def make_vocabulary(config: Config) -> Vocabulary:
+  """Reads or trains the vocabulary that a config asks for.
+
+  Raises:
+    UserError: its files are missing, or its size is too small.
+  """
+  settings = config.vocabulary
+  counts = {"num_codes": settings.num_codes, "num_bins": settings.num_bins}
+  if settings.source == "train":
+    with progress.doing("training the vocabulary", unit="texts") as training:
+      texts = _texts(config, training)
+      return Vocabulary.train(texts, settings.size, **counts)
+  check_vocabulary_files(config)
+  folder = pathlib.Path(settings.path)
+  files = [folder / name for name in _FILES[settings.source]]
+  if settings.source == "run":
+    return Vocabulary.load(*files)
+  if settings.source == "official":
+    return Vocabulary.from_official(*files, **counts)
+  return Vocabulary.from_huggingface(*files, **counts)
+
+
+def check_vocabulary_files(config: Config) -> None:
+  """Checks that the files of the vocabulary are there; reads none.
+
+  Raises:
+    UserError: `vocabulary.path` lacks one that `vocabulary.source` needs.
+  """
+  settings = config.vocabulary
+  folder = pathlib.Path(settings.path)
+  needed = _FILES[settings.source]
+  for name in needed:
+    if (folder / name).exists():
+      continue
+    kind = "the folder of a run" if settings.source == "run" else "a folder"
+    raise UserError(
+      f'vocabulary.path="{settings.path}" has no {name}; with'
+      f" vocabulary.source={settings.source} it must be {kind} with"
+      f" {', '.join(needed)}"
+      " (--config.vocabulary.path=FOLDER)"
+    )
+
+
+def placeholder_vocabulary(config: Config) -> Vocabulary:
+  """Returns one of the right size, without training it or reading much."""
+  settings = config.vocabulary
+  counts = {"num_codes": settings.num_codes, "num_bins": settings.num_bins}
+  if settings.source in ("huggingface", "run"):
+    # Only its files tell the size.
+    return make_vocabulary(config)
+  size = settings.size
+  if settings.source == "official":
+    size = OFFICIAL_FIXED_IDS + sum(counts.values())
+  return Vocabulary.placeholder(size, **counts)
+
+
+def _texts(config: Config, training: Activity) -> Iterator[str]:
+  for source, task, _, name in load_mixture(config):
+    count = min(len(source), _VOCABULARY_RECORDS)
+    # Spread over the source, which may be sorted.
+    records = _Strided(source, len(source) // count, count)
+    bad: list[BadRecord] = []
+    found = False
+    for text in vocabulary_texts(
+      task, dict(config.tasks[task]), records, bad.append
+    ):
+      found = True
+      training.advance()
+      yield text
+    if not found:
+      problem = bad[0].what if bad else f"{records.locate(0)} has no text"
+      raise UserError(
+        f"no record of {name} that was read for the vocabulary is good:"
+        f" {problem} (python -m narvl_jax.check_data tells more)"
+      )
+
+
+class _Strided(Sequence[Record]):
+  """Every n-th record of a source."""
+
+  def __init__(self, source: Sequence[Record], stride: int, count: int) -> None:
+    self._source, self._stride, self._count = source, stride, count
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, index: Any) -> Any:
+    return self._source[index * self._stride]
+
+  def locate(self, index: int) -> str:
+    """Returns where a record comes from."""
+    return locate(self._source, index * self._stride)

@@ -1,0 +1,172 @@
+"""Files and folders that flags name: checked early, errors told in one line."""
+
+import errno
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+
+from absl import flags
+
+from narvl_jax.errors import UserError
+from narvl_jax.files import leftovers
+from narvl_jax.files.disk import errors_of, free_place, is_stream, reason_of
+
+# Flags that hold a path, of all commands.
+PATH_FLAGS = (
+  *("workdir", "to", "from", "teacher", "nar", "ar", "runs", "results"),
+  *(
+    "folder",
+    "vocabulary",
+    "answers",
+    "image",
+    "overlay",
+    "hlo",
+    "json",
+    "png",
+  ),
+)
+# Of these the empty text means that nothing is written.
+_MAY_BE_EMPTY = ("png", "json")
+_LONGEST_SHOWN = 80
+# Such a path cannot be any file or folder.
+_IMPOSSIBLE = (errno.ENAMETOOLONG, errno.ELOOP)
+
+
+def check_flags() -> None:
+  """Checks the paths that flags of this command were given.
+
+  Raises:
+    UserError: one is empty, or can be no path.
+  """
+  for name, value in _given_flags():
+    if not value.strip() and name not in _MAY_BE_EMPTY:
+      raise UserError(
+        f'--{name}="{value}" names nothing; give a path, such as'
+        f" --{name}=. for the current folder, or leave the flag out"
+      )
+    if value:
+      check_possible(f"--{name}", value)
+
+
+def check_possible(flag: str, value: str) -> None:
+  """Checks that a path can exist.
+
+  Args:
+    flag: how the user named it, such as `--to`.
+    value: the path.
+
+  Raises:
+    UserError: a name in it is too long, or its links lead to themselves.
+  """
+  number = 0
+  try:
+    os.stat(value)
+  except OSError as error:
+    number = error.errno
+  # The system finds a long name only where the folders before it exist.
+  place = free_place(pathlib.Path(value)) if number == errno.ENOENT else "/"
+  longest = os.pathconf(place, "PC_NAME_MAX")
+  if any(len(os.fsencode(x)) > longest for x in pathlib.Path(value).parts):
+    number = errno.ENAMETOOLONG
+  if number in _IMPOSSIBLE:
+    raise UserError(f'{flag}="{_short(value)}": {os.strerror(number)}')
+
+
+def check_folder(flag: str, value: str | os.PathLike[str]) -> None:
+  """Checks that files can be written below a folder, which may be made later.
+
+  Only trying tells: permissions say nothing of read-only disks, quotas, or
+  file systems such as /proc.
+
+  Args:
+    flag: how the user named it, such as `--to`.
+    value: the folder.
+
+  Raises:
+    UserError: it is a file or below one, or cannot be written.
+  """
+  check_possible(flag, os.fspath(value))
+  _check_folder(flag, f"{flag}={value}", pathlib.Path(value).absolute())
+
+
+def check_file(flag: str, value: str | os.PathLike[str]) -> None:
+  """Checks that a file can be written, in a folder that may be made later.
+
+  Args:
+    flag: how the user named it, such as `--to`.
+    value: the file.
+
+  Raises:
+    UserError: it is a folder, or its folder cannot be written.
+  """
+  check_possible(flag, os.fspath(value))
+  path = pathlib.Path(value)
+  if path.is_dir():
+    raise UserError(f"{flag}={value} is a folder; give a file in it")
+  if not is_stream(path):
+    shown = f"{flag}={value}: {path.parent}"
+    _check_folder(flag, shown, path.parent.absolute())
+
+
+def _check_folder(flag: str, shown: str, folder: pathlib.Path) -> None:
+  place = folder
+  while not os.path.lexists(place):
+    place = place.parent
+  if not place.is_dir():
+    what = "is" if place == folder else f"is below {place},"
+    raise UserError(f"{shown} {what} a file, not a folder")
+  probe = leftovers.temporary_path(place / "probe")
+  try:
+    probe.mkdir()
+    probe.rmdir()
+    reason = ""
+  except PermissionError:
+    reason = f"no permission for {place}"
+  except OSError as error:
+    reason = reason_of(error.errno or 0, place)
+  if not reason and not os.access(place, os.W_OK | os.X_OK):
+    reason = f"no permission for {place}"
+  if reason:
+    raise UserError(f"{shown} cannot be written: {reason}; use another {flag}")
+
+
+def explain_path(error: BaseException) -> str | None:
+  """Returns one line for an error at a path that the user gave, else None.
+
+  Args:
+    error: and what it was raised from.
+  """
+  for link in errors_of(error):
+    if not isinstance(link, OSError) or not isinstance(link.filename, str):
+      continue
+    path = pathlib.Path(os.path.abspath(link.filename))
+    for flag, value in _given():
+      given = pathlib.Path(os.path.abspath(value))
+      if path != given and not {path, given} & {*path.parents, *given.parents}:
+        continue
+      where = "" if path == given else f' at "{_short(str(path))}"'
+      return f'{flag}"{_short(value)}": {link.strerror}{where}'
+  return None
+
+
+def _given() -> Iterator[tuple[str, str]]:
+  """Yields how the user named each path, and the path."""
+  for name, value in _given_flags():
+    yield f"--{name}=", value
+  if flags.FLAGS.is_parsed():
+    for value in sys.argv[1:]:
+      if not value.startswith("-"):
+        yield "", value
+
+
+def _given_flags() -> Iterator[tuple[str, str]]:
+  for name in PATH_FLAGS:
+    if name in flags.FLAGS and flags.FLAGS[name].present:
+      value = flags.FLAGS[name].value
+      if isinstance(value, str):
+        yield name, value
+
+
+def _short(text: str) -> str:
+  return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."

@@ -1,0 +1,181 @@
+"""Files beside what counts: damage to them never ends a run.
+
+Logs, metrics and caches can be lost; checkpoints and config cannot. What is
+damaged in such a file is set aside as `NAME.damaged`, with one warning, and
+the rest is used.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import stat
+from collections.abc import Callable
+from typing import Any
+
+from narvl_jax.files.disk import atomically
+from narvl_jax.terminal.text import warn
+
+_SUFFIX = ".damaged"
+
+
+def make_way(path: pathlib.Path, *, folder: bool = False) -> None:
+  """Sets aside what is in the place of a file and is none.
+
+  A folder, a pipe or a link that leads nowhere would keep a run from reading
+  or writing the file.
+
+  Args:
+    path: of the file; nothing may be there.
+    folder: whether a folder is wanted there instead.
+
+  Raises:
+    OSError: it cannot be moved.
+  """
+  wanted = stat.S_ISDIR if folder else stat.S_ISREG
+  try:
+    if wanted(path.stat().st_mode):
+      return
+  except OSError:
+    # A link that leads nowhere or to itself, or nothing.
+    if not path.is_symlink():
+      return
+  _set_aside(path, "it is no folder" if folder else "it is no file")
+
+
+def _set_aside(path: pathlib.Path, why: str) -> None:
+  target = path.with_name(path.name + _SUFFIX)
+  number = 1
+  while os.path.lexists(target):
+    target = path.with_name(f"{path.name}{_SUFFIX}.{number}")
+    number += 1
+  with contextlib.suppress(FileNotFoundError):
+    # Another host may be faster.
+    path.rename(target)
+    warn(f"{path} cannot be used: {why}; set aside as {target.name}")
+
+
+def parse_object(text: bytes) -> dict[str, Any] | None:
+  """Returns the JSON object in UTF-8 that a text is, None if it is none."""
+  try:
+    value = json.loads(text.decode("utf-8"))
+  # A text may be nested too deep.
+  except (ValueError, RecursionError):
+    return None
+  return value if isinstance(value, dict) else None
+
+
+def read_object(
+  path: pathlib.Path,
+  is_valid: Callable[[dict[str, Any]], bool] = lambda value: True,
+) -> dict[str, Any] | None:
+  """Returns the JSON object in a file; one that is damaged is set aside.
+
+  Args:
+    path: the file.
+    is_valid: whether an object has what it must have.
+
+  Returns:
+    None if there is no such file, or none that can be used.
+
+  Raises:
+    OSError: the file cannot be read or moved.
+  """
+  make_way(path)
+  try:
+    value = parse_object(path.read_bytes())
+  except FileNotFoundError:
+    return None
+  if value is None or not is_valid(value):
+    _set_aside(path, "it is damaged")
+    return None
+  return value
+
+
+def read_lines(
+  path: pathlib.Path, is_valid: Callable[[dict[str, Any]], bool]
+) -> list[dict[str, Any]]:
+  """Returns the JSON objects of a file of lines, leaving out what is damaged.
+
+  Args:
+    path: the file; nothing may be there, or something that is no file.
+    is_valid: whether an object has what it must have.
+
+  Raises:
+    OSError: the file cannot be read.
+  """
+  return [value for value, _ in _split(path, is_valid) if value is not None]
+
+
+def mend_lines(
+  path: pathlib.Path, is_valid: Callable[[dict[str, Any]], bool]
+) -> list[dict[str, Any]]:
+  """Returns what `read_lines` does; moves damaged lines to another file.
+
+  Args:
+    path: the file, which nobody else may be writing.
+    is_valid: whether an object has what it must have.
+
+  Raises:
+    OSError: a file cannot be read, written or moved.
+  """
+  make_way(path)
+  lines = _split(path, is_valid)
+  damaged = [text for value, text in lines if value is None]
+  good = [(value, text) for value, text in lines if value is not None]
+  if damaged:
+    # Nothing is taken out of a file before it is in another.
+    aside = path.with_name(path.name + _SUFFIX)
+    make_way(aside)
+    with aside.open("ab") as file:
+      file.write(b"".join(text + b"\n" for text in damaged))
+      file.flush()
+      os.fsync(file.fileno())
+    _write_lines(path, [text for _, text in good])
+    warn(
+      f"{path} has {len(damaged)} damaged line{'s' * (len(damaged) > 1)}; set"
+      f" aside in {aside.name}"
+    )
+  elif lines and not _ends_line(path):
+    _write_lines(path, [text for _, text in good])
+  return [value for value, _ in good]
+
+
+def _split(
+  path: pathlib.Path, is_valid: Callable[[dict[str, Any]], bool]
+) -> list[tuple[dict[str, Any] | None, bytes]]:
+  """Returns the lines that are not empty, as objects and as they are."""
+  if not path.is_file():
+    return []
+  lines = []
+  for text in path.read_bytes().split(b"\n"):
+    if text.strip():
+      value = parse_object(text)
+      if value is not None and not is_valid(value):
+        value = None
+      lines.append((value, text))
+  return lines
+
+
+def _write_lines(path: pathlib.Path, lines: list[bytes]) -> None:
+  with atomically(path) as temporary:
+    temporary.write_bytes(b"".join(line + b"\n" for line in lines))
+
+
+def append_line(path: pathlib.Path, value: dict[str, Any]) -> None:
+  """Appends a JSON object as a line of its own.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  make_way(path)
+  with path.open("ab") as file:
+    # A line that was cut short must not spoil this one too.
+    start = b"\n" if file.tell() and not _ends_line(path) else b""
+    file.write(start + json.dumps(value).encode() + b"\n")
+
+
+def _ends_line(path: pathlib.Path) -> bool:
+  with path.open("rb") as file:
+    file.seek(-1, os.SEEK_END)
+    return file.read() == b"\n"

@@ -1,0 +1,108 @@
+"""Signs of life: by which hosts notice that another one is gone.
+
+jax's coordination service has signs of its own. But it ends every process with
+an abort that no code can prevent, also where a machine is so busy compiling
+that a sign comes late. So its limit is set high, and this one counts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from narvl_jax.hosts.distributed import HostsLost, host_name
+
+_PREFIX = "narvl_jax/alive"
+# Where XLA compiles, all cores may be taken for minutes.
+_PATIENT_FACTOR = 5.0
+# Where nothing is compiled, so that a silence means more.
+_PROMPT_STAGES = ("step", "data_wait")
+# Signs within the time after which a host counts as lost.
+_SIGNS = 5.0
+
+
+class Liveness:
+  """Gives signs of life of one host, and watches those of others.
+
+  Host 0 watches all others, and they watch host 0. So each costs the
+  coordinator two requests in a while, however many hosts there are.
+  """
+
+  def __init__(
+    self,
+    client: Any,
+    host: int,
+    count: int,
+    *,
+    lost_seconds: float,
+    stage: Callable[[], str],
+  ) -> None:
+    """Begins without a sign.
+
+    Args:
+      client: of the coordination service.
+      host: which one this is.
+      count: how many there are.
+      lost_seconds: without a sign, after which a host is lost; five times as
+        long where it may be compiling.
+      stage: returns what this host is doing.
+    """
+    self._client = client
+    self._host = host
+    self._watched = range(1, count) if host == 0 else range(1)
+    self._own, self._others = f"{_PREFIX}/others", f"{_PREFIX}/first"
+    if host == 0:
+      self._own, self._others = self._others, self._own
+    self._interval = lost_seconds / _SIGNS
+    self._lost_seconds = lost_seconds
+    self._stage = stage
+    self._since_sign = self._interval
+    self._number = 0
+    self._seen: dict[int, str] = {}
+    self._silent = dict.fromkeys(self._watched, 0.0)
+
+  def patience(self, stage: str) -> float:
+    """Returns how long a host may be silent, in seconds."""
+    factor = 1.0 if stage in _PROMPT_STAGES else _PATIENT_FACTOR
+    return factor * self._lost_seconds
+
+  def look(self, seconds: float) -> None:
+    """Gives a sign and looks at those of others, from time to time.
+
+    Args:
+      seconds: since the last look in which the others could give signs; not
+        those in which this host itself could do nothing.
+
+    Raises:
+      HostsLost: a host is silent for too long.
+    """
+    self._since_sign += seconds
+    for host in self._watched:
+      self._silent[host] += seconds
+    if self._since_sign < self._interval:
+      return
+    self._since_sign = 0.0
+    self._number += 1
+    self._client.key_value_set(
+      f"{self._own}/{self._host}",
+      f"{self._number} {self._stage()}",
+      allow_overwrite=True,
+    )
+    for host, sign in self._signs().items():
+      if host in self._silent and self._seen.get(host) != sign:
+        self._seen[host] = sign
+        self._silent[host] = 0.0
+    self._check()
+
+  def _signs(self) -> dict[int, str]:
+    found = self._client.key_value_dir_get(self._others)
+    return {int(key.rpartition("/")[2]): sign for key, sign in found}
+
+  def _check(self) -> None:
+    for host, seconds in self._silent.items():
+      stage = self._seen.get(host, "").partition(" ")[2]
+      if seconds > self.patience(stage):
+        where = f' in phase "{stage}"' if stage else ""
+        raise HostsLost(
+          f"{host_name(host)} is lost: no sign of life for {seconds:.0f} s"
+          f"{where}; its process was killed, or its machine or network failed"
+          f" (--heartbeat_timeout={self._lost_seconds:g})"
+        )

@@ -1,0 +1,323 @@
+"""What hosts tell each other while they run: failures, and when to stop.
+
+A thread looks once a second at the key-value store of jax's coordination
+service, so neither costs the training loop anything.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Self, TextIO
+
+from narvl_jax.hosts.distributed import (
+  HEARTBEAT_SECONDS,
+  HostsLost,
+  host_name,
+)
+from narvl_jax.hosts.liveness import Liveness
+from narvl_jax.terminal.text import escape, show
+
+_POLL_SECONDS = 1.0
+_PREFIX = "narvl_jax/notices"
+# How long a host that ends waits for the others to do so too.
+_FAREWELL_SECONDS = 5.0
+# The same where nothing failed: the others may still write a checkpoint.
+_LONG_FAREWELL_SECONDS = 60.0
+# After which a host ends that cannot tell the others.
+_TELLING_SECONDS = 15.0
+# A host may be in the middle of an evaluation.
+_AGREEMENT_SECONDS = 1800.0
+_MAX_UNANSWERED = 5
+# Of the time between two looks, at least so many until a host is lost.
+_SHORTEST_LOSS = 5.0
+
+
+class StopAgreement:
+  """Lets all hosts stop in the same place of the same sequence of work.
+
+  The work is what lies between two calls of `due`: a step, or a batch of an
+  evaluation, in the same order on all hosts. Hosts run ahead of each other.
+  Once one is asked to stop, each says which piece it has let itself begin,
+  and begins no other before all have said so; all then go on to the end of
+  the latest of these.
+  """
+
+  def __init__(self) -> None:
+    self._lock = threading.Lock()
+    self._begun = 0
+    self._requested = False
+    self._last: int | None = None
+    self._agreed = threading.Event()
+
+  def begin(self) -> None:
+    """Says that the first piece of work begins."""
+    with self._lock:
+      self._begun = 1
+
+  def due(self, timeout: float = _AGREEMENT_SECONDS) -> bool:
+    """Returns whether all stop here; if not, the next piece may begin.
+
+    Raises:
+      HostsLost: the others did not say in time how far they are.
+    """
+    with self._lock:
+      done = self._begun
+      if not self._requested:
+        self._begun += 1
+        return False
+    if not self._agreed.wait(timeout):
+      raise HostsLost(
+        f"stop asked for: not all hosts said within {timeout:g} s how far they"
+        " are"
+      )
+    assert self._last is not None
+    with self._lock:
+      if done < self._last:
+        self._begun += 1
+    return done >= self._last
+
+  def request(self) -> int | None:
+    """Asks to stop; returns the piece begun last, None before the first."""
+    with self._lock:
+      self._requested = self._begun > 0
+      return self._begun or None
+
+  def agree(self, last: int) -> None:
+    """Sets the piece of work after which all stop."""
+    self._last = last
+    self._agreed.set()
+
+
+class Notices:
+  """The thread that reads and writes the notices of one host.
+
+  Attributes:
+    host: which one this is.
+    stop_signal: set by whoever is asked to stop; also if another host is.
+    agreement: for the training loop.
+    stage: returns what this host is doing; set by who knows it.
+  """
+
+  def __init__(
+    self,
+    client: Any,
+    process_id: int,
+    num_processes: int,
+    *,
+    terminal: TextIO,
+    poll_seconds: float = _POLL_SECONDS,
+    leave: Callable[[int], Any] = os._exit,
+    on_end: Callable[[int, str], Any] = lambda code, message: None,
+    explain: Callable[[HostsLost], tuple[int, str]] = lambda e: (1, str(e)),
+    lost_seconds: float = HEARTBEAT_SECONDS,
+  ) -> None:
+    """Prepares the thread.
+
+    Args:
+      client: of the coordination service.
+      process_id: which host this is.
+      num_processes: how many there are.
+      terminal: where the user of this host looks.
+      poll_seconds: how often to look.
+      leave: ends the process with an exit code, whatever other threads do.
+      on_end: told of exit code and message before the process ends by either
+        its own failure or that of another host.
+      explain: of a host that is lost -> exit code and one line.
+      lost_seconds: see `Liveness`.
+    """
+    self._client = client
+    self.host = process_id
+    self._count = num_processes
+    self._terminal = terminal
+    self._poll_seconds = poll_seconds
+    self._leave = leave
+    self._on_end = on_end
+    self._closed = threading.Event()
+    self._thread = threading.Thread(target=self._watch, daemon=True)
+    self._published: set[str] = set()
+    self._ending = threading.Lock()
+    self._ended = threading.Event()
+    self.stop_signal: int | None = None
+    self.agreement = StopAgreement()
+    self.stage: Callable[[], str] = lambda: ""
+    self._explain = explain
+    self._liveness = Liveness(
+      client,
+      process_id,
+      num_processes,
+      lost_seconds=max(lost_seconds, _SHORTEST_LOSS * poll_seconds),
+      stage=lambda: self.stage(),
+    )
+    self._polls = 0
+    self._second = threading.Thread(target=self._watch_polls, daemon=True)
+
+  def __enter__(self) -> Self:
+    self._thread.start()
+    self._second.start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._closed.set()
+    self._thread.join()
+    self._second.join()
+
+  def fail(self, code: int, message: str) -> None:
+    """Ends this process, and the others with the same exit code.
+
+    Returns only if `leave` does.
+
+    Args:
+      code: exit code; 0 if nothing failed.
+      message: one line for the terminal of every host.
+    """
+    self._closed.set()
+    if not self._ending.acquire(blocking=False):
+      # Another thread has the same to say, and will end the process.
+      self._ended.wait()
+      self._leave(code)
+      return
+    # The service that tells the others takes no halves of surrogate pairs.
+    message = escape(" ".join(message.split()))
+    with contextlib.suppress(OSError, ValueError):
+      text = f"{host_name(self.host)}: {message}"
+      show(text, file=self._terminal)
+    with self._at_most(_TELLING_SECONDS, code):
+      self._publish(f"failure/{self.host}", f"{code} {message}")
+    try:
+      self._on_end(code, message)
+    finally:
+      # Nobody else would end this process.
+      self._depart(code)
+
+  @property
+  def ending(self) -> bool:
+    """Whether a thread is about to end this process."""
+    return self._ending.locked()
+
+  def poll(self) -> None:
+    """Looks once at what the others say, and says what is new."""
+    if self.stop_signal is not None:
+      self._publish("stop", str(self.stop_signal))
+    found = {
+      key.removeprefix(f"{_PREFIX}/"): value
+      for key, value in self._client.key_value_dir_get(_PREFIX)
+    }
+    for key, value in found.items():
+      if key.startswith("failure/") and key != f"failure/{self.host}":
+        self._follow(int(key.removeprefix("failure/")), value)
+        return
+    if "stop" in found:
+      self.stop_signal = int(found["stop"])
+      begun = self.agreement.request()
+      if begun is not None:
+        self._publish(f"step/{self.host}", str(begun))
+    steps = [int(v) for key, v in found.items() if key.startswith("step/")]
+    if len(steps) == self._count:
+      self.agreement.agree(max(steps))
+
+  def _follow(self, host: int, value: str) -> None:
+    """Ends this process since another one ends."""
+    if not self._ending.acquire(blocking=False):
+      return
+    code, message = value.split(" ", 1)
+    text = f"{host_name(host)}: {escape(message)}"
+    for stream in dict.fromkeys((self._terminal, sys.stderr)):
+      with contextlib.suppress(OSError, ValueError):
+        show(text, file=stream)
+    try:
+      self._on_end(int(code), text)
+    finally:
+      self._depart(int(code))
+
+  def _depart(self, code: int) -> None:
+    """Ends this process when all others are about to end, or in vain.
+
+    Who leaves first breaks the collectives of the others, who would then tell
+    of an error that is none.
+    """
+    farewell = _FAREWELL_SECONDS if code else _LONG_FAREWELL_SECONDS
+    with self._at_most(farewell + _TELLING_SECONDS, code):
+      self._publish(f"left/{self.host}", "")
+      deadline = time.monotonic() + farewell
+      while time.monotonic() < deadline:
+        if self._number_of("left") == self._count:
+          break
+        time.sleep(self._poll_seconds / 5)
+      if self.host == 0:
+        # With the coordinator goes what the others read.
+        time.sleep(self._poll_seconds)
+    self._ended.set()
+    self._leave(code)
+
+  @contextlib.contextmanager
+  def _at_most(self, seconds: float, code: int) -> Iterator[None]:
+    """Ends this process if the block, which asks the coordinator, hangs.
+
+    A coordinator that is stuck answers nothing, and raises no error either.
+    """
+    timer = threading.Timer(seconds, self._leave, args=[code])
+    timer.daemon = True
+    timer.start()
+    try:
+      yield
+    except Exception as error:
+      if not self._ended.is_set():
+        text = " ".join(str(error).split())[:200]
+        show(f"the other hosts cannot be reached: {text}", file=sys.stderr)
+    finally:
+      timer.cancel()
+
+  def _watch(self) -> None:
+    unanswered = 0
+    while not self._closed.wait(self._poll_seconds):
+      try:
+        self.poll()
+        # Not the time that went by: the whole machine may have been busy.
+        self._liveness.look(self._poll_seconds)
+        self._polls += 1
+        unanswered = 0
+      except HostsLost as error:
+        self.fail(*self._explain(error))
+      except Exception as error:
+        unanswered += 1
+        if unanswered == _MAX_UNANSWERED and not self._closed.is_set():
+          self._leave_unanswered(" ".join(str(error).split())[:200])
+
+  def _watch_polls(self) -> None:
+    """Ends this process if a question to the coordinator is never answered.
+
+    So it is if its machine lost power or its network failed.
+    """
+    seen, seconds = self._polls, 0.0
+    while not self._closed.wait(self._poll_seconds):
+      seconds += self._poll_seconds
+      if self._polls != seen:
+        seen, seconds = self._polls, 0.0
+      if seconds > self._liveness.patience(self.stage()):
+        self._leave_unanswered(f"nothing for {seconds:.0f} s")
+        return
+
+  def _leave_unanswered(self, why: str) -> None:
+    with contextlib.suppress(OSError):
+      show(
+        f"{host_name(0)}, the coordinator, does not answer: {why}",
+        file=self._terminal,
+      )
+    self._leave(1)
+
+  def _number_of(self, kind: str) -> int:
+    return len(self._client.key_value_dir_get(f"{_PREFIX}/{kind}"))
+
+  def _publish(self, key: str, value: str) -> None:
+    if key in self._published:
+      return
+    try:
+      self._client.key_value_set(f"{_PREFIX}/{key}", value)
+    except Exception as error:
+      # Two hosts were told to stop: the first one's word counts.
+      if "ALREADY_EXISTS" not in str(error):
+        raise
+    self._published.add(key)

@@ -1,0 +1,84 @@
+"""What a request holds that a model cannot know: unknown words, resizing."""
+
+import dataclasses
+from typing import Any
+
+from narvl_jax.data import images
+from narvl_jax.data.example import Record
+from narvl_jax.data.tasks import Task
+from narvl_jax.experiment.experiment import Experiment
+
+# Pixels of a picture for one of the model, a side, or the reverse; sides of
+# photographs are stretched by up to 16 / 9 in training as well.
+_SCALE = 4.0
+_STRETCH = 2.0
+_SHOWN = 5
+
+
+def warnings_about(
+  experiment: Experiment, record: Record, *, resized: bool = True
+) -> list[str]:
+  """Returns a sentence about each thing that the model was not trained for.
+
+  Args:
+    experiment: the run.
+    record: the request, with its picture.
+    resized: whether the picture is none of the run's own data, so that its
+      size is worth a word.
+  """
+  found = _unknown_words(experiment, record)
+  if resized:
+    found += _resizing(experiment, record)
+  return found
+
+
+def _unknown_words(experiment: Experiment, record: Record) -> list[str]:
+  task: Task[Any] = experiment.tasks[record.task]
+  settings = experiment.config.vocabulary
+  vocabulary = experiment.vocabulary
+  # With room left, every word of the texts that it was made from is whole.
+  whole = settings.source == "train" and vocabulary.size < settings.size
+  # What the truth adds is no part of the request.
+  asked = dataclasses.replace(record, answers={}, box=None)
+  unknown = dict.fromkeys(
+    word
+    for text in task.source_texts(asked)
+    for word in vocabulary.unknown_words(text, whole=whole)
+  )
+  if not unknown:
+    return []
+  words = [f'"{word}"' for word in unknown]
+  shown = ", ".join(words[:_SHOWN])
+  if len(words) > _SHOWN:
+    shown += f" and {len(words) - _SHOWN} more"
+  why = (
+    "not in the texts from which this run made its vocabulary"
+    if whole
+    else "spelled out letter by letter or without any token"
+  )
+  return [f"unknown words: {shown} ({why}); the answer may be meaningless"]
+
+
+def _resizing(experiment: Experiment, record: Record) -> list[str]:
+  width, height = images.original_size(record.image)
+  rows, columns = experiment.config.data.image_size
+  down, right = height / rows, width / columns
+  stretch = max(down, right) / min(down, right)
+  size = f"the picture of {width}x{height} pixels (width x height)"
+  found = []
+  if max(down, right) > _SCALE:
+    found.append(
+      f"{size} is reduced to {columns}x{rows} for this model; details smaller"
+      f" than {max(down, right):.0f} pixels are lost"
+    )
+  elif max(down, right) < 1 / _SCALE:
+    found.append(
+      f"{size} is enlarged to {columns}x{rows} for this model, so it shows"
+      " fewer details than those of the training"
+    )
+  if stretch > _STRETCH:
+    found.append(
+      f"{size} is squeezed to {columns}x{rows} for this model: its longer side"
+      f" shrinks {stretch:.1f} times as much as the other; crop it first"
+    )
+  return found

@@ -1,0 +1,276 @@
+"""Answers requests with a trained model, one at a time or by the batch."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from narvl_jax.data import images
+from narvl_jax.data.batches import pipeline
+from narvl_jax.data.example import Box, Record
+from narvl_jax.data.tasks import Task
+from narvl_jax.decoding import Decoding, Steps, make_steps, prepare_variables
+from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.experiment.experiment import Experiment
+from narvl_jax.parallel import (
+  activation_rules,
+  batch_sharding,
+  data_parallel_size,
+  local_rows,
+  local_values,
+  shard_batch,
+)
+from narvl_jax.prediction.readers import answer_lengths, make_reader
+
+_BATCH_KEYS = ("image", "text", "image_mask")
+# What travels back from the devices.
+_RESULT_KEYS = ("ids", "lengths", "log_probs")
+_GREEDY = Decoding()
+
+
+class Answer(NamedTuple):
+  """What the model says to one request.
+
+  Attributes:
+    record: the request.
+    index: position of the record in its source.
+    value: text, or a box in pixels of the original image.
+    log_prob: natural logarithm of its probability, see the readers in
+      `narvl_jax.decoding`; that of greedy decoding sums over all alignments
+      where repeats are merged.
+    alternatives: the next best answers with their log-probabilities, if the
+      decoding returns more than one.
+  """
+
+  record: Record
+  index: int
+  value: str | Box
+  log_prob: float
+  alternatives: tuple[tuple[str | Box, float], ...] = ()
+
+  @property
+  def probability(self) -> float:
+    """Probability of the answer."""
+    return math.exp(self.log_prob)
+
+
+class Predictor:
+  """A model with its weights, ready to answer.
+
+  All predictors of equal models share one compiled step per batch shape. The
+  batch is split over the mesh on which the weights lie, if any. If that spans
+  several hosts, all must ask the same and each gets a part of the answers.
+  """
+
+  def __init__(
+    self,
+    experiment: Experiment,
+    variables: Any,
+    decodings: Mapping[str, Decoding] | None = None,
+  ) -> None:
+    """Takes the variables of `experiment.model`, unboxed.
+
+    Args:
+      experiment: the run.
+      variables: its weights.
+      decodings: by task; greedy for those that are not named.
+
+    Raises:
+      UserError: a decoding is for a task that the run does not have, or is
+        none.
+    """
+    values = decodings.values() if isinstance(decodings, Mapping) else [None]
+    if decodings and not all(isinstance(x, Decoding) for x in values):
+      raise UserError(
+        f"decodings={decodings!r} must have a Decoding for each task, such as"
+        ' {"caption": Decoding("beam")}; see decodings_for'
+      )
+    self._experiment = experiment
+    for name in decodings or {}:
+      self._task(name)
+    self._config: Any = experiment.config
+    self._variables = prepare_variables(experiment.model, variables)
+    self._mesh = _mesh_of(variables)
+    self._decodings = dict(decodings or {})
+    self._rules = activation_rules(self._config.mesh.rules)
+    self._shared = self._mesh is not None and jax.process_count() > 1
+
+  @property
+  def variables(self) -> Any:
+    """The weights as the steps take them."""
+    return self._variables
+
+  def steps(self, task_name: str) -> Steps:
+    """Returns the compiled programs of a task; tasks may share them.
+
+    Raises:
+      UserError: its decoding does not fit the task or the model.
+    """
+    decoding = self._decodings.get(task_name, _GREEDY)
+    reader = make_reader(self._experiment, task_name, decoding)
+    return make_steps(self._experiment.model, reader, self._rules)
+
+  def lengths(self, task_name: str) -> np.ndarray:
+    """Returns least and most tokens of an answer, int32 [2]."""
+    decoding = self._decodings.get(task_name, _GREEDY)
+    return answer_lengths(self._experiment, decoding)
+
+  def answer(self, record: Record) -> Answer:
+    """Answers one request.
+
+    Raises:
+      UserError: the run has no such task, the picture is unreadable, or the
+        prompt empty or too long.
+    """
+    task = self._task(record.task)
+    batcher = pipeline.Batcher(**self._shapes())
+    batch = batcher.empty(self._whole(1))
+    example = batcher.prepare(record, task, target="none")
+    for row in range(len(batch["index"])):
+      batcher.put(batch, row, example)
+    size = len(batch["index"])
+    decoded = self._start(batch, task, size)
+    return next(self._finish(decoded, batch, [record], task))
+
+  def answers(
+    self,
+    source: Sequence[Record],
+    task_name: str,
+    *,
+    batch_size: int,
+    before_batch: Callable[[], None] = lambda: None,
+  ) -> Iterator[Answer]:
+    """Answers every good record of a source, in order.
+
+    Several hosts share the records, for what takes time is their preparation:
+    each answers those in the rows of its devices. A host of a group that
+    shares rows answers the same ones as the others of the group.
+
+    Args:
+      source: records of the task.
+      task_name: one of the experiment's tasks.
+      batch_size: rounded up to a multiple of the devices that share a batch.
+      before_batch: called before each batch, on all hosts as often.
+
+    Raises:
+      UserError: the run has no such task, the source is empty or too many of
+        its records are bad.
+    """
+    data = self._config.data
+    task = self._task(task_name)
+    size = self._whole(batch_size)
+    batches = pipeline.eval_batches(
+      source,
+      task,
+      batch_size=size,
+      rows=None if self._mesh is None else local_rows(self._mesh, size),
+      num_threads=data.num_threads,
+      prefetch=data.prefetch,
+      bad_records=pipeline.BadRecords(data.max_bad_fraction),
+      name=task_name,
+      **self._shapes(),
+    )
+    # The device computes one batch while the host reads the one before it.
+    previous = None
+    for batch, records in batches:
+      before_batch()
+      current = self._start(batch, task, size), batch, records
+      if previous is not None:
+        yield from self._finish(*previous, task)
+      previous = current
+    if previous is not None:
+      yield from self._finish(*previous, task)
+
+  def _task(self, name: str) -> Task[Any]:
+    tasks = self._experiment.tasks
+    if name not in tasks:
+      raise UserError(
+        f'the run has no task "{name}".{did_you_mean(name, list(tasks))}'
+      )
+    return tasks[name]
+
+  def _shapes(self) -> dict[str, Any]:
+    data = self._config.data
+    return {
+      "image_size": tuple(data.image_size),
+      "max_text_length": data.max_text_length,
+      "max_label_length": self._experiment.label_length,
+    }
+
+  def _whole(self, batch_size: int) -> int:
+    """Rounds up to what divides over the devices."""
+    parts = 1 if self._mesh is None else data_parallel_size(self._mesh)
+    return -(-batch_size // parts) * parts
+
+  def _start(
+    self, batch: Mapping[str, np.ndarray], task: Task[Any], size: int
+  ) -> dict[str, jax.Array]:
+    """Hands a batch, of which this host has a part, to the devices."""
+    arrays = {key: batch[key] for key in _BATCH_KEYS}
+    arrays["merge_repeats"] = np.full(len(batch["index"]), task.merge_repeats)
+    if self._mesh is not None:
+      arrays = shard_batch(arrays, self._mesh, size)
+    context = jax.set_mesh(self._mesh) if self._mesh else nullcontext()
+    with context:
+      decoded = self.steps(task.name).predict(
+        self._variables, **arrays, lengths=self.lengths(task.name)
+      )
+    decoded = {key: decoded[key] for key in _RESULT_KEYS}
+    return _split(decoded, self._mesh) if self._shared else decoded
+
+  def _finish(
+    self,
+    decoded: Mapping[str, jax.Array],
+    batch: Mapping[str, np.ndarray],
+    records: Sequence[Record],
+    task: Task[Any],
+  ) -> Iterator[Answer]:
+    """Waits for a batch and turns its ids into answers."""
+    host = self._fetch(decoded)
+    for row, record in enumerate(records):
+      size = images.original_size(record.image)
+      ranked = [
+        (task.decode(ids[:length].tolist(), size), float(log_prob))
+        for ids, length, log_prob in zip(
+          *(host[key][row] for key in _RESULT_KEYS), strict=True
+        )
+      ]
+      yield Answer(
+        record, int(batch["index"][row]), *ranked[0], tuple(ranked[1:])
+      )
+
+  def _fetch(self, decoded: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Waits for the rows of this host."""
+    if not self._shared:
+      return jax.device_get(dict(decoded))
+    assert self._mesh is not None
+    rows = local_rows(self._mesh, len(decoded["ids"]))
+    return {key: local_values(x, rows) for key, x in decoded.items()}
+
+
+def _split(
+  decoded: Mapping[str, jax.Array], mesh: Mesh | None
+) -> dict[str, jax.Array]:
+  """Splits the answers of a batch over the hosts as the batch is."""
+  assert mesh is not None
+  return _splitter(mesh)(dict(decoded))
+
+
+@functools.lru_cache(maxsize=4)
+def _splitter(mesh: Mesh) -> Any:
+  return jax.jit(lambda arrays: arrays, out_shardings=batch_sharding(mesh))
+
+
+def _mesh_of(variables: Any) -> Mesh | None:
+  """Returns the mesh on which the variables lie, if it has many devices."""
+  for leaf in jax.tree.leaves(variables):
+    placement = getattr(leaf, "sharding", None)
+    if isinstance(placement, NamedSharding) and placement.mesh.size > 1:
+      assert isinstance(placement.mesh, Mesh)
+      return placement.mesh
+  return None

@@ -1,0 +1,291 @@
+"""What looks after a run: stops, its lock, its watchdog, and how it ends."""
+
+import contextlib
+import functools
+import pathlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, Self
+
+from narvl_jax.checkpointing.writing import FOLDER as CHECKPOINTS
+from narvl_jax.errors import UserError
+from narvl_jax.files import leftovers
+from narvl_jax.hosts.notices import Notices
+from narvl_jax.reliability import watchdog
+from narvl_jax.reliability.interrupt import StopRequest
+from narvl_jax.reliability.ledger import Ledger
+from narvl_jax.run.announce import (
+  HOW_TO_RESUME,
+  describe_failure,
+  how_to_resume,
+)
+from narvl_jax.run_folder import restarts as failures
+from narvl_jax.run_folder.lock import RENEW_SECONDS, LockLost, RunLock
+from narvl_jax.run_folder.workdir import is_run
+from narvl_jax.terminal.text import show
+
+# For a checkpoint that other hosts still write when this one is told to leave.
+_SAVE_SECONDS = 600.0
+
+
+class Guard:
+  """Looks after a run from the start of its process to the end.
+
+  Attributes:
+    ledger: of the run's time.
+    stop: Ctrl-C and SIGTERM.
+    busy: whether a checkpoint is being written; set by who opens them.
+  """
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    ledger: Ledger,
+    *,
+    leave: Callable[[int], Any] | None = None,
+  ) -> None:
+    """Prepares it.
+
+    Args:
+      workdir: the run folder.
+      ledger: of the run's time.
+      leave: ends the process with an exit code whatever its threads do; None
+        leaves that to the main thread, as in a notebook.
+    """
+    self.ledger = ledger
+    self.stop = StopRequest()
+    self.busy: Callable[[], bool] = lambda: False
+    self._workdir = workdir
+    self._leave = leave
+    self._notices: Notices | None = None
+    self._lock: RunLock | None = None
+    self._since: str | None = None
+    self._watchdog: watchdog.Watchdog | None = None
+    self._renewed = 0.0
+    self._renewing = threading.Lock()
+    self._lost = ""
+    self._stacks = ""
+    self._ending = threading.RLock()
+    self._ended = False
+
+  def __enter__(self) -> Self:
+    self.stop.busy = lambda: self.busy()
+    if self._leave is not None:
+      self.stop.leave = lambda error: self._end_process(
+        *describe_failure(error, self._workdir)
+      )
+    self.stop.__enter__()
+    return self
+
+  def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
+    if self._watchdog is not None:
+      self._watchdog.__exit__()
+    if error is not None and not isinstance(error, SystemExit):
+      self.end(*describe_failure(error, self._workdir))
+    elif (lock := self._lock) is not None:
+      lock.release()
+    # Once the end is decided, a launcher that stops all must not disturb it.
+    self.stop.close(ignore=error is not None and self._leave is not None)
+
+  def connect(self, notices: Notices | None) -> None:
+    """Takes what several hosts tell each other, None for a single one."""
+    self._notices = self.stop.notices = notices
+    if notices is not None:
+      notices.stage = lambda: self.ledger.activity.stage
+
+  def watch(self, budgets: Mapping[str, float]) -> None:
+    """Starts the watchdog.
+
+    Args:
+      budgets: `config.watchdog`.
+    """
+    self._watchdog = watchdog.Watchdog(
+      self.ledger,
+      budgets,
+      on_hang=self._hang,
+      on_look=self._renew,
+      look_seconds=watchdog.LOOK_SECONDS,
+    )
+    self._watchdog.__enter__()
+
+  def take(self, say: Callable[[str], Any]) -> None:
+    """Takes the run folder for this run; for the first host.
+
+    Args:
+      say: prints a line.
+
+    Raises:
+      UserError: another run is alive in it.
+    """
+    lock = RunLock(self._workdir)
+    lock.acquire(
+      say,
+      functools.partial(failures.record_death, self._workdir),
+      self.ledger.activity.stage,
+    )
+    self._lock, self._since = lock, lock.since
+    leftovers.remove_below(self._workdir)
+
+  def record_restart(
+    self,
+    step: int,
+    say: Callable[[str], Any],
+    *,
+    saved: float | None = None,
+    damaged: Sequence[str] = (),
+  ) -> None:
+    """Writes down what happened before this start; see `failures`.
+
+    Args:
+      step: that this start goes on from.
+      say: prints a line.
+      saved: when the checkpoint of that step was saved, in seconds since 1970;
+        by default when its folder was last changed.
+      damaged: what is wrong with newer checkpoints, a line each.
+    """
+    if saved is None and step:
+      with contextlib.suppress(OSError):
+        saved = (self._workdir / CHECKPOINTS / str(step)).stat().st_mtime
+    for record in failures.record_restart(
+      self._workdir, step=step, saved=saved, damaged=damaged
+    ):
+      say(f"restart: {failures.describe(record)}")
+
+  def stopped(self, step: int) -> NoReturn:
+    """Ends a run that was told to stop, once its state is on disk.
+
+    Args:
+      step: of that state.
+    """
+    number = self.stop.signal_number or signal.SIGTERM
+    # SIGTERM is an order that was carried out; Ctrl-C breaks off what was run.
+    code = 0 if number == signal.SIGTERM else 128 + number
+    why = f"{signal.Signals(number).name}: stopped"
+    show(f"{why} at step {step}; {how_to_resume()}")
+    self.end(code, why)
+    sys.exit(code)
+
+  def end(self, code: int, message: str) -> None:
+    """Writes down that the run ends before it is finished, once.
+
+    May be called by any thread.
+
+    Args:
+      code: exit code; 0 if nothing is lost, and then nothing that is being
+        written is cut off.
+      message: why, in one line.
+    """
+    with self._ending:
+      if self._ended:
+        return
+      self._ended = True
+    if code == watchdog.HANG_CODE and not self._stacks:
+      self._stacks = self._write_stacks(message)
+    deadline = time.monotonic() + _SAVE_SECONDS
+    while code == 0 and self.busy() and time.monotonic() < deadline:
+      time.sleep(0.1)
+    # Another thread may find meanwhile that it is lost.
+    lock = self._lock
+    if lock is None:
+      return
+    activity = self.ledger.activity
+    failures.record_end(
+      self._workdir,
+      # What follows is what to do.
+      message.split("; ")[0],
+      code=code,
+      stage=None if activity.stage == Ledger.OTHER else activity.stage,
+      step=activity.step,
+      since=self._since,
+    )
+    lock.release()
+
+  def check_folder(self) -> None:
+    """Checks that the folder still is that of this run, on the first host.
+
+    Who writes into one that vanished would make a new one, with a part of a
+    run; the lock is looked at too seldom to keep it from that.
+
+    Raises:
+      LockLost: it is gone, or another run has taken it over.
+    """
+    with self._renewing:
+      self._sign()
+      if self._lost:
+        raise LockLost(self._lost)
+
+  def _sign(self) -> None:
+    """Gives a sign of life if this host has the lock, and sees if it has."""
+    lock = self._lock
+    if lock is None:
+      return
+    activity = self.ledger.activity
+    try:
+      lock.renew(activity.stage, activity.step)
+    except LockLost as error:
+      # Not the error itself, which would keep alive what its frames hold.
+      self._lock, self._lost = None, str(error)
+
+  def _renew(self) -> None:
+    """Gives a sign of life from time to time."""
+    if self._lock is None or time.monotonic() < self._renewed + RENEW_SECONDS:
+      return
+    self._renewed = time.monotonic()
+    if not self._renewing.acquire(blocking=False):
+      # The main thread looks; if its disk hangs, hangs are still looked for.
+      return
+    # Held while the process ends, so that no save begins meanwhile.
+    try:
+      if self._lock is None:
+        # The main thread has found out, and says so.
+        return
+      self._sign()
+      if self._lost:
+        error = LockLost(self._lost)
+        self._end_process(*describe_failure(error, self._workdir))
+    finally:
+      self._renewing.release()
+
+  def _hang(self, hang: watchdog.Hang) -> None:
+    self._stacks = self._write_stacks(f"watchdog: {hang}")
+    message = (
+      f"watchdog: {hang}; stacks of all threads in {self._stacks};"
+      f" {HOW_TO_RESUME}"
+    )
+    self._end_process(watchdog.HANG_CODE, message)
+
+  def _write_stacks(self, why: str) -> str:
+    # Not from jax, which would first wait for its devices.
+    host = 0 if self._notices is None else self._notices.host
+    return watchdog.write_stacks(self._workdir, host, why)
+
+  def _end_process(self, code: int, message: str) -> None:
+    """Ends this process and those of other hosts; called by a thread."""
+    if self._notices is not None:
+      self._notices.fail(code, message)
+      return
+    with contextlib.suppress(OSError, ValueError):
+      show(message, file=sys.stderr)
+    if self._leave is not None:
+      self.end(code, message)
+      self._leave(code)
+
+
+def check_unchanged(resumes: bool, workdir: pathlib.Path) -> None:
+  """Checks that nobody began a run while this one waited for its lock.
+
+  Args:
+    resumes: whether the folder held a run when its config was compared.
+    workdir: the run folder, with the lock of this run.
+
+  Raises:
+    UserError: it has changed.
+  """
+  if is_run(workdir) != resumes:
+    raise UserError(
+      f"--workdir={workdir}: another run began there just now, and ended; start"
+      " this one again"
+    )

@@ -1,0 +1,162 @@
+"""Ends a run that no longer moves, and shows where it stands."""
+
+import datetime
+import faulthandler
+import os
+import pathlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Self
+
+from narvl_jax.reliability.ledger import Ledger
+
+STACKS_FOLDER = "stacks"
+# EX_TEMPFAIL: schedulers may try again.
+HANG_CODE = 75
+LOOK_SECONDS = 2.0
+# By which a look may be late before C code ends the process without it.
+_GRACE_SECONDS = 60.0
+# Stages of the ledger whose budget has another name than they.
+_NAMES = {"init": "start", "import": "start", "data wait": "data_wait"}
+
+
+class Hang(NamedTuple):
+  """What stood still.
+
+  Attributes:
+    stage: of the ledger.
+    step: the last update.
+    seconds: since the last sign of progress.
+    name: of the budget: a key of `config.watchdog`.
+    budget: in seconds.
+  """
+
+  stage: str
+  step: int
+  seconds: float
+  name: str
+  budget: float
+
+  def __str__(self) -> str:
+    return (
+      f'no progress for {self.seconds:.0f} s in phase "{self.stage}" at step'
+      f" {self.step} (--config.watchdog.{self.name}={self.budget:g})"
+    )
+
+
+class Watchdog:
+  """A thread that looks whether the ledger moves.
+
+  A thread that never gives up Python's lock also stops this one. For that case
+  C code, armed anew at every look, prints the stacks and ends the process.
+  """
+
+  def __init__(
+    self,
+    ledger: Ledger,
+    budgets: Mapping[str, float],
+    *,
+    on_hang: Callable[[Hang], Any],
+    on_look: Callable[[], Any] = lambda: None,
+    look_seconds: float = LOOK_SECONDS,
+    clock: Callable[[], float] = time.monotonic,
+  ) -> None:
+    """Prepares the thread.
+
+    Args:
+      ledger: of the run.
+      budgets: name of a phase -> seconds, 0 for none; see `config.watchdog`.
+      on_hang: called by the thread; if it returns, watching goes on.
+      on_look: called at every look.
+      look_seconds: between two looks.
+      clock: returns seconds.
+    """
+    self._ledger = ledger
+    self._budgets = dict(budgets)
+    self._on_hang = on_hang
+    self._on_look = on_look
+    self._look_seconds = look_seconds
+    self._clock = clock
+    self._activity = ledger.activity
+    self._still = 0.0
+    self._last_look = clock()
+    self._closed = threading.Event()
+    self._thread = threading.Thread(target=self._watch, daemon=True)
+
+  def __enter__(self) -> Self:
+    self._thread.start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._closed.set()
+    if threading.current_thread() is not self._thread:
+      self._thread.join(timeout=self._look_seconds + 5)
+    faulthandler.cancel_dump_traceback_later()
+
+  def look(self) -> Hang | None:
+    """Returns what stands still for longer than it may, None if nothing."""
+    now = self._clock()
+    # While this thread did not run, as in a machine that was paused, neither
+    # could the others.
+    passed = min(now - self._last_look, 3 * self._look_seconds)
+    self._last_look = now
+    activity = self._ledger.activity
+    if activity != self._activity:
+      self._activity, self._still = activity, 0.0
+    else:
+      self._still += passed
+    name, budget = self._budget(activity.stage)
+    if not budget or self._still <= budget:
+      return None
+    return Hang(activity.stage, activity.step, self._still, name, budget)
+
+  def _budget(self, stage: str) -> tuple[str, float]:
+    name = _NAMES.get(stage, stage)
+    name = name if name in self._budgets else "other"
+    return name, self._budgets[name]
+
+  def _watch(self) -> None:
+    while not self._closed.wait(self._look_seconds):
+      hang = self.look()
+      if hang is not None:
+        self._on_hang(hang)
+        self._still = 0.0
+      self._arm()
+      self._on_look()
+
+  def _arm(self) -> None:
+    _, budget = self._budget(self._activity.stage)
+    if budget:
+      left = budget - self._still + _GRACE_SECONDS
+      faulthandler.dump_traceback_later(left, exit=True, file=2)
+    else:
+      faulthandler.cancel_dump_traceback_later()
+
+
+def write_stacks(workdir: pathlib.Path, host: int, why: str) -> str:
+  """Writes the stacks of all threads of this process.
+
+  Args:
+    workdir: the run folder.
+    host: number of this host.
+    why: the first line.
+
+  Returns:
+    The file; "stderr" if none can be written.
+  """
+  moment = datetime.datetime.now(datetime.UTC)
+  name = f"host_{host:03d}_{moment:%Y%m%dT%H%M%S}.txt"
+  path = workdir / STACKS_FOLDER / name
+  try:
+    # A run folder that is gone is not made again.
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+      file.write(f"{why}\nprocess {os.getpid()}: {' '.join(sys.argv)}\n\n")
+      file.flush()
+      faulthandler.dump_traceback(file, all_threads=True)
+  except OSError:
+    faulthandler.dump_traceback(2, all_threads=True)
+    return "stderr"
+  return str(path)

@@ -1,0 +1,218 @@
+"""Batches moved to the devices ahead of their use."""
+
+import functools
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from narvl_jax.data.batches.pipeline import (
+  BadRecords,
+  TrainBatches,
+  train_batches,
+)
+from narvl_jax.experiment.datasets import MixtureEntry
+from narvl_jax.parallel import local_rows, shard_batch
+from narvl_jax.training.setup import Setup
+
+_END = object()
+
+
+class DevicePrefetcher:
+  """Takes host batches from an iterator and places them on the mesh.
+
+  A thread does both, so that neither making nor copying a batch keeps the
+  devices waiting as long as batches are made faster than they are used.
+  """
+
+  def __init__(
+    self,
+    batches: Iterator[Mapping[str, np.ndarray]],
+    mesh: Mesh,
+    names: tuple[str, ...],
+    depth: int = 2,
+    batch_size: int | None = None,
+  ) -> None:
+    """Starts the thread.
+
+    Args:
+      batches: host batches, arrays [R, ...] of the rows of this host.
+      mesh: where they go.
+      names: the arrays to move; others stay behind.
+      depth: number of batches that wait on the devices.
+      batch_size: of all hosts together; that of `batches` if None.
+    """
+    self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
+    self._stop = threading.Event()
+    self._thread = threading.Thread(
+      target=self._fill, args=(batches, mesh, names, batch_size), daemon=True
+    )
+    self._thread.start()
+
+  @property
+  def ready(self) -> bool:
+    """Whether `get` returns at once."""
+    return not self._queue.empty()
+
+  def get(self) -> dict[str, jax.Array]:
+    """Returns the next batch, waiting for it if need be.
+
+    Raises:
+      StopIteration: there are no more batches.
+      Exception: whatever the iterator raised.
+    """
+    item = self._queue.get()
+    if item is _END:
+      raise StopIteration
+    if isinstance(item, BaseException):
+      raise item
+    return item
+
+  def close(self) -> None:
+    """Ends the thread."""
+    self._stop.set()
+    while not self._queue.empty():
+      self._queue.get_nowait()
+    self._thread.join(timeout=10)
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def _fill(
+    self,
+    batches: Iterator[Mapping[str, np.ndarray]],
+    mesh: Mesh,
+    names: tuple[str, ...],
+    batch_size: int | None,
+  ) -> None:
+    # Ctrl-C is for the main thread. Processes that this one starts inherit the
+    # mask: the signal would otherwise end them while they still import.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+      for batch in batches:
+        chosen = {name: batch[name] for name in names}
+        self._put(shard_batch(chosen, mesh, batch_size))
+        if self._stop.is_set():
+          return
+      self._put(_END)
+    except Exception as error:
+      self._put(error)
+
+  def _put(self, item: Any) -> None:
+    while not self._stop.is_set():
+      try:
+        self._queue.put(item, timeout=0.2)
+      except queue.Full:
+        continue
+      return
+
+
+class DeviceBatches:
+  """The training batches of a run on its devices, from any position on.
+
+  Attributes:
+    position: of the batch that `get` returns next: how many came before it.
+  """
+
+  def __init__(
+    self,
+    open_batches: Callable[[int], TrainBatches],
+    position: int,
+    mesh: Mesh,
+    names: tuple[str, ...],
+    batch_size: int,
+  ) -> None:
+    """Starts to prepare batches.
+
+    Args:
+      open_batches: position -> the batches from there on, of this host.
+      position: where to begin.
+      mesh: where they go.
+      names: the arrays to move.
+      batch_size: of all hosts together.
+    """
+    self._open_batches = open_batches
+    self._mesh = mesh
+    self._names = names
+    self._batch_size = batch_size
+    self._open(position)
+
+  def seek(self, position: int) -> None:
+    """Has `get` go on with the batch at another position."""
+    self.close()
+    self._open(position)
+
+  def _open(self, position: int) -> None:
+    self.position = position
+    self._source = self._open_batches(position)
+    self._prefetcher = DevicePrefetcher(
+      self._source, self._mesh, self._names, batch_size=self._batch_size
+    )
+
+  @property
+  def ready(self) -> bool:
+    """Whether `get` returns at once."""
+    return self._prefetcher.ready
+
+  def get(self) -> dict[str, jax.Array]:
+    """Returns the next batch, as `DevicePrefetcher.get` does."""
+    batch = self._prefetcher.get()
+    self.position += 1
+    return batch
+
+  def counters(self, position: int) -> dict[str, float]:
+    """See `TrainBatches.counters`."""
+    return self._source.counters(position)
+
+  def examples(self, position: int) -> list[tuple[str, int]]:
+    """See `TrainBatches.examples`."""
+    return self._source.examples(position)
+
+  def close(self) -> None:
+    """Ends the threads and processes."""
+    self._prefetcher.close()
+    self._source.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+
+def batch_opener(
+  setup: Setup, mixture: Sequence[MixtureEntry]
+) -> Callable[[int], TrainBatches]:
+  """Returns the function position -> this host's batches from there on.
+
+  Args:
+    setup: of the run.
+    mixture: from `narvl_jax.experiment.datasets.load_mixture`.
+  """
+  experiment = setup.experiment
+  config = experiment.config
+  return functools.partial(
+    train_batches,
+    mixture,
+    experiment.tasks,
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    rows=local_rows(setup.mesh, config.train.batch_size),
+    image_size=tuple(config.data.image_size),
+    max_text_length=config.data.max_text_length,
+    max_label_length=experiment.label_length,
+    temperature=config.data.temperature,
+    num_workers=config.data.num_workers,
+    num_threads=config.data.num_threads,
+    prefetch=config.data.prefetch,
+    # Their count goes on where the batches are opened again.
+    bad_records=BadRecords(config.data.max_bad_fraction),
+  )

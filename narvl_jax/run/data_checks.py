@@ -1,0 +1,175 @@
+"""The data of a run: opened and checked before anything is written."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
+from narvl_jax.data.batches.mixture import Entry, Mixture
+from narvl_jax.data.example import Record
+from narvl_jax.data.tasks import Encoded, Task, check_num_queries
+from narvl_jax.data.tasks.base import required_queries
+from narvl_jax.errors import UserError
+from narvl_jax.evaluation.score import check_best_metric
+from narvl_jax.experiment.config import Config
+from narvl_jax.experiment.datasets import (
+  MixtureEntry,
+  load_dataset,
+  recipe_hint,
+)
+from narvl_jax.experiment.experiment import Experiment
+from narvl_jax.training.constrained import (
+  CONSTRAINED_OFF,
+  allowed_answers,
+)
+
+# Records of each source whose targets are held against the queries.
+_CHECKED_RECORDS = 64
+
+
+def check_mixture(
+  experiment: Experiment, mixture: Sequence[MixtureEntry]
+) -> Mixture:
+  """Mixes the sources, before anything is written.
+
+  Raises:
+    UserError: the mixture makes no sense.
+  """
+  config = experiment.config
+  return Mixture(
+    [Entry(*entry) for entry in mixture],
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    temperature=config.data.temperature,
+  )
+
+
+def check_evaluation(config: Config) -> None:
+  """Opens what will be evaluated, which may be hours later.
+
+  Raises:
+    UserError: a source, a split or an option does not exist, or
+      `evaluation.best_metric` will not be measured.
+  """
+  settings = {"evaluation.split": config.evaluation.split}
+  if config.train.eval_every:
+    settings["train.eval_split"] = config.train.eval_split
+  for key, split in settings.items():
+    for name in config.data.evaluation:
+      try:
+        load_dataset(config, name, split)
+      except UserError as error:
+        hint = recipe_hint(name, config.data.evaluation[name])
+        raise UserError(
+          f'data.evaluation.{name} with {key}="{split}": {error}'
+          f" (--config.{key}{hint})"
+        ) from error
+  tasks = [entry.task for entry in config.data.evaluation.values()]
+  check_best_metric(config.evaluation.best_metric, tasks)
+
+
+def untrained_tasks(
+  experiment: Experiment, mixture: Sequence[MixtureEntry], position: int
+) -> list[str]:
+  """Returns the tasks of a mixture of which a run has used no example yet.
+
+  Args:
+    experiment: the run.
+    mixture: its sources.
+    position: number of batches used or passed over.
+  """
+  used = check_mixture(experiment, mixture).used(position)
+  counts: dict[str, int] = {}
+  for (_, task, *_), count in zip(mixture, used, strict=True):
+    counts[task] = counts.get(task, 0) + count
+  return [task for task, count in counts.items() if not count]
+
+
+def check_targets(
+  experiment: Experiment, mixture: Sequence[MixtureEntry]
+) -> list[str]:
+  """Checks some targets of each source against queries and label length.
+
+  Bad records are left out: training skips and counts them.
+
+  Returns:
+    A sentence for every source of which some targets do not fit.
+
+  Raises:
+    UserError: not even the shortest target of a task fits, or no record is
+      good.
+  """
+  config = experiment.config
+  limit = config.data.max_label_length
+  # Every target can be written token by token.
+  queries = None
+  if not experiment.autoregressive:
+    queries = experiment.model_config.num_queries
+  notes = []
+  for source, task, _, name in mixture:
+    encoded = encode_first(source, experiment.tasks[task], name)
+    if queries is not None:
+      check_num_queries({task: encoded}, queries)
+      needed = [required_queries(example.label_ids) for example in encoded]
+      too_long = sum(number > queries for number in needed)
+      if too_long:
+        notes.append(
+          f"{too_long} of {len(encoded)} targets of {name} need more than"
+          f" {queries} queries and teach nothing:"
+          f" --config.model.num_queries={max(needed)}"
+        )
+    over = min(len(x.label_ids) for x in encoded) - experiment.label_length
+    if over > 0:
+      raise UserError(
+        f"data.max_label_length={limit} is shorter than every target of"
+        f' "{name}", which has {limit + over} or more labels:'
+        f" --config.data.max_label_length={limit + over}"
+      )
+  return notes
+
+
+def check_answers(
+  experiment: Experiment, mixture: Sequence[MixtureEntry]
+) -> None:
+  """Checks that the first targets of each source are allowed.
+
+  Raises:
+    UserError: one is not, so that it could not be learned.
+  """
+  if not experiment.config.loss.constrained:
+    return
+  eos = experiment.vocabulary.eos_id
+  for source, name, _, entry in mixture:
+    allowed = set(allowed_answers(experiment, name))
+    if not allowed:
+      continue
+    for encoded in encode_first(source, experiment.tasks[name], entry):
+      answer = tuple(token for token in encoded.label_ids if token != eos)
+      if answer not in allowed:
+        text = experiment.vocabulary.decode(answer).strip()
+        raise UserError(
+          f'the target "{text}" of data.train.{entry} is not among the'
+          f" {len(allowed):,} answers of {name}, within which"
+          " loss.constrained=True trains; add it to the list"
+          f" (--config.tasks.{name}.answers), or {CONSTRAINED_OFF}"
+        )
+
+
+def encode_first(
+  source: Sequence[Record], task: Task[Any], name: str
+) -> list[Encoded]:
+  """Encodes the first records that are good."""
+  encoded, problem = [], ""
+  reader = RecordReader(source, name)
+  count = min(len(source), _CHECKED_RECORDS)
+  for i in range(count):
+    found = reader.read(i, task.encode)
+    if isinstance(found, BadRecord):
+      problem = problem or found.what
+    else:
+      encoded.append(found)
+  if not encoded:
+    raise UserError(
+      f"none of the first {count} records of {name} is good:"
+      f" {problem} (--config.data.train.{name})"
+    )
+  return encoded

@@ -1,0 +1,196 @@
+"""The line of numbers that a run prints every few steps."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+
+from narvl_jax.checkpointing.writing import Checkpoints
+from narvl_jax.reliability.ledger import Ledger
+from narvl_jax.run.eta import Eta
+from narvl_jax.run_folder.metrics import (
+  MetricsWriter,
+  SilentMetrics,
+  mean_metrics,
+)
+from narvl_jax.terminal.activity import Activity, format_duration
+from narvl_jax.terminal.progress import doing
+from narvl_jax.terminal.text import show
+from narvl_jax.training.flops import peak_flops
+from narvl_jax.training.setup import Setup
+
+# Shares below which a number is not worth a place in the line.
+_NOTED_WAIT = 0.1
+
+
+class Progress:
+  """Averages metrics between two reports and says how fast a run is."""
+
+  def __init__(
+    self,
+    setup: Setup,
+    ledger: Ledger,
+    checkpoints: Checkpoints,
+    writer: MetricsWriter | SilentMetrics,
+    counters: Callable[[int], Mapping[str, float]],
+    health: Callable[[], Mapping[str, int]],
+    final_evaluation: float = 0.0,
+  ) -> None:
+    """Takes what is reported.
+
+    Args:
+      setup: of the run.
+      ledger: of its time.
+      checkpoints: of the run.
+      writer: of the metrics.
+      counters: position in the data -> `TrainBatches.counters`.
+      health: returns the counts of bad updates and the like.
+      final_evaluation: see `Eta`.
+    """
+    config = setup.experiment.config.train
+    self._config = config
+    self._ledger = ledger
+    self._checkpoints = checkpoints
+    self._writer = writer
+    self._counters = counters
+    self._health = health
+    self._devices = setup.mesh.size
+    self._eta = Eta(
+      config.steps,
+      eval_every=config.eval_every,
+      checkpoint_every=config.checkpoint_every,
+      final_evaluation=final_evaluation,
+    )
+    self._saved = checkpoints.progress
+    self._bar = Activity("training", config.steps, "steps")
+    peak = peak_flops(setup.mesh.devices.flat[0])
+    # Tracing for the count takes a moment: only where it has a use.
+    self._flops_share = (
+      None if peak is None else setup.step_flops() / (peak * self._devices)
+    )
+
+  @contextlib.contextmanager
+  def shown(self, step: int) -> Iterator[None]:
+    """Shows on a terminal how far the run is, between the lines.
+
+    Args:
+      step: where training begins.
+    """
+    steps = self._config.steps
+    with doing("training", steps, "steps", done=step, only_live=True) as bar:
+      self._bar = bar
+      yield
+
+  def start(self, step: int) -> None:
+    """Begins, or begins anew, with the update after `step`."""
+    self._reported = self._step = step
+    self._steps: list[Mapping[str, jax.Array]] = []
+    self._last_seconds = self._ledger.seconds()
+    self._last_elapsed = self._ledger.elapsed()
+
+  def add(
+    self, step: int, position: int, metrics: Mapping[str, jax.Array]
+  ) -> None:
+    """Notes an update that was computed; reports if the interval is full.
+
+    Args:
+      step: of the update.
+      position: of its batch in the data.
+      metrics: of the update.
+    """
+    self._step = self._bar.done = step
+    self._position = position
+    self._steps.append(metrics)
+    if step % self._config.log_every == 0:
+      self.report()
+
+  def report(self) -> None:
+    """Writes and prints what came since the last report, if anything."""
+    if not self._steps:
+      return
+    values = mean_metrics(self._steps)
+    count = len(self._steps)
+    self._steps = []
+    values |= {**self._speed(count), **self._health()}
+    counters = self._counters(self._position + 1)
+    self._writer.write(
+      self._step,
+      {
+        **{f"train/{name}": value for name, value in values.items()},
+        **{f"data/{name}": value for name, value in counters.items()},
+      },
+    )
+    self._say_saved()
+    bad = sum(n for name, n in counters.items() if name.endswith("/bad"))
+    show(self._line(values, int(bad)))
+
+  def _speed(self, count: int) -> dict[str, float]:
+    seconds, elapsed = self._ledger.seconds(), self._ledger.elapsed()
+    spent = {
+      name: seconds.get(name, 0.0) - self._last_seconds.get(name, 0.0)
+      for name in ("step", "data wait", "evaluation", "checkpoint")
+    }
+    pauses = {name: spent.pop(name) for name in ("evaluation", "checkpoint")}
+    passed = elapsed - self._last_elapsed - sum(pauses.values())
+    self._eta.add(self._reported, self._step, training=passed, **pauses)
+    self._reported = self._step
+    self._last_seconds, self._last_elapsed = seconds, elapsed
+    total = max(sum(spent.values()), 1e-9)
+    rate = count * self._config.batch_size / total
+    speed = {
+      "examples_per_second": rate,
+      "examples_per_second_per_device": rate / self._devices,
+      "data_wait": spent["data wait"] / total,
+    }
+    if self._flops_share is not None:
+      speed["mfu"] = self._flops_share * count / total
+    return speed
+
+  def _say_saved(self) -> None:
+    """Prints the newest checkpoint that is on disk, once."""
+    saved = self._checkpoints.progress
+    if saved != self._saved and saved.startswith("saved"):
+      step = saved.removeprefix("saved ")
+      show(f"{self._stamp()} checkpoint of step {step} saved")
+      self._saved = saved
+
+  def _stamp(self) -> str:
+    return f"[{self._ledger.elapsed():7.1f}s]"
+
+  def _line(self, values: Mapping[str, float], bad_records: int) -> str:
+    """Returns the line of an interval; what is as it should be is left out."""
+    steps = self._config.steps
+    rate, loss = values["examples_per_second"], values["loss"]
+    rate_digits = 1 if rate < 100 else 0
+    parts = [
+      f"{self._stamp()} step {self._step:>{len(str(steps))}}/{steps}",
+      f"loss {loss:#.4g}",
+      f"lr {_short(values['learning_rate'])}",
+      f"{rate:.{rate_digits}f} ex/s",
+    ]
+    if "mfu" in values:
+      parts.append(f"MFU {100 * values['mfu']:.0f}%")
+    left = self._eta.seconds_left(self._step)
+    self._bar.expect(left)
+    if left is not None:
+      parts.append(f"ETA {format_duration(left)}")
+    if values["data_wait"] >= _NOTED_WAIT:
+      parts.append(f"data wait {100 * values['data_wait']:.0f} %")
+    if values["infeasible_fraction"]:
+      parts.append(f"infeasible {100 * values['infeasible_fraction']:.1f} %")
+    if bad_records:
+      parts.append(f"bad records {bad_records}")
+    parts += [
+      f"{name.replace('_', ' ')} {count}"
+      for name, count in self._health().items()
+      if count
+    ]
+    return "  ".join(parts)
+
+
+def _short(value: float) -> str:
+  """Returns two digits of a number, such as `3.5e-3`."""
+  if not value:
+    return "0"
+  digits, exponent = f"{value:.1e}".split("e")
+  return f"{digits}e{int(exponent)}"

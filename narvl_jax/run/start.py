@@ -1,0 +1,261 @@
+"""How a run begins: what it needs, its folder, and the first state."""
+
+import pathlib
+from typing import Any
+
+import jax
+
+from narvl_jax.checkpointing.chosen import choose_step
+from narvl_jax.checkpointing.integrity import DamagedCheckpoint
+from narvl_jax.checkpointing.record import Record
+from narvl_jax.checkpointing.recorded_config import (
+  check_recorded,
+  check_vocabulary,
+)
+from narvl_jax.checkpointing.weights import opened
+from narvl_jax.checkpointing.writing import Checkpoints, restore_target
+from narvl_jax.data.answers import load_answers
+from narvl_jax.errors import UserError
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.config_checks import check_fit
+from narvl_jax.experiment.datasets import MixtureEntry, load_mixture
+from narvl_jax.experiment.experiment import Experiment
+from narvl_jax.experiment.vocabulary import check_vocabulary_files
+from narvl_jax.hosts import distributed
+from narvl_jax.parallel import mesh_from_config
+from narvl_jax.parallel.mesh import describe
+from narvl_jax.run import data_checks as run_data
+from narvl_jax.run.announce import (
+  Announcer,
+  describe_model,
+  describe_source,
+)
+from narvl_jax.run.loop import EVALUATION_DUE, Evaluate
+from narvl_jax.run_folder import workdir as workdir_lib
+from narvl_jax.run_folder.metrics import MetricsWriter, SilentMetrics
+from narvl_jax.state.train_state import TrainState, evaluation_variables
+from narvl_jax.terminal import progress
+from narvl_jax.training.setup import Setup, build_setup
+from narvl_jax.warm_start.init_from import check_init_from, init_from
+
+
+def prepare(
+  config: Any, workdir: pathlib.Path, resumes: bool, say: Announcer
+) -> tuple[Setup, list[MixtureEntry]]:
+  """Builds and checks all that a run needs; writes nothing.
+
+  Args:
+    config: of the run.
+    workdir: the run folder; if it holds a run, its vocabulary counts.
+    resumes: whether it does.
+    say: prints a line.
+
+  Returns:
+    The setup, and the sources of the training data.
+
+  Raises:
+    UserError: something in the config is wrong.
+  """
+  check_fit(config)
+  mesh = mesh_from_config(config.mesh)
+  say(f"mesh {describe(mesh)}")
+  # What is missing is found before a vocabulary is trained.
+  _check_files(config, resumes)
+  mixture = load_mixture(config)
+  run_data.check_evaluation(config)
+  experiment = experiment_lib.build(config, workdir)
+  say(
+    f"vocabulary {experiment.vocabulary.size} ids,"
+    f" tasks {', '.join(experiment.tasks)}"
+  )
+  used = run_data.check_mixture(experiment, mixture).used(config.train.steps)
+  for note in run_data.check_targets(experiment, mixture):
+    say(f"note: {note}")
+  run_data.check_answers(experiment, mixture)
+  for (source, task, _, name), count in zip(mixture, used, strict=True):
+    say(describe_source(source, task, name, count, config.train.steps))
+  with progress.doing("tracing the model"):
+    setup = build_setup(experiment, mesh)
+  if config.init_from and not resumes:
+    for note in check_init_from(setup):
+      say(f"note: {note}")
+  describe_model(setup, say)
+  return setup, mixture
+
+
+def _check_files(config: Any, resumes: bool) -> None:
+  """Looks for the files and folders that a config names, besides its data.
+
+  Raises:
+    UserError: one is missing, or is not what it should be.
+  """
+  if not resumes:
+    check_vocabulary_files(config)
+  for task in config.tasks.values():
+    if task.get("answers"):
+      load_answers(task.answers)
+  named = {"distillation.teacher": config.distillation.teacher}
+  if not config.distillation.weight:
+    named = {}
+  if not resumes:
+    named["init_from"] = config.init_from
+  for key, path in named.items():
+    if path:
+      with opened(path, key):
+        pass
+
+
+def write_run(
+  experiment: Experiment,
+  setup: Setup,
+  workdir: pathlib.Path,
+  resumes: bool,
+) -> None:
+  """Has the first host write what makes a folder the folder of a run."""
+  # Each has looked for a run in it before there is one.
+  distributed.barrier("run folder checked")
+  if distributed.is_first():
+    if not resumes:
+      experiment.save(workdir)
+    workdir_lib.write_sharding(workdir, setup.sharding_table())
+  distributed.barrier("run folder written")
+  host = distributed.host_name(jax.process_index())
+  workdir_lib.check_shared(workdir, host)
+
+
+def first_state(
+  setup: Setup, checkpoints: Checkpoints, say: Announcer
+) -> tuple[TrainState, int, dict[str, Any]]:
+  """Returns the newest state of the run, or a fresh one.
+
+  Returns:
+    The state, its step, and what was stored with it, see `Checkpoints.save`.
+
+  Raises:
+    UserError: no checkpoint of the run is what was written, or they are of
+      another model.
+  """
+  resumed = _resume(setup, checkpoints, say)
+  if resumed is not None:
+    return resumed
+  config = setup.experiment.config
+  with progress.doing("initialising the state"):
+    state = jax.block_until_ready(setup.init(jax.random.key(config.seed)))
+  if config.init_from:
+    with progress.doing(f"reading the weights of {config.init_from}"):
+      state = init_from(setup, state)
+    say(f"weights from {config.init_from}")
+  else:
+    say(f"initialised with seed {config.seed}")
+  with progress.doing("compiling the checksums of checkpoints"):
+    checkpoints.prepare(state)
+  return state, 0, {}
+
+
+def make_up_evaluation(
+  evaluate: Evaluate,
+  state: TrainState,
+  checkpoints: Checkpoints,
+  writer: MetricsWriter | SilentMetrics,
+  say: Announcer,
+) -> None:
+  """Evaluates a restored state whose evaluation was stopped with its run.
+
+  Metrics and score become what they are in a run that was not stopped.
+
+  Args:
+    evaluate: see `Loop`.
+    state: the restored one.
+    checkpoints: of the run; that of the state gets its score.
+    writer: of the metrics.
+    say: prints a line.
+  """
+  step = int(state.step)
+  say(f"evaluating step {step}: its evaluation was stopped")
+  metrics, score = evaluate(state, step)
+  writer.write(step, metrics)
+  # A checkpoint never is ahead of the metrics on disk.
+  writer.flush()
+  run = {**checkpoints.run(step), EVALUATION_DUE: False}
+  checkpoints.set_score(step, score, run)
+
+
+def chosen_variables(
+  setup: Setup, state: TrainState, checkpoints: Checkpoints, say: Announcer
+) -> tuple[dict[str, Any], int]:
+  """Returns what a trained run is evaluated by: its best checkpoint.
+
+  The rule is that of `evaluate` and `predict`, `choose_step`.
+
+  Args:
+    setup: of the run.
+    state: the last one, which is on disk or on its way there.
+    checkpoints: of the run; damaged ones are set aside.
+    say: prints a line.
+
+  Returns:
+    Variables {"params", "batch_stats"} on the mesh, moving averages if the run
+    has them; and the step of the checkpoint.
+  """
+  checkpoints.wait()
+  target = restore_target(setup.abstract_state, setup.shardings)
+  while (step := choose_step(checkpoints, "best")) != int(state.step):
+    try:
+      variables = checkpoints.restore_variables(
+        step,
+        {"params": target.params, "batch_stats": target.batch_stats},
+        target.ema,
+      )
+    except DamagedCheckpoint as error:
+      say(f"refused: {error}")
+      checkpoints.set_aside_damaged({step: error.damage})
+      continue
+    return variables, step
+  return evaluation_variables(state), step
+
+
+def _check_same_run(
+  setup: Setup, checkpoints: Checkpoints, record: Record
+) -> None:
+  """Raises `UserError` if a checkpoint is of another config or vocabulary."""
+  if record.config is None:
+    return
+  folder, experiment = checkpoints.workdir, setup.experiment
+  check_recorded(folder, experiment.config, record, resumes=True)
+  check_vocabulary(folder, experiment.vocabulary.fingerprint, record)
+
+
+def _resume(
+  setup: Setup, checkpoints: Checkpoints, say: Announcer
+) -> tuple[TrainState, int, dict[str, Any]] | None:
+  """Returns the newest state that is intact, None without checkpoints.
+
+  Newer ones that are damaged are set aside, so that the run can save those
+  steps again.
+  """
+  target = restore_target(setup.abstract_state, setup.shardings)
+  damages = {}
+  for step in reversed(checkpoints.steps()):
+    try:
+      record = checkpoints.read_record(step)
+      _check_same_run(setup, checkpoints, record)
+      with progress.doing(f"reading the checkpoint of step {step}"):
+        state = checkpoints.restore(step, target)
+    except DamagedCheckpoint as error:
+      say(f"refused: {error}")
+      damages[step] = error.damage
+      continue
+    if damages:
+      checkpoints.set_aside_damaged(damages)
+      for line in checkpoints.set_aside:
+        say(f"set aside: {line}")
+    say(f"resumed from the checkpoint of step {step}")
+    return state, step, checkpoints.run(step)
+  if damages:
+    # Moved away, they would let the same command start from the beginning.
+    raise UserError(
+      f"no checkpoint of this run is intact:"
+      f" {'; '.join(f'step {step}: {x}' for step, x in damages.items())};"
+      " bring files of theirs back, or train anew in another --workdir"
+    )
+  return None

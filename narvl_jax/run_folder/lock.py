@@ -1,0 +1,292 @@
+"""One run at a time in a run folder."""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import operator
+import os
+import pathlib
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from narvl_jax.errors import UserError
+from narvl_jax.files import side_files
+from narvl_jax.files.processes import machine, process_start
+
+LOCK_FILE = "lock.json"
+RENEW_SECONDS = 5.0
+# A run that is silent for so long is dead. Counted by who waits, since the
+# clocks of two machines may differ.
+_STALE_SECONDS = 20.0
+# Always as long, so that a full disk has room for every sign of life.
+_SIZE = 1024
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class LockLost(UserError):
+  """The folder is gone, or another run has taken it over."""
+
+
+def now() -> str:
+  """Returns the time as the files of a run have it."""
+  time_now = datetime.datetime.now(datetime.UTC)
+  return time_now.isoformat(timespec="milliseconds")
+
+
+class RunLock:
+  """`WORKDIR/lock.json`, which says that a run is alive, and what it does.
+
+  It is made in one piece, so that of two runs only one has it. A run that ends
+  removes it; one that was killed leaves it, and the next one takes it over.
+  """
+
+  def __init__(
+    self, workdir: pathlib.Path, *, stale_seconds: float = _STALE_SECONDS
+  ) -> None:
+    """Does nothing yet.
+
+    Args:
+      workdir: the run folder.
+      stale_seconds: how long to watch a lock of another machine.
+    """
+    self._workdir = workdir
+    self._path = workdir / LOCK_FILE
+    self._stale_seconds = stale_seconds
+    self._guard = threading.Lock()
+    self._held = False
+    self._contents: dict[str, Any] = {
+      "host": socket.gethostname(),
+      "pid": os.getpid(),
+      "machine": machine(),
+      "process_start": process_start(os.getpid()),
+      "id": uuid.uuid4().hex,
+    }
+
+  @property
+  def since(self) -> str:
+    """When the lock was taken."""
+    return self._contents["since"]
+
+  def acquire(
+    self,
+    say: Callable[[str], Any],
+    on_dead: Callable[[dict[str, Any]], Any] = lambda held: None,
+    stage: str = "init",
+  ) -> None:
+    """Takes the folder for this run.
+
+    Args:
+      say: prints a line.
+      on_dead: told of the lock of a dead run, by the one that takes it over.
+      stage: what the run is doing.
+
+    Raises:
+      UserError: another run is alive in the folder.
+    """
+    self._contents["since"] = now()
+    while not self._create(stage):
+      found = self._read()
+      if found is None:
+        continue
+      held = _parse(found)
+      if self._is_dead(found, held, say) and self._take_over(found, stage):
+        say(
+          f"note: takes over from the run of {_who(held)}, which ended without"
+          f" a word ({_last_sign(held)})"
+        )
+        on_dead(held)
+        return
+
+  def renew(self, stage: str, step: int) -> None:
+    """Writes a sign of life.
+
+    A disk that does not take it is left to whoever writes what matters more.
+
+    Args:
+      stage: what the run is doing.
+      step: its last update.
+
+    Raises:
+      LockLost: the lock is gone, or that of another run.
+    """
+    with self._guard:
+      if not self._held:
+        return
+      try:
+        with self._path.open("r+b") as file:
+          if not self._is_own(file.read()):
+            raise LockLost(
+              f"--workdir={self._workdir} was taken over by the run of"
+              f" {_who(_parse(self._read() or b''))}, since this one gave no"
+              " sign of life; stop one of them"
+            )
+          file.seek(0)
+          file.write(self._text(stage, step))
+      except FileNotFoundError as error:
+        raise LockLost(
+          f"--workdir={self._workdir} is gone, or its {LOCK_FILE}: nothing"
+          " could be saved there; bring it back, then run the same command"
+          " again to resume"
+        ) from error
+      except OSError:
+        pass
+
+  def release(self) -> None:
+    """Removes the lock, if it still is that of this run."""
+    with self._guard:
+      with contextlib.suppress(OSError), self._alone():
+        if self._held and self._is_own(self._read() or b""):
+          self._path.unlink()
+      self._held = False
+
+  def _text(self, stage: str, step: int) -> bytes:
+    values = {**self._contents, "time": now(), "phase": stage, "step": step}
+    return json.dumps(values).ljust(_SIZE - 1).encode() + b"\n"
+
+  def _create(self, stage: str) -> bool:
+    """Makes the lock unless there is one, all at once."""
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    with self._alone(), self._new_file(stage) as own:
+      side_files.make_way(self._path)
+      try:
+        os.link(own, self._path)
+      except FileExistsError:
+        return False
+      except OSError as error:
+        if error.errno not in _NO_LINKS:
+          raise
+        # Some mounted buckets know no links.
+        if self._path.exists():
+          return False
+        own.replace(self._path)
+      self._held = True
+      return True
+
+  def _take_over(self, found: bytes, stage: str) -> bool:
+    """Puts this lock in the place of a dead run's, if that still is there."""
+    with self._alone(), self._new_file(stage) as own:
+      if self._read() != found:
+        # Another one was faster.
+        return False
+      own.replace(self._path)
+      self._held = True
+      return True
+
+  @contextlib.contextmanager
+  def _new_file(self, stage: str) -> Iterator[pathlib.Path]:
+    """Gives a file with this lock, which is gone in the end."""
+    own = self._path.with_name(f".{LOCK_FILE}.{self._contents['id']}")
+    try:
+      own.write_bytes(self._text(stage, 0))
+      yield own
+    finally:
+      own.unlink(missing_ok=True)
+
+  @contextlib.contextmanager
+  def _alone(self) -> Iterator[None]:
+    """Keeps others who take or leave this lock waiting for a moment.
+
+    Where the file system cannot, `renew` notices that there are two.
+    """
+    folder = os.open(self._path.parent, os.O_RDONLY)
+    try:
+      with contextlib.suppress(OSError):
+        fcntl.flock(folder, fcntl.LOCK_EX)
+      yield
+    finally:
+      os.close(folder)
+
+  def _is_own(self, text: bytes) -> bool:
+    """Returns whether a lock is not that of another run."""
+    own = self._contents["id"]
+    found = _parse(text).get("id")
+    if own.encode() in text or found is None:
+      # One that was damaged so much that it has no id will be written again.
+      return True
+    # An id with a damaged bit is much like this one; a random one is not.
+    same = sum(map(operator.eq, found, own))
+    return same > len(own) // 2
+
+  def _read(self) -> bytes | None:
+    try:
+      side_files.make_way(self._path)
+      return self._path.read_bytes()
+    except FileNotFoundError:
+      return None
+
+  def _is_dead(
+    self, found: bytes, held: dict[str, Any], say: Callable[[str], Any]
+  ) -> bool:
+    """Returns whether the run that holds the lock is dead, False if it ended.
+
+    A new sign of life tells that it is not. Where this machine is also that of
+    the other run, its process tells more: it may be gone, or alive and stuck.
+
+    Raises:
+      UserError: it is alive.
+    """
+    here = self._contents["machine"]
+    near = bool(here) and held.get("machine") == here
+    told = False
+    deadline = time.monotonic() + self._stale_seconds
+    while True:
+      current = self._read()
+      if current is None:
+        return False
+      if near and not _is_running(held):
+        return True
+      if current != found:
+        held = _parse(current)
+        break
+      if time.monotonic() > deadline:
+        if near:
+          break
+        return True
+      if not told:
+        say(
+          f"{LOCK_FILE} is that of a run of {_who(held)}; waiting up to"
+          f" {self._stale_seconds:g} s for a sign of life"
+        )
+        told = True
+      time.sleep(min(0.2, self._stale_seconds / 4))
+    raise UserError(
+      f"--workdir={self._workdir} is in use: a run of {_who(held)} is alive"
+      f" ({_last_sign(held)}); stop it (kill {held.get('pid', '?')} on"
+      f" {held.get('host', '?')}), or use another --workdir"
+    )
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+  """Returns what a lock says, without what is damaged."""
+  held = side_files.parse_object(text) or {}
+  kinds = {"pid": int, "step": int}
+  return {
+    name: value
+    for name, value in held.items()
+    if isinstance(value, kinds.get(name, str))
+  }
+
+
+def _who(held: dict[str, Any]) -> str:
+  return (
+    f"host {held.get('host', '?')}, process {held.get('pid', '?')}, since"
+    f" {held.get('since', '?')}"
+  )
+
+
+def _last_sign(held: dict[str, Any]) -> str:
+  return (
+    f'last sign of life {held.get("time", "?")} in phase "'
+    f'{held.get("phase", "?")}" at step {held.get("step", "?")}'
+  )
+
+
+def _is_running(held: dict[str, Any]) -> bool:
+  start = process_start(held.get("pid", 0))
+  return start is not None and start == held.get("process_start")

@@ -1,0 +1,196 @@
+"""Metrics of a run: `metrics.jsonl`, TensorBoard and the progress line."""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from narvl_jax.files import side_files
+from narvl_jax.files.disk import atomically
+from narvl_jax.run_folder.tensorboard import Board
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+  """Writes one JSON object a step to `metrics.jsonl`, and to TensorBoard.
+
+  Whatever is written for a step, and whenever, ends up in its one line.
+  """
+
+  def __init__(
+    self, workdir: str | os.PathLike[str], resumed_step: int = 0
+  ) -> None:
+    """Opens the files of a run.
+
+    Args:
+      workdir: the run folder; must exist.
+      resumed_step: the run resumes after this step; later lines, which will
+        be written again, are removed. Damaged lines are set aside.
+
+    Raises:
+      OSError: a file cannot be written.
+    """
+    self._workdir = pathlib.Path(workdir)
+    self._open(resumed_step)
+
+  def _open(self, resumed_step: int) -> None:
+    self._path = self._workdir / METRICS_FILE
+    written = side_files.mend_lines(self._path, _is_line)
+    lines = [line for line in written if line["step"] <= resumed_step]
+    if len(lines) < len(written):
+      with atomically(self._path) as temporary:
+        temporary.write_bytes(b"".join(map(_encode, lines)))
+    self._step = resumed_step
+    self._values: dict[str, float | None] = {}
+    # Of the line of the current step, which others may be added to.
+    self._is_written = bool(lines) and lines[-1]["step"] == resumed_step
+    if self._is_written:
+      self._values = {k: v for k, v in lines[-1].items() if k != "step"}
+    self._changed = False
+    self._open_end()
+    self._board = Board(self._workdir / "tensorboard", resumed_step + 1)
+
+  def _open_end(self) -> None:
+    self._file = self._path.open("ab")
+    # Where the next line starts.
+    self._offset = self._file.seek(0, os.SEEK_END)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Adds values to the line of `step`; those not finite become null."""
+    if step != self._step:
+      self.flush()
+      self._step, self._values, self._is_written = step, {}, False
+    for name, value in values.items():
+      finite = math.isfinite(value)
+      self._values[name] = float(value) if finite else None
+      if finite:
+        self._board.add_scalar(name, float(value), step)
+    self._changed = True
+
+  def go_back(self, step: int) -> None:
+    """Removes the lines after a step, which will be written again."""
+    self.close()
+    self._open(step)
+
+  def flush(self) -> None:
+    """Puts the line of the current step on disk.
+
+    Raises:
+      OSError: it has no room, for example.
+    """
+    if not self._changed:
+      return
+    line = _encode({"step": self._step, **self._values})
+    if self._is_written:
+      self._replace_last(line)
+    else:
+      self._append(line)
+    self._board.flush()
+    self._changed = False
+
+  def _append(self, line: bytes) -> None:
+    try:
+      # A part of it may be there, from when the disk was full.
+      self._file.truncate(self._offset)
+      self._file.write(line)
+      self._file.flush()
+    except OSError as error:
+      # An open file does not say which one it is.
+      name = self._file.name
+      raise OSError(error.errno, error.strerror, name) from error
+    self._offset += len(line)
+    self._is_written = True
+
+  def _replace_last(self, line: bytes) -> None:
+    """Writes the file anew: what the old line holds must never be missing."""
+    self._file.close()
+    try:
+      # It may have been removed meanwhile.
+      written = self._path.read_bytes() if self._path.exists() else b""
+      before = written[: self._offset].splitlines(keepends=True)[:-1]
+      with atomically(self._path) as temporary:
+        temporary.write_bytes(b"".join([*before, line]))
+    finally:
+      self._open_end()
+
+  def close(self) -> None:
+    """Flushes and closes the files."""
+    self.flush()
+    self._file.close()
+    self._board.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+
+class SilentMetrics:
+  """In the place of a `MetricsWriter` on hosts that write nothing."""
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Does nothing."""
+
+  def go_back(self, step: int) -> None:
+    """Does nothing."""
+
+  def flush(self) -> None:
+    """Does nothing."""
+
+  def close(self) -> None:
+    """Does nothing."""
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    pass
+
+
+def _is_line(line: Mapping[str, Any]) -> bool:
+  return type(line.get("step")) is int
+
+
+def _encode(line: Mapping[str, Any]) -> bytes:
+  return json.dumps(line).encode() + b"\n"
+
+
+def mean_metrics(
+  steps: Iterable[Mapping[str, jax.Array]],
+) -> dict[str, float]:
+  """Fetches the metrics of several steps and averages each over the steps.
+
+  Steps in which a metric is nan, a task that the batch lacked, do not count
+  for it, nor do steps whose update was left out, unless all were;
+  `learning_rate` is that of the last step.
+  """
+  fetched: list[dict[str, Any]] = jax.device_get(list(steps))
+  kept = [step for step in fetched if not step["skipped"]] or fetched
+  means = {}
+  for name in fetched[0]:
+    values = np.array([step[name] for step in kept], np.float64)
+    if name.startswith("nll/"):
+      values = values[~np.isnan(values)]
+      if not len(values):
+        continue
+    means[name] = float(values.mean())
+  means["learning_rate"] = float(fetched[-1]["learning_rate"])
+  del means["examples"], means["skipped"]
+  return means
+
+
+def format_bytes(count: float) -> str:
+  """Returns a size such as `1.5 MB`."""
+  units = ("B", "kB", "MB", "GB", "TB")
+  power = 0
+  while count >= 1000 and power < len(units) - 1:
+    count /= 1000
+    power += 1
+  return f"{count:.1f} {units[power]}"

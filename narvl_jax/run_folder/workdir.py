@@ -1,0 +1,313 @@
+"""The run folder: which run it holds and what may be done with it."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from narvl_jax.errors import UserError
+from narvl_jax.experiment.config import from_json, to_json
+from narvl_jax.experiment.config_checks import check_stored
+from narvl_jax.files import paths as user_paths
+from narvl_jax.files import side_files
+from narvl_jax.files.disk import write_text
+
+CONFIG_FILE = "config.json"
+ENVIRONMENT_FILE = "environment.json"
+SHARDING_FILE = "sharding.txt"
+RESTORE_COMMAND = "python -m narvl_jax.checkpoints restore_config"
+
+_PACKAGES = (
+  "narvl_jax",
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "numpy",
+)
+
+# Network file systems may go on for a while to say that a file is absent.
+_PATIENCE_SECONDS = 60.0
+
+# Settings of the config in which a resumed run may differ.
+FREE_KEYS = (
+  "mesh.",
+  "watchdog.",
+  "data.num_workers",
+  "data.num_threads",
+  "data.prefetch",
+  # Also those of the earlier checkpoints that are still there.
+  "train.keep_",
+  # What runs that they stopped tell to change.
+  "data.max_bad_fraction",
+  "bad_numbers.",
+)
+
+
+def is_run(workdir: pathlib.Path) -> bool:
+  """Returns whether the folder holds a run."""
+  return (workdir / CONFIG_FILE).exists()
+
+
+def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
+  """Returns whether the folder holds a run of exactly this config.
+
+  What decides where and how fast things are computed but not what, such as the
+  mesh and the number of data workers, may be another.
+
+  Raises:
+    UserError: it cannot be written, it holds a run with another config, or
+      what it holds cannot be told.
+  """
+  check_folder(workdir)
+  if not is_run(workdir):
+    # They would be taken for checkpoints of the new run.
+    if any((workdir / "checkpoints").glob("*")):
+      raise UserError(
+        f"--workdir={workdir} holds checkpoints but no {CONFIG_FILE}, so what"
+        f" they belong to is not known; use another --workdir"
+        f"{_how_to_restore(workdir)}"
+      )
+    return False
+  # Through `from_json`, so that settings that came later do not differ.
+  old = to_json(read_config(workdir))
+  difference = {
+    key: values
+    for key, values in diff(old, to_json(config)).items()
+    if not key.startswith(FREE_KEYS)
+  }
+  if not difference:
+    return True
+  shown = "; ".join(
+    f"{key}: {before} -> {after}"
+    for key, (before, after) in sorted(difference.items())[:8]
+  )
+  if len(difference) > 8:
+    shown += f"; and {len(difference) - 8} more"
+  advice = "use another --workdir, or the config of this run to resume it"
+  if "train.steps" in difference:
+    advice += " (the schedule follows train.steps, so it cannot be extended)"
+  raise UserError(
+    f"--workdir={workdir} holds a run with another config: {shown}; {advice}"
+  )
+
+
+def check_folder(workdir: pathlib.Path) -> None:
+  """Checks that the folder exists or can be made.
+
+  Raises:
+    UserError: it cannot.
+  """
+  user_paths.check_folder("--workdir", workdir)
+
+
+def diff(
+  old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> dict[str, tuple[str, str]]:
+  """Returns {dotted key: (old value, new value)} of the leaves that differ."""
+  found = {}
+  for key in {**old, **new}:
+    before, after = old.get(key), new.get(key)
+    path = f"{prefix}{key}"
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+      found |= diff(before, after, f"{path}.")
+    elif key not in old:
+      found[path] = ("(absent)", json.dumps(after))
+    elif key not in new:
+      found[path] = (json.dumps(before), "(absent)")
+    elif before != after:
+      found[path] = (json.dumps(before), json.dumps(after))
+  return found
+
+
+def write_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Writes `config.json`, which makes the folder a run folder."""
+  _write(workdir / CONFIG_FILE, to_json(config))
+
+
+def write_sharding(workdir: pathlib.Path, table: str) -> None:
+  """Writes `sharding.txt`: where every parameter lies in the latest start."""
+  side_files.make_way(workdir / SHARDING_FILE)
+  write_text(workdir / SHARDING_FILE, table + "\n")
+
+
+def read_config(workdir: pathlib.Path) -> Any:
+  """Returns the config of a run.
+
+  Raises:
+    UserError: the folder holds no run.
+  """
+  if not is_run(workdir):
+    raise UserError(
+      f"--workdir={workdir} holds no run: there is no {CONFIG_FILE}"
+      f"{_how_to_restore(workdir, '; if it was lost, ')}"
+    )
+  path = workdir / CONFIG_FILE
+  values = _read(path, _how_to_restore(workdir))
+  try:
+    check_stored(values)
+  except UserError as error:
+    raise UserError(
+      f"{path} cannot be used: {error}; use another --workdir"
+      f"{_how_to_restore(workdir)}"
+    ) from error
+  return from_json(values)
+
+
+def _how_to_restore(workdir: pathlib.Path, start: str = ", or ") -> str:
+  """Returns what to do about a damaged config; "" if nothing can be done."""
+  if not any((workdir / "checkpoints").glob("[0-9]*")):
+    return ""
+  return f"{start}write it again: {RESTORE_COMMAND} {workdir}"
+
+
+def check_shared(
+  workdir: pathlib.Path, host: str, *, patience: float = _PATIENCE_SECONDS
+) -> None:
+  """Checks that a host sees the run that the first one has written.
+
+  Args:
+    workdir: the run folder.
+    host: name of this host.
+    patience: seconds after which a network file system shows what is new.
+
+  Raises:
+    UserError: it does not.
+  """
+  deadline = time.monotonic() + patience
+  while not is_run(workdir):
+    if time.monotonic() > deadline:
+      raise UserError(
+        f"--workdir={workdir} on {host} is not the folder of host 0: there is"
+        f" no {CONFIG_FILE}; use a --workdir that all hosts share"
+      )
+    time.sleep(min(0.5, patience))
+
+
+def facts(config: Mapping[str, Any]) -> dict[str, str]:
+  """Returns what must be the same on all hosts: config, versions and code.
+
+  Args:
+    config: of the run.
+
+  Returns:
+    Names such as `config seed`, `version jax` and `code commit`, and values.
+  """
+  versions = {
+    f"version {name}": version
+    for name, version in _versions(("narvl_jax", "jax", "jaxlib")).items()
+  }
+  code = hashlib.sha256()
+  package = pathlib.Path(__file__).parent.parent
+  for path in sorted(package.rglob("*.py")):
+    code.update(str(path.relative_to(package)).encode())
+    code.update(path.read_bytes())
+  settings = {
+    f"config {key}": json.dumps(value)
+    for key, value in _leaves(to_json(config)).items()
+  }
+  return {
+    **settings,
+    **versions,
+    "code commit": str(_commit()),
+    # Two hosts may have changed the same commit in different ways.
+    "code files": code.hexdigest()[:12],
+  }
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns {dotted key: value}."""
+  leaves = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      leaves |= _leaves(value, f"{prefix}{key}.")
+    else:
+      leaves[f"{prefix}{key}"] = value
+  return leaves
+
+
+def write_environment(workdir: pathlib.Path, resumed_step: int) -> None:
+  """Writes `environment.json`: this start, and the earlier ones of the run."""
+  path = workdir / ENVIRONMENT_FILE
+  last = side_files.read_object(
+    path, lambda x: isinstance(x.get("previous", []), list)
+  )
+  previous = [] if last is None else [*last.pop("previous", []), last]
+  _write(path, {**environment(), "step": resumed_step, "previous": previous})
+
+
+def environment() -> dict[str, Any]:
+  """Returns versions, devices, command line and commit of this process."""
+  devices = jax.devices()
+  return {
+    "started": datetime.datetime.now(datetime.UTC).isoformat(
+      timespec="seconds"
+    ),
+    "command": sys.argv,
+    "versions": _versions(_PACKAGES),
+    "platform": platform.platform(),
+    "devices": {
+      "backend": jax.default_backend(),
+      "kind": devices[0].device_kind,
+      "count": len(devices),
+      "processes": jax.process_count(),
+    },
+    "commit": _commit(),
+  }
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+  versions = {"python": platform.python_version()}
+  for package in packages:
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[package] = "unknown"
+  return versions
+
+
+def _commit() -> str | None:
+  """Returns the commit of the code, with `+` if it was changed since."""
+  folder = pathlib.Path(__file__).parent
+  git = ["git", "-C", str(folder)]
+  try:
+    head = subprocess.run(
+      [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    changed = subprocess.run(
+      [*git, "status", "--porcelain", "--untracked-files=no"],
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return head + ("+" if changed else "")
+
+
+def _read(path: pathlib.Path, advice: str = "") -> dict[str, Any]:
+  try:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+      raise ValueError("it is not a JSON object")
+    return values
+  # ValueError: no JSON, or not even text. RecursionError: too deep.
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(
+      f"{path} cannot be read ({error}); use another --workdir{advice}"
+    ) from error
+
+
+def _write(path: pathlib.Path, value: Any) -> None:
+  write_text(path, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,299 @@
+"""Weights of another run, or converted ones, as the start of a new run.
+
+Every parameter here is taken from the stored one of its name, after the
+renames of `config.init_renames`. What `config.init_drops` names stays as it was
+initialised. Differences in size that have a meaning are resolved
+(`training.init_sizes`), all others are errors.
+
+A parallel model and its autoregressive twin have one tree but for the queries
+and the row of blank in the tied table, so each can start from the other.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+from flax.linen import meta
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from narvl_jax.checkpointing.weights import opened, read_weights
+from narvl_jax.checkpointing.writing import Checkpoints
+from narvl_jax.errors import UserError
+from narvl_jax.parallel import fitting_sharding
+from narvl_jax.state import renames as init_names
+from narvl_jax.state.parameters import flatten, split_frozen
+from narvl_jax.state.train_state import TrainState
+from narvl_jax.training.setup import Setup
+from narvl_jax.warm_start.sizes import (
+  QUERIES,
+  Fit,
+  Origin,
+  Shape,
+  find_fit,
+  read_origin,
+)
+
+# Parameters that an error names.
+_SHOWN = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """Where the parameters of a run come from.
+
+  Attributes:
+    stored: shape of every stored leaf.
+    sources: our leaf -> stored leaf; those that are not in it stay fresh.
+    fits: our leaf -> how it is made of the stored one, if not as it is.
+    notes: sentences about what is not taken as it is.
+  """
+
+  stored: dict[str, Shape]
+  sources: dict[str, str]
+  fits: dict[str, Fit]
+  notes: list[str]
+
+
+def check_init_from(setup: Setup) -> list[str]:
+  """Checks that the weights of `config.init_from` fit, before a run starts.
+
+  No weights are read.
+
+  Returns:
+    Sentences about what is not taken from there as it is.
+
+  Raises:
+    UserError: the folder holds no weights, those of another model, or a rule
+      of `init_renames` or `init_drops` has no effect.
+  """
+  with opened(setup.experiment.config.init_from, "init_from") as (
+    checkpoints,
+    step,
+  ):
+    return _plan(setup, checkpoints, step).notes
+
+
+def init_from(setup: Setup, state: TrainState) -> TrainState:
+  """Puts the weights of `config.init_from` into a fresh state.
+
+  Args:
+    setup: of the run.
+    state: before the first update; its optimizer state stays.
+
+  Returns:
+    The state with these parameters and running statistics, and with moving
+    averages that start from them. Where that run had moving averages, those
+    are taken.
+
+  Raises:
+    UserError: see `check_init_from`.
+  """
+  fresh = flatten({"params": state.params, "batch_stats": state.batch_stats})
+  with opened(setup.experiment.config.init_from, "init_from") as (
+    checkpoints,
+    step,
+  ):
+    plan = _plan(setup, checkpoints, step)
+    tree = flax.traverse_util.unflatten_dict(_targets(setup, plan), sep="/")
+    read = flatten(read_weights(checkpoints, step, {"batch_stats": {}, **tree}))
+  taken = {name: read[source] for name, source in plan.sources.items()}
+  taken |= _fitted(plan.fits, fresh, taken)
+  joined = {name: taken.get(name, leaf) for name, leaf in fresh.items()}
+  new = flax.traverse_util.unflatten_dict(joined, sep="/")
+  new = {"batch_stats": {}, **new}
+  averages = None
+  if state.ema is not None:
+    trained, _ = split_frozen(new["params"], setup.rules)
+    # Copies: two leaves in one buffer could not both be donated.
+    averages = jax.tree.map(
+      jnp.copy, {"params": trained, "batch_stats": new["batch_stats"]}
+    )
+  return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+    params=new["params"], batch_stats=new["batch_stats"], ema=averages
+  )
+
+
+def _targets(setup: Setup, plan: _Plan) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns how every stored leaf is to be read.
+
+  Leaves that are taken as they are go straight to where they will lie, those of
+  another size are split in the same way as far as it divides them, and what is
+  dropped, which must be read all the same, over all devices.
+  """
+  wanted = flatten(_variables(setup.abstract_state))
+  shardings = flatten(_variables(setup.shardings))
+  ours = {source: name for name, source in plan.sources.items()}
+  targets = {}
+  for source, shape in plan.stored.items():
+    name = ours.get(source)
+    if name is None:
+      dtype, sharding = jnp.float32, _spread(setup.mesh, shape)
+    else:
+      dtype, sharding = wanted[name].dtype, shardings[name]
+    sharding = fitting_sharding(sharding, shape)
+    targets[source] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  return targets
+
+
+def _spread(mesh: Mesh, shape: Shape) -> NamedSharding:
+  """Returns a sharding of the largest dimension over all devices."""
+  largest = max(range(len(shape)), key=shape.__getitem__, default=0)
+  return NamedSharding(
+    mesh, PartitionSpec(*[None] * largest, tuple(mesh.axis_names))
+  )
+
+
+def _fitted(
+  fits: Mapping[str, Fit],
+  fresh: Mapping[str, jax.Array],
+  taken: Mapping[str, jax.Array],
+) -> dict[str, jax.Array]:
+  """Makes leaves of our size, where they shall lie."""
+  if not fits:
+    return {}
+
+  def join(
+    fresh: dict[str, jax.Array], taken: dict[str, jax.Array]
+  ) -> dict[str, jax.Array]:
+    return {
+      name: fit.join(fresh[name], taken[name]) for name, fit in fits.items()
+    }
+
+  before = {name: fresh[name] for name in fits}
+  shardings = {name: leaf.sharding for name, leaf in before.items()}
+  return jax.jit(join, out_shardings=shardings)(
+    before, {name: taken[name] for name in fits}
+  )
+
+
+def _variables(state: TrainState) -> dict[str, Any]:
+  return meta.unbox({"params": state.params, "batch_stats": state.batch_stats})
+
+
+def _shapes(tree: Mapping[str, Any]) -> dict[str, Shape]:
+  return {name: tuple(x.shape) for name, x in flatten(tree).items()}
+
+
+def _plan(setup: Setup, checkpoints: Checkpoints, step: int) -> _Plan:
+  """Finds a source for every leaf.
+
+  Raises:
+    UserError: see `check_init_from`.
+  """
+  experiment = setup.experiment
+  config = experiment.config
+  stored = _shapes(checkpoints.shapes(step)["params"])
+  ours = _shapes(_variables(setup.abstract_state))
+  sources = init_names.rename(
+    list(stored), init_names.parse_renames(config.init_renames)
+  )
+  origin = read_origin(config.init_from, parallel=QUERIES in sources)
+  drops = init_names.parse_drops(config.init_drops)
+  dropped = init_names.dropped({*sources, *ours}, drops)
+  notes = []
+  if dropped & ours.keys():
+    names = _listed([_name(name) for name in sorted(dropped & ours.keys())])
+    notes.append(f"{names} stay fresh (init_drops)")
+  if origin.parallel == experiment.autoregressive:
+    dropped |= {QUERIES}
+    notes.append(
+      "it is a parallel model, whose queries are left out"
+      if origin.parallel
+      else "it is an autoregressive model: decoder/query_embed stays fresh"
+    )
+  sources = {x: y for x, y in sources.items() if x not in dropped}
+  fits = {}
+  for name in sorted(sources.keys() & ours.keys()):
+    fit = find_fit(experiment, origin, name, stored[sources[name]], ours[name])
+    if fit is not None:
+      fits[name] = fit
+      notes.append(fit.note)
+  _check_shapes(
+    origin,
+    {
+      name: ours[name] if name in fits else stored[source]
+      for name, source in sources.items()
+    },
+    {name: shape for name, shape in ours.items() if name not in dropped},
+  )
+  notes += _frozen_notes(setup, ours.keys() - sources.keys())
+  return _Plan(
+    stored=stored,
+    sources=sources,
+    fits=fits,
+    notes=[f"{origin.named}: {note}" for note in notes],
+  )
+
+
+def _frozen_notes(setup: Setup, fresh: Iterable[str]) -> list[str]:
+  """Warns of what is fresh and will not be trained either."""
+  names = sorted(
+    name
+    for collection, name in map(init_names.split, fresh)
+    if collection == "params" and setup.rules[name].freeze
+  )
+  if not names:
+    return []
+  return [
+    f"{_listed(names)} start fresh but are frozen, so they stay random"
+    " (--config.optimizer.rules)"
+  ]
+
+
+def _check_shapes(
+  origin: Origin, theirs: Mapping[str, Shape], ours: Mapping[str, Shape]
+) -> None:
+  """Raises UserError unless two trees have the same leaves and shapes."""
+  different = sorted(
+    name
+    for name in theirs.keys() | ours.keys()
+    if theirs.get(name) != ours.get(name)
+  )
+  if not different:
+    return
+  only = {
+    "there": [name for name in different if name not in ours],
+    "here": [name for name in different if name not in theirs],
+  }
+  parts = []
+  for name in different:
+    if name not in theirs or name not in ours:
+      here, there = ("here", "there") if name in ours else ("there", "here")
+      parts.append(f"{_name(name)} is {here} only{_nearest(name, only, there)}")
+    else:
+      parts.append(
+        f"{_name(name)} has {_shape(theirs[name])} there and"
+        f" {_shape(ours[name])} here"
+      )
+  names = [_name(name) for name in different[:_SHOWN]]
+  drops = "".join(f'"{name}", ' for name in names).rstrip()
+  more = " and so on" if len(different) > _SHOWN else ""
+  raise UserError(
+    f"{origin.named} is of another model: {_listed(parts)}; set config.model as"
+    f" in {origin.path}/config.json, give what has another name there its new"
+    ' one by --config.init_renames=\'(("OLD", "NEW"),)\', or leave it fresh by'
+    f" --config.init_drops='({drops})'{more}"
+  )
+
+
+def _nearest(name: str, only: Mapping[str, list[str]], where: str) -> str:
+  near = difflib.get_close_matches(name, only[where], n=1)
+  return f' (nearest {where}: "{_name(near[0])}")' if near else ""
+
+
+def _listed(parts: list[str]) -> str:
+  more = len(parts) - _SHOWN
+  text = ", ".join(parts[:_SHOWN])
+  return text + (f" and {more} more" if more > 0 else "")
+
+
+def _name(whole: str) -> str:
+  return init_names.split(whole)[1]
+
+
+def _shape(shape: Shape) -> str:
+  return "x".join(map(str, shape)) or "a number"

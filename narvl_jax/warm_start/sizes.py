@@ -1,0 +1,276 @@
+"""Differences in size that have a meaning, and how each is resolved.
+
+| table                       | differs in      | what is taken           |
+| --------------------------- | --------------- | ----------------------- |
+| queries, positions of texts | number          | the first rows          |
+| tokens                      | vocabulary      | rows of the same tokens |
+| positions of image tokens,  | rows            | what both can hold      |
+| and distances between them  | size of picture | all, stretched          |
+
+Only a run of this program tells on which pictures it was trained. Converted
+weights do not, so theirs are not stretched here but by `narvl_jax.convert`.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
+from narvl_jax.errors import UserError
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.config import Config
+from narvl_jax.experiment.experiment import VOCABULARY_FOLDER, Experiment
+from narvl_jax.models import ModelConfig, resizing
+from narvl_jax.models.resizing import Grid
+from narvl_jax.run_folder import workdir as workdir_lib
+from narvl_jax.warm_start.tokens import match_tokens, same_ids
+
+TABLE = "params/embed_tokens"
+# Only parallel models have it.
+QUERIES = "params/decoder/query_embed"
+_FIRST_ROWS = {
+  QUERIES: "queries",
+  "params/encoder/embed_positions": "text positions",
+  "params/decoder/embed_positions": "answer positions",
+}
+_IMAGE_POSITIONS = "params/encoder/embed_image_positions"
+_IMAGE_DISTANCES = "params/encoder/image_rel_pos_table"
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+  """What is known of the folder that a run starts from.
+
+  Attributes:
+    path: as the user wrote it.
+    config: of its run, None if there is none.
+    vocabulary: of its run, None if it was left out.
+    trained: by this program; the pictures of converted weights are not known.
+    parallel: it has queries.
+  """
+
+  path: str
+  config: Config | None
+  vocabulary: Vocabulary | None
+  trained: bool
+  parallel: bool
+
+  @property
+  def named(self) -> str:
+    """How messages call it."""
+    return f'init_from="{self.path}"'
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """How a leaf is made of a stored one.
+
+  Attributes:
+    join: (fresh leaf of this run, stored leaf) -> leaf of this run.
+    note: what is taken, and what stays fresh.
+  """
+
+  join: Callable[[jax.Array, jax.Array], jax.Array]
+  note: str
+
+
+def read_origin(path: str, *, parallel: bool) -> Origin:
+  """Looks at the folder of a run or of converted weights.
+
+  Args:
+    path: the folder.
+    parallel: its weights have queries.
+
+  Raises:
+    UserError: its config or its vocabulary is broken.
+  """
+  folder = pathlib.Path(path)
+  words = folder / VOCABULARY_FOLDER
+  is_run = workdir_lib.is_run(folder)
+  return Origin(
+    path=path,
+    config=workdir_lib.read_config(folder) if is_run else None,
+    vocabulary=Vocabulary.load(words) if words.is_dir() else None,
+    trained=(folder / workdir_lib.ENVIRONMENT_FILE).exists(),
+    parallel=parallel,
+  )
+
+
+def find_fit(
+  experiment: Experiment,
+  origin: Origin,
+  name: str,
+  theirs: Shape,
+  ours: Shape,
+) -> Fit | None:
+  """Returns how a stored leaf becomes ours, None if it is taken as it is.
+
+  A leaf of another shape for which there is no way is left to the caller, who
+  sees that the shapes differ.
+
+  Args:
+    experiment: of this run.
+    origin: of the stored leaf.
+    name: of the leaf here.
+    theirs: shape of the stored leaf.
+    ours: shape of the leaf here.
+
+  Raises:
+    UserError: the vocabulary there is not that of the weights.
+  """
+  if len(theirs) != len(ours):
+    return None
+  if name == TABLE:
+    return _fit_tokens(experiment, origin, theirs, ours)
+  if name in _FIRST_ROWS and theirs[1:] == ours[1:]:
+    return _fit_first_rows(_FIRST_ROWS[name], theirs[0], ours[0])
+  if name == _IMAGE_POSITIONS and theirs[1:] == ours[1:]:
+    sides = [resizing.positions_side(shape[0]) for shape in (theirs, ours)]
+    return _fit_image(
+      experiment, origin, "image positions", sides, resizing.resize_positions
+    )
+  if name == _IMAGE_DISTANCES and theirs[::2] == ours[::2]:
+    sides = [resizing.distances_side(shape[1]) for shape in (theirs, ours)]
+    return _fit_image(
+      experiment,
+      origin,
+      "distances of image tokens",
+      sides,
+      resizing.resize_distances,
+    )
+  return None
+
+
+def _fit_first_rows(what: str, theirs: int, ours: int) -> Fit | None:
+  if theirs == ours:
+    return None
+
+  def join(fresh: jax.Array, taken: jax.Array) -> jax.Array:
+    both = min(theirs, ours)
+    return fresh.at[:both].set(taken[:both])
+
+  note = f"the first {min(theirs, ours)} of its {theirs} {what} are taken"
+  if ours > theirs:
+    note += f", {ours - theirs} more start fresh"
+  return Fit(join, note)
+
+
+def _fit_tokens(
+  experiment: Experiment, origin: Origin, theirs: Shape, ours: Shape
+) -> Fit | None:
+  """Fits the table of tokens, by their names where vocabularies differ."""
+  if theirs[1:] != ours[1:]:
+    return None
+  vocabulary = experiment.vocabulary
+  same = (
+    origin.vocabulary is None
+    or origin.vocabulary.fingerprint == vocabulary.fingerprint
+  )
+  # Blank, the last id, is no class of an autoregressive model.
+  parallel = not experiment.autoregressive
+  if same:
+    if origin.parallel == parallel and theirs == ours:
+      return None
+    # Without a vocabulary it is ours if the table is as long as that needs.
+    if theirs[0] not in (ours[0], _rows_there(experiment, origin)):
+      return None
+    both = vocabulary.size - int(not (parallel and origin.parallel))
+    note = f"the rows of embed_tokens from {both:,} on"
+    note += ", blank and padding, stay fresh" if parallel else " stay fresh"
+    return Fit(_join_rows(same_ids(ours[0], both)), note)
+  assert origin.vocabulary is not None
+  classes = (
+    origin.vocabulary.size - int(not origin.parallel),
+    vocabulary.size - int(not parallel),
+  )
+  if classes[0] > theirs[0]:
+    raise UserError(
+      f"{origin.named}: the vocabulary there has {origin.vocabulary.size:,}"
+      f" ids, but embed_tokens {theirs[0]:,} rows, so it is not that of these"
+      f" weights; put the right one into {origin.path}/{VOCABULARY_FOLDER}, or"
+      " take no words by --config.init_drops='(\"embed_tokens\",)'"
+    )
+  matches = match_tokens(
+    origin.vocabulary, vocabulary, classes=classes, rows=ours[0]
+  )
+  note = f"it has another vocabulary: {matches.note()}"
+  if matches.missing:
+    note += (
+      "; to take all of its words, --config.vocabulary.source=run"
+      f" --config.vocabulary.path={origin.path}"
+    )
+  return Fit(_join_rows(matches.rows), note)
+
+
+def _join_rows(rows: np.ndarray) -> Callable[..., jax.Array]:
+  """Returns a join that takes the given rows, where they are not negative."""
+
+  def join(fresh: jax.Array, taken: jax.Array) -> jax.Array:
+    chosen = taken[jnp.asarray(np.maximum(rows, 0))]
+    return jnp.where(jnp.asarray(rows >= 0)[:, None], chosen, fresh)
+
+  return join
+
+
+def _rows_there(experiment: Experiment, origin: Origin) -> int:
+  """Returns the rows of a table there that holds our vocabulary."""
+  config = origin.config or experiment.config
+  config = config.copy_and_resolve_references()
+  config.model.decoder = "parallel" if origin.parallel else "autoregressive"
+  model = experiment_lib.resolve_model_config(config, experiment.vocabulary)
+  return model.padded_vocab_size
+
+
+def _fit_image(
+  experiment: Experiment,
+  origin: Origin,
+  what: str,
+  sides: list[int | None],
+  resize: Callable[..., jax.Array],
+) -> Fit | None:
+  """Fits a table of image tokens; `sides` are the largest grids."""
+  theirs, ours = sides
+  if theirs is None or ours is None:
+    return None
+  new = grid_of(experiment.config, experiment.model_config)
+  old = new
+  if origin.trained and origin.config is not None:
+    # Of the model only what it does to pictures is asked for.
+    model = experiment_lib.resolve_model_config(
+      origin.config, origin.vocabulary or experiment.vocabulary
+    )
+    old = grid_of(origin.config, model)
+  if old == new and theirs == ours:
+    return None
+  if max(old) > theirs:
+    return None
+  one = functools.partial(resize, old=old, new=new)
+
+  def join(fresh: jax.Array, taken: jax.Array) -> jax.Array:
+    # Tables of distances are stacked, one for each layer.
+    return jax.vmap(one)(taken, fresh) if fresh.ndim > 2 else one(taken, fresh)
+
+  parts = []
+  if old != new:
+    parts.append(
+      f"of the grid {old[0]}x{old[1]} stretched to {new[0]}x{new[1]}"
+    )
+  if theirs != ours:
+    parts.append(f"from a table for {theirs}x{theirs} to one for {ours}x{ours}")
+  return Fit(join, f"{what} {', '.join(parts)}")
+
+
+def grid_of(config: Config, model: ModelConfig) -> Grid:
+  """Returns rows and columns of the image tokens of a run."""
+  height, width = (
+    math.ceil(side / model.image_stride) for side in config.data.image_size
+  )
+  return height, width

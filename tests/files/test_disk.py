@@ -1,0 +1,204 @@
+"""Disks that are full, read-only or gone: one line, nothing half-written."""
+
+import errno
+import os
+import pathlib
+
+import pytest
+
+from narvl_jax.errors import UserError
+from narvl_jax.evaluation import reporting
+from narvl_jax.files import disk
+from narvl_jax.run.announce import describe_failure
+from narvl_jax.run_folder.lock import RunLock
+from narvl_jax.run_folder.metrics import MetricsWriter
+from tests.support.disks import files, fill, read_only, short_files, small_disk
+
+
+def _error(number: int, path: pathlib.Path | str | None = None) -> OSError:
+  if path is None:
+    return OSError(number, os.strerror(number))
+  return OSError(number, os.strerror(number), str(path))
+
+
+@pytest.mark.parametrize(
+  ("number", "reason", "advice"),
+  [
+    (errno.ENOSPC, "No space left on device", "make room"),
+    (
+      errno.EDQUOT,
+      "Disk quota exceeded",
+      "make room, or have the quota raised",
+    ),
+    (errno.EROFS, "Read-only file system", "make it writable again"),
+    (errno.ESTALE, "Stale file handle", "mount it again"),
+    (errno.EFBIG, "File too large", "raise the largest size of a file"),
+  ],
+)
+def test_a_disk_that_fails(tmp_path, number, reason, advice):
+  path = tmp_path / "absent" / "metrics.jsonl"
+  text = disk.explain_disk(_error(number, path), tmp_path / "other")
+  assert text is not None
+  assert text.startswith(f"{path} cannot be written or read: {reason} (")
+  assert f" bytes are free in {tmp_path}); {advice}" in text
+  # A write into an open file does not say which; C++ says it in words.
+  for error in (_error(number), ValueError(f"[tensorstore] {reason}: write")):
+    text = disk.explain_disk(error, tmp_path)
+    assert text is not None
+    assert text.startswith(f"{tmp_path} cannot be written or read: {reason} (")
+  # Commands without a run folder.
+  text = disk.explain_disk(_error(number))
+  assert text is not None
+  assert text.startswith(
+    f"a file cannot be written or read: {reason}; {advice}"
+  )
+
+
+def test_what_an_error_was_raised_from_counts(tmp_path):
+  try:
+    try:
+      raise _error(errno.ENOSPC, tmp_path / "x")
+    except OSError as error:
+      raise RuntimeError("saving failed") from error
+  except RuntimeError as error:
+    text = disk.explain_disk(error, tmp_path)
+  assert text is not None
+  assert text.startswith(f"{tmp_path / 'x'} cannot")
+
+
+def test_files_of_the_run_that_vanish(tmp_path):
+  run = tmp_path / "run"
+  run.mkdir()
+  path = run / "checkpoints" / "3" / "params"
+  text = disk.explain_disk(_error(errno.ENOENT, path), run)
+  assert text is not None
+  assert text.startswith(f"{path} cannot be written or read: No such file")
+  run.rmdir()
+  assert disk.explain_disk(_error(errno.ENOENT, path), run) == (
+    f"the folder {run} is gone, in which params was wanted; bring it back"
+  )
+
+
+def test_other_files_that_are_missing_are_no_fault_of_the_disk(tmp_path):
+  for error in (
+    _error(errno.ENOENT, "/somewhere/else"),
+    _error(errno.EACCES, tmp_path.parent / "x"),
+    _error(errno.ENOENT),
+    ValueError("wrong"),
+    ConnectionResetError(errno.ECONNRESET, "reset"),
+  ):
+    assert disk.explain_disk(error, tmp_path) is None
+
+
+def test_a_run_ends_with_code_2_and_one_line(tmp_path):
+  error = _error(errno.ENOSPC, tmp_path / "metrics.jsonl")
+  code, message = describe_failure(error, tmp_path)
+  assert code == 2
+  assert message.startswith(f"error: {tmp_path / 'metrics.jsonl'} cannot be")
+  assert message.endswith(
+    "; make room, then run the same command again to resume"
+  )
+
+
+def test_predictions_on_a_full_disk(tmp_path):
+  """A limit that needs no privilege in the place of a full disk."""
+  path = tmp_path / "predictions" / "test.jsonl"
+  reporting.write_predictions(path, [{"old": True}])
+  with (
+    short_files(100),
+    pytest.raises(
+      UserError,
+      match=r'cannot write ".*test.jsonl": File too large \([\d,]+ bytes are'
+      r" free\); raise the largest size of a file",
+    ),
+  ):
+    reporting.write_predictions(path, [{"new": "x" * 200}])
+  assert path.read_text() == '{"old": true}\n'
+  assert files(tmp_path) == {"predictions/test.jsonl"}
+
+
+def _write_metrics(writer: MetricsWriter, steps: int) -> None:
+  for step in range(1, steps + 1):
+    writer.write(step, {"train/loss": 1.0 / step})
+    writer.flush()
+
+
+def test_metrics_reach_the_limit_of_a_file(tmp_path):
+  with MetricsWriter(tmp_path) as writer:
+    _write_metrics(writer, 3)
+    with (
+      short_files(1000),
+      pytest.raises(OSError, match="File too large") as error,
+    ):
+      _write_metrics(writer, 1000)
+    assert describe_failure(error.value, tmp_path)[0] == 2
+
+
+def test_metrics_on_a_full_disk(tmp_path, capfd):
+  with small_disk(tmp_path / "run", 100) as run:
+    writer = MetricsWriter(run)
+    _write_metrics(writer, 3)
+    fill(run)
+    with pytest.raises(OSError, match="No space left") as error:
+      # More than what was set aside for the files so far.
+      _write_metrics(writer, 1000)
+    _, message = describe_failure(error.value, run)
+    assert message.startswith(f"error: {run} cannot be written or read: No ")
+    assert "(0 bytes are free in" in message
+    (run / "filler").unlink()
+    # What could not be written is, once there is room; nothing is in halves.
+    writer.close()
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+      assert line.startswith('{"step": ')
+      assert line.endswith("}")
+  assert capfd.readouterr().err == ""
+
+
+def test_a_full_disk_has_room_for_signs_of_life(tmp_path):
+  with small_disk(tmp_path / "run", 100) as run:
+    lock = RunLock(run)
+    lock.acquire(print)
+    fill(run)
+    lock.renew("step", 5)
+    assert '"step": 5' in (run / "lock.json").read_text()
+    lock.release()
+
+
+def test_a_full_disk_has_no_room_for_a_lock(tmp_path):
+  with small_disk(tmp_path / "run", 100) as run:
+    fill(run)
+    with pytest.raises(OSError, match="No space left"):
+      RunLock(run).acquire(print)
+    assert files(run) == {"filler"}
+
+
+def test_a_disk_that_can_hold_no_more_files(tmp_path):
+  with small_disk(tmp_path / "run", 1000, files=4) as run:
+    for number in range(3):
+      (run / str(number)).touch()
+    with pytest.raises(OSError, match="No space left") as error:
+      (run / "last").touch()
+    text = disk.explain_disk(error.value, run)
+    assert text is not None
+    assert "cannot be written or read: the disk can hold no more files (" in (
+      text
+    )
+    assert " bytes are free, but no inode" in text
+    assert text.endswith("; remove some, or have the number of inodes raised")
+    # What C++ says has no file.
+    text = disk.explain_disk(ValueError("open: No space left on device"), run)
+    assert text is not None
+    assert "but no inode" in text
+    with pytest.raises(UserError, match="the disk can hold no more files"):
+      disk.write_text(run / "x.json", "{}")
+
+
+def test_a_disk_that_becomes_read_only(tmp_path):
+  with small_disk(tmp_path / "run", 100) as run:
+    lock = RunLock(run)
+    lock.acquire(print)
+    read_only(run)
+    lock.renew("step", 5)
+    with pytest.raises(UserError, match=r"Read-only file system.*make it writ"):
+      disk.write_text(run / "x.json", "{}")
+    assert files(run) == {"lock.json"}

@@ -1,0 +1,108 @@
+"""A program for several processes; `--mode` says what it does."""
+
+import json
+import os
+import pathlib
+import signal
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from absl import flags
+
+from narvl_jax.command_line import cli
+from narvl_jax.errors import UserError
+from narvl_jax.hosts import distributed
+from narvl_jax.parallel import local_rows, shard_batch
+from narvl_jax.reliability import session as hosts
+from narvl_jax.run.announce import explain_failure
+from tests.support import runs
+
+# The last one has its tensor axis across two hosts.
+SHAPES = ((8, 1, 1), (1, 8, 1), (1, 1, 8))
+
+
+def losses(shape: tuple[int, int, int], steps: int) -> list[float]:
+  """Returns the losses of the small model, wherever its devices are."""
+  run = runs.setup(shape)
+  size = run.experiment.config.train.batch_size
+  rows = local_rows(run.mesh, size)
+  found = []
+  with jax.set_mesh(run.mesh):
+    state = run.init(jax.random.key(0))
+    step = run.compile_step()
+    distributed.barrier("compiled")
+    for index in range(steps):
+      whole = runs.host_batch(index)
+      part = {name: values[rows] for name, values in whole.items()}
+      state, metrics = step(state, shard_batch(part, run.mesh, size))
+      found.append(float(metrics["loss"]))
+  return found
+
+
+def _exchange(folder: pathlib.Path) -> None:
+  """Barriers, values of all hosts, and rows that lie where they should."""
+  index = jax.process_index()
+  distributed.barrier("one")
+  values = distributed.gather_json({"host": index, "text": "x" * 10 * index})
+  mesh = runs.make_mesh(2, 2, 2)
+  rows = local_rows(mesh, 8)
+  whole = np.arange(16).reshape(8, 2)
+  array = shard_batch({"x": whole[rows]}, mesh, 8)["x"]
+  total = jax.jit(lambda x: (x * np.arange(1, 9)[:, None]).sum())(array)
+  missing = ""
+  # The other one comes too late.
+  time.sleep(2.0 * index)
+  try:
+    distributed.barrier("late", timeout=0.5)
+  except distributed.HostsLost as error:
+    missing = str(error)
+  result = {
+    "values": values,
+    "rows": rows,
+    "devices": jax.device_count(),
+    "total": int(total),
+    "missing": missing,
+  }
+  print("printed by python", flush=True)
+  os.write(1, b"printed below python\n")
+  (folder / f"result{index}.json").write_text(json.dumps(result))
+
+
+def _run(mode: str, folder: pathlib.Path) -> None:
+  index = jax.process_index()
+  if mode == "exchange":
+    _exchange(folder)
+  elif mode == "losses":
+    found = [losses(shape, 20) for shape in SHAPES]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"losses{index}.json").write_text(json.dumps(found))
+  elif mode == "fail" and index == 1:
+    raise UserError("no such picture")
+  elif mode == "kill" and index == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+  else:
+    time.sleep(300)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry point."""
+  del argv
+  settings = flags.FLAGS
+  folder = pathlib.Path(settings.folder)
+  with hosts.together(
+    distributed.detect(settings),
+    folder / "logs",
+    lambda: {"version jax": jax.__version__},
+    lambda error: explain_failure(error, folder),
+    print,
+  ):
+    _run(settings.mode, folder)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("folder", None, "For the results.")
+  flags.DEFINE_string("mode", None, "What to do.")
+  distributed.define_flags()
+  cli.run(main)

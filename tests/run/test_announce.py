@@ -1,0 +1,110 @@
+"""What a run says of its data, and of tasks that it has not trained yet."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from narvl_jax import train as train_lib
+from narvl_jax.experiment.config import evaluation_source
+from narvl_jax.experiment.datasets import load_mixture, relative_evaluation
+from narvl_jax.run.announce import describe_source, used_table
+from narvl_jax.run.data_checks import untrained_tasks
+from tests.support.tiny import tiny_config
+
+
+class _Endless(list):
+  endless = True
+
+
+def test_a_source_is_described_by_what_a_run_uses_of_it():
+  assert describe_source([None] * 2000, "vqa", "easy", 5000, 20) == (
+    "source easy for vqa: 2,000 examples; 20 steps use 5,000, 2.50 epochs"
+  )
+  assert describe_source(_Endless(), "vqa", "drawn", 1280, 20) == (
+    "source drawn for vqa: endless; 20 steps use 1,280"
+  )
+
+
+def test_only_training_scenes_are_endless():
+  config = tiny_config()
+  config.data.train.vqa.split = "validation"
+  found = {
+    name: getattr(source, "endless", False)
+    for source, _, _, name in load_mixture(config)
+  }
+  assert found == {"vqa": False, "grounding": True}
+
+
+def test_table_of_what_was_used():
+  mixture: Any = [
+    (_Endless(), "vqa", 1.0, "drawn"),
+    ([None], "caption", 1.0, "a\x1b[31m"),
+  ]
+  counters = {}
+  for name, values in (
+    ("drawn", (128_000, 0.0001, 0)),
+    ("a\x1b[31m", (51_200, 0.123, 7)),
+  ):
+    for key, value in zip(("examples", "epochs", "bad"), values, strict=True):
+      counters[f"{name}/{key}"] = float(value)
+  assert used_table(mixture, counters).splitlines() == [
+    "source     task     examples   epochs  bad records",
+    "--------------------------------------------------",
+    "drawn      vqa       128,000  endless            0",
+    r"a\x1b[31m  caption    51,200     0.12            7",
+  ]
+
+
+def test_tasks_without_an_example_are_marked(monkeypatch, capsys):
+  """Those that come later, not those that are only evaluated."""
+  config = tiny_config()
+  config.data.train.vqa.weight = ((0, 0.0), (4, 1.0))
+  config.evaluation.best_metric = "mean"
+  experiment: Any = SimpleNamespace(config=config)
+  mixture = load_mixture(config)
+  assert untrained_tasks(experiment, mixture, 4) == ["vqa"]
+  assert untrained_tasks(experiment, mixture, 5) == []
+
+  report = {
+    "split": "validation",
+    "tasks": {
+      "vqa": {"accuracy": 0.04},
+      "grounding": {"acc@0.5": 0.5, "mean_iou": 0.25},
+      "entailment": {"accuracy": 0.25},
+    },
+    "counts": {"vqa": 50, "grounding": 50, "entailment": 50},
+    "kinds": {},
+  }
+  monkeypatch.setattr(train_lib, "evaluate_tasks", lambda *a, **k: (report, []))
+  monkeypatch.setattr(train_lib, "evaluation_variables", lambda state: {})
+  said: Any = print
+  nothing: Any = None
+  metrics, score = train_lib._validate(
+    experiment, mixture, said, lambda: None, nothing, 4
+  )
+  assert capsys.readouterr().out.splitlines() == [
+    "step 4 on validation:",
+    "task        examples  accuracy  acc@0.5  mean_iou",
+    "-------------------------------------------------",
+    "vqa               50     4.0 %  (not trained yet)",
+    "grounding         50             50.0 %    25.0 %",
+    "entailment        50    25.0 %",
+  ]
+  # They are written, and count for the best checkpoint, as any other.
+  assert metrics["validation/vqa/accuracy"] == 0.04
+  assert score == pytest.approx((0.04 + 0.5 + 0.25) / 3)
+  train_lib._validate(experiment, mixture, said, lambda: None, nothing, 5)
+  assert "not trained" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("every", "limit", "ratio"), [(0, 0, 0), (5, 0, 80), (5, 100, 2)]
+)
+def test_size_of_the_final_evaluation(every, limit, ratio):
+  config = tiny_config()
+  config.train.update({"eval_every": every, "eval_examples": 50})
+  config.evaluation.max_examples = limit
+  config.data.evaluation.other = evaluation_source("shapes", "vqa")
+  # 4000 scenes each.
+  assert relative_evaluation(config) == ratio

@@ -1,0 +1,225 @@
+"""Whole runs of everything that training can have, for one compilation.
+
+Accumulation, moving averages, dropout, BatchNorm with statistics of the batch,
+and a mixture of three sources; checkpoints on disk. What is left out is what
+`narvl_jax.train.train` does around `_fit`. The model is the stand-in, or the
+real one, whose hundreds of arrays take Orbax a second to save or restore.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from narvl_jax import train as train_lib
+from narvl_jax.checkpointing.writing import Checkpoints, restore_target
+from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.config import Config, train_source
+from narvl_jax.experiment.datasets import MixtureEntry, load_mixture
+from narvl_jax.parallel import make_mesh, shard_batch
+from narvl_jax.reliability.guard import Guard
+from narvl_jax.reliability.ledger import Ledger
+from narvl_jax.run.announce import Announcer
+from narvl_jax.run.batches import batch_opener
+from narvl_jax.run.start import first_state
+from narvl_jax.run_folder.metrics import MetricsWriter
+from narvl_jax.state.train_state import TrainState
+from narvl_jax.training.setup import Setup, build_setup
+from tests.support.stand_in import StandIn
+from tests.support.tiny import tiny_config
+
+STEPS = 10
+
+
+def config() -> Config:
+  """Returns the config; every test's differs only in what is not compiled."""
+  config = tiny_config()
+  # Adam else makes much of differences between gradients near zero.
+  config.optimizer.eps = 1e-3
+  config.data.train = {
+    "questions": train_source("shapes", "vqa", image_size=48, weight=2.0),
+    "boxes": train_source(
+      "shapes", "grounding", image_size=48, weight=((0, 1.0), (4, 3.0))
+    ),
+    "others": train_source("shapes", "vqa", image_size=48, split="validation"),
+  }
+  config.model.update(
+    {
+      "image_encoder": "resnet",
+      "resnet_blocks": (1, 1, 1),
+      "resnet_width": 4,
+      "batch_norm": "batch",
+      "dropout": 0.1,
+    }
+  )
+  config.train.update(
+    {
+      "steps": STEPS,
+      "accumulation_steps": 2,
+      "log_every": 1,
+      "eval_every": 0,
+      "checkpoint_every": 1,
+      "keep_last": STEPS,
+    }
+  )
+  return config
+
+
+@functools.cache
+def setup(real: bool = False, devices: int = 2) -> Setup:
+  """Returns the run of a model on some devices."""
+  settings = config()
+  if not real:
+    # The stand-in's parameters have no axis names.
+    settings.mesh.rules = ()
+  experiment = experiment_lib.build(settings)
+  if not real:
+    size = experiment.vocabulary.size
+    model: Any = StandIn(
+      dropout=0.1, batch_norm=True, vocab_size=size, num_queries=6
+    )
+    experiment = dataclasses.replace(experiment, model=model)
+  return build_setup(experiment, make_mesh(devices))
+
+
+@functools.cache
+def mixture() -> tuple[MixtureEntry, ...]:
+  """Returns the sources of the run."""
+  return tuple(load_mixture(config()))
+
+
+@functools.cache
+def compiled(real: bool = False, devices: int = 2) -> jax.stages.Compiled:
+  """Returns the update."""
+  run = setup(real, devices)
+  with jax.set_mesh(run.mesh):
+    return run.step.lower(run.abstract_state, run.batch).compile()
+
+
+class CachedSetup(Setup):
+  """Compiles once."""
+
+  def compile_step(self) -> jax.stages.Compiled:
+    real = not isinstance(self.experiment.model, StandIn)
+    return compiled(real, self.mesh.size)
+
+
+def with_config(real: bool, devices: int, **settings: Any) -> Setup:
+  """Returns the run with other settings, double underscores for dots."""
+  run = setup(real, devices)
+  changed = config()
+  changed.update_from_flattened_dict(
+    {key.replace("__", "."): value for key, value in settings.items()}
+  )
+  experiment = dataclasses.replace(run.experiment, config=changed)
+  fields = {
+    field.name: getattr(run, field.name) for field in dataclasses.fields(run)
+  }
+  return CachedSetup(**{**fields, "experiment": experiment})
+
+
+def train(
+  workdir: pathlib.Path,
+  *,
+  real: bool = False,
+  devices: int = 2,
+  **settings: Any,
+) -> TrainState:
+  """Trains in a folder from what it holds to the last step.
+
+  Args:
+    workdir: of the run.
+    real: which model.
+    devices: how many.
+    **settings: see `with_config`.
+
+  Returns:
+    The last state, on the host.
+  """
+  run = with_config(real, devices, **settings)
+  workdir.mkdir(parents=True, exist_ok=True)
+  guard = Guard(workdir, Ledger())
+  say = Announcer(guard.ledger)
+  keep = run.experiment.config.train.keep_last
+  with jax.set_mesh(run.mesh), Checkpoints(workdir, keep_last=keep) as saved:
+    state, step, stored = first_state(run, saved, say)
+    with MetricsWriter(workdir, step) as writer:
+      state = train_lib._fit(
+        run,
+        state,
+        stored,
+        mixture(),
+        workdir,
+        saved,
+        writer,
+        guard,
+        say,
+      )
+  return jax.device_get(state)
+
+
+@functools.cache
+def host_batches(count: int) -> list[dict[str, np.ndarray]]:
+  """Returns the first batches of the run."""
+  source = batch_opener(setup(), mixture())(0)
+  found = list(itertools.islice(source, count))
+  source.close()
+  return found
+
+
+def by_hand(
+  positions: Sequence[int | None], real: bool = False
+) -> list[TrainState]:
+  """Returns the states, on the host, before and after one update for each.
+
+  Args:
+    positions: of the batches; None is an update that changes nothing.
+    real: which model.
+  """
+  run = setup(real)
+  state = run.init(jax.random.key(run.experiment.config.seed))
+  states = [jax.device_get(state)]
+  for position in positions:
+    if position is None:
+      state = passed_over(state)
+    else:
+      batch = host_batches(STEPS + 4)[position]
+      chosen = {name: batch[name] for name in run.batch}
+      state, _ = compiled(real)(state, shard_batch(chosen, run.mesh))
+    states.append(jax.device_get(state))
+  return states
+
+
+def passed_over(state: TrainState) -> TrainState:
+  """Returns a state whose step alone has moved on."""
+  *others, schedule = state.opt_state
+  schedule = schedule._replace(count=schedule.count + 1)
+  return dataclasses.replace(
+    state, step=state.step + 1, opt_state=(*others, schedule)
+  )
+
+
+def states_on_disk(workdir: pathlib.Path) -> dict[int, TrainState]:
+  """Returns all that the checkpoints of a folder hold, by step."""
+  run = setup()
+  target = restore_target(run.abstract_state, run.shardings)
+  with Checkpoints(workdir) as saved:
+    return {
+      step: jax.device_get(saved.restore(step, target))
+      for step in saved.steps()
+    }
+
+
+def assert_equal(a: TrainState, b: TrainState) -> None:
+  """Compares all leaves bit for bit."""
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  others = jax.tree.leaves(b)
+  for (path, leaf), other in zip(
+    jax.tree.leaves_with_path(a), others, strict=True
+  ):
+    np.testing.assert_array_equal(leaf, other, err_msg=str(path))
