@@ -61,7 +61,7 @@ def update(config: ConfigDict, values: Mapping[str, Any]) -> None:
     config.update_from_flattened_dict(dict(values))
 
 
-def from_scratch(config: ConfigDict, *, width: int) -> None:
+def from_scratch(config: Any, *, width: int) -> None:
   """Sets what a small model needs that starts from random weights.
 
   Above all Muon instead of AdamW; further convolutions instead of flat

@@ -38,9 +38,9 @@ from narvl_jax.data.picture_files import EXIF_ORIENTATIONS
 from narvl_jax.data.tasks import Task, make_task, vocabulary_texts
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError, did_you_mean
-from narvl_jax.experiment import experiment
 from narvl_jax.experiment.config import Config, default_config
 from narvl_jax.experiment.config_checks import validate
+from narvl_jax.experiment.vocabulary import make_vocabulary
 from narvl_jax.files.disk import replacing
 from narvl_jax.models import model_config
 from narvl_jax.terminal import progress
@@ -202,7 +202,7 @@ def find_vocabulary(
     how = (
       "learnt from data.train" if kind == "train" else config.vocabulary.path
     )
-    return experiment.make_vocabulary(config), how
+    return make_vocabulary(config), how
   bins = entries[0].config.vocabulary.num_bins
   with progress.doing("training a vocabulary", unit="texts") as training:
     texts = []

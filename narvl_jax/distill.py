@@ -49,8 +49,8 @@ from narvl_jax.files.paths import check_folder
 from narvl_jax.hosts import distributed
 from narvl_jax.prediction import decoding_flags
 from narvl_jax.reliability import session as hosts
+from narvl_jax.reliability.explain import explain_failure
 from narvl_jax.reliability.interrupt import termination_raises
-from narvl_jax.run.announce import explain_failure
 from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.terminal.activity import Activity
 from narvl_jax.terminal.text import show

@@ -7,6 +7,10 @@ from collections.abc import Iterable
 _LONGEST = 200
 
 
+# Exit code of a mistake that a user can correct.
+USER_ERROR_CODE = 2
+
+
 class UserError(ValueError):
   """A mistake that the user can mend.
 

@@ -19,12 +19,12 @@ from typing import Any
 
 from absl import flags
 
+from narvl_jax.checkpointing.restore import restore
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_json
 from narvl_jax.errors import check_counts, check_lists
 from narvl_jax.evaluation import evaluator, reporting, results
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.files.paths import check_folder
 from narvl_jax.prediction import decoding_flags
 from narvl_jax.prediction.answer_list import with_answers
@@ -68,7 +68,7 @@ def evaluate(
   check_lists(tasks=tasks)
   check_counts(batch_size=batch_size)
   check_counts(least=0, max_examples=max_examples)
-  experiment, variables, step = experiment_lib.restore(workdir, checkpoint)
+  experiment, variables, step = restore(workdir, checkpoint)
   settings: Any = experiment.config.evaluation
   if max_bad_fraction is not None:
     experiment.config.data.max_bad_fraction = max_bad_fraction

@@ -21,6 +21,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from narvl_jax.checkpointing.restore import restore
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_json
@@ -29,7 +30,6 @@ from narvl_jax.data.example import Record
 from narvl_jax.data.texts import checked_text
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import outcomes, results
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.datasets import load_dataset
 from narvl_jax.files.paths import check_file
 from narvl_jax.prediction import decoding_flags, foreign_input
@@ -105,7 +105,7 @@ def predict(
   if name == "caption":
     record = dataclasses.replace(record, prompt="")
   _check_length(record, config.tasks[name])
-  experiment, variables, step = experiment_lib.restore(workdir, checkpoint)
+  experiment, variables, step = restore(workdir, checkpoint)
   if answers:
     experiment = with_answers(experiment, answers)
   decodings = decoding_flags.decodings_for(experiment, decoding)

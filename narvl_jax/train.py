@@ -32,20 +32,16 @@ from narvl_jax.evaluation.evaluator import evaluate_tasks
 from narvl_jax.evaluation.reporting import format_metrics, format_table
 from narvl_jax.evaluation.results import write_results
 from narvl_jax.evaluation.score import flat_metrics, score_of
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.config_checks import validate
 from narvl_jax.experiment.datasets import MixtureEntry, relative_evaluation
+from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.hosts import distributed
 from narvl_jax.reliability import session as hosts
+from narvl_jax.reliability.explain import explain_failure, quiet_failed_saves
 from narvl_jax.reliability.guard import Guard, check_unchanged
 from narvl_jax.reliability.interrupt import EvaluationStopped
 from narvl_jax.reliability.ledger import Ledger
-from narvl_jax.run.announce import (
-  Announcer,
-  explain_failure,
-  quiet_failed_saves,
-  used_table,
-)
+from narvl_jax.run.announce import Announcer, used_table
 from narvl_jax.run.announce import dry_run as print_dry_run
 from narvl_jax.run.bad_numbers import BundleWriter
 from narvl_jax.run.batches import DeviceBatches, batch_opener
@@ -273,7 +269,7 @@ def _fit(
 
 
 def _validate(
-  experiment: experiment_lib.Experiment,
+  experiment: Experiment,
   mixture: Sequence[MixtureEntry],
   say: Announcer,
   before_batch: Callable[[], None],
@@ -301,7 +297,7 @@ def _validate(
 
 
 def _final_evaluation(
-  experiment: experiment_lib.Experiment,
+  experiment: Experiment,
   variables: Mapping[str, Any],
   step: int,
   mixture: Sequence[MixtureEntry],

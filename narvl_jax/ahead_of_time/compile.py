@@ -11,7 +11,7 @@ import jax
 from narvl_jax.ahead_of_time.program import Program, read_program
 from narvl_jax.ahead_of_time.topology import Topology
 from narvl_jax.decoding import Decoding, make_steps, prepare_variables
-from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.create import create
 from narvl_jax.parallel import (
   activation_rules,
   batch_sharding,
@@ -121,8 +121,8 @@ def check_train_step(config: Any, topology: Topology) -> Check:
   """Compiles the train step of a config, its real one.
 
   Args:
-    config: see `narvl_jax.experiment.config.default_config`; activations are bfloat16
-      unless it says otherwise.
+    config: see `narvl_jax.experiment.config.default_config`; activations are
+      bfloat16 unless it says otherwise.
     topology: from `get_topology`.
 
   Raises:
@@ -132,7 +132,7 @@ def check_train_step(config: Any, topology: Topology) -> Check:
   if config.model.dtype == "auto":
     # The backend here is a CPU, which "auto" would follow.
     config.model.dtype = "bfloat16"
-  experiment = experiment_lib.build(config, shapes_only=True)
+  experiment = create(config, shapes_only=True)
   mesh = mesh_from_config(config.mesh, topology.devices)
   setup = build_setup(experiment, mesh)
   return _check(setup, topology, setup.compile_step)

@@ -39,8 +39,8 @@ from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_json
 from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.config import Config, from_json, to_json
+from narvl_jax.experiment.create import create
 from narvl_jax.parallel import mesh_from_config, shard_batch
 from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.setup import Setup, build_setup
@@ -175,7 +175,7 @@ def benchmark(
 
 
 def _setup(config: Config) -> Setup:
-  experiment = experiment_lib.build(config, shapes_only=True)
+  experiment = create(config, shapes_only=True)
   return build_setup(experiment, mesh_from_config(config.mesh))
 
 

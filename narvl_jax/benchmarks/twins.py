@@ -38,8 +38,8 @@ from narvl_jax.benchmarks.twins_table import (
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.reliability.explain import explain_failure
 from narvl_jax.reliability.interrupt import termination_raises
-from narvl_jax.run.announce import explain_failure
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "twins.jsonl"
 # In the order in which they are trained.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from narvl_jax.benchmarks.twins_table import CHOICE_SPLIT, Row
+from narvl_jax.checkpointing.restore import restore
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.answers import collect_answers
 from narvl_jax.data.example import TASKS
@@ -19,7 +20,7 @@ from narvl_jax.decoding import Decoding
 from narvl_jax.distill import distill
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import evaluate_tasks
-from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.files.disk import replacing
 from narvl_jax.prediction.answer_list import with_answers
 from narvl_jax.prediction.readers import reference_decoding
@@ -167,7 +168,7 @@ class Twins:
     """
     start = time.monotonic()
     folder = self.folder(kind, seed)
-    experiment, variables, step = experiment_lib.restore(folder, "last")
+    experiment, variables, step = restore(folder, "last")
     if "vqa" in experiment.tasks:
       experiment = with_answers(experiment, self._answers())
     settings = experiment.config.evaluation
@@ -221,7 +222,7 @@ class Twins:
 
 
 def ways_to_decode(
-  experiment: experiment_lib.Experiment,
+  experiment: Experiment,
 ) -> Iterator[tuple[str, dict[str, Decoding]]]:
   """Yields the name of each way and the decoding of every task, cheap first.
 

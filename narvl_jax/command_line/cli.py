@@ -20,12 +20,10 @@ from narvl_jax.command_line.messages import (
   unexpected_argument,
   unknown_key,
 )
-from narvl_jax.errors import UserError
+from narvl_jax.errors import USER_ERROR_CODE, UserError
 from narvl_jax.files import paths as user_paths
 from narvl_jax.files.disk import explain_disk
 from narvl_jax.terminal.text import naming, show, show_error
-
-USER_ERROR_CODE = 2
 
 
 def define_config_flag(name: str = "config") -> flags.FlagHolder[Any]:

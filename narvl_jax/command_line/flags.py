@@ -106,7 +106,8 @@ def rename(old: str, new: str) -> None:
   """Keeps the name that a flag of this command once had.
 
   Args:
-    old: name, without dashes; `narvl_jax.command_line.cli` replaces it and prints a note.
+    old: name, without dashes; `narvl_jax.command_line.cli` replaces it and
+      prints a note.
     new: name of a flag that is defined.
   """
   RENAMED[old] = new

@@ -18,12 +18,13 @@ from narvl_jax.decoding import Decoding
 from narvl_jax.decoding.answers import AnswerSet
 from narvl_jax.decoding.steps import Reader
 from narvl_jax.errors import UserError, did_you_mean
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.config import (
   default_config,
   evaluation_source,
   train_source,
 )
+from narvl_jax.experiment.create import create
+from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.models import SIZES
 from narvl_jax.prediction.readers import make_reader, reference_decoding
 
@@ -160,7 +161,7 @@ def make_case(
 
 def _experiment(
   size: str, task: str, load: Workload, decoder: str
-) -> experiment_lib.Experiment:
+) -> Experiment:
   config: Any = default_config(task)
   # Not read; a config must name something.
   config.data.train[task] = train_source("shapes", task)
@@ -178,7 +179,7 @@ def _experiment(
   config.data.max_text_length = load.text_length
   config.data.max_label_length = load.answer_length + 1
   config.tasks[task].decoder_prompt = load.prompted
-  return experiment_lib.build(config, shapes_only=True)
+  return create(config, shapes_only=True)
 
 
 def _weights(boxed: Any, like: Any = None) -> Any:
@@ -211,7 +212,7 @@ def _weights(boxed: Any, like: Any = None) -> Any:
 
 
 def _answers(
-  experiment: experiment_lib.Experiment, task: str, load: Workload
+  experiment: Experiment, task: str, load: Workload
 ) -> tuple[AnswerSpace | None, AnswerSet | None]:
   """Returns what the task allows: a random list of its size, or bins."""
   vocabulary = experiment.vocabulary
@@ -236,7 +237,7 @@ def _answers(
 
 
 def _reader(
-  experiment: experiment_lib.Experiment,
+  experiment: Experiment,
   task: str,
   decoding: Decoding,
   load: Workload,

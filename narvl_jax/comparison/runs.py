@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from narvl_jax.checkpointing.restore import restore
 from narvl_jax.comparison.case import Case, Model, program_of
 from narvl_jax.comparison.latency import Batch
 from narvl_jax.comparison.ways import AR, NAR, Way, choose, ways_of
@@ -16,9 +17,9 @@ from narvl_jax.data.example import Record
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import evaluator
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.config import to_json
 from narvl_jax.experiment.datasets import load_dataset
+from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.parallel import activation_rules
 from narvl_jax.prediction.answer_list import with_answers
 from narvl_jax.prediction.predictor import Predictor
@@ -47,7 +48,7 @@ class Run:
 
   flag: str
   workdir: str
-  experiment: experiment_lib.Experiment
+  experiment: Experiment
   variables: Any
   step: int
 
@@ -86,7 +87,7 @@ def open_runs(
         f'"{path}" holds no run (--{flag}=RUN, a folder of narvl_jax.train)'
       )
   runs = {
-    kind: Run(flag, path, *experiment_lib.restore(path, checkpoint))
+    kind: Run(flag, path, *restore(path, checkpoint))
     for kind, flag, path in ((NAR, "nar", nar), (AR, "ar", ar))
   }
   kinds = {kind: run.experiment.autoregressive for kind, run in runs.items()}
@@ -238,9 +239,7 @@ def make_case(
   )
 
 
-def _records(
-  experiment: experiment_lib.Experiment, task: str, split: str
-) -> Sequence[Record]:
+def _records(experiment: Experiment, task: str, split: str) -> Sequence[Record]:
   """Opens the first data set of a task."""
   config: Any = experiment.config
   names = [n for n, e in config.data.evaluation.items() if e.task == task]

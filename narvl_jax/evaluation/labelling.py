@@ -14,6 +14,7 @@ import numpy as np
 
 from narvl_jax.checkpointing.chosen import read_chosen
 from narvl_jax.checkpointing.recorded_config import check_recorded
+from narvl_jax.checkpointing.restore import build_in, restore
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.batches.pipeline import Batcher
 from narvl_jax.data.example import Record
@@ -21,7 +22,7 @@ from narvl_jax.data.shards.distilled import Label, Labelled
 from narvl_jax.data.shards.writer import Job, write_shard
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation.evaluator import Subset
-from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.hosts import distributed
 from narvl_jax.parallel import make_mesh, replicated
 from narvl_jax.prediction.decoding_flags import (
@@ -85,7 +86,7 @@ class Teacher:
     self.step = read_chosen(self.workdir, checkpoint, choose)
     if answers:
       self._set_answers(answers)
-    self._experiment = experiment_lib.build(self.config, self.workdir)
+    self._experiment = build_in(self.config, self.workdir)
     self._decodings = decodings_for(self._experiment, decoding)
     check_answers_heeded(self._decodings, answers)
     self._tasks: set[str] = set()
@@ -134,8 +135,8 @@ class Teacher:
     return described
 
   @functools.cached_property
-  def _loaded(self) -> tuple[experiment_lib.Experiment, Predictor]:
-    _, variables, _ = experiment_lib.restore(
+  def _loaded(self) -> tuple[Experiment, Predictor]:
+    _, variables, _ = restore(
       self.workdir, self.step, sharding=replicated(make_mesh())
     )
     config = self.config.copy_and_resolve_references()
@@ -220,7 +221,7 @@ class Teacher:
 
 
 def _write(
-  experiment: experiment_lib.Experiment,
+  experiment: Experiment,
   job: Job,
   source: Sequence[Record],
   number: int,

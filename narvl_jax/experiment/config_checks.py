@@ -95,7 +95,8 @@ def check_stored(
   Keys that are not known, as those of other versions, are left out.
 
   Args:
-    values: JSON that `narvl_jax.experiment.config.to_json` made, or should have.
+    values: JSON that `narvl_jax.experiment.config.to_json` made, or should
+      have.
     schema: section of the default config; None: all of it.
     prefix: of the section's keys.
 

@@ -18,6 +18,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.config import Config
 from narvl_jax.experiment.config_checks import validate
+from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
 from narvl_jax.files.disk import atomically
 from narvl_jax.files.paths import check_file, check_folder
 from narvl_jax.interop.conversion import Conversion
@@ -222,7 +223,7 @@ def write_run(
     side = {"unused": made.unused, "settings": made.source.settings or {}}
     write_torch(part / SIDE_FILE, side)
     if vocabulary is not None:
-      vocabulary.save(part / experiment_lib.VOCABULARY_FOLDER)
+      vocabulary.save(part / VOCABULARY_FOLDER)
     text = json.dumps(report, indent=1) + "\n"
     (part / REPORT_FILE).write_text(text, encoding="utf-8")
     workdir_lib.write_config(part, config)
@@ -278,7 +279,7 @@ def read_run(
       " is converted to a folder, not to a file: --to=FOLDER)"
     )
   config = workdir_lib.read_config(path)
-  words = path / experiment_lib.VOCABULARY_FOLDER
+  words = path / VOCABULARY_FOLDER
   if words.is_dir():
     vocabulary = Vocabulary.load(words)
   else:

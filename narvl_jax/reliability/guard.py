@@ -15,13 +15,13 @@ from narvl_jax.errors import UserError
 from narvl_jax.files import leftovers
 from narvl_jax.hosts.notices import Notices
 from narvl_jax.reliability import watchdog
-from narvl_jax.reliability.interrupt import StopRequest
-from narvl_jax.reliability.ledger import Ledger
-from narvl_jax.run.announce import (
+from narvl_jax.reliability.explain import (
   HOW_TO_RESUME,
   describe_failure,
   how_to_resume,
 )
+from narvl_jax.reliability.interrupt import StopRequest
+from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.run_folder import restarts as failures
 from narvl_jax.run_folder.lock import RENEW_SECONDS, LockLost, RunLock
 from narvl_jax.run_folder.workdir import is_run

@@ -12,11 +12,11 @@ from narvl_jax.checkpointing.recorded_config import (
   check_recorded,
   check_vocabulary,
 )
+from narvl_jax.checkpointing.restore import build_in
 from narvl_jax.checkpointing.weights import opened
 from narvl_jax.checkpointing.writing import Checkpoints, restore_target
 from narvl_jax.data.answers import load_answers
 from narvl_jax.errors import UserError
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.config_checks import check_fit
 from narvl_jax.experiment.datasets import MixtureEntry, load_mixture
 from narvl_jax.experiment.experiment import Experiment
@@ -33,6 +33,7 @@ from narvl_jax.run.announce import (
 from narvl_jax.run.loop import EVALUATION_DUE, Evaluate
 from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.run_folder.metrics import MetricsWriter, SilentMetrics
+from narvl_jax.run_folder.workdir import save_experiment
 from narvl_jax.state.train_state import TrainState, evaluation_variables
 from narvl_jax.terminal import progress
 from narvl_jax.training.setup import Setup, build_setup
@@ -63,7 +64,7 @@ def prepare(
   _check_files(config, resumes)
   mixture = load_mixture(config)
   run_data.check_evaluation(config)
-  experiment = experiment_lib.build(config, workdir)
+  experiment = build_in(config, workdir)
   say(
     f"vocabulary {experiment.vocabulary.size} ids,"
     f" tasks {', '.join(experiment.tasks)}"
@@ -116,7 +117,7 @@ def write_run(
   distributed.barrier("run folder checked")
   if distributed.is_first():
     if not resumes:
-      experiment.save(workdir)
+      save_experiment(workdir, experiment)
     workdir_lib.write_sharding(workdir, setup.sharding_table())
   distributed.barrier("run folder written")
   host = distributed.host_name(jax.process_index())

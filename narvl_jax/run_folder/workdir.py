@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -17,6 +18,8 @@ import jax
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import from_json, to_json
 from narvl_jax.experiment.config_checks import check_stored
+from narvl_jax.experiment.experiment import Experiment
+from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
 from narvl_jax.files import paths as user_paths
 from narvl_jax.files import side_files
 from narvl_jax.files.disk import write_text
@@ -129,6 +132,17 @@ def diff(
     elif before != after:
       found[path] = (json.dumps(before), json.dumps(after))
   return found
+
+
+def save_experiment(
+  workdir: str | os.PathLike[str], experiment: Experiment
+) -> None:
+  """Writes vocabulary and config, which make the folder that of a run."""
+  folder = pathlib.Path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  experiment.vocabulary.save(folder / VOCABULARY_FOLDER)
+  # Last: a folder with a config is a run.
+  write_config(folder, experiment.config)
 
 
 def write_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:

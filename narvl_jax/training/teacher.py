@@ -14,11 +14,12 @@ import jax
 from flax.linen import meta
 from jax.sharding import Mesh
 
+from narvl_jax.checkpointing.restore import build_in
 from narvl_jax.checkpointing.weights import opened, read_weights
 from narvl_jax.checkpointing.writing import restore_target
 from narvl_jax.errors import UserError
-from narvl_jax.experiment import experiment as experiment_lib
-from narvl_jax.experiment.experiment import VOCABULARY_FOLDER, Experiment
+from narvl_jax.experiment.experiment import Experiment
+from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
 from narvl_jax.models import EncoderDecoder
 from narvl_jax.parallel import tree_shardings
 from narvl_jax.run_folder import workdir as workdir_lib
@@ -117,7 +118,7 @@ def find_teacher(experiment: Experiment, mesh: Mesh) -> Teacher | None:
     theirs = workdir_lib.read_config(folder)
   # The precision of activations is a matter of the devices here.
   theirs.model.dtype = config.model.dtype
-  teacher = experiment_lib.build(theirs, folder)
+  teacher = build_in(theirs, folder)
   _check(experiment, teacher, path)
   boxed = teacher.abstract_variables()
   return Teacher(

@@ -25,7 +25,8 @@ from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.config import Config
-from narvl_jax.experiment.experiment import VOCABULARY_FOLDER, Experiment
+from narvl_jax.experiment.experiment import Experiment
+from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
 from narvl_jax.models import ModelConfig, resizing
 from narvl_jax.models.resizing import Grid
 from narvl_jax.run_folder import workdir as workdir_lib

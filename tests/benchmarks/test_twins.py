@@ -1,5 +1,6 @@
 """Twins: what is trained and measured once, and the table of the results."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -15,11 +16,13 @@ from flax.linen import meta
 
 from narvl_jax.benchmarks import twins, twins_runs, twins_table
 from narvl_jax.benchmarks.twins_runs import Study
+from narvl_jax.checkpointing.restore import build_in
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.shards.distilled import distilled_sets
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError
-from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.experiment import Experiment
+from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
 from narvl_jax.prediction.answer_list import with_answers
 from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.state.train_state import TrainState
@@ -56,8 +59,8 @@ class Trainer:
   def __call__(self, config: Any, workdir: pathlib.Path) -> None:
     self.trained[workdir.name] = config
     shutil.copytree(
-      tiny_run.tiny_run() / experiment_lib.VOCABULARY_FOLDER,
-      workdir / experiment_lib.VOCABULARY_FOLDER,
+      tiny_run.tiny_run() / VOCABULARY_FOLDER,
+      workdir / VOCABULARY_FOLDER,
     )
     workdir_lib.write_config(workdir, config)
     workdir_lib.write_environment(workdir, 0)
@@ -69,7 +72,7 @@ class Trainer:
     (workdir / "metrics.jsonl").write_text(
       "".join(json.dumps(line) + "\n" for line in lines)
     )
-    experiment = experiment_lib.build(config, workdir)
+    experiment = build_in(config, workdir)
     shapes = meta.unbox(experiment.abstract_variables())
     state = TrainState(
       step=jax.device_put(np.int32(config.train.steps)),
@@ -91,7 +94,7 @@ def trainer(monkeypatch) -> Trainer:
 
 
 def few_ways(
-  experiment: experiment_lib.Experiment,
+  experiment: Experiment,
 ) -> Iterator[tuple[str, dict[str, Decoding]]]:
   """Stands in for all ways to decode, each of which would be compiled."""
   yield "greedy", {}
@@ -340,7 +343,7 @@ def test_wrong_seeds(texts, message):
 def test_answers_for_a_run_without_questions(tmp_path):
   experiment, _ = tiny_run.tiny_model()
   tasks = {"caption": experiment.tasks["caption"]}
-  changed = experiment_lib.dataclasses.replace(experiment, tasks=tasks)
+  changed = dataclasses.replace(experiment, tasks=tasks)
   with pytest.raises(UserError, match=r"for vqa, on which.*tasks: caption"):
     with_answers(changed, tmp_path / "answers.txt")
 

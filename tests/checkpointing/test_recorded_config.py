@@ -11,13 +11,13 @@ from narvl_jax import checkpoints as command
 from narvl_jax.checkpointing import integrity
 from narvl_jax.checkpointing.record import read_record
 from narvl_jax.checkpointing.recorded_config import check_recorded
+from narvl_jax.checkpointing.restore import build_in, restore
 from narvl_jax.checkpointing.weights import opened
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.evaluate import evaluate
 from narvl_jax.evaluation.labelling import Teacher
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.config import from_json
 from narvl_jax.interop.run_folder import read_run
 from narvl_jax.predict import predict
@@ -75,7 +75,7 @@ def test_an_edited_config_is_refused(run, key, value, seen):
   for read in (
     lambda: predict(run, task="vqa", example=0),
     lambda: evaluate(run, max_examples=2),
-    lambda: experiment_lib.restore(run, tiny_run.STEP),
+    lambda: restore(run, tiny_run.STEP),
     lambda: Teacher(run),
     lambda: read_run(run),
     lambda: opened(str(run), "init_from").__enter__(),
@@ -88,18 +88,18 @@ def test_an_edited_config_is_refused(run, key, value, seen):
     f"kept {run / 'config.json.old'}",
     f"wrote {run / 'config.json'}, as step {tiny_run.STEP} was trained with it",
   ]
-  experiment_lib.restore(run)
+  restore(run)
 
 
 def test_what_changes_no_answer_is_reported(run, capsys):
   """Such as where data lie on another machine."""
   _edit(run, "mesh.fsdp", 2)
   _edit(run, "data.num_workers", 3)
-  experiment_lib.restore(run)
+  restore(run)
   assert capsys.readouterr().err == ""
   _edit(run, "data.evaluation.vqa.options", {"image_size": 32, "path": "/b"})
   _edit(run, "evaluation.batch_size", 4)
-  experiment_lib.restore(run)
+  restore(run)
   (line,) = capsys.readouterr().err.splitlines()
   assert line == (
     f"note: {run / 'config.json'} differs from the config of the checkpoint of"
@@ -175,7 +175,7 @@ def test_a_damaged_config_tells_how_to_restore_it(run, text, reason):
     ):
       read()
   command.restore_config(run)
-  experiment_lib.restore(run)
+  restore(run)
   assert (run / "config.json.old").read_text() == text
 
 
@@ -184,7 +184,7 @@ def test_a_lost_config_is_restored(run):
   with pytest.raises(UserError, match=r"holds no run: .*; if it was lost, wri"):
     evaluate(run)
   command.restore_config(run)
-  experiment_lib.restore(run)
+  restore(run)
 
 
 def test_no_config_in_any_checkpoint(tmp_path):
@@ -198,16 +198,16 @@ def test_the_vocabulary_of_another_run_is_refused(run):
   record = read_record(folder)
   own = Vocabulary.load(run / "vocabulary").fingerprint
   integrity.replace_record(folder, record._replace(vocabulary=own))
-  experiment, _, _ = experiment_lib.restore(run)
+  experiment, _, _ = restore(run)
   words = ["red", "green", "blue"] * 40
   Vocabulary.train(words, experiment.vocabulary.size, num_bins=16).save(
     run / "vocabulary"
   )
   message = rf"run/vocabulary is not .* step 7 .* is .*, not {own[:12]}; bring"
   with pytest.raises(UserError, match=message):
-    experiment_lib.restore(run)
+    restore(run)
   setup: Any = SimpleNamespace(
-    experiment=experiment_lib.build(experiment.config, run),
+    experiment=build_in(experiment.config, run),
     abstract_state={},
     shardings={},
   )
@@ -232,7 +232,7 @@ def test_a_damaged_vocabulary_ends_in_one_line(run, name, text):
     UserError,
     match=rf"{run}/vocabulary.*; bring it back from a copy of the run",
   ) as error:
-    experiment_lib.restore(run)
+    restore(run)
   assert "\n" not in str(error.value)
 
 

@@ -102,7 +102,7 @@ def test_golden_help(command, define, capsys, golden):
 def test_help_ends_with_code_0(form):
   """In a process of its own, also beside flags that are wrong."""
   result = subprocess.run(
-    [sys.executable, "-m", "narvl_jax.data.answers", "--to=x", form],
+    [sys.executable, "-m", "narvl_jax.list_answers", "--to=x", form],
     capture_output=True,
     text=True,
     check=False,

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.errors import UserError
 from tests.support.saved import files_of, flip_bit, make_state
 
-_KEEP = {"keep_last": 1, "keep_best": 1, "keep_every": 2}
+_KEEP: Any = {"keep_last": 1, "keep_best": 1, "keep_every": 2}
 
 
 @pytest.fixture(scope="module")

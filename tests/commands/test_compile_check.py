@@ -16,8 +16,8 @@ from narvl_jax.ahead_of_time import compile as aot
 from narvl_jax.ahead_of_time.hlo import Array
 from narvl_jax.ahead_of_time.program import Collective, Program, read_program
 from narvl_jax.ahead_of_time.topology import CHIPS, Topology
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.config import Config
+from narvl_jax.experiment.create import create
 from narvl_jax.parallel import make_mesh
 from narvl_jax.training.setup import Setup, build_setup
 from tests.conftest import ROOT
@@ -299,9 +299,7 @@ def test_activations_are_bfloat16_unless_said_otherwise(
 def _split_step(chip: str, num_slices: int) -> aot.Check:
   """A step with one all-reduce over all chips, on so many slices."""
   config = _fsdp_config()
-  setup = build_setup(
-    experiment_lib.build(config, shapes_only=True), make_mesh(-1, 2)
-  )
+  setup = build_setup(create(config, shapes_only=True), make_mesh(-1, 2))
   found = Collective(
     "all-reduce", (Array("f32", (1000,)),), 1, (tuple(range(8)),), ""
   )

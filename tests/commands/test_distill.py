@@ -20,7 +20,6 @@ from narvl_jax.distill import distill
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import labelling
 from narvl_jax.evaluation.evaluator import Subset
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.prediction.predictor import Predictor
 from tests.evaluation import tiny_run
 from tests.support.processes import start_together
@@ -158,7 +157,7 @@ def test_a_half_written_shard_is_written_again(tmp_path, monkeypatch, whole):
 
 
 def test_complete_data_needs_no_weights(whole, monkeypatch, capsys):
-  monkeypatch.setattr(experiment_lib, "restore", None)
+  monkeypatch.setattr(labelling, "restore", None)
   (found,) = label(whole)
   assert found.manifest.records == 20
   text = capsys.readouterr().out

@@ -9,9 +9,9 @@ import pytest
 from configs.own_data import get_config
 from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.config import from_json, to_json
 from narvl_jax.experiment.config_checks import validate
+from narvl_jax.experiment.create import create
 from narvl_jax.experiment.datasets import load_mixture
 from narvl_jax.run import data_checks as run_data
 from tests.data.sources import tsv_files
@@ -49,7 +49,7 @@ def test_builds(path: str, arg: str) -> None:
   config.data.train[names[-1]].options.path = path
   config = from_json(to_json(config))
   validate(config)
-  experiment = experiment_lib.build(config)
+  experiment = create(config)
   mixture = load_mixture(config)
   assert [len(source) for source, *_ in mixture] == [5] * len(tasks)
   assert run_data.check_targets(experiment, mixture) == []
@@ -64,4 +64,4 @@ def test_mistakes() -> None:
   with pytest.raises(
     UserError, match=r"jsonl: options.path is None; .*options.path=FILE"
   ):
-    experiment_lib.build(config)
+    create(config)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_answer_to_a_question_about_a_photo(workdir, photo):
 
 @pytest.mark.parametrize("flag", ["prompt", "premise"])
 def test_a_text_that_has_no_tokens(workdir, photo, flag):
-  texts = {"prompt": QUESTION, flag: "two\udcff"}
+  texts: Any = {"prompt": QUESTION, flag: "two\udcff"}
   message = rf"--{flag}: the text has half of a surrogate pair, .udcff, as its"
   with pytest.raises(UserError, match=message):
     predict(workdir, task="entailment", image=photo, **texts)

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 from flax.linen import meta
 
+from narvl_jax.checkpointing.restore import build_in
 from narvl_jax.checkpointing.writing import Checkpoints
-from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
 from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.state.train_state import TrainState
 from tests.evaluation import tiny_run
@@ -31,10 +32,10 @@ def autoregressive_run() -> pathlib.Path:
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
   config: Any = copy.deepcopy(tiny_run.tiny_config())
   config.model.decoder = "autoregressive"
-  name = experiment_lib.VOCABULARY_FOLDER
+  name = VOCABULARY_FOLDER
   shutil.copytree(parallel_run() / name, folder / name)
   workdir_lib.write_config(folder, config)
-  experiment = experiment_lib.build(config, folder)
+  experiment = build_in(config, folder)
   shapes = meta.unbox(experiment.abstract_variables())
   rng = np.random.default_rng(0)
   params = jax.tree.map(

@@ -7,8 +7,8 @@ import pytest
 from configs.common import choose_variant
 from narvl_jax.data.tasks.base import required_queries
 from narvl_jax.errors import UserError
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.config_checks import validate
+from narvl_jax.experiment.create import create
 from narvl_jax.experiment.datasets import load_mixture
 from narvl_jax.models import ModelConfig, model_config
 from narvl_jax.run import data_checks as run_data
@@ -34,7 +34,7 @@ def test_every_file_is_tested():
 def test_pod_has_the_official_sizes(variant: str):
   config = _config("pod", variant)
   validate(config)
-  experiment = experiment_lib.build(config, shapes_only=True)
+  experiment = create(config, shapes_only=True)
   assert experiment.vocabulary.size == 59458
   official = model_config(variant, vocab_size=59458)
   for field in ("width", "encoder_layers", "resnet_blocks", "num_queries"):
@@ -42,7 +42,7 @@ def test_pod_has_the_official_sizes(variant: str):
     assert ours == getattr(official, field)
   # Without its files the vocabulary is only good for shapes.
   with pytest.raises(UserError, match=r"json.*--config.vocabulary.path"):
-    experiment_lib.build(config)
+    create(config)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_records_fit(name: str, variant: str):
     pytest.importorskip("easy_vqa")
   config = _config(name, variant)
   validate(config)
-  experiment = experiment_lib.build(config)
+  experiment = create(config)
   assert isinstance(experiment.model_config, ModelConfig)
   mixture = load_mixture(config)
   run_data.check_mixture(experiment, mixture)

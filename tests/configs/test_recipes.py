@@ -15,8 +15,8 @@ from ml_collections.config_flags import config_flags
 from configs.official import SIZES, Recipe
 from narvl_jax.data.sources import load_source
 from narvl_jax.errors import UserError
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.config import to_json
+from narvl_jax.experiment.create import create
 from narvl_jax.experiment.datasets import load_mixture
 from narvl_jax.models import model_config
 from narvl_jax.run import data_checks as run_data
@@ -89,7 +89,7 @@ def _write_data(folder: pathlib.Path, name: str) -> str:
 @pytest.mark.parametrize("name", SPLITS)
 def test_model_is_the_official_one(name: str, size: str):
   config = _config(name, f"size={size}")
-  experiment = experiment_lib.build(config, shapes_only=True)
+  experiment = create(config, shapes_only=True)
   assert experiment.vocabulary.size == 59458
   official = model_config(size)
   for field in ("width", "mlp_width", "encoder_layers", "decoder_layers"):
@@ -223,7 +223,7 @@ def test_a_run_finds_its_files(
 ):
   config = _config(name, f"size=tiny,{_write_data(tmp_path, name)}")
   config.vocabulary.path = str(shared_files / "bpe")
-  experiment = experiment_lib.build(config)
+  experiment = create(config)
   mixture = load_mixture(config)
   assert [len(entry[0]) for entry in mixture] == [ROWS]
   run_data.check_mixture(experiment, mixture)
@@ -334,4 +334,4 @@ def test_files_that_are_not_there(shared_files: pathlib.Path):
   with pytest.raises(UserError, match=r'no file "nowhere/refcoco_train.tsv"'):
     load_mixture(config)
   with pytest.raises(UserError, match=r"json.*--config.vocabulary.path"):
-    experiment_lib.build(config)
+    create(config)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from narvl_jax import list_answers
 from narvl_jax.data import answers, tasks
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources import load_source
@@ -160,7 +161,7 @@ def test_collect_from_an_endless_source() -> None:
 
 
 def _run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-  command = [sys.executable, "-m", "narvl_jax.data.answers"]
+  command = [sys.executable, "-m", "narvl_jax.list_answers"]
   return subprocess.run(
     [*command, *map(str, arguments)],
     capture_output=True,
@@ -198,9 +199,9 @@ def test_bad_target(
   message: str,
 ) -> None:
   flags = type("Flags", (), {"to": str(tmp_path / to)})
-  monkeypatch.setattr(answers.flags, "FLAGS", flags)
+  monkeypatch.setattr(list_answers.flags, "FLAGS", flags)
   with pytest.raises(UserError, match=message):
-    answers.main(["answers", "shapes"])
+    list_answers.main(["list_answers", "shapes"])
 
 
 def test_answer_spaces(vocabulary: Vocabulary, tmp_path: pathlib.Path) -> None:

@@ -133,7 +133,7 @@ def test_grounding_agrees_with_the_float32_of_the_reference():
     # Even widths: halves are exact in float32, too.
     width, height = 2 * rng.integers(3, 100), rng.integers(6, 200)
     cut = rng.integers(1, width + 1)
-    target = tuple(map(float, (x0, y0, x0 + width, y0 + height)))
+    target = (float(x0), float(y0), float(x0 + width), float(y0 + height))
     box = (target[0], target[1], target[0] + float(cut), target[3])
     inter = np.float32(cut * height)
     reference = inter / (np.float32(width * height) + one)

@@ -11,17 +11,19 @@ import jax
 import numpy as np
 from flax.linen import meta
 
+from narvl_jax.checkpointing.restore import build_in, restore
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.example import TASKS
 from narvl_jax.data.sources import load_source
 from narvl_jax.data.tasks import vocabulary_texts
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.config import (
   default_config,
   evaluation_source,
   train_source,
 )
+from narvl_jax.experiment.experiment import Experiment
+from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
 from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.state.train_state import TrainState
 
@@ -64,8 +66,8 @@ def tiny_run() -> pathlib.Path:
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
   config = tiny_config()
   workdir_lib.write_config(folder, config)
-  _vocabulary(config).save(folder / experiment_lib.VOCABULARY_FOLDER)
-  experiment = experiment_lib.build(config, folder)
+  _vocabulary(config).save(folder / VOCABULARY_FOLDER)
+  experiment = build_in(config, folder)
   shapes = meta.unbox(experiment.abstract_variables())
   params = _random(shapes["params"])
   state = TrainState(
@@ -81,9 +83,9 @@ def tiny_run() -> pathlib.Path:
 
 
 @functools.cache
-def tiny_model() -> tuple[experiment_lib.Experiment, Any]:
+def tiny_model() -> tuple[Experiment, Any]:
   """Returns the experiment and its variables."""
-  experiment, variables, _ = experiment_lib.restore(tiny_run())
+  experiment, variables, _ = restore(tiny_run())
   return experiment, variables
 
 

@@ -105,7 +105,7 @@ def test_any_value_is_taken_or_ends_in_one_line(capsys):
 
 @pytest.mark.parametrize("name", _FILES)
 def test_a_weight_and_a_schedule_work_on_every_config(name, capsys):
-  config = load_config(_file(name))
+  config: Any = load_config(_file(name))
   assert config is not None
   key = f"--config.data.train.{next(iter(config.data.train))}.weight"
   for text, value in (

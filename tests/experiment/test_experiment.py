@@ -12,22 +12,26 @@ import pytest
 from flax.linen import meta
 
 from configs import shapes
+from narvl_jax.checkpointing.restore import build_in, restore
 from narvl_jax.data import tasks
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment import vocabulary as run_vocabulary
 from narvl_jax.experiment.config import Config, default_config, train_source
+from narvl_jax.experiment.create import create
 from narvl_jax.experiment.datasets import MixtureEntry, load_mixture
+from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.run import data_checks as run_data
 from narvl_jax.run_folder import workdir as workdir_lib
+from narvl_jax.run_folder.workdir import save_experiment
 from tests.evaluation import tiny_run
 from tests.support.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
-def built() -> experiment_lib.Experiment:
-  return experiment_lib.build(tiny_config())
+def built() -> Experiment:
+  return create(tiny_config())
 
 
 def test_parts_belong_together(built):
@@ -44,9 +48,9 @@ def test_parts_belong_together(built):
 
 def test_folder_that_is_saved_can_be_built_again(built, tmp_path):
   folder = tmp_path / "a" / "run"
-  built.save(folder)
+  save_experiment(folder, built)
   assert workdir_lib.is_run(folder)
-  again = experiment_lib.build(workdir_lib.read_config(folder), folder)
+  again = build_in(workdir_lib.read_config(folder), folder)
   assert again.model_config == built.model_config
   assert again.vocabulary.size == built.vocabulary.size
   text = "what color is the circle?"
@@ -58,7 +62,7 @@ def test_shapes_without_data_and_files(built, monkeypatch):
   config = tiny_config()
   # What the training of the vocabulary came to.
   config.vocabulary.size = built.vocabulary.size
-  only = experiment_lib.build(config, shapes_only=True)
+  only = create(config, shapes_only=True)
   assert only.model_config == built.model_config
   assert only.vocabulary.blank_id == built.vocabulary.blank_id
   assert only.vocabulary.forbidden.shape == built.vocabulary.forbidden.shape
@@ -66,9 +70,9 @@ def test_shapes_without_data_and_files(built, monkeypatch):
 
 
 def test_vocabulary_of_a_run_is_not_trained_again(built, tmp_path, monkeypatch):
-  built.save(tmp_path)
+  save_experiment(tmp_path, built)
   monkeypatch.setattr(Vocabulary, "train", None)
-  experiment_lib.build(tiny_config(), tmp_path)
+  build_in(tiny_config(), tmp_path)
 
 
 def test_interrupted_save_is_no_run(built, tmp_path, monkeypatch):
@@ -77,7 +81,7 @@ def test_interrupted_save_is_no_run(built, tmp_path, monkeypatch):
 
   monkeypatch.setattr(workdir_lib, "write_config", fail)
   with pytest.raises(OSError, match="no space left"):
-    built.save(tmp_path)
+    save_experiment(tmp_path, built)
   assert not workdir_lib.is_run(tmp_path)
 
 
@@ -184,9 +188,9 @@ def test_the_vocabulary_of_bad_records(tmp_path):
 
 
 def test_targets_that_teach_nothing_are_told():
-  config = shapes.get_config()
+  config: Any = shapes.get_config()
   config.model.num_queries = 9  # Two objects; three are 14 labels.
-  few = experiment_lib.build(config)
+  few = create(config)
   (note,) = run_data.check_targets(few, _mixture(config))
   assert re.fullmatch(
     r"\d+ of 64 targets of caption need more than 9 queries and teach nothing:"
@@ -223,7 +227,7 @@ def test_best_metric_is_of_a_task_that_is_evaluated():
 
 
 def test_restored_variables_are_on_one_device():
-  experiment, variables, step = experiment_lib.restore(tiny_run.tiny_run())
+  experiment, variables, step = restore(tiny_run.tiny_run())
   assert step == tiny_run.STEP
   shapes = meta.unbox(experiment.abstract_variables())["params"]
   found = jax.tree.map(lambda x: (x.shape, x.dtype), variables["params"])
@@ -234,12 +238,12 @@ def test_restored_variables_are_on_one_device():
 
 def test_restoring_what_is_not_there(tmp_path):
   with pytest.raises(UserError, match=r"nowhere holds no run: there is no"):
-    experiment_lib.restore(tmp_path / "nowhere")
+    restore(tmp_path / "nowhere")
   with pytest.raises(UserError, match=r'no checkpoint "5"; this run has 7'):
-    experiment_lib.restore(tiny_run.tiny_run(), 5)
+    restore(tiny_run.tiny_run(), 5)
 
 
 def test_restoring_a_damaged_config(tmp_path: pathlib.Path):
   (tmp_path / "config.json").write_text(json.dumps({"seed": "x"}))
   with pytest.raises(UserError, match=r"seed='x' is not of type int"):
-    experiment_lib.restore(tmp_path)
+    restore(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import reporting
 from narvl_jax.files import disk
-from narvl_jax.run.announce import describe_failure
+from narvl_jax.reliability.explain import describe_failure
 from narvl_jax.run_folder.lock import RunLock
 from narvl_jax.run_folder.metrics import MetricsWriter
 from tests.support.disks import files, fill, read_only, short_files, small_disk

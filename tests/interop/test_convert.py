@@ -13,14 +13,15 @@ import pytest
 from absl import flags
 
 from narvl_jax import convert
+from narvl_jax.checkpointing.restore import restore
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.interop import official_from_variables
 from narvl_jax.interop.run_folder import read_run
 from narvl_jax.interop.torch_file import read_torch
 from narvl_jax.interop.torch_write import write_torch
+from narvl_jax.run_folder.workdir import save_experiment
 from tests.interop.states import (
   CONFIG,
   COUNTS,
@@ -40,7 +41,7 @@ def test_run_folder(
   assert json.loads((run / "report.json").read_text()) == json.loads(
     json.dumps(report)
   )
-  experiment, variables, step = experiment_lib.restore(run)
+  experiment, variables, step = restore(run)
   assert step == 0
   assert experiment.vocabulary.size == 50
   assert experiment.model_config.num_queries == CONFIG.num_queries
@@ -74,9 +75,9 @@ def test_side_file_of_the_weights_that_a_run_began_with(
   convert.import_official(
     official, first, vocabulary=words, config=fitting_config(), **COUNTS
   )
-  experiment, variables, _ = experiment_lib.restore(first)
+  experiment, variables, _ = restore(first)
   experiment.config.init_from = str(first)
-  experiment.save(run)
+  save_experiment(run, experiment)
   with Checkpoints(run, keep_last=1) as checkpoints:
     checkpoints.save_variables(3, variables)
   report = convert.export_official(run, tmp_path / "y.pt")

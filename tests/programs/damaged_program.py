@@ -20,7 +20,7 @@ from narvl_jax.command_line import cli
 from narvl_jax.hosts import distributed
 from narvl_jax.parallel import make_mesh, replicated
 from narvl_jax.reliability import session as hosts
-from narvl_jax.run.announce import explain_failure
+from narvl_jax.reliability.explain import explain_failure
 from narvl_jax.run.start import first_state
 from narvl_jax.state.train_state import TrainState
 from tests.support.saved import make_state

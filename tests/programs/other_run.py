@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.checkpointing.restore import build_in, restore
 from narvl_jax.parallel import mesh_from_config
 from narvl_jax.state.parameters import flatten
 from narvl_jax.training.setup import Setup, build_setup
@@ -28,7 +28,7 @@ def make_setup(start: Any, words: Any = None, **changes: Any) -> Setup:
   config.update_from_flattened_dict(
     {key.replace("__", "."): value for key, value in changes.items()}
   )
-  experiment = experiment_lib.build(config, words or start)
+  experiment = build_in(config, words or start)
   return build_setup(experiment, mesh_from_config(config.mesh))
 
 
@@ -74,5 +74,5 @@ def check_others(
 
 def stored_in(start: pathlib.Path) -> dict[str, np.ndarray]:
   """Returns the variables of a run."""
-  _, variables, _ = experiment_lib.restore(start)
+  _, variables, _ = restore(start)
   return flatten(jax.device_get(variables))

@@ -16,7 +16,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.hosts import distributed
 from narvl_jax.parallel import local_rows, shard_batch
 from narvl_jax.reliability import session as hosts
-from narvl_jax.run.announce import explain_failure
+from narvl_jax.reliability.explain import explain_failure
 from tests.support import runs
 
 # The last one has its tensor axis across two hosts.

@@ -228,8 +228,9 @@ def test_what_is_missing_is_found_first(
     raise AssertionError("something expensive began")
 
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(start.experiment_lib, "build", too_early)
+  monkeypatch.setattr(start, "build_in", too_early)
   config = tiny_config()
+  silent: Any = lambda _: None  # noqa: E731
   *sections, key = path.split(".")
   node = config
   for section in sections:
@@ -241,8 +242,8 @@ def test_what_is_missing_is_found_first(
     node = where.options
   node[key] = value
   with pytest.raises(UserError, match=message):
-    start.prepare(config, tmp_path / "run", False, lambda _: None)
+    start.prepare(config, tmp_path / "run", False, silent)
   if path == "init_from":
     # A resumed run does not need them again.
     with pytest.raises(AssertionError, match="something expensive began"):
-      start.prepare(config, tmp_path / "run", True, lambda _: None)
+      start.prepare(config, tmp_path / "run", True, silent)

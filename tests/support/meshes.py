@@ -20,7 +20,7 @@ from narvl_jax.checkpointing.writing import Checkpoints, restore_target
 from narvl_jax.command_line import cli
 from narvl_jax.hosts import distributed
 from narvl_jax.reliability import session as hosts
-from narvl_jax.run.announce import explain_failure
+from narvl_jax.reliability.explain import explain_failure
 from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.setup import Setup
 from narvl_jax.warm_start.init_from import check_init_from, init_from

@@ -18,8 +18,8 @@ import numpy as np
 
 from narvl_jax import train as train_lib
 from narvl_jax.checkpointing.writing import Checkpoints, restore_target
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.config import Config, train_source
+from narvl_jax.experiment.create import create
 from narvl_jax.experiment.datasets import MixtureEntry, load_mixture
 from narvl_jax.parallel import make_mesh, shard_batch
 from narvl_jax.reliability.guard import Guard
@@ -77,7 +77,7 @@ def setup(real: bool = False, devices: int = 2) -> Setup:
   if not real:
     # The stand-in's parameters have no axis names.
     settings.mesh.rules = ()
-  experiment = experiment_lib.build(settings)
+  experiment = create(settings)
   if not real:
     size = experiment.vocabulary.size
     model: Any = StandIn(

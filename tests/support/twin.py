@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import meta
 
+from narvl_jax.checkpointing.restore import build_in
 from narvl_jax.checkpointing.writing import Checkpoints
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.state.parameters import flatten
 from tests.evaluation.tiny_run import tiny_config
@@ -33,7 +33,7 @@ def twin_of(
   )
   shutil.copytree(start / "vocabulary", target / "vocabulary")
   workdir_lib.write_config(target, config)
-  experiment = experiment_lib.build(config, target)
+  experiment = build_in(config, target)
   rng = np.random.default_rng(1)
   variables = jax.tree.map(
     lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32),

@@ -13,8 +13,9 @@ from absl import logging
 
 from narvl_jax.command_line import cli
 from narvl_jax.errors import UserError
+from narvl_jax.reliability.explain import describe_failure
 from narvl_jax.reliability.ledger import Ledger
-from narvl_jax.run.announce import Announcer, describe_failure
+from narvl_jax.run.announce import Announcer
 from narvl_jax.terminal.text import (
   brief,
   escape,

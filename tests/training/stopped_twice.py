@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from narvl_jax.command_line import cli
 from narvl_jax.reliability import session as hosts
+from narvl_jax.reliability.explain import explain_failure
 from narvl_jax.reliability.guard import Guard
 from narvl_jax.reliability.ledger import Ledger
-from narvl_jax.run.announce import explain_failure
 from narvl_jax.run_folder import restarts as failures
 from narvl_jax.terminal.text import show
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.create import create
 from narvl_jax.models import (
   NARVL,
   Autoregressive,
@@ -154,9 +154,7 @@ def test_one_layer_as_the_compiler_counts(
 
 def test_update_of_a_run():
   config = tiny_config()
-  run = build_setup(
-    experiment_lib.build(config, shapes_only=True), make_mesh(1)
-  )
+  run = build_setup(create(config, shapes_only=True), make_mesh(1))
   one = flops.forward_flops(run.experiment.model_config, (48, 48), 40, 8)
   assert run.step_flops() == 3 * one
 

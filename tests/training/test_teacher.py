@@ -11,11 +11,14 @@ import jax
 import numpy as np
 import pytest
 
+from narvl_jax.checkpointing.restore import build_in, restore
 from narvl_jax.data.answers import load_answers
 from narvl_jax.data.batches.pipeline import Batcher
+from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
-from narvl_jax.experiment import experiment as experiment_lib
+from narvl_jax.experiment.create import create
 from narvl_jax.experiment.datasets import load_mixture
+from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.parallel import make_mesh, shard_batch
 from narvl_jax.run.announce import describe_model
 from narvl_jax.run.data_checks import check_answers
@@ -37,9 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   return target
 
 
-def student(
-  teacher: Any, build: Any = experiment_lib.build, **settings: Any
-) -> experiment_lib.Experiment:
+def student(teacher: Any, build: Any = create, **settings: Any) -> Experiment:
   config: Any = tiny_config().copy_and_resolve_references()
   config.train.batch_size = 4
   config.distillation.teacher = str(teacher)
@@ -71,7 +72,7 @@ def test_a_step_with_a_teacher(folder: pathlib.Path) -> None:
   teacher = run.teacher
   assert teacher is not None
   variables = teacher.read()
-  stored = experiment_lib.restore(folder)[1]
+  stored = restore(folder)[1]
   for name, value in flatten(stored).items():
     np.testing.assert_array_equal(flatten(variables)[name], value)
   with jax.set_mesh(run.mesh):
@@ -119,7 +120,7 @@ def shapes_of_teacher(**settings: Any) -> Any:
 
 def test_a_vocabulary_that_only_has_a_size(folder: pathlib.Path) -> None:
   """As when a step is compiled for devices that are not there."""
-  build = functools.partial(experiment_lib.build, shapes_only=True)
+  build = functools.partial(create, shapes_only=True)
   found = shapes_of_teacher(teacher=folder, build=build)
   assert found is not None
 
@@ -196,16 +197,16 @@ def test_folders_that_are_no_teacher(
 def test_the_vocabulary_of_a_run(tmp_path: pathlib.Path) -> None:
   config: Any = tiny_config().copy_and_resolve_references()
   config.vocabulary.update({"source": "run", "path": str(tiny_run())})
-  expected = experiment_lib.build(tiny_config(), tiny_run()).vocabulary
+  expected = build_in(tiny_config(), tiny_run()).vocabulary
   for shapes_only in (False, True):
-    experiment = experiment_lib.build(config, shapes_only=shapes_only)
+    experiment = create(config, shapes_only=shapes_only)
     assert experiment.vocabulary.fingerprint == expected.fingerprint
   config.vocabulary.path = str(tmp_path)
   with pytest.raises(UserError, match=r"has no vocabulary; .*source=run it m"):
-    experiment_lib.build(config)
+    create(config)
   config.vocabulary.path = ""
   with pytest.raises(UserError, match=r'vocabulary.path="" has no vocabulary'):
-    experiment_lib.build(config)
+    create(config)
 
 
 def test_only_parallel_models_have_a_teacher(folder: pathlib.Path) -> None:
@@ -219,7 +220,7 @@ def test_only_parallel_models_have_a_teacher(folder: pathlib.Path) -> None:
 def constrained(tmp_path: pathlib.Path) -> Callable[..., Any]:
   """Returns a function that builds a run with these answers of VQA."""
 
-  def build(*answers: str, **settings: Any) -> experiment_lib.Experiment:
+  def build(*answers: str, **settings: Any) -> Experiment:
     path = tmp_path / "answers.txt"
     path.write_text("".join(f"{answer}\n" for answer in answers))
     assert load_answers(path)
@@ -239,10 +240,10 @@ def constrained(tmp_path: pathlib.Path) -> Callable[..., Any]:
 def test_lists_of_answers_constrain(constrained: Callable[..., Any]) -> None:
   experiment = constrained("red", "two")
   found = answer_constraints(experiment)
-  names = [experiment_lib.TASKS[index] for index in sorted(found)]
+  names = [TASKS[index] for index in sorted(found)]
   assert sorted(names) == ["entailment", "vqa"]
   encode = experiment.vocabulary.encode
-  vqa = found[experiment_lib.TASKS.index("vqa")]
+  vqa = found[TASKS.index("vqa")]
   assert set(vqa.token.tolist()) == {*encode(" red"), *encode(" two")}
   assert not answer_constraints(constrained("red", loss__constrained=False))
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from narvl_jax import train as train_lib
+from narvl_jax.checkpointing.restore import restore
 from narvl_jax.checkpointing.writing import Checkpoints, restore_target
 from narvl_jax.errors import UserError
-from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.state.parameters import flatten
 from narvl_jax.warm_start.init_from import check_init_from, init_from
@@ -86,7 +86,7 @@ def test_moving_averages_are_what_is_taken(
 def test_half_precision_becomes_float32(
   tmp_path: pathlib.Path, start: pathlib.Path
 ) -> None:
-  _, variables, _ = experiment_lib.restore(start)
+  _, variables, _ = restore(start)
   half = jax.tree.map(lambda x: x.astype(np.float16), variables)
   with Checkpoints(tmp_path / "half", keep_last=1) as checkpoints:
     checkpoints.save_variables(0, half)
@@ -164,7 +164,7 @@ def test_nothing_is_written_before_the_check(
 
 
 def test_weights_alone_cannot_be_resumed(start: pathlib.Path) -> None:
-  _, variables, _ = experiment_lib.restore(start)
+  _, variables, _ = restore(start)
   setup = make_setup(start)
   target = restore_target(setup.abstract_state, setup.shardings)
   with Checkpoints(start.parent / "alone", keep_last=1) as checkpoints:

@@ -55,7 +55,7 @@ class VqaTask(augmented.AugmentedTask[VqaSettings]):
     if not path:
       raise UserError(
         "there is no list of the answers that vqa allows; write one by python"
-        " -m narvl_jax.data.answers SPEC --to=answers.txt, and set"
+        " -m narvl_jax.list_answers SPEC --to=answers.txt, and set"
         " --config.tasks.vqa.answers=answers.txt in training or, for a trained"
         " run, --answers=answers.txt"
       )

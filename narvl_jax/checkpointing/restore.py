@@ -1,0 +1,132 @@
+"""Reads what a run folder holds: its experiment and its weights."""
+
+import os
+import pathlib
+import sys
+from typing import Any
+
+import jax
+from flax.linen import meta
+
+from narvl_jax.checkpointing.chosen import read_chosen
+from narvl_jax.checkpointing.recorded_config import (
+  check_recorded,
+  check_vocabulary,
+)
+from narvl_jax.checkpointing.writing import Checkpoints
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
+from narvl_jax.experiment.config import Config
+from narvl_jax.experiment.config_checks import check_fit
+from narvl_jax.experiment.experiment import Experiment, build
+from narvl_jax.experiment.vocabulary import (
+  VOCABULARY_FOLDER,
+  make_vocabulary,
+)
+from narvl_jax.run_folder import workdir as workdir_lib
+from narvl_jax.state.parameters import assign_rules, flatten, split_frozen
+from narvl_jax.terminal import progress
+from narvl_jax.terminal.text import escape, show
+
+
+def build_in(config: Config, workdir: str | os.PathLike[str]) -> Experiment:
+  """Builds the experiment of a run, or of one that begins in this folder.
+
+  A run has a vocabulary, so that resuming it does not depend on what the
+  vocabulary was made from.
+
+  Args:
+    config: that was validated.
+    workdir: the run folder.
+
+  Raises:
+    UserError: the vocabulary, or something that the config names, is wrong.
+  """
+  check_fit(config)
+  folder = pathlib.Path(workdir)
+  if workdir_lib.is_run(folder):
+    vocabulary = Vocabulary.load(folder / VOCABULARY_FOLDER)
+  else:
+    vocabulary = make_vocabulary(config)
+  return build(config, vocabulary)
+
+
+def open_run(workdir: str | os.PathLike[str]) -> Experiment:
+  """Returns the experiment of a run, without its weights.
+
+  Raises:
+    UserError: there is no run, or its files are damaged.
+  """
+  folder = pathlib.Path(workdir)
+  return build_in(workdir_lib.read_config(folder), folder)
+
+
+def restore(
+  workdir: str | os.PathLike[str],
+  checkpoint: str | int = "best",
+  *,
+  sharding: jax.sharding.Sharding | None = None,
+) -> tuple[Experiment, dict[str, Any], int]:
+  """Reads a trained experiment.
+
+  Args:
+    workdir: folder of the run.
+    checkpoint: "best" (by the evaluations during training), "last", or a
+      step.
+    sharding: where each variable shall lie; None: on the first device.
+
+  Returns:
+    The experiment, its variables (moving averages if the run has them), and
+    the step of the checkpoint.
+
+  Raises:
+    UserError: there is no run or no such checkpoint.
+  """
+  folder = pathlib.Path(workdir)
+  config = workdir_lib.read_config(folder)
+
+  def read(
+    checkpoints: Checkpoints, step: int
+  ) -> tuple[Experiment, dict[str, Any], int]:
+    record = checkpoints.read_record(step)
+    notes = check_recorded(folder, config, record)
+    experiment = build_in(config, folder)
+    check_vocabulary(folder, experiment.vocabulary.fingerprint, record)
+    with progress.doing(f"reading the checkpoint of {folder}"):
+      variables = _read_variables(experiment, checkpoints, step, sharding)
+    for note in notes:
+      show(f"note: {escape(note)}", file=sys.stderr)
+    return experiment, variables, step
+
+  return read_chosen(folder, checkpoint, read)
+
+
+def _read_variables(
+  experiment: Experiment,
+  checkpoints: Checkpoints,
+  step: int,
+  sharding: jax.sharding.Sharding | None,
+) -> dict[str, Any]:
+  """Reads the variables of an experiment, see `restore`."""
+  config = experiment.config
+  shapes = meta.unbox(experiment.abstract_variables())
+  shapes = {"batch_stats": {}, **shapes}
+  ema = None
+  if config.optimizer.ema_decay:
+    paths = list(flatten(shapes["params"]))
+    rules = assign_rules(config.optimizer.rules, paths)
+    trained, _ = split_frozen(shapes["params"], rules)
+    ema = {"params": trained, "batch_stats": shapes["batch_stats"]}
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def placed(tree: Any) -> Any:
+    return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      tree,
+    )
+
+  return checkpoints.restore_variables(
+    step, placed(shapes), None if ema is None else placed(ema)
+  )
