@@ -19,8 +19,8 @@ from tests.conftest import ROOT
 
 COMMANDS = (
   *("train", "evaluate", "predict", "distill", "convert", "compare"),
-  *("compile_check", "checkpoints", "data.check", "data.convert"),
-  *("data.answers", "benchmarks.data", "benchmarks.checkpoints"),
+  *("compile_check", "checkpoints", "check_data", "convert_data"),
+  *("list_answers", "benchmarks.data", "benchmarks.checkpoints"),
   *("benchmarks.loss_head", "benchmarks.query_ctc", "benchmarks.twins"),
 )
 # Old name -> new name, by command.
@@ -28,9 +28,9 @@ _RENAMED = {
   "distill": {"workdir": "teacher", "examples_per_shard": "shard_size"},
   "compare": {"batch_sizes": "batch_size"},
   "checkpoints": {"step": "checkpoint", "steps": "checkpoint"},
-  "data.check": {"threads": "num_threads"},
-  "data.convert": {"limit": "max_examples", "workers": "num_workers"},
-  "data.answers": {"max_records": "max_examples"},
+  "check_data": {"threads": "num_threads"},
+  "convert_data": {"limit": "max_examples", "workers": "num_workers"},
+  "list_answers": {"max_records": "max_examples"},
   "benchmarks.data": {
     "batch": "batch_size",
     "examples": "max_examples",
@@ -237,7 +237,7 @@ def test_unexpected_arguments(argv, message, define):
   ],
 )
 def test_output_for_programs(argument, value, define):
-  define("data.check")
+  define("check_data")
   parsed = flags.FLAGS(["x", *argument])
   assert parsed == ["x"]
   assert flags.FLAGS.json == value

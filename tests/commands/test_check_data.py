@@ -1,4 +1,4 @@
-"""data.check: what it opens, its samples, and the command."""
+"""check_data: what it opens, its samples, and the command."""
 
 import base64
 import dataclasses

@@ -266,7 +266,7 @@ def test_converted_as_they_are(tmp_path: pathlib.Path) -> None:
 
 
 def test_pictures_for_people(tmp_path: pathlib.Path) -> None:
-  """Of predict, of the page of predictions, and of data.check."""
+  """Of predict, of the page of predictions, and of check_data."""
   paths = _write(tmp_path)
   expected = samples.smooth(24, 40)
   file = tmp_path / "phone.img"

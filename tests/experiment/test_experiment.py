@@ -180,7 +180,7 @@ def test_the_vocabulary_of_bad_records(tmp_path):
   config = default_config("entailment")
   config.data.train.own = train_source("ofa_tsv", "entailment", path=str(path))
   with pytest.raises(
-    UserError, match=r"no record of own .*a.tsv row 1: .*xxx.*data.check"
+    UserError, match=r"no record of own .*a.tsv row 1: .*xxx.*check_data"
   ) as error:
     run_vocabulary.make_vocabulary(config)
   # Not the whole of what was found there.

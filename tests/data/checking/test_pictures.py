@@ -1,4 +1,4 @@
-"""data.check on pictures: orientation tags, one colour, lost outlines."""
+"""check_data on pictures: orientation tags, one colour, lost outlines."""
 
 import dataclasses
 import io
