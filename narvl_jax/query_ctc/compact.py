@@ -17,6 +17,9 @@ import optax
 from narvl_jax.query_ctc.log_space import LOG_ZERO, Normalizer
 from narvl_jax.query_ctc.targets import feasible, is_target
 
+# Largest logarithm of the weight that stands for all other classes.
+_MOST_REST = 12.0
+
 
 class Summary(NamedTuple):
   """All that the loss needs to know of the logits, float32.
@@ -213,7 +216,9 @@ def _log_likelihood(
   scores = jnp.maximum(log_probs - shift, log_zero)
   unique = first == jnp.arange(first.shape[1])
   scores = jnp.where(unique[:, None, :], scores, log_zero)
-  scores = jnp.pad(scores, ((0, 0), (0, 0), (0, 1)))
+  # The weight 1 in these terms, as far as it does not cost the others digits.
+  rest = jnp.minimum(-shift, _MOST_REST)
+  scores = jnp.concatenate([scores, rest], axis=-1)
   # optax looks labels up by a product with one-hot rows, which accelerators
   # would round to bfloat16 or TF32.
   with jax.default_matmul_precision("highest"):

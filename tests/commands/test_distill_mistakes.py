@@ -45,7 +45,7 @@ def test_other_settings_need_another_folder(whole, options, message):
 
 
 def test_another_checkpoint_needs_another_folder(whole, monkeypatch):
-  monkeypatch.setattr(labelling, "choose_step", lambda *_: 8)
+  monkeypatch.setattr(labelling, "read_chosen", lambda *_: 8)
   with pytest.raises(UserError, match=r"checkpoint_step=7, .* has 8"):
     label(whole)
 

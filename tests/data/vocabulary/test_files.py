@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from absl import logging
 
+from narvl_jax.data.vocabulary import files
 from narvl_jax.data.vocabulary.vocabulary import (
   BLANK,
   MASK,
@@ -105,8 +105,8 @@ def test_official_fillers_vanish(official: Vocabulary) -> None:
 def test_reduced_dictionary(
   shared_files: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  said = []
-  monkeypatch.setattr(logging, "warning", lambda *args: said.append(args[2:4]))
+  said: list[str] = []
+  monkeypatch.setattr(files, "warn", said.append)
   bpe = shared_files / "bpe"
   small = shared_files / "fixtures" / "micro_bpe" / "dict.txt"
   vocabulary = Vocabulary.from_official(
@@ -115,7 +115,8 @@ def test_reduced_dictionary(
   assert (vocabulary.size, vocabulary.blank_id) == (253, 252)
   # BPE knows the word, the dictionary does not.
   assert vocabulary.encode(" skateboards") == [vocabulary.unk_id] * 2
-  assert said == [(181, 50257)]
+  assert len(said) == 1
+  assert "has ids for 181 of the 50257 tokens of" in said[0]
   _official(bpe)
   assert len(said) == 1
 
