@@ -309,7 +309,7 @@ def test_fail_puts_a_message_in_one_line(capsys):
 def test_a_reader_that_stops_is_no_failure_to_explain():
   """As `| head` does."""
   program = (
-    "from narvl_jax import cli\n"
+    "from narvl_jax.command_line import cli\n"
     "cli.run(lambda argv: [print('-' * 99, flush=True) for _ in range(10000)])"
   )
   with subprocess.Popen(
@@ -328,7 +328,7 @@ def test_a_reader_that_stops_is_no_failure_to_explain():
 
 def test_an_interrupted_command_ends_in_one_line():
   program = (
-    "import os, signal; from narvl_jax import cli\n"
+    "import os, signal; from narvl_jax.command_line import cli\n"
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     "cli.run(lambda argv: os.kill(os.getpid(), signal.SIGINT))"
   )

@@ -20,7 +20,7 @@ _SPEAK = """
 import os, pathlib, sys, warnings
 from absl import logging
 from narvl_jax.terminal.text import show
-from narvl_jax.training import hosts
+from narvl_jax.reliability import session as hosts
 logging.use_absl_handler()
 folder = sys.argv[2] and pathlib.Path(sys.argv[2])
 with hosts._output(int(sys.argv[1]), folder or None) as (terminal, log):
@@ -51,8 +51,8 @@ def test_only_the_first_host_shows_what_it_does(tmp_path, host, shows):
   """By lines, as they also go into the log."""
   code = """
 import sys, pathlib, time
-from narvl_jax import progress
-from narvl_jax.training import hosts
+from narvl_jax.terminal import progress
+from narvl_jax.reliability import session as hosts
 progress._DRAW_SECONDS, progress._GAPS = 0.01, (0.01, 0.01)
 with hosts._output(int(sys.argv[1]), pathlib.Path(sys.argv[2])):
   with progress.doing("working"):
@@ -193,7 +193,7 @@ _OUTLIVE = """
 import pathlib, sys
 from absl import logging
 from narvl_jax.terminal.text import show
-from narvl_jax.training import hosts
+from narvl_jax.reliability import session as hosts
 logging.use_absl_handler()
 with hosts.outliving_terminal(pathlib.Path(sys.argv[1])):
   show("first")

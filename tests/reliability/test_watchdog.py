@@ -165,7 +165,7 @@ def test_stacks_do_not_make_a_folder_again_that_is_gone(tmp_path, capfd):
 def test_a_thread_that_keeps_the_lock_of_python_is_ended():
   program = """
 import ctypes
-from narvl_jax.training import watchdog
+from narvl_jax.reliability import watchdog
 from narvl_jax.reliability.ledger import Ledger
 watchdog._GRACE_SECONDS = 1.0
 budgets = dict.fromkeys(("start", "step", "other"), 0.1)

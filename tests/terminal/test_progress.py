@@ -334,7 +334,7 @@ def _work_alone(text: str) -> None:
 @pytest.mark.parametrize("closed", ["2>&-", "2>/dev/full", ">&- 2>&-"])
 def test_a_closed_stderr(closed):
   code = """
-from narvl_jax import progress
+from narvl_jax.terminal import progress
 progress._DRAW_SECONDS, progress._GAPS = 0.001, (0.001, 0.001)
 import time
 with progress.doing("working", 10, "things") as working:
