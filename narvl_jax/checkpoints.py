@@ -22,7 +22,12 @@ import numpy as np
 from absl import flags
 
 from narvl_jax.checkpointing import recorded_config
-from narvl_jax.checkpointing.integrity import Damage, examine, has_digests
+from narvl_jax.checkpointing.integrity import (
+  Damage,
+  describe_digests,
+  examine,
+  has_digests,
+)
 from narvl_jax.checkpointing.reading import FOLDER
 from narvl_jax.checkpointing.record import (
   BrokenRecord,
@@ -73,7 +78,7 @@ def list_checkpoints(workdir: pathlib.Path) -> str:
         format_bytes(size),
         "-" if score is None else f"{score:.4f}",
         kept.get(step, "-") if isinstance(record, Record) else record,
-        "yes" if has_digests(place) else "no",
+        describe_digests(place),
       )
     )
   return _table(rows)
@@ -108,8 +113,8 @@ def verify(workdir: pathlib.Path, step: str | int | None = None) -> str:
       continue
     damaged.append(str(number))
     lines.append(f"{number}: DAMAGED")
-    lines += [f"  file {name} {what}" for name, what in damage.files]
-    lines += [f"  array {name} {what}" for name, what in damage.leaves]
+    for kind, found in damage.by_kind().items():
+      lines += [f"  {kind} {name} {what}" for name, what in found]
   text = "\n".join(lines)
   if damaged:
     show(text)

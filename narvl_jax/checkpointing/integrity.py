@@ -9,18 +9,20 @@ digests; its arrays are read and compared instead.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from narvl_jax.checkpointing import checksums
 from narvl_jax.checkpointing.record import (
   FILE,
   ITEM,
+  ITEMS,
   BrokenRecord,
   Record,
   RenamedCheckpoint,
@@ -30,13 +32,17 @@ from narvl_jax.checkpointing.record import (
   to_json,
 )
 from narvl_jax.errors import UserError
+from narvl_jax.files import side_files
 from narvl_jax.files.disk import atomically
+from narvl_jax.files.regular import is_regular, open_regular, read_regular
 
-_DIGESTS = re.compile(r"digests\.(\d+)-of-(\d+)\.txt")
+_DIGESTS = re.compile(r"digests\.(\d{1,9})-of-(\d{1,9})\.txt")
 # Where Orbax keeps what one process wrote.
 _OF_PROCESS = re.compile(r"/ocdbt\.process_(\d+)/")
 # Files, and arrays, that a line names.
 _SHOWN = 3
+# What is said of something that must not be opened.
+_NO_FILE = "is no regular file"
 
 # Value of this host -> values of all.
 Gather = Callable[[Any], Sequence[Any]]
@@ -46,20 +52,26 @@ class Damage(NamedTuple):
   """What is wrong with a checkpoint.
 
   Attributes:
-    files: [file below its folder, what is wrong with it].
+    files: [file below its folder, what is wrong with it]; a name with "/" at
+      its end is that of the folder itself.
     leaves: [array, what is wrong with it].
   """
 
   files: list[list[str]]
   leaves: list[list[str]]
 
+  def by_kind(self) -> dict[str, list[list[str]]]:
+    """Returns what is wrong with the folder, its files and its arrays."""
+    folders = [[x[:-1], what] for x, what in self.files if x.endswith("/")]
+    files = [x for x in self.files if not x[0].endswith("/")]
+    return {"folder": folders, "file": files, "array": self.leaves}
+
   def __str__(self) -> str:
-    parts = [
+    return "; ".join(
       f"{kind} {_shorten(found)}"
-      for kind, found in (("file", self.files), ("array", self.leaves))
+      for kind, found in self.by_kind().items()
       if found
-    ]
-    return "; ".join(parts)
+    )
 
 
 class DamagedCheckpoint(UserError):
@@ -120,7 +132,7 @@ def replace_record(folder: pathlib.Path, record: Record) -> None:
   name = f"{ITEM}/{FILE}"
   data = json.dumps(to_json(record)).encode()
   bodies = {
-    path: json.loads(path.read_bytes().partition(b"\n")[2])
+    path: json.loads(read_regular(path).partition(b"\n")[2])
     for path in folder.glob("digests.*.txt")
   }
   listing = next((x for x, y in bodies.items() if name in y["files"]), None)
@@ -134,8 +146,16 @@ def replace_record(folder: pathlib.Path, record: Record) -> None:
 
 
 def has_digests(folder: pathlib.Path) -> bool:
-  """Returns whether the digests of all hosts are there."""
-  return _read_digests(folder).complete
+  """Returns whether the digests of all hosts are there and intact."""
+  return describe_digests(folder) == "yes"
+
+
+def describe_digests(folder: pathlib.Path) -> str:
+  """Returns whether there are digests: "yes", "no" or "damaged"."""
+  digests = _read_digests(folder)
+  if digests.problems:
+    return "damaged"
+  return "yes" if digests.complete else "no"
 
 
 def examine(
@@ -165,17 +185,21 @@ def examine(
   except OSError:
     problems.append([f"{ITEM}/{FILE}", "is missing"])
   except RenamedCheckpoint as error:
-    problems.append([".", str(error)])
-  except BrokenRecord:
-    problems.append([f"{ITEM}/{FILE}", "was changed"])
+    problems.append([f"{folder.name}/", str(error)])
+  except BrokenRecord as error:
+    problems.append([f"{ITEM}/{FILE}", str(error)])
   shared = gather([problems, digests.complete])
   files = _merge(found for found, _ in shared)
   if all(complete for _, complete in shared) and not files:
     return None
   # Which arrays a file holds parts of is not known, but its item is.
-  suspects = None
+  suspects = set(ITEMS)
   if all(complete for _, complete in shared):
-    suspects = {name.split("/", 1)[0] for name, _ in files}
+    suspects &= {name.split("/", 1)[0] for name, _ in files}
+  # Reading the arrays of an item that holds a pipe would not end.
+  suspects -= {
+    name.split("/", 1)[0] for name, what in files if what == _NO_FILE
+  }
   leaves = (
     []
     if record is None
@@ -203,7 +227,14 @@ def compare_leaves(
 
 
 class _Digests(NamedTuple):
-  """Digests as they are on disk: file -> [bytes, digest]."""
+  """Digests as they are on disk.
+
+  Attributes:
+    files: file -> [bytes, digest].
+    step: of the checkpoint they were written for; None if that is not known.
+    complete: whether there is a file of digests of every host.
+    problems: [file of digests, what is wrong with it].
+  """
 
   files: dict[str, list[Any]]
   step: str | None
@@ -221,15 +252,37 @@ def _read_digests(folder: pathlib.Path) -> _Digests:
       continue
     parts.add(int(match.group(1)))
     counts.add(int(match.group(2)))
-    first, _, body = path.read_bytes().partition(b"\n")
-    if first.decode("latin-1") != _digest_of(body):
+    try:
+      values = _parse_digests(read_regular(path))
+    except OSError as error:
+      problems.append([path.name, f"cannot be read: {error.strerror}"])
+      continue
+    if values is None:
       problems.append([path.name, "was changed"])
       continue
-    values = json.loads(body)
     files |= values["files"]
     step = values["step"]
   complete = len(counts) == 1 and len(parts) == max(counts)
   return _Digests(files, step, complete, problems)
+
+
+def _parse_digests(data: bytes) -> dict[str, Any] | None:
+  """Returns the step and the files of digests, None if they were changed."""
+  first, _, body = data.partition(b"\n")
+  if first.decode("latin-1") != _digest_of(body):
+    return None
+  values = side_files.parse_object(body)
+  if values is None or not isinstance(values.get("step"), str):
+    return None
+  files = values.get("files")
+  right = isinstance(files, dict) and all(
+    isinstance(entry, list)
+    and len(entry) == 2
+    and type(entry[0]) is int
+    and isinstance(entry[1], str)
+    for entry in files.values()
+  )
+  return values if right else None
 
 
 def _check_files(
@@ -238,14 +291,20 @@ def _check_files(
   """Compares the names of all files, and the contents of those of a host."""
   problems = list(digests.problems)
   if digests.step not in (None, folder.name):
-    problems.append([".", str(RenamedCheckpoint(int(digests.step)))])
-  present = set(_files(folder))
+    problems.append([f"{folder.name}/", str(RenamedCheckpoint(digests.step))])
+  names = set(_files(folder))
+  # Reading a pipe or a device would not end.
+  present = {name for name in names if is_regular(folder / name)}
+  problems += [[name, _NO_FILE] for name in sorted(names - present)]
   new = present - digests.files.keys()
   # While digests are missing it cannot be told what else is one too many.
   if not digests.complete or digests.problems:
     new = set()
-  by_digest = {_digest(folder / name): name for name in sorted(new)}
-  for name in sorted(digests.files.keys() - present):
+  missing = digests.files.keys() - names
+  by_digest = _digests_by_size(
+    folder, sorted(new), {digests.files[name][0] for name in missing}
+  )
+  for name in sorted(missing):
     renamed = by_digest.get(digests.files[name][1])
     new.discard(renamed or "")
     how = f"was renamed to {renamed}" if renamed else "is missing"
@@ -254,10 +313,15 @@ def _check_files(
 
   def check(name: str) -> list[list[str]]:
     size, digest = digests.files[name]
-    found = (folder / name).stat().st_size
-    if found != size:
-      return [[name, f"has {found} bytes, not {size}"]]
-    changed = _digest(folder / name) != digest
+    try:
+      found = (folder / name).stat().st_size
+      if found != size:
+        return [[name, f"has {found} bytes, not {size}"]]
+      changed = _digest(folder / name) != digest
+    except FileNotFoundError:
+      return [[name, "is missing"]]
+    except OSError as error:
+      return [[name, f"cannot be read: {error.strerror}"]]
     return [[name, "was changed"]] if changed else []
 
   own = sorted(digests.files.keys() & present)[host::hosts]
@@ -268,16 +332,28 @@ def _check_files(
   return problems
 
 
+def _digests_by_size(
+  folder: pathlib.Path, names: Sequence[str], sizes: Collection[int]
+) -> dict[str, str]:
+  """Returns digest -> name of those files that have one of some sizes."""
+  found = {}
+  for name in names:
+    with contextlib.suppress(OSError):
+      if (folder / name).stat().st_size in sizes:
+        found[_digest(folder / name)] = name
+  return found
+
+
 def _check_leaves(
   folder: pathlib.Path,
   record: Record,
-  items: set[str] | None,
+  items: Collection[str],
   host: int,
   hosts: int,
 ) -> list[list[str]]:
-  """Reads the arrays of a host, one after the other; None: of all items."""
+  """Reads the arrays of some items, one after the other."""
   problems = []
-  names = [x for x in record.leaves if items is None or item_of(x) in items]
+  names = [x for x in record.leaves if item_of(x) in items]
   for name in sorted(names)[host::hosts]:
     try:
       value = read_leaf(folder, name)
@@ -316,7 +392,7 @@ def _owner(name: str, hosts: int) -> int:
 
 
 def _digest(path: pathlib.Path) -> str:
-  with path.open("rb") as file:
+  with open_regular(path) as file:
     return hashlib.file_digest(file, _hash).hexdigest()
 
 

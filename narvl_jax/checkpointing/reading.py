@@ -144,11 +144,14 @@ class StoredCheckpoints:
     self.wait()
     place = self._folder / str(step)
     try:
-      return examine(place, jax.process_index(), jax.process_count(), _gather)
+      found = examine(place, jax.process_index(), jax.process_count(), _gather)
     except OSError as error:
       if place.is_dir():
         raise
       raise self._removed(step) from error
+    if found is not None and not place.is_dir():
+      raise self._removed(step)
+    return found
 
   def restore(self, step: int, target: TrainState) -> TrainState:
     """Reads a whole state to where it is to lie.
@@ -229,7 +232,7 @@ class StoredCheckpoints:
       if has_digests(self._folder / str(step)):
         raise
       what = f"cannot be read: {' '.join(str(error).split())[:200]}"
-      raise self._refuse(step, Damage([[".", what]], [])) from error
+      raise self._refuse(step, Damage([[f"{step}/", what]], [])) from error
     arrays = list(name_leaves(found).values())
     sums = device_checksums(arrays)
     different = compare_leaves(record, list(wanted), sums)

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from narvl_jax.files.regular import read_regular
+
 ITEM = "record"
 FILE = "record.json"
-_ARRAY_ITEMS = ("params", "optimizer", "ema")
+ITEMS = ("params", "optimizer", "ema")
 # Nothing else is the name of a step: neither "007" nor "²".
 _STEP = re.compile(r"0|[1-9][0-9]*")
 
@@ -60,13 +62,13 @@ class Record(NamedTuple):
 
 
 class BrokenRecord(ValueError):
-  """The record is not what was written."""
+  """The record cannot be read, or is not what was written."""
 
 
 class RenamedCheckpoint(BrokenRecord):
   """The folder has the name of another step than its record."""
 
-  def __init__(self, step: int) -> None:
+  def __init__(self, step: int | str) -> None:
     super().__init__(f"is the checkpoint {step} under another name")
 
 
@@ -79,7 +81,7 @@ def stored_steps(folder: pathlib.Path) -> list[int]:
 def name_leaves(items: Mapping[str, Any]) -> dict[str, Any]:
   """Returns name -> leaf of the items of a checkpoint."""
   found = {}
-  for item in _ARRAY_ITEMS:
+  for item in ITEMS:
     for path, leaf in jax.tree.leaves_with_path(items.get(item)):
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       found[f"ema/{name}" if item == "ema" else name] = leaf
@@ -107,11 +109,16 @@ def read_record(folder: pathlib.Path) -> Record:
     folder: of the checkpoint; its name must be the step.
 
   Raises:
-    OSError: there is none.
+    FileNotFoundError or NotADirectoryError: there is no record.
     RenamedCheckpoint: the record is that of another step.
-    BrokenRecord: it is damaged.
+    BrokenRecord: the record cannot be read or is damaged.
   """
-  data = (folder / ITEM / FILE).read_bytes()
+  try:
+    data = read_regular(folder / ITEM / FILE)
+  except (FileNotFoundError, NotADirectoryError):
+    raise
+  except OSError as error:
+    raise BrokenRecord(f"cannot be read: {error.strerror}") from error
   try:
     written = json.loads(data)
     text = written["text"]
@@ -120,16 +127,47 @@ def read_record(folder: pathlib.Path) -> Record:
       json.dumps(written).encode() != data or _digest(text) != written["digest"]
     ):
       raise ValueError("it is not what was written")
-    values = json.loads(text)
-    leaves = {
-      name: Leaf(tuple(shape), dtype, checksum)
-      for name, (shape, dtype, checksum) in values["leaves"].items()
-    }
-    record = Record(**{**values, "leaves": leaves})
-  except (ValueError, KeyError, TypeError) as error:
-    raise BrokenRecord(f"{ITEM}/{FILE}: {error}") from error
+    record = _from_json(json.loads(text))
+  # Damaged JSON may hold values of any type, nested to any depth.
+  except (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+  ) as error:
+    raise BrokenRecord("was changed") from error
   if str(record.step) != folder.name:
     raise RenamedCheckpoint(record.step)
+  return record
+
+
+def _from_json(values: Any) -> Record:
+  """Returns the record of which the values were written.
+
+  Raises:
+    KeyError, TypeError, AttributeError, ValueError: they are not of a record.
+  """
+  leaves = {
+    name: Leaf(tuple(shape), dtype, checksum)
+    for name, (shape, dtype, checksum) in values["leaves"].items()
+  }
+  record = Record(**{**values, "leaves": leaves})
+  right = (
+    type(record.step) is int
+    and isinstance(record.score, (int, float, type(None)))
+    and isinstance(record.run, dict)
+    and isinstance(record.config, (dict, type(None)))
+    and isinstance(record.vocabulary, (str, type(None)))
+    and all(
+      all(type(side) is int for side in leaf.shape)
+      and isinstance(leaf.dtype, str)
+      and isinstance(leaf.checksum, str)
+      for leaf in leaves.values()
+    )
+  )
+  if not right:
+    raise TypeError("a value is of another type than those of a record")
   return record
 
 

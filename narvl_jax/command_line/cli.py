@@ -119,10 +119,16 @@ def run(
     fail(str(error))
   try:
     app.run(guarded, flags_parser=_parse_flags)
-  except Stopped as stop:
-    # A signal may have cut off a compilation. What libraries then do when the
-    # interpreter ends can be a segmentation fault.
-    leave(int(stop.code or 0))
+  except SystemExit as stop:
+    if stop.code in (0, None) and not isinstance(stop, Stopped):
+      raise
+    # A signal or an error may have cut off a compilation, or the reading of a
+    # checkpoint. Threads of libraries that are still at work when the
+    # interpreter ends can abort the process, which hides the exit code.
+    leave(stop.code if isinstance(stop.code, int) else int(bool(stop.code)))
+  except Exception as error:
+    show_error(type(error), error, error.__traceback__)
+    leave(1)
   raise AssertionError("app.run returned")
 
 

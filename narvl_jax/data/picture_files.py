@@ -7,9 +7,7 @@ only if it has at most `MAX_PIXELS`. Messages never quote what a file holds.
 
 import io
 import os
-import pathlib
 import re
-import stat
 import warnings
 from typing import Any
 
@@ -18,6 +16,7 @@ from PIL import Image, TiffImagePlugin, WebPImagePlugin
 
 from narvl_jax.data import picture_depth
 from narvl_jax.errors import UserError
+from narvl_jax.files.regular import read_regular
 
 # As Pillow names them. MPO (pictures of phones and stereo cameras) is opened by
 # the decoder of JPEG.
@@ -101,31 +100,13 @@ def read_image_file(
     UserError: there is no such file, it cannot be read, is not a regular file
       or too large.
   """
-  path = pathlib.Path(path)
   try:
-    _check_file(path.stat())
-    # A pipe that has taken the file's place would wait for its other end.
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with open(file, "rb") as opened:
-      status = os.fstat(file)
-      _check_file(status)
-      return opened.read(status.st_size)
+    return read_regular(path, MAX_BYTES)
   except (OSError, ValueError) as e:
     reason = getattr(e, "strerror", None) or str(e)
     raise UserError(
       f'cannot read the image "{path}": {reason}; {advice}'
     ) from e
-
-
-def _check_file(status: os.stat_result) -> None:
-  if stat.S_ISDIR(status.st_mode):
-    raise UserError("Is a directory")
-  if not stat.S_ISREG(status.st_mode):
-    raise UserError("it is a pipe, a device or a socket, not a regular file")
-  if status.st_size > MAX_BYTES:
-    raise UserError(
-      f"it has {status.st_size:,} bytes, the limit is {MAX_BYTES:,}"
-    )
 
 
 def open_picture(data: bytes) -> Image.Image:

@@ -23,6 +23,7 @@ from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
 from narvl_jax.files import paths as user_paths
 from narvl_jax.files import side_files
 from narvl_jax.files.disk import write_text
+from narvl_jax.files.regular import read_regular
 
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
@@ -312,14 +313,15 @@ def _commit() -> str | None:
 
 def _read(path: pathlib.Path, advice: str = "") -> dict[str, Any]:
   try:
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = json.loads(read_regular(path).decode("utf-8"))
     if not isinstance(values, dict):
       raise ValueError("it is not a JSON object")
     return values
   # ValueError: no JSON, or not even text. RecursionError: too deep.
   except (OSError, ValueError, RecursionError) as error:
+    reason = getattr(error, "strerror", None) or str(error)
     raise UserError(
-      f"{path} cannot be read ({error}); use another --workdir{advice}"
+      f"{path} cannot be read ({reason}); use another --workdir{advice}"
     ) from error
 
 

@@ -176,7 +176,7 @@ def test_a_step_under_another_name_is_told(folder, how, digests):
     shutil.copytree(folder, other)
   damage = integrity.examine(other)
   assert damage is not None
-  assert damage.files == [[".", "is the checkpoint 6 under another name"]]
+  assert str(damage) == "folder 9 is the checkpoint 6 under another name"
   target = make_target(make_state(6))
   with Checkpoints(folder.parent.parent, keep_last=3) as checkpoints:
     assert 9 in checkpoints.steps()

@@ -340,3 +340,33 @@ def test_an_interrupted_command_ends_in_one_line():
   )
   assert result.stderr == "SIGINT: stopped\n"
   assert result.returncode == 130
+
+
+_ABORTS = """
+import atexit, os, sys
+from narvl_jax.command_line import cli
+from narvl_jax.errors import UserError
+
+def main(argv):
+  # Like threads of libraries that are still at work.
+  atexit.register(os.abort)
+  raise UserError("wrong") if argv[1] == "user" else RuntimeError("odd")
+
+cli.run(main, positional=1)
+"""
+
+
+@pytest.mark.parametrize(
+  ("kind", "code", "last"),
+  [("user", 2, "error: wrong"), ("other", 1, "RuntimeError: odd")],
+)
+def test_what_happens_at_exit_does_not_hide_an_error(kind, code, last):
+  result = subprocess.run(
+    [sys.executable, "-c", _ABORTS, kind],
+    env=_environment(),
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode == code
+  assert result.stderr.splitlines()[-1] == last

@@ -11,6 +11,7 @@ import pytest
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import to_json
 from narvl_jax.run_folder import workdir as workdir_lib
+from tests.support import replacements
 from tests.support.disks import read_only, small_disk
 from tests.support.tiny import tiny_config
 
@@ -153,6 +154,18 @@ def test_damaged_config(run, data):
       UserError, match=r"config.json cannot be read \(.*\); use another --work"
     ):
       read()
+
+
+@pytest.mark.parametrize(
+  "kind",
+  ["folder", "pipe", "socket", "endless link", "huge", "deep JSON", "number"],
+)
+def test_a_config_that_is_no_file_ends_in_one_line(run, kind):
+  replacements.replace(run / "config.json", kind)
+  with pytest.raises(
+    UserError, match=r"config.json cannot be read \([^\n]*\);"
+  ):
+    workdir_lib.check(run, tiny_config())
 
 
 def test_config_is_written_whole_or_not_at_all(run, monkeypatch):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import tokenizers
 
 from narvl_jax.data.vocabulary import training as vocabulary_training
 from narvl_jax.errors import UserError
+from narvl_jax.files.regular import read_regular
 from narvl_jax.terminal.text import warn
 
 PathLike = str | os.PathLike[str]
@@ -136,11 +136,13 @@ def read_text(path: PathLike, advice: str = _ADVICE) -> str:
     UserError: it cannot be read.
   """
   try:
-    return pathlib.Path(path).read_text(encoding="utf-8")
+    text = read_regular(path).decode("utf-8")
   except (OSError, UnicodeDecodeError) as e:
     raise UserError(
       f"cannot read the vocabulary file {path}: {e}; {advice}"
     ) from e
+  # As Python reads text files.
+  return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json_object(path: PathLike, advice: str = _ADVICE) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def read_json_object(path: PathLike, advice: str = _ADVICE) -> dict[str, Any]:
   """
   try:
     content = json.loads(read_text(path, advice))
-  except (json.JSONDecodeError, RecursionError) as e:
+  except (ValueError, RecursionError) as e:
     raise UserError(f"{path} is not JSON: {e}; {advice}") from e
   if not isinstance(content, dict):
     raise UserError(

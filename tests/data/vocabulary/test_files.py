@@ -17,6 +17,7 @@ from narvl_jax.data.vocabulary.vocabulary import (
   Vocabulary,
 )
 from narvl_jax.errors import UserError
+from tests.support import replacements
 
 _NAMES = ("dict.txt", "encoder.json", "vocab.bpe")
 
@@ -291,3 +292,13 @@ def test_missing_file(tmp_path: pathlib.Path, name: str) -> None:
   message = rf"cannot read .*{name}.*No such file.*--config.vocabulary.path"
   with pytest.raises(UserError, match=message):
     _official(tmp_path, 2, 3)
+
+
+@pytest.mark.parametrize(
+  "kind", ["folder", "pipe", "socket", "endless link", "huge", "number"]
+)
+def test_what_is_no_file_is_not_read(tmp_path: pathlib.Path, kind: str) -> None:
+  path = tmp_path / "vocab.json"
+  replacements.replace(path, kind)
+  with pytest.raises(UserError, match=r"vocab\.json"):
+    files.read_json_object(path)

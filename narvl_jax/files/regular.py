@@ -1,0 +1,84 @@
+"""Reads files that may have been replaced by anything.
+
+Reading a pipe blocks until something is written to it, a link to a device such
+as /dev/zero never ends, and a huge file fills the memory. Only regular files
+up to a limit are opened here.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import pathlib
+import stat
+from collections.abc import Iterator
+
+# Far more than any text file of a run: configs, records, vocabularies.
+MAX_TEXT_BYTES = 256 << 20
+
+
+class UnusableFile(OSError):
+  """A path leads to no regular file, or the file is larger than allowed."""
+
+
+@contextlib.contextmanager
+def open_regular(
+  path: str | os.PathLike[str], max_bytes: int | None = None
+) -> Iterator[io.BufferedReader]:
+  """Opens a regular file, or a symbolic link to one, for reading bytes.
+
+  Args:
+    path: of the file.
+    max_bytes: largest size; None: any.
+
+  Raises:
+    UnusableFile: it is a folder, a pipe, a device or a socket, or too large.
+    OSError: there is no such file, or it cannot be opened.
+  """
+  path = pathlib.Path(path)
+  # Before it is opened: opening some devices has effects.
+  _check(path, path.stat(), max_bytes)
+  # A pipe that has taken the file's place would wait for its other end.
+  number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+  with open(number, "rb") as file:
+    _check(path, os.fstat(number), max_bytes)
+    yield file
+
+
+def read_regular(
+  path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES
+) -> bytes:
+  """Returns the bytes of a regular file.
+
+  Args:
+    path: of the file.
+    max_bytes: largest size.
+
+  Raises:
+    OSError: see `open_regular`.
+  """
+  with open_regular(path, max_bytes) as file:
+    return file.read(max_bytes)
+
+
+def is_regular(path: str | os.PathLike[str]) -> bool:
+  """Returns whether a path leads to a regular file."""
+  try:
+    return stat.S_ISREG(os.stat(path).st_mode)
+  except OSError:
+    return False
+
+
+def _check(
+  path: pathlib.Path, status: os.stat_result, max_bytes: int | None
+) -> None:
+  number = errno.EINVAL
+  if stat.S_ISDIR(status.st_mode):
+    number, reason = errno.EISDIR, os.strerror(errno.EISDIR)
+  elif not stat.S_ISREG(status.st_mode):
+    reason = "it is a pipe, a device or a socket, not a regular file"
+  elif max_bytes is not None and status.st_size > max_bytes:
+    reason = f"it has {status.st_size:,} bytes, the limit is {max_bytes:,}"
+  else:
+    return
+  raise UnusableFile(number, reason, str(path))
