@@ -19,6 +19,7 @@ setuptools.setup(
   license_files=["LICENSE"],
   packages=setuptools.find_packages(include=["narvl_jax", "narvl_jax.*"]),
   python_requires=">=3.11",
+  entry_points={"console_scripts": ["narvl=narvl_jax.__main__:main"]},
   install_requires=[
     "absl-py>=2.1,<3",
     "array-record>=0.8,<0.9",
@@ -45,6 +46,7 @@ setuptools.setup(
     "test": [
       "easy-vqa==1.0",
       "hypothesis>=6.100,<7",
+      "import-linter>=2.3,<3",
       "pyright==1.1.414",
       "pytest>=9,<10",
       "pytest-xdist>=3.6,<4",
@@ -53,6 +55,9 @@ setuptools.setup(
     ],
     "easy-vqa": ["easy-vqa==1.0"],
     "parity": ["torch==2.13.0"],
+    "cuda": ["jax[cuda12]>=0.10,<0.13"],
+    "tpu": ["jax[tpu]>=0.10,<0.13"],
+    # Compiles for TPUs on machines that have none.
     "aot": ["jax[tpu]>=0.10,<0.13"],
   },
 )

@@ -28,7 +28,7 @@ OFA (CIDEr): tiny 119.0, medium 130.4, base 138.2, large 142.2, huge 145.3
 (published).
 """
 
-from configs.official import SIZES, Dataset, Recipe, official_config
+from narvl_jax.configs.official import SIZES, Dataset, Recipe, official_config
 from narvl_jax.experiment.config import Config
 
 DATASET = Dataset(

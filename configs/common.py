@@ -2,7 +2,7 @@
 
 A config file builds on these:
 
-    from configs.common import default_config, evaluation_source, train_source
+    from narvl_jax.configs.common import default_config, train_source
 
     def get_config(arg: str = ""):
       config = default_config("vqa")

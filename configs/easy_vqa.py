@@ -11,7 +11,7 @@ end on two cores of an AMD EPYC shared with other work; one run, seed 0, jax
 
 from ml_collections import ConfigDict
 
-from configs.common import (
+from narvl_jax.configs.common import (
   choose_variant,
   default_config,
   evaluation_source,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from configs.common import (
+from narvl_jax.configs.common import (
   default_config,
   evaluation_source,
   train_source,

@@ -19,7 +19,7 @@ configs/pod.py.
 
 from ml_collections import ConfigDict, config_dict
 
-from configs.common import (
+from narvl_jax.configs.common import (
   default_config,
   evaluation_source,
   from_scratch,

@@ -23,8 +23,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import official
-from configs.common import (
+from narvl_jax.configs import official
+from narvl_jax.configs.common import (
   choose_variant,
   default_config,
   evaluation_source,

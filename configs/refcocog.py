@@ -29,8 +29,8 @@ Acc@0.5 on val / test, per cent:
 | this config, any size        | not measured  | ours      |
 """
 
-from configs.official import Dataset, Recipe, official_config
-from configs.refcoco import SETTINGS
+from narvl_jax.configs.official import Dataset, Recipe, official_config
+from narvl_jax.configs.refcoco import SETTINGS
 from narvl_jax.experiment.config import Config
 
 DATASET = Dataset("refcocog", "grounding", train_rows=80_512)

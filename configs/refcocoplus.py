@@ -27,8 +27,8 @@ Acc@0.5 on val / testA / testB, per cent:
 | this config, any size        | not measured          | ours      |
 """
 
-from configs.official import Dataset, Recipe, official_config
-from configs.refcoco import SETTINGS
+from narvl_jax.configs.official import Dataset, Recipe, official_config
+from narvl_jax.configs.refcoco import SETTINGS
 from narvl_jax.experiment.config import Config
 
 DATASET = Dataset("refcocoplus", "grounding", train_rows=120_191, test="testA")

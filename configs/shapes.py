@@ -73,7 +73,7 @@ with AdamW and 0.98 with Muon, captions at 1.97 and 0.96.
 
 from ml_collections import ConfigDict
 
-from configs.common import (
+from narvl_jax.configs.common import (
   choose_variant,
   default_config,
   evaluation_source,

@@ -32,7 +32,7 @@ OFA (test): tiny 85.2, medium 87.0, base 89.2, large 90.2, huge 91.2
 (published).
 """
 
-from configs.official import Dataset, Recipe, official_config
+from narvl_jax.configs.official import Dataset, Recipe, official_config
 from narvl_jax.experiment.config import Config
 
 DATASET = Dataset("snli_ve", "entailment", train_rows=529_527, validation="dev")

@@ -39,7 +39,7 @@ OFA (test-std): tiny 70.4, medium 75.5, base 78.1, large 80.7, huge 82.0
 (published).
 """
 
-from configs.official import Dataset, Recipe, official_config
+from narvl_jax.configs.official import Dataset, Recipe, official_config
 from narvl_jax.experiment.config import Config
 
 DATASET = Dataset("vqa", "vqa", train_rows=1_000_000, test="val")

@@ -57,7 +57,7 @@ class Study:
 def _module(name: str) -> Any:
   """Imports a module of the folder `configs`."""
   try:
-    return importlib.import_module(f"configs.{name}")
+    return importlib.import_module(f"narvl_jax.configs.{name}")
   except ModuleNotFoundError as error:
     raise UserError(
       f"there is no module configs.{name}: {error}; start the command in the"

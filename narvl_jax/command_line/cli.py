@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
+from narvl_jax.command_line.config_names import resolve_names
 from narvl_jax.command_line.flag_parsing import normalise, print_help
 from narvl_jax.command_line.json_output import reserved_stdout
 from narvl_jax.command_line.messages import (
@@ -27,9 +28,12 @@ from narvl_jax.terminal.text import naming, show, show_error
 
 
 def define_config_flag(name: str = "config") -> flags.FlagHolder[Any]:
-  """Defines `--config=FILE.py[:ARG]` with one override flag per key."""
+  """Defines `--config=NAME|FILE.py[:ARG]` with one override flag per key."""
   return config_flags.DEFINE_config_file(
-    name, None, "Experiment: FILE.py or FILE.py:ARG, passed to get_config."
+    name,
+    None,
+    "Experiment: the NAME of a config, or FILE.py; ARG is passed to"
+    " get_config.",
   )
 
 
@@ -108,7 +112,7 @@ def run(
   _open_closed_streams()
   # A traceback may quote what a file holds.
   sys.excepthook = show_error
-  sys.argv[:] = normalise(sys.argv)
+  sys.argv[:] = resolve_names(normalise(sys.argv))
   try:
     if print_help(main, sys.argv):
       sys.exit(0)

@@ -21,7 +21,7 @@ _VALUES = {
   "float": "X",
   "comma separated list of strings": "A,B",
   "file": "FILE",
-  "config object": "FILE.py[:ARG]",
+  "config object": "NAME|FILE.py[:ARG]",
 }
 
 

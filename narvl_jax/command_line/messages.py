@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import config_dict
 from ml_collections.config_flags import config_flags
 
+from narvl_jax.command_line.config_names import config_names
 from narvl_jax.command_line.flag_parsing import has_config, own_flags
 from narvl_jax.errors import UserError, did_you_mean
 
@@ -60,8 +61,10 @@ def _missing_file(argument: str) -> str:
       for name in os.listdir(folder)
       if name.endswith(".py") and not name.startswith("_")
     ]
+  if os.path.basename(path) == path and not path.endswith(".py"):
+    files = config_names()
   hint = did_you_mean(path, files) if files else ""
-  return f'no config file "{path}".{hint} (--config=FILE.py[:ARG])'
+  return f'no config file "{path}".{hint} (--config=NAME or FILE.py[:ARG])'
 
 
 def flag_message(error: Exception, argv: Sequence[str]) -> str:

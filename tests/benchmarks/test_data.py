@@ -158,7 +158,7 @@ def test_cpu_time_of_workers_counts(load: data_load.Load) -> None:
 
 
 def test_arrays_and_configs() -> None:
-  from configs import shapes
+  from narvl_jax.configs import shapes
 
   config: Any = shapes.get_config("quick")
   config.train.batch_size = 4

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.common import evaluation_source, train_source
 from narvl_jax import check_data as check
+from narvl_jax.configs.common import evaluation_source, train_source
 from narvl_jax.data.checking import report as check_report
 from narvl_jax.data.checking import samples as check_samples
 from narvl_jax.data.example import Record

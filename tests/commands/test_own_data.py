@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from configs.own_data import get_config
+from narvl_jax.configs.own_data import get_config
 from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import from_json, to_json

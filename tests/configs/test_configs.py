@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from configs.common import choose_variant
+from narvl_jax.configs.common import choose_variant
 from narvl_jax.data.tasks.base import required_queries
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config_checks import validate
@@ -19,7 +19,9 @@ RECORDS = 300
 
 
 def _config(name: str, variant: str):
-  return importlib.import_module(f"configs.{name}").get_config(variant)
+  return importlib.import_module(f"narvl_jax.configs.{name}").get_config(
+    variant
+  )
 
 
 def test_every_file_is_tested():

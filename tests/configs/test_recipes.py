@@ -12,7 +12,7 @@ from absl import flags
 from flax.linen import meta
 from ml_collections.config_flags import config_flags
 
-from configs.official import SIZES, Recipe
+from narvl_jax.configs.official import SIZES, Recipe
 from narvl_jax.data.sources import load_source
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import to_json
@@ -65,7 +65,7 @@ def without_data(
 
 
 def _module(name: str) -> Any:
-  return importlib.import_module(f"configs.{name}")
+  return importlib.import_module(f"narvl_jax.configs.{name}")
 
 
 def _config(name: str, arg: str = "") -> Any:

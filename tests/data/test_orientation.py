@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from configs.own_data import get_config
+from narvl_jax.configs.own_data import get_config
 from narvl_jax.data import images
 from narvl_jax.data.batches import pipeline
 from narvl_jax.data.checking import samples as check_samples

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 from flax.linen import meta
 
-from configs import shapes
 from narvl_jax.checkpointing.restore import build_in, restore
+from narvl_jax.configs import shapes
 from narvl_jax.data import tasks
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError

@@ -239,7 +239,7 @@ def how_to_use(folder: pathlib.Path, sets: Sequence[DistilledSet]) -> str:
     "to train on them and on the original targets, half of the time each, in a",
     f"config whose data.train has {', '.join(found.name for found in sets)}:",
     "",
-    "  from configs.common import add_distilled",
+    "  from narvl_jax.configs.common import add_distilled",
     f'  add_distilled(config, "{folder}", weight=0.5)',
     "",
     "or one by one, with weights of your own:",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import common
+from narvl_jax.configs import common
 from narvl_jax.data import images
 from narvl_jax.data.batches.pipeline import Batcher
 from narvl_jax.data.example import TASKS, Record

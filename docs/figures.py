@@ -1,0 +1,156 @@
+"""Draws the figures of the documentation into docs/images.
+
+    python docs/figures.py [--workdir=runs/shapes]
+
+Without a run folder only the diagrams are drawn. With one, the predictions of
+its test split become the picture of the README.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import app, flags
+from matplotlib import patches
+from matplotlib import pyplot as plt
+
+IMAGES = pathlib.Path(__file__).parent / "images"
+_INK, _FAINT = "#1f2933", "#9aa5b1"
+_BOX, _BLANK, _ANSWER = "#d9e8fb", "#f0f1f3", "#d5f0df"
+_ANSWER_TOKENS = ("a", "red", "circle")
+# What each query emits; "-" is blank.
+_QUERIES = ("-", "a", "red", "red", "-", "circle")
+
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Trained run, for the picture of predictions."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Draws all figures that can be drawn."""
+  del argv
+  IMAGES.mkdir(exist_ok=True)
+  plt.rcParams.update({"svg.hashsalt": "narvl", "font.family": "DejaVu Sans"})
+  _one_pass(IMAGES / "one_pass.svg")
+  print(f"wrote {IMAGES / 'one_pass.svg'}")
+
+
+def _one_pass(path: pathlib.Path) -> None:
+  """Draws an autoregressive decoder beside the parallel one."""
+  figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.5))
+  for axes in (left, right):
+    axes.set_axis_off()
+    axes.set_xlim(0, 6.4)
+    axes.set_ylim(-0.55, 3.6)
+  left.set_title("Autoregressive: one decoder pass a token", fontsize=11)
+  right.set_title("NARVL: one pass for the whole answer", fontsize=11)
+  _draw_autoregressive(left)
+  _draw_parallel(right)
+  figure.tight_layout()
+  figure.savefig(path, metadata={"Date": None})
+  plt.close(figure)
+
+
+def _draw_autoregressive(axes: plt.Axes) -> None:
+  inputs = ("<s>", *_ANSWER_TOKENS)
+  outputs = (*_ANSWER_TOKENS, "</s>")
+  for i, (token, said) in enumerate(zip(inputs, outputs, strict=True)):
+    x = 0.2 + 1.55 * i
+    _cell(axes, x, 0.0, token, _BLANK)
+    _cell(axes, x, 1.2, f"pass {i + 1}", _BOX)
+    _cell(axes, x, 2.4, said, _ANSWER)
+    _arrow(axes, (x + 0.55, 0.6), (x + 0.55, 1.2))
+    _arrow(axes, (x + 0.55, 1.8), (x + 0.55, 2.4))
+    if i + 1 < len(inputs):
+      # The next pass cannot begin before this token is known.
+      _arrow(axes, (x + 1.1, 2.55), (x + 1.6, 0.6), _FAINT)
+  axes.text(3.2, -0.4, "4 passes, one after another", ha="center", color=_INK)
+
+
+def _draw_parallel(axes: plt.Axes) -> None:
+  axes.add_patch(
+    patches.FancyBboxPatch(
+      (0.2, 1.0),
+      6.0,
+      0.6,
+      boxstyle="round,pad=0.02",
+      facecolor=_BOX,
+      edgecolor=_INK,
+      linewidth=0.8,
+    )
+  )
+  axes.text(3.2, 1.3, "pass 1", ha="center", va="center", color=_INK)
+  for i, token in enumerate(_QUERIES):
+    x = 0.2 + 1.01 * i
+    _cell(axes, x, 0.0, f"query {i + 1}", _BLANK, width=0.92, size=7.5)
+    blank = token == "-"
+    _cell(
+      axes,
+      x,
+      2.0,
+      "blank" if blank else token,
+      _BLANK if blank else _ANSWER,
+      width=0.92,
+      faint=blank,
+    )
+    _arrow(axes, (x + 0.46, 0.6), (x + 0.46, 1.0))
+    _arrow(axes, (x + 0.46, 1.6), (x + 0.46, 2.0))
+  axes.text(
+    3.2,
+    3.05,
+    f"merge repeats, drop blanks  \N{RIGHTWARDS ARROW}"
+    f"  “{' '.join(_ANSWER_TOKENS)}”",
+    ha="center",
+    color=_INK,
+  )
+  axes.text(3.2, -0.4, "1 pass, whatever the length", ha="center", color=_INK)
+
+
+def _cell(
+  axes: plt.Axes,
+  x: float,
+  y: float,
+  text: str,
+  color: str,
+  *,
+  width: float = 1.1,
+  size: float = 9.0,
+  faint: bool = False,
+) -> None:
+  axes.add_patch(
+    patches.FancyBboxPatch(
+      (x, y),
+      width,
+      0.6,
+      boxstyle="round,pad=0.02",
+      facecolor=color,
+      edgecolor=_FAINT if faint else _INK,
+      linewidth=0.8,
+    )
+  )
+  axes.text(
+    x + width / 2,
+    y + 0.3,
+    text,
+    ha="center",
+    va="center",
+    fontsize=size,
+    color=_FAINT if faint else _INK,
+  )
+
+
+def _arrow(
+  axes: plt.Axes,
+  start: tuple[float, float],
+  end: tuple[float, float],
+  color: str = _INK,
+) -> None:
+  axes.annotate(
+    "",
+    xy=end,
+    xytext=start,
+    arrowprops={"arrowstyle": "->", "color": color, "linewidth": 0.9},
+  )
+
+
+if __name__ == "__main__":
+  app.run(main)
