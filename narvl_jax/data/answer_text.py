@@ -9,8 +9,20 @@ import collections
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-# Invisible and without meaning: zero-width space, word joiner, byte order mark.
-_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff"))
+# Characters of an answer; composing more of them may take minutes, as its time
+# grows with the square of a run of combining marks.
+LONGEST_ANSWER = 10_000
+# Invisible and without meaning: soft hyphen, zero-width space, marks of the
+# direction of text, word joiner, invisible operators, byte order mark. The
+# joiners U+200C and U+200D and the selector U+FE0F belong to words and emoji.
+_INVISIBLE = dict.fromkeys(
+  [
+    *(0xAD, 0x61C, 0x180E, 0x200B, 0x200E, 0x200F, 0xFEFF),
+    *range(0x202A, 0x202F),
+    *range(0x2060, 0x2065),
+    *range(0x2066, 0x2070),
+  ]
+)
 # So many of the other annotators must agree for the full score (VQA v2).
 _AGREEING = 3
 
@@ -19,10 +31,16 @@ def normalize_answer(text: str) -> str:
   """Returns an answer in the spelling in which answers are compared.
 
   White space at the ends is removed, each run of it inside becomes one space,
-  and characters are composed (Unicode NFC). Case and punctuation stay.
+  invisible characters without meaning are removed, and characters are composed
+  (Unicode NFC). Case and punctuation stay.
+
+  A text longer than `LONGEST_ANSWER` is not composed. It equals no answer of a
+  record: such a record is bad (see `record_checks`).
   """
-  composed = unicodedata.normalize("NFC", text.translate(_INVISIBLE))
-  return " ".join(composed.split())
+  visible = " ".join(text.translate(_INVISIBLE).split())
+  if len(visible) > LONGEST_ANSWER:
+    return visible
+  return unicodedata.normalize("NFC", visible)
 
 
 def normalized_answers(answers: Mapping[str, float]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from narvl_jax.data.answer_text import (
   normalize_answer,
   normalized_answers,
 )
+from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
 from narvl_jax.data.example import Record
 from narvl_jax.data.shards import records
 from narvl_jax.data.shards.distilled import Label, relabel
@@ -50,6 +51,39 @@ def _record(task: str = "vqa", **fields: Any) -> Record:
 @pytest.mark.parametrize("text", RED_DOG)
 def test_normalize(text: str) -> None:
   assert normalize_answer(text) == "red dog"
+
+
+INVISIBLE = [
+  *("\u00ad", "\u061c", "\u180e", "\u200b", "\u200e", "\u200f", "\ufeff"),
+  *(chr(code) for code in (*range(0x202A, 0x202F), *range(0x2060, 0x2065))),
+  *(chr(code) for code in range(0x2066, 0x2070)),
+]
+
+
+def test_normalize_removes_what_is_invisible_and_means_nothing() -> None:
+  for character in INVISIBLE:
+    for text in (f"red{character} dog", f"r{character}ed dog{character}"):
+      assert normalize_answer(text) == "red dog", ascii(character)
+  # Combined after what stood between is gone.
+  assert normalize_answer("cafe\u00ad\u0301") == CAFE[0]
+
+
+@pytest.mark.parametrize(
+  "text", ["a\u200db", "a\u200cb", "\u2764\ufe0f", "\U0001f468\u200d\U0001f33e"]
+)
+def test_normalize_keeps_joiners(text: str) -> None:
+  assert normalize_answer(text) == text
+
+
+def test_time_of_normalizing_is_bounded() -> None:
+  """Composing such a run takes minutes; predictions must not stop a run."""
+  marks = "a" + "\u0300\u0323" * 500_000
+  assert normalize_answer(f" {marks}\n") == marks
+  assert normalize_answer("e\u0301" * 5_000) == "\u00e9" * 5_000
+  for answers in ({marks: 1.0}, {"red": 1.0, marks: 0.3}):
+    found = RecordReader([_record(answers=answers)], "x").read(0, lambda x: x)
+    assert isinstance(found, BadRecord)
+    assert "has 1,000,001 characters, the limit is 10,000" in found.reason
 
 
 def test_normalize_keeps_what_tells_answers_apart() -> None:

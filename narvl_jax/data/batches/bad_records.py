@@ -1,18 +1,19 @@
 """The one place where a record may fail, and the account of those that did.
 
-Whatever is raised while one record is read, decoded, augmented or tokenised
-makes it a bad record, which is counted and left out. All that reads records
-reads them through `RecordReader`.
+Whatever is raised while one record is read, checked, decoded, augmented or
+tokenised makes it a bad record, which is counted and left out. All that reads
+records reads them through `RecordReader`.
 """
 
 import collections
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from narvl_jax.data import sources
 from narvl_jax.data.example import Record
+from narvl_jax.data.record_checks import checked_record
 from narvl_jax.errors import UserError
 from narvl_jax.terminal.text import warn
 
@@ -124,23 +125,21 @@ class RecordReader:
     record = None
     try:
       record = self._source[index]
-      value = use(record)
+      value = use(checked_record(record))
     except Exception as error:
       self._check_memory(index, error)
       if isinstance(error, _FORESEEN):
         self._sound = True
       elif not self._sound and not isinstance(error, MemoryError):
         self._check_defect(index, use, error)
-      # A source of others may return anything.
-      known = isinstance(record, Record)
       return BadRecord(
         self._name,
         index,
         self._total,
         self._place(index),
         short_reason(error),
-        str(record.id) if known else None,
-        str(record.kind) if known else "",
+        _text_of(record, "id", None),
+        _text_of(record, "kind", ""),
       )
     self._sound = True
     self._short_of_memory = 0
@@ -155,7 +154,7 @@ class RecordReader:
     probed = {self._among[i * number // count] for i in range(count)}
     for other_index in sorted(probed - {index}):
       try:
-        use(self._source[other_index])
+        use(checked_record(self._source[other_index]))
       except Exception as other:
         if type(other) is type(error):
           continue
@@ -190,6 +189,12 @@ class RecordReader:
       return sources.locate(self._source, index)
     except Exception:  # Not worth the run.
       return f"record {index}"
+
+
+def _text_of(record: Any, name: str, default: T) -> str | T:
+  """Returns a text of a record; a source may return anything."""
+  value = getattr(record, name, None)
+  return value if isinstance(value, str) else default
 
 
 class BadRecords:

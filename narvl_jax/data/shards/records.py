@@ -29,6 +29,7 @@ from PIL import Image
 
 from narvl_jax.data import images
 from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.record_checks import checked_record
 from narvl_jax.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -73,7 +74,7 @@ def deserialize(data: bytes) -> Record:
   """Returns the record that `serialize` made `data` of.
 
   Raises:
-    UserError: `data` is damaged or has another form.
+    UserError: `data` is damaged or has another form, or a field is wrong.
   """
   try:
     fields = msgpack.unpackb(
@@ -82,11 +83,11 @@ def deserialize(data: bytes) -> Record:
     record = Record(
       **{key: fields.get(key, "") for key in _TEXTS},
       image=fields["image"],
-      answers={str(a): float(score) for a, score in fields.get("answers", ())},
-      box=_box(fields.get("box")),
-      objects=tuple(fields["objects"]) if "objects" in fields else None,
-      score=float(fields["score"]) if "score" in fields else None,
-      annotators=int(fields.get("annotators", 0)),
+      answers=dict(fields.get("answers", ())),
+      box=fields.get("box"),
+      objects=fields.get("objects"),
+      score=fields.get("score"),
+      annotators=fields.get("annotators", 0),
     )
   except Exception as e:  # Whatever the bytes are.
     raise UserError(
@@ -98,14 +99,7 @@ def deserialize(data: bytes) -> Record:
       f'the stored record has the task "{record.task}" and a picture of type'
       f" {type(record.image).__name__}; convert the data again"
     )
-  return record
-
-
-def _box(values: Any) -> tuple[float, float, float, float] | None:
-  if values is None:
-    return None
-  x0, y0, x1, y1 = (float(value) for value in values)
-  return x0, y0, x1, y1
+  return checked_record(record)
 
 
 def encoded_image(image: bytes | np.ndarray) -> bytes:

@@ -1,0 +1,124 @@
+"""Whether the fields of a record have the types and values of `Record`.
+
+Records come from shards, data sets and sources of users, any of which may hold
+anything. Code behind `RecordReader` relies on what is checked here.
+"""
+
+import dataclasses
+import math
+import numbers
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from narvl_jax.data.answer_text import LONGEST_ANSWER
+from narvl_jax.data.example import TASKS, Record
+from narvl_jax.errors import UserError
+
+_TEXTS = ("id", "prompt", "premise", "kind")
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 120
+
+
+def checked_record(record: Any) -> Record:
+  """Returns a record whose fields have the right types and values.
+
+  NumPy scalars pass for numbers; a box or objects in a list or an array become
+  a tuple. Whether the picture can be decoded, whether a box lies in it, and
+  whether a text can be tokenised are left open.
+
+  Args:
+    record: what a source returned.
+
+  Raises:
+    UserError: it is no `Record`, or a field is wrong; the message names it.
+  """
+  if not isinstance(record, Record):
+    raise UserError(
+      f"the source returned {_short.repr(record)}; it must return a Record"
+    )
+  for name in _TEXTS:
+    value = getattr(record, name)
+    if not isinstance(value, str):
+      raise _wrong(name, value, "a text")
+  if not isinstance(record.task, str) or record.task not in TASKS:
+    raise _wrong("task", record.task, f"one of {', '.join(TASKS)}")
+  if not isinstance(record.image, bytes | np.ndarray):
+    raise _wrong(
+      "image", record.image, "the bytes of a picture file, or a uint8 array"
+    )
+  _check_answers(record.answers)
+  if record.score is not None and not _is_finite(record.score):
+    raise _wrong("score", record.score, "a finite number or None")
+  people = record.annotators
+  if not _is_number(people, numbers.Integral) or people < 0:
+    raise _wrong("annotators", people, "an integer of at least 0")
+  changes: dict[str, Any] = {}
+  if record.box is not None:
+    box = _as_tuple(record.box)
+    if box is None or len(box) != 4 or not all(map(_is_finite, box)):
+      what = "four finite numbers x0, y0, x1, y1 in pixels"
+      raise _wrong("box", record.box, what)
+    if box is not record.box:
+      changes["box"] = tuple(map(float, box))
+  if record.objects is not None:
+    objects = _as_tuple(record.objects)
+    if objects is None or not all(isinstance(name, str) for name in objects):
+      raise _wrong("objects", record.objects, "a list of texts or None")
+    if objects is not record.objects:
+      changes["objects"] = objects
+  return dataclasses.replace(record, **changes) if changes else record
+
+
+def _check_answers(answers: Any) -> None:
+  if not isinstance(answers, Mapping):
+    raise _wrong("answers", answers, "a mapping of answers to scores")
+  for answer, score in answers.items():
+    if not isinstance(answer, str):
+      raise UserError(
+        f'the field "answers" has the answer {_short.repr(answer)}; it must be'
+        " a text"
+      )
+    if len(answer) > LONGEST_ANSWER:
+      raise UserError(
+        f"an answer has {len(answer):,} characters, the limit is"
+        f" {LONGEST_ANSWER:,}: {_short.repr(answer)}"
+      )
+    # Answers of score 0 are allowed beside the target, which may not be one.
+    if not _is_finite(score) or not 0 <= score <= 1:
+      raise UserError(
+        f"the answer {_short.repr(answer)} has the score {_short.repr(score)};"
+        " it must be above 0 and at most 1"
+      )
+
+
+def _as_tuple(values: Any) -> tuple[Any, ...] | None:
+  """Returns the values in order; None if they have none."""
+  if isinstance(values, tuple):
+    return values
+  if isinstance(values, list):
+    return tuple(values)
+  if isinstance(values, np.ndarray) and values.ndim == 1:
+    return tuple(values.tolist())
+  return None
+
+
+def _is_number(value: Any, kind: type = numbers.Real) -> bool:
+  if isinstance(value, np.ndarray) and value.ndim == 0:
+    value = value[()]
+  return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+  try:
+    return _is_number(value) and math.isfinite(value)
+  except OverflowError:  # An integer beyond all floats.
+    return False
+
+
+def _wrong(name: str, value: Any, what: str) -> UserError:
+  return UserError(
+    f'the field "{name}" is {_short.repr(value)}; it must be {what}'
+  )
