@@ -6,7 +6,9 @@ stays a pure function of (seed, step).
 
 import math
 import re
+import string
 import unicodedata
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -14,40 +16,83 @@ import numpy as np
 _LOG_RATIO = math.log(4 / 3)
 
 _OTHER_SIDE = {"left": "right", "right": "left"}
-# A word of letters, digits and underscores that holds a side.
-_SIDE_WORD = re.compile(r"\w*(?:left|right)\w*", re.IGNORECASE)
+# Characters of an expression that is looked at; longer ones do not change, as
+# decomposing a text takes the square of a run of combining marks.
+_LONGEST = 10_000
+# Every word is matched by itself: a pattern that starts anywhere in a word
+# takes the square of its length.
+_WORD = re.compile(r"\w+")
+_SIDES = re.compile("left|right", re.IGNORECASE)
 # Those with a certain opposite: "left", "topleft", "leftmost", "lefthanded".
 _SWAPPED = re.compile(
-  r"(top|bottom|upper|lower|mid|middle|cent(?:er|re)|front|back|rear"
+  r"(top|bottom|upper|lower|low|high|mid|middle|cent(?:er|re)|front|back|rear"
   r"|far|near)?(left|right)"
   r"(?:most|hand|handed|hander|handers|side|sided|er|ie|y|s|wards?)?",
   re.IGNORECASE,
 )
 # Those that name no side, such as "bright", "upright" and "leftover".
 _OTHER_WORD = re.compile(
-  r"bright\w*|\w*fright\w*|\w*wrights?|(?:up|out|down|forth|birth|copy|al)right"
-  r"(?:s|ly|ness|ed|er)?|righteous\w*|rightly|rightful\w*|leftovers?|clefts?",
+  r"bright\w*|(?:af|stage)?fright(?:s|en|ens|ened|ening|eningly|ful|fully)?"
+  r"|(?:play|ship|cart|wheel|mill|wain|boat|ark|song|plow|plough)?wrights?"
+  r"|(?:up|out|down|forth|birth|copy|al)right(?:s|ly|ness|ed|er)?"
+  r"|righteous\w*|rightly|rightful\w*|leftovers?|clefts?",
   re.IGNORECASE,
 )
-# These turn with the picture, too, but have no certain opposite. Letters and
-# digits at their ends belong to other words.
+# These turn with the picture, too, but have no certain opposite, or may name no
+# side. Letters and digits at their ends belong to other words.
 _UNSURE = re.compile(
   r"(?<![^\W\d_])(?:"
-  # Abbreviations and common misspellings.
-  r"[lr]|[lr]h|[lr]hs|[lr][_\W]?(?:side|hand)|[tbu][lr]|l[lr]|lft|lt|lef|leff|lfet"
-  r"|elft|rt|rgt|rght|rigt|righ|rigth|rihgt|ritght|rite"
+  # Abbreviations, and misspellings besides those of `_MISSPELT`.
+  r"[lr]|[lr]h|[lr]hs|[lr][_\W]?(?:side|hand)|[tbu][lr]|l[lr]|lt|rt|rgt|rite"
+  r"|(?!left\b|right\b)(?:l+e+f+t+|r+i+g+h+t+)"
   # Directions of turning, hours of the clock.
-  r"|(?:counter|anti)?\W?clockwise|o\W{0,3}clock"
+  r"|(?:counter|anti)?\W?clockwise|[o0]\W{0,3}c[acklo]{2,6}s?|[o0]\W{1,3}lock"
+  r"|\d{1,2}\W{0,2}position"
   # Ships, maps, cars, and what stands upright.
-  r"|port|portside|starboard|(?:north|south)?(?:east|west)(?:ern|wards?)?"
-  r"|(?:driver|passenger)\W{0,2}s?\W?side|right\W?side\W?up"
+  r"|port|portside|starboard|[ns]{1,2}[.-]?[ew]|[ew][ns][ew]"
+  r"|(?:north|south|mid)?(?:east|west)"
+  r"(?:ern|ernmost|erly|most|wards?|wardly|bound|side)?"
+  r"|(?:driver|passenger)\W{0,2}s?\W{0,2}"
+  r"(?:side|door|seat|window|wheel|mirror)s?|right\W?side\W?up"
+  # "All right" names no side, or one: "the one all right".
+  r"|all\W?right"
   # Other languages.
   r"|links|rechts|gauche|droite?|izquierd[ao]|derech[ao]|esquerd[ao]|direit[ao]"
   r"|sinistra|destra"
   r")(?![^\W\d_])",
   re.IGNORECASE,
 )
-_SIDES = re.compile("left|right", re.IGNORECASE)
+# Words as they are, with their case and signs: times of the clock, arrows.
+_UNSURE_SIGNS = re.compile(r"(?<!\d)\d{1,2}\s?:\s?\d\d(?!\d)|<[-=]|[-=]>")
+# In the Unicode names of arrows, hands and clock faces.
+_SIGN_NAMES = re.compile(r"\b(?:LEFT|RIGHT|EAST|WEST)|CLOCK")
+# English words that differ from a side by one letter.
+_NEAR_WORDS = frozenset(
+  [
+    *("deft", "heft", "lent", "lest", "let", "lift", "loft", "reft", "weft"),
+    *("eight", "fight", "hight", "light", "might", "night", "sight", "tight"),
+  ]
+)
+
+
+def _misspelt(word: str) -> Iterator[str]:
+  """Yields what becomes of a word by one mistake in one letter."""
+  for i in range(len(word) + 1):
+    start, end = word[:i], word[i:]
+    yield start + end[1:]
+    yield start + end[1:2] + end[:1] + end[2:]
+    for letter in string.ascii_lowercase:
+      yield start + letter + end
+      yield start + letter + end[1:]
+
+
+_MISSPELT = frozenset(
+  found
+  for side in _OTHER_SIDE
+  for found in _misspelt(side)
+  # Words that hold a side are told apart by the patterns above.
+  if not _SIDES.search(found) and found not in _NEAR_WORDS
+)
 
 
 def random_crop(
@@ -96,22 +141,47 @@ def swap_sides(text: str) -> str | None:
 
   Returns:
     None if a word names or may name a side and has no certain opposite, such
-    as "the r one", "at 3 o'clock", "the port side" or "leftish"; and for
-    letters of other alphabets, whose words are not known.
+    as "the r one", "at 3 o'clock", "the port side" or "leftish"; for letters
+    of other alphabets, whose words are not known; and for more than 10,000
+    characters.
   """
-  plain = _plain(text)
-  if _UNSURE.search(plain):
+  if len(text) > _LONGEST:
     return None
-  if any(x.isalpha() and not x.isascii() for x in plain):
+  plain = _plain(text)
+  if _UNSURE.search(plain) or _UNSURE_SIGNS.search(plain):
+    return None
+  if any(map(_is_unsure, filter(_is_no_ascii, plain))):
+    return None
+  if any(word in _MISSPELT for word in _WORD.findall(plain.lower())):
     return None
   # A side written in other letters, or with something invisible inside.
   if len(_SIDES.findall(plain)) != len(_SIDES.findall(text)):
     return None
-  words = [match.group() for match in _SIDE_WORD.finditer(text)]
-  known = (_SWAPPED, _OTHER_WORD)
-  if not all(any(x.fullmatch(word) for x in known) for word in words):
+  words = [word for word in _WORD.findall(text) if _SIDES.search(word)]
+  if not all(map(_is_known, words)):
     return None
-  return _SIDE_WORD.sub(_other_side, text)
+  return _WORD.sub(_other_side, text)
+
+
+def _is_known(word: str) -> bool:
+  """Returns whether a word that holds a side has an opposite or needs none."""
+  if _SWAPPED.fullmatch(word):
+    return True
+  # "Brightright" holds two.
+  return bool(_OTHER_WORD.fullmatch(word)) and len(_SIDES.findall(word)) == 1
+
+
+def _is_no_ascii(character: str) -> bool:
+  return not character.isascii()
+
+
+def _is_unsure(character: str) -> bool:
+  """Returns whether a character is a letter, or a sign that has a side."""
+  if character.isalpha():
+    return True
+  name = unicodedata.name(character, "")
+  is_symbol = unicodedata.category(character).startswith("S")
+  return is_symbol and bool(_SIGN_NAMES.search(name))
 
 
 def _plain(text: str) -> str:
@@ -130,10 +200,11 @@ def _other_side(word: re.Match[str]) -> str:
     return word.group()
   side = match.group(2)
   swapped = _OTHER_SIDE[side.lower()]
-  if side.isupper():
-    swapped = swapped.upper()
-  elif side[0].isupper():
+  # "lEFT" becomes "rIGHT".
+  if side[0].isupper():
     swapped = swapped.capitalize()
+  if side[1:].isupper():
+    swapped = swapped[0] + swapped[1:].upper()
   start, end = match.span(2)
   return word.group()[:start] + swapped + word.group()[end:]
 

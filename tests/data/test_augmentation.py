@@ -145,10 +145,23 @@ def test_color_factors() -> None:
     ("man\u2019s left, the dog's Right", "man\u2019s right, the dog's Left"),
     ("dög on the left", "dög on the right"),
     ("dog2 left, left/top", "dog2 right, right/top"),
+    ("the lowright one, HIGHLEFT", "the lowleft one, HIGHRIGHT"),
+    ("lEFT dog", "rIGHT dog"),
+    # Near in spelling, but of another meaning.
+    (
+      "eight lights, a left sight at night",
+      "eight lights, a right sight at night",
+    ),
+    (
+      "let us lift the left loft; \u00a9 left",
+      "let us lift the right loft; \u00a9 right",
+    ),
+    ("easter egg left, Portland, 10:5", "easter egg right, Portland, 10:5"),
     # Other words that hold these letters.
     ("brightly frightened playwrights, alright, copyrighted", None),
     ("downright forthright, clefts, LEFTOVERS, Upright", None),
     ("bright upright leftover cleft rightly", None),
+    ("stagefright, Arkwright, the shipwright's brightest", None),
     ("", None),
     ("a dog", None),
   ],
@@ -195,10 +208,79 @@ def test_swap_sides(text: str, swapped: str | None) -> None:
       "l\u0435ft dog",
     ),
     *("links vom Baum", "à gauche", "a la izquierda", "左边的狗"),
+    # Words that end as trades do, or begin as "bright", but hold a side.
+    *("dogwright", "rowright", "halfright", "brightright", "outleft"),
+    # Maps.
+    *("westside", "eastside house", "westernmost", "Easternmost", "westerly"),
+    *("easterly", "westbound bus", "eastbound", "northeasterly", "midwest"),
+    *("NW corner", "the NE one", "SW", "SE.", "N.W. corner", "n.e", "S-E"),
+    *("ENE", "SSW of it"),
+    # Signs.
+    *("\u2190 dog", "dog \u2192", "\u2b05", "\u2b05\ufe0f dog", "\u27a1 dog"),
+    *("\U0001f448 this", "that \U0001f449", "\u25c0 one", "\u21d2", "\u2196"),
+    *("<- dog", "the one ->", "=> dog", "<--", "\U0001f558 dog"),
+    # Clocks.
+    *("9:00 position", "dog at 3 : 30", "9 position", "at 3 0'clock"),
+    *("3 o'clok", "3 o'clocks", "3 o'colck", "3 o'lock", "3 oclcok"),
+    # Misspelt, at any letter.
+    *("lefft", "rigght", "leeft dog", "riight", "lfet", "elft", "rihgt"),
+    *("ritght", "roght dog", "kefr left lefr", "tight rught", "RIHGT dog"),
+    # Cars.
+    *(
+      "driver's door",
+      "drivers' side",
+      "passenger door",
+      "driver\u2019s window",
+    ),
+    # Names a side or none.
+    *("all right", "All-right then", "allright"),
   ],
 )
 def test_swap_sides_gives_up(text: str) -> None:
   assert augmentation.swap_sides(text) is None
+
+
+def test_every_mistake_in_one_letter_gives_up() -> None:
+  for word in ("left", "right"):
+    for i in range(len(word)):
+      for typo in (
+        word[:i] + word[i + 1 :],
+        word[:i] + word[i] + word[i:],
+        word[:i] + "q" + word[i + 1 :],
+        word[:i] + word[i + 1 : i + 2] + word[i] + word[i + 2 :],
+      ):
+        if typo not in (word, "let"):
+          assert augmentation.swap_sides(f"the {typo} dog") is None, typo
+
+
+def test_long_expressions_do_not_change() -> None:
+  """Each took the square of its length: hours, without these limits."""
+  for text in ("x" * 300_000, "a" + "\u0300\u0323" * 500_000, "left" * 75_000):
+    assert augmentation.swap_sides(text) is None
+  text = "x " * 4_990
+  assert augmentation.swap_sides(text + "left") == text + "right"
+
+
+@pytest.mark.parametrize("filler", ["x", "right", "_", "o", "1"])
+def test_time_of_a_long_word_is_linear(
+  filler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(augmentation, "_LONGEST", 10**7)
+  text = filler * (1_000_000 // len(filler))
+  # Ends at all: with the square of the length this is a matter of hours.
+  assert augmentation.swap_sides(text) in (text, None)
+
+
+def test_a_prompt_of_any_length_costs_its_record_only(
+  vocabulary: Vocabulary,
+) -> None:
+  task = tasks.make_task("grounding", vocabulary, {"flip": True})
+  record = dataclasses.replace(RECORDS["grounding"], prompt="x" * 1_000_001)
+  for seed in range(4):
+    new, change = task.augment(record, np.random.default_rng(seed))
+    assert (new, change) == (record, None)
+  with pytest.raises(UserError, match=r"1,000,\d+ characters, the limit is"):
+    task.encode(record)
 
 
 def test_draw_answer() -> None:
