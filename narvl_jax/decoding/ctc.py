@@ -34,7 +34,7 @@ from narvl_jax.query_ctc.log_space import (
   show_no_answer,
 )
 from narvl_jax.query_ctc.prefix_beam_search import prefix_beam_search
-from narvl_jax.query_ctc.targets import check_classes, check_targets
+from narvl_jax.query_ctc.targets import as_int32, check_classes, check_targets
 
 Merge = bool | jax.Array
 
@@ -160,8 +160,8 @@ def best_candidate(
   b = logits.shape[0]
   log_probs = _answer_log_probs(
     logits,
-    jnp.broadcast_to(jnp.asarray(candidates), (b, *candidates.shape)),
-    jnp.broadcast_to(jnp.asarray(lengths), (b, *lengths.shape)),
+    jnp.broadcast_to(as_int32(candidates), (b, *candidates.shape)),
+    jnp.broadcast_to(as_int32(lengths), (b, *lengths.shape)),
     _normalizers(logits, never),
     never,
     blank_id,

@@ -20,6 +20,7 @@ from narvl_jax.query_ctc.chunked import ChunkedHead, ChunkedLogits
 from narvl_jax.query_ctc.compact import Head, ctc_terms
 from narvl_jax.query_ctc.dense import DenseHead
 from narvl_jax.query_ctc.targets import (
+  as_int32,
   check_classes,
   check_smoothing,
   check_targets,
@@ -96,6 +97,7 @@ def query_ctc_loss(
   """
   size = check_input(logits, labels, label_lengths, blank_id, vocab_size)
   check_smoothing(label_smoothing)
+  labels, label_lengths = as_int32(labels), as_int32(label_lengths)
   ones = jnp.ones(logits.shape[:1], jnp.float32)
   nll, mean_log_prob = _terms(
     logits, labels, label_lengths, ones, blank_id, size, axes
@@ -173,6 +175,7 @@ def query_ctc_objective(
     confidence=confidence,
   )
   check_smoothing(label_smoothing)
+  labels, label_lengths = as_int32(labels), as_int32(label_lengths)
   if confidence_mode not in CONFIDENCE_MODES:
     raise UserError(
       f'unknown confidence mode "{confidence_mode}".'

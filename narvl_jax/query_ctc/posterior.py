@@ -11,7 +11,7 @@ from narvl_jax.query_ctc.axes import MeshAxes
 from narvl_jax.query_ctc.chunked import ChunkedLogits
 from narvl_jax.query_ctc.compact import class_columns
 from narvl_jax.query_ctc.loss import check_input, make_head
-from narvl_jax.query_ctc.targets import feasible, is_target
+from narvl_jax.query_ctc.targets import as_int32, feasible, is_target
 
 _WHOLE = MeshAxes()
 
@@ -51,6 +51,7 @@ def label_posterior(
   variables over the likelihood.
   """
   size = check_input(logits, labels, label_lengths, blank_id, vocab_size)
+  labels, label_lengths = as_int32(labels), as_int32(label_lengths)
   head, inputs = make_head(logits, size, axes)
   columns, _ = class_columns(labels, label_lengths, blank_id)
   summary = head.summarize(jax.lax.stop_gradient(inputs), columns)

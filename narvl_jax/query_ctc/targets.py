@@ -13,6 +13,25 @@ import numpy as np
 from narvl_jax.errors import UserError
 
 
+def as_int32(x: Any) -> jax.Array:
+  """Returns integers of any dtype as int32, out of range ones at its ends.
+
+  JAX converts a Python number to the dtype of the array that it meets: of int8
+  labels, 300 classes would be 44.
+  """
+  # Without `jax_enable_x64` JAX would cut the bits of 64-bit NumPy arrays.
+  library: Any = jnp if isinstance(x, jax.Array) else np
+  x = library.asarray(x)
+  if not jnp.issubdtype(x.dtype, jnp.integer):
+    raise UserError(f"labels and lengths must be integers, got {x.dtype}")
+  ends, given = jnp.iinfo(jnp.int32), jnp.iinfo(x.dtype)
+  if given.max > ends.max:
+    x = library.minimum(x, ends.max)
+  if given.min < ends.min:
+    x = library.maximum(x, ends.min)
+  return jnp.asarray(x.astype(np.int32))
+
+
 def feasible(
   labels: jax.Array, label_lengths: jax.Array, num_queries: int
 ) -> jax.Array:
@@ -26,6 +45,7 @@ def feasible(
   Returns:
     bool [B].
   """
+  labels, label_lengths = as_int32(labels), as_int32(label_lengths)
   inside = jnp.arange(1, labels.shape[1]) < label_lengths[:, None]
   repeats = jnp.sum((labels[:, 1:] == labels[:, :-1]) & inside, axis=1)
   return label_lengths + repeats <= num_queries
@@ -48,6 +68,7 @@ def is_target(
   Returns:
     bool [B].
   """
+  labels, label_lengths = as_int32(labels), as_int32(label_lengths)
   width = labels.shape[1]
   padding = jnp.arange(width) >= label_lengths[:, None]
   known = (labels >= 0) & (labels < vocab_size)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.config_checks import AVERAGES
 from narvl_jax.query_ctc.targets import (
+  as_int32,
   check_classes,
   check_smoothing,
   check_targets,
@@ -99,6 +100,7 @@ def label_smoothed_cross_entropy(
     example_mask=example_mask,
     confidence=confidence,
   )
+  labels, label_lengths = as_int32(labels), as_int32(label_lengths)
   mask = (
     jnp.ones(batch, bool) if example_mask is None else example_mask.astype(bool)
   )
