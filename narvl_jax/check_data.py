@@ -10,8 +10,8 @@ have it), and all entries are checked without it.
 
 Prints counts, bad records with file and row, lengths against the limits, and
 as its last line a verdict with the flags to change. Draws five examples as the
-model gets them. Exit code 0: good, or usable with the flags; 1: not usable; 2:
-a mistake in the command.
+model gets them. Exit code 0: good, or usable with the flags; 2: not
+usable, or a mistake in the command.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from narvl_jax.data.example import Record
 from narvl_jax.data.picture_files import EXIF_ORIENTATIONS
 from narvl_jax.data.tasks import Task, make_task, vocabulary_texts
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
-from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.errors import USER_ERROR_CODE, UserError, did_you_mean
 from narvl_jax.experiment.config import Config, default_config
 from narvl_jax.experiment.config_checks import validate
 from narvl_jax.experiment.vocabulary import make_vocabulary
@@ -306,7 +306,8 @@ def main(argv: Sequence[str]) -> None:
     show("\n" + check_report.format_word("verdict on all", merged))
   write_json(options.json, report, indent=1)
   sys.stdout.flush()
-  sys.exit(1 if merged.word == check_report.NOT_USABLE else 0)
+  unusable = merged.word == check_report.NOT_USABLE
+  sys.exit(USER_ERROR_CODE if unusable else 0)
 
 
 def _check_and_print(

@@ -118,7 +118,7 @@ def test_command_says_not_usable(tmp_path: pathlib.Path) -> None:
   bad = [line.replace("1.0|!+", "") for line in lines]
   path.write_text("\n".join([lines[0], *bad]))
   done = _command(str(path), "--task=vqa", "--png=", cwd=tmp_path)
-  assert done.returncode == 1, done.stderr
+  assert done.returncode == 2, done.stderr
   assert done.stdout.splitlines()[-1] == (
     "verdict: not usable: 75.00% of the records are bad: mend the data"
   )
