@@ -299,7 +299,9 @@ def _histogram(lengths: Mapping[str, int], limit: int, name: str) -> list[str]:
   lines = []
   for first in range(start, high + 1, width):
     count = bins.get(first, 0)
-    span = f"{first}" if width == 1 else f"{first}-{first + width - 1}"
+    # No length is negative, wherever the first bin starts.
+    last = first + width - 1
+    span = f"{first}" if width == 1 else f"{max(first, 0)}-{last}"
     bar = "#" * -(-_BAR * count // most)
     mark = f"  > {name}" if first > limit and count else ""
     lines.append(

@@ -313,6 +313,12 @@ def test_histogram_marks_what_is_beyond_the_limit() -> None:
   assert longest.split()[1] == "10"
 
 
+def test_bins_of_a_histogram_start_at_0() -> None:
+  """One gigantic text makes wide bins."""
+  lines = check_report._histogram({"5": 9, "200000": 1}, 80, "x")
+  assert [line.split()[0] for line in lines[:2]] == ["0-80", "81-16747"]
+
+
 @pytest.mark.parametrize(
   ("lengths", "share", "expected"),
   [
