@@ -8,6 +8,8 @@ Which value becomes white follows from the largest value of the picture:
 | float, 16 bits   | up to 255     | 255    |
 | float, 16 bits   | larger        | 65,535 |
 
+Of a float picture the largest finite value counts; +inf is white.
+
 A picture of 16 bits without a value above 255 holds values of 8 bits: on the
 scale of 16 bits all of it would be black, so that nothing is lost by reading it
 so. A larger value tells nothing about the scale: a dark picture stays dark.
@@ -47,16 +49,20 @@ def to_8_bits(picture: Image.Image) -> Image.Image:
   def strip(start: int) -> np.ndarray:
     part = picture.crop((0, start, width, min(start + rows, height)))
     values = np.asarray(part).astype(np.float32)
-    return np.nan_to_num(values, nan=0.0, posinf=_WHITE, neginf=0.0)
+    return np.nan_to_num(values, nan=0.0, posinf=np.inf, neginf=0.0)
 
   starts = range(0, height, rows)
-  most = max(float(strip(start).max()) for start in starts)
+  most = max(_largest_finite(strip(start)) for start in starts)
   top = np.float32(_top_value(most, is_float=picture.mode == "F"))
   grey = np.empty((height, width), np.uint8)
   for start in starts:
     shares = np.clip(strip(start) / top, 0, 1)
     grey[start : start + rows] = np.rint(shares * np.float32(255))
   return Image.fromarray(grey)
+
+
+def _largest_finite(values: np.ndarray) -> float:
+  return float(values.max(initial=0.0, where=np.isfinite(values)))
 
 
 def _top_value(most: float, *, is_float: bool) -> float:

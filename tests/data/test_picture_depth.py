@@ -82,6 +82,23 @@ def test_strips_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
       np.testing.assert_array_equal(parts, whole)
 
 
+@pytest.mark.parametrize("scale", [1.0, 200.0, 60_000.0])
+def test_infinite_values_do_not_make_the_scale(scale: float) -> None:
+  """They are white or black, and the rest is as it is without them."""
+  pixels = np.full((4, 5), scale, np.float32)
+  pixels[1] = scale / 2
+  pixels[2] = 0
+  expected = np.asarray(picture_depth.to_8_bits(Image.fromarray(pixels)))
+  pixels[3, :3] = np.inf, -np.inf, np.nan
+  grey = np.asarray(picture_depth.to_8_bits(Image.fromarray(pixels)))
+  np.testing.assert_array_equal(grey[:3], expected[:3])
+  assert grey[3, :3].tolist() == [255, 0, 0]
+  alone = np.full((2, 2), np.inf, np.float32)
+  assert (
+    np.asarray(picture_depth.to_8_bits(Image.fromarray(alone))) == 255
+  ).all()
+
+
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.int32])
 def test_memory_is_bounded(dtype: type) -> None:
   """One byte a pixel and a few strips, not several floats a pixel."""
