@@ -2,7 +2,7 @@
 
 import math
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from narvl_jax.data.answer_text import annotator_scores, normalize_answer
@@ -115,7 +115,9 @@ def pixel_box(values: Sequence[Any]) -> Box:
     UserError: it has not four finite numbers, or no area.
   """
   try:
-    if isinstance(values, str) or any(isinstance(v, bool) for v in values):
+    if isinstance(values, str | bytes | Mapping | Set) or any(
+      isinstance(v, bool) for v in values
+    ):
       raise TypeError
     x0, y0, x1, y1 = (float(value) for value in values)
   except (TypeError, ValueError, OverflowError) as e:

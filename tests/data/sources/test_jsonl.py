@@ -291,6 +291,11 @@ def test_bad_rows_are_skipped(
     ("grounding", [1, 2, 3], "the box is [1, 2, 3]; it must be four numbers"),
     ("grounding", "1234", "the box is '1234'; it must be four numbers"),
     ("grounding", 7, "the box is 7; it must be four numbers"),
+    (
+      "grounding",
+      {"5": 0, "6": 1, "70": 2, "80": 3},
+      "the box is {'5': 0, '6': 1, '70': 2, '80': 3}; it must be four numbers",
+    ),
     ("grounding", [1, 2, 30, True], "it must be four numbers"),
     ("grounding", [1, 2, 30, float("nan")], "a number that is not finite"),
     ("grounding", [10, 20, 5, 40], "has no area;"),
