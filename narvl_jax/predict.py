@@ -27,6 +27,7 @@ from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_json
 from narvl_jax.data import images, rendering
 from narvl_jax.data.example import Record
+from narvl_jax.data.record_checks import checked_record
 from narvl_jax.data.texts import checked_text
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import outcomes, results
@@ -186,7 +187,7 @@ def _load_example(
       f"--example={index} is outside of the {len(source)} records of"
       f' {split} data "{names[0]}"; nearest valid: --example={nearest}'
     )
-  record = source[index]
+  record = checked_record(source[index])
   width, height = images.original_size(record.image)
   pixels = images.prepare_image(record.image, (height, width))
   return dataclasses.replace(record, image=pixels)

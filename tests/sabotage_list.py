@@ -14,6 +14,14 @@ SABOTAGES = (
     "tests/data/batches/test_bad_records.py::test_no_error_of_a_record_escapes",
   ),
   Sabotage(
+    "fields of records are used unchecked",
+    "narvl_jax/data/batches/bad_records.py",
+    "value = use(checked_record(record))",
+    "value = use(record)",
+    "tests/data/test_record_checks.py"
+    "::test_all_that_reads_records_leaves_them_out",
+  ),
+  Sabotage(
     "a defect that fails every record passes for bad data",
     "narvl_jax/data/batches/bad_records.py",
     "elif not self._sound and not isinstance(error, MemoryError):",

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from narvl_jax.data.batches.pipeline import Batcher
 from narvl_jax.data.example import TASKS, Box, Record
+from narvl_jax.data.record_checks import checked_record
 from narvl_jax.data.shards.formats import format_of
 from narvl_jax.data.shards.manifest import Manifest, Shard, read_manifest
 from narvl_jax.data.shards.writer import PROGRESS
@@ -89,7 +90,7 @@ class Labelled(RecordSource):
     return len(self._source)
 
   def _read(self, number: int) -> Record:
-    record = self._source[number]
+    record = checked_record(self._source[number])
     label = self._labels.get(number)
     if label is None:
       # Raises what the teacher met.
