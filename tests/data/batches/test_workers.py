@@ -236,7 +236,7 @@ def test_segments_do_not_matter(
 _DYING = """
 import os, sys
 from tests.data.batches.test_workers import _start, make_tasks
-from narvl_jax.data import pipeline
+from narvl_jax.data.batches import pipeline
 from absl import flags
 
 def main(mode):
