@@ -149,6 +149,7 @@ def test_a_command_ends_in_one_line(given, tmp_path, capsys, monkeypatch):
 
   monkeypatch.setattr(cli.app, "run", run)
   monkeypatch.setattr(cli, "flags", flags)
+  monkeypatch.setattr(cli, "leave", sys.exit)
   with pytest.raises(SystemExit) as stop:
     cli.run(lambda argv: (tmp_path / "x").read_bytes())
   assert stop.value.code == 2
@@ -159,6 +160,7 @@ def test_a_command_ends_in_one_line(given, tmp_path, capsys, monkeypatch):
 
 def test_empty_arguments(capsys, monkeypatch):
   monkeypatch.setattr(cli.app, "run", lambda main, **_: main(["command", ""]))
+  monkeypatch.setattr(cli, "leave", sys.exit)
   with pytest.raises(SystemExit) as stop:
     cli.run(lambda argv: None, positional=1)
   assert stop.value.code == 2
