@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +39,9 @@ __all__ = ["FOLDER", "Checkpoints", "restore_target"]
 # Of the run folder; where checkpoints go that are not what was written.
 DAMAGED_FOLDER = "damaged"
 _LAST_WORDS_SECONDS = 5.0
+# What writes already when a save fails has ended after so many of so long.
+_REMOVALS = 5
+_REMOVAL_SECONDS = 0.1
 
 
 class Checkpoints(StoredCheckpoints):
@@ -248,12 +252,14 @@ class Checkpoints(StoredCheckpoints):
     self._held.name_files(error)
     # What the manager knows is already that of a save that went well.
     saved = record_lib.stored_steps(self._held.path)
-    if distributed.is_first():
-      for part in self._held.path.glob(f"{step}.orbax-checkpoint-tmp*"):
-        shutil.rmtree(part, ignore_errors=True)
     what = f"the checkpoint of step {step} could not be saved"
+    # Before anything is removed, so that it is told how full the disk was.
     reason = explain_disk(error, self._workdir)
-    if not self._held.in_place:
+    if self._held.in_place:
+      self._held.cut_off()
+      if distributed.is_first():
+        self._remove_parts(step)
+    else:
       reason = (
         f"the folder {self._folder} was renamed or removed meanwhile; bring it"
         " back"
@@ -265,6 +271,13 @@ class Checkpoints(StoredCheckpoints):
     return UserError(
       f"{what}: {reason}, and run the same command again: {then}"
     )
+
+  def _remove_parts(self, step: int) -> None:
+    """Removes what a failed save has written, also what comes a bit later."""
+    for _ in range(_REMOVALS):
+      for part in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+        shutil.rmtree(part, ignore_errors=True)
+      time.sleep(_REMOVAL_SECONDS)
 
   @property
   def progress(self) -> str:

@@ -20,6 +20,10 @@ _DISK_ERRORS = {
   errno.ENOTCONN: "mount it again",
   errno.EFBIG: "raise the largest size of a file (ulimit -f)",
 }
+# A disk with more free bytes, and more than 1 % of its size, did not fail for
+# lack of bytes if it has no more inodes than this, or than 1 % of them.
+_AMPLE_BYTES = 1 << 20
+_FEW_INODES = 100
 # What is about a disk only where the file is one of the run folder's.
 _FILE_ERRORS = {
   errno.ENOENT: "bring it back",
@@ -90,20 +94,37 @@ def reason_of(number: int, path: pathlib.Path | None = None) -> str:
     if path is not None and number in _DISK_ERRORS:
       place = free_place(path)
       free = f"{shutil.disk_usage(place).free:,} bytes are free"
-      if number == errno.ENOSPC and _lacks_inodes(place):
+      inodes = _free_inodes(place) if number == errno.ENOSPC else None
+      if inodes is not None:
         text = "the disk can hold no more files"
         advice = "remove some, or have the number of inodes raised"
-        free += ", but no inode,"
+        free += f", but {inodes},"
       where = f" in {place}" if place != path.parent else ""
       text += f" ({free}{where})"
   return f"{text}; {advice}" if advice else text
 
 
-def _lacks_inodes(place: pathlib.Path) -> bool:
-  """Returns whether a disk has room for bytes, but for no more files."""
+def _free_inodes(place: pathlib.Path) -> str | None:
+  """Returns how few inodes a disk has left if these are what it lacks.
+
+  A failed write gives some back before anybody counts them. So few inodes are
+  as good as none, if there is clearly room for bytes.
+
+  Returns:
+    A text such as "no inode"; None if bytes are what is missing.
+  """
   disk = os.statvfs(place)
-  # Some file systems do not count files and report 0 of 0.
-  return disk.f_files > 0 and disk.f_favail == 0 and disk.f_bavail > 0
+  free_bytes = disk.f_bavail * disk.f_frsize
+  if disk.f_favail == 0 and disk.f_files > 0 and free_bytes > 0:
+    return "no inode"
+  ample = max(_AMPLE_BYTES, disk.f_blocks * disk.f_frsize // 100)
+  if free_bytes <= ample:
+    return None
+  if disk.f_files == 0:
+    # Some file systems, such as Btrfs, do not count them.
+    return "it does not tell how many inodes"
+  few = max(_FEW_INODES, disk.f_files // 100)
+  return f"only {disk.f_favail:,} inodes" if disk.f_favail <= few else None
 
 
 def free_place(path: pathlib.Path) -> pathlib.Path:

@@ -59,6 +59,18 @@ class HeldFolder:
     """Returns a text with the folder's own path in the place of `path`."""
     return text.replace(f"{self.path}/", f"{self._folder}/")
 
+  def cut_off(self) -> None:
+    """Lets everything that is written through `path` fail from now on.
+
+    Threads of a library that cannot be stopped would make again what is
+    removed. `in_place` is False afterwards.
+    """
+    if self._number >= 0 and self.path != self._folder:
+      # Not closed: the next file that is opened would get the number.
+      nothing = os.open(os.devnull, os.O_RDONLY)
+      os.dup2(nothing, self._number)
+      os.close(nothing)
+
   def close(self) -> None:
     """Closes the folder, in which nothing may be written any more."""
     number, self._number = self._number, -1

@@ -264,3 +264,21 @@ def test_a_failed_save_leaves_no_warnings(quiet):
   assert process.returncode == 0
   assert errors.count("never awaited") == (0 if quiet == "quiet" else 2)
   assert "other" in errors
+
+
+@pytest.mark.usefixtures("_quiet")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("files", [8, 15, 22, 30])
+def test_nothing_of_a_failed_save_stays_on_a_full_disk(tmp_path, files):
+  with disks.small_disk(tmp_path / "disk", 50_000, files=files) as disk:
+    with (
+      Checkpoints(disk, keep_last=2) as checkpoints,
+      pytest.raises(
+        UserError, match=r"step 3 could not .* hold no more files .* inode"
+      ),
+    ):
+      _save(checkpoints, 3, make_state(3))
+    # Threads of the save that were still at work make nothing again.
+    time.sleep(0.5)
+    assert disks.files(disk) == set()
+    assert [x.name for x in (disk / "checkpoints").iterdir()] == []

@@ -193,6 +193,32 @@ def test_a_disk_that_can_hold_no_more_files(tmp_path):
       disk.write_text(run / "x.json", "{}")
 
 
+@pytest.mark.parametrize(
+  ("free", "files", "left", "said"),
+  [
+    (40 << 20, 45, 0, "but no inode"),
+    # Temporary files were removed before anybody looked.
+    (40 << 20, 45, 31, "but only 31 inodes"),
+    (40 << 20, 10_000, 1, "but only 1 inodes"),
+    (40 << 20, 0, 0, "but it does not tell how many inodes"),
+    # Bytes are what is missing.
+    (40 << 20, 10_000, 5000, None),
+    (1 << 19, 45, 31, None),
+    (0, 45, 31, None),
+    (0, 0, 0, None),
+  ],
+)
+def test_what_a_full_disk_lacks(tmp_path, monkeypatch, free, files, left, said):
+  size = 50 << 20
+  status = os.statvfs_result(
+    (4096, 4096, size // 4096, *[free // 4096] * 2, files, left, left, 0, 255)
+  )
+  monkeypatch.setattr(disk.os, "statvfs", lambda path: status)
+  text = disk.reason_of(errno.ENOSPC, tmp_path / "file")
+  assert ("inode" in text) == (said is not None)
+  assert (said or "No space left on device") in text
+
+
 def test_a_disk_that_becomes_read_only(tmp_path):
   with small_disk(tmp_path / "run", 100) as run:
     lock = RunLock(run)
