@@ -18,6 +18,7 @@ from typing import Any
 from narvl_jax.errors import UserError
 from narvl_jax.files import side_files
 from narvl_jax.files.processes import machine, process_start
+from narvl_jax.files.regular import open_regular
 
 LOCK_FILE = "lock.json"
 RENEW_SECONDS = 5.0
@@ -26,6 +27,8 @@ RENEW_SECONDS = 5.0
 _STALE_SECONDS = 20.0
 # Always as long, so that a full disk has room for every sign of life.
 _SIZE = 1024
+# Of a value in a lock; longer ones are damaged, and would fill the screen.
+_LONGEST_TEXT = 300
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -216,7 +219,9 @@ class RunLock:
   def _read(self) -> bytes | None:
     try:
       side_files.make_way(self._path)
-      return self._path.read_bytes()
+      # Whatever else took its place may be huge.
+      with open_regular(self._path) as file:
+        return file.read(16 * _SIZE)
     except FileNotFoundError:
       return None
 
@@ -269,8 +274,15 @@ def _parse(text: bytes) -> dict[str, Any]:
   return {
     name: value
     for name, value in held.items()
-    if isinstance(value, kinds.get(name, str))
+    if isinstance(value, kinds.get(name, str)) and _is_short(value)
   }
+
+
+def _is_short(value: int | str) -> bool:
+  """Returns whether a value is not too long to be one of a lock, and quoted."""
+  if isinstance(value, int):
+    return 0 <= value < 1 << 63
+  return len(value) <= _LONGEST_TEXT
 
 
 def _who(held: dict[str, Any]) -> str:

@@ -282,3 +282,26 @@ def test_without_proc_every_run_is_waited_for(tmp_path, monkeypatch):
   said = []
   RunLock(tmp_path, stale_seconds=0.1).acquire(said.append)
   assert "waiting up to 0.1 s" in said[0]
+
+
+def test_what_is_far_too_long_is_not_quoted(tmp_path):
+  held = {
+    "host": "h" * 9000,
+    "pid": 10**4000,
+    "step": 10**4000,
+    "since": "s",
+    "time": "t",
+    "phase": "p" * 400,
+  }
+  found = run_lock._parse(json.dumps(held).encode())
+  assert found == {"since": "s", "time": "t"}
+  assert len(run_lock._who(found) + run_lock._last_sign(found)) < 200
+
+
+def test_a_huge_lock_is_not_read_whole(tmp_path):
+  with (tmp_path / "lock.json").open("wb") as file:
+    file.truncate(1 << 40)
+  found = RunLock(tmp_path, stale_seconds=0.1)
+  found.acquire(print)
+  found.release()
+  assert not list(tmp_path.iterdir())
