@@ -20,9 +20,10 @@ class Eta:
 
   Training takes the median of the last intervals, so that one slow interval
   (the first one, a machine that was paused) does not count. Evaluations and
-  checkpoints take as long as the last one did; before the first one nothing
-  is known of them, and they count as nothing. The first evaluation of a process
-  also compiles, so until the second one the estimate is too long.
+  checkpoints take as long as the last one did. Before the first one they count
+  as nothing, so the estimate is a lower bound (`is_lower_bound`). The first
+  evaluation of a process also compiles, so until the second one the estimate is
+  too long.
   """
 
   def __init__(
@@ -50,7 +51,9 @@ class Eta:
     self._step_seconds: collections.deque[float] = collections.deque(
       maxlen=_RECENT
     )
-    self._evaluation = self._checkpoint = 0.0
+    # Seconds of the last one; None before the first one.
+    self._evaluation: float | None = None
+    self._checkpoint: float | None = None
 
   def add(
     self,
@@ -78,8 +81,8 @@ class Eta:
     if evaluation:
       count = count_due(first, last, self._eval_every)
       self._evaluation = evaluation / max(count, 1)
-    if checkpoint:
-      count = self._saves(first, last)
+    count = self._saves(first, last)
+    if checkpoint or count:
       self._checkpoint = checkpoint / max(count, 1)
 
   def seconds_left(self, step: int) -> float | None:
@@ -93,16 +96,32 @@ class Eta:
     """
     if not self._step_seconds:
       return None
-    steps = self._steps
-    # The last step is evaluated and saved whatever its number.
-    evaluations = count_due(step, steps, self._eval_every)
-    evaluations += bool(self._eval_every)
-    saves = self._saves(step, steps) + 1
+    evaluations, saves = self._due(step)
     return (
-      (steps - step) * statistics.median(self._step_seconds)
-      + (evaluations + self._final_evaluation) * self._evaluation
-      + saves * self._checkpoint
+      (self._steps - step) * statistics.median(self._step_seconds)
+      + evaluations * (self._evaluation or 0.0)
+      + saves * (self._checkpoint or 0.0)
     )
+
+  def is_lower_bound(self, step: int) -> bool:
+    """Returns whether something is due that was not measured yet.
+
+    Args:
+      step: see `seconds_left`.
+    """
+    evaluations, saves = self._due(step)
+    return bool(
+      (evaluations and self._evaluation is None)
+      or (saves and self._checkpoint is None)
+    )
+
+  def _due(self, step: int) -> tuple[float, int]:
+    """Returns the evaluations and the saves that are still due."""
+    # The last step is evaluated and saved whatever its number.
+    evaluations = count_due(step, self._steps, self._eval_every)
+    evaluations += bool(self._eval_every)
+    saves = self._saves(step, self._steps) + 1
+    return evaluations + self._final_evaluation, saves
 
   def _saves(self, first: int, last: int) -> int:
     """Returns the steps of [first, last) that are saved."""

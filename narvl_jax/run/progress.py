@@ -171,9 +171,10 @@ class Progress:
     if "mfu" in values:
       parts.append(f"MFU {100 * values['mfu']:.0f}%")
     left = self._eta.seconds_left(self._step)
-    self._bar.expect(left)
+    at_least = self._eta.is_lower_bound(self._step)
+    self._bar.expect(left, at_least=at_least)
     if left is not None:
-      parts.append(f"ETA {format_duration(left)}")
+      parts.append(f"ETA {'>' * at_least}{format_duration(left)}")
     if values["data_wait"] >= _NOTED_WAIT:
       parts.append(f"data wait {100 * values['data_wait']:.0f} %")
     if values["infeasible_fraction"]:

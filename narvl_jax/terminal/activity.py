@@ -42,6 +42,7 @@ class Activity:
     self.total, self.unit = total, unit
     self.done = done
     self._expected_end: float | None = None
+    self._at_least = False
     self._clock = clock
     self._start = clock()
     self._samples = collections.deque([(self._start, done)])
@@ -50,12 +51,14 @@ class Activity:
     """Says that more is done; as cheap as an addition."""
     self.done += count
 
-  def expect(self, seconds: float | None) -> None:
+  def expect(self, seconds: float | None, *, at_least: bool = False) -> None:
     """Says how long it still takes, where that is known better than here.
 
     Args:
       seconds: from now on; None: as the recent speed tells.
+      at_least: whether it may take longer, which is shown as `>45s left`.
     """
+    self._at_least = at_least
     end = None if seconds is None else self._clock() + seconds
     self._expected_end = end
 
@@ -94,7 +97,8 @@ class Activity:
     elif rate > 0 and self.done < self.total:
       left = (self.total - self.done) / rate
     if left is not None:
-      parts.append(f"{format_duration(left)} left")
+      more = ">" * (self._at_least and self._expected_end is not None)
+      parts.append(f"{more}{format_duration(left)} left")
     else:
       parts.append(format_duration(self.elapsed()))
     return "  ".join(parts)

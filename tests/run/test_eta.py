@@ -143,3 +143,25 @@ def test_an_interval_without_updates_is_no_speed():
   eta = Eta(10, eval_every=0, checkpoint_every=0)
   eta.add(3, 3, training=5.0, evaluation=0.0, checkpoint=0.0)
   assert eta.seconds_left(3) is None
+
+
+def test_what_was_not_measured_makes_it_a_lower_bound():
+  run = PlayedRun(eval_every=50, evaluation=18.0, save=1.0)
+  run.play(0, 40, 1.0)
+  assert run.eta.is_lower_bound(40)
+  run.play(40, 50, 1.0)
+  # Its evaluation comes right after the step.
+  assert run.eta.is_lower_bound(50)
+  run.eta.add(50, 60, training=10.0, evaluation=18.0, checkpoint=0.0)
+  assert not run.eta.is_lower_bound(60)
+  run.eta = run.fresh()
+  assert run.eta.is_lower_bound(60)
+
+
+def test_only_what_is_due_makes_it_a_lower_bound():
+  run = PlayedRun(checkpoint_every=20, save=1.0)
+  run.play(0, 20, 1.0)
+  assert run.eta.is_lower_bound(20)
+  run.eta.add(20, 30, training=10.0, evaluation=0.0, checkpoint=1.0)
+  # There are no evaluations.
+  assert not run.eta.is_lower_bound(30)
