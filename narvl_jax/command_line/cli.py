@@ -24,7 +24,7 @@ from narvl_jax.command_line.messages import (
 from narvl_jax.errors import USER_ERROR_CODE, UserError
 from narvl_jax.files import paths as user_paths
 from narvl_jax.files.disk import explain_disk
-from narvl_jax.terminal.text import naming, show, show_error
+from narvl_jax.terminal.text import WarningFormatter, naming, show, show_error
 
 
 def define_config_flag(name: str = "config") -> flags.FlagHolder[Any]:
@@ -110,6 +110,7 @@ def run(
       fail(text)
 
   _open_closed_streams()
+  logging.get_absl_handler().setFormatter(WarningFormatter())
   # A traceback may quote what a file holds.
   sys.excepthook = show_error
   sys.argv[:] = resolve_names(normalise(sys.argv))

@@ -13,6 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
+from logging import WARNING, Formatter, LogRecord
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -96,6 +97,20 @@ def show_error(
   """Prints a traceback on stderr; takes the place of `sys.excepthook`."""
   lines = traceback.format_exception(kind, error, trace)
   show("".join(lines).rstrip("\n"), file=sys.stderr)
+
+
+class WarningFormatter(logging.PythonFormatter):
+  """Starts what is logged with `warning: ` or `error: `, like other messages.
+
+  absl's prefix of level, date, thread and line of code is 60 characters long.
+  Lower levels, which `--verbosity` shows, keep it.
+  """
+
+  def format(self, record: LogRecord) -> str:
+    """Returns the text of a record."""
+    if record.levelno < WARNING:
+      return super().format(record)
+    return f"{record.levelname.lower()}: {Formatter.format(self, record)}"
 
 
 @logging.skip_log_prefix

@@ -370,3 +370,32 @@ def test_what_happens_at_exit_does_not_hide_an_error(kind, code, last):
   )
   assert result.returncode == code
   assert result.stderr.splitlines()[-1] == last
+
+
+_WARNS = """
+import logging
+from narvl_jax.command_line import cli
+from narvl_jax.terminal.text import warn
+
+def main(argv):
+  warn("one\\nline")
+  logging.getLogger("library").warning("of a library")
+  logging.getLogger("library").error("failed")
+
+cli.run(main)
+"""
+
+
+def test_warnings_begin_with_what_they_are():
+  result = subprocess.run(
+    [sys.executable, "-c", _WARNS],
+    env=_environment(),
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert result.stderr.splitlines() == [
+    r"warning: one\nline",
+    "warning: of a library",
+    "error: failed",
+  ]
