@@ -91,8 +91,9 @@ def predict(
   # What can be wrong is checked before the weights are read.
   if overlay is not None:
     check_file("--overlay", overlay)
-  folder = pathlib.Path(workdir) / "predictions"
+  folder = pathlib.Path(workdir) / results.PREDICTIONS_FOLDER
   config = workdir_lib.read_config(pathlib.Path(workdir))
+  results.make_way(pathlib.Path(workdir))
   name = _choose_task(list(config.tasks), task)
   if image is not None:
     path = pathlib.Path(image)

@@ -30,7 +30,7 @@ from narvl_jax.data.batches.workers import quiet_cleanup
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import evaluate_tasks
 from narvl_jax.evaluation.reporting import format_metrics, format_table
-from narvl_jax.evaluation.results import write_results
+from narvl_jax.evaluation.results import make_way, write_results
 from narvl_jax.evaluation.score import flat_metrics, score_of
 from narvl_jax.experiment.config_checks import validate
 from narvl_jax.experiment.datasets import MixtureEntry, relative_evaluation
@@ -140,6 +140,8 @@ def _run(
       if distributed.is_first():
         guard.take(say)
         check_unchanged(resumes, workdir)
+        # Now, and not after days of training.
+        make_way(workdir)
       write_run(experiment, setup, workdir, resumes)
       checkpoints = stack.enter_context(
         Checkpoints(

@@ -12,15 +12,39 @@ from PIL import Image
 from narvl_jax.data import images, rendering
 from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
 from narvl_jax.data.example import Box, Record
+from narvl_jax.errors import UserError
 from narvl_jax.evaluation import reporting
 from narvl_jax.experiment.datasets import load_dataset
 from narvl_jax.experiment.experiment import Experiment
+from narvl_jax.files import side_files
 from narvl_jax.files.disk import replacing
 from narvl_jax.terminal.text import warn
 
 # The evaluation by the run's own settings, of its best checkpoint.
 MAIN_FILE = "evaluation.json"
+EVALUATIONS_FOLDER = "evaluations"
+PREDICTIONS_FOLDER = "predictions"
 _PANELS_PER_TASK = 10
+
+
+def make_way(workdir: pathlib.Path) -> None:
+  """Sets aside what would keep an evaluation from writing its results.
+
+  Args:
+    workdir: run folder.
+
+  Raises:
+    UserError: it cannot be moved.
+  """
+  try:
+    side_files.make_way(workdir / MAIN_FILE)
+    for name in (EVALUATIONS_FOLDER, PREDICTIONS_FOLDER):
+      side_files.make_way(workdir / name, folder=True)
+  except OSError as error:
+    raise UserError(
+      f'"{error.filename}" is in the place of results and cannot be moved:'
+      f" {error.strerror}; remove it"
+    ) from error
 
 
 def write_results(
@@ -54,10 +78,13 @@ def write_results(
   split = report["split"]
   name = reporting.file_name(report)
   paths = [
-    folder / "evaluations" / f"{name}.json",
-    folder / "predictions" / f"{name}.jsonl",
-    folder / "predictions" / f"{name}.png",
+    folder / EVALUATIONS_FOLDER / f"{name}.json",
+    folder / PREDICTIONS_FOLDER / f"{name}.jsonl",
+    folder / PREDICTIONS_FOLDER / f"{name}.png",
   ]
+  make_way(folder)
+  for path in paths:
+    side_files.make_way(path)
   # A run folder that is gone is not made again.
   reporting.write_predictions(paths[1], predictions, inside=folder)
   # Before the pictures, which may fail: what was computed is kept.
@@ -67,7 +94,8 @@ def write_results(
   pages = [(paths[2], predictions, title)]
   wrong = [x for x in predictions if x["correct"] is False]
   if wrong:
-    paths.append(folder / "predictions" / f"{name}-mistakes.png")
+    paths.append(folder / PREDICTIONS_FOLDER / f"{name}-mistakes.png")
+    side_files.make_way(paths[-1])
     pages.append((paths[-1], wrong, f"{len(wrong)} mistakes of {title}"))
   for path, shown, text in pages:
     panels = prediction_panels(experiment, split, shown)

@@ -11,6 +11,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.evaluation import evaluator, reporting, results
 from narvl_jax.experiment.datasets import load_dataset
 from tests.evaluation import tiny_run
+from tests.support import disks, replacements
 from tests.terminal.test_text import NASTY
 
 
@@ -123,12 +124,13 @@ class _Gone:
 
 def test_folder_that_cannot_be_written(evaluated, tmp_path):
   experiment, _ = tiny_run.tiny_model()
-  (tmp_path / "predictions").write_text("a file is in the way")
-  with pytest.raises(
-    UserError, match=r'cannot write ".*test-7-greedy-max12\.jsonl": '
-  ):
-    results.write_results(experiment, tmp_path, *evaluated)
-  assert [path.name for path in tmp_path.iterdir()] == ["predictions"]
+  with disks.small_disk(tmp_path / "run", 1000) as run:
+    disks.read_only(run)
+    with pytest.raises(
+      UserError, match=r'cannot write ".*predictions/test-7.*": Read-only'
+    ):
+      results.write_results(experiment, run, *evaluated)
+    assert not list(run.iterdir())
 
 
 def test_a_run_folder_that_is_gone_is_not_made_again(evaluated, tmp_path):
@@ -250,3 +252,39 @@ def test_panels_of_another_data_set_of_a_task_name_it():
   panel = results.make_panel(prediction, image, place="--dataset=other ")
   assert panel.title == "vqa --dataset=other #3"
   assert panel.prediction == "2 (50 %)"
+
+
+@pytest.mark.parametrize("kind", replacements.NO_FILES)
+def test_what_is_in_the_place_of_results_is_set_aside(tmp_path, kind, caplog):
+  names = ("evaluation.json", "evaluations", "predictions")
+  for name in names:
+    replacements.replace(tmp_path / name, kind)
+  results.make_way(tmp_path)
+  moved = names[:1] if kind == "folder" else names
+  assert caplog.messages == [
+    f"{tmp_path / name} cannot be used: it is no"
+    f" {'file' if '.' in name else 'folder'}; set aside as {name}.damaged"
+    for name in moved
+  ]
+  for name in moved:
+    assert not (tmp_path / name).is_symlink()
+    assert not (tmp_path / name).exists()
+  results.make_way(tmp_path)
+  assert len(caplog.messages) == len(moved)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "dangling link", "folder"])
+def test_results_are_written_in_spite_of_it(evaluated, tmp_path, kind):
+  experiment, _ = tiny_run.tiny_model()
+  report, predictions = evaluated
+  name = reporting.file_name(report)
+  for path in (
+    tmp_path / "evaluations" / f"{name}.json",
+    tmp_path / "predictions" / f"{name}.png",
+    tmp_path / "predictions" / f"{name}-mistakes.png",
+  ):
+    path.parent.mkdir(exist_ok=True)
+    replacements.replace(path, kind)
+  for path in results.write_results(experiment, tmp_path, report, predictions):
+    assert path.is_file()
+    assert not path.is_symlink()
