@@ -30,6 +30,7 @@ from jax.sharding import Mesh
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.config import Config
 from narvl_jax.files.disk import atomically
+from narvl_jax.files.regular import read_regular
 from narvl_jax.hosts import distributed
 from narvl_jax.parallel import local_rows
 from narvl_jax.parallel.batches import local_values
@@ -261,8 +262,8 @@ def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
   """
   folder = pathlib.Path(folder)
   try:
-    info = json.loads((folder / _INFO_FILE).read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
+    info = json.loads(read_regular(folder / _INFO_FILE).decode("utf-8"))
+  except (OSError, ValueError, RecursionError) as error:
     known = sorted(map(str, folder.parent.glob("step_*")))
     raise UserError(
       f"{folder} is no update that a run has left out ({error})."

@@ -16,11 +16,11 @@ import pytest
 from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import shard_batch
-from narvl_jax.run.bad_numbers import BundleWriter, load_bundle
+from narvl_jax.run.bad_numbers import _INFO_FILE, BundleWriter, load_bundle
 from narvl_jax.state.parameters import ParameterRule
 from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.train_step import StepConfig, make_train_step
-from tests.support import stand_in
+from tests.support import replacements, stand_in
 
 
 @functools.cache
@@ -239,3 +239,10 @@ def test_a_full_disk_does_not_hide_the_bad_number(tmp_path, monkeypatch):
   assert warned == [
     f"{folder} cannot be written: [Errno 28] No space left on device"
   ]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless link", "deep JSON"])
+def test_a_bundle_whose_info_is_no_file_is_not_waited_for(tmp_path, kind):
+  replacements.replace(tmp_path / _INFO_FILE, kind)
+  with pytest.raises(UserError, match="is no update that a run has left out"):
+    load_bundle(tmp_path)
