@@ -17,8 +17,9 @@ import optax
 from narvl_jax.query_ctc.log_space import LOG_ZERO, Normalizer
 from narvl_jax.query_ctc.targets import feasible, is_target
 
-# Largest logarithm of the weight that stands for all other classes.
-_MOST_REST = 12.0
+# The best class of a query weighs at least exp(-12) of what stands for all
+# others; below that, digits would be lost.
+_LEAST_BEST = 12.0
 
 
 class Summary(NamedTuple):
@@ -209,16 +210,15 @@ def _log_likelihood(
   # Finite, as optax multiplies it by zeros; so low that no logit comes near,
   # and that the 2N + 2 of them that an alignment may add up do not overflow.
   log_zero = -1e38 / (2 * log_probs.shape[1] + 2)
-  # Alignments near the best one are then compared by small numbers, which
-  # float32 resolves however large the logits are.
-  shift = jnp.max(log_probs, axis=-1, keepdims=True)
-  shift = jax.lax.stop_gradient(jnp.maximum(shift, log_zero))
-  scores = jnp.maximum(log_probs - shift, log_zero)
+  # Where even the best class is unlikely, only differences to it count: float32
+  # resolves them however large the logits are.
+  best = jnp.max(log_probs, axis=-1, keepdims=True)
+  excess = jnp.clip(best + _LEAST_BEST, log_zero, 0.0)
+  excess = jax.lax.stop_gradient(excess)
+  scores = jnp.maximum(log_probs - excess, log_zero)
   unique = first == jnp.arange(first.shape[1])
   scores = jnp.where(unique[:, None, :], scores, log_zero)
-  # The weight 1 in these terms, as far as it does not cost the others digits.
-  rest = jnp.minimum(-shift, _MOST_REST)
-  scores = jnp.concatenate([scores, rest], axis=-1)
+  scores = jnp.pad(scores, ((0, 0), (0, 0), (0, 1)))
   # optax looks labels up by a product with one-hot rows, which accelerators
   # would round to bfloat16 or TF32.
   with jax.default_matmul_precision("highest"):
@@ -232,7 +232,7 @@ def _log_likelihood(
   value = jnp.sum(jax.nn.logsumexp(scores, axis=-1), axis=1) - nll
   value = jnp.where(value < log_zero / 2, LOG_ZERO, value)
   # optax computes in float64 where that is on.
-  return value.astype(log_probs.dtype) + jnp.sum(shift, axis=(1, 2))
+  return value.astype(log_probs.dtype) + jnp.sum(excess, axis=(1, 2))
 
 
 def class_columns(
