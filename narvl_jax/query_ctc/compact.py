@@ -124,7 +124,8 @@ def _forward(
   columns, first = class_columns(labels, label_lengths, blank_id)
   normalizer, total, gathered = head.summarize(inputs, columns)
   by_column = jax.tree.map(lambda x: x[:, :, None], normalizer)
-  log_probs = by_column.log_probs(gathered)
+  # Rounded once.
+  log_probs = by_column.precise_log_probs(gathered).high
   valid = jnp.arange(labels.shape[1]) < label_lengths[:, None]
   # Examples do not interact: the gradient of the sum holds each one's own.
   log_likelihoods, pull_back = jax.vjp(

@@ -16,6 +16,7 @@ from narvl_jax.data.answers import load_answers
 from narvl_jax.data.batches.pipeline import Batcher
 from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
+from narvl_jax.experiment.config_checks import validate
 from narvl_jax.experiment.create import create
 from narvl_jax.experiment.datasets import load_mixture
 from narvl_jax.experiment.experiment import Experiment
@@ -40,14 +41,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   return target
 
 
-def student(teacher: Any, build: Any = create, **settings: Any) -> Experiment:
+def student(
+  teacher: Any, *, shapes_only: bool = False, **settings: Any
+) -> Experiment:
   config: Any = tiny_config().copy_and_resolve_references()
   config.train.batch_size = 4
   config.distillation.teacher = str(teacher)
   config.update_from_flattened_dict(
     {key.replace("__", "."): value for key, value in settings.items()}
   )
-  return build(config, tiny_run())
+  validate(config)
+  if shapes_only:
+    return create(config, shapes_only=True)
+  return build_in(config, tiny_run())
 
 
 def batch_of(run: Setup) -> dict[str, jax.Array]:
@@ -120,8 +126,7 @@ def shapes_of_teacher(**settings: Any) -> Any:
 
 def test_a_vocabulary_that_only_has_a_size(folder: pathlib.Path) -> None:
   """As when a step is compiled for devices that are not there."""
-  build = functools.partial(create, shapes_only=True)
-  found = shapes_of_teacher(teacher=folder, build=build)
+  found = shapes_of_teacher(teacher=folder, shapes_only=True)
   assert found is not None
 
 
