@@ -12,6 +12,7 @@ import sys
 
 from narvl_jax.command_line.cli import fail
 from narvl_jax.errors import did_you_mean
+from narvl_jax.terminal.text import show
 
 # In the order in which a user meets them.
 COMMANDS = (
@@ -37,7 +38,7 @@ def main() -> None:
   """
   name, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
   if name in ("-h", "-help", "--help", "help"):
-    print(usage())
+    show(usage())
     return
   command = name.replace("-", "_")
   if command not in COMMANDS:

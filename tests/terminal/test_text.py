@@ -159,7 +159,7 @@ def test_a_command_survives_an_ascii_terminal(tmp_path: pathlib.Path) -> None:
   )
   out, err = done.stdout.decode("ascii"), done.stderr.decode("ascii")
   # Every record is bad.
-  assert done.returncode == 1, err
+  assert done.returncode == 2, err
   assert "\x1b" not in out + err
   assert r"\x1b]0;owned\x07" in out
   assert r"no\x1b[2J.png" in out
