@@ -134,7 +134,8 @@ def test_eight_devices_do_what_one_does():
     assert a == pytest.approx(b, rel=1e-6, nan_ok=True)
   # A bias before BatchNorm has no gradient but rounding, which Adam makes much
   # of: 0.97e-6 to 1.06e-6 by the order of equal sums.
-  for tree in (one[-1], eight[-1]):
+  both: Any = (one[-1], eight[-1])
+  for tree in both:
     for params in (tree.params, tree.ema["params"]):
       bias = params["image"]["bias"]
       assert np.all(np.abs(bias) < 2e-6)
