@@ -19,7 +19,7 @@ KILLS, IN_A_SAVE = 10, 4
 
 def _command(workdir: pathlib.Path, config: str, *more: str) -> list[str]:
   return [
-    *("-m", "narvl_jax.train", f"--config=tests/parallel/{config}"),
+    *("-m", "narvl_jax.train", f"--config=tests/programs/{config}"),
     *(f"--workdir={workdir}", *more),
   ]
 
