@@ -244,12 +244,11 @@ SABOTAGES = (
     "::test_an_edited_config_is_refused[seed-3-3 there and 0 in the]",
   ),
   Sabotage(
-    "a checkpoint that was removed while it was read is called damaged",
-    "narvl_jax/checkpointing/reading.py",
-    "return self._removed(step)",
-    "pass",
-    "tests/checkpointing/test_chosen.py"
-    "::test_a_step_that_was_named_is_told_to_be_gone[record]",
+    "a checkpoint that was removed while it was read ends the reading",
+    "narvl_jax/checkpointing/chosen.py",
+    "except RemovedCheckpoint",
+    "except KeyError",
+    "tests/checkpointing/test_chosen.py",
   ),
   Sabotage(
     "the lock of another run is overwritten",

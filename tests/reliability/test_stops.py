@@ -205,7 +205,7 @@ def test_one_of_two_is_stopped_and_stalls(tmp_path):
   assert sorted(found) == ["host_000", "host_001"]
   assert "in _stall" in found["host_001"]
   assert "in _stall" not in found["host_000"]
-  assert "training/loop.py" in found["host_000"]
+  assert "run/loop.py" in found["host_000"]
   for host in hosts:
     (line,) = [x for x in host.errors.splitlines() if "watchdog: " in x]
     assert "no progress for " in line
