@@ -246,8 +246,8 @@ SABOTAGES = (
   Sabotage(
     "a checkpoint that was removed while it was read ends the reading",
     "narvl_jax/checkpointing/chosen.py",
-    "except RemovedCheckpoint",
-    "except KeyError",
+    "except RemovedCheckpoint:",
+    "except KeyError:",
     "tests/checkpointing/test_chosen.py",
   ),
   Sabotage(
