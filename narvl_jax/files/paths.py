@@ -28,7 +28,7 @@ PATH_FLAGS = (
 )
 # Of these the empty text means that nothing is written.
 _MAY_BE_EMPTY = ("png", "json")
-_LONGEST_SHOWN = 80
+_LONGEST_SHOWN = 120
 # Such a path cannot be any file or folder.
 _IMPOSSIBLE = (errno.ENAMETOOLONG, errno.ELOOP)
 
