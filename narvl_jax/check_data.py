@@ -52,7 +52,7 @@ _LEARNT_RECORDS = 4000
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class CheckedSource:
   """One source to check.
 
   Attributes:
@@ -69,7 +69,7 @@ class Entry:
 
 
 def check(
-  entry: Entry,
+  entry: CheckedSource,
   vocabulary: Vocabulary,
   *,
   num_queries: int | None = None,
@@ -119,7 +119,7 @@ def _limits(config: Config, num_queries: int | None) -> inspection.Limits:
 
 def open_spec(
   spec: str, task: str, split: str, exif_orientation: str = "ignore"
-) -> Entry:
+) -> CheckedSource:
   """Opens what the command names, with the limits of the default config.
 
   Args:
@@ -141,10 +141,10 @@ def open_spec(
   name = pathlib.Path(spec.replace(":", "_")).stem
   config = default_config(task)
   config.data.exif_orientation = exif_orientation
-  return Entry(name, source, task, config)
+  return CheckedSource(name, source, task, config)
 
 
-def open_entries(config: Config, name: str, split: str) -> list[Entry]:
+def open_entries(config: Config, name: str, split: str) -> list[CheckedSource]:
   """Opens entries of a config.
 
   Args:
@@ -177,12 +177,12 @@ def open_entries(config: Config, name: str, split: str) -> list[Entry]:
       exif_orientation=data.exif_orientation,
       **dict(entry.get("options", {})),
     )
-    opened.append(Entry(key, source, entry.task, config))
+    opened.append(CheckedSource(key, source, entry.task, config))
   return opened
 
 
 def find_vocabulary(
-  folder: str, config: Config | None, entries: Sequence[Entry]
+  folder: str, config: Config | None, entries: Sequence[CheckedSource]
 ) -> tuple[Vocabulary, str]:
   """Returns the vocabulary and where it is from.
 
@@ -311,7 +311,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check_and_print(
-  entry: Entry, vocabulary: Vocabulary, several: bool
+  entry: CheckedSource, vocabulary: Vocabulary, several: bool
 ) -> tuple[dict[str, Any], check_report.Verdict]:
   options = flags.FLAGS
   figures, verdict, task = check(

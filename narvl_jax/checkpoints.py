@@ -31,7 +31,7 @@ from narvl_jax.checkpointing.integrity import (
 from narvl_jax.checkpointing.reading import FOLDER
 from narvl_jax.checkpointing.record import (
   BrokenRecord,
-  Record,
+  CheckpointRecord,
   RenamedCheckpoint,
   describe_shape,
   read_leaf,
@@ -59,7 +59,7 @@ def list_checkpoints(workdir: pathlib.Path) -> str:
   """
   folder = _folder(workdir)
   records = {step: _record(folder, step) for step in stored_steps(folder)}
-  known = [x for x in records.values() if isinstance(x, Record)]
+  known = [x for x in records.values() if isinstance(x, CheckpointRecord)]
   kept = _reasons(known)
   rows = [("step", "saved", "size", "score", "kept as", "digests")]
   for step, record in records.items():
@@ -70,14 +70,14 @@ def list_checkpoints(workdir: pathlib.Path) -> str:
     except FileNotFoundError:
       # The run is training, and has removed it.
       continue
-    score = record.score if isinstance(record, Record) else None
+    score = record.score if isinstance(record, CheckpointRecord) else None
     rows.append(
       (
         str(step),
         saved.isoformat(" ", timespec="seconds"),
         format_bytes(size),
         "-" if score is None else f"{score:.4f}",
-        kept.get(step, "-") if isinstance(record, Record) else record,
+        kept.get(step, "-") if isinstance(record, CheckpointRecord) else record,
         describe_digests(place),
       )
     )
@@ -177,7 +177,7 @@ def restore_config(workdir: pathlib.Path) -> str:
   folder = _folder(workdir)
   for step in reversed(stored_steps(folder)):
     record = _record(folder, step)
-    if isinstance(record, Record) and record.config is not None:
+    if isinstance(record, CheckpointRecord) and record.config is not None:
       return "\n".join(recorded_config.restore_config(workdir, record))
   raise UserError(
     f"no checkpoint in {folder} has an intact record with a config; bring"
@@ -198,7 +198,7 @@ def _distance(
   return f"{largest:.3e}", f"{relative:.3e}"
 
 
-def _reasons(records: Sequence[Record]) -> dict[int, str]:
+def _reasons(records: Sequence[CheckpointRecord]) -> dict[int, str]:
   """Returns why each checkpoint is kept by the newest one's config."""
   if not records or not records[-1].config:
     return {}
@@ -223,7 +223,7 @@ def _folder(workdir: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def _record(folder: pathlib.Path, step: int) -> Record | str:
+def _record(folder: pathlib.Path, step: int) -> CheckpointRecord | str:
   """Returns the record of a checkpoint, or why there is none."""
   try:
     return read_record(folder / str(step))
@@ -243,7 +243,7 @@ def _examine(place: pathlib.Path) -> Damage | None:
     return None
 
 
-def _intact(place: pathlib.Path) -> Record:
+def _intact(place: pathlib.Path) -> CheckpointRecord:
   damage = _examine(place)
   if not place.is_dir():
     raise UserError(
@@ -265,7 +265,7 @@ def _step(folder: pathlib.Path, step: str | int) -> int:
     scored = [
       (x.score, x.step)
       for x in records
-      if isinstance(x, Record) and x.score is not None
+      if isinstance(x, CheckpointRecord) and x.score is not None
     ]
     return max(scored)[1] if scored and step == "best" else int(steps[-1])
   if str(step) not in steps:

@@ -43,7 +43,7 @@ from narvl_jax.errors import (
   check_lists,
   did_you_mean,
 )
-from narvl_jax.evaluation.labelling import Teacher
+from narvl_jax.evaluation.labelling import Labeller
 from narvl_jax.experiment.config import to_json
 from narvl_jax.files.paths import check_folder
 from narvl_jax.hosts import distributed
@@ -111,7 +111,7 @@ def distill(
   check_lists(datasets=datasets)
   check_counts(batch_size=batch_size, shard_size=shard_size)
   check_counts(least=0, max_examples=max_examples)
-  model = Teacher(
+  model = Labeller(
     teacher,
     checkpoint=checkpoint,
     decoding=decoding,
@@ -207,7 +207,7 @@ def _check_folder(folder: pathlib.Path) -> None:
 
 
 def _write(
-  teacher: Teacher,
+  teacher: Labeller,
   name: str,
   job: Job,
   origin: dict[str, Any],

@@ -38,7 +38,7 @@ _PLAIN, _CHUNKED = "plain", "chunked"
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class HeadSizes:
   """One problem; the targets have `labels` labels, none beside its equal."""
 
   batch: int = 256
@@ -63,7 +63,7 @@ class Sizes:
       )
 
 
-def benchmark(sizes: Sizes, *, rounds: int) -> dict[str, Any]:
+def benchmark(sizes: HeadSizes, *, rounds: int) -> dict[str, Any]:
   """Measures both heads.
 
   Args:
@@ -114,7 +114,7 @@ def benchmark(sizes: Sizes, *, rounds: int) -> dict[str, Any]:
   }
 
 
-def _inputs(sizes: Sizes) -> tuple[jax.Array, ...]:
+def _inputs(sizes: HeadSizes) -> tuple[jax.Array, ...]:
   """Returns states, table, labels and their lengths."""
   rng = np.random.default_rng(0)
   shape = (sizes.batch, sizes.num_queries, sizes.width)
@@ -129,7 +129,7 @@ def _inputs(sizes: Sizes) -> tuple[jax.Array, ...]:
 
 
 def _compile(
-  sizes: Sizes, chunk_size: int, args: tuple[jax.Array, ...]
+  sizes: HeadSizes, chunk_size: int, args: tuple[jax.Array, ...]
 ) -> jax.stages.Compiled:
   """Compiles the objective, smoothed, with its gradients."""
 
@@ -185,7 +185,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  sizes = Sizes()
+  sizes = HeadSizes()
   common_flags.batch_size(
     "Examples at a time.", sizes.batch, old="batch", lower_bound=1
   )
@@ -208,11 +208,11 @@ def main(argv: Sequence[str]) -> None:
   """Entry point."""
   del argv
   settings = flags.FLAGS
-  sizes = Sizes(
+  sizes = HeadSizes(
     batch=settings.batch_size,
     **{
       x.name: getattr(settings, x.name)
-      for x in dataclasses.fields(Sizes)
+      for x in dataclasses.fields(HeadSizes)
       if x.name != "batch"
     },
   )

@@ -37,7 +37,7 @@ _OURS = "query_ctc_loss"
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class LossSizes:
   """One problem: every target has `labels` labels, none beside its equal."""
 
   batch: int = 16
@@ -69,7 +69,7 @@ class _Candidate:
   output_bytes: int | None = None
 
 
-def benchmark(sizes: Sizes, *, rounds: int) -> dict[str, Any]:
+def benchmark(sizes: LossSizes, *, rounds: int) -> dict[str, Any]:
   """Measures all candidates.
 
   Args:
@@ -211,7 +211,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  sizes = Sizes()
+  sizes = LossSizes()
   common_flags.batch_size(
     "Examples at a time.", sizes.batch, old="batch", lower_bound=1
   )
@@ -235,7 +235,7 @@ def main(argv: Sequence[str]) -> None:
   """Entry point."""
   del argv
   settings = flags.FLAGS
-  sizes = Sizes(
+  sizes = LossSizes(
     settings.batch_size,
     settings.num_queries,
     settings.labels,

@@ -5,20 +5,25 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from narvl_jax.checkpointing.record import Leaf, Record, describe_shape, item_of
+from narvl_jax.checkpointing.record import (
+  ArrayRecord,
+  CheckpointRecord,
+  describe_shape,
+  item_of,
+)
 from narvl_jax.errors import UserError
 
 # Arrays of each kind that a message names.
 _SHOWN = 3
 
 
-def leaf_of(array: Any, checksum: str = "") -> Leaf:
+def leaf_of(array: Any, checksum: str = "") -> ArrayRecord:
   """Returns shape and dtype of an array as a record has them."""
-  return Leaf(tuple(array.shape), str(array.dtype), checksum)
+  return ArrayRecord(tuple(array.shape), str(array.dtype), checksum)
 
 
 def check_fit(
-  record: Record,
+  record: CheckpointRecord,
   wanted: Mapping[str, Any],
   workdir: pathlib.Path,
   *,
@@ -64,7 +69,9 @@ def check_fit(
   )
 
 
-def _differ(name: str, there: Leaf, here: Leaf, dtypes: bool) -> str:
+def _differ(
+  name: str, there: ArrayRecord, here: ArrayRecord, dtypes: bool
+) -> str:
   if there.shape != here.shape:
     shapes = describe_shape(there.shape), describe_shape(here.shape)
     return "{} has {} there and {} here".format(name, *shapes)

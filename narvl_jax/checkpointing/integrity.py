@@ -24,7 +24,7 @@ from narvl_jax.checkpointing.record import (
   ITEM,
   ITEMS,
   BrokenRecord,
-  Record,
+  CheckpointRecord,
   RenamedCheckpoint,
   item_of,
   read_leaf,
@@ -119,7 +119,7 @@ def _write_digests(path: pathlib.Path, values: dict[str, Any]) -> None:
     temporary.write_text(_digest_of(body.encode()) + "\n" + body)
 
 
-def replace_record(folder: pathlib.Path, record: Record) -> None:
+def replace_record(folder: pathlib.Path, record: CheckpointRecord) -> None:
   """Replaces the record of an intact checkpoint, and its digest.
 
   A process that is killed in between leaves a checkpoint without all digests,
@@ -210,7 +210,7 @@ def examine(
 
 
 def compare_leaves(
-  record: Record, names: Sequence[str], found: Any
+  record: CheckpointRecord, names: Sequence[str], found: Any
 ) -> list[list[str]]:
   """Returns the arrays whose checksums differ from those that were written.
 
@@ -346,7 +346,7 @@ def _digests_by_size(
 
 def _check_leaves(
   folder: pathlib.Path,
-  record: Record,
+  record: CheckpointRecord,
   items: Collection[str],
   host: int,
   hosts: int,

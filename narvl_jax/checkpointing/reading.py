@@ -21,7 +21,7 @@ from narvl_jax.checkpointing.integrity import (
   examine,
   has_digests,
 )
-from narvl_jax.checkpointing.record import Record, name_leaves
+from narvl_jax.checkpointing.record import CheckpointRecord, name_leaves
 from narvl_jax.checkpointing.retention import ranked
 from narvl_jax.errors import UserError
 from narvl_jax.hosts import distributed
@@ -86,7 +86,7 @@ class StoredCheckpoints:
     """Returns the steps on disk in order."""
     return sorted(self._manager.all_steps())
 
-  def read_record(self, step: int) -> Record:
+  def read_record(self, step: int) -> CheckpointRecord:
     """Returns what a checkpoint is, without reading its arrays.
 
     Args:
@@ -208,7 +208,7 @@ class StoredCheckpoints:
     return averaged_variables(read["params"]["params"], read["ema"])
 
   def _read(
-    self, step: int, record: Record, items: Mapping[str, Any]
+    self, step: int, record: CheckpointRecord, items: Mapping[str, Any]
   ) -> dict[str, Any]:
     """Reads items and compares them with what was saved."""
     damage = self.damage(step)
@@ -294,7 +294,7 @@ def state_items(state: TrainState) -> dict[str, Any]:
   return items
 
 
-def _as_stored(tree: Any, item: str, record: Record) -> Any:
+def _as_stored(tree: Any, item: str, record: CheckpointRecord) -> Any:
   """Gives the shapes of an item the dtypes that they have on disk."""
   names = iter(name_leaves({item: tree}))
 

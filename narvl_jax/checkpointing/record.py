@@ -25,7 +25,7 @@ ITEMS = ("params", "optimizer", "ema")
 _STEP = re.compile(r"0|[1-9][0-9]*")
 
 
-class Leaf(NamedTuple):
+class ArrayRecord(NamedTuple):
   """One array of a checkpoint.
 
   Attributes:
@@ -39,7 +39,7 @@ class Leaf(NamedTuple):
   checksum: str = ""
 
 
-class Record(NamedTuple):
+class CheckpointRecord(NamedTuple):
   """What a checkpoint is.
 
   Attributes:
@@ -57,7 +57,7 @@ class Record(NamedTuple):
   score: float | None
   run: dict[str, Any]
   config: Any
-  leaves: dict[str, Leaf]
+  leaves: dict[str, ArrayRecord]
   vocabulary: str | None = None
 
 
@@ -96,13 +96,13 @@ def item_of(name: str) -> str:
   return "ema" if first == "ema" else "optimizer"
 
 
-def to_json(record: Record) -> dict[str, str]:
+def to_json(record: CheckpointRecord) -> dict[str, str]:
   """Returns what is written: a text, and a digest by which it is checked."""
   text = json.dumps(record._asdict())
   return {"digest": _digest(text), "text": text}
 
 
-def read_record(folder: pathlib.Path) -> Record:
+def read_record(folder: pathlib.Path) -> CheckpointRecord:
   """Reads the record of a checkpoint.
 
   Args:
@@ -142,17 +142,17 @@ def read_record(folder: pathlib.Path) -> Record:
   return record
 
 
-def _from_json(values: Any) -> Record:
+def _from_json(values: Any) -> CheckpointRecord:
   """Returns the record of which the values were written.
 
   Raises:
     KeyError, TypeError, AttributeError, ValueError: they are not of a record.
   """
   leaves = {
-    name: Leaf(tuple(shape), dtype, checksum)
+    name: ArrayRecord(tuple(shape), dtype, checksum)
     for name, (shape, dtype, checksum) in values["leaves"].items()
   }
-  record = Record(**{**values, "leaves": leaves})
+  record = CheckpointRecord(**{**values, "leaves": leaves})
   right = (
     type(record.step) is int
     and isinstance(record.score, (int, float, type(None)))

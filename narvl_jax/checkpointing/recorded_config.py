@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from narvl_jax.checkpointing.record import Record
+from narvl_jax.checkpointing.record import CheckpointRecord
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import from_json, to_json
 from narvl_jax.files.disk import write_text
@@ -25,7 +25,11 @@ _SHOWN = 4
 
 
 def check_recorded(
-  workdir: pathlib.Path, config: Any, record: Record, *, resumes: bool = False
+  workdir: pathlib.Path,
+  config: Any,
+  record: CheckpointRecord,
+  *,
+  resumes: bool = False,
 ) -> list[str]:
   """Compares the config of a run folder with that of a checkpoint.
 
@@ -73,7 +77,7 @@ def check_recorded(
 
 
 def check_vocabulary(
-  workdir: pathlib.Path, fingerprint: str, record: Record
+  workdir: pathlib.Path, fingerprint: str, record: CheckpointRecord
 ) -> None:
   """Compares the vocabulary of a run folder with that of a checkpoint.
 
@@ -94,7 +98,9 @@ def check_vocabulary(
     )
 
 
-def restore_config(workdir: pathlib.Path, record: Record) -> list[str]:
+def restore_config(
+  workdir: pathlib.Path, record: CheckpointRecord
+) -> list[str]:
   """Writes `config.json` as a checkpoint was trained with it.
 
   Args:

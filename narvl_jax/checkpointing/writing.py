@@ -25,7 +25,7 @@ from narvl_jax.checkpointing.reading import (
   StoredCheckpoints,
   state_items,
 )
-from narvl_jax.checkpointing.record import Record, name_leaves
+from narvl_jax.checkpointing.record import CheckpointRecord, name_leaves
 from narvl_jax.checkpointing.retention import Policy, Retention
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import to_json
@@ -162,7 +162,7 @@ class Checkpoints(StoredCheckpoints):
     }
     score = None if score is None else float(score)
     self._scores[step] = score
-    record = Record(
+    record = CheckpointRecord(
       step, score, dict(run or {}), self._config, leaves, self._vocabulary
     )
     args = self._orbax.ocp.args

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from narvl_jax.comparison.latency import Batch, Network, Program
+from narvl_jax.comparison.latency import Batch, Network, TimedDecoder
 from narvl_jax.comparison.uncached import UncachedReader
 from narvl_jax.comparison.ways import AR, BASELINE, NAR, UNCACHED, Way
 from narvl_jax.decoding import (
@@ -59,7 +59,7 @@ class Case:
   task: str
   models: Mapping[str, Model]
   ways: Sequence[Way]
-  programs: Mapping[str, Program]
+  programs: Mapping[str, TimedDecoder]
   batches: Callable[[int, int], list[Batch]]
   facts: Mapping[str, Any]
 
@@ -71,7 +71,7 @@ class Case:
 
 def program_of(
   model: Model, label: str, reader: Reader, lengths: np.ndarray
-) -> Program:
+) -> TimedDecoder:
   """Returns what runs a way to decode."""
   network = model.network
   if label == UNCACHED:
@@ -80,7 +80,7 @@ def program_of(
       reader.classes, reader.length_limit, reader.prompted
     )
     network = network._replace(variables=model.variables)
-  return Program(network, model.encoder, reader, lengths)
+  return TimedDecoder(network, model.encoder, reader, lengths)
 
 
 # Of answers, as far as a model has positions for them.
@@ -115,7 +115,7 @@ def choose_lengths(case: Case, lengths: Sequence[int] | None) -> list[int]:
 
 def length_programs(
   case: Case, lengths: Sequence[int], beam_size: int
-) -> dict[str, dict[int, Program]]:
+) -> dict[str, dict[int, TimedDecoder]]:
   """Returns label -> tokens of an answer -> program, for `length_curves`.
 
   The autoregressive model is made to say exactly so many tokens and eos, by

@@ -31,7 +31,7 @@ class Network(NamedTuple):
   rules: tuple[Any, ...] = ()
 
 
-class Program(NamedTuple):
+class TimedDecoder(NamedTuple):
   """A decoder to time.
 
   Attributes:
@@ -61,7 +61,7 @@ class Compiled(NamedTuple):
 
 def measure(
   encoders: Mapping[str, Network],
-  programs: Mapping[str, Program],
+  programs: Mapping[str, TimedDecoder],
   batches: Sequence[Batch],
   *,
   rounds: int,
@@ -128,7 +128,7 @@ def measure(
 
 def length_curves(
   encoders: Mapping[str, Network],
-  programs: Mapping[str, Mapping[int, Program]],
+  programs: Mapping[str, Mapping[int, TimedDecoder]],
   batch: Batch,
   *,
   rounds: int,
@@ -189,7 +189,9 @@ def compile_encoder(network: Network, batch: Batch) -> Callable[[Batch], Any]:
   return run
 
 
-def compile_decoder(program: Program, encoded: Any, batch: Batch) -> Compiled:
+def compile_decoder(
+  program: TimedDecoder, encoded: Any, batch: Batch
+) -> Compiled:
   """Compiles a decoder for the shapes of a batch."""
   network = program.network
   steps = make_steps(network.model, program.reader, network.rules)

@@ -35,7 +35,7 @@ from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.terminal.activity import Activity
 
 
-class Teacher:
+class Labeller:
   """A run that answers; its weights are read when it is first asked.
 
   They lie on every device of all hosts, which share each batch.

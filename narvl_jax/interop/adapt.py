@@ -131,7 +131,7 @@ def _take(options: Options, name: str, wanted: Any) -> Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Change:
+class Adaptation:
   """A tensor that the file lacks or has in another shape.
 
   Attributes:
@@ -149,7 +149,7 @@ class Change:
 
 def adapt(
   state: dict[str, Tensor | np.ndarray], options: Options
-) -> tuple[dict[str, Tensor | np.ndarray], list[Change], bool]:
+) -> tuple[dict[str, Tensor | np.ndarray], list[Adaptation], bool]:
   """Adds and resizes what the model needs.
 
   Args:
@@ -193,7 +193,7 @@ class _Adaptation:
     self, state: dict[str, Tensor | np.ndarray], options: Options
   ) -> None:
     self.state, self.options = state, options
-    self.changes: list[Change] = []
+    self.changes: list[Adaptation] = []
     table = state[TABLE_KEY]
     self.width: int = table.shape[1]
     self.dtype = table.dtype
@@ -201,7 +201,7 @@ class _Adaptation:
   def _set(self, key: str, value: np.ndarray, how: str) -> None:
     before = self.state.get(key)
     shape = None if before is None else tuple(before.shape)
-    self.changes.append(Change(key, shape, value.shape, how))
+    self.changes.append(Adaptation(key, shape, value.shape, how))
     self.state[key] = value.astype(self.dtype)
 
   def _normal(self, key: str, rows: int, stddev: float) -> np.ndarray:

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from narvl_jax.errors import UserError
-from narvl_jax.interop.adapt import Change, Options, adapt
+from narvl_jax.interop.adapt import Adaptation, Options, adapt
 from narvl_jax.interop.key_map import IGNORED, TABLE_KEY, TIED_KEYS, key_map
 from narvl_jax.interop.names import Renamed, official_names
 from narvl_jax.interop.official import (
@@ -168,7 +168,7 @@ def _common_dtype(tensors: Iterable[Tensor | np.ndarray]) -> Any:
 def _account(
   source: SourceFile,
   renamed: Renamed,
-  changes: list[Change],
+  changes: list[Adaptation],
   variables: dict[str, Any],
   config: ModelConfig,
 ) -> dict[str, Any]:

@@ -131,7 +131,7 @@ IGNORED = re.compile(
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class MappedArray:
   """One array of our tree and the official tensors that it holds.
 
   Attributes:
@@ -147,7 +147,7 @@ class Leaf:
   transform: str
 
 
-def key_map(config: ModelConfig) -> list[Leaf]:
+def key_map(config: ModelConfig) -> list[MappedArray]:
   """Returns the table of all arrays of `make_model(config)`.
 
   Raises:
@@ -163,7 +163,7 @@ def key_map(config: ModelConfig) -> list[Leaf]:
     for collection, suffix, official, transform in _KINDS[kind]:
       pattern = name + official
       leaves.append(
-        Leaf(
+        MappedArray(
           path=(collection, *(path + suffix).split("/")),
           keys=tuple(_expand(pattern, layer) for layer in layers),
           stacked="*" in name,

@@ -20,7 +20,7 @@ _MAX_ELEMENTS = 1 << 40
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class StoredBytes:
   """Bytes of a file and their CRC-32; None where the file has none."""
 
   offset: int
@@ -46,7 +46,7 @@ class Tensor:
   path: PathLike
   shape: tuple[int, ...]
   dtype: np.dtype[Any]
-  entry: Entry | None
+  entry: StoredBytes | None
 
   @property
   def identity(self) -> Hashable:
@@ -164,7 +164,7 @@ def check_bytes(tensors: Mapping[str, Tensor]) -> None:
   Raises:
     UserError: a tensor is damaged.
   """
-  checked: set[Entry] = set()
+  checked: set[StoredBytes] = set()
   for name, tensor in tensors.items():
     entry = tensor.entry
     if entry is None or entry.crc is None or entry in checked:

@@ -29,9 +29,9 @@ from narvl_jax.interop.pickle_data import (
 )
 from narvl_jax.interop.tensors import (
   MAX_AXES,
-  Entry,
   PathLike,
   Slice,
+  StoredBytes,
   Tensor,
   check_regular,
   check_shape,
@@ -136,7 +136,7 @@ class _Reader:
     self._file = file
     self._size = os.fstat(file.fileno()).st_size
     self._entries = {info.filename: info for info in entries}
-    self._used: dict[str, Entry] = {}
+    self._used: dict[str, StoredBytes] = {}
     names = [name for name in self._entries if name.endswith("/data.pkl")]
     if len(names) != 1:
       raise UserError(
@@ -176,7 +176,7 @@ class _Reader:
       )
     return data
 
-  def _entry(self, name: str) -> Entry:
+  def _entry(self, name: str) -> StoredBytes:
     """Returns where the bytes of an entry are.
 
     Raises:
@@ -198,7 +198,7 @@ class _Reader:
     if offset + info.file_size > self._size:
       raise ValueError(f"{name} reaches beyond the end of the file")
     # torch writes 0 where it was told to compute no check sum.
-    self._used[name] = Entry(offset, info.file_size, info.CRC or None)
+    self._used[name] = StoredBytes(offset, info.file_size, info.CRC or None)
     return self._used[name]
 
   def _check_overlaps(self) -> None:
@@ -243,7 +243,7 @@ class _Storage:
   """Bytes of a file, of which tensors are views."""
 
   def __init__(
-    self, path: PathLike, entry: Entry, count: int, dtype: np.dtype[Any]
+    self, path: PathLike, entry: StoredBytes, count: int, dtype: np.dtype[Any]
   ) -> None:
     self.path, self.entry = path, entry
     self.count, self.dtype = count, dtype

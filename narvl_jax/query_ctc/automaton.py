@@ -10,7 +10,7 @@ import numpy as np
 UNREACHABLE = 1 << 20
 
 
-class Automaton(Protocol):
+class LabelAutomaton(Protocol):
   """A deterministic automaton over labels, as a list of edges.
 
   `narvl_jax.decoding.constraint.Automaton` is one; walks begin in state 0.
@@ -51,7 +51,7 @@ class QueriesNeeded(NamedTuple):
 
 
 def queries_needed(
-  automaton: Automaton, merge_repeats: Any, num_queries: int
+  automaton: LabelAutomaton, merge_repeats: Any, num_queries: int
 ) -> QueriesNeeded:
   """Returns what the rest of an answer takes, up to a bound.
 
@@ -94,7 +94,7 @@ def queries_needed(
 
 
 def as_arrays(
-  automaton: Automaton,
+  automaton: LabelAutomaton,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Returns source, token, target and accepting on the device."""
   return (

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from narvl_jax.errors import UserError
 from narvl_jax.query_ctc.automaton import (
-  Automaton,
+  LabelAutomaton,
   QueriesNeeded,
   as_arrays,
   queries_needed,
@@ -76,7 +76,7 @@ def prefix_beam_search(
   beam_size: int,
   num_best: int = 1,
   merge_repeats: bool | jax.Array = True,
-  constraint: Automaton | None = None,
+  constraint: LabelAutomaton | None = None,
   candidates_per_query: int | None = _CANDIDATES,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns the label sequences of the highest probability.
@@ -204,7 +204,7 @@ def _search(
   *,
   blank_id: int,
   beam_size: int,
-  constraint: Automaton | None,
+  constraint: LabelAutomaton | None,
 ) -> _Beam:
   """Returns the last beam of one example.
 
@@ -315,7 +315,7 @@ def _is_child(beam: _Beam) -> jax.Array:
 
 
 def _results(
-  beam: _Beam, num_best: int, pad_id: int, constraint: Automaton | None
+  beam: _Beam, num_best: int, pad_id: int, constraint: LabelAutomaton | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns ids, lengths and scores of the best; beam with batch axis."""
   scores = beam.total

@@ -94,7 +94,7 @@ class Guard:
     """Takes what several hosts tell each other, None for a single one."""
     self._notices = self.stop.notices = notices
     if notices is not None:
-      notices.stage = lambda: self.ledger.activity.stage
+      notices.stage = lambda: self.ledger.status.stage
 
   def watch(self, budgets: Mapping[str, float]) -> None:
     """Starts the watchdog.
@@ -124,7 +124,7 @@ class Guard:
     lock.acquire(
       say,
       functools.partial(failures.record_death, self._workdir),
-      self.ledger.activity.stage,
+      self.ledger.status.stage,
     )
     self._lock, self._since = lock, lock.since
     leftovers.remove_below(self._workdir)
@@ -191,7 +191,7 @@ class Guard:
     lock = self._lock
     if lock is None:
       return
-    activity = self.ledger.activity
+    activity = self.ledger.status
     failures.record_end(
       self._workdir,
       # What follows is what to do.
@@ -222,7 +222,7 @@ class Guard:
     lock = self._lock
     if lock is None:
       return
-    activity = self.ledger.activity
+    activity = self.ledger.status
     try:
       lock.renew(activity.stage, activity.step)
     except LockLost as error:

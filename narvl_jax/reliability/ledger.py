@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 
-class Activity(NamedTuple):
+class RunStatus(NamedTuple):
   """What a run is doing, as other threads see it.
 
   Attributes:
@@ -87,10 +87,10 @@ class Ledger:
       self._step = step
 
   @property
-  def activity(self) -> Activity:
+  def status(self) -> RunStatus:
     """What the run is doing, or was when it failed; any thread may ask."""
     stage = self._broken or self._stack[-1]
-    return Activity(stage, self._step, self._moves)
+    return RunStatus(stage, self._step, self._moves)
 
   def seconds(self) -> dict[str, float]:
     """Returns the seconds of every stage so far."""

@@ -79,7 +79,7 @@ class Watchdog:
     self._on_look = on_look
     self._look_seconds = look_seconds
     self._clock = clock
-    self._activity = ledger.activity
+    self._activity = ledger.status
     self._still = 0.0
     self._last_look = clock()
     self._closed = threading.Event()
@@ -102,7 +102,7 @@ class Watchdog:
     # could the others.
     passed = min(now - self._last_look, 3 * self._look_seconds)
     self._last_look = now
-    activity = self._ledger.activity
+    activity = self._ledger.status
     if activity != self._activity:
       self._activity, self._still = activity, 0.0
     else:

@@ -7,7 +7,7 @@ import jax
 
 from narvl_jax.checkpointing.chosen import choose_step
 from narvl_jax.checkpointing.integrity import DamagedCheckpoint
-from narvl_jax.checkpointing.record import Record
+from narvl_jax.checkpointing.record import CheckpointRecord
 from narvl_jax.checkpointing.recorded_config import (
   check_recorded,
   check_vocabulary,
@@ -216,7 +216,7 @@ def chosen_variables(
 
 
 def _check_same_run(
-  setup: Setup, checkpoints: Checkpoints, record: Record
+  setup: Setup, checkpoints: Checkpoints, record: CheckpointRecord
 ) -> None:
   """Raises `UserError` if a checkpoint is of another config or vocabulary."""
   if record.config is None:

@@ -9,7 +9,7 @@ import pytest
 from narvl_jax.benchmarks import loss_head, timing
 from narvl_jax.errors import UserError
 
-TINY = loss_head.Sizes(
+TINY = loss_head.HeadSizes(
   batch=4, num_queries=6, labels=4, width=8, vocab_size=5000, chunk_size=300
 )
 
@@ -58,7 +58,7 @@ def test_table_names_what_was_measured(report):
 
 
 def test_half_precision():
-  sizes = loss_head.Sizes(2, 3, 2, 8, 50, 16, "bfloat16")
+  sizes = loss_head.HeadSizes(2, 3, 2, 8, 50, 16, "bfloat16")
   results = loss_head.benchmark(sizes, rounds=1)["results"]
   assert 0 < results["chunked"]["gradient_difference"] < 2**-6
 
@@ -72,7 +72,7 @@ def test_half_precision():
 )
 def test_impossible_sizes(sizes, message):
   with pytest.raises(UserError, match=message):
-    loss_head.Sizes(**sizes)
+    loss_head.HeadSizes(**sizes)
 
 
 def test_command_writes_the_report(tmp_path):

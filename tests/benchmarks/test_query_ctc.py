@@ -11,7 +11,7 @@ from narvl_jax.benchmarks import query_ctc, timing
 from narvl_jax.command_line.json_output import check_json_path
 from narvl_jax.errors import UserError
 
-TINY = query_ctc.Sizes(
+TINY = query_ctc.LossSizes(
   batch=2, num_queries=6, labels=4, vocab_size=5000, dtype="float32"
 )
 
@@ -48,7 +48,7 @@ def test_table_names_what_was_measured(report):
 
 
 def test_half_precision():
-  sizes = query_ctc.Sizes(2, 3, 2, 50, "bfloat16")
+  sizes = query_ctc.LossSizes(2, 3, 2, 50, "bfloat16")
   results = query_ctc.benchmark(sizes, rounds=1)["results"]
   assert results["optax.ctc_loss"]["loss_difference"] < 1e-2
 
@@ -62,7 +62,7 @@ def test_half_precision():
 )
 def test_impossible_sizes(sizes, message):
   with pytest.raises(UserError, match=message):
-    query_ctc.Sizes(*sizes)
+    query_ctc.LossSizes(*sizes)
 
 
 def run(*arguments):

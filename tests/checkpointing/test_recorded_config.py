@@ -17,7 +17,7 @@ from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.evaluate import evaluate
-from narvl_jax.evaluation.labelling import Teacher
+from narvl_jax.evaluation.labelling import Labeller
 from narvl_jax.experiment.config import from_json
 from narvl_jax.interop.run_folder import read_run
 from narvl_jax.predict import predict
@@ -76,7 +76,7 @@ def test_an_edited_config_is_refused(run, key, value, seen):
     lambda: predict(run, task="vqa", example=0),
     lambda: evaluate(run, max_examples=2),
     lambda: restore(run, tiny_run.STEP),
-    lambda: Teacher(run),
+    lambda: Labeller(run),
     lambda: read_run(run),
     lambda: opened(str(run), "init_from").__enter__(),
   ):

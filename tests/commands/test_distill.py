@@ -120,7 +120,7 @@ def test_an_interrupted_one_goes_on(tmp_path, monkeypatch, whole, kind):
     whole = tmp_path / "whole"
   folder = tmp_path / "out"
   answered = []
-  answer = labelling.Teacher._answer
+  answer = labelling.Labeller._answer
 
   def counted(self, predictor, job, source, number, *rest):
     answered.append(number)
@@ -128,7 +128,7 @@ def test_an_interrupted_one_goes_on(tmp_path, monkeypatch, whole, kind):
       raise KeyboardInterrupt
     return answer(self, predictor, job, source, number, *rest)
 
-  monkeypatch.setattr(labelling.Teacher, "_answer", counted)
+  monkeypatch.setattr(labelling.Labeller, "_answer", counted)
   with pytest.raises(KeyboardInterrupt):
     label(folder, **options)
   assert len(list(folder.glob("vqa/vqa-train-*"))) == 1
@@ -219,7 +219,7 @@ def test_a_host_writes_only_its_own_shards(tmp_path, monkeypatch):
     return [value or {"shard": "of the first"}, value]
 
   # Read before the hosts are two: they check its checkpoint together.
-  teacher = labelling.Teacher(tiny_run.tiny_run())
+  teacher = labelling.Labeller(tiny_run.tiny_run())
   _ = teacher._loaded
   monkeypatch.setattr(labelling, "jax", second)
   monkeypatch.setattr(labelling.distributed, "gather_json", gather)

@@ -106,11 +106,11 @@ def test_the_allowed_answers_are_part_of_the_settings(tmp_path):
   for answers in ("red\nblue\n", "red\ngreen\n"):
     path = tmp_path / "answers.txt"
     path.write_text(answers)
-    teacher = labelling.Teacher(
+    teacher = labelling.Labeller(
       tiny_run.tiny_run(), decoding={"constrained": True}, answers=str(path)
     )
     allowed.append(teacher.prepare("vqa")["answers"])
-    assert "answers" not in labelling.Teacher(tiny_run.tiny_run()).prepare(
+    assert "answers" not in labelling.Labeller(tiny_run.tiny_run()).prepare(
       "vqa"
     )
   assert allowed[0] != allowed[1]
