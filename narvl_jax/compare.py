@@ -36,7 +36,7 @@ from narvl_jax.comparison.case import (
   choose_lengths,
   length_programs,
 )
-from narvl_jax.comparison.plot import draw_lengths
+from narvl_jax.comparison.plot import check_can_draw, draw_lengths
 from narvl_jax.comparison.ways import NAR, UNCACHED
 from narvl_jax.errors import UserError, check_counts, check_lists
 from narvl_jax.evaluation.reporting import write_json
@@ -105,6 +105,8 @@ def compare(
   check_counts(rounds=rounds, beam_size=beam_size)
   check_counts(batch_size=min(batch_sizes, default=None))
   check_counts(lengths=min(lengths or (), default=None))
+  if to and measure_latency and (lengths is None or lengths):
+    check_can_draw()
   opened = {} if size else runs.open_runs(nar, ar, checkpoint, answers)
   cases = _cases(
     opened,

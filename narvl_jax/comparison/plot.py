@@ -1,13 +1,28 @@
 """A picture of decoder time against the length of the answer."""
 
+import importlib.util
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from narvl_jax.errors import UserError
 from narvl_jax.files.disk import replacing
 
 _SIZE = (6.4, 4.0)
 _DPI = 150
+
+
+def check_can_draw() -> None:
+  """Checks that matplotlib is installed, before anything is measured.
+
+  Raises:
+    UserError: it is not.
+  """
+  if importlib.util.find_spec("matplotlib") is None:
+    raise UserError(
+      "the plot of the decoder times needs the package matplotlib:"
+      ' pip install "narvl_jax[plots]", or --lengths= for no plot'
+    )
 
 
 def draw_lengths(path: pathlib.Path, lengths: Mapping[str, Any]) -> None:

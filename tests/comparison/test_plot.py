@@ -1,10 +1,14 @@
 """The picture of the length curves."""
 
+import importlib.util
 import pathlib
 
+import pytest
 from PIL import Image
 
+from narvl_jax.compare import compare
 from narvl_jax.comparison.plot import draw_lengths
+from narvl_jax.errors import UserError
 
 
 def test_picture_is_written(tmp_path: pathlib.Path) -> None:
@@ -19,3 +23,12 @@ def test_picture_is_written(tmp_path: pathlib.Path) -> None:
   assert colors is not None
   assert len(colors) > 10
   assert [p.name for p in path.parent.iterdir()] == ["latency.png"]
+
+
+def test_without_matplotlib_nothing_is_measured(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match=r"matplotlib.*\[plots\].*--lengths="):
+    compare(size="micro", to=str(tmp_path / "new"))
+  assert not (tmp_path / "new").exists()
