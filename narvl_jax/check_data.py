@@ -34,7 +34,7 @@ from narvl_jax.data.checking import inspection
 from narvl_jax.data.checking import report as check_report
 from narvl_jax.data.checking.samples import draw_samples
 from narvl_jax.data.example import Record
-from narvl_jax.data.picture_files import EXIF_ORIENTATIONS
+from narvl_jax.data.pictures.files import EXIF_ORIENTATIONS
 from narvl_jax.data.tasks import Task, make_task, vocabulary_texts
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import USER_ERROR_CODE, UserError, did_you_mean

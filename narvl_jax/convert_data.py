@@ -15,7 +15,7 @@ from absl import flags
 
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
-from narvl_jax.data.picture_files import EXIF_ORIENTATIONS
+from narvl_jax.data.pictures.files import EXIF_ORIENTATIONS
 from narvl_jax.data.shards import conversion, manifest
 from narvl_jax.data.sources import parse_options
 from narvl_jax.errors import UserError

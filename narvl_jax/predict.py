@@ -25,10 +25,10 @@ from narvl_jax.checkpointing.restore import restore
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_json
-from narvl_jax.data import images, rendering
+from narvl_jax.data.answer_text import checked_text
 from narvl_jax.data.example import Record
+from narvl_jax.data.pictures import images, rendering
 from narvl_jax.data.record_checks import checked_record
-from narvl_jax.data.texts import checked_text
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import outcomes, results
 from narvl_jax.experiment.datasets import load_dataset

@@ -39,7 +39,7 @@ SABOTAGES = (
   ),
   Sabotage(
     "halves of surrogate pairs are passed to the tokenizer",
-    "narvl_jax/data/texts.py",
+    "narvl_jax/data/answer_text.py",
     "text.encode()",
     'text.encode(errors="replace")',
     "tests/data/batches/test_bad_records.py::test_half_a_surrogate_pair",

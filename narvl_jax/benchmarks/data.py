@@ -37,9 +37,9 @@ from narvl_jax.benchmarks import data_load, data_startup, timing
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_json
-from narvl_jax.data import images
 from narvl_jax.data.batches.batching import Batcher
-from narvl_jax.data.picture_files import FORMATS
+from narvl_jax.data.pictures import images
+from narvl_jax.data.pictures.files import FORMATS
 from narvl_jax.data.sources.ofa_tsv import OfaTsvSource, decode_base64
 from narvl_jax.data.tasks import make_task
 

@@ -1,4 +1,4 @@
-"""Answers as texts: one spelling for all of them, and what annotators say.
+"""Texts of records: what can be tokenised, and the one spelling of answers.
 
 Targets, truths, lists of allowed answers and predictions are all compared in
 the spelling of `normalize_answer`, so that an answer that is trained on can
@@ -9,6 +9,10 @@ import collections
 import unicodedata
 from collections.abc import Mapping, Sequence
 
+from narvl_jax.errors import UserError
+
+# Far beyond any prompt or answer; tokenising as much takes half a second.
+_LONGEST_TEXT = 1_000_000
 # Characters of an answer; composing more of them may take minutes, as its time
 # grows with the square of a run of combining marks.
 LONGEST_ANSWER = 10_000
@@ -25,6 +29,29 @@ _INVISIBLE = dict.fromkeys(
 )
 # So many of the other annotators must agree for the full score (VQA v2).
 _AGREEING = 3
+
+
+def checked_text(text: str) -> str:
+  """Returns the text if it can be tokenised.
+
+  Raises:
+    UserError: it holds half of a surrogate pair, which is no character, or it
+      is so long that this would take minutes.
+  """
+  if len(text) > _LONGEST_TEXT:
+    raise UserError(
+      f"the text has {len(text):,} characters, the limit is {_LONGEST_TEXT:,}:"
+      " no prompt and no answer is that long"
+    )
+  try:
+    text.encode()
+  except UnicodeEncodeError as e:
+    raise UserError(
+      f"the text has half of a surrogate pair, \\u{ord(text[e.start]):04x}, as"
+      f" its character {e.start + 1}; no token stands for it: save the text as"
+      " UTF-8 again"
+    ) from e
+  return text
 
 
 def normalize_answer(text: str) -> str:

@@ -8,11 +8,10 @@ import pickle
 from collections.abc import Sequence
 from typing import Any
 
-from narvl_jax.data.answer_text import normalize_answer
+from narvl_jax.data.answer_text import checked_text, normalize_answer
 from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
 from narvl_jax.data.example import Record
 from narvl_jax.data.renamed import run_renamed
-from narvl_jax.data.texts import checked_text
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.terminal import progress

@@ -33,7 +33,7 @@ class Record:
   Attributes:
     id: name of the record, unique within its source and split.
     task: one of `TASKS`.
-    image: a picture file's bytes (see `picture_files`; `Upright` if its EXIF
+    image: a picture file's bytes (see `pictures.files`; `Upright` if its EXIF
       orientation counts), or uint8 [H, W, 3].
     prompt: question (VQA), referring expression (grounding), hypothesis
       (entailment); unused by captions.

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from narvl_jax.data import images, rendering
 from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
 from narvl_jax.data.example import Box, Record
+from narvl_jax.data.pictures import images, rendering
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import reporting
 from narvl_jax.experiment.datasets import load_dataset

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from narvl_jax.data.batches.mixture import parse_weight
 from narvl_jax.data.example import TASKS
-from narvl_jax.data.picture_files import EXIF_ORIENTATIONS
+from narvl_jax.data.pictures.files import EXIF_ORIENTATIONS
 from narvl_jax.data.tasks import check_settings, default_settings
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.config import Config, default_config

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from narvl_jax.data import images
 from narvl_jax.data.example import Record
+from narvl_jax.data.pictures import images
 from narvl_jax.data.tasks import Task
 from narvl_jax.experiment.experiment import Experiment
 

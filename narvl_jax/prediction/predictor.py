@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from narvl_jax.data import images
 from narvl_jax.data.batches import pipeline
 from narvl_jax.data.example import Box, Record
+from narvl_jax.data.pictures import images
 from narvl_jax.data.tasks import Task
 from narvl_jax.decoding import Decoding, Steps, make_steps, prepare_variables
 from narvl_jax.errors import UserError, did_you_mean

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from narvl_jax.benchmarks import data, data_files, data_load, data_startup
-from narvl_jax.data.images import prepare_image
+from narvl_jax.data.pictures.images import prepare_image
 
 ROWS, WIDTH, HEIGHT = 12, 40, 30
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from narvl_jax.data import images
 from narvl_jax.data.example import Record
+from narvl_jax.data.pictures import images
 from narvl_jax.data.shards import manifest
 from narvl_jax.data.shards import writer as shard_writer
 from narvl_jax.data.sources import load_source

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from narvl_jax.data.example import Record
-from narvl_jax.data.images import prepare_image
+from narvl_jax.data.pictures.images import prepare_image
 from narvl_jax.data.sources import easy_vqa, load_source
 from narvl_jax.errors import UserError
 

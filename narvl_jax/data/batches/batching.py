@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from narvl_jax.data import images
 from narvl_jax.data.batches import shared_batches
 from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.pictures import images
 from narvl_jax.data.tasks import Task
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError

@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from narvl_jax.data import images
 from narvl_jax.data.answer_text import normalized_answers
 from narvl_jax.data.batches.bad_records import (
   BadRecord,
@@ -19,6 +18,7 @@ from narvl_jax.data.checking.findings import Collector, Finding
 from narvl_jax.data.checking.findings import Limits as Limits
 from narvl_jax.data.checking.picture_facts import examine
 from narvl_jax.data.example import Record
+from narvl_jax.data.pictures import images
 from narvl_jax.data.tasks import Task, make_task
 from narvl_jax.data.tasks.base import required_queries
 from narvl_jax.errors import UserError

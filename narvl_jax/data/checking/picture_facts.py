@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from narvl_jax.data import picture_depth, picture_files
+from narvl_jax.data.pictures import depth, files
 
 # Difference of colours, of 255, below which people see one colour.
 _ONE_COLOR = 2
@@ -37,18 +37,18 @@ def examine(data: bytes) -> PictureFacts:
   Raises:
     UserError: the picture is unreadable, truncated, empty or too large.
   """
-  extrema: Any = picture_files.decode(data).getextrema()
+  extrema: Any = files.decode(data).getextrema()
   channels = extrema if isinstance(extrema[0], tuple) else (extrema,)
   one_color = all(high - low <= _ONE_COLOR for low, high in channels)
   return PictureFacts(one_color, _is_hidden(data))
 
 
 def _is_hidden(data: bytes) -> bool:
-  picture = picture_files.open_picture(data)
+  picture = files.open_picture(data)
   if not picture.has_transparency_data:
     return False
-  picture_files.load(picture, data)
-  if picture_depth.is_deep_grey(picture):
+  files.load(picture, data)
+  if depth.is_deep_grey(picture):
     return False
   picture = picture.convert("RGBA")
   factor = _LONG_SIDE / max(picture.size)

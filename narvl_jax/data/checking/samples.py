@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from narvl_jax.data import images, rendering
 from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
 from narvl_jax.data.example import Record
+from narvl_jax.data.pictures import images, rendering
 from narvl_jax.data.tasks import Task
 
 _SAMPLES = 5

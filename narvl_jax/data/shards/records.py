@@ -27,8 +27,8 @@ import msgpack
 import numpy as np
 from PIL import Image
 
-from narvl_jax.data import images
 from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.pictures import images
 from narvl_jax.data.record_checks import checked_record
 from narvl_jax.errors import UserError
 

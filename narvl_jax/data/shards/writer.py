@@ -16,10 +16,10 @@ from typing import Any
 
 from PIL import Image
 
-from narvl_jax.data import images
 from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
 from narvl_jax.data.batches.processes import exit_with_parent
 from narvl_jax.data.example import Record
+from narvl_jax.data.pictures import images
 from narvl_jax.data.shards.formats import FORMATS, ShardFormat
 from narvl_jax.data.shards.manifest import Shard, sha256_of
 from narvl_jax.data.sources import MANIFEST, open_source

@@ -10,7 +10,7 @@ from typing import Any
 from array_record.python import array_record_data_source
 
 from narvl_jax.data.example import Record
-from narvl_jax.data.picture_files import with_orientation
+from narvl_jax.data.pictures.files import with_orientation
 from narvl_jax.data.shards import records
 from narvl_jax.data.shards.formats import FORMATS
 from narvl_jax.data.shards.manifest import (

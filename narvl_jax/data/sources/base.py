@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 from narvl_jax.data.example import Record
-from narvl_jax.data.picture_files import with_orientation
+from narvl_jax.data.pictures.files import with_orientation
 
 
 class RecordSource(Sequence[Record], abc.ABC):
@@ -20,7 +20,7 @@ class RecordSource(Sequence[Record], abc.ABC):
   Attributes:
     task: of the records, one of `TASKS`.
     split: such as "train".
-    exif_orientation: one of `picture_files.EXIF_ORIENTATIONS`; every picture of
+    exif_orientation: one of `EXIF_ORIENTATIONS`; every picture of
       the source is treated so, wherever it is decoded.
   """
 

@@ -12,8 +12,8 @@ import hashlib
 import importlib
 import pathlib
 
-from narvl_jax.data import images
 from narvl_jax.data.example import Record
+from narvl_jax.data.pictures import images
 from narvl_jax.data.sources.base import RecordSource
 from narvl_jax.errors import UserError, did_you_mean
 

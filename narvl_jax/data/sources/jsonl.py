@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from narvl_jax.data import images
 from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.pictures import images
 from narvl_jax.data.sources import fields, files
 from narvl_jax.data.sources.rows.files import RowFile, text
 from narvl_jax.data.sources.rows.source import RowSource

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from narvl_jax.data.answer_text import checked_text
 from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.tasks.base import AnswerSpace as AnswerSpace
@@ -15,7 +16,6 @@ from narvl_jax.data.tasks.entailment import EntailmentTask
 from narvl_jax.data.tasks.grounding import GroundingTask
 from narvl_jax.data.tasks.settings import parse_settings
 from narvl_jax.data.tasks.vqa import VqaTask
-from narvl_jax.data.texts import checked_text
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError, did_you_mean
 

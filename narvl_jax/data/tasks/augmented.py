@@ -6,9 +6,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from narvl_jax.data import augmentation, images
 from narvl_jax.data.answer_text import normalized_answers
 from narvl_jax.data.example import Record
+from narvl_jax.data.pictures import augmentation, images
 from narvl_jax.data.tasks import base
 
 

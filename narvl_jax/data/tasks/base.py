@@ -12,7 +12,7 @@ import numpy as np
 
 from narvl_jax.data.answer_text import normalized_answers
 from narvl_jax.data.example import Box, Record
-from narvl_jax.data.images import Change
+from narvl_jax.data.pictures.images import Change
 from narvl_jax.data.tasks.settings import Settings as Settings
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError

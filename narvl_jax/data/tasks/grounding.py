@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from narvl_jax.data import augmentation, images
 from narvl_jax.data.example import Box, Record
+from narvl_jax.data.pictures import augmentation, images
 from narvl_jax.data.tasks import base
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError

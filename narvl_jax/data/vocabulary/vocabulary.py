@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from narvl_jax.data.texts import checked_text
+from narvl_jax.data.answer_text import checked_text
 from narvl_jax.data.vocabulary import files as vocabulary_files
 from narvl_jax.data.vocabulary import training as vocabulary_training
 from narvl_jax.errors import UserError

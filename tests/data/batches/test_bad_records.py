@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from narvl_jax.data import answers, tasks
+from narvl_jax.data.answer_text import checked_text
 from narvl_jax.data.batches import pipeline
 from narvl_jax.data.batches.bad_records import (
   BadRecord,
@@ -16,7 +17,6 @@ from narvl_jax.data.batches.bad_records import (
 from narvl_jax.data.checking import inspection
 from narvl_jax.data.checking.samples import draw_samples
 from narvl_jax.data.shards.writer import PROGRESS, Job, write_shard
-from narvl_jax.data.texts import checked_text
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.run import data_checks as run_data

@@ -15,11 +15,11 @@ from narvl_jax.data.checking import inspection
 from narvl_jax.data.checking import report as check_report
 from narvl_jax.data.checking.picture_facts import examine
 from narvl_jax.data.example import Record
-from narvl_jax.data.picture_files import with_orientation
+from narvl_jax.data.pictures.files import with_orientation
 from narvl_jax.errors import UserError
-from tests.data import picture_samples as samples
 from tests.data.converting import convert
 from tests.data.number_source import ListSource, make_tasks
+from tests.data.pictures import samples
 
 LIMITS = inspection.Limits(
   image_size=(6, 8), max_text_length=24, max_label_length=9, num_queries=9

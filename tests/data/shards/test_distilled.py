@@ -9,9 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from narvl_jax.configs import common
-from narvl_jax.data import images
 from narvl_jax.data.batches.pipeline import Batcher
 from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.pictures import images
 from narvl_jax.data.shards import conversion, distilled, records
 from narvl_jax.data.shards.distilled import Label, Labelled, relabel
 from narvl_jax.data.shards.formats import FORMATS

@@ -12,8 +12,8 @@ import msgpack
 import numpy as np
 import pytest
 
-from narvl_jax.data import images
 from narvl_jax.data.example import Record
+from narvl_jax.data.pictures import images
 from narvl_jax.data.shards import conversion, records
 from narvl_jax.data.sources import load_source, locate, open_source
 from narvl_jax.errors import UserError

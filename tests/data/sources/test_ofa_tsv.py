@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from narvl_jax.data import images, tasks
+from narvl_jax.data import tasks
 from narvl_jax.data.batches import pipeline
 from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.pictures import images
 from narvl_jax.data.sources import load_source, locate, ofa_tsv, open_source
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError

@@ -33,9 +33,9 @@ from typing import Any
 import numpy as np
 from tensorflow_datasets.proto import tf_example_pb2
 
-from narvl_jax.data import images
 from narvl_jax.data.answer_text import normalize_answer
 from narvl_jax.data.example import TASKS, Box, Record
+from narvl_jax.data.pictures import images
 from narvl_jax.data.sources import fields as checked
 from narvl_jax.data.sources.base import RecordSource
 from narvl_jax.data.sources.tfds import index as tfds_index

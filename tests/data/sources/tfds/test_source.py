@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from narvl_jax.data import images
 from narvl_jax.data.example import Record
+from narvl_jax.data.pictures import images
 from narvl_jax.data.sources import load_source, locate, open_source
 from narvl_jax.data.sources.tfds.source import TfdsSource
 from narvl_jax.errors import UserError

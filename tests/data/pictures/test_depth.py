@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from narvl_jax.data import images, picture_depth
-from tests.data import picture_samples
+from narvl_jax.data.pictures import depth, images
+from tests.data.pictures import samples
 
 
 def _values(channels: int, top: int = 255) -> np.ndarray:
@@ -29,7 +29,7 @@ def test_png_of_16_bits(channels: int) -> None:
   values = _values(channels)
   for factor in (1, 257):
     # Values of 8 bits, and the same on the scale of 16.
-    data = picture_samples.png_16(values * factor)
+    data = samples.png_16(values * factor)
     image = images.prepare_image(data, (5, 7))
     np.testing.assert_array_equal(image, _colors(values))
 
@@ -40,7 +40,7 @@ def test_png_of_16_bits(channels: int) -> None:
 def test_tiff_of_16_bits(channels: int, order: str, compressed: bool) -> None:
   values = _values(channels)
   for factor in (1, 257):
-    data = picture_samples.tiff_16(values * factor, order, compressed)
+    data = samples.tiff_16(values * factor, order, compressed)
     image = images.prepare_image(data, (5, 7))
     np.testing.assert_array_equal(image, _colors(values))
 
@@ -49,17 +49,17 @@ def test_a_dark_picture_stays_dark() -> None:
   """Of 4,095 nobody knows whether it is the white of 12 bits."""
   for channels in (1, 3):
     values = _values(channels, 4095)
-    image = images.prepare_image(picture_samples.png_16(values), (5, 7))
+    image = images.prepare_image(samples.png_16(values), (5, 7))
     assert image.max() in (15, 16)
   image = images.prepare_image(
-    picture_samples.png_16(np.full((2, 2, 1), 256, np.uint16)), (2, 2)
+    samples.png_16(np.full((2, 2, 1), 256, np.uint16)), (2, 2)
   )
   assert (image == 1).all()
 
 
 def test_black_of_16_bits() -> None:
   for channels in (1, 2, 3, 4):
-    data = picture_samples.png_16(np.zeros((2, 3, channels), np.uint16))
+    data = samples.png_16(np.zeros((2, 3, channels), np.uint16))
     assert not images.prepare_image(data, (2, 3)).any()
 
 
@@ -77,7 +77,7 @@ def test_strips_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = images.prepare_image(file.getvalue(), (37, 11))
     for size in (1, 30, 11 * 36):
       with monkeypatch.context() as patch:
-        patch.setattr(picture_depth, "_STRIP_PIXELS", size)
+        patch.setattr(depth, "_STRIP_PIXELS", size)
         parts = images.prepare_image(file.getvalue(), (37, 11))
       np.testing.assert_array_equal(parts, whole)
 
@@ -88,15 +88,13 @@ def test_infinite_values_do_not_make_the_scale(scale: float) -> None:
   pixels = np.full((4, 5), scale, np.float32)
   pixels[1] = scale / 2
   pixels[2] = 0
-  expected = np.asarray(picture_depth.to_8_bits(Image.fromarray(pixels)))
+  expected = np.asarray(depth.to_8_bits(Image.fromarray(pixels)))
   pixels[3, :3] = np.inf, -np.inf, np.nan
-  grey = np.asarray(picture_depth.to_8_bits(Image.fromarray(pixels)))
+  grey = np.asarray(depth.to_8_bits(Image.fromarray(pixels)))
   np.testing.assert_array_equal(grey[:3], expected[:3])
   assert grey[3, :3].tolist() == [255, 0, 0]
   alone = np.full((2, 2), np.inf, np.float32)
-  assert (
-    np.asarray(picture_depth.to_8_bits(Image.fromarray(alone))) == 255
-  ).all()
+  assert (np.asarray(depth.to_8_bits(Image.fromarray(alone))) == 255).all()
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.int32])
@@ -105,7 +103,7 @@ def test_memory_is_bounded(dtype: type) -> None:
   side = 4096
   picture = Image.fromarray(np.full((side, side), 7, dtype))
   tracemalloc.start()
-  grey = picture_depth.to_8_bits(picture)
+  grey = depth.to_8_bits(picture)
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
   assert grey.mode == "L"

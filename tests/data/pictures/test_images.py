@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from narvl_jax.data import images
+from narvl_jax.data.pictures import images
 from narvl_jax.errors import UserError
 from tests.conftest import ROOT
 

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from narvl_jax.configs.own_data import get_config
-from narvl_jax.data import images
 from narvl_jax.data.batches import pipeline
 from narvl_jax.data.checking import samples as check_samples
 from narvl_jax.data.example import Record
+from narvl_jax.data.pictures import images
 from narvl_jax.data.shards import records
 from narvl_jax.data.sources import load_source
 from narvl_jax.errors import UserError
@@ -29,9 +29,9 @@ from narvl_jax.experiment.config import (
 from narvl_jax.experiment.config_checks import validate
 from narvl_jax.experiment.datasets import load_dataset, load_mixture
 from narvl_jax.predict import read_picture
-from tests.data import picture_samples as samples
 from tests.data.converting import convert
 from tests.data.number_source import make_tasks
+from tests.data.pictures import samples
 
 PIXELS = samples.smooth(40, 24)
 # Largest difference that JPEG makes.

@@ -5,7 +5,7 @@ up, the orientation tag is ignored (unless the picture is `Upright`). Resizing
 is bicubic to the exact size, the aspect ratio is not kept. Beyond the
 reference: 16-bit and float greys are scaled to 8 bits (the reference clips them
 to white), truncated files are refused (the reference fills the rest with
-grey), and so are huge ones. `picture_files.py` has what concerns files.
+grey), and so are huge ones. `files.py` has what concerns files.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from narvl_jax.data import picture_files
-from narvl_jax.data.picture_files import MAX_PIXELS as MAX_PIXELS
-from narvl_jax.data.picture_files import Upright as Upright
-from narvl_jax.data.picture_files import read_image_file as read_image_file
-from narvl_jax.data.picture_files import with_orientation as with_orientation
+from narvl_jax.data.pictures import files
+from narvl_jax.data.pictures.files import MAX_PIXELS as MAX_PIXELS
+from narvl_jax.data.pictures.files import Upright as Upright
+from narvl_jax.data.pictures.files import read_image_file as read_image_file
+from narvl_jax.data.pictures.files import with_orientation as with_orientation
 from narvl_jax.errors import UserError
 
 # Shares of red, green and blue in a grey; as Pillow has them.
@@ -50,7 +50,7 @@ def original_size(image: bytes | np.ndarray) -> tuple[int, int]:
   if isinstance(image, np.ndarray):
     _check_array(image)
     return image.shape[1], image.shape[0]
-  return picture_files.picture_size(image)
+  return files.picture_size(image)
 
 
 def orientation(image: bytes | np.ndarray) -> int:
@@ -61,7 +61,7 @@ def orientation(image: bytes | np.ndarray) -> int:
   """
   if isinstance(image, np.ndarray):
     return 1
-  return picture_files.orientation(picture_files.open_picture(image), image)
+  return files.orientation(files.open_picture(image), image)
 
 
 def prepare_image(
@@ -88,7 +88,7 @@ def prepare_image(
     _check_array(image)
     picture = Image.fromarray(image)
   else:
-    picture = picture_files.decode(image)
+    picture = files.decode(image)
   box = None
   if change is not None and change.crop is not None:
     x0, y0, x1, y1 = change.crop
@@ -146,4 +146,4 @@ def _check_array(image: np.ndarray) -> None:
       f"the image is an array {image.dtype}{list(image.shape)}; it must be"
       " uint8 [height, width, 3]"
     )
-  picture_files.check_size(image.shape[1], image.shape[0])
+  files.check_size(image.shape[1], image.shape[0])

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from narvl_jax.data import images, picture_files
+from narvl_jax.data.pictures import files, images
 from narvl_jax.data.sources import load_source
 from narvl_jax.errors import UserError
 from narvl_jax.predict import read_picture
 from tests.conftest import ROOT
-from tests.data import picture_samples
+from tests.data.pictures import samples
 
 SECRET = b"user=admin\npassword=hunter2-and-more\n" * 4
 
@@ -28,7 +28,7 @@ SECRET = b"user=admin\npassword=hunter2-and-more\n" * 4
 )
 def test_formats(kind: str) -> None:
   pixels = np.full((6, 8, 3), 90, np.uint8)
-  data = picture_samples.encode(pixels, kind)
+  data = samples.encode(pixels, kind)
   assert images.original_size(data) == (8, 6)
   image = images.prepare_image(data, (6, 8))
   assert np.abs(image.astype(int) - 90).max() <= 3
@@ -58,7 +58,7 @@ def test_decoders_are_found_without_importing_all() -> None:
   """Pillow imports 40 modules to look for a format that it does not know."""
   program = (
     "import sys\n"
-    "from narvl_jax.data import images\n"
+    "from narvl_jax.data.pictures import images\n"
     "try: images.original_size(b'no picture')\n"
     "except ValueError: pass\n"
     "print([x for x in sys.modules if 'EpsImage' in x or 'FliImage' in x])"
@@ -96,7 +96,7 @@ def test_content_is_never_quoted(start: bytes, kind: str) -> None:
 
 
 def test_damaged_chunks_are_not_quoted() -> None:
-  data = picture_samples.encode(np.zeros((4, 4, 3), np.uint8))
+  data = samples.encode(np.zeros((4, 4, 3), np.uint8))
   end = data.index(b"IDAT") - 4
   bad = data[:end] + struct.pack(">I", 3) + b"h\x00n2abc\0\0\0\0" + data[end:]
   with pytest.raises(UserError, match=r"damaged|format") as caught:
@@ -163,7 +163,7 @@ def test_no_regular_file(
 def test_symbolic_links_to_regular_files(
   tmp_path: pathlib.Path, readers: Any
 ) -> None:
-  data = picture_samples.encode(np.full((3, 4, 3), 9, np.uint8))
+  data = samples.encode(np.full((3, 4, 3), 9, np.uint8))
   (tmp_path / "there.png").write_bytes(data)
   (tmp_path / "link.png").symlink_to("there.png")
   bytes_of, pixels_of, record_of = (read("link.png") for read in readers)
@@ -185,8 +185,8 @@ def test_a_huge_file_is_not_read(tmp_path: pathlib.Path, readers: Any) -> None:
 def test_bytes_of_any_source_have_the_limit(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-  monkeypatch.setattr(picture_files, "MAX_BYTES", 60)
-  data = picture_samples.encode(np.zeros((40, 40, 3), np.uint8))
+  monkeypatch.setattr(files, "MAX_BYTES", 60)
+  data = samples.encode(np.zeros((40, 40, 3), np.uint8))
   with pytest.raises(UserError, match=r"has \d+ bytes, the limit is 60"):
     images.original_size(data)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from narvl_jax.data import rendering
+from narvl_jax.data.pictures import rendering
 
 FONT = ImageFont.load_default(14)
 

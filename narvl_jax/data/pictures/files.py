@@ -14,7 +14,7 @@ from typing import Any
 # Imported for their decoders, which Pillow otherwise looks up by importing all.
 from PIL import Image, TiffImagePlugin, WebPImagePlugin
 
-from narvl_jax.data import picture_depth
+from narvl_jax.data.pictures import depth
 from narvl_jax.errors import UserError
 from narvl_jax.files.regular import read_regular
 
@@ -221,12 +221,12 @@ def decode(data: bytes) -> Image.Image:
   """
   picture = open_picture(data)
   turn = _turn(picture, data)
-  low_bytes = picture_depth.low_byte_tiles(picture)
+  low_bytes = depth.low_byte_tiles(picture)
   load(picture, data)
-  if picture_depth.is_deep_grey(picture):
-    picture = picture_depth.to_8_bits(picture)
-  elif low_bytes and picture_depth.is_black(picture):
-    picture = picture_depth.decode_low_bytes(open_picture(data), low_bytes)
+  if depth.is_deep_grey(picture):
+    picture = depth.to_8_bits(picture)
+  elif low_bytes and depth.is_black(picture):
+    picture = depth.decode_low_bytes(open_picture(data), low_bytes)
   if picture.mode not in ("L", "RGB"):
     picture = _to_rgb(picture)
   return picture if turn is None else picture.transpose(turn)

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from narvl_jax.data import augmentation, images, tasks
+from narvl_jax.data import tasks
 from narvl_jax.data.batches.batching import Batcher
 from narvl_jax.data.example import TASKS, Record
+from narvl_jax.data.pictures import augmentation, images
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 

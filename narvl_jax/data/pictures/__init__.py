@@ -1,0 +1,1 @@
+"""Pictures: files, decoding, augmentation, and drawings of predictions."""
