@@ -1,209 +1,158 @@
-"""Features of a TFDS example by path, read from its protocol buffer.
+"""Features of a TFDS example, selected by path; pictures stay encoded.
 
-Only what is asked for is read: pictures stay encoded, masks untouched. A path
-names features as TFDS nests them, such as "objects/bbox". Feature names may
-hold a "/" themselves ("image/id").
+A path names features as TFDS nests them, such as "objects/bbox". A feature's
+own name may contain "/" ("image/id").
+
+`tfds.decode.PartialDecoding` would do this, but it imports TensorFlow and is
+not supported by `as_data_source`. So TFDS only parses the example here, which
+decodes no picture.
 """
 
 import dataclasses
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import example_parser
 
 from narvl_jax.errors import UserError, did_you_mean
 
-_FLAT = "ragged_flat_values"
-_LENGTHS = "ragged_row_lengths_0"
 _MAX_SEQUENCES = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Feature:
-  """A feature at the end of a path.
+class Selector:
+  """What a record takes from one feature of an example.
 
   Attributes:
-    path: such as "objects/bbox".
-    depth: number of sequences that it is within, 0 to 2.
-    size: number of values of one item, 4 for a box; 1 for a scalar.
-    names: of a class label's values; () for other features.
-    box_format: of a BBoxFeature, such as "REL_YXYX"; else "".
-    is_image: whether it is a picture.
+    path: path of the feature, such as "objects/bbox".
+    depth: number of sequences around the feature, 0 to 2.
+    each_depth: number of sequences whose elements are the records, 0 to 2.
+    common: how many of these sequences are around the feature, too.
+    names: names of a class label's values; () for other features.
+    box_format: format of a BBoxFeature, such as "REL_YXYX"; "" for others.
   """
 
   path: str
   depth: int
-  size: int
-  names: tuple[str, ...] = ()
-  box_format: str = ""
-  is_image: bool = False
-
-  def values(self, example: Any) -> list[Any]:
-    """Returns all items of an example, those of nested sequences in a row.
-
-    Args:
-      example: `tf_example_pb2.Example`.
-    """
-    key = f"{self.path}/{_FLAT}" if self.depth > 1 else self.path
-    if key not in example.features.feature:
-      return []
-    feature = example.features.feature[key]
-    kind = feature.WhichOneof("kind")
-    flat = list(getattr(feature, kind).value) if kind else []
-    if self.names:
-      flat = [self._name(value) for value in flat]
-    if self.size == 1:
-      return flat
-    return [flat[i : i + self.size] for i in range(0, len(flat), self.size)]
-
-  def row_lengths(self, example: Any) -> list[int]:
-    """Returns the number of items in each inner sequence, at depth 2."""
-    key = f"{self.path}/{_LENGTHS}"
-    if key not in example.features.feature:
-      return []
-    return list(example.features.feature[key].int64_list.value)
-
-  def _name(self, value: int) -> str:
-    # TFDS writes -1 for a label that is not known.
-    return self.names[value] if 0 <= value < len(self.names) else ""
-
-
-def find_feature(features: Any, path: str, *, field: str) -> Feature:
-  """Returns the feature at a path.
-
-  Args:
-    features: `tfds.features.FeaturesDict` of a data set.
-    path: such as "objects/bbox".
-    field: of ours, for messages.
-
-  Raises:
-    UserError: there is no such feature or its type cannot be read.
-  """
-  known = dict(all_features(features))
-  if path not in known:
-    raise UserError(
-      f'tfds: there is no feature "{path}" for fields.{field}.'
-      f"{did_you_mean(path, known)} Set options.fields.{field}"
-    )
-  leaf, depth = known[path]
-  shape = tuple(leaf.shape)
-  is_image = isinstance(leaf, tfds.features.Image)
-  # A one-dimensional tensor of unknown length is a list as well.
-  if len(shape) == 1 and shape[0] is None and not is_image:
-    depth, shape = depth + 1, ()
-  encoded = getattr(leaf, "_encoded_to_bytes", False)
-  unknown_size = None in shape and not is_image
-  if depth > _MAX_SEQUENCES or encoded or unknown_size:
-    raise UserError(
-      f'tfds: the feature "{path}" ({type(leaf).__name__}, shape {leaf.shape},'
-      f" in {depth} sequences) cannot be read; set options.fields.{field} to a"
-      " text, number, label, box or picture in at most two sequences"
-    )
-  box_format = getattr(leaf, "bbox_format", None)
-  return Feature(
-    path,
-    depth,
-    1 if is_image else math.prod(shape),
-    tuple(leaf.names) if isinstance(leaf, tfds.features.ClassLabel) else (),
-    box_format.value if box_format is not None else "",
-    is_image,
-  )
-
-
-def all_features(
-  features: Any, prefix: str = "", depth: int = 0
-) -> Iterator[tuple[str, tuple[Any, int]]]:
-  """Yields (path, (feature, number of sequences around it)) of all leaves."""
-  if isinstance(features, tfds.features.FeaturesDict):
-    for name, inner in features.items():
-      yield from all_features(inner, f"{prefix}{name}/", depth)
-  elif isinstance(features, tfds.features.Sequence):
-    yield from all_features(features.feature, prefix, depth + 1)
-  else:
-    yield prefix.removesuffix("/"), (features, depth)
-
-
-@dataclasses.dataclass(frozen=True)
-class Selector:
-  """What a record takes of a feature.
-
-  Attributes:
-    feature: the feature.
-    each_depth: number of sequences whose elements are the records, 0 to 2.
-    common: how many of these the feature is within.
-  """
-
-  feature: Feature
   each_depth: int
   common: int
+  names: tuple[str, ...] = ()
+  box_format: str = ""
 
   @property
   def is_element(self) -> bool:
     """Whether each record has a value of its own."""
-    return self.each_depth > 0 and self.common == self.each_depth
+    return 0 < self.each_depth == self.common
 
-  def count(self, example: Any) -> int:
-    """Returns how many records an example has, if `is_element`."""
-    if self.feature.depth > self.each_depth:
-      return len(self.feature.row_lengths(example))
-    return len(self.feature.values(example))
+  def lengths(self, example: Mapping[str, Any]) -> list[int]:
+    """Returns the records of each outer element; their sum is the count."""
+    value = self._value(example)
+    return [len(value)] if self.each_depth < 2 else [len(row) for row in value]
 
-  def row_lengths(self, example: Any) -> list[int]:
-    """Returns how many records each outer element has; [] if they are it."""
+  def place(self, example: Mapping[str, Any], element: int) -> list[int]:
+    """Returns the indices of record `element` in the sequences of records."""
     if self.each_depth < 2:
-      return []
-    return self.feature.row_lengths(example)
+      return [element]
+    for row, length in enumerate(self.lengths(example)):
+      if element < length:
+        return [row, element]
+      element -= length
+    raise UserError("the lengths of nested features do not fit together")
 
-  def select(self, example: Any, element: int, lengths: list[int]) -> Any:
-    """Returns the value of a record: an item, or a list of them.
+  def select(self, example: Mapping[str, Any], place: Sequence[int]) -> Any:
+    """Returns the value of one record: an item, or a list of items.
 
     Args:
-      example: `tf_example_pb2.Example`.
-      element: which record of the example.
-      lengths: from the `row_lengths` of the field that counts records.
+      example: output of `Parser`.
+      place: indices into the sequences whose elements are the records.
 
     Returns:
       None if the example lacks the value.
-    """
-    items = self.feature.values(example)
-    if self.common == 0:
-      if self.feature.depth:
-        return items
-      return items[0] if items else None
-    if self.common == 1:
-      outer = _row_of(element, lengths) if self.each_depth == 2 else element
-      if self.feature.depth == 2:
-        own = self.feature.row_lengths(example)
-        start = sum(own[:outer])
-        return items[start : start + own[outer]]
-      return self._item(items, outer)
-    return self._item(items, element)
 
-  def _item(self, items: list[Any], index: int) -> Any:
-    if index >= len(items):
-      raise UserError(
-        f'the feature "{self.feature.path}" has {len(items)} values, not the'
-        f" {index + 1} that other features have"
-      )
-    return items[index]
+    Raises:
+      UserError: the feature has fewer elements than others.
+    """
+    value = self._value(example)
+    for index in place[: self.common]:
+      if index >= len(value):
+        raise UserError(
+          f'the feature "{self.path}" has {len(value)} values, not the'
+          f" {index + 1} that other features have"
+        )
+      value = value[index]
+    value = _plain(value)
+    if not self.names or value is None:
+      return value
+    if isinstance(value, list):
+      return [self._name(item) for item in value]
+    return self._name(value)
+
+  def _value(self, example: Mapping[str, Any]) -> Any:
+    value = example[self.path]
+    return [] if value is None and self.depth else value
+
+  def _name(self, value: int) -> str:
+    # TFDS writes -1 for an unknown label.
+    return self.names[value] if 0 <= value < len(self.names) else ""
+
+
+def _plain(value: Any) -> Any:
+  """Returns Python values; the rows of a ragged feature are concatenated."""
+  if isinstance(value, list):
+    return [item for row in value for item in _plain(row)]
+  return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def make_parser(features: Any, selectors: Sequence[Selector]) -> Any:
+  """Returns a parser: serialized example -> {path: value} of the selectors.
+
+  Values are NumPy arrays, scalars or, of nested sequences, lists of arrays. A
+  feature that the example lacks is None.
+  """
+  paths = {selector.path for selector in selectors}
+  infos = _flatten(features.get_serialized_info())
+  # The parser raises KeyError for a ragged feature that it does not know.
+  parser = example_parser.ExampleParserNp(
+    {
+      path: info
+      for path, info in infos
+      if path in paths or info.shape.count(None) > 1
+    }
+  )
+  return parser.parse_example
+
+
+def _flatten(infos: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  for name, info in infos.items():
+    if isinstance(info, Mapping):
+      yield from _flatten(info, f"{prefix}{name}/")
+    else:
+      yield prefix + name, info
 
 
 def make_selector(
   features: Any, path: str, each: str, *, field: str
 ) -> Selector:
-  """Returns what records take of the feature at a path.
+  """Returns what records take from the feature at a path.
 
   Args:
-    features: of the data set.
-    path: of the feature.
+    features: `tfds.features.FeaturesDict` of a data set.
+    path: path of the feature, such as "objects/bbox".
     each: path of the sequence whose elements are the records, or "".
-    field: of ours, for messages.
+    field: field of `Record`, for messages.
 
   Raises:
-    UserError: there is no such feature or sequence.
+    UserError: there is no such feature or sequence, or its type cannot be
+      read.
   """
-  sequences = list(_sequences(features))
+  nodes = list(_nodes(features))
+  sequences = [
+    (name, depth)
+    for name, node, depth in nodes
+    if isinstance(node, tfds.features.Sequence)
+  ]
   depths = [depth for name, depth in sequences if name == each]
   if each and not depths:
     names = {name for name, _ in sequences}
@@ -217,50 +166,75 @@ def make_selector(
       f'tfds: "{each}" lies in {each_depth} sequences; options.each may be in'
       f" at most {_MAX_SEQUENCES}"
     )
+  leaves = {
+    name: (node, depth)
+    for name, node, depth in nodes
+    if not isinstance(node, tfds.features.FeaturesDict | tfds.features.Sequence)
+  }
+  if path not in leaves:
+    raise UserError(
+      f'tfds: there is no feature "{path}" for fields.{field}.'
+      f"{did_you_mean(path, leaves)} Set options.fields.{field}"
+    )
+  leaf, depth = leaves[path]
   common = [
     depth
     for name, depth in sequences
     if _is_within(each, name) and _is_within(path, name)
   ]
+  box_format = getattr(leaf, "bbox_format", None)
   return Selector(
-    find_feature(features, path, field=field),
+    path,
+    _checked_depth(path, leaf, depth, field),
     each_depth,
     max(common, default=0),
+    tuple(leaf.names) if isinstance(leaf, tfds.features.ClassLabel) else (),
+    box_format.value if box_format is not None else "",
   )
+
+
+def _nodes(
+  feature: Any, path: str = "", depth: int = 0
+) -> Iterator[tuple[str, Any, int]]:
+  """Yields (path, feature, sequences around or at it) of all features."""
+  if isinstance(feature, tfds.features.FeaturesDict):
+    for name, inner in feature.items():
+      yield from _nodes(inner, f"{path}/{name}".lstrip("/"), depth)
+  elif isinstance(feature, tfds.features.Sequence):
+    yield path, feature, depth + 1
+    yield from _nodes(feature.feature, path, depth + 1)
+  else:
+    yield path, feature, depth
+
+
+def _checked_depth(path: str, leaf: Any, depth: int, field: str) -> int:
+  """Returns the number of sequences around a leaf, if it can be read."""
+  shape = tuple(leaf.shape)
+  is_image = isinstance(leaf, tfds.features.Image)
+  # A one-dimensional tensor of unknown length is a list as well.
+  is_list = shape == (None,) and not is_image
+  unknown_size = None in shape and not is_image and not is_list
+  encoded = getattr(leaf, "_encoded_to_bytes", False)
+  if depth + is_list > _MAX_SEQUENCES or encoded or unknown_size:
+    raise UserError(
+      f'tfds: the feature "{path}" ({type(leaf).__name__}, shape {leaf.shape},'
+      f" in {depth + is_list} sequences) cannot be read; set"
+      f" options.fields.{field} to a text, number, label, box or picture in at"
+      " most two sequences"
+    )
+  return depth + is_list
 
 
 def _is_within(path: str, outer: str) -> bool:
   return path == outer or path.startswith(outer + "/")
 
 
-def _row_of(element: int, lengths: list[int]) -> int:
-  for row, length in enumerate(lengths):
-    if element < length:
-      return row
-    element -= length
-  raise UserError("the lengths of nested features do not fit together")
-
-
-def _sequences(
-  features: Any, prefix: str = "", depth: int = 0
-) -> Iterator[tuple[str, int]]:
-  """Yields (path, number of sequences up to its own) of all sequences."""
-  if isinstance(features, tfds.features.FeaturesDict):
-    for name, inner in features.items():
-      yield from _sequences(inner, f"{prefix}{name}/", depth)
-  elif isinstance(features, tfds.features.Sequence):
-    yield prefix.removesuffix("/"), depth + 1
-    yield from _sequences(features.feature, prefix, depth + 1)
-
-
 def text(value: Any) -> str:
   """Returns a text; of a list, its only element.
 
   Raises:
-    UserError: there are several, or it is not in UTF-8.
+    UserError: there are several, or one is not in UTF-8.
   """
-  if value is None:
-    return ""
   found = texts(value)
   if len(found) > 1:
     raise UserError(f"there are {len(found)} texts in place of one: {found}")
@@ -268,7 +242,7 @@ def text(value: Any) -> str:
 
 
 def texts(value: Any) -> list[str]:
-  """Returns the texts of a value or a list of values.
+  """Returns the texts of a value or of a list of values.
 
   Raises:
     UserError: one is not in UTF-8.
@@ -282,9 +256,3 @@ def texts(value: Any) -> list[str]:
     ]
   except UnicodeDecodeError as e:
     raise UserError(f"a text is not in UTF-8: {e}") from e
-
-
-def short(value: Any) -> str:
-  """Returns what stands for a value in a message."""
-  shown = repr(value)
-  return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -82,7 +82,7 @@ def counter(selectors: Mapping[str, Selector], each: str) -> Selector | None:
   """
   if not each:
     return None
-  found = max(selectors.values(), key=lambda s: (s.common, s.feature.depth))
+  found = max(selectors.values(), key=lambda selector: selector.common)
   if not found.is_element:
     raise UserError(
       f'tfds: no field lies in options.each="{each}"; set options.each or'
@@ -102,10 +102,10 @@ def box_format_of(box: Selector | None, given: str) -> str:
       f'tfds: options.box_format is "{given}".'
       f"{did_you_mean(given, BOX_FORMATS)}"
     )
-  found = given or (box.feature.box_format if box else "")
+  found = given or (box.box_format if box else "")
   if box is not None and not found:
     raise UserError(
-      f'tfds: the feature "{box.feature.path}" does not say how it gives a box;'
+      f'tfds: the feature "{box.path}" does not say how it gives a box;'
       f" set options.box_format to one of {', '.join(BOX_FORMATS)} (REL_: as"
       " shares of the picture, others in pixels)"
     )

@@ -31,7 +31,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from tensorflow_datasets.proto import tf_example_pb2
 
 from narvl_jax.data.answer_text import normalize_answer
 from narvl_jax.data.example import TASKS, Box, Record
@@ -41,8 +40,8 @@ from narvl_jax.data.sources.base import RecordSource
 from narvl_jax.data.sources.tfds import index as tfds_index
 from narvl_jax.data.sources.tfds import prepared as tfds_prepared
 from narvl_jax.data.sources.tfds.fields import (
+  make_parser,
   make_selector,
-  short,
   text,
   texts,
 )
@@ -54,9 +53,6 @@ from narvl_jax.data.sources.tfds.layouts import (
   needed_fields,
 )
 from narvl_jax.errors import UserError, did_you_mean
-
-# Its names are made when it is imported.
-_PROTO: Any = tf_example_pb2
 
 
 class TfdsSource(RecordSource):
@@ -132,6 +128,9 @@ class TfdsSource(RecordSource):
       field: make_selector(builder.info.features, path, each, field=field)
       for field, path in mapping.items()
     }
+    self._parse = make_parser(
+      builder.info.features, list(self._selectors.values())
+    )
     self._each = each
     self._counter = counter(self._selectors, each)
     self._box_format = box_format_of(self._selectors.get("box"), box_format)
@@ -140,7 +139,7 @@ class TfdsSource(RecordSource):
     self._files = _files_key(builder, split)
     self._ends: np.ndarray | None = None
     if self._counter is not None:
-      key = f"{self._files} {self._counter}"
+      key = f"{self._files} {each}"
       self._ends = tfds_index.record_ends(
         key, len(self._data), index_dir, self._records_of
       )
@@ -187,9 +186,8 @@ class TfdsSource(RecordSource):
 
   def _example(self, number: int) -> Any:
     try:
-      data = self._data[number]
-      return _PROTO.Example.FromString(data)
-    except Exception as e:  # RuntimeError, DecodeError: damaged data.
+      return self._parse(self._data[number])
+    except Exception as e:  # Damaged data raises errors of many types.
       raise UserError(
         f"the stored example cannot be read ({e}); prepare the data set again"
       ) from e
@@ -197,20 +195,20 @@ class TfdsSource(RecordSource):
   def _records_of(self, number: int) -> int:
     assert self._counter is not None
     try:
-      return self._counter.count(self._example(number))
+      return sum(self._counter.lengths(self._example(number)))
     except UserError:
       return 1  # So that reading meets it and counts it as a bad record.
 
   def _record(self, example: Any, element: int, number: int) -> Record:
-    lengths = self._counter.row_lengths(example) if self._counter else []
+    place = self._counter.place(example, element) if self._counter else []
     values = {
-      field: selector.select(example, element, lengths)
+      field: selector.select(example, place)
       for field, selector in self._selectors.items()
     }
     image = values["image"]
     if not isinstance(image, bytes) or not image:
       raise UserError(
-        f'the feature "{self._selectors["image"].feature.path}" is'
+        f'the feature "{self._selectors["image"].path}" is'
         f" a value of type {type(image).__name__}, not an encoded picture"
       )
     objects = values.get("objects")
@@ -255,7 +253,9 @@ class TfdsSource(RecordSource):
 
   def _box(self, values: Any, image: bytes) -> Box:
     if not isinstance(values, list) or len(values) != 4:
-      raise UserError(f"the box is {short(values)}; it must be four numbers")
+      raise UserError(
+        f"the box is {checked.quoted(values)}; it must be four numbers"
+      )
     a, b, c, d = values
     if self._box_format.endswith("YXYX"):
       a, b, c, d = b, a, d, c
