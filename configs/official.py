@@ -1,4 +1,4 @@
-"""What the official recipes share; `configs/README.md` tells how to use them.
+"""What the official recipes share; `docs/recipes.md` tells how to use them.
 
 Global settings of the official scripts, and the arguments that each recipe
 takes after the colon: `--config=configs/refcoco.py:size=base,epochs=10`.

@@ -4,7 +4,7 @@
       --workdir=runs/snli_ve --config.init_from=runs/ofa_base \
       --config.vocabulary.path=FOLDER
 
-`configs/README.md` goes from the downloaded files to the result and explains
+`docs/recipes.md` goes from the downloaded files to the result and explains
 the arguments `size`, `epochs`, `data` and `split`. The data are
 `data/snli_ve_{train,dev,test}.tsv`.
 

@@ -4,7 +4,7 @@
       --workdir=runs/vqa --config.init_from=runs/ofa_base \
       --config.vocabulary.path=FOLDER
 
-`configs/README.md` goes from the downloaded files to the result and explains
+`docs/recipes.md` goes from the downloaded files to the result and explains
 the arguments `size`, `epochs`, `data` and `split`. The data are
 `data/vqa_{train,val}.tsv`. `val` is the part that OFA keeps (about 10,000
 questions); the answers of the test split are not public.

@@ -1,17 +1,23 @@
 """Draws the figures of the documentation into docs/images.
 
+    pip install -e ".[plots]"
     python docs/figures.py [--workdir=runs/shapes]
 
-Without a run folder only the diagrams are drawn. With one, the predictions of
-its test split become the picture of the README.
+Without a run folder only the diagram is drawn. With one, the first examples of
+its test split and the answers of its best checkpoint become predictions.png.
 """
 
+import io
 import pathlib
+import textwrap
 from collections.abc import Sequence
 
 from absl import app, flags
 from matplotlib import patches
 from matplotlib import pyplot as plt
+from PIL import Image
+
+from narvl_jax.predict import predict
 
 IMAGES = pathlib.Path(__file__).parent / "images"
 _INK, _FAINT = "#1f2933", "#9aa5b1"
@@ -20,18 +26,92 @@ _ANSWER_TOKENS = ("a", "red", "circle")
 # What each query emits; "-" is blank.
 _QUERIES = ("-", "a", "red", "red", "-", "circle")
 
+# Of the picture of predictions: rows, and examples of each.
+_TASKS = {
+  "vqa": "visual question answering",
+  "grounding": "visual grounding",
+  "caption": "captioning",
+  "entailment": "visual entailment",
+}
+_EXAMPLES = 2
+
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Trained run, for the picture of predictions."
 )
 
 
 def main(argv: Sequence[str]) -> None:
-  """Draws all figures that can be drawn."""
+  """Draws the diagram and, for a run, its predictions."""
   del argv
   IMAGES.mkdir(exist_ok=True)
   plt.rcParams.update({"svg.hashsalt": "narvl", "font.family": "DejaVu Sans"})
   _one_pass(IMAGES / "one_pass.svg")
   print(f"wrote {IMAGES / 'one_pass.svg'}")
+  if _WORKDIR.value:
+    _predictions(IMAGES / "predictions.png", _WORKDIR.value)
+    print(f"wrote {IMAGES / 'predictions.png'}")
+
+
+def _predictions(path: pathlib.Path, workdir: str) -> None:
+  """Draws the first test examples of each task with the model's answers."""
+  figure, rows = plt.subplots(
+    _EXAMPLES, len(_TASKS), figsize=(11.2, 6.4), layout="constrained"
+  )
+  for column, (task, title) in enumerate(_TASKS.items()):
+    for index in range(_EXAMPLES):
+      _draw_prediction(rows[index][column], workdir, task, index)
+    rows[0][column].annotate(
+      title,
+      (0.5, 1.2),
+      xycoords="axes fraction",
+      ha="center",
+      fontsize=13,
+      weight="bold",
+    )
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png", dpi=100)
+  plt.close(figure)
+  # Flat colours: a palette makes the file a third as large.
+  with Image.open(buffer) as image:
+    image.convert("RGB").quantize(64).save(path, optimize=True)
+
+
+def _draw_prediction(
+  axes: plt.Axes, workdir: str, task: str, index: int
+) -> None:
+  found = predict(workdir, task=task, example=index)
+  with Image.open(found["image"]) as image:
+    axes.imshow(image.convert("RGB"), interpolation="nearest")
+  axes.set_xticks([])
+  axes.set_yticks([])
+  answer = str(found["answer"])
+  if task == "grounding":
+    answer = "no box"
+    if found["answer"] is not None:
+      _draw_box(axes, found["answer"])
+      answer = "red box"
+  elif answer != str(found["truth"]):
+    answer += f" (truth: {found['truth']})"
+  # Above the picture is what was asked, below it the answer of the model.
+  axes.set_title(textwrap.fill(found["prompt"] or "", 30), fontsize=10)
+  axes.set_xlabel(
+    textwrap.fill(answer, 28), fontsize=11, color="#0b5394", weight="bold"
+  )
+
+
+def _draw_box(axes: plt.Axes, box: Sequence[float]) -> None:
+  x0, y0, x1, y1 = box
+  axes.add_patch(
+    patches.Rectangle(
+      # Pixels are centred on whole numbers.
+      (x0 - 0.5, y0 - 0.5),
+      x1 - x0,
+      y1 - y0,
+      fill=False,
+      edgecolor="red",
+      linewidth=2.5,
+    )
+  )
 
 
 def _one_pass(path: pathlib.Path) -> None:
