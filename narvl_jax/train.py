@@ -26,6 +26,7 @@ from absl import flags
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
+from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.data.batches.workers import quiet_cleanup
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import evaluate_tasks
@@ -33,7 +34,7 @@ from narvl_jax.evaluation.reporting import format_metrics, format_table
 from narvl_jax.evaluation.results import make_way, write_results
 from narvl_jax.evaluation.score import flat_metrics, score_of
 from narvl_jax.experiment.config_checks import validate
-from narvl_jax.experiment.datasets import MixtureEntry, relative_evaluation
+from narvl_jax.experiment.datasets import relative_evaluation
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.hosts import distributed
 from narvl_jax.reliability import session as hosts

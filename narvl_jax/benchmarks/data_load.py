@@ -6,12 +6,13 @@ import multiprocessing
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from narvl_jax.benchmarks.data_files import write_vqa_tsv
 from narvl_jax.data.batches import pipeline
 from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
+from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources import load_source
 from narvl_jax.data.sources.ofa_tsv import OfaTsvSource
@@ -29,7 +30,7 @@ class Load:
   """Data and how they are read.
 
   Attributes:
-    entries: (source, task name, weight, name) each.
+    entries: sources of the mixture.
     tasks: name -> task.
     image_size: (height, width) in pixels.
     max_text_length: tokens of the prompt.
@@ -38,7 +39,7 @@ class Load:
     num_threads: threads of each process, where there is more than one.
   """
 
-  entries: Sequence[tuple[Any, str, Any, str]]
+  entries: list[MixtureEntry]
   tasks: Mapping[str, Task[Any]]
   image_size: tuple[int, int] = (480, 480)
   max_text_length: int = 80
@@ -130,7 +131,9 @@ def tsv_load(path: pathlib.Path, **settings: Any) -> Load:
   first = [source[i] for i in range(min(len(source), _VOCABULARY_RECORDS))]
   vocabulary = Vocabulary.train(vocabulary_texts("vqa", {}, first), 4000)
   task = make_task("vqa", vocabulary)
-  return Load([(source, "vqa", 1.0, "tsv")], {"vqa": task}, **settings)
+  return Load(
+    [MixtureEntry(source, "vqa", 1.0, "tsv")], {"vqa": task}, **settings
+  )
 
 
 def make_tsv(

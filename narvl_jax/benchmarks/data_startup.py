@@ -42,7 +42,7 @@ def first_batch(
   }
   report = {
     "benchmark": "data: first batch",
-    "records": sum(len(entry[0]) for entry in load.entries),
+    "records": sum(len(entry.source) for entry in load.entries),
     "environment": timing.environment(),
     "seconds": results,
   }
@@ -69,7 +69,7 @@ def _time_first_batch(
   start = time.perf_counter()
   if path is not None:
     source = data_load.open_tsv(path)
-    load.entries[0] = (source, *load.entries[0][1:])  # pyright: ignore
+    load.entries[0] = load.entries[0]._replace(source=source)
   opened = time.perf_counter()
   batches = load.batches(0, threads=2, prefetch=2)
   next(batches)

@@ -4,13 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources import load_source
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.config import Config
-
-# A source, the name of its task, its share, and its name.
-MixtureEntry = tuple[Sequence[Record], str, Any, str]
 
 
 def load_mixture(config: Config) -> list[MixtureEntry]:
@@ -29,7 +27,8 @@ def load_mixture(config: Config) -> list[MixtureEntry]:
         f"data.train.{name}: {text} (--config.data.train.{name}"
         f"{recipe_hint(name, entry)})"
       ) from error
-    mixture.append((source, entry.task, entry.get("weight", 1.0), name))
+    weight = entry.get("weight", 1.0)
+    mixture.append(MixtureEntry(source, entry.task, weight, name))
   return mixture
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from narvl_jax.experiment.datasets import MixtureEntry
+from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.run_folder.metrics import format_bytes
 from narvl_jax.terminal import progress

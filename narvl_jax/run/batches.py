@@ -11,12 +11,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.data.batches.pipeline import (
   BadRecords,
   TrainBatches,
   train_batches,
 )
-from narvl_jax.experiment.datasets import MixtureEntry
 from narvl_jax.parallel import local_rows, shard_batch
 from narvl_jax.training.setup import Setup
 

@@ -4,18 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
-from narvl_jax.data.batches.mixture import Entry, Mixture
+from narvl_jax.data.batches.entry import MixtureEntry
+from narvl_jax.data.batches.mixture import Mixture
 from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import Encoded, Task, check_num_queries
 from narvl_jax.data.tasks.base import required_queries
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.score import check_best_metric
 from narvl_jax.experiment.config import Config
-from narvl_jax.experiment.datasets import (
-  MixtureEntry,
-  load_dataset,
-  recipe_hint,
-)
+from narvl_jax.experiment.datasets import load_dataset, recipe_hint
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.training.constrained import (
   CONSTRAINED_OFF,
@@ -36,7 +33,7 @@ def check_mixture(
   """
   config = experiment.config
   return Mixture(
-    [Entry(*entry) for entry in mixture],
+    mixture,
     batch_size=config.train.batch_size,
     seed=config.seed,
     temperature=config.data.temperature,

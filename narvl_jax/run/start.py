@@ -16,9 +16,10 @@ from narvl_jax.checkpointing.restore import build_in
 from narvl_jax.checkpointing.weights import opened
 from narvl_jax.checkpointing.writing import Checkpoints, restore_target
 from narvl_jax.data.answers import load_answers
+from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config_checks import check_fit
-from narvl_jax.experiment.datasets import MixtureEntry, load_mixture
+from narvl_jax.experiment.datasets import load_mixture
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.experiment.vocabulary import check_vocabulary_files
 from narvl_jax.hosts import distributed

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from narvl_jax.data import tasks
 from narvl_jax.data.batches import pipeline
 from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
+from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.data.checking import inspection
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.sources import open_source
@@ -71,7 +72,7 @@ def test_every_reader_survives(
   json.dumps(figures)
   bad = pipeline.BadRecords(1.0)
   batches = pipeline.train_batches(
-    [(source, task, 1.0, "mine")],
+    [MixtureEntry(source, task, 1.0, "mine")],
     model_tasks,
     batch_size=len(source),
     seed=1,
@@ -122,7 +123,7 @@ def test_a_file_of_one_known_fault_is_no_defect(
   source = _open(path, "vqa")
   task = tasks.make_task("vqa", Vocabulary.train([" two"], 300, num_bins=16))
   batches = pipeline.train_batches(
-    [(source, "vqa", 1.0, "mine")],
+    [MixtureEntry(source, "vqa", 1.0, "mine")],
     {"vqa": task},
     batch_size=4,
     seed=1,

@@ -14,13 +14,14 @@ from flax.linen import meta
 from narvl_jax.checkpointing.restore import build_in, restore
 from narvl_jax.configs import shapes
 from narvl_jax.data import tasks
+from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment import vocabulary as run_vocabulary
 from narvl_jax.experiment.config import Config, default_config, train_source
 from narvl_jax.experiment.create import create
-from narvl_jax.experiment.datasets import MixtureEntry, load_mixture
+from narvl_jax.experiment.datasets import load_mixture
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.run import data_checks as run_data
 from narvl_jax.run_folder import workdir as workdir_lib
@@ -156,7 +157,9 @@ def test_bad_records_do_not_keep_a_run_from_starting(built):
       return f"a.tsv row {index + 1}"
 
   def damaged(good: int) -> list[Any]:
-    return [(Damaged(s, good), *rest) for s, *rest in mixture]
+    return [
+      entry._replace(source=Damaged(entry.source, good)) for entry in mixture
+    ]
 
   assert run_data.check_targets(built, damaged(3)) == []
   with pytest.raises(

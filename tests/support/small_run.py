@@ -18,9 +18,10 @@ import numpy as np
 
 from narvl_jax import train as train_lib
 from narvl_jax.checkpointing.writing import Checkpoints, restore_target
+from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.experiment.config import Config, train_source
 from narvl_jax.experiment.create import create
-from narvl_jax.experiment.datasets import MixtureEntry, load_mixture
+from narvl_jax.experiment.datasets import load_mixture
 from narvl_jax.parallel import make_mesh, shard_batch
 from narvl_jax.reliability.guard import Guard
 from narvl_jax.reliability.ledger import Ledger

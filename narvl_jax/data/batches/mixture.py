@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from narvl_jax.data.batches.entry import MixtureEntry, WeightSchedule
 from narvl_jax.errors import UserError
 
 # Weights are rounded to this many parts of their sum.
@@ -18,25 +19,6 @@ _PARTS = 1_000_000
 _MAX_PERMUTED = 1 << 24
 # Records that grain can shuffle.
 _MAX_SHUFFLED = 1 << 32
-
-WeightSchedule = float | Sequence[tuple[int, float]]
-
-
-class Entry(NamedTuple):
-  """One source of a mixture.
-
-  Attributes:
-    source: random access to records, `len` and `[]`.
-    task: name of the task that reads it.
-    weight: its share, relative to the other entries; or [(from_step, weight),
-      ...], from step 0 on, for a share that changes during training.
-    name: unique in the mixture; its order of records depends on it.
-  """
-
-  source: Any
-  task: str
-  weight: WeightSchedule
-  name: str
 
 
 class Draw(NamedTuple):
@@ -65,7 +47,7 @@ class Mixture:
 
   def __init__(
     self,
-    entries: Sequence[Entry],
+    entries: Sequence[MixtureEntry],
     *,
     batch_size: int,
     seed: int,
@@ -168,7 +150,7 @@ class _Permutations:
     return rng.permutation(np.arange(self._count, dtype=np.int32))
 
 
-def _order(entry: Entry, seed: int) -> Any:
+def _order(entry: MixtureEntry, seed: int) -> Any:
   """Returns the endless order of an entry's record numbers."""
   count = len(entry.source)
   if count < 1:
@@ -193,7 +175,7 @@ def share_changes(weights: Sequence[WeightSchedule]) -> list[int]:
   """Returns the positions of batches from which on the shares are others.
 
   Args:
-    weights: of all entries, see `Entry`.
+    weights: of all entries, see `MixtureEntry`.
   """
   schedules = [
     [(0, weight)] if isinstance(weight, int | float) else list(weight)
@@ -213,7 +195,9 @@ def _weight_at(schedule: Sequence[tuple[int, float]], step: int) -> float:
   return next(value for start, value in reversed(schedule) if start <= step)
 
 
-def _size_factors(entries: Sequence[Entry], temperature: float) -> list[float]:
+def _size_factors(
+  entries: Sequence[MixtureEntry], temperature: float
+) -> list[float]:
   """Returns what the temperature makes of the sizes; the largest gets 1."""
   if not math.isfinite(temperature) or temperature < 0:
     raise UserError(
@@ -226,7 +210,9 @@ def _size_factors(entries: Sequence[Entry], temperature: float) -> list[float]:
   return [(len(e.source) / largest) ** (1 / temperature) for e in entries]
 
 
-def _schedule(entry: Entry, size_factor: float) -> list[tuple[int, float]]:
+def _schedule(
+  entry: MixtureEntry, size_factor: float
+) -> list[tuple[int, float]]:
   """Returns [(from_step, weight), ...] after checks."""
   schedule = parse_weight(entry.name, entry.weight)
   return [(step, value * size_factor) for step, value in schedule]
@@ -279,7 +265,7 @@ def _is_number(value: Any) -> bool:
 
 def _parts(
   schedules: Sequence[Sequence[tuple[int, float]]],
-  entries: Sequence[Entry],
+  entries: Sequence[MixtureEntry],
   step: int,
 ) -> list[int]:
   """Returns the weights at a step as integers."""

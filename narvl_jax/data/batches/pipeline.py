@@ -24,7 +24,8 @@ from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
 from narvl_jax.data.batches.bad_records import BadRecords as BadRecords
 from narvl_jax.data.batches.batching import AnyTask, Batch, Prepared
 from narvl_jax.data.batches.batching import Batcher as Batcher
-from narvl_jax.data.batches.mixture import Draw, Entry, Mixture, WeightSchedule
+from narvl_jax.data.batches.entry import MixtureEntry
+from narvl_jax.data.batches.mixture import Draw, Mixture
 from narvl_jax.data.batches.shared_batches import Segments, SharedBatch
 from narvl_jax.data.example import Record
 from narvl_jax.errors import UserError, did_you_mean
@@ -34,7 +35,7 @@ _MAX_BAD_RUN = 100
 
 
 def train_batches(
-  entries: Sequence[tuple[Any, str, WeightSchedule, str]],
+  entries: Sequence[MixtureEntry],
   tasks: Mapping[str, AnyTask],
   position: int,
   *,
@@ -53,7 +54,7 @@ def train_batches(
   """Returns endless training batches, each a function of (seed, position).
 
   Args:
-    entries: (source, task name, weight, name) each; see `Entry`.
+    entries: sources to mix.
     tasks: name -> task.
     position: number of batches that were used or passed over already.
     batch_size: examples of all hosts together.
@@ -76,17 +77,16 @@ def train_batches(
     UserError: the mixture makes no sense (at once), or too many records are
       bad (while iterating).
   """
-  mixed = [Entry(*entry) for entry in entries]
-  _check_entries(mixed, tasks)
+  _check_entries(entries, tasks)
   mixture = Mixture(
-    mixed,
+    entries,
     batch_size=batch_size,
     seed=seed,
     rows=rows,
     temperature=temperature,
   )
   batcher = Batcher(image_size, max_text_length, max_label_length)
-  reader = _TrainReader(mixed, tasks, batcher, seed)
+  reader = _TrainReader(entries, tasks, batcher, seed)
   # Whole batches, since grain costs more per element than an example does.
   batches = grain.MapDataset.source(mixture).map(reader)[position:]
   ahead = batches.to_iter_dataset(_read_options(num_threads, prefetch))
@@ -98,7 +98,7 @@ def train_batches(
     segments = Segments(num_workers, 3 * max(prefetch, 1) + 4, size)
     ahead = workers.in_processes(ahead, num_workers, prefetch, segments)
   bad_records = bad_records or BadRecords()
-  return TrainBatches(iter(ahead), mixture, mixed, bad_records, segments)
+  return TrainBatches(iter(ahead), mixture, entries, bad_records, segments)
 
 
 class TrainBatches(Iterator[Batch]):
@@ -115,7 +115,7 @@ class TrainBatches(Iterator[Batch]):
     self,
     batches: Any,
     mixture: Mixture,
-    entries: Sequence[Entry],
+    entries: Sequence[MixtureEntry],
     bad_records: BadRecords,
     segments: Segments | None = None,
   ) -> None:
@@ -261,7 +261,7 @@ class _TrainReader:
 
   def __init__(
     self,
-    entries: Sequence[Entry],
+    entries: Sequence[MixtureEntry],
     tasks: Mapping[str, AnyTask],
     batcher: Batcher,
     seed: int,
@@ -321,7 +321,7 @@ class _TrainReader:
 
 
 def _check_entries(
-  entries: Sequence[Entry], tasks: Mapping[str, AnyTask]
+  entries: Sequence[MixtureEntry], tasks: Mapping[str, AnyTask]
 ) -> None:
   if not entries:
     raise UserError("there is no training data; set --config.data.train")

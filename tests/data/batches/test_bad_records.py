@@ -14,6 +14,7 @@ from narvl_jax.data.batches.bad_records import (
   RecordReader,
   short_reason,
 )
+from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.data.checking import inspection
 from narvl_jax.data.checking.samples import draw_samples
 from narvl_jax.data.shards.writer import PROGRESS, Job, write_shard
@@ -72,7 +73,7 @@ def _settings(**changes: Any) -> dict[str, Any]:
 
 def _train(model_tasks: Any, source: Any, **changes: Any) -> Any:
   return pipeline.train_batches(
-    [(source, "vqa", 1.0, "x")],
+    [MixtureEntry(source, "vqa", 1.0, "x")],
     model_tasks,
     seed=0,
     position=0,

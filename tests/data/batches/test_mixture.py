@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from narvl_jax.data.batches import mixture
-from narvl_jax.data.batches.mixture import Entry, Mixture
+from narvl_jax.data.batches.entry import MixtureEntry
+from narvl_jax.data.batches.mixture import Mixture
 from narvl_jax.errors import UserError
 
 
 class _Numbered(Mixture):
   """Numbers the records of all entries through, one entry after another."""
 
-  def __init__(self, entries: list[Entry], **settings: Any) -> None:
+  def __init__(self, entries: list[MixtureEntry], **settings: Any) -> None:
     super().__init__(entries, **settings)
     lengths = [0, *(len(entry.source) for entry in entries)]
     self._firsts = list(itertools.accumulate(lengths))
@@ -30,7 +31,7 @@ def _mixture(
 ) -> _Numbered:
   """Entries of (number of records, weight)."""
   entries = [
-    Entry(range(count), "vqa", weight, f"entry{i}")
+    MixtureEntry(range(count), "vqa", weight, f"entry{i}")
     for i, (count, weight) in enumerate(parts)
   ]
   return _Numbered(entries, batch_size=batch_size, seed=seed, **settings)

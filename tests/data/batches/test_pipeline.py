@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from narvl_jax.data.batches import pipeline
+from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
 from tests.data.number_source import H, L, NumberSource, T, W, make_tasks
@@ -21,7 +22,9 @@ def model_tasks() -> dict[str, Any]:
 def _entries(count: int = 50) -> list[Any]:
   schedule = ((0, 1.0), (3, 2.0))
   return [
-    (NumberSource(name, count + i), name, schedule if i else 1.0, name)
+    MixtureEntry(
+      NumberSource(name, count + i), name, schedule if i else 1.0, name
+    )
     for i, name in enumerate(TASKS)
   ]
 
@@ -147,7 +150,9 @@ def test_seed_matters(model_tasks: dict[str, Any]) -> None:
 
 
 def _bad_entry(bad: dict[int, Any], count: int = 40) -> list[Any]:
-  return [(NumberSource("vqa", count, bad), "vqa", 1.0, "questions")]
+  return [
+    MixtureEntry(NumberSource("vqa", count, bad), "vqa", 1.0, "questions")
+  ]
 
 
 ALL_FAULTS = {
@@ -276,9 +281,9 @@ def test_predict_needs_no_target(model_tasks: dict[str, Any]) -> None:
 def test_bad_mixtures(model_tasks: dict[str, Any]) -> None:
   with pytest.raises(UserError, match="no training data"):
     _train(model_tasks, [])
-  wrong = [(NumberSource("vqa", 5), "vqaa", 1.0, "x")]
+  wrong = [MixtureEntry(NumberSource("vqa", 5), "vqaa", 1.0, "x")]
   with pytest.raises(UserError, match=r'x.task is "vqaa". Did you mean "vqa"'):
     _train(model_tasks, wrong)
-  twice = [(NumberSource("vqa", 5), "vqa", 1.0, "x")] * 2
+  twice = [MixtureEntry(NumberSource("vqa", 5), "vqa", 1.0, "x")] * 2
   with pytest.raises(UserError, match=r'two entries .* are named "x"'):
     _train(model_tasks, twice)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from narvl_jax.data.batches import pipeline, shared_batches
+from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.errors import UserError
 from tests.conftest import ROOT
 from tests.data.number_source import H, L, NumberSource, T, W, make_tasks
@@ -41,8 +42,10 @@ def _start(
 ) -> pipeline.TrainBatches:
   entries = [
     # Several epochs of the first within 50 steps, one and a bit of the second.
-    (NumberSource("vqa", 50, BAD), "vqa", 1.0, "questions"),
-    (NumberSource("grounding", 280), "grounding", ((0, 1.0), (20, 2)), "boxes"),
+    MixtureEntry(NumberSource("vqa", 50, BAD), "vqa", 1.0, "questions"),
+    MixtureEntry(
+      NumberSource("grounding", 280), "grounding", ((0, 1.0), (20, 2)), "boxes"
+    ),
   ]
   return pipeline.train_batches(
     entries,
@@ -184,7 +187,7 @@ def test_too_many_bad_records_stop_workers(model_tasks: dict[str, Any]) -> None:
     "max_label_length": L,
     "num_workers": 1,
   }
-  entries = [(source, "vqa", 1.0, "x")]
+  entries = [MixtureEntry(source, "vqa", 1.0, "x")]
   for limit, message in (
     (0.01, r"2 of 150 records of x are bad, more than 1.00%"),
     (1.0, r"100 records of x in a row are bad, up to record \d+ .*Mend the"),

@@ -13,6 +13,7 @@ import pytest
 
 from narvl_jax.data import tasks
 from narvl_jax.data.batches import pipeline
+from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources import load_source, locate, open_source
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
@@ -199,7 +200,7 @@ def _batches(records: Any, task: str, bad: pipeline.BadRecords) -> Any:
   texts = tasks.vocabulary_texts(task, {}, records[:3])
   vocabulary = Vocabulary.train(list(texts) * 2, 300, num_bins=16)
   return pipeline.train_batches(
-    [(records, task, 1.0, "mine")],
+    [MixtureEntry(records, task, 1.0, "mine")],
     {task: tasks.make_task(task, vocabulary)},
     batch_size=5,
     seed=1,

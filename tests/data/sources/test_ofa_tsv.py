@@ -16,6 +16,7 @@ from PIL import Image
 
 from narvl_jax.data import tasks
 from narvl_jax.data.batches import pipeline
+from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.pictures import images
 from narvl_jax.data.sources import load_source, locate, ofa_tsv, open_source
@@ -304,7 +305,7 @@ def _batches(
   texts = tasks.vocabulary_texts(task, {}, records[:5])
   vocabulary = Vocabulary.train(list(texts) * 2, 300, num_bins=16)
   return pipeline.train_batches(
-    [(records, task, 1.0, "mine")],
+    [MixtureEntry(records, task, 1.0, "mine")],
     {task: tasks.make_task(task, vocabulary)},
     batch_size=7,
     seed=1,
