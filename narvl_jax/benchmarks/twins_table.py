@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from narvl_jax.errors import UserError
-from narvl_jax.evaluation.score import METRICS
+from narvl_jax.evaluation.metrics import metric_names
 
 # What is trained, and its heading.
 KINDS = {"ar": "AR", "nar": "NAR", "distilled": "NAR distilled"}
@@ -131,7 +131,7 @@ def _line(
     cells.append(_spread(values, "+.1f") if values else _MISSING)
   counts = [len(scores[kind]) for kind in KINDS]
   seeds = " / ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
-  return [f"{data}, {split}", f"{task}, {METRICS[task][0]}", *cells, seeds]
+  return [f"{data}, {split}", f"{task}, {metric_names(task)[0]}", *cells, seeds]
 
 
 def best_method(rows: Sequence[Row], task: str) -> str | None:
@@ -157,7 +157,7 @@ def best_method(rows: Sequence[Row], task: str) -> str | None:
 
 
 def _score(row: Row, split: str, method: str, task: str) -> float:
-  return row["results"][split][method][task][METRICS[task][0]]
+  return row["results"][split][method][task][metric_names(task)[0]]
 
 
 def _spread(values: Sequence[float], form: str = ".1f") -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ from narvl_jax.comparison.latency import Batch
 from narvl_jax.comparison.ways import AR, NAR, Way, choose, ways_of
 from narvl_jax.data.batches import pipeline
 from narvl_jax.data.example import Record
-from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import evaluator
 from narvl_jax.experiment.config import to_json
@@ -22,7 +21,6 @@ from narvl_jax.experiment.datasets import load_dataset
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.parallel import activation_rules
 from narvl_jax.prediction.answer_list import with_answers
-from narvl_jax.prediction.predictor import Predictor
 from narvl_jax.prediction.readers import (
   answer_lengths,
   make_reader,
@@ -302,32 +300,17 @@ def quality(
     UserError: no such split, or too many records are bad.
   """
   assert way.decoding is not None
-  predictions = list(_predictions(run, task, way.decoding, split, max_examples))
-  report = evaluator.summarise(predictions, split=split, step=run.step)
+  report, _ = evaluator.evaluate_tasks(
+    run.experiment,
+    run.variables,
+    split=split,
+    max_examples=max_examples,
+    batch_size=run.experiment.config.evaluation.batch_size,
+    step=run.step,
+    decodings={task: way.decoding},
+    tasks=[task],
+  )
   return {
     "metrics": report["tasks"].get(task, {}),
     "examples": report["counts"].get(task, 0),
   }
-
-
-def _predictions(
-  run: Run,
-  task: str,
-  decoding: Decoding,
-  split: str,
-  max_examples: int | None,
-) -> Iterable[dict[str, Any]]:
-  config: Any = run.experiment.config
-  predictor = Predictor(run.experiment, run.variables, {task: decoding})
-  for name, entry in config.data.evaluation.items():
-    if entry.task != task:
-      continue
-    source = load_dataset(config, name, split)
-    indices = evaluator.spread(len(source), max_examples)
-    for answer in predictor.answers(
-      evaluator.Subset(source, indices),
-      task,
-      batch_size=config.evaluation.batch_size,
-    ):
-      place = {"dataset": name, "index": int(indices[answer.index])}
-      yield evaluator.describe(answer) | place

@@ -1,10 +1,11 @@
-"""Scores of captions: exact match and token F1."""
+"""Metrics of captions: exact match and token F1."""
 
 import collections
 import string
 
 from narvl_jax.data.answer_text import normalize_answer
 from narvl_jax.data.example import Record
+from narvl_jax.evaluation.metric import MeanMetric
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -25,23 +26,20 @@ def token_f1(prediction: str, reference: str) -> float:
   return 2 * overlap / (len(predicted) + len(expected))
 
 
-def score(prediction: str, record: Record) -> dict[str, float] | None:
-  """Scores a caption against its best matching reference.
+class CaptionMatch(MeanMetric):
+  """Exact match and token F1; both heed letter case, not punctuation."""
 
-  Punctuation and spacing count on neither side; letter case does.
+  names = ("exact_match", "token_f1")
 
-  Args:
-    prediction: the caption.
-    record: every key of `answers` is a valid reference.
-
-  Returns:
-    exact_match and token_f1, or None if there is no reference.
-  """
-  references = [normalise(reference) for reference in record.answers]
-  if not references:
-    return None
-  prediction = normalise(prediction)
-  return {
-    "exact_match": float(prediction in references),
-    "token_f1": max(token_f1(prediction, x) for x in references),
-  }
+  def measure(
+    self, example: Record, prediction: str
+  ) -> dict[str, float] | None:
+    """Returns the scores against the best matching reference."""
+    references = [normalise(reference) for reference in example.answers]
+    if not references:
+      return None
+    prediction = normalise(prediction)
+    return {
+      "exact_match": float(prediction in references),
+      "token_f1": max(token_f1(prediction, x) for x in references),
+    }

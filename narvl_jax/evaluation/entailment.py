@@ -1,20 +1,20 @@
-"""Score of visual entailment: accuracy over yes, no and maybe."""
+"""Metric of visual entailment."""
 
 from narvl_jax.data.answer_text import normalize_answer, normalized_answers
 from narvl_jax.data.example import Record
+from narvl_jax.evaluation.metric import MeanMetric
 
 
-def score(prediction: str, record: Record) -> dict[str, float] | None:
-  """Compares the label with the truth.
+class EntailmentAccuracy(MeanMetric):
+  """Accuracy over the labels yes, no and maybe."""
 
-  Args:
-    prediction: "yes", "no", "maybe", or whatever else was decoded.
-    record: `answers` holds the true label.
+  names = ("accuracy",)
 
-  Returns:
-    accuracy, 0 or 1; None if the truth is unknown.
-  """
-  answers = normalized_answers(record.answers)
-  if not answers:
-    return None
-  return {"accuracy": float(normalize_answer(prediction) in answers)}
+  def measure(
+    self, example: Record, prediction: str
+  ) -> dict[str, float] | None:
+    """Returns whether the label is the true one."""
+    answers = normalized_answers(example.answers)
+    if not answers:
+      return None
+    return {"accuracy": float(normalize_answer(prediction) in answers)}

@@ -1,6 +1,5 @@
-"""Scores a model on data sets of every task."""
+"""Evaluates a model on the data sets of its tasks."""
 
-import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,24 +7,16 @@ from typing import Any
 import numpy as np
 
 from narvl_jax.data import sources
-from narvl_jax.data.example import Box, Record
+from narvl_jax.data.batches.bad_records import BadRecords
+from narvl_jax.data.example import Record
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError, did_you_mean
-from narvl_jax.evaluation import caption, entailment, grounding, vqa
 from narvl_jax.evaluation.reporting import Prediction, Report
+from narvl_jax.evaluation.tally import Tally
 from narvl_jax.experiment.datasets import load_dataset
 from narvl_jax.experiment.experiment import Experiment
-from narvl_jax.hosts import distributed
-from narvl_jax.prediction.predictor import Answer, Predictor
+from narvl_jax.prediction.predictor import Predictor
 from narvl_jax.terminal import progress
-
-# (answer, record) -> metric -> score in [0, 1], the task's main metric first.
-SCORERS: Mapping[str, Callable[[Any, Record], dict[str, float] | None]] = {
-  "caption": caption.score,
-  "vqa": vqa.score,
-  "grounding": grounding.score,
-  "entailment": entailment.score,
-}
 
 
 def evaluate_tasks(
@@ -41,11 +32,11 @@ def evaluate_tasks(
   tasks: Sequence[str] | None = None,
   before_batch: Callable[[], None] = lambda: None,
 ) -> tuple[Report, list[Prediction]]:
-  """Answers every data set of `config.data.evaluation` and scores the answers.
+  """Predicts every example of `config.data.evaluation` and scores it.
 
   All tasks share one compiled predict step, and so do later calls with the
-  same model and batch size. Several hosts share the examples and exchange the
-  predictions at the end, so that all return the same.
+  same model and batch size. Several hosts share the examples and exchange what
+  they measured at the end; all return the same.
 
   Args:
     experiment: model, vocabulary, tasks and config of the run.
@@ -54,65 +45,62 @@ def evaluate_tasks(
     max_examples: at most this many of every data set, spread evenly over it.
     batch_size: rounded up to a multiple of the devices that share a batch.
     step: training step of `variables`, for the report.
-    decodings: by task; greedy for those that are not named.
-    decoding_name: what the report calls `decodings`.
-    tasks: whose data sets are answered; None: all.
-    before_batch: called before each batch, on all hosts as often; what it
-      raises ends the evaluation.
+    decodings: by task; the default is greedy.
+    decoding_name: name of `decodings` in the report.
+    tasks: evaluated tasks; all if None.
+    before_batch: called before each batch, equally often on all hosts; an
+      exception that it raises ends the evaluation.
 
   Returns:
-    The report and one prediction per example. The report has split, step,
-    `decoding_name`, `decoding` (task -> settings), `max_examples`,
-    `only_tasks` (None if all were evaluated), examples, `tasks` (task ->
-    metric -> mean in [0, 1]), `counts` (task -> examples), `kinds` (task ->
-    kind -> metrics and examples) and `datasets` (name -> task, metrics and
-    examples). Records without ground truth count
-    as examples and have no score; bad records count as neither.
+    The report and one prediction per example (see `tally.describe`). The
+    report has split, step, `decoding_name`, `decoding` (task -> settings),
+    `max_examples`, `only_tasks` (None if all were evaluated), examples,
+    `tasks` (task -> metric -> value in [0, 1]), `counts` (task -> examples),
+    `kinds` (task -> kind -> metrics and examples) and `datasets` (name ->
+    task, metrics and examples). Records without ground truth count as
+    examples and have no score; bad records are not counted.
 
   Raises:
-    UserError: a data set, `split`, a task or too many records are at fault.
+    UserError: a data set, the split or a task is unknown, a decoding does not
+      fit its task, or too many records are bad.
   """
-  config: Any = experiment.config
-  for name in tasks or ():
-    if name not in experiment.tasks:
-      known = list(experiment.tasks)
-      raise UserError(
-        f'--tasks: the run has no task "{name}".{did_you_mean(name, known)}'
-      )
+  entries = _entries(experiment, tasks)
   predictor = Predictor(experiment, variables, decodings)
-  predictions: list[Prediction] = []
-  chosen = {
-    name: entry
-    for name, entry in config.data.evaluation.items()
-    if not tasks or entry.task in tasks
-  }
-  for entry in chosen.values():
-    # A way to decode that does not fit a task is told before any answer.
+  for entry in entries.values():
+    # Rejects a decoding that does not fit before anything is computed.
     predictor.steps(entry.task)
-  opened = {name: load_dataset(config, name, split) for name in chosen}
+  config: Any = experiment.config
+  opened = {name: load_dataset(config, name, split) for name in entries}
   subsets = {
     name: Subset(source, spread(len(source), max_examples))
     for name, source in opened.items()
   }
   total = sum(map(len, subsets.values()))
-  with progress.doing(f"evaluating {split}", total, "examples") as evaluating:
+  tally, first = Tally(), 0
+  with progress.doing(f"evaluating {split}", total, "examples") as activity:
     for name, subset in subsets.items():
-      before = evaluating.done
+      bad_records = BadRecords(config.data.max_bad_fraction)
       for answer in predictor.answers(
         subset,
-        chosen[name].task,
+        entries[name].task,
         batch_size=batch_size,
         before_batch=before_batch,
+        bad_records=bad_records,
       ):
-        place = {"dataset": name, "index": int(subset.indices[answer.index])}
-        predictions.append(describe(answer) | place)
-        # Other hosts answer those in between.
-        evaluating.done = before + answer.index + 1
-      evaluating.done = before + len(subset)
-  predictions = _of_all_hosts(predictions, list(config.data.evaluation))
-  report = summarise(predictions, split=split, step=step)
-  every = list(dict.fromkeys(x.task for x in config.data.evaluation.values()))
-  evaluated = list(dict.fromkeys(entry.task for entry in chosen.values()))
+        index = int(subset.indices[answer.index])
+        tally.update(answer, first + answer.index, dataset=name, index=index)
+        # Other hosts predict the examples in between.
+        activity.done = first + answer.index + 1
+      tally.bad |= {
+        first + i for i in bad_records.indices_of(entries[name].task)
+      }
+      first += len(subset)
+      activity.done = first
+  tally = tally.of_all_hosts()
+  tally.check(total)
+  report = tally.report(split=split, step=step)
+  every = _tasks_of(config.data.evaluation)
+  evaluated = _tasks_of(entries)
   report |= {
     "decoding_name": decoding_name,
     "decoding": {
@@ -122,74 +110,28 @@ def evaluate_tasks(
     "max_examples": max_examples,
     "only_tasks": None if evaluated == every else evaluated,
   }
-  return report, predictions
+  return report, list(tally.predictions.values())
 
 
-def _of_all_hosts(
-  predictions: list[Prediction], datasets: Sequence[str]
-) -> list[Prediction]:
-  """Returns the predictions of all hosts in the order of a single one."""
-  parts = distributed.gather_json(predictions)
-  if len(parts) == 1:
-    return predictions
-  # Hosts that share rows have made the same ones.
-  merged = {(p["dataset"], p["index"]): p for part in parts for p in part}
-  order = {name: i for i, name in enumerate(datasets)}
-  return [
-    merged[key] for key in sorted(merged, key=lambda k: (order[k[0]], k[1]))
-  ]
-
-
-def describe(answer: Answer) -> Prediction:
-  """Returns an answer and its scores as what JSON can hold.
-
-  `scores` are the example's metrics, None without ground truth; `correct`
-  says whether the main one is at least one half. `target` is the best answer
-  or the box, `answers` are all valid ones with their scores.
-  """
-  record = answer.record
-  scores = SCORERS[record.task](answer.value, record)
-  target: str | Box | None = record.box
-  if record.task != "grounding" and record.answers:
-    target = max(record.answers, key=record.answers.__getitem__)
+def _entries(
+  experiment: Experiment, tasks: Sequence[str] | None
+) -> dict[str, Any]:
+  """Returns the entries of `config.data.evaluation` of some tasks."""
+  for name in tasks or ():
+    if name not in experiment.tasks:
+      known = list(experiment.tasks)
+      raise UserError(
+        f'--tasks: the run has no task "{name}".{did_you_mean(name, known)}'
+      )
   return {
-    "id": record.id,
-    "task": record.task,
-    "kind": record.kind,
-    "prompt": record.prompt,
-    "prediction": _plain(answer.value),
-    "target": _plain(target),
-    "probability": answer.probability,
-    "correct": None if scores is None else next(iter(scores.values())) >= 0.5,
-    "scores": scores,
-    "answers": {k: float(v) for k, v in record.answers.items()},
+    name: entry
+    for name, entry in experiment.config.data.evaluation.items()
+    if not tasks or entry.task in tasks
   }
 
 
-def summarise(
-  predictions: Sequence[Prediction], *, split: str, step: int | None = None
-) -> Report:
-  """Averages predictions into the report that `evaluate_tasks` describes."""
-  tasks = _group(predictions, "task")
-  return {
-    "split": split,
-    "step": step,
-    "examples": len(predictions),
-    "tasks": {task: _means(group) for task, group in tasks.items()},
-    "counts": {task: len(group) for task, group in tasks.items()},
-    "kinds": {
-      task: {
-        kind: _means(members) | {"examples": len(members)}
-        for kind, members in sorted(_group(group, "kind").items())
-        if kind
-      }
-      for task, group in tasks.items()
-    },
-    "datasets": {
-      name: {"task": group[0]["task"], "examples": len(group)} | _means(group)
-      for name, group in _group(predictions, "dataset").items()
-    },
-  }
+def _tasks_of(entries: Mapping[str, Any]) -> list[str]:
+  return list(dict.fromkeys(entry.task for entry in entries.values()))
 
 
 def spread(size: int, limit: int | None) -> np.ndarray:
@@ -217,29 +159,3 @@ class Subset(Sequence[Record]):
   def locate(self, index: int) -> str:
     """Returns where a record comes from."""
     return sources.locate(self._source, int(self.indices[index]))
-
-
-def _plain(answer: str | Box | None) -> str | list[float] | None:
-  if answer is None or isinstance(answer, str):
-    return answer
-  return [float(x) for x in answer]
-
-
-def _group(
-  predictions: Sequence[Prediction], key: str
-) -> dict[str, list[Prediction]]:
-  groups = collections.defaultdict(list)
-  for prediction in predictions:
-    groups[prediction[key]].append(prediction)
-  return dict(groups)
-
-
-def _means(predictions: Sequence[Prediction]) -> dict[str, float]:
-  """Returns the mean of every metric over the predictions with a score."""
-  scored = [p["scores"] for p in predictions if p["scores"] is not None]
-  if not scored:
-    return {}
-  return {
-    metric: float(np.mean([scores[metric] for scores in scored]))
-    for metric in scored[0]
-  }

@@ -1,8 +1,9 @@
-"""Scores of grounding: Acc@0.5 and the mean IoU."""
+"""Metrics of grounding: Acc@0.5 and the mean IoU."""
 
 import math
 
 from narvl_jax.data.example import Box, Record
+from narvl_jax.evaluation.metric import MeanMetric
 
 _THRESHOLD = 0.5
 
@@ -14,8 +15,8 @@ def box_iou(predicted: Box, target: Box) -> float:
   loses for every union above 32 square pixels.
 
   Args:
-    predicted: x0, y0, x1, y1 in pixels. A box without area, turned inside out
-      or with a coordinate that is not finite has an IoU of 0.
+    predicted: x0, y0, x1, y1 in pixels. A box without area, with swapped
+      corners or with a coordinate that is not finite has an IoU of 0.
     target: likewise.
   """
   if not all(map(math.isfinite, (*predicted, *target))):
@@ -36,20 +37,19 @@ def _area(box: Box) -> float:
   return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def score(prediction: Box, record: Record) -> dict[str, float] | None:
-  """Compares a box with the truth, both in pixels of the original image.
+class BoxOverlap(MeanMetric):
+  """Overlap of a box with the true one, in pixels of the original image.
 
-  Boxes keep their full precision; nothing is rounded to half precision.
-
-  Args:
-    prediction: x0, y0, x1, y1; all zero if no box could be read.
-    record: `box` holds the true box.
-
-  Returns:
-    acc@0.5 (0 or 1) and mean_iou (the example's share of it); None if the
-    truth is unknown.
+  Boxes keep their full precision. A prediction without a box is all zero.
   """
-  if record.box is None:
-    return None
-  iou = box_iou(prediction, record.box)
-  return {"acc@0.5": float(iou >= _THRESHOLD), "mean_iou": iou}
+
+  names = ("acc@0.5", "mean_iou")
+
+  def measure(
+    self, example: Record, prediction: Box
+  ) -> dict[str, float] | None:
+    """Returns whether the IoU reaches 0.5, and the IoU."""
+    if example.box is None:
+      return None
+    iou = box_iou(prediction, example.box)
+    return {"acc@0.5": float(iou >= _THRESHOLD), "mean_iou": iou}

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from narvl_jax.evaluation import evaluator, reporting
+from narvl_jax.evaluation import reporting, tally
 from narvl_jax.prediction.predictor import Answer
 
 Outcome = dict[str, Any]
@@ -39,7 +39,7 @@ def format_outcome(outcome: Outcome) -> str:
 
 def plain_answer(answer: Answer) -> Outcome:
   """Returns answer, probability and, if known, truth as JSON can hold them."""
-  described = evaluator.describe(answer)
+  described = tally.describe(answer)
   # All zero stands for "no box" where every answer must be some box.
   no_box = answer.record.task == "grounding" and not any(answer.value)
   plain = {

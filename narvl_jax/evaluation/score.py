@@ -1,17 +1,10 @@
-"""One number out of a report, by which the best checkpoint is chosen."""
+"""The score of a report, by which the best checkpoint is chosen."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from narvl_jax.errors import UserError, did_you_mean
-
-# Metrics of each task; the first one enters "mean".
-METRICS = {
-  "caption": ("exact_match", "token_f1"),
-  "vqa": ("accuracy",),
-  "grounding": ("acc@0.5", "mean_iou"),
-  "entailment": ("accuracy",),
-}
+from narvl_jax.evaluation.metrics import metric_names
 
 
 def flat_metrics(report: Mapping[str, Any]) -> dict[str, float]:
@@ -28,13 +21,13 @@ def check_best_metric(best_metric: str, tasks: Iterable[str]) -> None:
 
   Args:
     best_metric: "mean" or TASK/METRIC.
-    tasks: those that the run evaluates.
+    tasks: evaluated by the run.
 
   Raises:
-    UserError: the run will not measure it.
+    UserError: the run does not measure it.
   """
   valid = ["mean"]
-  valid += [f"{task}/{name}" for task in tasks for name in METRICS[task]]
+  valid += [f"{task}/{name}" for task in tasks for name in metric_names(task)]
   if best_metric not in valid:
     raise UserError(
       f'evaluation.best_metric="{best_metric}" is not measured by this run.'
@@ -50,13 +43,13 @@ def score_of(report: Mapping[str, Any], best_metric: str) -> float | None:
     best_metric: "mean" of the main metrics of all tasks, or TASK/METRIC.
 
   Returns:
-    The score; None if no example of the tasks in question has ground truth.
+    The score; None if no example of these tasks has ground truth.
   """
   tasks = report["tasks"]
   if best_metric != "mean":
     task, name = best_metric.split("/")
     return tasks[task].get(name)
   values = [
-    metrics[METRICS[task][0]] for task, metrics in tasks.items() if metrics
+    metrics[metric_names(task)[0]] for task, metrics in tasks.items() if metrics
   ]
   return sum(values) / len(values) if values else None

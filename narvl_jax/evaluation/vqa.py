@@ -1,21 +1,20 @@
-"""Score of an answer to a question: the soft VQA accuracy."""
+"""Metric of answers to questions."""
 
 from narvl_jax.data.answer_text import normalize_answer, normalized_answers
 from narvl_jax.data.example import Record
+from narvl_jax.evaluation.metric import MeanMetric
 
 
-def score(prediction: str, record: Record) -> dict[str, float] | None:
-  """Looks the answer up among the valid ones.
+class VqaAccuracy(MeanMetric):
+  """Soft VQA accuracy; `answer_text.annotator_scores` made the scores."""
 
-  Args:
-    prediction: the answer.
-    record: `answers` maps valid answers to scores in (0, 1]; those of several
-      annotators have been scored by `answer_text.annotator_scores`.
+  names = ("accuracy",)
 
-  Returns:
-    accuracy, 0 for an answer that is not listed; None if none is listed.
-  """
-  answers = normalized_answers(record.answers)
-  if not answers:
-    return None
-  return {"accuracy": float(answers.get(normalize_answer(prediction), 0.0))}
+  def measure(
+    self, example: Record, prediction: str
+  ) -> dict[str, float] | None:
+    """Returns the score of the answer, 0 for one that is not listed."""
+    answers = normalized_answers(example.answers)
+    if not answers:
+      return None
+    return {"accuracy": float(answers.get(normalize_answer(prediction), 0.0))}

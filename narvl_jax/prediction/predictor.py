@@ -144,6 +144,7 @@ class Predictor:
     *,
     batch_size: int,
     before_batch: Callable[[], None] = lambda: None,
+    bad_records: pipeline.BadRecords | None = None,
   ) -> Iterator[Answer]:
     """Answers every good record of a source, in order.
 
@@ -155,7 +156,8 @@ class Predictor:
       source: records of the task.
       task_name: one of the experiment's tasks.
       batch_size: rounded up to a multiple of the devices that share a batch.
-      before_batch: called before each batch, on all hosts as often.
+      before_batch: called before each batch, equally often on all hosts.
+      bad_records: counts the bad records of this host.
 
     Raises:
       UserError: the run has no such task, the source is empty or too many of
@@ -171,7 +173,7 @@ class Predictor:
       rows=None if self._mesh is None else local_rows(self._mesh, size),
       num_threads=data.num_threads,
       prefetch=data.prefetch,
-      bad_records=pipeline.BadRecords(data.max_bad_fraction),
+      bad_records=bad_records or pipeline.BadRecords(data.max_bad_fraction),
       name=task_name,
       **self._shapes(),
     )

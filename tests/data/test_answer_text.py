@@ -21,9 +21,9 @@ from narvl_jax.data.shards import records
 from narvl_jax.data.shards.distilled import Label, relabel
 from narvl_jax.data.sources import load_source
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
-from narvl_jax.evaluation import caption, entailment, vqa
-from narvl_jax.evaluation.evaluator import describe
-from narvl_jax.prediction.predictor import Answer
+from narvl_jax.evaluation.caption import CaptionMatch
+from narvl_jax.evaluation.entailment import EntailmentAccuracy
+from narvl_jax.evaluation.vqa import VqaAccuracy
 from tests.data.sources import tsv_files
 from tests.data.task_records import PICTURE, make_vocabulary
 
@@ -110,17 +110,17 @@ def test_what_is_trained_on_can_score(
   answer = task.decode(encoded.label_ids, (8, 8))
   assert answer == "red dog"
   for prediction in (answer, given):
-    assert vqa.score(str(prediction), record) == {"accuracy": 1.0}
-  assert describe(Answer(record, 0, answer, 0.0))["correct"]
+    scores = VqaAccuracy().measure(record, str(prediction))
+    assert scores == {"accuracy": 1.0}
 
 
 def test_target_of_other_tasks(vocabulary: Vocabulary) -> None:
   task = tasks.make_task("entailment", vocabulary)
   record = _record("entailment", answers={"yes ": 1.0})
   assert task.decode(task.encode(record).label_ids, (8, 8)) == "yes"
-  assert entailment.score("yes", record) == {"accuracy": 1.0}
+  assert EntailmentAccuracy().measure(record, "yes") == {"accuracy": 1.0}
   record = _record("caption", answers={CAFE[1]: 1.0})
-  scores = caption.score(CAFE[0], record)
+  scores = CaptionMatch().measure(record, CAFE[0])
   assert scores is not None
   assert scores["exact_match"] == 1.0
 
@@ -239,7 +239,9 @@ def test_a_list_with_repeats_is_of_annotators(
   encoded = task.encode(record)
   assert task.decode(encoded.label_ids, (8, 8)) == "red"
   assert encoded.confidence == 1.0
-  assert vqa.score("cat", record) == pytest.approx({"accuracy": 0.6})
+  assert VqaAccuracy().measure(record, "cat") == pytest.approx(
+    {"accuracy": 0.6}
+  )
   # Both have the score 1; the most frequent is the target.
   record = _jsonl(tmp_path, "vqa", ["cat"] * 4 + ["red"] * 6)
   assert task.decode(task.encode(record).label_ids, (8, 8)) == "red"

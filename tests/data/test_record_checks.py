@@ -15,7 +15,7 @@ from narvl_jax.data.example import Record
 from narvl_jax.data.record_checks import checked_record
 from narvl_jax.data.shards import records
 from narvl_jax.errors import UserError
-from narvl_jax.evaluation import evaluator
+from narvl_jax.evaluation.tally import Tally
 from tests.data.task_records import RECORDS, changed, make_vocabulary
 
 NAN, INF = float("nan"), float("inf")
@@ -156,7 +156,9 @@ def test_the_evaluator_groups_what_is_left() -> None:
     for record in _source()
   ]
   kinds = [kind for kind in found if not isinstance(kind, BadRecord)]
-  groups = evaluator._group([{"kind": kind} for kind in kinds], "kind")
+  tally = Tally()
+  tally.predictions = {i: {"kind": kind} for i, kind in enumerate(kinds)}
+  groups = tally._group(tally.predictions, "kind")
   assert list(groups) == ["color"]
 
 

@@ -13,7 +13,8 @@ from narvl_jax.data.batches.batching import Batcher
 from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import base, caption, entailment
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
-from narvl_jax.evaluation import grounding, vqa
+from narvl_jax.evaluation.grounding import BoxOverlap
+from narvl_jax.evaluation.vqa import VqaAccuracy
 from narvl_jax.query_ctc import collapse
 
 SIZE = (200, 100)
@@ -201,7 +202,7 @@ def test_scores_as_reference(reference: dict[str, Any]) -> None:
   rows = reference["eval_refcoco"]
   truth = _record("grounding", box=tuple(rows["gt"]))
   for box, accuracy in zip(rows["boxes"], rows["acc"], strict=True):
-    scored = grounding.score(tuple(box), truth)
+    scored = BoxOverlap().measure(truth, tuple(box))
     assert scored is not None
     assert scored["acc@0.5"] == accuracy
   # The answers that the rows were scored against.
@@ -209,4 +210,4 @@ def test_scores_as_reference(reference: dict[str, Any]) -> None:
   rows = reference["eval_vqa"]
   record = _record("vqa", answers=answers)
   for answer, score in zip(rows["answers"], rows["scores"], strict=True):
-    assert vqa.score(answer, record) == {"accuracy": score}
+    assert VqaAccuracy().measure(record, answer) == {"accuracy": score}

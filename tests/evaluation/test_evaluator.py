@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import json
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -15,9 +17,11 @@ from narvl_jax.data.example import TASKS, Record
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import evaluator
+from narvl_jax.evaluation import tally as tally_lib
+from narvl_jax.evaluation.tally import Tally
 from narvl_jax.experiment import datasets
 from narvl_jax.experiment.datasets import load_dataset
-from narvl_jax.prediction.predictor import Predictor
+from narvl_jax.prediction.predictor import Answer, Predictor
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.activity import Activity
 from tests.evaluation import tiny_run
@@ -299,20 +303,49 @@ def test_unknown_split_and_data_set():
     load_dataset(experiment.config, "vqq", "test")
 
 
-def test_predictions_of_several_hosts_have_the_order_of_one(monkeypatch):
-  def made(name: str, index: int) -> dict[str, Any]:
-    return {"dataset": name, "index": index, "id": f"{name}{index}"}
+def _tally(positions: Iterable[int]) -> Tally:
+  """A host that predicted examples 0 to 4 of "b" and 5 to 7 of "a"."""
+  tally = Tally()
+  for position in positions:
+    name, index = ("b", position) if position < 5 else ("a", position - 5)
+    record = _record(
+      "vqa", "red", position, answers={"red": 1 / (position + 3)}
+    )
+    answer = Answer(record, index, "red", 0.0)
+    tally.update(answer, position, dataset=name, index=index)
+  return tally
 
-  whole = [made("b", i) for i in range(5)] + [made("a", i) for i in range(3)]
+
+def test_several_hosts_report_what_one_does(monkeypatch):
+  whole = _tally(range(8))
   # Hosts with rows that are no neighbours; the last two share theirs.
-  parts = [[p for p in whole if p["index"] % 2 == k] for k in (0, 1, 1)]
+  hosts = [_tally((0, 2, 4, 6)), _tally((1, 3, 5, 7)), _tally((1, 3, 5, 7))]
+  parts = json.loads(json.dumps([host._to_json() for host in hosts]))
 
   def gather(own: Any) -> list[Any]:
-    assert own == parts[1]
+    assert json.loads(json.dumps(own)) == parts[1]
     return parts
 
-  monkeypatch.setattr(evaluator.distributed, "gather_json", gather)
-  assert evaluator._of_all_hosts(parts[1], ["b", "a"]) == whole
+  monkeypatch.setattr(tally_lib.distributed, "gather_json", gather)
+  found = hosts[1].of_all_hosts()
+  found.check(8)
+  assert list(found.predictions.items()) == list(whole.predictions.items())
+  # Equal to the last bit.
+  assert found.report(split="test", step=1) == whole.report(
+    split="test", step=1
+  )
+  assert found.report(split="test", step=1)["counts"] == {"vqa": 8}
+
+
+def test_every_example_is_counted():
+  tally = _tally([0, 1, 3])
+  tally.bad = {2}
+  tally.check(4)
+  with pytest.raises(RuntimeError, match=r"1 of 5 examples .* as number 4"):
+    tally.check(5)
+  del tally.metrics["vqa"][0].measured[3]
+  with pytest.raises(RuntimeError, match=r"VqaAccuracy has 2 .* 3 predictions"):
+    tally.check(4)
 
 
 def test_progress_comes_to_the_end_of_all_examples(serve, monkeypatch):

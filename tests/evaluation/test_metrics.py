@@ -1,10 +1,18 @@
-"""The score of one example, task by task."""
+"""The metrics of each task, and how examples of several hosts are combined."""
+
+import json
 
 import numpy as np
 import pytest
 
 from narvl_jax.data.example import Record
-from narvl_jax.evaluation import caption, entailment, grounding, vqa
+from narvl_jax.evaluation import grounding
+from narvl_jax.evaluation.caption import CaptionMatch
+from narvl_jax.evaluation.entailment import EntailmentAccuracy
+from narvl_jax.evaluation.grounding import BoxOverlap
+from narvl_jax.evaluation.metric import MeanMetric, Metric
+from narvl_jax.evaluation.metrics import METRICS, metric_names
+from narvl_jax.evaluation.vqa import VqaAccuracy
 
 
 def _record(task: str, **fields) -> Record:
@@ -26,27 +34,33 @@ def _record(task: str, **fields) -> Record:
 )
 def test_caption_takes_the_best_reference(prediction, exact, f1):
   record = _record("caption", answers={"a red, square.": 1, "two things": 1})
-  scores = caption.score(prediction, record)
+  scores = CaptionMatch().measure(record, prediction)
   assert scores == pytest.approx({"exact_match": exact, "token_f1": f1})
 
 
 def test_caption_of_nothing_matches_nothing_only():
   record = _record("caption", answers={"...": 1.0})
-  assert caption.score("", record) == {"exact_match": 1.0, "token_f1": 1.0}
-  assert caption.score("a", record) == {"exact_match": 0.0, "token_f1": 0.0}
+  assert CaptionMatch().measure(record, "") == {
+    "exact_match": 1.0,
+    "token_f1": 1.0,
+  }
+  assert CaptionMatch().measure(record, "a") == {
+    "exact_match": 0.0,
+    "token_f1": 0.0,
+  }
 
 
 def test_vqa_looks_up_the_soft_score():
   record = _record("vqa", answers={"red": 1.0, "dark red": 0.3})
-  assert vqa.score("red", record) == {"accuracy": 1.0}
-  assert vqa.score(" dark red ", record) == {"accuracy": 0.3}
-  assert vqa.score("blue", record) == {"accuracy": 0.0}
+  assert VqaAccuracy().measure(record, "red") == {"accuracy": 1.0}
+  assert VqaAccuracy().measure(record, " dark red ") == {"accuracy": 0.3}
+  assert VqaAccuracy().measure(record, "blue") == {"accuracy": 0.0}
 
 
 def test_entailment_is_right_or_wrong():
   record = _record("entailment", answers={"maybe": 1.0})
-  assert entailment.score("maybe", record) == {"accuracy": 1.0}
-  assert entailment.score("yes", record) == {"accuracy": 0.0}
+  assert EntailmentAccuracy().measure(record, "maybe") == {"accuracy": 1.0}
+  assert EntailmentAccuracy().measure(record, "yes") == {"accuracy": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +98,7 @@ def test_iou_matches_counted_pixels():
 @pytest.mark.parametrize(("x1", "accuracy"), [(5.01, 1.0), (4.99, 0.0)])
 def test_grounding_threshold_is_one_half(x1, accuracy):
   record = _record("grounding", box=(0.0, 0.0, 10.0, 10.0))
-  scores = grounding.score((0.0, 0.0, x1, 10.0), record)
+  scores = BoxOverlap().measure(record, (0.0, 0.0, x1, 10.0))
   assert scores is not None
   assert scores["acc@0.5"] == accuracy
   assert scores["mean_iou"] == pytest.approx(x1 / 10, abs=1e-6)
@@ -96,10 +110,13 @@ def test_an_iou_of_exactly_one_half_counts(side, start):
   target = (start, start, start + side, start + side)
   half = (start, start, start + side / 2, start + side)
   record = _record("grounding", box=target)
-  assert grounding.score(half, record) == {"acc@0.5": 1.0, "mean_iou": 0.5}
-  assert grounding.score(target, record) == {"acc@0.5": 1.0, "mean_iou": 1.0}
+  assert BoxOverlap().measure(record, half) == {"acc@0.5": 1.0, "mean_iou": 0.5}
+  assert BoxOverlap().measure(record, target) == {
+    "acc@0.5": 1.0,
+    "mean_iou": 1.0,
+  }
   less = (start, start, start + side * 0.4999, start + side)
-  scores = grounding.score(less, record)
+  scores = BoxOverlap().measure(record, less)
   assert scores is not None
   assert scores["acc@0.5"] == 0
 
@@ -145,15 +162,103 @@ def test_grounding_agrees_with_the_float32_of_the_reference():
 def test_grounding_keeps_full_precision():
   # Half precision would round both edges to 1000.5 and call the box perfect.
   record = _record("grounding", box=(1000.0, 0.0, 1000.4, 1.0))
-  scores = grounding.score((1000.0, 0.0, 1000.6, 1.0), record)
+  scores = BoxOverlap().measure(record, (1000.0, 0.0, 1000.6, 1.0))
   assert scores is not None
   assert scores["mean_iou"] == pytest.approx(2 / 3, abs=1e-4)
 
 
-@pytest.mark.parametrize("module", [caption, vqa, entailment])
-def test_unknown_truth_has_no_score(module):
-  assert module.score("yes", _record("vqa")) is None
+@pytest.mark.parametrize(
+  "metric", [CaptionMatch, VqaAccuracy, EntailmentAccuracy]
+)
+def test_unknown_truth_has_no_score(metric):
+  assert metric().measure(_record("vqa"), "yes") is None
 
 
 def test_unknown_box_has_no_score():
-  assert grounding.score((0.0, 0.0, 1.0, 1.0), _record("grounding")) is None
+  assert (
+    BoxOverlap().measure(_record("grounding"), (0.0, 0.0, 1.0, 1.0)) is None
+  )
+
+
+class LongestAnswer(Metric):
+  """A metric of the corpus: words of the longest answer, and how many."""
+
+  names = ("longest", "answers")
+
+  def measure(self, example, prediction):
+    return len(prediction.split()) if example.answers else None
+
+  def reduce(self, measured):
+    return {"longest": float(max(measured)), "answers": float(len(measured))}
+
+
+class Share(MeanMetric):
+  """A mean with values that no binary fraction holds."""
+
+  names = ("share",)
+
+  def measure(self, example, prediction):
+    return {"share": 1 / len(prediction)}
+
+
+def test_a_metric_of_the_whole_corpus():
+  metric = LongestAnswer()
+  assert metric.result() == {}
+  known, unknown = _record("vqa", answers={"a": 1}), _record("vqa")
+  for i, (example, text) in enumerate(
+    [(known, "one"), (unknown, "one two three"), (known, "one two")]
+  ):
+    metric.update(example, text, i)
+  assert metric.result() == {"longest": 2.0, "answers": 2.0}
+  assert metric.result([0, 1]) == {"longest": 1.0, "answers": 1.0}
+  assert metric.result([1]) == {}
+
+
+def test_a_result_does_not_depend_on_the_number_of_hosts():
+  """Not even by rounding: sums have the order of the examples."""
+  example = _record("vqa")
+  texts = ["x" * n for n in (3, 7, 11, 13, 17, 19, 23, 29, 31, 37)]
+  whole = Share()
+  for i, text in enumerate(texts):
+    whole.update(example, text, i)
+  hosts = [Share(), Share(), Share()]
+  for i, text in enumerate(texts):
+    hosts[i % 3].update(example, text, i)
+  merged = Share()
+  for host in reversed(hosts):
+    merged.merge(host)
+  assert merged.result() == whole.result()
+  assert whole.result()["share"] == np.mean([1 / len(text) for text in texts])
+
+
+def test_an_example_counts_once():
+  one, other = Share(), Share()
+  for metric in (one, other):
+    metric.update(_record("vqa"), "abc", 4)
+  with pytest.raises(ValueError, match=r"Share counts .* twice, .* number 4"):
+    one.update(_record("vqa"), "abc", 4)
+  with pytest.raises(ValueError, match=r"Share counts .* twice, .* number 4"):
+    one.merge(other)
+
+
+EXAMPLES = {
+  "caption": (_record("caption", answers={"a red dog": 1.0}), "a dog"),
+  "vqa": (_record("vqa", answers={"red": 0.3, "blue": 1.0}), "red"),
+  "grounding": (_record("grounding", box=(0, 0, 3, 3)), (0.0, 0.0, 2.0, 3.0)),
+  "entailment": (_record("entailment", answers={"no": 1.0}), "maybe"),
+}
+
+
+@pytest.mark.parametrize("task", METRICS)
+def test_every_metric_keeps_to_the_interface(task):
+  """Names are those of the result; what is measured survives JSON."""
+  example, prediction = EXAMPLES[task]
+  found = {}
+  for make in METRICS[task]:
+    metric = make()
+    metric.update(example, prediction, 0)
+    measured = metric.measured[0]
+    assert json.loads(json.dumps(measured)) == measured
+    found |= metric.result()
+  assert list(found) == metric_names(task)
+  assert all(isinstance(value, float) for value in found.values())

@@ -220,6 +220,11 @@ class BadRecords:
     with self._lock:
       return len(self._seen[name])
 
+  def indices_of(self, name: str) -> set[int]:
+    """Returns the indices of the bad records of one entry."""
+    with self._lock:
+      return set(self._seen[name])
+
   def report(self, record: BadRecord) -> None:
     """Takes note of a bad record; logs it the first time.
 
