@@ -89,12 +89,12 @@ def format_metrics(
       for name in names
     ]
     cells.append((label, str(count), *shown))
-  lines = format_columns(cells, indent=indent).splitlines()
-  for i, (label, _, metrics) in enumerate(rows):
-    note = (notes or {}).get(label) if metrics else "no ground truth"
-    if note:
-      lines[i + 2] += f"  ({note})"
-  return "\n".join(lines)
+  found = [
+    (notes or {}).get(label) if metrics else "no ground truth"
+    for label, _, metrics in rows
+  ]
+  tails = [f"({note})" if note else "" for note in found]
+  return format_columns(cells, indent=indent, notes=tails)
 
 
 def write_json(
