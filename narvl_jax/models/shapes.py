@@ -1,4 +1,4 @@
-"""Shapes of a model's variables, without making an array."""
+"""Initial values and shapes of a model's variables."""
 
 import functools
 from collections.abc import Callable
@@ -12,33 +12,32 @@ import jax.numpy as jnp
 def abstract_variables(
   model: nn.Module, image_size: tuple[int, int], text_length: int
 ) -> Any:
-  """Returns shapes of the variables, still boxed with their axis names.
-
-  Tracing a model takes a second or more, so they are remembered.
-  """
-  # Models are frozen, so they can be a key, which their type does not tell.
-  key: Any = model
-  return _abstract_variables(key, image_size, text_length)
-
-
-@functools.lru_cache(maxsize=8)
-def _abstract_variables(
-  model: nn.Module, image_size: tuple[int, int], text_length: int
-) -> Any:
-  return jax.eval_shape(initializer(model, image_size, text_length), _KEY_SPEC)
-
-
-_KEY_SPEC = jax.eval_shape(lambda: jax.random.key(0))
+  """Returns shapes of the variables, boxed with their logical axis names."""
+  initialize = initializer(model, image_size, text_length)
+  return jax.eval_shape(initialize, jax.eval_shape(jax.random.key, 0))
 
 
 def initializer(
   model: nn.Module, image_size: tuple[int, int], text_length: int
 ) -> Callable[[jax.Array], Any]:
-  """Returns the function key -> freshly initialised variables, boxed."""
+  """Returns a function key -> freshly initialised variables, boxed.
 
+  Equal arguments give the same jitted function, so that `abstract_variables`
+  and the initialisation share one trace, which takes a second or more.
+  """
+  # Models are frozen dataclasses, hence hashable; their type does not say so.
+  key: Any = model
+  return _initializer(key, image_size, text_length)
+
+
+@functools.lru_cache(maxsize=8)
+def _initializer(
+  model: nn.Module, image_size: tuple[int, int], text_length: int
+) -> Callable[[jax.Array], Any]:
   def initialize(key: jax.Array) -> Any:
     image = jnp.zeros((1, *image_size, 3), jnp.uint8)
     text = jnp.ones((1, text_length), jnp.int32)
     return model.init(key, image, text)
 
-  return initialize
+  # Inlined: a function of its own would be an obstacle to the compiler.
+  return jax.jit(initialize, inline=True)

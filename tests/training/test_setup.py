@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from narvl_jax.errors import UserError
-from narvl_jax.models import NARVL, model_config
+from narvl_jax.models import NARVL, encoder, model_config
 from narvl_jax.models.shapes import abstract_variables
 from narvl_jax.parallel import make_mesh, replicated
 from narvl_jax.state.parameters import ParameterRule
@@ -20,17 +20,41 @@ from narvl_jax.state.train_state import (
   state_shardings,
 )
 from narvl_jax.training.setup import describe_parallelism
-from tests.support import stand_in
+from tests.support import runs, stand_in
 
 
-def test_shapes_of_equal_models_are_traced_once():
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+  """Grows by one entry whenever the encoder is traced."""
+  found: list[Any] = []
+  monkeypatch.setattr(
+    encoder, "check_image_size", lambda *size: found.append(size)
+  )
+  return found
+
+
+def test_shapes_of_equal_models_are_traced_once(traces: list[Any]):
   one, other = (
     NARVL(model_config("micro", vocab_size=90, num_queries=3)) for _ in "ab"
   )
   assert one is not other
   shapes = abstract_variables(one, (32, 32), 8)
-  assert abstract_variables(other, (32, 32), 8) is shapes
-  assert abstract_variables(other, (32, 32), 9) is not shapes
+  assert abstract_variables(other, (32, 32), 8) == shapes
+  assert len(traces) == 1
+  abstract_variables(other, (32, 32), 9)
+  assert len(traces) == 2
+
+
+def test_a_start_traces_the_model_once_to_initialise_and_once_to_train(
+  traces: list[Any],
+):
+  # A model that no other test builds, so that nothing is cached.
+  setup = runs.setup((2, 1, 1), model__num_queries=5, model__mlp_width=24)
+  setup.init.trace(jax.random.key(0))
+  assert len(traces) == 1
+  with jax.set_mesh(setup.mesh):
+    setup.step.trace(setup.abstract_state, setup.batch)
+  assert len(traces) == 2
 
 
 def test_state_lies_where_its_parameters_lie():
