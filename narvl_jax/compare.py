@@ -8,7 +8,7 @@ r"""Compares the parallel model with its autoregressive counterpart.
 Prints tables of quality and latency of every way to decode, and writes
 comparison.json and latency.png into --to. With --size, latency alone, of
 random weights at the resolutions of the official models.
-`narvl_jax/comparison/README.md` says what is measured and how to read it.
+docs/performance.md describes what is measured.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def compare(
   tasks: Sequence[str] = (),
   split: str = "test",
   max_examples: int | None = None,
-  checkpoint: str | int = "last",
+  checkpoint: str | int = "best",
   image_size: int | None = None,
   batch_sizes: Sequence[int] = (1, 8),
   rounds: int = 10,
@@ -93,7 +93,7 @@ def compare(
     to: folder for the results; None: they are only printed.
 
   Returns:
-    What `comparison.json` holds, see `narvl_jax/comparison/README.md`.
+    The content of `comparison.json`.
 
   Raises:
     UserError: an argument is wrong, or the runs do not belong together.
@@ -329,7 +329,7 @@ def define_flags() -> None:
   flags.DEFINE_list("tasks", [], "Tasks; default: all.")
   common_flags.split("Split of the data sets.", "test")
   common_flags.max_examples("At most this many of every data set; 0: all.", 0)
-  common_flags.checkpoint("last")
+  common_flags.checkpoint()
   flags.DEFINE_integer("image_size", None, "Pixels a side, for --size.")
   flags.DEFINE_list(
     "batch_size", ["1", "8"], "Examples at a time, one number or several."

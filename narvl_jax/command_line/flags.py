@@ -32,9 +32,9 @@ def workdir(text: str = "Folder of the run.") -> None:
   flags.DEFINE_string("workdir", None, text)
 
 
-def checkpoint(default: str = "best", text: str = "") -> None:
+def checkpoint(text: str = "") -> None:
   """Defines --checkpoint."""
-  flags.DEFINE_string("checkpoint", default, f"{text}best, last or a step.")
+  flags.DEFINE_string("checkpoint", "best", f"{text}best, last or a step.")
 
 
 def to(text: str, default: str | None = None) -> None:

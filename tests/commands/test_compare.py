@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
+from narvl_jax import compare as compare_lib
+from narvl_jax.checkpointing.restore import restore
+from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.compare import compare
 from narvl_jax.comparison.case import choose_lengths
 from narvl_jax.comparison.runs import make_case, open_runs
@@ -158,6 +162,25 @@ def test_lists_of_answers(pair, tmp_path):
     choose_lengths(case, [25])
   longer = dataclasses.replace(case, facts={**case.facts, "text_length": 50})
   assert choose_lengths(longer, None) == [1, 2, 4, 8]
+
+
+def test_the_best_checkpoints_are_compared(pair, tmp_path, monkeypatch):
+  """As evaluate, predict and distill do, also where a later one is there."""
+  folder = shutil.copytree(pair["ar"], tmp_path / "ar")
+  _, variables, best = restore(folder)
+  with Checkpoints(folder, keep_last=2) as checkpoints:
+    checkpoints.save_variables(best + 1, variables)
+  opened = []
+
+  def spy(*args):
+    opened.append(open_runs(*args))
+    raise UserError("enough")
+
+  monkeypatch.setattr(compare_lib.runs, "open_runs", spy)
+  for arguments in ({}, {"checkpoint": "last"}):
+    with pytest.raises(UserError, match="enough"):
+      compare(pair["nar"], str(folder), **arguments)
+  assert [found["AR"].step for found in opened] == [best, best + 1]
 
 
 def test_runs_in_the_wrong_place(pair):
