@@ -1,0 +1,69 @@
+"""Sizes of folders, files and functions."""
+
+import ast
+import pathlib
+
+import pytest
+
+from tests.conftest import ROOT
+
+_FOLDERS = ("narvl_jax", "configs", "tests", "docs")
+_MODULES = sorted(
+  path for folder in _FOLDERS for path in (ROOT / folder).rglob("*.py")
+)
+_MOST_FILES = 16
+_MOST_LINES = {"narvl_jax": 350, "configs": 350, "docs": 350, "tests": 450}
+_MOST_FUNCTION_LINES = 60
+# Exceptions.
+_LONG_FILES = {
+  "narvl_jax/benchmarks/data.py",
+  "narvl_jax/check_data.py",
+  "narvl_jax/checkpointing/integrity.py",
+  "narvl_jax/checkpointing/writing.py",
+  "narvl_jax/checkpoints.py",
+  "narvl_jax/compare.py",
+  "narvl_jax/data/pictures/rendering.py",
+  "narvl_jax/data/vocabulary/vocabulary.py",
+  "narvl_jax/decoding/ctc.py",
+  "narvl_jax/hosts/distributed.py",
+  "narvl_jax/interop/pickle_data.py",
+  "narvl_jax/train.py",
+  "tests/data/sources/rows/test_files.py",
+  "tests/run/test_loop.py",
+}
+_LONG_FUNCTIONS = {
+  "narvl_jax/command_line/cli.py::run",
+  "narvl_jax/train.py::_run",
+  "narvl_jax/training/cross_entropy.py::label_smoothed_cross_entropy",
+  "narvl_jax/training/setup.py::build_setup",
+}
+
+
+def _name(path: pathlib.Path) -> str:
+  return path.relative_to(ROOT).as_posix()
+
+
+def test_folders_hold_few_files():
+  folders = {path.parent for path in _MODULES}
+  sizes = {_name(x): sum(1 for _ in x.glob("*.py")) for x in folders}
+  assert not {k: v for k, v in sizes.items() if v > _MOST_FILES}
+
+
+def test_files_are_short():
+  lines = {_name(x): len(x.read_text("utf-8").splitlines()) for x in _MODULES}
+  long = {k: v for k, v in lines.items() if v > _MOST_LINES[k.split("/")[0]]}
+  assert not long.keys() - _LONG_FILES, long
+
+
+@pytest.mark.parametrize("folder", ["narvl_jax", "configs"])
+def test_functions_are_short(folder: str):
+  long = {}
+  for path in (ROOT / folder).rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+      if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        # The docstring does not count.
+        first = node.body[1 if ast.get_docstring(node) else 0 :] or node.body
+        lines = (node.end_lineno or 0) - first[0].lineno + 1
+        if lines > _MOST_FUNCTION_LINES:
+          long[f"{_name(path)}::{node.name}"] = lines
+  assert not long.keys() - _LONG_FUNCTIONS, long
