@@ -35,6 +35,7 @@ from narvl_jax.data.checking import report as check_report
 from narvl_jax.data.checking.samples import draw_samples
 from narvl_jax.data.example import Record
 from narvl_jax.data.pictures.files import EXIF_ORIENTATIONS
+from narvl_jax.data.sources.subset import Subset, spread
 from narvl_jax.data.tasks import Task, make_task, vocabulary_texts
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import USER_ERROR_CODE, UserError, did_you_mean
@@ -207,7 +208,8 @@ def find_vocabulary(
   with progress.doing("training a vocabulary", unit="texts") as training:
     texts = []
     for entry in entries:
-      records = _Spread(entry.source, _LEARNT_RECORDS)
+      source = entry.source
+      records = Subset(source, spread(len(source), _LEARNT_RECORDS))
       for text in vocabulary_texts(
         entry.task, entry.config.tasks[entry.task], records
       ):
@@ -237,19 +239,6 @@ def _read_vocabulary(folder: pathlib.Path) -> Vocabulary:
     " vocab.json (Hugging Face), nor vocabulary.json (a run's folder"
     " vocabulary); set --vocabulary"
   )
-
-
-class _Spread(Sequence[Record]):
-  """At most so many records, evenly spread."""
-
-  def __init__(self, source: Sequence[Record], limit: int) -> None:
-    self._source, self._count = source, min(len(source), limit)
-
-  def __len__(self) -> int:
-    return self._count
-
-  def __getitem__(self, index: Any) -> Any:
-    return self._source[index * len(self._source) // self._count]
 
 
 def define_flags() -> None:

@@ -14,6 +14,7 @@ from narvl_jax.comparison.latency import Batch
 from narvl_jax.comparison.ways import AR, NAR, Way, choose, ways_of
 from narvl_jax.data.batches import pipeline
 from narvl_jax.data.example import Record
+from narvl_jax.data.sources.subset import spread
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation import evaluator
 from narvl_jax.experiment.config import to_json
@@ -256,9 +257,7 @@ def _batches(
   Raises:
     UserError: the runs make different prompts of a record.
   """
-  indices = np.resize(
-    evaluator.spread(len(records), size * count), size * count
-  )
+  indices = np.resize(spread(len(records), size * count), size * count)
   batches = []
   for rows in indices.reshape(count, size):
     one, other = (

@@ -4,11 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from narvl_jax.data import sources
 from narvl_jax.data.batches.bad_records import BadRecords
-from narvl_jax.data.example import Record
+from narvl_jax.data.sources.subset import Subset, spread
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation.reporting import Prediction, Report
@@ -87,7 +84,7 @@ def evaluate_tasks(
         before_batch=before_batch,
         bad_records=bad_records,
       ):
-        index = int(subset.indices[answer.index])
+        index = subset.indices[answer.index]
         tally.update(answer, first + answer.index, dataset=name, index=index)
         # Other hosts predict the examples in between.
         activity.done = first + answer.index + 1
@@ -132,30 +129,3 @@ def _entries(
 
 def _tasks_of(entries: Mapping[str, Any]) -> list[str]:
   return list(dict.fromkeys(entry.task for entry in entries.values()))
-
-
-def spread(size: int, limit: int | None) -> np.ndarray:
-  """Returns at most `limit` indices, evenly spread over `range(size)`."""
-  count = size if limit is None else min(size, limit)
-  return np.arange(count) * size // max(count, 1)
-
-
-class Subset(Sequence[Record]):
-  """Some records of a source, by position.
-
-  Attributes:
-    indices: their positions in the source, int [count].
-  """
-
-  def __init__(self, source: Sequence[Record], indices: np.ndarray) -> None:
-    self._source, self.indices = source, indices
-
-  def __len__(self) -> int:
-    return len(self.indices)
-
-  def __getitem__(self, index: Any) -> Any:
-    return self._source[int(self.indices[index])]
-
-  def locate(self, index: int) -> str:
-    """Returns where a record comes from."""
-    return sources.locate(self._source, int(self.indices[index]))

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from narvl_jax.checkpointing.chosen import read_chosen
 from narvl_jax.checkpointing.recorded_config import check_recorded
@@ -20,8 +19,8 @@ from narvl_jax.data.batches.pipeline import Batcher
 from narvl_jax.data.example import Record
 from narvl_jax.data.shards.distilled import Label, Labelled
 from narvl_jax.data.shards.writer import Job, write_shard
+from narvl_jax.data.sources.subset import Subset
 from narvl_jax.errors import UserError, did_you_mean
-from narvl_jax.evaluation.evaluator import Subset
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.hosts import distributed
 from narvl_jax.parallel import make_mesh, replicated
@@ -204,7 +203,7 @@ class Labeller:
     # rounding, on which shards are there already.
     own, before = [], answering.done
     for answer in predictor.answers(
-      Subset(source, np.asarray(indices)),
+      Subset(source, indices),
       job.task,
       batch_size=self._batch_size,
     ):

@@ -1,12 +1,10 @@
 """The vocabulary of a run: read from files, or trained on its data."""
 
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from narvl_jax.data.batches.bad_records import BadRecord
-from narvl_jax.data.example import Record
-from narvl_jax.data.sources import locate
+from narvl_jax.data.sources.subset import Subset
 from narvl_jax.data.tasks import vocabulary_texts
 from narvl_jax.data.vocabulary.vocabulary import OFFICIAL_FIXED_IDS, Vocabulary
 from narvl_jax.errors import UserError
@@ -87,7 +85,8 @@ def _texts(config: Config, training: Activity) -> Iterator[str]:
   for source, task, _, name in load_mixture(config):
     count = min(len(source), _VOCABULARY_RECORDS)
     # Spread over the source, which may be sorted.
-    records = _Strided(source, len(source) // count, count)
+    stride = len(source) // count
+    records = Subset(source, range(0, count * stride, stride))
     bad: list[BadRecord] = []
     found = False
     for text in vocabulary_texts(
@@ -102,20 +101,3 @@ def _texts(config: Config, training: Activity) -> Iterator[str]:
         f"no record of {name} that was read for the vocabulary is good:"
         f" {problem} (python -m narvl_jax.check_data tells more)"
       )
-
-
-class _Strided(Sequence[Record]):
-  """Every n-th record of a source."""
-
-  def __init__(self, source: Sequence[Record], stride: int, count: int) -> None:
-    self._source, self._stride, self._count = source, stride, count
-
-  def __len__(self) -> int:
-    return self._count
-
-  def __getitem__(self, index: Any) -> Any:
-    return self._source[index * self._stride]
-
-  def locate(self, index: int) -> str:
-    """Returns where a record comes from."""
-    return locate(self._source, index * self._stride)

@@ -16,10 +16,10 @@ from narvl_jax.data.shards import conversion
 from narvl_jax.data.shards import writer as shard_writer
 from narvl_jax.data.shards.distilled import DistilledSet
 from narvl_jax.data.sources import load_source, open_source
+from narvl_jax.data.sources.subset import Subset
 from narvl_jax.distill import distill
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import labelling
-from narvl_jax.evaluation.evaluator import Subset
 from narvl_jax.prediction.predictor import Predictor
 from tests.evaluation import tiny_run
 from tests.support.processes import start_together
@@ -64,9 +64,7 @@ def test_targets_are_the_answers_of_the_teacher(tmp_path, capsys):
     )
     # On one device, where the teacher used all of them.
     said = list(
-      predictor.answers(
-        Subset(original, np.arange(20)), found.task, batch_size=16
-      )
+      predictor.answers(Subset(original, range(20)), found.task, batch_size=16)
     )
     made = records_of(found)
     assert len(made) == len(said) == 20

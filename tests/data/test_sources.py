@@ -1,12 +1,14 @@
 """Opening sources by name and by what a command line names."""
 
 import pathlib
+from typing import Any
 
 import pytest
 
 from narvl_jax.data import sources
+from narvl_jax.data.sources.subset import Subset, spread
 from narvl_jax.errors import UserError
-from tests.data.number_source import NumberSource
+from tests.data.number_source import ListSource, NumberSource
 
 
 @pytest.mark.parametrize(
@@ -90,3 +92,18 @@ def test_a_split_that_changes_nothing() -> None:
     ("tfds:coco", "val"),
   ):
     assert sources.unused_split(spec, split) == ""
+
+
+@pytest.mark.parametrize("limit", [None, 1, 3, 10, 11])
+def test_spread_indices_are_distinct_and_in_range(limit):
+  indices = spread(10, limit)
+  assert len(indices) == min(10, 10 if limit is None else limit)
+  assert len(set(indices)) == len(indices)
+  assert all(0 <= i < 10 for i in indices)
+
+
+def test_subset_has_the_places_of_its_source():
+  source: Any = ListSource("abcdefghi")
+  some = Subset(source, spread(9, 3))
+  assert list(some) == ["a", "d", "g"]
+  assert sources.locate(some, 2) == "list.tsv row 7"

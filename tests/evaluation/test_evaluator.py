@@ -230,14 +230,6 @@ def test_examples_are_spread_over_the_data_set(serve):
     assert [p["id"] for p in found] == [f"{task}{i}" for i in (0, 2, 5, 7)]
 
 
-@pytest.mark.parametrize("limit", [None, 1, 3, 10, 11])
-def test_spread_indices_are_distinct_and_in_range(limit):
-  indices = evaluator.spread(10, limit)
-  assert len(indices) == min(10, 10 if limit is None else limit)
-  assert len(set(indices)) == len(indices)
-  assert all(0 <= i < 10 for i in indices)
-
-
 def test_all_tasks_and_calls_share_one_compilation(serve):
   serve(_known_records())
   events = collections.Counter()

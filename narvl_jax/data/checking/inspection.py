@@ -19,6 +19,7 @@ from narvl_jax.data.checking.findings import Limits as Limits
 from narvl_jax.data.checking.picture_facts import examine
 from narvl_jax.data.example import Record
 from narvl_jax.data.pictures import images
+from narvl_jax.data.sources.subset import spread
 from narvl_jax.data.tasks import Task, make_task
 from narvl_jax.data.tasks.base import required_queries
 from narvl_jax.errors import UserError
@@ -60,7 +61,7 @@ def inspect(
   """
   total = len(source)
   count = min(total, max_examples) if max_examples else total
-  whole = _spread_indices(total, count)
+  whole = spread(total, count)
   indices = range(total) if all_texts else whole
   if len(indices) > _MAX_READ:
     raise UserError(
@@ -85,12 +86,6 @@ def inspect(
   notes: Any = getattr(source, "notes", list)
   figures["notes"] = list(notes())
   return figures
-
-
-def _spread_indices(total: int, count: int) -> Sequence[int]:
-  if count == total:
-    return range(total)
-  return [i * total // count for i in range(count)]
 
 
 def _in_threads(

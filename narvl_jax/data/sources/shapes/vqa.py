@@ -13,8 +13,15 @@
 
 Kinds are equally frequent, as are the answers of each form of question. A
 "no" about existence is a near miss: where possible the colour and the shape
-are both there, on different objects. The most frequent answer to each
-question, learnt from 50,000 texts alone, is right for PRIORS of 20,000 others.
+are both there, on different objects.
+
+A reader of the questions alone is right this often: it knows the most frequent
+answer to each of 50,000 questions (train, seed 0) and answers the next 20,000.
+
+| difficulty | all  | count | attribute | existence | comparison | relation |
+| ---------- | ---- | ----- | --------- | --------- | ---------- | -------- |
+| easy       | 40 % | 29 %  | 30 %      | 52 %      | 50 %       | 40 %     |
+| full       | 36 % | 17 %  | 32 %      | 52 %      | 52 %       | 28 %     |
 """
 
 from collections.abc import Callable
