@@ -1,6 +1,8 @@
-"""Files in the safetensors format, read by its own library."""
+"""Files in the safetensors format."""
 
+import collections
 import dataclasses
+import json
 import os
 import struct
 from collections.abc import Hashable, Iterator
@@ -31,26 +33,23 @@ _DTYPES: dict[str, np.dtype[Any]] = {
   "U8": np.dtype(np.uint8),
   "BOOL": np.dtype(np.bool_),
 }
-# The library takes up to 100 MB, and much more memory for such a header; that
+# The library allows 100 MB, which takes much more memory to parse. The header
 # of 2,000 tensors has 0.2 MB.
 _MAX_HEADER_BYTES = 1 << 23
 
 
 def read_safetensors(path: PathLike) -> dict[str, Tensor]:
-  """Returns the tensors of a file by their names.
+  """Returns name -> tensor of a file.
 
   Raises:
-    UserError: the file is missing or damaged.
+    UserError: the file is missing or damaged, or names a tensor twice.
   """
   check_regular(path)
   try:
-    with open(path, "rb") as file:
-      start = file.read(8)
-    if len(start) == 8:
-      (length,) = struct.unpack("<Q", start)
-      if length > _MAX_HEADER_BYTES:
-        raise ValueError(f"it claims a header of {length:,} bytes")
+    header = _read_header(path)
     with _open(path) as file:
+      # The library would use the last of two equal names.
+      json.loads(header, object_pairs_hook=_check_unique)
       names: list[str] = file.keys()
       return {name: _tensor(path, file, name) for name in names}
   except (OSError, ValueError) as error:
@@ -59,11 +58,28 @@ def read_safetensors(path: PathLike) -> dict[str, Tensor]:
     ) from error
 
 
+def _read_header(path: PathLike) -> bytes:
+  with open(path, "rb") as file:
+    start = file.read(8)
+    if len(start) < 8:
+      return b""  # The library reports it.
+    (length,) = struct.unpack("<Q", start)
+    if length > _MAX_HEADER_BYTES:
+      raise ValueError(f"it claims a header of {length:,} bytes")
+    return file.read(length)
+
+
+def _check_unique(items: list[tuple[str, Any]]) -> None:
+  name, count = collections.Counter(x for x, _ in items).most_common(1)[0]
+  if count > 1:
+    raise ValueError(f'its header holds "{name[:100]}" {count} times')
+
+
 @contextmanager
 def _open(path: PathLike) -> Iterator[Any]:
   """Opens a file; errors of the library become `ValueError`."""
   try:
-    # `pread`: mapped pages would count as memory of this process.
+    # Mapped pages (the default) would count as memory of this process.
     with safetensors.safe_open(
       os.fspath(path), framework="numpy", backend="pread"
     ) as file:
@@ -85,16 +101,16 @@ def _tensor(path: PathLike, file: Any, name: str) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Named(Tensor):
-  """A tensor that the library finds by its name."""
+  """A tensor that the library reads by its name."""
 
   name: str
 
   @property
   def identity(self) -> Hashable:
-    """Equal for tensors that are the same bytes."""
+    """See `Tensor`."""
     return (self.path, self.name)
 
   def _read(self) -> np.ndarray:
-    # Opened for each tensor, so that nothing of the file stays in memory.
+    # Opened for each tensor: an open file caches what was read.
     with _open(self.path) as file:
       return file.get_tensor(self.name)

@@ -1,11 +1,12 @@
-"""Files of `torch.save`, read without torch and without running any of them.
+"""Files of `torch.save`, read without torch and without running any code.
 
-Such a file is a zip archive: a pickle that describes the values, and the bytes
-of each storage. A pickle is a program that may call any function of any
-module. `pickle_data` reads it as data; here is what its names stand for: dicts,
-namespaces and descriptions of tensors. All other names are refused.
+Such a file is a zip archive of a pickle that describes the values, and the
+bytes of each storage. `pickle_data` reads the pickle as data. Its names stand
+for dicts, namespaces and descriptions of tensors; all others are rejected.
 """
 
+import collections
+import dataclasses
 import io
 import itertools
 import math
@@ -51,7 +52,7 @@ _STORAGES: dict[str, np.dtype[Any]] = {
   "ByteStorage": np.dtype(np.uint8),
   "BoolStorage": np.dtype(np.bool_),
 }
-# Values such as scores and enumerations, which a conversion does not need.
+# Packages of values that a conversion does not need, such as scores.
 _INERT_PACKAGES = ("numpy", "fairseq", "omegaconf")
 _INERT_NAMES = {
   ("torch", "Size"),
@@ -60,7 +61,7 @@ _INERT_NAMES = {
   *(("torch", f"float{bits}") for bits in (16, 32, 64)),
 }
 _MAX_PICKLE_BYTES = 1 << 26
-# The list of all entries; 2,000 take 0.2 MB.
+# The central directory; 2,000 entries take 0.2 MB.
 _MAX_DIRECTORY_BYTES = 1 << 22
 _MAX_BYTE_ORDER_BYTES = 16
 _MAX_KEY_CHARACTERS = 100
@@ -68,18 +69,15 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
 def read_torch(path: PathLike) -> Any:
-  """Reads what `torch.save` wrote, in the zip format of torch >= 1.6.
-
-  Args:
-    path: the file.
+  """Reads a file of `torch.save` in the zip format of torch >= 1.6.
 
   Returns:
-    Dicts, lists and plain values as they were; a `Tensor` for each tensor, a
+    Dicts, lists and plain values; a `Tensor` for each tensor, a
     `types.SimpleNamespace` for each `argparse.Namespace`, an `Inert` for
     objects of NumPy, fairseq and omegaconf.
 
   Raises:
-    UserError: the file is missing, damaged, of another format, or its pickle
+    UserError: the file is missing, damaged or of another format, or its pickle
       asks to run code.
   """
   check_regular(path)
@@ -102,23 +100,23 @@ def read_torch(path: PathLike) -> Any:
     ) from error
   except UnsafePickleError as error:
     raise UserError(
-      f"--from={path} is refused: {error}; convert only files that hold"
+      f"--from={path} is rejected: {error}; convert only files that hold"
       " nothing but tensors and settings"
     ) from error
   except UserError:
     raise
   except Exception as error:
-    # A damaged file can raise nearly anything.
+    # A damaged file can raise nearly any exception.
     raise UserError(
       f"--from={path} is damaged: {type(error).__name__}: {error}"
     ) from error
 
 
 class _CappedFile(io.BufferedReader):
-  """A file of which `zipfile` reads no list of entries without end."""
+  """A file of which `zipfile` cannot read a huge central directory."""
 
   def read(self, size: int | None = -1, /) -> bytes:
-    """Reads as a file does."""
+    """Limits the size."""
     if size is None or size < 0:
       size = os.fstat(self.fileno()).st_size - self.tell()
     if size > _MAX_DIRECTORY_BYTES:
@@ -137,17 +135,20 @@ class _Reader:
     self._size = os.fstat(file.fileno()).st_size
     self._entries = {info.filename: info for info in entries}
     self._used: dict[str, StoredBytes] = {}
-    names = [name for name in self._entries if name.endswith("/data.pkl")]
+    counts = collections.Counter(info.filename for info in entries)
+    names = [x for x in counts.elements() if x.endswith("/data.pkl")]
     if len(names) != 1:
       raise UserError(
         f"--from={path} is a zip archive but not of torch.save: it holds"
         f" {len(names)} files data.pkl, not 1"
       )
+    name, count = counts.most_common(1)[0]
+    if count > 1:
+      raise ValueError(f"the archive holds {name} {count} times")
     self._pickle = names[0]
     self._root = names[0].removesuffix("data.pkl")
 
   def read(self) -> Any:
-    """Returns the content of the archive."""
     order = self._root + "byteorder"
     little = order not in self._entries or (
       self._bytes(order, _MAX_BYTE_ORDER_BYTES) == b"little"
@@ -163,11 +164,11 @@ class _Reader:
     return value
 
   def _bytes(self, name: str, most: int) -> bytes:
-    """Returns an entry as a whole."""
+    """Returns the bytes of an entry."""
     entry = self._entry(name)
     if entry.size > most:
       raise UnsafePickleError(f"{name} has {entry.size:,} bytes")
-    # Not as one read of the file, which is capped for what is no entry.
+    # Not `self._file.read`, which is capped.
     data = os.pread(self._file.fileno(), entry.size, entry.offset)
     if entry.crc is not None and zlib.crc32(data) != entry.crc:
       raise UserError(
@@ -177,15 +178,11 @@ class _Reader:
     return data
 
   def _entry(self, name: str) -> StoredBytes:
-    """Returns where the bytes of an entry are.
-
-    Raises:
-      ValueError: they are not in the file as they are.
-    """
+    """Returns the location of an entry; raises ValueError for a bad one."""
     if name in self._used:
       return self._used[name]
     info = self._entries[name]
-    # torch compresses nothing, and what is compressed may expand without end.
+    # torch never compresses, and a compressed entry may expand without end.
     if info.compress_type != zipfile.ZIP_STORED:
       raise ValueError(f"{name} is compressed")
     header = os.pread(
@@ -197,15 +194,12 @@ class _Reader:
     offset = info.header_offset + _LOCAL_HEADER.size + name_size + extra_size
     if offset + info.file_size > self._size:
       raise ValueError(f"{name} reaches beyond the end of the file")
-    # torch writes 0 where it was told to compute no check sum.
+    # torch writes 0 if it was configured to compute no checksums.
     self._used[name] = StoredBytes(offset, info.file_size, info.CRC or None)
     return self._used[name]
 
   def _check_overlaps(self) -> None:
-    """Checks that no byte of the file is used by two entries.
-
-    Otherwise a small file could hold large entries without number.
-    """
+    """Raises if two entries share bytes: a small file could seem huge."""
     entries = sorted(
       (entry.offset, entry.size) for entry in self._used.values() if entry.size
     )
@@ -214,7 +208,7 @@ class _Reader:
         raise ValueError("entries of the archive overlap")
 
   def _storage(self, reference: Any) -> "_Storage":
-    """Finds the bytes that a persistent id of the pickle stands for."""
+    """Returns the bytes that a persistent id of the pickle stands for."""
     if not isinstance(reference, tuple) or len(reference) != 5:
       raise UnsafePickleError("it refers to something that is no storage")
     kind, of_type, key, _, count = reference
@@ -232,25 +226,26 @@ class _Reader:
     return _Storage(self._path, entry, count, of_type.dtype)
 
 
+# No tuples, which a pickle could take apart.
+@dataclasses.dataclass(frozen=True, eq=False)
 class _StorageType:
   """Stands for a class such as `torch.FloatStorage`."""
 
-  def __init__(self, dtype: np.dtype[Any]) -> None:
-    self.dtype = dtype
+  dtype: np.dtype[Any]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Storage:
   """Bytes of a file, of which tensors are views."""
 
-  def __init__(
-    self, path: PathLike, entry: StoredBytes, count: int, dtype: np.dtype[Any]
-  ) -> None:
-    self.path, self.entry = path, entry
-    self.count, self.dtype = count, dtype
+  path: PathLike
+  entry: StoredBytes
+  count: int
+  dtype: np.dtype[Any]
 
 
 def _naturals(values: Any) -> tuple[int, ...]:
-  """Returns integers that are not negative, and refuses anything else."""
+  """Returns a tuple of integers >= 0; rejects anything else."""
   if not isinstance(values, (list, tuple)):
     raise ValueError("a tensor without sizes or strides")
   if len(values) > MAX_AXES:
@@ -275,7 +270,7 @@ def _rebuild_tensor(
     raise ValueError(f"a tensor of shape {shape} and strides {steps}")
   if start + extent(shape, steps) > storage.count:
     raise ValueError("a tensor reaches beyond its storage")
-  # Otherwise repeats of a few bytes could fill the memory.
+  # Otherwise strides of 0 could repeat a few bytes without end.
   if math.prod(shape) > storage.count:
     raise ValueError("a tensor is larger than its storage")
   return Slice(
@@ -310,7 +305,7 @@ _KNOWN = {
 
 
 def _find(module: str, name: str) -> Any:
-  """Returns what stands for a name of the pickle."""
+  """Returns the stand-in for a name of the pickle."""
   if (module, name) in _KNOWN:
     return _KNOWN[module, name]
   package = module.split(".")[0]

@@ -117,7 +117,7 @@ _PICKLES = {
   "no_end": (b"\x80\x02]", "exhausted"),
   "nothing": (b"\x80\x02.", "empty stack"),
   "no_mark": (b"\x80\x02e.", "mark"),
-  "not_noted": (b"\x80\x02h\x05.", "the value 5, not noted"),
+  "not_noted": (b"\x80\x02h\x05.", "not found at index 5"),
   "claimed_text": (b"\x80\x02X\xff\xff\xff\x7fab.", "damaged"),
   "negative_long": (b"\x80\x02\x8b\xff\xff\xff\xff.", "damaged"),
   "long_name": (b"\x80\x02c" + b"o" * 5000 + b"\nx\n.", "proper name"),

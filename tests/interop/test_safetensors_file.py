@@ -58,6 +58,9 @@ def entry(**changes: Any) -> bytes:
   return header(json.dumps({"a": made}).encode()) + bytes(8)
 
 
+_ENTRY = b'{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+
+
 @pytest.mark.parametrize(
   ("data", "message"),
   [
@@ -78,6 +81,14 @@ def entry(**changes: Any) -> bytes:
     (header(b"[]"), "invalid type: sequence"),
     (header(b'{"\xff": 1}'), "invalid UTF-8"),
     (header(b" " * 2**23 + b"{}"), "header of 8,388,610 bytes"),
+    (
+      header(b'{"a":%b,"a":%b}' % (_ENTRY, _ENTRY)) + bytes(8),
+      'its header holds "a" 2 times$',
+    ),
+    (
+      header(b'{"a":%b}' % _ENTRY.replace(b"}", b',"dtype":"F32"}')) + bytes(8),
+      "duplicate field|holds",
+    ),
   ],
 )
 def test_damaged_files(

@@ -1,4 +1,4 @@
-"""Files of torch.save: written, read, and what is refused."""
+"""Files of torch.save: written, read, and rejected."""
 
 import argparse
 import collections
@@ -141,7 +141,7 @@ def test_hostile_files_run_nothing(tmp_path: pathlib.Path, name: str) -> None:
   pickled = pickle.dumps({"model": {}, "extra": hostile}, protocol=2)
   path = archive(tmp_path / "x.pt", pickled)
   with pytest.raises(
-    UserError, match=r"x.pt is refused: its pickle wants to use .*; convert"
+    UserError, match=r"x.pt is rejected: its pickle wants to use .*; convert"
   ) as error:
     read_torch(path)
   assert "\n" not in str(error.value)
@@ -198,6 +198,28 @@ def test_damaged_archives(
     read_torch(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("x/data.pkl", "not of torch.save: it holds 2 files data.pkl, not 1$"),
+    ("x/data/0", "damaged: ValueError: the archive holds x/data/0 2 times$"),
+  ],
+)
+def test_an_entry_appears_once(
+  tmp_path: pathlib.Path, name: str, message: str
+) -> None:
+  """Otherwise the last one would be read, and other programs show the first."""
+  write_torch(tmp_path / "x.pt", {"a": SHARED})
+  with (
+    zipfile.ZipFile(tmp_path / "x.pt", "a") as file,
+    pytest.warns(UserWarning, match="Duplicate name"),
+  ):
+    file.writestr(name, file.read(name))
+  with pytest.raises(UserError, match=message) as error:
+    read_torch(tmp_path / "x.pt")
+  assert "\n" not in str(error.value)
+
+
 def test_tensors_stay_within_their_storage(tmp_path: pathlib.Path) -> None:
   write_torch(tmp_path / "good.pt", {"a": SHARED})
   with zipfile.ZipFile(tmp_path / "good.pt") as file:
@@ -222,6 +244,11 @@ def test_files_that_are_no_archive(tmp_path: pathlib.Path) -> None:
   with zipfile.ZipFile(path, "w") as file:
     file.writestr("readme", "")
   with pytest.raises(UserError, match=r"not of torch\.save: it holds 0 files"):
+    read_torch(path)
+  with zipfile.ZipFile(path, "w") as file:
+    for name in ("x/data.pkl", "y/data.pkl"):
+      file.writestr(name, b"\x80\x02}.")
+  with pytest.raises(UserError, match=r"not of torch\.save: it holds 2 files"):
     read_torch(path)
   archive(path, b"\x80\x02nonsense")
   with pytest.raises(UserError, match=r"x\.pt is damaged: "):
