@@ -21,13 +21,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from absl import flags
 
-from narvl_jax.checkpointing import recorded_config
-from narvl_jax.checkpointing.integrity import (
-  Damage,
-  describe_digests,
-  examine,
-  has_digests,
-)
+from narvl_jax.checkpointing import record_checks
+from narvl_jax.checkpointing.digests import describe_digests, has_digests
+from narvl_jax.checkpointing.integrity import Damage, examine
 from narvl_jax.checkpointing.reading import FOLDER
 from narvl_jax.checkpointing.record import (
   BrokenRecord,
@@ -178,7 +174,7 @@ def restore_config(workdir: pathlib.Path) -> str:
   for step in reversed(stored_steps(folder)):
     record = _record(folder, step)
     if isinstance(record, CheckpointRecord) and record.config is not None:
-      return "\n".join(recorded_config.restore_config(workdir, record))
+      return "\n".join(record_checks.restore_config(workdir, record))
   raise UserError(
     f"no checkpoint in {folder} has an intact record with a config; bring"
     f" {workdir / CONFIG_FILE} back from a copy"

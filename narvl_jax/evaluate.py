@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from narvl_jax.checkpointing.restore import restore
+from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_json
@@ -68,7 +68,7 @@ def evaluate(
   check_lists(tasks=tasks)
   check_counts(batch_size=batch_size)
   check_counts(least=0, max_examples=max_examples)
-  experiment, variables, step = restore(workdir, checkpoint)
+  experiment, variables, step = load_run(workdir, checkpoint)
   settings: Any = experiment.config.evaluation
   if max_bad_fraction is not None:
     experiment.config.data.max_bad_fraction = max_bad_fraction

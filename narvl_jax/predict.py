@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from narvl_jax.checkpointing.restore import restore
+from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_json
@@ -107,7 +107,7 @@ def predict(
   if name == "caption":
     record = dataclasses.replace(record, prompt="")
   _check_length(record, config.tasks[name])
-  experiment, variables, step = restore(workdir, checkpoint)
+  experiment, variables, step = load_run(workdir, checkpoint)
   if answers:
     experiment = with_answers(experiment, answers)
   decodings = decoding_flags.decodings_for(experiment, decoding)

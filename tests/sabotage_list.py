@@ -237,10 +237,10 @@ SABOTAGES = (
   ),
   Sabotage(
     "an edited config is used without a word",
-    "narvl_jax/checkpointing/recorded_config.py",
-    "if refused:",
+    "narvl_jax/checkpointing/record_checks.py",
+    "if rejected:",
     "if False:",
-    "tests/checkpointing/test_recorded_config.py"
+    "tests/checkpointing/test_record_checks.py"
     "::test_an_edited_config_is_refused[seed-3-3 there and 0 in the]",
   ),
   Sabotage(

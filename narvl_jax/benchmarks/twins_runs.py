@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from narvl_jax.benchmarks.twins_table import CHOICE_SPLIT, Row
-from narvl_jax.checkpointing.restore import restore
+from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.answers import collect_answers
 from narvl_jax.data.example import TASKS
@@ -168,7 +168,7 @@ class Twins:
     """
     start = time.monotonic()
     folder = self.folder(kind, seed)
-    experiment, variables, step = restore(folder, "last")
+    experiment, variables, step = load_run(folder, "last")
     if "vqa" in experiment.tasks:
       experiment = with_answers(experiment, self._answers())
     settings = experiment.config.evaluation

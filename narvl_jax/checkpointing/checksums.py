@@ -1,9 +1,8 @@
-"""Checksums of arrays, the same on every mesh and on the host.
+"""Checksums of arrays, equal on every mesh and on the host.
 
-An array is taken as unsigned words. Each is mixed with its place in a way that
-can be undone, and the results are summed modulo 2^32. So one changed word
-always changes the sum; and sums of integers do not depend on their order, hence
-not on how the array is split over devices.
+The words of an array are mixed with their position by an invertible function
+and summed modulo 2^32. One changed word always changes the sum. Integer sums
+do not depend on the order, hence not on the sharding.
 """
 
 import functools
@@ -18,25 +17,25 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from narvl_jax.hosts import distributed
 
-# Words of a file that are summed at a time, which bounds the memory.
+# Words summed at a time on the host, to bound the memory.
 _BLOCK = 1 << 20
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}
 
 
 def device_checksums(leaves: Sequence[Any]) -> np.ndarray:
-  """Returns the checksums of arrays where they lie; waits for them.
+  """Computes checksums on the devices; waits for them.
 
   Args:
-    leaves: arrays of any dtypes and shapes but complex ones, typed random keys
-      as well; those on devices must share a mesh. All processes must call it.
+    leaves: arrays of any shape and any dtype but complex ones, also typed
+      random keys; those on devices must share a mesh. All processes must call.
 
   Returns:
     uint32 [len(leaves), 2], see `text`.
   """
   if not leaves:
     return np.zeros((0, 2), np.uint32)
-  # One program: many small ones with collectives, in flight at once, can
-  # starve each other of the threads of a CPU.
+  # One program: many small ones with collectives can deadlock on the threads
+  # of a CPU.
   program = _program(_whole(leaves))
   if jax.process_count() > 1:
     program = _compiled_together(program, tuple(map(_spec, leaves)))
@@ -62,12 +61,11 @@ def text(checksum: np.ndarray) -> str:
 
 
 def _terms(words: Any, places: Any) -> tuple[Any, Any]:
-  """Returns what each of the two sums has of words, both uint32.
+  """Returns the uint32 terms of the two sums.
 
-  The first sum alone would miss some changes of two words, such as two other
-  signs: the highest bit times an odd number is the highest bit. So the second
-  one scrambles each word, by steps that can be undone, after its place was
-  mixed in.
+  The first sum alone would miss some changes of two words, such as two flipped
+  signs: the highest bit times an odd number is the highest bit. The second one
+  is the finalizer of MurmurHash3 of word and position.
   """
   mixed = words ^ (places * np.uint32(0x9E3779B1))
   mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x85EBCA6B)
@@ -90,7 +88,7 @@ def _checksum(array: jax.Array) -> jax.Array:
     stride = np.uint32(math.prod(words.shape[axis + 1 :]) % 2**32)
     place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
     places += place * stride
-  # Both at once: the compiler would write down what two sums share.
+  # One reduction: two would materialise what they share.
   return jnp.stack(
     jax.lax.reduce(
       _terms(words, places),
@@ -111,9 +109,9 @@ def _program(where: Sharding | None) -> Any:
 
 @functools.cache
 def _compiled_together(program: Any, specs: tuple[Any, ...]) -> Any:
-  """Compiles the program on all hosts before the first of them runs it.
+  """Compiles the program on all hosts before any host runs it.
 
-  Gloo, on CPUs, gives a host half a minute for its first collective.
+  Gloo (CPU) gives a host 30 seconds for its first collective.
   """
   compiled = program.lower(list(specs)).compile()
   distributed.barrier("checksums compiled")
@@ -126,7 +124,7 @@ def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _whole(leaves: Sequence[Any]) -> Sharding | None:
-  """Returns a sharding by which every host has the result."""
+  """Returns the sharding that replicates the result on the mesh."""
   for leaf in leaves:
     if isinstance(sharding := getattr(leaf, "sharding", None), NamedSharding):
       return NamedSharding(sharding.mesh, PartitionSpec())

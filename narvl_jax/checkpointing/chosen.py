@@ -9,8 +9,8 @@ from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.errors import UserError
 
 _T = TypeVar("_T")
-# Each time a run has saved a checkpoint meanwhile, which takes it a while.
-_TRIES = 20
+# A training run saves a new checkpoint between two attempts, so few suffice.
+_ATTEMPTS = 20
 
 
 def choose_step(checkpoints: Checkpoints, wanted: str | int) -> int:
@@ -39,7 +39,8 @@ def choose_step(checkpoints: Checkpoints, wanted: str | int) -> int:
   if number not in steps:
     raise UserError(
       f'no checkpoint "{wanted}"; this run has'
-      f" {', '.join(map(str, steps))}, or say best or last (--checkpoint)"
+      f" {', '.join(map(str, steps))}; valid are also best and last"
+      " (--checkpoint)"
     )
   return number
 
@@ -49,20 +50,20 @@ def read_chosen(
   wanted: str | int,
   read: Callable[[Checkpoints, int], _T],
 ) -> _T:
-  """Returns what `read` does of the checkpoint that a name stands for.
+  """Returns `read(checkpoints, step)` of the chosen checkpoint.
 
-  A run that is training may remove it in the middle; then that which "best" or
-  "last" stands for by now is read.
+  If a training run removes the checkpoint meanwhile, "best" and "last" are
+  looked up again.
 
   Args:
     workdir: the run folder.
     wanted: "best", "last" or a step, see `choose_step`.
-    read: given the checkpoints of the run and the step.
+    read: reads a checkpoint.
 
   Raises:
-    UserError: the run has no such checkpoint, or no longer.
+    UserError: the run has no such checkpoint, or it was removed.
   """
-  left = _TRIES if wanted in ("best", "last") else 1
+  left = _ATTEMPTS if wanted in ("best", "last") else 1
   while True:
     left -= 1
     with Checkpoints(workdir) as checkpoints:

@@ -1,13 +1,13 @@
-"""What the C library keeps of memory that is no longer used."""
+"""Returning memory that glibc keeps after it was freed."""
 
 import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
 
-# Of `malloc.h`.
+# Constants of `malloc.h`.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-# The most to which glibc raises its own limits, by what is freed.
+# The upper bound of glibc's dynamic mmap threshold.
 _LARGEST_LIMIT = 32 << 20
 _SETTINGS = (
   "GLIBC_TUNABLES",
@@ -17,10 +17,10 @@ _SETTINGS = (
 
 
 def return_free_memory() -> None:
-  """Gives the system what is free, where C's library can.
+  """Returns freed memory to the system, where the C library supports it.
 
-  It else keeps some of what copies of a state took: a process of 0.5 GB with a
-  state of 0.2 GB then takes up to 1.2 GB.
+  Otherwise part of the memory of state copies stays with the process: 1.2 GB
+  instead of 0.5 GB for a state of 0.2 GB.
   """
   trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
   if trim is not None:
@@ -29,12 +29,11 @@ def return_free_memory() -> None:
 
 @contextlib.contextmanager
 def large_blocks_returned() -> Iterator[None]:
-  """Has new blocks from 1 MB on go back to the system once they are freed.
+  """Allocates blocks of 1 MB and more so that freeing returns them.
 
-  Threads that read arrays in parallel else leave in every arena of glibc what
-  they read: up to the size of the arrays once more. It holds for the whole
-  process, in which glibc's limits stay where they are afterwards. Who has set
-  them in the environment is left alone.
+  Otherwise threads that read arrays in parallel leave up to the size of all
+  arrays in the arenas of glibc. Affects the whole process. Has no effect if
+  the environment configures the allocator.
   """
   set_option = getattr(ctypes.CDLL(None), "mallopt", None)
   if set_option is None or any(name in os.environ for name in _SETTINGS):

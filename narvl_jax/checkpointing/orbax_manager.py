@@ -1,10 +1,10 @@
-"""Orbax's manager of checkpoints, set up for how runs use it."""
+"""The checkpoint manager of Orbax, configured for training runs."""
 
 import functools
 import logging
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,31 +15,49 @@ from orbax.checkpoint import multihost as _defines_the_flag
 from orbax.checkpoint import type_handlers
 
 from narvl_jax.checkpointing import record as record_lib
-from narvl_jax.checkpointing.retention import Policy
 
 del _defines_the_flag
 
-# Checkpoints that are no longer kept go here by a rename, so that a process
-# that is killed while it deletes leaves no half of one behind.
+# Deleted checkpoints are first renamed into this folder, so that a process that
+# is killed while it deletes leaves no partial checkpoint.
 DELETED = ".deleted"
-# Smallest part of a replicated array that a device writes.
+# Smallest part of a replicated array that one replica writes.
 _MIN_SLICE_BYTES = 4 << 20
-# In which all hosts must have written their parts of a checkpoint.
+# Time limit for all hosts to write their parts of a checkpoint.
 _SAVE_SECONDS = 1200
+
+
+# All steps -> step -> reasons to keep it; a step without any is deleted.
+Reasons = Callable[[list[int]], Mapping[int, Sequence[str]]]
+
+
+class _Preservation:
+  """`Reasons` as a preservation policy of Orbax."""
+
+  def __init__(self, reasons: Reasons) -> None:
+    self._reasons = reasons
+
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: Any
+  ) -> list[bool]:
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    reasons = self._reasons(steps)
+    return [bool(reasons[step]) for step in steps]
 
 
 def open_manager(
   folder: pathlib.Path,
-  policy: Policy | None = None,
+  reasons: Reasons | None = None,
   note_error: Callable[[BaseException], None] = lambda error: None,
 ) -> ocp.CheckpointManager:
   """Returns the manager of a folder of checkpoints.
 
   Args:
-    folder: made if it is written to.
-    policy: which checkpoints stay; None: the folder is only read.
-    note_error: called in another thread as soon as a save fails on this host,
-      which else waits for the other ones before it says so.
+    folder: created if it is written to.
+    reasons: why checkpoints are kept; None: the folder is only read.
+    note_error: called in another thread as soon as a save fails on this host;
+      Orbax itself raises only after waiting for the other hosts.
   """
   _split_only_large_arrays()
   _wait_with_timeouts()
@@ -49,12 +67,12 @@ def open_manager(
   return ocp.CheckpointManager(
     folder,
     options=ocp.CheckpointManagerOptions(
-      preservation_policy=policy,
-      # Not `read_only`, about which orbax warns: it writes only in `save`.
-      create=policy is not None,
-      cleanup_tmp_directories=policy is not None,
+      preservation_policy=reasons and _Preservation(reasons),
+      # Not `read_only`, with which Orbax logs a warning.
+      create=reasons is not None,
+      cleanup_tmp_directories=reasons is not None,
       todelete_subdir=DELETED,
-      # A damaged checkpoint must not keep the others from being opened.
+      # Reading metadata of a damaged checkpoint would raise.
       lightweight_initialize=True,
       async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
     ),
@@ -68,7 +86,7 @@ def open_manager(
 
 
 class _Watched:
-  """A future whose error is told when it happens."""
+  """A future that reports its error."""
 
   def __init__(
     self, future: Any, note_error: Callable[[BaseException], None]
@@ -88,7 +106,7 @@ class _Watched:
 
 
 class _ArrayHandler(ocp.StandardCheckpointHandler):
-  """Writes and reads trees of arrays; tells of errors early."""
+  """Writes and reads trees of arrays; reports errors early."""
 
   def __init__(self, note_error: Callable[[BaseException], None]) -> None:
     super().__init__()
@@ -117,10 +135,7 @@ class RestoreArrays(ocp.args.StandardRestore):
 
 
 def _wait_with_timeouts() -> None:
-  """Has Orbax wait for other hosts by name and for a limited time.
-
-  It else does so by a collective of all devices, which waits for ever.
-  """
+  """Selects barriers with a timeout instead of collectives that hang."""
   name = "experimental_orbax_use_distributed_barrier"
   flags.FLAGS[name].value = True
 
@@ -129,14 +144,14 @@ def _wait_with_timeouts() -> None:
 def _split_only_large_arrays() -> None:
   """Has Orbax write a replicated array from one device unless it is large.
 
-  It else splits every array over all replicas, for which it compiles one
-  slice for each device and shape: a minute at the first save on a CPU.
+  Otherwise it splits every array over all replicas and compiles one slice for
+  each device and shape: a minute at the first save on a CPU.
   """
   handler = type_handlers.ArrayHandler(
     min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES
   )
   verbosity = absl_logging.get_verbosity()
-  # It warns of what it is asked to do.
+  # Overriding logs a warning.
   absl_logging.set_verbosity(absl_logging.ERROR)
   type_handlers.register_type_handler(jax.Array, handler, override=True)
   absl_logging.set_verbosity(verbosity)
@@ -144,27 +159,25 @@ def _split_only_large_arrays() -> None:
 
 @functools.cache
 def _let_writers_end() -> None:
-  """Lets a process end though threads of Orbax still wait to write.
+  """Makes the writer threads of Orbax daemons, so that the process can exit.
 
-  Where the folder of a checkpoint cannot be made, as on a disk that became
-  read-only, they wait for it until the save times out, and Python for them.
-  A save that has not failed is waited for by `Checkpoints`.
+  After a failed save (a folder that cannot be created) they wait until the
+  timeout of the save. `Checkpoints` waits for every other save.
   """
   module = sys.modules.get("orbax.checkpoint._src.futures.future")
   thread: Any = getattr(module, "_SignalingThread", None)
   if thread is not None:
-    # Each is started by Orbax, so that it cannot be told on its own.
     thread.daemon = property(lambda self: True, lambda self, value: None)
 
 
 @functools.cache
 def _silence_errors() -> None:
-  """Drops what Orbax logs of errors that it raises as well."""
+  """Drops log entries of errors that Orbax raises as well."""
 
   def keep(entry: logging.LogRecord) -> bool:
     if "/orbax/checkpoint/" not in entry.pathname:
       return True
-    # The latter is said of a folder that was removed meanwhile.
+    # "Skipping merge" is logged for a folder that was removed.
     return not entry.exc_info and "Skipping merge of" not in str(entry.msg)
 
   absl_logging.get_absl_logger().addFilter(keep)

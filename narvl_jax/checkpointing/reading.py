@@ -1,4 +1,4 @@
-"""Reading checkpoints: which there are, and their arrays if intact."""
+"""Reading checkpoints: which steps exist, and their arrays if intact."""
 
 import contextlib
 import os
@@ -12,48 +12,43 @@ import numpy as np
 
 from narvl_jax.checkpointing import record as record_lib
 from narvl_jax.checkpointing.checksums import device_checksums
-from narvl_jax.checkpointing.fit import check_fit
+from narvl_jax.checkpointing.digests import has_digests
 from narvl_jax.checkpointing.host_memory import large_blocks_returned
 from narvl_jax.checkpointing.integrity import (
   Damage,
   DamagedCheckpoint,
   compare_leaves,
   examine,
-  has_digests,
 )
 from narvl_jax.checkpointing.record import CheckpointRecord, name_leaves
+from narvl_jax.checkpointing.record_checks import check_arrays
 from narvl_jax.checkpointing.retention import ranked
 from narvl_jax.errors import UserError
 from narvl_jax.hosts import distributed
 from narvl_jax.state.train_state import TrainState, averaged_variables
 
 FOLDER = "checkpoints"
-# Each fails only if a checkpoint vanishes between its listing and its look-up.
-_OPENINGS = 5
+# One fails only if a checkpoint vanishes between its listing and its look-up.
+_OPENING_ATTEMPTS = 5
 
 
 class RemovedCheckpoint(UserError):
-  """A checkpoint is gone, which was there when the folder was opened."""
+  """A checkpoint was removed after its folder was opened."""
 
 
 class StoredCheckpoints:
-  """The checkpoints in `WORKDIR/checkpoints/STEP`; see `training.record`.
+  """The checkpoints in `WORKDIR/checkpoints/STEP`; see `record`.
 
-  Arrays are read straight to where they are to lie. Nothing is used before
-  the files, and then the arrays on the devices, were compared with what was
-  written.
+  Arrays are read directly to their devices. Files are verified before they are
+  read, and arrays, on the devices, before they are returned.
   """
 
-  # Whether to look for another checkpoint where one is damaged.
+  # Whether the error of a damaged checkpoint names an intact one.
   _advises = True
 
   def __init__(self, workdir: str | os.PathLike[str]) -> None:
-    """Opens the folder of a run; makes nothing.
-
-    Args:
-      workdir: the run folder.
-    """
-    # Orbax takes a second to import: those who only train pay for it late.
+    """Opens the folder of a run; creates nothing."""
+    # The import of Orbax takes seconds.
     from narvl_jax.checkpointing import orbax_manager
 
     self._orbax = orbax_manager
@@ -66,8 +61,8 @@ class StoredCheckpoints:
     return self._orbax.open_manager(self._folder)
 
   def _open_patiently(self) -> Any:
-    """Opens the folder; a run that is training may change it meanwhile."""
-    for _ in range(_OPENINGS - 1):
+    """Opens the folder, which a training run may change at the same time."""
+    for _ in range(_OPENING_ATTEMPTS - 1):
       with contextlib.suppress(FileNotFoundError):
         return self._open()
     return self._open()
@@ -87,13 +82,10 @@ class StoredCheckpoints:
     return sorted(self._manager.all_steps())
 
   def read_record(self, step: int) -> CheckpointRecord:
-    """Returns what a checkpoint is, without reading its arrays.
-
-    Args:
-      step: one of `steps()`.
+    """Reads the record of a checkpoint.
 
     Raises:
-      DamagedCheckpoint: that cannot be told.
+      DamagedCheckpoint: the record cannot be read.
     """
     self.wait()
     try:
@@ -101,7 +93,7 @@ class StoredCheckpoints:
     except (OSError, record_lib.BrokenRecord) as error:
       damage = self.damage(step)
       assert damage is not None
-      raise self._refuse(step, damage) from error
+      raise self._rejection(step, damage) from error
 
   def _read_score(self, step: int) -> float | None:
     try:
@@ -109,19 +101,12 @@ class StoredCheckpoints:
     except (OSError, record_lib.BrokenRecord):
       return None
 
-  def run(self, step: int) -> dict[str, Any]:
-    """Returns what `save` was given as `run`; {} for weights only."""
-    return self.read_record(step).run
-
   def shapes(self, step: int) -> dict[str, Any]:
-    """Returns what a checkpoint holds, without reading the values.
-
-    Args:
-      step: one of `steps()`.
+    """Returns the shapes of the variables in a checkpoint.
 
     Returns:
-      "params" and, if there are any, "ema": trees of `jax.ShapeDtypeStruct`;
-      each has {"params", "batch_stats"}.
+      "params" and, if there are any, "ema": trees {"params", "batch_stats"} of
+      `jax.ShapeDtypeStruct`.
     """
     found: dict[str, Any] = {}
     for name, leaf in self.read_record(step).leaves.items():
@@ -136,11 +121,7 @@ class StoredCheckpoints:
     }
 
   def damage(self, step: int) -> Damage | None:
-    """Returns what is wrong with a checkpoint on disk, the same on all hosts.
-
-    Args:
-      step: one of `steps()`.
-    """
+    """Returns what is wrong with a checkpoint on disk, equal on all hosts."""
     self.wait()
     place = self._folder / str(step)
     try:
@@ -154,12 +135,11 @@ class StoredCheckpoints:
     return found
 
   def restore(self, step: int, target: TrainState) -> TrainState:
-    """Reads a whole state to where it is to lie.
+    """Reads a whole state.
 
     Args:
       step: one of `steps()`.
-      target: shapes, dtypes and shardings of the state
-        (`jax.ShapeDtypeStruct`s).
+      target: shapes, dtypes and shardings (`jax.ShapeDtypeStruct`).
 
     Raises:
       DamagedCheckpoint: it is not what was written.
@@ -170,10 +150,10 @@ class StoredCheckpoints:
     if not any(record_lib.item_of(x) == "optimizer" for x in record.leaves):
       raise UserError(
         f"the checkpoint {step} holds weights but no state of an optimizer, so"
-        " no run can go on from it; start one with --config.init_from=FOLDER"
+        " no run can resume from it; start one with --config.init_from=FOLDER"
         " and another --workdir"
       )
-    check_fit(record, name_leaves(items), self._workdir)
+    check_arrays(record, name_leaves(items), self._workdir)
     read = self._read(step, record, items)
     return TrainState(
       step=read["optimizer"]["step"],
@@ -186,12 +166,13 @@ class StoredCheckpoints:
   def restore_variables(
     self, step: int, target: Mapping[str, Any], ema: Mapping[str, Any] | None
   ) -> dict[str, Any]:
-    """Reads the variables to evaluate, averaged ones if the run has them.
+    """Reads the variables to evaluate, converted to the dtypes of the target.
 
     Args:
       step: one of `steps()`.
       target: shapes of {"params", "batch_stats"}.
-      ema: shapes of {"params", "batch_stats"} of the averages, or None.
+      ema: shapes of {"params", "batch_stats"} of the moving averages, which
+        then take precedence, or None.
 
     Raises:
       DamagedCheckpoint: it is not what was written.
@@ -201,7 +182,7 @@ class StoredCheckpoints:
     if ema is not None:
       items["ema"] = dict(ema)
     record = self.read_record(step)
-    check_fit(record, name_leaves(items), self._workdir, dtypes=False)
+    check_arrays(record, name_leaves(items), self._workdir, dtypes=False)
     read = self._read(step, record, items)
     if ema is None:
       return read["params"]
@@ -213,11 +194,10 @@ class StoredCheckpoints:
     """Reads items and compares them with what was saved."""
     damage = self.damage(step)
     if damage is not None:
-      raise self._refuse(step, damage)
-    wanted = name_leaves(items)
+      raise self._rejection(step, damage)
     args = self._orbax.ocp.args.Composite(
       **{
-        # In the types that they have, to which their checksums belong.
+        # With the stored dtypes, which the checksums are of.
         name: self._orbax.RestoreArrays(_as_stored(item, name, record))
         for name, item in items.items()
       }
@@ -228,16 +208,15 @@ class StoredCheckpoints:
     except Exception as error:
       if not (self._folder / str(step)).is_dir():
         raise self._removed(step) from error
-      # Without digests, files that hold no arrays were not looked at.
+      # Without digests only the arrays were verified.
       if has_digests(self._folder / str(step)):
         raise
       what = f"cannot be read: {' '.join(str(error).split())[:200]}"
-      raise self._refuse(step, Damage([[f"{step}/", what]], [])) from error
-    arrays = list(name_leaves(found).values())
-    sums = device_checksums(arrays)
-    different = compare_leaves(record, list(wanted), sums)
+      raise self._rejection(step, Damage([[f"{step}/", what]], [])) from error
+    sums = device_checksums(list(name_leaves(found).values()))
+    different = compare_leaves(record, list(name_leaves(items)), sums)
     if different:
-      raise self._refuse(step, Damage([], different))
+      raise self._rejection(step, Damage([], different))
     return {
       name: jax.tree.map(_as_wanted, found[name], item)
       for name, item in items.items()
@@ -246,8 +225,8 @@ class StoredCheckpoints:
   def _removed(self, step: int) -> RemovedCheckpoint:
     return RemovedCheckpoint(
       f"the checkpoint of step {step} was removed from {self._folder} while it"
-      " was read, as a run that is training does with old ones; choose one that"
-      " is kept: --checkpoint=best or last"
+      " was read, as a training run does with old ones; choose one that is"
+      " kept: --checkpoint=best or last"
     )
 
   def _is_intact(self, step: int) -> bool:
@@ -256,8 +235,8 @@ class StoredCheckpoints:
     except RemovedCheckpoint:
       return False
 
-  def _refuse(self, step: int, damage: Damage) -> UserError:
-    """Returns the error of a damaged checkpoint; names one that is not."""
+  def _rejection(self, step: int, damage: Damage) -> UserError:
+    """Returns the error of a damaged checkpoint; it names an intact one."""
     if not (self._folder / str(step)).is_dir():
       return self._removed(step)
     if not self._advises:
@@ -284,7 +263,7 @@ class StoredCheckpoints:
 
 
 def state_items(state: TrainState) -> dict[str, Any]:
-  """Returns the parts of a state, each of which can be read without others."""
+  """Returns the items of a checkpoint that hold the parts of a state."""
   items = {
     "params": {"params": state.params, "batch_stats": state.batch_stats},
     "optimizer": {"step": state.step, "opt_state": state.opt_state},
@@ -295,11 +274,12 @@ def state_items(state: TrainState) -> dict[str, Any]:
 
 
 def _as_stored(tree: Any, item: str, record: CheckpointRecord) -> Any:
-  """Gives the shapes of an item the dtypes that they have on disk."""
+  """Replaces the dtypes of an item by those on disk."""
   names = iter(name_leaves({item: tree}))
 
   def stored(leaf: Any) -> jax.ShapeDtypeStruct:
     dtype = record.leaves[next(names)].dtype
+    # NumPy does not know names such as "key<fry>".
     same = str(leaf.dtype) == dtype
     return jax.ShapeDtypeStruct(
       leaf.shape,
@@ -316,6 +296,6 @@ def _as_wanted(array: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _gather(value: Any) -> list[Any]:
-  """Returns a value of all hosts; some may have more to read than others."""
+  """Gathers a value of all hosts, some of which take longer than others."""
   distributed.barrier("checkpoint examined")
   return distributed.gather_json(value)

@@ -1,9 +1,9 @@
 """The record of a checkpoint: what it is, and what its arrays are.
 
-A checkpoint is a folder `STEP` with an item (a folder) `params` for parameters
-and running statistics, `optimizer` for its state and the step, `ema` for moving
-averages if there are any, and `record`. The record is JSON, so that what a
-checkpoint holds is known without a model, a device, or a byte of an array.
+A checkpoint is a folder `STEP` of items (folders): `params` (parameters and
+running statistics), `optimizer` (its state and the step), `ema` (moving
+averages, if any) and `record`. The record is JSON, so reading it needs neither
+a model nor a device.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from narvl_jax.files.regular import read_regular
 ITEM = "record"
 FILE = "record.json"
 ITEMS = ("params", "optimizer", "ema")
-# Nothing else is the name of a step: neither "007" nor "²".
+# Neither "007" nor "²" is the name of a step.
 _STEP = re.compile(r"0|[1-9][0-9]*")
 
 
@@ -29,9 +29,9 @@ class ArrayRecord(NamedTuple):
   """One array of a checkpoint.
 
   Attributes:
-    shape: its sides.
+    shape: of the array.
     dtype: such as "float32".
-    checksum: see `narvl_jax.checkpointing.checksums`.
+    checksum: see `checksums`.
   """
 
   shape: tuple[int, ...]
@@ -44,13 +44,13 @@ class CheckpointRecord(NamedTuple):
 
   Attributes:
     step: number of updates.
-    score: of its evaluation, higher is better; None if there was none.
-    run: where the run stood beside its arrays, such as its place in the data.
-    config: of the run, seeds included; None for weights without a run.
+    score: of its evaluation, higher is better; None if not evaluated.
+    run: progress of the run beside its arrays, such as the data position.
+    config: of the run, with its seeds; None for weights without a run.
     leaves: name -> array. Names are those of a `TrainState`, such as
       `params/encoder/kernel` or `opt_state/0/count`.
-    vocabulary: fingerprint of the run's; None where it is not known, as in
-      checkpoints of earlier versions.
+    vocabulary: fingerprint of the vocabulary; None if unknown (checkpoints of
+      earlier versions).
   """
 
   step: int
@@ -62,18 +62,18 @@ class CheckpointRecord(NamedTuple):
 
 
 class BrokenRecord(ValueError):
-  """The record cannot be read, or is not what was written."""
+  """A record cannot be read, or is not what was written."""
 
 
 class RenamedCheckpoint(BrokenRecord):
-  """The folder has the name of another step than its record."""
+  """A folder is named after another step than that of its record."""
 
   def __init__(self, step: int | str) -> None:
     super().__init__(f"is the checkpoint {step} under another name")
 
 
 def stored_steps(folder: pathlib.Path) -> list[int]:
-  """Returns the names of the checkpoints in a folder, in order."""
+  """Returns the steps of the checkpoints in a folder, in order."""
   names = (path.name for path in folder.glob("*"))
   return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
@@ -97,19 +97,16 @@ def item_of(name: str) -> str:
 
 
 def to_json(record: CheckpointRecord) -> dict[str, str]:
-  """Returns what is written: a text, and a digest by which it is checked."""
+  """Returns the content of the file: the record as text, and its digest."""
   text = json.dumps(record._asdict())
   return {"digest": _digest(text), "text": text}
 
 
 def read_record(folder: pathlib.Path) -> CheckpointRecord:
-  """Reads the record of a checkpoint.
-
-  Args:
-    folder: of the checkpoint; its name must be the step.
+  """Reads the record of the checkpoint in a folder, whose name is the step.
 
   Raises:
-    FileNotFoundError or NotADirectoryError: there is no record.
+    FileNotFoundError, NotADirectoryError: there is no record.
     RenamedCheckpoint: the record is that of another step.
     BrokenRecord: the record cannot be read or is damaged.
   """
@@ -122,7 +119,7 @@ def read_record(folder: pathlib.Path) -> CheckpointRecord:
   try:
     written = json.loads(data)
     text = written["text"]
-    # Any other spelling of the same would be a change as well.
+    # The bytes are compared: another spelling of the values is a change.
     if (
       json.dumps(written).encode() != data or _digest(text) != written["digest"]
     ):
@@ -143,17 +140,13 @@ def read_record(folder: pathlib.Path) -> CheckpointRecord:
 
 
 def _from_json(values: Any) -> CheckpointRecord:
-  """Returns the record of which the values were written.
-
-  Raises:
-    KeyError, TypeError, AttributeError, ValueError: they are not of a record.
-  """
+  """Returns the record; any exception means that the values are damaged."""
   leaves = {
     name: ArrayRecord(tuple(shape), dtype, checksum)
     for name, (shape, dtype, checksum) in values["leaves"].items()
   }
   record = CheckpointRecord(**{**values, "leaves": leaves})
-  right = (
+  valid = (
     type(record.step) is int
     and isinstance(record.score, (int, float, type(None)))
     and isinstance(record.run, dict)
@@ -166,17 +159,13 @@ def _from_json(values: Any) -> CheckpointRecord:
       for leaf in leaves.values()
     )
   )
-  if not right:
-    raise TypeError("a value is of another type than those of a record")
+  if not valid:
+    raise TypeError("a value has the wrong type")
   return record
 
 
 def read_leaf(folder: pathlib.Path, name: str) -> np.ndarray:
-  """Reads one whole array of a checkpoint to the host.
-
-  Args:
-    folder: of the checkpoint.
-    name: one of its record.
+  """Reads one array, named as in the record, to the host.
 
   Raises:
     ValueError: it cannot be read.
@@ -193,7 +182,7 @@ def read_leaf(folder: pathlib.Path, name: str) -> np.ndarray:
       "path": f"{stored}/",
     },
   }
-  # A context of its own caches nothing that may have changed since.
+  # A new context: the files may have changed since they were cached.
   store = ts.open(spec, open=True, read=True, context=ts.Context()).result()
   return np.asarray(store.read().result())
 

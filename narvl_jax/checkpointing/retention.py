@@ -1,9 +1,14 @@
-"""Which checkpoints of a run are kept, and why."""
+"""Which checkpoints of a run are kept, and why.
+
+The policies of Orbax are not used: `BestN` keeps checkpoints without a score
+while there are few, and lets a NaN displace the best; they read scores from
+metrics that Orbax stores at the save, whereas a score in a record can be set
+later; and they give no reasons, which `narvl_jax.checkpoints list` prints.
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,10 +16,9 @@ class Retention:
   """How many checkpoints are kept.
 
   Attributes:
-    last: of the newest ones, at least 1.
-    best: of those with the highest scores; one without a score is never best,
-      and of two with the same score the later one is better.
-    every: those of each step that this divides; 0: none.
+    last: number of newest checkpoints, at least 1.
+    best: number of checkpoints with the highest scores, see `ranked`.
+    every: keeps each step that this divides; 0: none.
   """
 
   last: int
@@ -24,58 +28,33 @@ class Retention:
   def reasons(
     self, steps: Iterable[int], scores: Mapping[int, float | None]
   ) -> dict[int, list[str]]:
-    """Returns why each step is kept; nothing for those that are not.
+    """Returns why each step is kept; an empty list if it is not.
 
     Args:
-      steps: that there are.
-      scores: of those that have one.
+      steps: all steps on disk.
+      scores: step -> score.
     """
     steps = sorted(steps)
     last = steps[-self.last :]
     best = ranked(steps, scores)[: self.best]
-    return {
-      step: [
-        reason
-        for reason, holds in (
-          ("last", step in last),
-          ("best", step in best),
-          (f"every {self.every}", self.every and step % self.every == 0),
-        )
-        if holds
-      ]
-      for step in steps
-    }
+    reasons = {step: [] for step in steps}
+    for step, found in reasons.items():
+      if step in last:
+        found.append("last")
+      if step in best:
+        found.append("best")
+      if self.every and step % self.every == 0:
+        found.append(f"every {self.every}")
+    return reasons
 
 
 def ranked(
   steps: Iterable[int], scores: Mapping[int, float | None]
 ) -> list[int]:
-  """Returns the steps that have a score, the best one first."""
+  """Returns the steps with a score, best first; of equals the later first."""
   scored = []
   for step in steps:
     score = scores.get(step)
     if score is not None and not math.isnan(score):
       scored.append((score, step))
   return [step for _, step in sorted(scored, reverse=True)]
-
-
-@dataclasses.dataclass
-class Policy:
-  """A `Retention` as Orbax asks for it.
-
-  Attributes:
-    retention: what is kept.
-    scores: returns those of all steps.
-  """
-
-  retention: Retention
-  scores: Callable[[], Mapping[int, float | None]]
-
-  def should_preserve(
-    self, checkpoints: Sequence[Any], *, context: Any
-  ) -> list[bool]:
-    """Returns which checkpoints stay."""
-    del context
-    steps = [checkpoint.step for checkpoint in checkpoints]
-    reasons = self.retention.reasons(steps, self.scores())
-    return [bool(reasons[step]) for step in steps]

@@ -1,4 +1,4 @@
-"""Weights in the folders of other runs: finding and reading them."""
+"""Weights in the folder of another run: finding and reading them."""
 
 import contextlib
 import pathlib
@@ -9,7 +9,7 @@ import flax.traverse_util
 
 from narvl_jax.checkpointing.chosen import choose_step
 from narvl_jax.checkpointing.integrity import DamagedCheckpoint
-from narvl_jax.checkpointing.recorded_config import check_recorded
+from narvl_jax.checkpointing.record_checks import check_config
 from narvl_jax.checkpointing.writing import FOLDER, Checkpoints
 from narvl_jax.errors import UserError
 from narvl_jax.run_folder.workdir import is_run, read_config
@@ -22,10 +22,10 @@ def opened(path: str, key: str) -> Iterator[tuple[Checkpoints, int]]:
 
   Args:
     path: folder of a run or of converted weights.
-    key: of the config that names it.
+    key: config key that names the folder, for messages.
 
   Raises:
-    UserError: there are none, or what the block read is damaged.
+    UserError: there is no checkpoint, or the `with` body read a damaged one.
   """
   place, named, flag = pathlib.Path(path), f'{key}="{path}"', f"--config.{key}"
   if place.is_file():
@@ -49,12 +49,12 @@ def opened(path: str, key: str) -> Iterator[tuple[Checkpoints, int]]:
     try:
       if is_run(place):
         record = checkpoints.read_record(step)
-        check_recorded(place, read_config(place), record)
+        check_config(place, read_config(place), record)
       yield checkpoints, step
     except DamagedCheckpoint as error:
       raise UserError(
         f"{named}: the checkpoint of step {error.step} is damaged:"
-        f" {error.damage}; move {place / FOLDER / str(error.step)} away to take"
+        f" {error.damage}; move {place / FOLDER / str(error.step)} away to use"
         f" another one of this folder, or name another folder ({flag})"
       ) from error
 
@@ -62,11 +62,11 @@ def opened(path: str, key: str) -> Iterator[tuple[Checkpoints, int]]:
 def read_weights(
   checkpoints: Checkpoints, step: int, target: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Reads the weights, moving averages where there are any.
+  """Reads the weights of a checkpoint; the moving averages if it has them.
 
   Args:
     checkpoints: of the folder.
-    step: one of theirs.
+    step: one of its steps.
     target: shapes, dtypes and shardings of {"params", "batch_stats"}.
   """
   ema = checkpoints.shapes(step).get("ema")

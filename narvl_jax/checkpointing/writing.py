@@ -1,4 +1,4 @@
-"""Checkpoints, written in the background and checked before they are used."""
+"""Saving checkpoints in the background."""
 
 import contextlib
 import os
@@ -13,20 +13,20 @@ import jax
 
 from narvl_jax.checkpointing import record as record_lib
 from narvl_jax.checkpointing.checksums import device_checksums, text
-from narvl_jax.checkpointing.fit import leaf_of
+from narvl_jax.checkpointing.digests import replace_record, write_digests
 from narvl_jax.checkpointing.host_memory import return_free_memory
-from narvl_jax.checkpointing.integrity import (
-  Damage,
-  replace_record,
-  write_digests,
-)
+from narvl_jax.checkpointing.integrity import Damage
 from narvl_jax.checkpointing.reading import (
   FOLDER,
   StoredCheckpoints,
   state_items,
 )
-from narvl_jax.checkpointing.record import CheckpointRecord, name_leaves
-from narvl_jax.checkpointing.retention import Policy, Retention
+from narvl_jax.checkpointing.record import (
+  ArrayRecord,
+  CheckpointRecord,
+  name_leaves,
+)
+from narvl_jax.checkpointing.retention import Retention
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import to_json
 from narvl_jax.files.disk import explain_disk
@@ -36,10 +36,11 @@ from narvl_jax.state.train_state import TrainState
 
 __all__ = ["FOLDER", "Checkpoints", "restore_target"]
 
-# Of the run folder; where checkpoints go that are not what was written.
+# In the run folder.
 DAMAGED_FOLDER = "damaged"
+# How long a failed save waits for its completion thread.
 _LAST_WORDS_SECONDS = 5.0
-# What writes already when a save fails has ended after so many of so long.
+# Writes in flight when a save fails end within this many removals.
 _REMOVALS = 5
 _REMOVAL_SECONDS = 0.1
 
@@ -48,8 +49,8 @@ class Checkpoints(StoredCheckpoints):
   """Checkpoints that can also be saved.
 
   Attributes:
-    set_aside: what was wrong with the checkpoints that `set_aside_damaged`
-      took away in this process.
+    set_aside: a line for each checkpoint that `set_aside_damaged` moved away
+      in this process.
   """
 
   def __init__(
@@ -68,10 +69,10 @@ class Checkpoints(StoredCheckpoints):
       workdir: the run folder.
       keep_last: number of newest checkpoints to keep; None opens the folder
         for reading only.
-      keep_best: number of those with the highest scores to keep besides.
-      keep_every: keeps those of every such step; 0: none.
-      config: of the run, to be stored with every checkpoint.
-      vocabulary: its fingerprint, likewise.
+      keep_best: number of checkpoints with the highest scores to keep.
+      keep_every: keeps each step that this divides; 0: none.
+      config: of the run, stored with every checkpoint.
+      vocabulary: its fingerprint, stored likewise.
     """
     self._config = None if config is None else to_json(config)
     self._vocabulary = vocabulary
@@ -80,25 +81,28 @@ class Checkpoints(StoredCheckpoints):
     self._error: BaseException | None = None
     self._failed = False
     self.set_aside: list[str] = []
-    self._policy = None
+    self._retention: Retention | None = None
     self._held: HeldFolder | None = None
     if keep_last is not None:
-      retention = Retention(keep_last, keep_best, keep_every)
-      self._policy = Policy(retention, lambda: self._scores)
-      # A run that goes on looks for itself.
+      self._retention = Retention(keep_last, keep_best, keep_every)
+      # A resumed run looks for an intact one itself.
       self._advises = False
       self._held = HeldFolder(pathlib.Path(workdir).resolve() / FOLDER)
     super().__init__(workdir)
-    if self._policy is not None:
+    if self._retention is not None:
       self._remove_deleted()
 
   def _open(self) -> Any:
     if self._held is None:
       return super()._open()
-    # Orbax makes the folders above what it writes, should they have vanished.
+    # Orbax would create the folder again if it was renamed or removed.
     return self._orbax.open_manager(
-      self._held.path, self._policy, self._note_error
+      self._held.path, self._reasons, self._note_error
     )
+
+  def _reasons(self, steps: list[int]) -> dict[int, list[str]]:
+    assert self._retention is not None
+    return self._retention.reasons(steps, self._scores)
 
   @property
   def last_step(self) -> int | None:
@@ -106,11 +110,7 @@ class Checkpoints(StoredCheckpoints):
     return self._manager.latest_step()
 
   def prepare(self, state: TrainState) -> None:
-    """Compiles what `save` needs, which else holds the loop at the first one.
-
-    Args:
-      state: one like those that are to be saved.
-    """
+    """Compiles what the first `save` of such a state would wait for."""
     device_checksums(list(name_leaves(state_items(state)).values()))
 
   def save(
@@ -126,18 +126,18 @@ class Checkpoints(StoredCheckpoints):
     Args:
       step: number of updates, the name of the checkpoint.
       state: may be donated as soon as this returns.
-      score: of the evaluation at this step, higher is better; None if there
-        was none.
-      run: where the run stands beside its state, anything that JSON can hold.
+      score: of the evaluation at this step, higher is better; None if it was
+        not evaluated.
+      run: JSON values, see `CheckpointRecord`.
 
     Raises:
-      UserError: this or the last one could not be written; see
+      UserError: this or the previous one could not be written; see
         `check_errors`.
     """
     self._save(step, state_items(state), score, run)
 
   def save_variables(self, step: int, variables: Mapping[str, Any]) -> None:
-    """Writes weights only, which can be evaluated but not trained on.
+    """Writes weights only, which can be evaluated but not resumed from.
 
     Args:
       step: the name of the checkpoint.
@@ -154,11 +154,10 @@ class Checkpoints(StoredCheckpoints):
   ) -> None:
     self.wait()
     arrays = name_leaves(items)
+    checksums = device_checksums(list(arrays.values()))
     leaves = {
-      name: leaf_of(leaf, text(checksum))
-      for (name, leaf), checksum in zip(
-        arrays.items(), device_checksums(list(arrays.values())), strict=True
-      )
+      name: ArrayRecord(tuple(leaf.shape), str(leaf.dtype), text(checksum))
+      for (name, leaf), checksum in zip(arrays.items(), checksums, strict=True)
     }
     score = None if score is None else float(score)
     self._scores[step] = score
@@ -186,27 +185,20 @@ class Checkpoints(StoredCheckpoints):
   def set_score(
     self, step: int, score: float | None, run: Mapping[str, Any]
   ) -> None:
-    """Changes what is stored with the arrays of a checkpoint.
-
-    Args:
-      step: of a checkpoint that is intact.
-      score: of its evaluation, see `save`.
-      run: likewise.
-    """
+    """Replaces what `save` stored beside the arrays of an intact checkpoint."""
     record = self.read_record(step)
-    # Nobody reads it any more.
     distributed.barrier("record read")
     if distributed.is_first():
       changed = record._replace(score=score, run=dict(run))
       replace_record(self._folder / str(step), changed)
     distributed.barrier("record replaced")
     self._scores[step] = score
-    if self._policy is None:
+    if self._retention is None:
       return
-    # As if it had been saved with its score: an earlier best one may go.
-    reasons = self._policy.retention.reasons(self.steps(), self._scores)
-    for other in [x for x, kept in reasons.items() if not kept]:
-      self._manager.delete(other)
+    # As if it had been saved with this score: a previous best one may go.
+    for other, reasons in self._reasons(self.steps()).items():
+      if not reasons:
+        self._manager.delete(other)
     self._remove_deleted()
 
   def _complete(self, step: int) -> None:
@@ -228,52 +220,49 @@ class Checkpoints(StoredCheckpoints):
     self._error = error
 
   def check_errors(self) -> None:
-    """Raises what went wrong since the last save, if anything did.
+    """Raises the error of the save in progress, if it failed.
 
     Raises:
-      UserError: naming the step and what the disk says.
-      RuntimeError: naming the step, for what nobody expected.
+      UserError: naming the step and the error of the disk.
+      RuntimeError: naming the step, for an unexpected error.
     """
     completion = self._completion
     if completion is None:
       return
-    # Where there are other hosts, the completion waits for them.
+    # `_error` is known earlier: the completion waits for the other hosts.
     error = self._error or completion.error
     if error is not None:
-      # Here it ends, too, and writes no more; others may keep it waiting.
       completion.join(_LAST_WORDS_SECONDS)
       self._completion = None
       raise self._failure(completion.step, error) from error
 
   def _failure(self, step: int, error: BaseException) -> Exception:
-    """Returns the error to raise; nothing is left of the checkpoint."""
+    """Returns the error to raise; removes the parts of the checkpoint."""
     self._failed = True
     assert self._held is not None
     self._held.name_files(error)
-    # What the manager knows is already that of a save that went well.
+    # The manager already lists the failed step.
     saved = record_lib.stored_steps(self._held.path)
     what = f"the checkpoint of step {step} could not be saved"
-    # Before anything is removed, so that it is told how full the disk was.
+    # Before the removal, so that it reports how full the disk was.
     reason = explain_disk(error, self._workdir)
     if self._held.in_place:
       self._held.cut_off()
       if distributed.is_first():
         self._remove_parts(step)
     else:
-      reason = (
-        f"the folder {self._folder} was renamed or removed meanwhile; bring it"
-        " back"
-      )
+      gone = f"the folder {self._folder} was renamed or removed meanwhile"
+      reason = f"{gone}; restore it"
     if reason is None:
       kind = type(error).__name__
       return RuntimeError(f"{what}: {kind}: {' '.join(str(error).split())}")
-    then = f"it goes on from step {saved[-1]}" if saved else "it starts anew"
+    then = f"resumes from step {saved[-1]}" if saved else "starts anew"
     return UserError(
-      f"{what}: {reason}, and run the same command again: {then}"
+      f"{what}: {reason}, and run the same command again: it {then}"
     )
 
   def _remove_parts(self, step: int) -> None:
-    """Removes what a failed save has written, also what comes a bit later."""
+    """Removes what a failed save wrote, also what arrives a bit later."""
     for _ in range(_REMOVALS):
       for part in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
         shutil.rmtree(part, ignore_errors=True)
@@ -281,17 +270,17 @@ class Checkpoints(StoredCheckpoints):
 
   @property
   def progress(self) -> str:
-    """Which step was saved last, and whether it is on disk yet."""
+    """The step that was saved last, and whether it is on disk yet."""
     if self._saved is None:
       return "none" if self.last_step is None else f"saved {self.last_step}"
     saving = self._completion is not None and self._completion.is_alive()
     return f"{'saving' if saving else 'saved'} {self._saved}"
 
   def set_aside_damaged(self, damages: Mapping[int, Damage]) -> None:
-    """Moves checkpoints to `WORKDIR/damaged`, so that nobody uses them.
+    """Moves checkpoints to `WORKDIR/damaged`.
 
     Args:
-      damages: step -> what is wrong with it, the same on all hosts.
+      damages: step -> its damage, equal on all hosts.
     """
     distributed.barrier("damaged checkpoints found")
     for step, damage in damages.items():
@@ -301,7 +290,7 @@ class Checkpoints(StoredCheckpoints):
         target.parent.mkdir(exist_ok=True)
         (self._folder / str(step)).rename(target)
     distributed.barrier("damaged checkpoints set aside")
-    # Its `reload` would read files of the others, which may be damaged too.
+    # Not `reload`: it reads files of the others, which may be damaged too.
     self._manager.close()
     self._manager = self._open()
 
@@ -320,7 +309,7 @@ class Checkpoints(StoredCheckpoints):
         self._completion = None
 
   def close(self) -> None:
-    """Finishes what is being written and closes the folder."""
+    """Waits for the save in progress and closes the folder."""
     if not self._failed:
       self.wait()
       self._manager.close()
@@ -328,22 +317,17 @@ class Checkpoints(StoredCheckpoints):
         self._held.close()
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    # What ended the block is not to be hidden by what follows from it.
+    # An error of `close` must not hide the one that ended the block.
     with contextlib.suppress(*(() if kind is None else (Exception,))):
       self.close()
 
 
 class FolderLostError(Exception):
-  """The folder that was written to no longer has its name."""
+  """The folder was renamed or removed while it was written to."""
 
 
 class _Completion(threading.Thread):
-  """The part of a save that nobody waits for.
-
-  Attributes:
-    step: what is saved.
-    error: what went wrong, None while nothing did.
-  """
+  """Completes the save of `step`; `error` is what went wrong, or None."""
 
   def __init__(self, step: int, complete: Callable[[int], None]) -> None:
     super().__init__(name="checkpoint completion", daemon=True)
@@ -359,7 +343,7 @@ class _Completion(threading.Thread):
 
 
 def _unused(path: pathlib.Path) -> pathlib.Path:
-  """Returns a path, with a number behind it if there is something there."""
+  """Returns the path, with a number appended if it exists."""
   number = 1
   target = path
   while target.exists():
@@ -369,7 +353,7 @@ def _unused(path: pathlib.Path) -> pathlib.Path:
 
 
 def restore_target(abstract: Any, shardings: Any) -> Any:
-  """Returns the shapes of a tree with the shardings to restore it to."""
+  """Adds shardings to the shapes of a tree."""
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding

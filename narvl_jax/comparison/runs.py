@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from narvl_jax.checkpointing.restore import restore
+from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.comparison.case import Case, Model, program_of
 from narvl_jax.comparison.latency import Batch
 from narvl_jax.comparison.ways import AR, NAR, Way, choose, ways_of
@@ -86,7 +86,7 @@ def open_runs(
         f'"{path}" holds no run (--{flag}=RUN, a folder of narvl_jax.train)'
       )
   runs = {
-    kind: Run(flag, path, *restore(path, checkpoint))
+    kind: Run(flag, path, *load_run(path, checkpoint))
     for kind, flag, path in ((NAR, "nar", nar), (AR, "ar", ar))
   }
   kinds = {kind: run.experiment.autoregressive for kind, run in runs.items()}

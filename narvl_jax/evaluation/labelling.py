@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from narvl_jax.checkpointing.chosen import read_chosen
-from narvl_jax.checkpointing.recorded_config import check_recorded
-from narvl_jax.checkpointing.restore import build_in, restore
+from narvl_jax.checkpointing.record_checks import check_config
+from narvl_jax.checkpointing.runs import build_in, load_run
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.batches.pipeline import Batcher
 from narvl_jax.data.example import Record
@@ -79,7 +79,7 @@ class Labeller:
 
     def choose(checkpoints: Checkpoints, step: int) -> int:
       record = checkpoints.read_record(step)
-      check_recorded(self.workdir, self.config, record)
+      check_config(self.workdir, self.config, record)
       return step
 
     self.step = read_chosen(self.workdir, checkpoint, choose)
@@ -135,7 +135,7 @@ class Labeller:
 
   @functools.cached_property
   def _loaded(self) -> tuple[Experiment, Predictor]:
-    _, variables, _ = restore(
+    _, variables, _ = load_run(
       self.workdir, self.step, sharding=replicated(make_mesh())
     )
     config = self.config.copy_and_resolve_references()

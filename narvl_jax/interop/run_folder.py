@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from narvl_jax.checkpointing.chosen import read_chosen
-from narvl_jax.checkpointing.recorded_config import check_recorded
+from narvl_jax.checkpointing.record_checks import check_config
 from narvl_jax.checkpointing.writing import FOLDER, Checkpoints
 from narvl_jax.data.vocabulary.files import read_json_object
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
@@ -296,7 +296,7 @@ def read_run(
     )
 
   def read(checkpoints: Checkpoints, step: int) -> tuple[dict[str, Any], int]:
-    check_recorded(path, config, checkpoints.read_record(step))
+    check_config(path, config, checkpoints.read_record(step))
     stored = checkpoints.shapes(step)
     ema = target(stored["ema"]) if "ema" in stored else None
     weights = target(stored["params"])

@@ -8,11 +8,11 @@ import jax
 from narvl_jax.checkpointing.chosen import choose_step
 from narvl_jax.checkpointing.integrity import DamagedCheckpoint
 from narvl_jax.checkpointing.record import CheckpointRecord
-from narvl_jax.checkpointing.recorded_config import (
-  check_recorded,
+from narvl_jax.checkpointing.record_checks import (
+  check_config,
   check_vocabulary,
 )
-from narvl_jax.checkpointing.restore import build_in
+from narvl_jax.checkpointing.runs import build_in
 from narvl_jax.checkpointing.weights import opened
 from narvl_jax.checkpointing.writing import Checkpoints, restore_target
 from narvl_jax.data.answers import load_answers
@@ -131,7 +131,7 @@ def first_state(
   """Returns the newest state of the run, or a fresh one.
 
   Returns:
-    The state, its step, and what was stored with it, see `Checkpoints.save`.
+    The state, its step, and `CheckpointRecord.run`.
 
   Raises:
     UserError: no checkpoint of the run is what was written, or they are of
@@ -178,7 +178,7 @@ def make_up_evaluation(
   writer.write(step, metrics)
   # A checkpoint never is ahead of the metrics on disk.
   writer.flush()
-  run = {**checkpoints.run(step), EVALUATION_DUE: False}
+  run = {**checkpoints.read_record(step).run, EVALUATION_DUE: False}
   checkpoints.set_score(step, score, run)
 
 
@@ -223,7 +223,7 @@ def _check_same_run(
   if record.config is None:
     return
   folder, experiment = checkpoints.workdir, setup.experiment
-  check_recorded(folder, experiment.config, record, resumes=True)
+  check_config(folder, experiment.config, record, resumes=True)
   check_vocabulary(folder, experiment.vocabulary.fingerprint, record)
 
 
@@ -252,7 +252,7 @@ def _resume(
       for line in checkpoints.set_aside:
         say(f"set aside: {line}")
     say(f"resumed from the checkpoint of step {step}")
-    return state, step, checkpoints.run(step)
+    return state, step, record.run
   if damages:
     # Moved away, they would let the same command start from the beginning.
     raise UserError(

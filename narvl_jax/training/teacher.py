@@ -14,7 +14,7 @@ import jax
 from flax.linen import meta
 from jax.sharding import Mesh
 
-from narvl_jax.checkpointing.restore import build_in
+from narvl_jax.checkpointing.runs import build_in
 from narvl_jax.checkpointing.weights import opened, read_weights
 from narvl_jax.checkpointing.writing import restore_target
 from narvl_jax.errors import UserError

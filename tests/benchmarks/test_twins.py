@@ -16,7 +16,7 @@ from flax.linen import meta
 
 from narvl_jax.benchmarks import twins, twins_runs, twins_table
 from narvl_jax.benchmarks.twins_runs import Study
-from narvl_jax.checkpointing.restore import build_in
+from narvl_jax.checkpointing.runs import build_in
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.shards.distilled import distilled_sets
 from narvl_jax.decoding import Decoding

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from narvl_jax import checkpoints as command
-from narvl_jax.checkpointing import integrity
+from narvl_jax.checkpointing import digests
 from narvl_jax.checkpointing.chosen import read_chosen
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.errors import UserError
@@ -53,7 +53,7 @@ def test_a_newer_one_is_read_instead(tmp_path, monkeypatch, moment):
     return lambda *args, **kwargs: (remove(), function(*args, **kwargs))[1]
 
   if moment == "digests":
-    monkeypatch.setattr(integrity, "_digest", removing(integrity._digest))
+    monkeypatch.setattr(digests, "_digest_file", removing(digests._digest_file))
 
   def read(checkpoints: Checkpoints, step: int) -> tuple[int, Any]:
     if moment == "record":
@@ -76,7 +76,7 @@ def test_a_step_that_was_named_is_told_to_be_gone(
   def read(checkpoints: Checkpoints, step: int) -> tuple[int, Any]:
     if moment == "record":
       shutil.rmtree(folder)
-    digest, restore = integrity._digest, checkpoints._manager.restore
+    digest, restore = digests._digest_file, checkpoints._manager.restore
 
     def removed_digest(path: pathlib.Path) -> str:
       shutil.rmtree(folder, ignore_errors=True)
@@ -87,7 +87,7 @@ def test_a_step_that_was_named_is_told_to_be_gone(
       return restore(*args, **kwargs)
 
     if moment == "digests":
-      monkeypatch.setattr(integrity, "_digest", removed_digest)
+      monkeypatch.setattr(digests, "_digest_file", removed_digest)
     if moment == "arrays":
       monkeypatch.setattr(checkpoints._manager, "restore", removed_restore)
     return _read(checkpoints, step)

@@ -65,7 +65,7 @@ def test_a_failed_save_is_told_at_the_next_step(tmp_path, monkeypatch):
       match=r"the checkpoint of step 6 could not be saved: .*No space left on"
       r" device \([\d,]+ bytes are free .*; make room, and run the same command"
       # Only its digests are missing.
-      r" again: it goes on from step 6",
+      r" again: it resumes from step 6",
     ):
       checkpoints.check_errors()
     # Told once.
@@ -166,14 +166,14 @@ def test_a_folder_that_vanishes_during_a_save_is_not_made_again(
     monkeypatch.setattr(handler, "async_save", vanish_and_save)
   elif moment == "finalize":
     monkeypatch.setattr(handler, "finalize", vanish_and_finalize)
-  resumes = "goes on from step 6" if how == "rename" else "starts anew"
+  resumes = "resumes from step 6" if how == "rename" else "starts anew"
   with Checkpoints(run, keep_last=2) as checkpoints:
     if moment == "before":
       vanish()
     with pytest.raises(
       UserError,
       match=rf"step 6 could not be saved: the folder {run}/checkpoints was"
-      rf" renamed or removed .*; bring it back, .*: it {resumes}$",
+      rf" renamed or removed .*; restore it, .*: it {resumes}$",
     ):
       _save(checkpoints, 6, make_state(6))
   if how == "remove":

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from narvl_jax.checkpointing import integrity, record
+from narvl_jax.checkpointing import digests, integrity, record
 from narvl_jax.checkpointing.integrity import DamagedCheckpoint
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.errors import UserError
@@ -51,7 +51,7 @@ def _positions(folder: pathlib.Path, count: int) -> list[tuple[str, int]]:
 
 def test_an_intact_one(folder):
   assert integrity.examine(folder) is None
-  assert integrity.has_digests(folder)
+  assert digests.has_digests(folder)
 
 
 def test_one_flipped_bit_is_caught_at_100_positions(folder):
@@ -180,7 +180,7 @@ def test_a_step_under_another_name_is_told(folder, how, digests):
   target = make_target(make_state(6))
   with Checkpoints(folder.parent.parent, keep_last=3) as checkpoints:
     assert 9 in checkpoints.steps()
-    for read in (checkpoints.read_record, checkpoints.shapes, checkpoints.run):
+    for read in (checkpoints.read_record, checkpoints.shapes):
       with pytest.raises(DamagedCheckpoint, match="checkpoint 6 under another"):
         read(9)
     with pytest.raises(DamagedCheckpoint, match="checkpoint 6 under another"):
@@ -230,15 +230,15 @@ def test_a_record_is_replaced_and_a_kill_in_between_does_no_harm(
     shutil.copytree(before, folder)
     new = old._replace(score=0.25, run={"position": 7})
     with monkeypatch.context() as patch:
-      patch.setattr(integrity, "atomically", atomically)
+      patch.setattr(digests, "atomically", atomically)
       with pytest.raises(KilledError):
-        integrity.replace_record(folder, new)
+        digests.replace_record(folder, new)
     assert integrity.examine(folder) is None
     assert record.read_record(folder) == (old if kill == 0 else new)
   shutil.rmtree(folder)
   shutil.copytree(before, folder)
-  integrity.replace_record(folder, new)
-  assert integrity.has_digests(folder)
+  digests.replace_record(folder, new)
+  assert digests.has_digests(folder)
   assert integrity.examine(folder) is None
   flip_bit(folder / "record" / "record.json", 100)
   damage = integrity.examine(folder)
@@ -250,7 +250,7 @@ def test_hosts_share_the_work_and_agree(folder, monkeypatch):
   path = folder / "digests.0-of-1.txt"
   path.unlink()
   for host in range(3):
-    integrity.write_digests(folder, host, 3)
+    digests.write_digests(folder, host, 3)
   parts = [
     json.loads(
       (folder / f"digests.{host}-of-3.txt").read_text().partition("\n")[2]
@@ -262,9 +262,9 @@ def test_hosts_share_the_work_and_agree(folder, monkeypatch):
   assert integrity.examine(folder) is None
   names = [x for x in files_of(folder) if not x.startswith("digests.")]
   read = []
-  digest = integrity._digest
+  digest = digests._digest_file
   monkeypatch.setattr(
-    integrity, "_digest", lambda path: (read.append(path), digest(path))[1]
+    digests, "_digest_file", lambda path: (read.append(path), digest(path))[1]
   )
   for name in names[2], names[17]:
     flip_bit(folder / name, 5)
@@ -282,7 +282,7 @@ def test_hosts_share_the_work_and_agree(folder, monkeypatch):
   assert sorted(name for name, _ in told) == sorted([names[2], names[17]])
   # One is lost: nothing can be said of files that none lists.
   (folder / "digests.2-of-3.txt").unlink()
-  assert not integrity.has_digests(folder)
+  assert not digests.has_digests(folder)
 
 
 def test_damage_on_another_host_counts_here(folder):
@@ -341,4 +341,4 @@ def test_records_of_damaged_ones_do_not_keep_others_from_being_used(folder):
     assert checkpoints.steps() == [3, 6]
     checkpoints.restore(3, make_target(make_state(3)))
     with pytest.raises(DamagedCheckpoint, match=r"record.json has 31 bytes"):
-      checkpoints.run(6)
+      checkpoints.read_record(6)

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from narvl_jax import checkpoints as command
-from narvl_jax.checkpointing import integrity, record
+from narvl_jax.checkpointing import digests, integrity, record
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.errors import UserError
 from narvl_jax.run.start import first_state
@@ -116,9 +116,7 @@ def test_a_huge_file_that_was_added_is_not_read(run):
 )
 def test_records_with_values_of_wrong_types_are_broken(run, values):
   folder = run / "checkpoints" / "6"
-  integrity.replace_record(
-    folder, record.read_record(folder)._replace(**values)
-  )
+  digests.replace_record(folder, record.read_record(folder)._replace(**values))
   with pytest.raises(record.BrokenRecord, match="was changed"):
     record.read_record(folder)
   assert integrity.examine(folder) is not None
@@ -136,5 +134,5 @@ def test_records_with_values_of_wrong_types_are_broken(run, values):
 )
 def test_digests_of_wrong_types_are_damage(run, values):
   folder = run / "checkpoints" / "6"
-  integrity._write_digests(folder / DIGESTS, values)
+  digests._write(folder / DIGESTS, values)
   assert f"{DIGESTS} was changed" in str(integrity.examine(folder))

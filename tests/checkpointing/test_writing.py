@@ -193,7 +193,7 @@ def test_choosing_a_step(tmp_path):
     for wanted in ("bset", "4", 4, "-1"):
       with pytest.raises(
         UserError,
-        match=rf'no checkpoint "{wanted}"; this run has 3, 6, or say best or',
+        match=rf'no checkpoint "{wanted}"; this run has 3, 6; valid are also',
       ):
         choose_step(checkpoints, wanted)
 
@@ -228,7 +228,7 @@ def test_what_is_stored_besides_the_state(tmp_path):
   with Checkpoints(tmp_path, keep_last=1, config=config) as checkpoints:
     checkpoints.save(7, make_state(7), score=0.5, run=run)
     checkpoints.wait()
-    assert checkpoints.run(7) == run
+    assert checkpoints.read_record(7).run == run
     record = checkpoints.read_record(7)
   assert (record.step, record.score) == (7, 0.5)
   assert record.config == {"seed": 5, "train": {"steps": 3}, "shape": [1, 2]}
@@ -242,7 +242,7 @@ def test_what_is_stored_besides_the_state(tmp_path):
       0, {"params": state.params, "batch_stats": state.batch_stats}
     )
     checkpoints.wait()
-    assert checkpoints.run(0) == {}
+    assert checkpoints.read_record(0).run == {}
 
 
 def test_another_model_is_told_before_anything_is_read(tmp_path):
@@ -261,8 +261,8 @@ def test_another_model_is_told_before_anything_is_read(tmp_path):
       UserError,
       match=r"step 6 in \S+ is of another model: different: params/encoder/bias"
       r" is float32 there and float16 here, params/encoder/kernel has 24x32"
-      r" there and 24x33 here; .* --config.init_from=\S+ with another --workd.*"
-      r" --config.init_renames .* --config.init_drops",
+      r" there and 24x33 here; .* --config.init_from=\S+ and another"
+      r" --workdir; --config.init_renames .* --config.init_drops",
     ):
       checkpoints.restore(6, dataclasses.replace(target, params=changed))
     renamed = {

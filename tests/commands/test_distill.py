@@ -155,7 +155,7 @@ def test_a_half_written_shard_is_written_again(tmp_path, monkeypatch, whole):
 
 
 def test_complete_data_needs_no_weights(whole, monkeypatch, capsys):
-  monkeypatch.setattr(labelling, "restore", None)
+  monkeypatch.setattr(labelling, "load_run", None)
   (found,) = label(whole)
   assert found.manifest.records == 20
   text = capsys.readouterr().out

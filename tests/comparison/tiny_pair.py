@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax.linen import meta
 
-from narvl_jax.checkpointing.restore import build_in
+from narvl_jax.checkpointing.runs import build_in
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
 from narvl_jax.run_folder import workdir as workdir_lib

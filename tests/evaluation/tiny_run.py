@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax.linen import meta
 
-from narvl_jax.checkpointing.restore import build_in, restore
+from narvl_jax.checkpointing.runs import build_in, load_run
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.example import TASKS
 from narvl_jax.data.sources import load_source
@@ -85,7 +85,7 @@ def tiny_run() -> pathlib.Path:
 @functools.cache
 def tiny_model() -> tuple[Experiment, Any]:
   """Returns the experiment and its variables."""
-  experiment, variables, _ = restore(tiny_run())
+  experiment, variables, _ = load_run(tiny_run())
   return experiment, variables
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from flax.linen import meta
 
-from narvl_jax.checkpointing.restore import build_in, restore
+from narvl_jax.checkpointing.runs import build_in, load_run
 from narvl_jax.configs import shapes
 from narvl_jax.data import tasks
 from narvl_jax.data.batches.entry import MixtureEntry
@@ -230,7 +230,7 @@ def test_best_metric_is_of_a_task_that_is_evaluated():
 
 
 def test_restored_variables_are_on_one_device():
-  experiment, variables, step = restore(tiny_run.tiny_run())
+  experiment, variables, step = load_run(tiny_run.tiny_run())
   assert step == tiny_run.STEP
   shapes = meta.unbox(experiment.abstract_variables())["params"]
   found = jax.tree.map(lambda x: (x.shape, x.dtype), variables["params"])
@@ -241,12 +241,12 @@ def test_restored_variables_are_on_one_device():
 
 def test_restoring_what_is_not_there(tmp_path):
   with pytest.raises(UserError, match=r"nowhere holds no run: there is no"):
-    restore(tmp_path / "nowhere")
+    load_run(tmp_path / "nowhere")
   with pytest.raises(UserError, match=r'no checkpoint "5"; this run has 7'):
-    restore(tiny_run.tiny_run(), 5)
+    load_run(tiny_run.tiny_run(), 5)
 
 
 def test_restoring_a_damaged_config(tmp_path: pathlib.Path):
   (tmp_path / "config.json").write_text(json.dumps({"seed": "x"}))
   with pytest.raises(UserError, match=r"seed='x' is not of type int"):
-    restore(tmp_path)
+    load_run(tmp_path)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from narvl_jax import convert
-from narvl_jax.checkpointing.restore import restore
+from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.errors import UserError
 from narvl_jax.interop import (
   Options,
@@ -184,7 +184,7 @@ def test_run_folder(
   convert.import_official(
     ofa, tmp_path / "run", vocabulary=words, config=config, **COUNTS
   )
-  experiment, variables, _ = restore(tmp_path / "run")
+  experiment, variables, _ = load_run(tmp_path / "run")
   assert isinstance(experiment.model, Autoregressive)
   assert experiment.vocabulary.size == 50
   assert experiment.model_config.vocab_size == 49

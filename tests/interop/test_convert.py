@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 
 from narvl_jax import convert
-from narvl_jax.checkpointing.restore import restore
+from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
@@ -41,7 +41,7 @@ def test_run_folder(
   assert json.loads((run / "report.json").read_text()) == json.loads(
     json.dumps(report)
   )
-  experiment, variables, step = restore(run)
+  experiment, variables, step = load_run(run)
   assert step == 0
   assert experiment.vocabulary.size == 50
   assert experiment.model_config.num_queries == CONFIG.num_queries
@@ -75,7 +75,7 @@ def test_side_file_of_the_weights_that_a_run_began_with(
   convert.import_official(
     official, first, vocabulary=words, config=fitting_config(), **COUNTS
   )
-  experiment, variables, _ = restore(first)
+  experiment, variables, _ = load_run(first)
   experiment.config.init_from = str(first)
   save_experiment(run, experiment)
   with Checkpoints(run, keep_last=1) as checkpoints:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from narvl_jax.checkpointing.restore import build_in, restore
+from narvl_jax.checkpointing.runs import build_in, load_run
 from narvl_jax.parallel import mesh_from_config
 from narvl_jax.state.parameters import flatten
 from narvl_jax.training.setup import Setup, build_setup
@@ -74,5 +74,5 @@ def check_others(
 
 def stored_in(start: pathlib.Path) -> dict[str, np.ndarray]:
   """Returns the variables of a run."""
-  _, variables, _ = restore(start)
+  _, variables, _ = load_run(start)
   return flatten(jax.device_get(variables))

@@ -164,7 +164,10 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.steps() == [3, 9]
     assert checkpoints.best_step == 3
-    assert checkpoints.run(3) == {"position": 3, EVALUATION_DUE: False}
+    assert checkpoints.read_record(3).run == {
+      "position": 3,
+      EVALUATION_DUE: False,
+    }
     assert checkpoints.damage(3) is None
 
 

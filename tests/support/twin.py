@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import meta
 
-from narvl_jax.checkpointing.restore import build_in
+from narvl_jax.checkpointing.runs import build_in
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.state.parameters import flatten

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from narvl_jax.checkpointing.restore import build_in, restore
+from narvl_jax.checkpointing.runs import build_in, load_run
 from narvl_jax.data.answers import load_answers
 from narvl_jax.data.batches.pipeline import Batcher
 from narvl_jax.data.example import TASKS
@@ -78,7 +78,7 @@ def test_a_step_with_a_teacher(folder: pathlib.Path) -> None:
   teacher = run.teacher
   assert teacher is not None
   variables = teacher.read()
-  stored = restore(folder)[1]
+  stored = load_run(folder)[1]
   for name, value in flatten(stored).items():
     np.testing.assert_array_equal(flatten(variables)[name], value)
   with jax.set_mesh(run.mesh):

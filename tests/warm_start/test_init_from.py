@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from narvl_jax import train as train_lib
-from narvl_jax.checkpointing.restore import restore
+from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.checkpointing.writing import Checkpoints, restore_target
 from narvl_jax.errors import UserError
 from narvl_jax.run_folder import workdir as workdir_lib
@@ -86,7 +86,7 @@ def test_moving_averages_are_what_is_taken(
 def test_half_precision_becomes_float32(
   tmp_path: pathlib.Path, start: pathlib.Path
 ) -> None:
-  _, variables, _ = restore(start)
+  _, variables, _ = load_run(start)
   half = jax.tree.map(lambda x: x.astype(np.float16), variables)
   with Checkpoints(tmp_path / "half", keep_last=1) as checkpoints:
     checkpoints.save_variables(0, half)
@@ -164,7 +164,7 @@ def test_nothing_is_written_before_the_check(
 
 
 def test_weights_alone_cannot_be_resumed(start: pathlib.Path) -> None:
-  _, variables, _ = restore(start)
+  _, variables, _ = load_run(start)
   setup = make_setup(start)
   target = restore_target(setup.abstract_state, setup.shardings)
   with Checkpoints(start.parent / "alone", keep_last=1) as checkpoints:

@@ -1,4 +1,4 @@
-"""Reads what a run folder holds: its experiment and its weights."""
+"""Loads what a run folder holds: its experiment and its weights."""
 
 import os
 import pathlib
@@ -9,8 +9,8 @@ import jax
 from flax.linen import meta
 
 from narvl_jax.checkpointing.chosen import read_chosen
-from narvl_jax.checkpointing.recorded_config import (
-  check_recorded,
+from narvl_jax.checkpointing.record_checks import (
+  check_config,
   check_vocabulary,
 )
 from narvl_jax.checkpointing.writing import Checkpoints
@@ -29,13 +29,13 @@ from narvl_jax.terminal.text import escape, show
 
 
 def build_in(config: Config, workdir: str | os.PathLike[str]) -> Experiment:
-  """Builds the experiment of a run, or of one that begins in this folder.
+  """Builds the experiment of an existing run, or of one that starts here.
 
-  A run has a vocabulary, so that resuming it does not depend on what the
-  vocabulary was made from.
+  An existing run has its own vocabulary, so resuming does not need the files
+  that the vocabulary was made from.
 
   Args:
-    config: that was validated.
+    config: validated.
     workdir: the run folder.
 
   Raises:
@@ -60,19 +60,19 @@ def open_run(workdir: str | os.PathLike[str]) -> Experiment:
   return build_in(workdir_lib.read_config(folder), folder)
 
 
-def restore(
+def load_run(
   workdir: str | os.PathLike[str],
   checkpoint: str | int = "best",
   *,
   sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[Experiment, dict[str, Any], int]:
-  """Reads a trained experiment.
+  """Loads a trained experiment.
 
   Args:
-    workdir: folder of the run.
+    workdir: the run folder.
     checkpoint: "best" (by the evaluations during training), "last", or a
       step.
-    sharding: where each variable shall lie; None: on the first device.
+    sharding: of every variable; None: the first device.
 
   Returns:
     The experiment, its variables (moving averages if the run has them), and
@@ -88,7 +88,7 @@ def restore(
     checkpoints: Checkpoints, step: int
   ) -> tuple[Experiment, dict[str, Any], int]:
     record = checkpoints.read_record(step)
-    notes = check_recorded(folder, config, record)
+    notes = check_config(folder, config, record)
     experiment = build_in(config, folder)
     check_vocabulary(folder, experiment.vocabulary.fingerprint, record)
     with progress.doing(f"reading the checkpoint of {folder}"):
@@ -106,7 +106,6 @@ def _read_variables(
   step: int,
   sharding: jax.sharding.Sharding | None,
 ) -> dict[str, Any]:
-  """Reads the variables of an experiment, see `restore`."""
   config = experiment.config
   shapes = meta.unbox(experiment.abstract_variables())
   shapes = {"batch_stats": {}, **shapes}
@@ -118,15 +117,10 @@ def _read_variables(
     ema = {"params": trained, "batch_stats": shapes["batch_stats"]}
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-  def placed(tree: Any) -> Any:
-    return jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=sharding
-      ),
-      tree,
-    )
-
-  return checkpoints.restore_variables(
-    step, placed(shapes), None if ema is None else placed(ema)
+  shapes, ema = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    (shapes, ema),
   )
+  return checkpoints.restore_variables(step, shapes, ema)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from narvl_jax import checkpoints as command
-from narvl_jax.checkpointing import integrity
+from narvl_jax.checkpointing import digests, integrity
 from narvl_jax.checkpointing.record import read_record
-from narvl_jax.checkpointing.recorded_config import check_recorded
-from narvl_jax.checkpointing.restore import build_in, restore
+from narvl_jax.checkpointing.record_checks import check_config
+from narvl_jax.checkpointing.runs import build_in, load_run
 from narvl_jax.checkpointing.weights import opened
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
@@ -32,7 +32,7 @@ def run(tmp_path: pathlib.Path) -> pathlib.Path:
   folder = run / "checkpoints" / str(tiny_run.STEP)
   config = json.loads((run / "config.json").read_text())
   record = read_record(folder)
-  integrity.replace_record(folder, record._replace(config=config))
+  digests.replace_record(folder, record._replace(config=config))
   assert integrity.examine(folder) is None
   return run
 
@@ -75,7 +75,7 @@ def test_an_edited_config_is_refused(run, key, value, seen):
   for read in (
     lambda: predict(run, task="vqa", example=0),
     lambda: evaluate(run, max_examples=2),
-    lambda: restore(run, tiny_run.STEP),
+    lambda: load_run(run, tiny_run.STEP),
     lambda: Labeller(run),
     lambda: read_run(run),
     lambda: opened(str(run), "init_from").__enter__(),
@@ -88,18 +88,18 @@ def test_an_edited_config_is_refused(run, key, value, seen):
     f"kept {run / 'config.json.old'}",
     f"wrote {run / 'config.json'}, as step {tiny_run.STEP} was trained with it",
   ]
-  restore(run)
+  load_run(run)
 
 
 def test_what_changes_no_answer_is_reported(run, capsys):
   """Such as where data lie on another machine."""
   _edit(run, "mesh.fsdp", 2)
   _edit(run, "data.num_workers", 3)
-  restore(run)
+  load_run(run)
   assert capsys.readouterr().err == ""
   _edit(run, "data.evaluation.vqa.options", {"image_size": 32, "path": "/b"})
   _edit(run, "evaluation.batch_size", 4)
-  restore(run)
+  load_run(run)
   (line,) = capsys.readouterr().err.splitlines()
   assert line == (
     f"note: {run / 'config.json'} differs from the config of the checkpoint of"
@@ -114,7 +114,7 @@ def test_settings_that_came_later_do_not_differ(run):
   record = read_record(folder)
   del record.config["optimizer"]["ema_warmup"]
   config = from_json(json.loads((run / "config.json").read_text()))
-  assert check_recorded(run, config, record) == []
+  assert check_config(run, config, record) == []
 
 
 @pytest.mark.parametrize("key", ["train.steps", "data.image_size"])
@@ -175,7 +175,7 @@ def test_a_damaged_config_tells_how_to_restore_it(run, text, reason):
     ):
       read()
   command.restore_config(run)
-  restore(run)
+  load_run(run)
   assert (run / "config.json.old").read_text() == text
 
 
@@ -184,7 +184,7 @@ def test_a_lost_config_is_restored(run):
   with pytest.raises(UserError, match=r"holds no run: .*; if it was lost, wri"):
     evaluate(run)
   command.restore_config(run)
-  restore(run)
+  load_run(run)
 
 
 def test_no_config_in_any_checkpoint(tmp_path):
@@ -197,15 +197,15 @@ def test_the_vocabulary_of_another_run_is_refused(run):
   folder = run / "checkpoints" / str(tiny_run.STEP)
   record = read_record(folder)
   own = Vocabulary.load(run / "vocabulary").fingerprint
-  integrity.replace_record(folder, record._replace(vocabulary=own))
-  experiment, _, _ = restore(run)
+  digests.replace_record(folder, record._replace(vocabulary=own))
+  experiment, _, _ = load_run(run)
   words = ["red", "green", "blue"] * 40
   Vocabulary.train(words, experiment.vocabulary.size, num_bins=16).save(
     run / "vocabulary"
   )
   message = rf"run/vocabulary is not .* step 7 .* is .*, not {own[:12]}; bring"
   with pytest.raises(UserError, match=message):
-    restore(run)
+    load_run(run)
   setup: Any = SimpleNamespace(
     experiment=build_in(experiment.config, run),
     abstract_state={},
@@ -232,7 +232,7 @@ def test_a_damaged_vocabulary_ends_in_one_line(run, name, text):
     UserError,
     match=rf"{run}/vocabulary.*; bring it back from a copy of the run",
   ) as error:
-    restore(run)
+    load_run(run)
   assert "\n" not in str(error.value)
 
 
