@@ -14,20 +14,10 @@ from narvl_jax.checkpointing.record import (
 )
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import from_json, to_json
+from narvl_jax.experiment.config_table import may_change
 from narvl_jax.files.disk import write_text
 from narvl_jax.run_folder import workdir as workdir_lib
 
-# Settings that do not change the answers of a trained model, such as the
-# location of the data. Differences are reported and accepted.
-_REPORTED_KEYS = (
-  "data.train.",
-  "data.evaluation.",
-  "train.",
-  "evaluation.split",
-  "evaluation.batch_size",
-  "evaluation.max_examples",
-  "evaluation.best_metric",
-)
 # Settings, and arrays of each kind, that a message names.
 _SHOWN_KEYS, _SHOWN_ARRAYS = 4, 3
 
@@ -41,7 +31,7 @@ def check_config(
 ) -> list[str]:
   """Compares the config of a run folder with that of a checkpoint.
 
-  Settings that a resumed run may change (`workdir.FREE_KEYS`) are ignored.
+  Settings that a resumed run may change (`setting.Change`) are ignored.
 
   Args:
     workdir: the run folder.
@@ -62,13 +52,13 @@ def check_config(
   found = {
     key: values
     for key, values in workdir_lib.diff(theirs, ours).items()
-    if not key.startswith(workdir_lib.FREE_KEYS)
+    if not may_change(key, "resume")
   }
   path = workdir / workdir_lib.CONFIG_FILE
   rejected = {
     key: values
     for key, values in found.items()
-    if resumes or not key.startswith(_REPORTED_KEYS)
+    if resumes or not may_change(key, "resume", "report")
   }
   if rejected:
     raise UserError(

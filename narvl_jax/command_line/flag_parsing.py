@@ -53,6 +53,8 @@ def print_help(main: Callable[..., Any], argv: Sequence[str]) -> bool:
   before_end = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
   if any(argument in _HELP_ALL for argument in before_end):
     show(flags.FLAGS.get_help())
+    if has_config():
+      show(f"\nKeys of the config:\n\n{_describe_keys()}")
     return True
   if not any(argument in _HELP for argument in before_end):
     return False
@@ -61,7 +63,7 @@ def print_help(main: Callable[..., Any], argv: Sequence[str]) -> bool:
   if has_config():
     show(
       "\nEvery key of the config is a flag, too: --config.KEY=VALUE, such as"
-      "\n--config.train.steps=100."
+      "\n--config.train.steps=100. docs/config.md and --helpfull list the keys."
     )
   show("\n--helpfull lists the flags of libraries as well.")
   return True
@@ -90,6 +92,19 @@ def describe_flags() -> str:
       break_long_words=False,
     )
   return "\n".join(lines)
+
+
+def _describe_keys() -> str:
+  """Returns every key of a config with its default and help."""
+  # Imports jax, which --help does without.
+  from narvl_jax.experiment.config_table import KEYS
+
+  return "\n".join(
+    f"  --config.{name}={'' if setting.kind else setting.default}\n"
+    f"      {setting.help}"
+    + (f" Valid: {setting.limits()}." if setting.limits() else "")
+    for name, setting in KEYS.items()
+  )
 
 
 def _form(flag: flags.Flag) -> str:

@@ -9,10 +9,10 @@ from ml_collections import ConfigDict
 
 from narvl_jax.data.batches.mixture import parse_weight
 from narvl_jax.data.example import TASKS
-from narvl_jax.data.pictures.files import EXIF_ORIENTATIONS
 from narvl_jax.data.tasks import check_settings, default_settings
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.config import Config, default_config
+from narvl_jax.experiment.config_table import KEYS
 from narvl_jax.models import ModelConfig, model_config
 from narvl_jax.models.encoder import (
   check_image_size,
@@ -20,17 +20,9 @@ from narvl_jax.models.encoder import (
   nearest_side,
 )
 from narvl_jax.parallel.rules import check_rules
-from narvl_jax.query_ctc.loss import CONFIDENCE_MODES
 from narvl_jax.state.parameters import parse_rules
 from narvl_jax.state.renames import parse_drops, parse_renames
 
-OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("linear", "cosine", "constant")
-POLICIES = ("stop", "skip", "rollback")
-VOCABULARY_SOURCES = ("train", "official", "huggingface", "run")
-# What a batch of an autoregressive model is averaged over.
-AVERAGES = ("labels", "examples")
-DTYPES = ("auto", "float32", "bfloat16")
 _EVALUATION_KEYS = ("source", "task", "options")
 _TRAIN_KEYS = (*_EVALUATION_KEYS, "weight", "split")
 _TEXT_KEYS = ("source", "task", "split")
@@ -188,77 +180,22 @@ def _one_of(key: str, value: str, options: Any) -> None:
     )
 
 
-# key -> (lowest value, highest value); None is no limit.
-_RANGES: dict[str, tuple[float, float | None]] = {
-  "seed": (0, 2**32 - 1),
-  "vocabulary.size": (1, None),
-  "vocabulary.num_bins": (0, None),
-  "vocabulary.num_codes": (0, None),
-  "data.max_text_length": (1, None),
-  "data.max_label_length": (1, None),
-  "data.num_workers": (0, None),
-  "data.num_threads": (0, None),
-  "data.prefetch": (1, None),
-  "data.max_bad_fraction": (0, 1),
-  "data.temperature": (0, None),
-  "loss.label_smoothing": (0, 0.999),
-  "loss.chunk_size": (0, None),
-  "loss.drop_worst": (0, 0.999),
-  "loss.drop_worst_after": (0, None),
-  "distillation.weight": (0, 1),
-  "distillation.temperature": (0.01, None),
-  "optimizer.learning_rate": (0, None),
-  "optimizer.weight_decay": (0, None),
-  "optimizer.b1": (0, 0.99999),
-  "optimizer.b2": (0, 0.9999999),
-  "optimizer.eps": (1e-16, None),
-  "optimizer.clip_norm": (0, None),
-  "optimizer.ema_decay": (0, 0.9999999),
-  "train.steps": (1, None),
-  "train.batch_size": (1, None),
-  "train.accumulation_steps": (1, None),
-  "train.log_every": (1, None),
-  "train.eval_every": (0, None),
-  "train.eval_examples": (1, None),
-  "train.checkpoint_every": (0, None),
-  "train.keep_last": (1, None),
-  "train.keep_best": (0, None),
-  "train.keep_every": (0, None),
-  "bad_numbers.limit": (0, None),
-  "bad_numbers.spike_factor": (0, None),
-  "watchdog.start": (0, None),
-  "watchdog.compile": (0, None),
-  "watchdog.step": (0, None),
-  "watchdog.data_wait": (0, None),
-  "watchdog.evaluation": (0, None),
-  "watchdog.checkpoint": (0, None),
-  "watchdog.other": (0, None),
-  "evaluation.batch_size": (1, None),
-  "evaluation.max_examples": (0, None),
-}
-
-
 def _check_values(config: Config) -> None:
   """Checks ranges and choices that do not depend on data or devices."""
-  for path, (low, high) in _RANGES.items():
+  for path, row in KEYS.items():
+    if row.kind is not None or (row.low is None and not row.choices):
+      continue
     value = config
     for key in path.split("."):
       value = value[key]
-    top = math.inf if high is None else high
-    if low <= value <= top and math.isfinite(value):
+    if row.choices:
+      _one_of(path, value, row.choices)
       continue
-    limits = f"at least {low}" + ("" if high is None else f", at most {high}")
-    near = high if high is not None and value > high else low
-    raise UserError(f"{path}={value} must be {limits}: --config.{path}={near}")
-  _one_of("vocabulary.source", config.vocabulary.source, VOCABULARY_SOURCES)
-  _one_of(
-    "data.exif_orientation", config.data.exif_orientation, EXIF_ORIENTATIONS
-  )
-  _one_of("optimizer.name", config.optimizer.name, OPTIMIZERS)
-  _one_of("model.dtype", config.model.dtype, DTYPES)
-  _one_of("loss.confidence", config.loss.confidence, CONFIDENCE_MODES)
-  _one_of("loss.average", config.loss.average, AVERAGES)
-  _one_of("bad_numbers.policy", config.bad_numbers.policy, POLICIES)
+    near = row.nearest(value)
+    if near is not None:
+      raise UserError(
+        f"{path}={value} must be {row.limits()}: --config.{path}={near}"
+      )
   _check_decoder(config)
   _check_start(config)
 
@@ -335,11 +272,7 @@ def check_schedule(*, schedule: str, warmup_steps: int, steps: int) -> None:
   Raises:
     UserError: unknown schedule, or a warm-up longer than the run.
   """
-  if schedule not in SCHEDULES:
-    raise UserError(
-      f'optimizer.schedule="{schedule}" is unknown.'
-      f"{did_you_mean(schedule, SCHEDULES)} (--config.optimizer.schedule)"
-    )
+  _one_of("optimizer.schedule", schedule, KEYS["optimizer.schedule"].choices)
   if not 0 <= warmup_steps < steps:
     raise UserError(
       f"optimizer.warmup_steps={warmup_steps} must be at least 0 and below"

@@ -18,6 +18,7 @@ import jax
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import from_json, to_json
 from narvl_jax.experiment.config_checks import check_stored
+from narvl_jax.experiment.config_table import may_change
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
 from narvl_jax.files import paths as user_paths
@@ -43,20 +44,6 @@ _PACKAGES = (
 
 # Network file systems may go on for a while to say that a file is absent.
 _PATIENCE_SECONDS = 60.0
-
-# Settings of the config in which a resumed run may differ.
-FREE_KEYS = (
-  "mesh.",
-  "watchdog.",
-  "data.num_workers",
-  "data.num_threads",
-  "data.prefetch",
-  # Also those of the earlier checkpoints that are still there.
-  "train.keep_",
-  # What runs that they stopped tell to change.
-  "data.max_bad_fraction",
-  "bad_numbers.",
-)
 
 
 def is_run(workdir: pathlib.Path) -> bool:
@@ -89,7 +76,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
   difference = {
     key: values
     for key, values in diff(old, to_json(config)).items()
-    if not key.startswith(FREE_KEYS)
+    if not may_change(key, "resume")
   }
   if not difference:
     return True

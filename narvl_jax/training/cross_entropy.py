@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from narvl_jax.errors import UserError, did_you_mean
-from narvl_jax.experiment.config_checks import AVERAGES
+from narvl_jax.experiment.config_table import KEYS
 from narvl_jax.query_ctc.targets import (
   as_int32,
   check_classes,
@@ -12,6 +12,8 @@ from narvl_jax.query_ctc.targets import (
   check_targets,
   is_target,
 )
+
+AVERAGES = KEYS["loss.average"].choices
 
 
 def label_smoothed_cross_entropy(

@@ -25,7 +25,7 @@ def make_schedule(
 
   Args:
     learning_rate: peak, reached at `warmup_steps`.
-    schedule: one of `config_checks.SCHEDULES`.
+    schedule: one of `config_table.KEYS["optimizer.schedule"].choices`.
     warmup_steps: length of the warm-up, counted in `steps`.
     steps: length of the run; the linear schedule is the reference's.
 

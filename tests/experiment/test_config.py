@@ -1,14 +1,15 @@
 """Defaults, the check of a config, and its form on disk."""
 
+import importlib.util
 import json
 import math
 from typing import Any
 
 import pytest
+from ml_collections import ConfigDict
 
 from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
-from narvl_jax.experiment import config_checks
 from narvl_jax.experiment.config import (
   Config,
   default_config,
@@ -18,7 +19,9 @@ from narvl_jax.experiment.config import (
   train_source,
 )
 from narvl_jax.experiment.config_checks import validate
+from narvl_jax.experiment.config_table import KEYS, may_change
 from narvl_jax.models import ModelConfig, model_config
+from tests.conftest import ROOT
 from tests.support.tiny import tiny_config
 
 
@@ -67,9 +70,12 @@ def test_empty_model_settings_accept_their_type_only():
     config.model.num_heads = "many"
 
 
-@pytest.mark.parametrize("path", config_checks._RANGES)
+@pytest.mark.parametrize(
+  "path", [name for name, row in KEYS.items() if row.low is not None]
+)
 def test_each_range(path):
-  low, high = config_checks._RANGES[path]
+  low, high = KEYS[path].low, KEYS[path].high
+  assert low is not None
   config = tiny_config()
   # Shorter than any run.
   config.optimizer.warmup_steps = 0
@@ -95,6 +101,77 @@ def _get(config: Config, path: str) -> Any:
   for key in path.split("."):
     config = config[key]
   return config
+
+
+@pytest.mark.parametrize(
+  "path",
+  [n for n, row in KEYS.items() if row.choices and row.kind is None],
+)
+def test_each_choice(path):
+  config = tiny_config()
+  for choice in KEYS[path].choices:
+    _set(config, path, choice)
+    if path not in ("vocabulary.source", "loss.average"):
+      validate(config)
+  _set(config, path, f"{KEYS[path].choices[-1]}x")
+  with pytest.raises(UserError, match=rf'^{path}: "\w+" is unknown\. Did you'):
+    validate(config)
+
+
+def test_every_key_is_a_row_of_the_table():
+  def leaves(node: Config, prefix: str = "") -> list[str]:
+    found = []
+    for key in node:
+      inner = isinstance(node[key], ConfigDict) and len(node[key])
+      found += leaves(node[key], f"{key}.") if inner else [f"{prefix}{key}"]
+    return found
+
+  assert sorted(leaves(default_config())) == sorted(KEYS)
+  for name, row in KEYS.items():
+    assert row.help.endswith("."), name
+    assert "\n" not in row.help
+    if name.startswith("model.") and row.kind is not None:
+      field = ModelConfig.__dataclass_fields__[name.removeprefix("model.")]
+      declared: Any = field.type
+      assert row.kind is getattr(declared, "__origin__", declared), name
+
+
+@pytest.mark.parametrize(
+  ("key", "resume", "read"),
+  [
+    ("mesh.fsdp", True, True),
+    ("watchdog.step", True, True),
+    ("bad_numbers.policy", True, True),
+    ("data.num_workers", True, True),
+    ("data.max_bad_fraction", True, True),
+    ("train.keep_last", True, True),
+    # Of another version.
+    ("mesh.old", True, True),
+    ("train.old", False, True),
+    ("train.steps", False, True),
+    ("data.train.vqa.options.path", False, True),
+    ("evaluation.best_metric", False, True),
+    ("evaluation.mask_specials", False, False),
+    ("tasks.vqa.eos", False, False),
+    ("optimizer.rules", False, False),
+    ("old", False, False),
+  ],
+)
+def test_keys_that_may_change(key, resume, read):
+  assert may_change(key, "resume") == resume
+  assert may_change(key, "resume", "report") == read
+
+
+def test_the_page_of_keys_is_what_the_table_generates():
+  path = ROOT / "docs" / "config_page.py"
+  spec = importlib.util.spec_from_file_location("config_page", path)
+  assert spec is not None
+  assert spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  assert module.PAGE.read_text(encoding="utf-8") == module.page(), (
+    "run python docs/config_page.py"
+  )
 
 
 def test_rules_for_weights_that_none_names():
