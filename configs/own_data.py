@@ -1,4 +1,4 @@
-"""Your own pictures and texts, in JSON lines; narvl_jax/data/README.md.
+"""Your own pictures and texts, in JSON lines; docs/data.md.
 
     python -m narvl_jax.train --config=configs/own_data.py:vqa \
       --config.data.train.own.options.path='DATA/own_{split}.jsonl' \

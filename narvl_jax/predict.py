@@ -61,7 +61,7 @@ def predict(
   Args:
     workdir: run folder.
     task: one of the run's tasks; may be left out if there is only one.
-    image: picture file; see narvl_jax/data/README.md.
+    image: picture file; see docs/data.md.
     example: index of a record of the run's test data.
     dataset: entry of `data.evaluation` that has it; the task's first one if "".
     split: of that data set; `evaluation.split` if "".
