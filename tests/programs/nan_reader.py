@@ -8,20 +8,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from narvl_jax.data.batches.mixture import Draw
-from narvl_jax.data.batches.pipeline import _TrainReader
+from narvl_jax.data.batches.readers import TrainReader
 
-_read = _TrainReader.__call__
+_read = TrainReader.__call__
 
 
 def spoiled(entry: int, position: int) -> Callable[..., Any]:
-  """Returns what to put in the place of `_TrainReader.__call__`.
+  """Returns what to put in the place of `TrainReader.__call__`.
 
   Args:
     entry: number of the entry.
     position: of the record in the order of the entry; gets the weight NaN.
   """
 
-  def read(self: _TrainReader, draws: Sequence[Draw]) -> Any:
+  def read(self: TrainReader, draws: Sequence[Draw]) -> Any:
     batch, bad = _read(self, draws)
     assert isinstance(batch, dict)
     for row, draw in enumerate(draws):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from narvl_jax.data.batches import pipeline
+from narvl_jax.data.batches import readers
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import shard_batch
 from narvl_jax.run import data_checks as run_data
@@ -30,7 +30,7 @@ def _one_bad_record(monkeypatch):
   # The batches without it are made before.
   small_run.host_batches(small_run.STEPS + 4)
   read = nan_reader.spoiled(draw.entry, draw.position)
-  monkeypatch.setattr(pipeline._TrainReader, "__call__", read)
+  monkeypatch.setattr(readers.TrainReader, "__call__", read)
 
 
 def _train(workdir: pathlib.Path, policy: str, **settings: Any) -> Any:

@@ -1,15 +1,15 @@
-"""The one place where a record may fail, and the account of those that did.
+"""Bad records: the one place where a record may fail, and their count.
 
-Whatever is raised while one record is read, checked, decoded, augmented or
-tokenised makes it a bad record, which is counted and left out. All that reads
-records reads them through `RecordReader`.
+Any error while a record is read, checked, decoded, augmented or tokenised makes
+it a bad record, which is counted and left out. All code that reads records uses
+`RecordReader`.
 """
 
 import collections
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from narvl_jax.data import sources
 from narvl_jax.data.example import Record
@@ -17,15 +17,13 @@ from narvl_jax.data.record_checks import checked_record
 from narvl_jax.errors import UserError
 from narvl_jax.terminal.text import warn
 
-# What damaged data is known to raise. Other errors may be defects of the code.
+# Errors that damaged data raises. Others may be defects of the code.
 _FORESEEN = (ValueError, OSError, LookupError, OverflowError)
-# Records, spread over the source, that all fail in one unforeseen way if that
-# is a defect of the code.
+# Records, spread over the source, that are tried to recognise such a defect.
 _PROBED = 16
-# Records in a row for which memory is short if the machine lacks it, and not
-# the one record wants too much.
+# MemoryErrors in a row that are due to the machine, not to one record.
 _SHORT_OF_MEMORY = 3
-# Characters at either end of a long reason that are kept, and of an id.
+# Characters that are kept at either end of a long reason, and of an id.
 _REASON_PART = 200
 _ID_PART = 100
 
@@ -33,7 +31,7 @@ T = TypeVar("T")
 
 
 def short_reason(error: Exception) -> str:
-  """Returns what is wrong in one line, without the whole of a long field."""
+  """Returns the message of an error as one line, shortened in the middle."""
   reason = " ".join(str(error).split())
   if not reason or not isinstance(error, _FORESEEN):
     reason = f"{type(error).__name__}: {reason}".rstrip(": ")
@@ -44,16 +42,16 @@ def short_reason(error: Exception) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class BadRecord:
-  """A record that could not be used; travels from worker to main process.
+  """A record that could not be used; sent from worker to main process.
 
   Attributes:
     name: of the entry or data set.
     index: of the record in its source.
     total: number of records of the source.
-    place: where it is, such as "vqa.tsv row 17".
-    reason: what is wrong with it.
-    record_id: its id; None if it could not even be read.
-    kind: its kind; "" if it could not be read.
+    place: location, such as "vqa.tsv row 17".
+    reason: what is wrong.
+    record_id: None if the record could not be read.
+    kind: "" if the record could not be read.
   """
 
   name: str
@@ -66,7 +64,7 @@ class BadRecord:
 
   @property
   def what(self) -> str:
-    """Place, id and fault in words."""
+    """Place, id and reason as text."""
     place = self.place
     if self.record_id:
       short = self.record_id[:_ID_PART]
@@ -76,12 +74,10 @@ class BadRecord:
 
 
 class RecordReader:
-  """Reads records of one source and does something with each.
-
-  May be used by several threads, and be pickled to other processes.
+  """Reads and processes records of one source; thread-safe and picklable.
 
   Attributes:
-    defect: what `read` raised for all records that were tried, if it did.
+    defect: the error that all tried records raise, if `read` found one.
   """
 
   def __init__(
@@ -92,35 +88,35 @@ class RecordReader:
     *,
     among: Sequence[int] | None = None,
   ) -> None:
-    """Takes the source.
+    """Wraps a source.
 
     Args:
-      source: records, random access.
+      source: records with random access.
       name: of the entry or data set, in messages.
-      total: of how many records, if not all of the source.
-      among: indices of the records that can be used; all by default.
+      total: number of records that are used; all of the source by default.
+      among: indices of these records; the first `total` by default.
     """
     self._source = source
     self._name = name
     self._total = len(source) if total is None else total
     self._among = range(self._total) if among is None else among
-    # Whether some record was used, or failed as data does.
+    # Whether a record was processed, or failed in a way that data does.
     self._sound = False
     self.defect: Exception | None = None
     self._short_of_memory = 0
 
   def read(self, index: int, use: Callable[[Record], T]) -> T | BadRecord:
-    """Returns `use(source[index])`, or what is wrong with the record.
+    """Returns `use(source[index])`, or a `BadRecord` if that fails.
 
     Args:
       index: of the record.
-      use: may be called with other records of the source as well, to tell a
-        defect of the code from bad data.
+      use: processes a record. It may be called with other records of the
+        source as well, to distinguish a defect of the code from bad data.
 
     Raises:
-      Exception: what the record raised, if that is not known of bad data and
-        all other records that are tried then raise the same.
-      UserError: the machine has no memory left.
+      Exception: the error of the record, if bad data is not known to raise it
+        and all other records that are tried raise the same type.
+      UserError: the machine is out of memory.
     """
     record = None
     try:
@@ -148,7 +144,7 @@ class RecordReader:
   def _check_defect(
     self, index: int, use: Callable[[Record], object], error: Exception
   ) -> None:
-    """Raises `error` if all records that are tried raise the same."""
+    """Raises `error` if all tried records raise the same type."""
     number = len(self._among)
     count = min(number, _PROBED)
     probed = {self._among[i * number // count] for i in range(count)}
@@ -160,10 +156,8 @@ class RecordReader:
           continue
       self._sound = True
       return
-    self._raise_defect(index, len(probed | {index}), error)
-
-  def _raise_defect(self, index: int, count: int, error: Exception) -> NoReturn:
     self.defect = error
+    count = len(probed | {index})
     error.add_note(
       f"All {count} records of {self._name} that were tried raise"
       f" {type(error).__name__}, such as {self._place(index)}: a defect of the"
@@ -187,12 +181,12 @@ class RecordReader:
   def _place(self, index: int) -> str:
     try:
       return sources.locate(self._source, index)
-    except Exception:  # Not worth the run.
+    except Exception:  # A place in a message is not worth ending the run.
       return f"record {index}"
 
 
 def _text_of(record: Any, name: str, default: T) -> str | T:
-  """Returns a text of a record; a source may return anything."""
+  """Returns a text field of what a source returned, which may be anything."""
   value = getattr(record, name, None)
   return value if isinstance(value, str) else default
 
@@ -201,7 +195,7 @@ class BadRecords:
   """Counts the bad records of a run and stops it when there are too many.
 
   Attributes:
-    max_fraction: of the records of a source that may be bad.
+    max_fraction: share of the records of a source that may be bad.
   """
 
   def __init__(self, max_fraction: float = 0.01) -> None:
@@ -211,7 +205,7 @@ class BadRecords:
 
   @property
   def count(self) -> int:
-    """Number of different bad records met so far."""
+    """Number of different bad records so far."""
     with self._lock:
       return sum(len(seen) for seen in self._seen.values())
 
@@ -226,7 +220,7 @@ class BadRecords:
       return set(self._seen[name])
 
   def report(self, record: BadRecord) -> None:
-    """Takes note of a bad record; logs it the first time.
+    """Counts a bad record, and logs it the first time.
 
     Raises:
       UserError: more than `max_fraction` of the source is bad.

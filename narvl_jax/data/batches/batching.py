@@ -1,10 +1,10 @@
-"""Records to rows of fixed-shape arrays."""
+"""Records as rows of fixed-shape arrays."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from narvl_jax.data.batches import shared_batches
+from narvl_jax.data.batches.shared_batches import Layout
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.pictures import images
 from narvl_jax.data.tasks import Task
@@ -16,12 +16,12 @@ AnyTask = Task[Any]
 
 
 class Prepared(NamedTuple):
-  """One example, before it is a row of a batch.
+  """One example that is not part of a batch yet.
 
   Attributes:
     image: uint8 [H, W, 3].
-    text: ids of the source.
-    labels: ids of the target.
+    text: token ids of the source.
+    labels: token ids of the target.
     confidence: weight of the target.
     task: name of the task.
     index: position of the record in its source.
@@ -44,49 +44,50 @@ class Batcher:
     max_text_length: int,
     max_label_length: int,
   ) -> None:
-    """Fixes the shapes: image (height, width) in pixels, lengths in tokens."""
+    """Sets the shapes: image (height, width) in pixels, lengths in tokens."""
     self._image_size = image_size
     self._max_text_length = max_text_length
     self._max_label_length = max_label_length
 
-  def shared_bytes(self, rows: int) -> int:
-    """Returns the bytes of a segment for `rows` examples."""
-    one = self.empty(1)
-    whole = {
-      key: np.broadcast_to(x, (rows, *x.shape[1:])) for key, x in one.items()
+  def layout(self, rows: int) -> Layout:
+    """Returns dtypes and shapes of a batch; see `data/example.py`."""
+    fields: dict[str, tuple[Any, tuple[int, ...]]] = {
+      "image": (np.uint8, (*self._image_size, 3)),
+      "image_mask": (bool, ()),
+      "text": (np.int32, (self._max_text_length,)),
+      "labels": (np.int32, (self._max_label_length,)),
+      "label_length": (np.int32, ()),
+      "confidence": (np.float32, ()),
+      "task": (np.int32, ()),
+      "index": (np.int64, ()),
+      "valid": (bool, ()),
     }
-    return shared_batches.segment_bytes(whole)
+    return {
+      key: (np.dtype(dtype).str, (rows, *shape))
+      for key, (dtype, shape) in fields.items()
+    }
 
-  def image_shape(self, rows: int) -> tuple[int, int, int, int]:
-    """Returns the shape of the pictures of `rows` examples."""
-    return (rows, *self._image_size, 3)
-
-  def empty(self, rows: int, image: np.ndarray | None = None) -> Batch:
-    """Returns arrays for `rows` examples, filled with padding.
+  def empty(self, rows: int, into: Batch | None = None) -> Batch:
+    """Returns a batch of padding.
 
     "valid" (bool) is False until a record is written into the row.
 
     Args:
       rows: number of examples.
-      image: uint8 of `image_shape(rows)` to use; zeros if None.
+      into: arrays of `layout(rows)` to use. Their pictures are left as they
+        are. None makes new arrays.
     """
-    if image is None:
-      image = np.zeros(self.image_shape(rows), np.uint8)
-    return {
-      "image": image,
-      "image_mask": np.ones(rows, bool),
-      "text": np.full(
-        (rows, self._max_text_length), Vocabulary.pad_id, np.int32
-      ),
-      "labels": np.full(
-        (rows, self._max_label_length), Vocabulary.pad_id, np.int32
-      ),
-      "label_length": np.zeros(rows, np.int32),
-      "confidence": np.ones(rows, np.float32),
-      "task": np.zeros(rows, np.int32),
-      "index": np.zeros(rows, np.int64),
-      "valid": np.zeros(rows, bool),
+    batch = into or {
+      key: np.zeros(shape, dtype)
+      for key, (dtype, shape) in self.layout(rows).items()
     }
+    for key in ("text", "labels"):
+      batch[key][...] = Vocabulary.pad_id
+    for key in ("label_length", "task", "index", "valid"):
+      batch[key][...] = 0
+    for key in ("image_mask", "confidence"):
+      batch[key][...] = 1
+    return batch
 
   def prepare(
     self,
@@ -105,12 +106,11 @@ class Batcher:
       index: position of the record in its source.
       target: "required", "optional" (left out if the record has no target or
         one that is too long) or "none".
-      rng: draws the random changes that the task's settings ask for; without
-        it there are none.
+      rng: draws the random changes that the task's settings ask for; None
+        makes no changes.
 
     Raises:
-      UserError: the record is bad; `RecordReader` takes any other error for
-        the same.
+      UserError: the record is bad. `RecordReader` treats other errors alike.
     """
     change = None
     if rng is not None:
@@ -122,11 +122,11 @@ class Batcher:
   def write(
     self, batch: Batch, row: int, record: Record, task: AnyTask, **options: Any
   ) -> None:
-    """Prepares one record and writes it, all of it or nothing.
+    """Prepares a record and writes it into a row; writes nothing if it is bad.
 
     Args:
       batch: arrays of `empty`.
-      row: which row.
+      row: number of the row.
       record: the record.
       task: its task.
       **options: see `prepare`.
@@ -137,7 +137,7 @@ class Batcher:
     self.put(batch, row, self.prepare(record, task, **options))
 
   def put(self, batch: Batch, row: int, example: Prepared) -> None:
-    """Writes an example into a row that `empty` made."""
+    """Writes an example into a row of `empty`."""
     batch["image"][row] = example.image
     batch["text"][row, : len(example.text)] = example.text
     batch["labels"][row, : len(example.labels)] = example.labels
@@ -152,7 +152,13 @@ class Batcher:
   ) -> tuple[list[int], list[int], float]:
     try:
       encoded = task.encode(record, with_target=target != "none")
-      self._check_labels(len(encoded.label_ids), record, task)
+      length = len(encoded.label_ids)
+      if length > self._max_label_length:
+        raise UserError(
+          f'the target of {task.name} record "{record.id}" has {length} labels,'
+          f" the limit is {self._max_label_length}; set"
+          f" --config.data.max_label_length={length}"
+        )
     except UserError:
       if target != "optional":
         raise
@@ -165,11 +171,3 @@ class Batcher:
         f" or train with --config.data.max_text_length={length}"
       )
     return encoded.text_ids, encoded.label_ids, encoded.confidence
-
-  def _check_labels(self, length: int, record: Record, task: AnyTask) -> None:
-    if length > self._max_label_length:
-      raise UserError(
-        f'the target of {task.name} record "{record.id}" has {length} labels,'
-        f" the limit is {self._max_label_length}; set"
-        f" --config.data.max_label_length={length}"
-      )

@@ -1,4 +1,4 @@
-"""Which record comes when: a mixture of sources as a function of position."""
+"""The order of records: a mixture of sources as a function of position."""
 
 import bisect
 import functools
@@ -15,9 +15,9 @@ from narvl_jax.errors import UserError
 
 # Weights are rounded to this many parts of their sum.
 _PARTS = 1_000_000
-# Records of a source up to which an epoch's permutation is held in memory.
+# Largest source whose permutation of an epoch is held in memory.
 _MAX_PERMUTED = 1 << 24
-# Records that grain can shuffle.
+# Largest source that grain can shuffle.
 _MAX_SHUFFLED = 1 << 32
 
 
@@ -27,7 +27,7 @@ class Draw(NamedTuple):
   Attributes:
     entry: number of the entry.
     index: of the record in the entry's source.
-    position: how many records of the entry came before, in all epochs.
+    position: number of records of the entry before it, over all epochs.
   """
 
   entry: int
@@ -36,13 +36,13 @@ class Draw(NamedTuple):
 
 
 class Mixture:
-  """Step -> the draws of its batch; an endless sequence for grain.
+  """Index of a batch -> its draws; an endless sequence for grain.
 
-  Entries are interleaved evenly: any stretch of the sequence holds each entry
-  in proportion to its weight, to within a record or two. An entry's records
-  come without gaps, also across changes of weight: every record once, then
-  every record again in a new order that depends on the seed, the epoch and
-  the entry's name only.
+  Entries are interleaved evenly: in any stretch of the sequence the number of
+  records of an entry is proportional to its weight, to within two records.
+  Every epoch of an entry has each of its records once, also across changes of
+  weight, in an order that depends only on the seed, the epoch and the entry's
+  name.
   """
 
   def __init__(
@@ -58,15 +58,15 @@ class Mixture:
 
     Args:
       entries: at least one.
-      batch_size: of all hosts together; weights change between batches.
+      batch_size: examples of all hosts together.
       seed: of the order.
-      rows: of every global batch, those that this host makes; all by default.
-      temperature: T multiplies every weight by the number of the source's
-        records to the power of 1 / T: in proportion to size at 1, more and
-        more even above; 0 leaves the weights alone.
+      rows: rows of every global batch that this host makes; all by default.
+      temperature: T multiplies every weight by (number of records) ** (1 / T).
+        At 1 shares are proportional to the sizes of the sources; larger values
+        make them more even; 0 leaves the weights unchanged.
 
     Raises:
-      UserError: weights, temperature, sources or batch size make no sense.
+      UserError: weights, temperature, sources or batch size are invalid.
     """
     if batch_size < 1:
       raise UserError(
@@ -80,7 +80,8 @@ class Mixture:
     steps = sorted({step for schedule in schedules for step, _ in schedule})
     self._starts = [step * batch_size for step in steps]
     self._parts = [_parts(schedules, entries, step) for step in steps]
-    # How many records of each entry the phases before have used.
+    # Records of each entry that earlier phases use. Weights change only
+    # between batches, and a phase is a stretch of constant weights.
     self._used = [[0] * len(entries)]
     for i in range(1, len(steps)):
       length = self._starts[i] - self._starts[i - 1]
@@ -89,7 +90,7 @@ class Mixture:
       self._used.append([a + b for a, b in zip(before, counts, strict=True)])
 
   def __len__(self) -> int:
-    return 1 << 48  # Endless; grain needs some number.
+    return 1 << 48  # Endless; grain needs a number.
 
   def __getitem__(self, index: int) -> list[Draw]:
     return self._draws(index, self._rows)
@@ -110,14 +111,14 @@ class Mixture:
     return draws
 
   def used(self, step: int) -> list[int]:
-    """Returns how many records of each entry the first `step` batches have."""
+    """Returns the number of records of each entry in the first batches."""
     first = step * self._batch_size
     phase = self._phase(first)
     counts = _counts(first - self._starts[phase], self._parts[phase])
     return [a + b for a, b in zip(self._used[phase], counts, strict=True)]
 
   def _phase(self, position: int) -> int:
-    # Phases begin with a batch, so one holds for all of it.
+    # A phase begins with a batch, so all rows of a batch are in one phase.
     return bisect.bisect_right(self._starts, position) - 1
 
 
@@ -127,23 +128,23 @@ class _Permutations:
   def __init__(self, count: int, words: Sequence[int]) -> None:
     self._count = count
     self._words = tuple(words)
-    self._forget()
+    self._clear_cache()
 
   def __getitem__(self, position: int) -> int:
     epoch, i = divmod(position, self._count)
     return int(self._epoch(epoch)[i])
 
-  def _forget(self) -> None:
-    # Two: threads work ahead of each other, into the next epoch.
+  def _clear_cache(self) -> None:
+    # Two epochs: some threads may be in the next one already.
     self._epoch = functools.lru_cache(maxsize=2)(self._permutation)
 
   def __getstate__(self) -> tuple[int, tuple[int, ...]]:
-    # Other processes make their own.
+    # Other processes compute permutations themselves.
     return self._count, self._words
 
   def __setstate__(self, state: tuple[int, tuple[int, ...]]) -> None:
     self._count, self._words = state
-    self._forget()
+    self._clear_cache()
 
   def _permutation(self, epoch: int) -> np.ndarray:
     rng = np.random.default_rng([*self._words, epoch])
@@ -166,13 +167,13 @@ def _order(entry: MixtureEntry, seed: int) -> Any:
       f'the source of "{entry.name}" has {count} records; the limit is'
       f" {_MAX_SHUFFLED}: split --config.data.train.{entry.name}"
     )
-  # Needs no memory, but more time than all else here.
+  # Needs no memory, but takes more time than all other code in this module.
   own_seed = int(np.random.SeedSequence(words).generate_state(1)[0])
   return grain.MapDataset.range(count).shuffle(seed=own_seed).repeat(None)
 
 
 def share_changes(weights: Sequence[WeightSchedule]) -> list[int]:
-  """Returns the positions of batches from which on the shares are others.
+  """Returns the positions of the batches at which shares change.
 
   Args:
     weights: of all entries, see `MixtureEntry`.
@@ -198,7 +199,7 @@ def _weight_at(schedule: Sequence[tuple[int, float]], step: int) -> float:
 def _size_factors(
   entries: Sequence[MixtureEntry], temperature: float
 ) -> list[float]:
-  """Returns what the temperature makes of the sizes; the largest gets 1."""
+  """Returns the factors of the weights; that of the largest source is 1."""
   if not math.isfinite(temperature) or temperature < 0:
     raise UserError(
       f"data.temperature is {temperature}; it must be 0 (off) or more:"
@@ -213,7 +214,6 @@ def _size_factors(
 def _schedule(
   entry: MixtureEntry, size_factor: float
 ) -> list[tuple[int, float]]:
-  """Returns [(from_step, weight), ...] after checks."""
   schedule = parse_weight(entry.name, entry.weight)
   return [(step, value * size_factor) for step, value in schedule]
 
@@ -223,10 +223,10 @@ def parse_weight(name: str, weight: Any) -> list[tuple[int, float]]:
 
   Args:
     name: of the entry of `data.train`, for messages.
-    weight: a number, or such pairs from step 0 on.
+    weight: a number, or pairs (from_step, weight) beginning at step 0.
 
   Raises:
-    UserError: it is neither, or a weight is negative or not finite.
+    UserError: the weight is neither, negative or not finite.
   """
   flag = f"--config.data.train.{name}.weight"
   if _is_number(weight):
@@ -281,10 +281,10 @@ def _parts(
 
 
 def _counts(position: int, parts: Sequence[int]) -> list[int]:
-  """Returns how many of the first `position` records each entry has.
+  """Returns the number of each entry's records among the first `position`.
 
-  Each entry in turn takes its share of what the entries before it left;
-  integer arithmetic keeps every count monotone and the sum exact.
+  Each entry in turn takes its share of what the entries before it left.
+  Integer arithmetic keeps every count monotone and the sum exact.
   """
   counts = []
   left, rest = position, sum(parts)

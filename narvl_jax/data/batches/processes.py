@@ -1,4 +1,4 @@
-"""What processes that work for a main one have in common."""
+"""What all worker processes share."""
 
 import os
 import threading
@@ -8,9 +8,9 @@ _CHECK_SECONDS = 0.5
 
 
 def exit_with_parent(parent: int) -> None:
-  """Ends this process, from a thread, when process `parent` is gone.
+  """Starts a thread that ends this process when process `parent` is gone.
 
-  A main process that was killed cannot tell its workers to end.
+  A main process that is killed cannot stop its workers itself.
   """
   threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 

@@ -11,64 +11,67 @@ from typing import Any
 import grain
 
 from narvl_jax.data.batches.processes import exit_with_parent
-from narvl_jax.data.batches.shared_batches import Segments, WorkerSegments
+from narvl_jax.data.batches.shared_batches import (
+  Layout,
+  Segments,
+  WorkerSegments,
+)
 from narvl_jax.errors import UserError
 
 _MIN_SHARED_BYTES = 512
 _TRACKER_WARNING = "ignore:resource_tracker:UserWarning"
-# Of this process, if it is a worker.
+# Those of this process if it is a worker.
 _segments: WorkerSegments | None = None
 
 
 def in_processes(
-  dataset: Any,
-  num_workers: int,
-  buffered: int,
-  segments: Segments | None = None,
+  dataset: Any, num_workers: int, buffered: int, segments: Segments
 ) -> Any:
-  """Returns the same elements in the same order, made by other processes.
+  """Returns the same elements in the same order, made by worker processes.
 
   Args:
     dataset: a grain IterDataset that can be pickled.
     num_workers: number of processes.
-    buffered: elements that each prepares ahead, at least 1.
-    segments: shared memory that the workers find with `own_segments`.
+    buffered: elements that each process prepares ahead; at least 1.
+    segments: shared memory, which the workers find with `own_segments`.
   """
   options = grain.MultiprocessingOptions(
     num_workers=num_workers, per_worker_buffer_size=max(buffered, 1)
   )
-  # What goes through the pipe stays below its buffer.
+  # Keeps messages smaller than the buffer of a pipe.
   dataset = grain.experimental.WithOptionsIterDataset(
     dataset, grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_BYTES)
   )
-  names = segments.names if segments else [[]] * num_workers
-  start = functools.partial(_start_worker, names, os.getpid())
+  start = functools.partial(
+    _start_worker, segments.names, segments.layout, os.getpid()
+  )
   return dataset.mp_prefetch(options, worker_init_fn=start)
 
 
 def quiet_cleanup() -> None:
-  """Lets multiprocessing remove in silence what an abrupt end leaves.
+  """Silences multiprocessing when it removes what an abrupt end leaves behind.
 
-  Its tracker, a process of its own, removes the shared memory and semaphores
-  of a run that ends within a step. It would warn of them on the terminal,
-  after the line that says how to resume. To be called before it starts.
+  Its resource tracker, a process of its own, removes the shared memory and
+  semaphores of a run that ends within a step. It would warn about them on the
+  terminal, after the line that names the command to resume. To be called
+  before the tracker starts.
   """
   if _TRACKER_WARNING not in sys.warnoptions:
-    # Handed to every Python process that multiprocessing starts.
+    # Passed to every Python process that multiprocessing starts.
     sys.warnoptions.append(_TRACKER_WARNING)
 
 
 def own_segments() -> WorkerSegments | None:
-  """Returns the shared memory of this process, None if it is no worker."""
+  """Returns the segments of this process; None if it is not a worker."""
   return _segments
 
 
 @contextlib.contextmanager
 def failures_explained() -> Iterator[None]:
-  """Says in one line that a worker died, which grain tells as a RuntimeError.
+  """Replaces grain's RuntimeError about a dead worker by one line.
 
   Raises:
-    UserError: a worker process ended by itself.
+    UserError: a worker process ended unexpectedly.
   """
   try:
     yield
@@ -82,14 +85,14 @@ def failures_explained() -> Iterator[None]:
 
 
 def _start_worker(
-  names: list[list[str]], parent: int, index: int, count: int
+  names: list[list[str]], layout: Layout, parent: int, index: int, count: int
 ) -> None:
-  """Leaves stopping to the main process, and ends when that is gone."""
+  """Opens the segments, ignores signals, and ends when the parent is gone."""
   del count
   global _segments
-  _segments = WorkerSegments(names[index])
-  # Ctrl-C and schedulers signal the whole group, yet the main process still
-  # needs the batches of the step at which it saves and stops.
+  _segments = WorkerSegments(names[index], layout)
+  # Ctrl-C and schedulers signal the whole process group, yet the main process
+  # still needs the batches of the step at which it saves and stops.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   exit_with_parent(parent)

@@ -5,6 +5,7 @@ import os
 import pathlib
 import pickle
 import shutil
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -19,74 +20,64 @@ ARRAYS = {
   "confidence": np.full((2, 1), 0.5, np.float32),
   "valid": np.array([True, False]),
 }
-BYTES = shared_batches.segment_bytes(ARRAYS)
+LAYOUT = {key: (x.dtype.str, x.shape) for key, x in ARRAYS.items()}
+
+
+@pytest.fixture
+def segments() -> Iterator[Segments]:
+  made = Segments(2, 2, LAYOUT)
+  yield made
+  made.close()
 
 
 def _fill(worker: WorkerSegments, value: int) -> shared_batches.SharedBatch:
-  own = worker.take(BYTES)
-  assert own is not None
-  image = own.first(ARRAYS["image"].shape)
-  image[...] = value
-  sent = own.pack("image", {**ARRAYS, "image": image})
+  taken = worker.take()
+  assert taken is not None
+  sent, arrays = taken
+  assert arrays.keys() == ARRAYS.keys()
+  for key, array in arrays.items():
+    array[...] = value if key == "image" else ARRAYS[key]
   # A message that fits into one write to a pipe.
   message = pickle.dumps(sent)
   assert len(message) < 4096
   return pickle.loads(message)
 
 
-def test_arrays_arrive_and_segments_are_used_again() -> None:
-  segments = Segments(2, 2, BYTES)
-  try:
-    workers = [WorkerSegments(names) for names in segments.names]
-    first, second = _fill(workers[0], 7), _fill(workers[0], 8)
-    other = _fill(workers[1], 9)
-    assert len({x.segment for x in (first, second, other)}) == 3
-    # None is free, which is no reason to wait.
-    assert workers[0].take(BYTES) is None
-    fetched = segments.fetch(first)
-    again = _fill(workers[0], 5)
-    assert again.segment == first.segment
-    # A copy: what comes into the segment next does not show.
-    assert fetched.keys() == ARRAYS.keys()
-    for key, array in ARRAYS.items():
-      assert fetched[key].dtype == array.dtype
-      expected = np.full_like(array, 7) if key == "image" else array
-      np.testing.assert_array_equal(fetched[key], expected)
-    assert (segments.fetch(second)["image"] == 8).all()
-    assert (segments.fetch(other)["image"] == 9).all()
-    assert (segments.fetch(again)["image"] == 5).all()
-  finally:
-    segments.close()
+def test_arrays_arrive_and_segments_are_used_again(segments: Segments) -> None:
+  workers = [WorkerSegments(names, LAYOUT) for names in segments.names]
+  first, second = _fill(workers[0], 7), _fill(workers[0], 8)
+  other = _fill(workers[1], 9)
+  assert len({x.segment for x in (first, second, other)}) == 3
+  # None is free, which is no reason to wait.
+  assert workers[0].take() is None
+  fetched = segments.fetch(first)
+  again = _fill(workers[0], 5)
+  assert again.segment == first.segment
+  # A copy: what comes into the segment next does not show.
+  assert fetched.keys() == ARRAYS.keys()
+  for key, array in ARRAYS.items():
+    assert fetched[key].dtype == array.dtype
+    expected = np.full_like(array, 7) if key == "image" else array
+    np.testing.assert_array_equal(fetched[key], expected)
+  assert (segments.fetch(second)["image"] == 8).all()
+  assert (segments.fetch(other)["image"] == 9).all()
+  assert (segments.fetch(again)["image"] == 5).all()
 
 
-def test_a_segment_that_is_not_sent_is_freed() -> None:
-  segments = Segments(1, 1, BYTES)
-  try:
-    worker = WorkerSegments(segments.names[0])
-    own = worker.take(BYTES)
-    assert own is not None
-    assert worker.take(BYTES) is None
-    own.free()
-    assert worker.take(BYTES) is not None
-  finally:
-    segments.close()
-
-
-def test_larger_batches_find_no_segment() -> None:
-  segments = Segments(1, 1, BYTES)
-  try:
-    worker = WorkerSegments(segments.names[0])
-    # The system gives whole pages.
-    assert worker.take(BYTES + 100_000) is None
-  finally:
-    segments.close()
+def test_a_segment_that_is_not_sent_is_freed(segments: Segments) -> None:
+  worker = WorkerSegments(segments.names[0][:1], LAYOUT)
+  taken = worker.take()
+  assert taken is not None
+  assert worker.take() is None
+  worker.free(taken[0])
+  assert worker.take() is not None
 
 
 @pytest.mark.skipif(
   not pathlib.Path("/dev/shm").is_dir(), reason="no /dev/shm on this system"
 )
 def test_closing_gives_the_memory_back() -> None:
-  segments = Segments(2, 3, BYTES)
+  segments = Segments(2, 3, LAYOUT)
   names = [name for own in segments.names for name in own]
   files = [pathlib.Path("/dev/shm") / name for name in names]
   assert len(names) == 6
@@ -104,11 +95,11 @@ def test_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     match=r"may need 2000 MB of shared memory, /dev/shm has 64 MB free: .*"
     r"--shm-size.* --config.data.num_workers or --config.data.prefetch",
   ):
-    Segments(4, 5, 100_000_000)
+    Segments(4, 5, {"image": ("|u1", (100, 1000, 1000))})
 
 
 def test_systems_without_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(shared_batches, "_FOLDER", os.devnull + "/none")
-  segments = Segments(1, 2, BYTES)
+  segments = Segments(1, 2, LAYOUT)
   assert len(segments.names[0]) == 2
   segments.close()

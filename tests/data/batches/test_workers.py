@@ -211,8 +211,8 @@ def test_segments_do_not_matter(
   fetched = []
   fetch = pipeline.Segments.fetch
 
-  def make(num_workers: int, _: int, num_bytes: int) -> Any:
-    return shared_batches.Segments(num_workers, count, num_bytes)
+  def make(num_workers: int, _: int, layout: Any) -> Any:
+    return shared_batches.Segments(num_workers, count, layout)
 
   def counting(self: Any, batch: Any) -> Any:
     fetched.append(batch)
