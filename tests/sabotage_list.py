@@ -80,7 +80,7 @@ SABOTAGES = (
     "narvl_jax/data/sources/rows/index.py",
     "if header.content != content_digest(fd, header.size):",
     "if False:",
-    "tests/data/sources/rows/test_files.py"
+    "tests/data/sources/rows/test_index.py"
     "::test_index_of_a_file_with_the_same_size_and_time[False]",
   ),
   Sabotage(

@@ -28,7 +28,6 @@ _LONG_FILES = {
   "narvl_jax/hosts/distributed.py",
   "narvl_jax/interop/pickle_data.py",
   "narvl_jax/train.py",
-  "tests/data/sources/rows/test_files.py",
   "tests/run/test_loop.py",
 }
 _LONG_FUNCTIONS = {
