@@ -88,7 +88,7 @@ def evaluate(
     variables,
     split=settings.split if split is None else split,
     max_examples=max_examples or None,
-    batch_size=settings.batch_size if batch_size is None else batch_size,
+    batch_size=batch_size,
     step=step,
     decodings=decodings,
     decoding_name=name,

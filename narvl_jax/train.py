@@ -286,7 +286,6 @@ def _validate(
     evaluation_variables(state),
     split=config.train.eval_split,
     max_examples=config.train.eval_examples,
-    batch_size=config.evaluation.batch_size,
     step=step,
     before_batch=before_batch,
   )
@@ -317,7 +316,6 @@ def _final_evaluation(
     variables,
     split=settings.split,
     max_examples=limit or None,
-    batch_size=settings.batch_size,
     step=step,
     before_batch=guard.ledger.progress,
   )

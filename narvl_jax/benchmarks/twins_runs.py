@@ -171,7 +171,6 @@ class Twins:
     experiment, variables, step = load_run(folder, "last")
     if "vqa" in experiment.tasks:
       experiment = with_answers(experiment, self._answers())
-    settings = experiment.config.evaluation
     limits = dict.fromkeys(self.study.splits, self.study.max_examples)
     limits = {CHOICE_SPLIT: _CHOICE_EXAMPLES, **limits}
     results: dict[str, Any] = {}
@@ -184,7 +183,6 @@ class Twins:
           variables,
           split=split,
           max_examples=limit,
-          batch_size=settings.batch_size,
           step=step,
           decodings=decodings,
         )

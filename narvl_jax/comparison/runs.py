@@ -304,7 +304,6 @@ def quality(
     run.variables,
     split=split,
     max_examples=max_examples,
-    batch_size=run.experiment.config.evaluation.batch_size,
     step=run.step,
     decodings={task: way.decoding},
     tasks=[task],

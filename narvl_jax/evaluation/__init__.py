@@ -1,1 +1,1 @@
-"""Evaluation: scores of the four tasks, reports and pictures."""
+"""Evaluation: metrics of the tasks, reports and pictures of predictions."""

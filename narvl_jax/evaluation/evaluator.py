@@ -14,6 +14,7 @@ from narvl_jax.experiment.datasets import load_dataset
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.prediction.predictor import Predictor
 from narvl_jax.terminal import progress
+from narvl_jax.terminal.activity import Activity
 
 
 def evaluate_tasks(
@@ -22,7 +23,7 @@ def evaluate_tasks(
   *,
   split: str,
   max_examples: int | None = None,
-  batch_size: int,
+  batch_size: int | None = None,
   step: int | None = None,
   decodings: Mapping[str, Decoding] | None = None,
   decoding_name: str = "greedy",
@@ -40,7 +41,8 @@ def evaluate_tasks(
     variables: of the model; the batch is split over their mesh, if any.
     split: such as "validation" or "test".
     max_examples: at most this many of every data set, spread evenly over it.
-    batch_size: rounded up to a multiple of the devices that share a batch.
+    batch_size: `config.evaluation.batch_size` by default; rounded up to a
+      multiple of the devices that share a batch.
     step: training step of `variables`, for the report.
     decodings: by task; the default is greedy.
     decoding_name: name of `decodings` in the report.
@@ -73,31 +75,15 @@ def evaluate_tasks(
     for name, source in opened.items()
   }
   total = sum(map(len, subsets.values()))
-  tally, first = Tally(), 0
+  size = batch_size or config.evaluation.batch_size
   with progress.doing(f"evaluating {split}", total, "examples") as activity:
-    for name, subset in subsets.items():
-      bad_records = BadRecords(config.data.max_bad_fraction)
-      for answer in predictor.answers(
-        subset,
-        entries[name].task,
-        batch_size=batch_size,
-        before_batch=before_batch,
-        bad_records=bad_records,
-      ):
-        index = subset.indices[answer.index]
-        tally.update(answer, first + answer.index, dataset=name, index=index)
-        # Other hosts predict the examples in between.
-        activity.done = first + answer.index + 1
-      tally.bad |= {
-        first + i for i in bad_records.indices_of(entries[name].task)
-      }
-      first += len(subset)
-      activity.done = first
-  tally = tally.of_all_hosts()
+    tally = _predict(
+      predictor, config.data, subsets, activity, size, before_batch
+    ).of_all_hosts()
   tally.check(total)
-  report = tally.report(split=split, step=step)
   every = _tasks_of(config.data.evaluation)
   evaluated = _tasks_of(entries)
+  report = tally.report(split=split, step=step)
   report |= {
     "decoding_name": decoding_name,
     "decoding": {
@@ -108,6 +94,36 @@ def evaluate_tasks(
     "only_tasks": None if evaluated == every else evaluated,
   }
   return report, list(tally.predictions.values())
+
+
+def _predict(
+  predictor: Predictor,
+  data: Any,
+  subsets: Mapping[str, Subset],
+  activity: Activity,
+  batch_size: int,
+  before_batch: Callable[[], None],
+) -> Tally:
+  """Predicts the examples of this host; `data` is `config.data`."""
+  tally, first = Tally(), 0
+  for name, subset in subsets.items():
+    task = data.evaluation[name].task
+    bad_records = BadRecords(data.max_bad_fraction)
+    for answer in predictor.answers(
+      subset,
+      task,
+      batch_size=batch_size,
+      before_batch=before_batch,
+      bad_records=bad_records,
+    ):
+      index = subset.indices[answer.index]
+      tally.update(answer, first + answer.index, dataset=name, index=index)
+      # Other hosts predict the examples in between.
+      activity.done = first + answer.index + 1
+    tally.bad |= {first + i for i in bad_records.indices_of(task)}
+    first += len(subset)
+    activity.done = first
+  return tally
 
 
 def _entries(

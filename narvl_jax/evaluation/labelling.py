@@ -1,4 +1,4 @@
-"""A trained model as a teacher: its answers become shards of new targets."""
+"""Distillation: predictions of a trained run become the targets of shards."""
 
 import dataclasses
 import functools
@@ -35,16 +35,17 @@ from narvl_jax.terminal.activity import Activity
 
 
 class Labeller:
-  """A run that answers; its weights are read when it is first asked.
+  """A trained run that labels records.
 
-  They lie on every device of all hosts, which share each batch.
+  Its weights are read when the first shard is written. They are replicated
+  over the devices of all hosts, which share each batch.
 
   Attributes:
-    workdir: folder of the run.
+    workdir: run folder.
     config: of the run.
     step: of the checkpoint.
-    answered: records that were answered.
-    seconds: that answering and writing them took.
+    answered: number of labelled records.
+    seconds: time that labelling and writing took.
   """
 
   def __init__(
@@ -56,14 +57,14 @@ class Labeller:
     answers: str = "",
     batch_size: int | None = None,
   ) -> None:
-    """Looks at the run.
+    """Reads the config and chooses the checkpoint.
 
     Args:
-      workdir: folder of the run.
+      workdir: run folder.
       checkpoint: "best", "last" or a step.
       decoding: see `decoding_flags.decodings_for`.
-      answers: file of the answers that VQA allows; that of the config if "".
-      batch_size: of all devices; `config.evaluation.batch_size` if None.
+      answers: file of the answers that VQA allows; the config's if "".
+      batch_size: over all devices; `config.evaluation.batch_size` if None.
 
     Raises:
       UserError: there is no such run or checkpoint.
@@ -101,13 +102,14 @@ class Labeller:
     self.config.tasks.vqa.answers = path
 
   def prepare(self, task: str) -> dict[str, Any]:
-    """Checks that it can answer a task, which comes before any answers.
+    """Checks that the run can label a task; required before `write`.
 
     Returns:
-      What the answers depend on, as JSON can hold it.
+      What the labels depend on, as JSON can hold it.
 
     Raises:
-      UserError: it was not trained on the task, or cannot be decoded so.
+      UserError: the run was not trained on the task, or the decoding does not
+        fit it.
     """
     if task not in self._decodings:
       raise UserError(
@@ -139,7 +141,7 @@ class Labeller:
       self.workdir, self.step, sharding=replicated(make_mesh())
     )
     config = self.config.copy_and_resolve_references()
-    # Whoever writes the shards counts bad records, over all of them.
+    # The writer of the shards counts bad records, over all shards.
     config.data.max_bad_fraction = 1.0
     experiment = dataclasses.replace(self._experiment, config=config)
     decodings = {task: self._decodings[task] for task in self._tasks}
@@ -148,22 +150,22 @@ class Labeller:
   def write(
     self, job: Job, todo: Sequence[int], answering: Activity | None = None
   ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Answers shards and writes them; see `shard_writer.write_all`.
+    """Labels shards and writes them; see `shard_writer.write_all`.
 
-    All hosts answer each shard together. Then each writes one of as many
-    shards as there are hosts, into a folder that they share.
+    All hosts label as many shards together as there are hosts. Then each host
+    writes one of them into a shared folder.
 
     Args:
-      job: the records to be answered, and where to write.
+      job: the records and the place of the shards.
       todo: numbers of the shards, the same on all hosts.
-      answering: counts the records that are answered.
+      answering: counts the labelled records.
 
     Yields:
       (number, note) of each shard on every host; the note also has "labels",
       see `Labelled.counts`.
 
     Raises:
-      UserError: on all hosts: a shard cannot be written.
+      UserError: a shard cannot be written; raised on all hosts.
     """
     if not todo:
       return
@@ -197,10 +199,10 @@ class Labeller:
     number: int,
     answering: Activity,
   ) -> dict[int, Label]:
-    """Returns the answers to the good records of a shard, on all hosts."""
+    """Returns the labels of a shard's good records, on all hosts."""
     indices = job.indices(number)
-    # Batches begin with the shard: the answers do not depend, not even by
-    # rounding, on which shards are there already.
+    # Each shard has batches of its own, so that labels do not depend on the
+    # shards that exist already, not even by rounding.
     own, before = [], answering.done
     for answer in predictor.answers(
       Subset(source, indices),
@@ -208,10 +210,10 @@ class Labeller:
       batch_size=self._batch_size,
     ):
       own.append((indices[answer.index], answer.value, answer.log_prob))
-      # Other hosts answer those in between.
+      # Other hosts predict the records in between.
       answering.done = before + answer.index + 1
     answering.done = before + len(indices)
-    # Hosts that share rows have the same answers.
+    # Hosts that share rows have the same labels.
     return {
       index: Label(value if isinstance(value, str) else tuple(value), score)
       for part in distributed.gather_json(own)
@@ -236,7 +238,7 @@ def _write(
   try:
     note = write_shard(labelled, job, number)
   except UserError as error:
-    # The others wait for the note.
+    # The other hosts wait for the note.
     return {"error": str(error)}
   bad = {record["index"] for record in note["bad"]}
   kept = [index for index in job.indices(number) if index not in bad]

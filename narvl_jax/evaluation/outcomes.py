@@ -1,4 +1,4 @@
-"""The answer to one request, as JSON can hold it and as people read it."""
+"""The result of `predict`, as JSON and as text."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ Outcome = dict[str, Any]
 
 
 def format_outcome(outcome: Outcome) -> str:
-  """Returns what `predict` found as lines for people."""
+  """Returns the lines that `predict` prints."""
   answer, grounded = outcome["answer"], outcome["task"] == "grounding"
   if grounded:
     shown = "none, the model gave no complete box"
@@ -38,9 +38,9 @@ def format_outcome(outcome: Outcome) -> str:
 
 
 def plain_answer(answer: Answer) -> Outcome:
-  """Returns answer, probability and, if known, truth as JSON can hold them."""
+  """Returns answer, probability and truth (if known) as JSON can hold them."""
   described = tally.describe(answer)
-  # All zero stands for "no box" where every answer must be some box.
+  # A box of zeros stands for "no box".
   no_box = answer.record.task == "grounding" and not any(answer.value)
   plain = {
     "answer": None if no_box else described["prediction"],
@@ -60,5 +60,5 @@ def plain_answer(answer: Answer) -> Outcome:
 
 
 def format_box(box: Sequence[float]) -> str:
-  """Returns a box in pixels with a digit behind the point."""
+  """Returns a box in pixels with one decimal."""
   return ", ".join(f"{x:.1f}" for x in box)

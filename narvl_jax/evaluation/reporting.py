@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: a table, JSON files, a picture grid."""
+"""Reports of an evaluation: tables, file names, JSON files."""
 
 import json
 import os
@@ -21,23 +21,12 @@ def format_table(
   *,
   kinds: bool = True,
 ) -> str:
-  """Returns the report as text: a row per task and one per question kind.
-
-  Metrics are printed in percent, with the number of examples they rest on.
-
-  Args:
-    report: of `narvl_jax.evaluation.evaluator.evaluate_tasks`.
-    notes: task -> what is to be known of its numbers, behind its row.
-    kinds: whether the rows of question kinds are shown.
-  """
+  """Returns the heading and the table of `format_metrics`."""
   return f"{heading(report)}\n\n{format_metrics(report, notes, kinds=kinds)}"
 
 
 def heading(report: Report) -> str:
-  """Returns what was evaluated: split, step, decoding and examples.
-
-  A limit on the examples, or on the tasks, is named as well.
-  """
+  """Returns split, step, decoding, examples and limits in one line."""
   step = "no step" if report["step"] is None else f"step {report['step']}"
   parts = [
     report["split"],
@@ -53,16 +42,16 @@ def heading(report: Report) -> str:
 
 
 def file_name(report: Report) -> str:
-  """Returns the name, without suffix, of the files of an evaluation.
+  """Returns the stem of the files of an evaluation.
 
-  Two evaluations share a name only if split, step, decoding, limit and tasks
-  are the same; that of all examples and tasks is `SPLIT-STEP-DECODING`.
+  It is `SPLIT-STEP-DECODING`, followed by the limit and the tasks if not all
+  examples or tasks were evaluated.
   """
   parts = [report["split"], report["step"], report.get("decoding_name")]
   if report.get("max_examples"):
     parts.append(f"max{report['max_examples']}")
   parts += report.get("only_tasks") or []
-  # A split is named by the data, and may be no name of a file.
+  # The data name their splits, which need not be valid file names.
   name = "-".join(map(str, parts))
   return urllib.parse.quote(name, safe="", errors="backslashreplace")
 
@@ -74,7 +63,14 @@ def format_metrics(
   kinds: bool = True,
   indent: str = "",
 ) -> str:
-  """Returns the rows of `format_table` with their head."""
+  """Returns a table with a row per task and question kind, in percent.
+
+  Args:
+    report: of `evaluate_tasks`.
+    notes: task -> remark at the end of its row.
+    kinds: whether question kinds have rows.
+    indent: begins every line.
+  """
   rows = []
   for task, metrics in report["tasks"].items():
     rows.append((task, report["counts"][task], metrics))
@@ -103,7 +99,7 @@ def write_json(
   *,
   inside: pathlib.Path | None = None,
 ) -> None:
-  """Writes JSON so that readers see the old or the new file, never a part."""
+  """Writes indented JSON, atomically."""
   text = json.dumps(value, indent=2, allow_nan=False) + "\n"
   write_text(pathlib.Path(path), text, inside=inside)
 
@@ -114,13 +110,13 @@ def write_predictions(
   *,
   inside: pathlib.Path | None = None,
 ) -> None:
-  """Writes one JSON object a line, all or nothing."""
+  """Writes one JSON object per line, atomically."""
   lines = (readable_json(prediction) + "\n" for prediction in predictions)
   write_text(pathlib.Path(path), "".join(lines), inside=inside)
 
 
 def format_answer(answer: str | Sequence[float] | None) -> str:
-  """Returns an answer for people; boxes with whole pixels."""
+  """Returns an answer as text; boxes have whole pixels."""
   if answer is None:
     return "unknown"
   if isinstance(answer, str):
@@ -131,14 +127,14 @@ def format_answer(answer: str | Sequence[float] | None) -> str:
 def select_examples(
   predictions: Sequence[Prediction], per_task: int
 ) -> list[Prediction]:
-  """Picks examples of every task, spread evenly over its kinds and order."""
+  """Returns at most `per_task` examples of every task, of all kinds."""
   by_task: dict[str, dict[str, list[Prediction]]] = {}
   for prediction in predictions:
     kinds = by_task.setdefault(prediction["task"], {})
     kinds.setdefault(prediction["kind"], []).append(prediction)
   chosen = []
   for kinds in by_task.values():
-    # One of each kind in turn, so that rare kinds are seen too.
+    # One of each kind in turn, so that rare kinds are shown, too.
     groups = list(kinds.values())
     longest = max(map(len, groups))
     turns = [g[i] for i in range(longest) for g in groups if i < len(g)]

@@ -1,4 +1,4 @@
-"""The files that an evaluation leaves in the run folder."""
+"""Files of an evaluation in the run folder: reports, predictions, pictures."""
 
 import functools
 import os
@@ -20,7 +20,7 @@ from narvl_jax.files import side_files
 from narvl_jax.files.disk import replacing
 from narvl_jax.terminal.text import warn
 
-# The evaluation by the run's own settings, of its best checkpoint.
+# Evaluation of the best checkpoint with the settings of the config.
 MAIN_FILE = "evaluation.json"
 EVALUATIONS_FOLDER = "evaluations"
 PREDICTIONS_FOLDER = "predictions"
@@ -28,10 +28,7 @@ _PANELS_PER_TASK = 10
 
 
 def make_way(workdir: pathlib.Path) -> None:
-  """Sets aside what would keep an evaluation from writing its results.
-
-  Args:
-    workdir: run folder.
+  """Sets aside whatever is in the place of the results in a run folder.
 
   Raises:
     UserError: it cannot be moved.
@@ -55,57 +52,52 @@ def write_results(
   *,
   best: bool = True,
 ) -> list[pathlib.Path]:
-  """Writes a report, predictions and a page of pictures into a run folder.
+  """Writes a report, its predictions and pages of pictures.
 
-  They are `evaluations/NAME.json`, `predictions/NAME.jsonl`,
-  `predictions/NAME.png` and, if there are wrong answers,
-  `predictions/NAME-mistakes.png` with nothing else; NAME is that of
-  `reporting.file_name`, so that no evaluation replaces a different one. The
-  evaluation by the run's own settings and of its best checkpoint also becomes
+  The files are `evaluations/NAME.json`, `predictions/NAME.jsonl`,
+  `predictions/NAME.png` and, if any answer is wrong,
+  `predictions/NAME-mistakes.png`; see `reporting.file_name`. The evaluation of
+  the best checkpoint with the settings of the config also becomes
   `evaluation.json`.
 
   Args:
-    experiment: opens the data sets again for their pictures.
+    experiment: of the run; its data sets have the pictures.
     workdir: run folder.
-    report: of `evaluator.evaluate_tasks`.
+    report: of `evaluate_tasks`.
     predictions: likewise.
-    best: whether the checkpoint is the one that is chosen by default.
+    best: whether the checkpoint is the best one.
 
   Returns:
-    The files, each of which is complete or was not touched.
+    The files, each written atomically.
   """
   folder = pathlib.Path(workdir)
-  split = report["split"]
   name = reporting.file_name(report)
+  place = folder / PREDICTIONS_FOLDER
   paths = [
     folder / EVALUATIONS_FOLDER / f"{name}.json",
-    folder / PREDICTIONS_FOLDER / f"{name}.jsonl",
-    folder / PREDICTIONS_FOLDER / f"{name}.png",
+    place / f"{name}.jsonl",
   ]
-  make_way(folder)
-  for path in paths:
-    side_files.make_way(path)
-  # A run folder that is gone is not made again.
-  reporting.write_predictions(paths[1], predictions, inside=folder)
-  # Before the pictures, which may fail: what was computed is kept.
-  reporting.write_json(paths[0], report, inside=folder)
   title = f"{folder.resolve().name}, {reporting.heading(report)}"
-  again = _how_to_ask_again(experiment, folder, split)
-  pages = [(paths[2], predictions, title)]
+  pages = [(place / f"{name}.png", predictions, title)]
   wrong = [x for x in predictions if x["correct"] is False]
   if wrong:
-    paths.append(folder / PREDICTIONS_FOLDER / f"{name}-mistakes.png")
-    side_files.make_way(paths[-1])
-    pages.append((paths[-1], wrong, f"{len(wrong)} mistakes of {title}"))
+    mistakes = place / f"{name}-mistakes.png"
+    pages.append((mistakes, wrong, f"{len(wrong)} mistakes of {title}"))
+  make_way(folder)
+  for path in (*paths, *(page[0] for page in pages)):
+    side_files.make_way(path)
+  # `inside`: a run folder that was removed is not created again.
+  reporting.write_predictions(paths[1], predictions, inside=folder)
+  # Before the pictures, which may fail.
+  reporting.write_json(paths[0], report, inside=folder)
+  note = _how_to_ask_again(experiment, folder, report["split"])
   for path, shown, text in pages:
-    panels = prediction_panels(experiment, split, shown)
-    if shown and not panels:
-      paths.remove(path)
-      continue
-    grid = rendering.prediction_grid(panels, title=text, note=again)
-    write_image(path, grid, inside=folder)
+    panels = prediction_panels(experiment, report["split"], shown)
+    if panels or not shown:
+      grid = rendering.prediction_grid(panels, title=text, note=note)
+      paths.append(write_image(path, grid, inside=folder))
   if best and _is_main(experiment.config, report):
-    # Last: who waits for this file finds the others.
+    # Last, so that a program which waits for this file finds the others.
     paths.append(folder / MAIN_FILE)
     reporting.write_json(paths[-1], report, inside=folder)
   return paths
@@ -114,7 +106,7 @@ def write_results(
 def _how_to_ask_again(
   experiment: Experiment, folder: pathlib.Path, split: str
 ) -> str:
-  """Returns the command that asks for the answer of a cell."""
+  """Returns the command that repeats the prediction of a panel."""
   text = (
     f"#N: python -m narvl_jax.predict --workdir={folder} --task=TASK"
     " --example=N"
@@ -125,7 +117,7 @@ def _how_to_ask_again(
 
 
 def _is_main(config: Any, report: reporting.Report) -> bool:
-  """Returns whether a report is of what the config says."""
+  """Returns whether a report has the settings of the config."""
   settings = config.evaluation
   return (
     report["split"] == settings.split
@@ -143,7 +135,7 @@ def prediction_panels(
 ) -> list[rendering.Panel]:
   """Returns panels of some examples of every task and kind.
 
-  One whose picture cannot be read any more is left out with a warning.
+  Examples whose picture cannot be read any more are left out with a warning.
   """
   readers: dict[str, RecordReader] = {}
   panels = []
@@ -157,7 +149,7 @@ def prediction_panels(
       for key, entry in experiment.config.data.evaluation.items()
       if entry.task == prediction["task"]
     ]
-    # `predict --example` reads the first one by default.
+    # The first data set of a task is the default of `predict --example`.
     shown = "" if name == others[0] else f"--dataset={name} "
     draw = functools.partial(_panel_of_record, prediction, shown)
     panel = readers[name].read(prediction["index"], draw)
@@ -180,15 +172,15 @@ def make_panel(
   *,
   place: str = "",
 ) -> rendering.Panel:
-  """Returns the panel of one prediction about a picture.
+  """Returns the panel of one prediction.
 
   Args:
-    prediction: of `evaluator.describe`, maybe with its "index".
+    prediction: see `tally.describe`; "index" is optional.
     image: the picture.
-    place: what `predict` needs besides the index to find it.
+    place: flags of `predict` that select the data set.
   """
   grounded = prediction["task"] == "grounding"
-  # All zero: the model gave no box.
+  # A box of zeros stands for "no box".
   box = as_box(prediction["prediction"]) if grounded else None
   answer = "no box"
   if box is None or any(box):
@@ -223,7 +215,7 @@ def write_image(
   *,
   inside: pathlib.Path | None = None,
 ) -> pathlib.Path:
-  """Writes a PNG; readers see the old or the new file, never a part."""
+  """Writes a PNG, atomically."""
   path = pathlib.Path(path)
   with replacing(path, inside=inside) as temporary:
     picture.save(temporary, format="PNG")

@@ -134,24 +134,21 @@ class Tally:
       found |= metric.result(positions)
     return found
 
-  def _to_json(self) -> dict[str, Any]:
-    """JSON objects have only string keys, hence lists of pairs."""
-    return {
-      "predictions": list(self.predictions.items()),
-      "bad": list(self.bad),
-      "measured": {
-        task: [list(metric.measured.items()) for metric in metrics]
-        for task, metrics in self.metrics.items()
-      },
+  def _to_json(self) -> list[Any]:
+    """Keys of JSON objects are strings, hence lists of pairs."""
+    measured = {
+      task: [list(metric.measured.items()) for metric in metrics]
+      for task, metrics in self.metrics.items()
     }
+    return [list(self.predictions.items()), list(self.bad), measured]
 
 
-def _from_json(values: Mapping[str, Any]) -> Tally:
+def _from_json(values: list[Any]) -> Tally:
   tally = Tally()
-  tally.predictions = dict(values["predictions"])
-  tally.bad = set(values["bad"])
+  predictions, bad, measured = values
+  tally.predictions, tally.bad = dict(predictions), set(bad)
   for task, metrics in tally.metrics.items():
-    for metric, pairs in zip(metrics, values["measured"][task], strict=True):
+    for metric, pairs in zip(metrics, measured[task], strict=True):
       metric.measured = dict(pairs)
   return tally
 
