@@ -1,4 +1,4 @@
-"""Where records come from: `load_source` by name, `open_source` by path."""
+"""Sources of records: `load_source` opens by name, `open_source` by path."""
 
 import importlib
 import inspect
@@ -11,7 +11,7 @@ from narvl_jax.data.example import Record
 from narvl_jax.data.sources.files import check_uncompressed
 from narvl_jax.errors import UserError, did_you_mean
 
-# name: module and class; imported when first asked for.
+# name: module and class, imported on demand.
 SOURCES = {
   "shapes": ("narvl_jax.data.sources.shapes", "ShapesSource"),
   "easy_vqa": ("narvl_jax.data.sources.easy_vqa", "EasyVQASource"),
@@ -20,7 +20,6 @@ SOURCES = {
   "tfds": ("narvl_jax.data.sources.tfds.source", "TfdsSource"),
   "array_record": ("narvl_jax.data.sources.array_record", "ArrayRecordSource"),
 }
-# Endings of files that `open_source` knows.
 _SOURCE_OF_SUFFIX = {".tsv": "ofa_tsv", ".jsonl": "jsonl"}
 MANIFEST = "manifest.json"
 
@@ -39,14 +38,11 @@ def load_source(
 
   Args:
     name: one of `SOURCES`.
-    task: one of `narvl_jax.data.example.TASKS` that the source supports.
+    task: one of `TASKS` that the source supports.
     split: such as "train", "validation" or "test".
-    seed: for procedural sources; fixed data sets ignore it.
+    seed: used by procedural sources only.
     exif_orientation: "ignore" or "apply"; see `RecordSource`.
     **options: keyword arguments of the source's class.
-
-  Returns:
-    A sequence of `Record`s with random access; see `base.RecordSource`.
 
   Raises:
     UserError: unknown source, task, split or option.
@@ -71,15 +67,15 @@ def load_source(
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-  """Returns the name and the options of the source that a command names.
+  """Returns name and options of the source that a command line names.
 
   Args:
     spec: a file `*.tsv` (OFA) or `*.jsonl`, a folder of ArrayRecord shards,
-      `tfds:NAME`, or the name of a source. A path may hold `{split}` and glob
-      patterns.
+      `tfds:NAME`, or the name of a source. A path may contain `{split}` and
+      glob patterns.
 
   Raises:
-    UserError: it is none of these.
+    UserError: `spec` is none of these.
   """
   if spec.startswith("tfds:"):
     return "tfds", {"name": spec.removeprefix("tfds:")}
@@ -106,13 +102,13 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 def open_source(
   spec: str, *, task: str = "", split: str = "", **options: Any
 ) -> Sequence[Record]:
-  """Opens what a command names; see `parse_spec` and `load_source`.
+  """Opens what a command line names; see `parse_spec` and `load_source`.
 
   Raises:
     UserError: the source cannot be opened, or it needs a task or split.
   """
   name, found = parse_spec(spec)
-  # Such a folder has one split and knows it.
+  # A folder of shards has one split and knows it.
   default = "" if name == "array_record" else "train"
   return load_source(
     name, task=task, split=split or default, **{**found, **options}
@@ -120,12 +116,7 @@ def open_source(
 
 
 def unused_split(spec: str, split: str) -> str:
-  """Returns a sentence if a split that a command was given changes nothing.
-
-  Args:
-    spec: see `parse_spec`.
-    split: of the command line, "" if there was none.
-  """
+  """Returns a note if `--split` has no effect on a source; otherwise ""."""
   name, _ = parse_spec(spec)
   if not split or name not in _SOURCE_OF_SUFFIX.values() or "{split}" in spec:
     return ""
@@ -136,10 +127,10 @@ def unused_split(spec: str, split: str) -> str:
 
 
 def parse_options(text: str) -> dict[str, Any]:
-  """Returns the options of a source that a command gives as JSON.
+  """Parses the flag `--options`, a JSON object.
 
   Raises:
-    UserError: it is no JSON object.
+    UserError: it is none.
   """
   try:
     options = json.loads(text)

@@ -29,14 +29,11 @@ _SUFFIX = FORMATS["array_record"].suffix
 class ArrayRecordSource(RecordSource):
   """Records of one or several folders of shards.
 
-  Nothing but the shards' own indices is kept in memory; each process opens
-  the files that it reads. It can be pickled and read by several threads.
+  Only the indices of the shards are kept in memory.
 
   Attributes:
-    task: of the records.
-    split: that was converted.
-    upright: pictures were converted to be turned upright; the setting of the
-      run does not change that.
+    upright: pictures were converted with `--exif_orientation=apply`; they are
+      turned upright whatever the setting of the run.
   """
 
   def __init__(
@@ -47,13 +44,13 @@ class ArrayRecordSource(RecordSource):
     seed: int = 0,
     path: files.PathOption = None,
   ) -> None:
-    """Compares the shards' sizes and counts with the manifest; no seed.
+    """Compares sizes and counts of the shards with the manifest.
 
     Args:
-      task: of the manifest, or "".
-      split: of the manifest, or "".
-      path: a folder, several, or a mapping from splits to these. `{split}` in
-        a name becomes the split; glob patterns are allowed.
+      task: task of the manifest; "" accepts any.
+      split: split of the manifest; "" accepts any.
+      seed: has no effect.
+      path: folders instead of files; see `files.resolve`.
 
     Raises:
       UserError: there is no such folder, a shard is missing or damaged, or
@@ -97,7 +94,7 @@ class ArrayRecordSource(RecordSource):
   def _read(self, number: int) -> Record:
     try:
       data = self._data[number]
-    except RuntimeError as e:  # What the library raises for damaged data.
+    except RuntimeError as e:  # Damaged data.
       raise UserError(
         f"the stored record cannot be read ({e}); check the folder with"
         " python -m narvl_jax.convert_data DIR --verify"
@@ -109,19 +106,19 @@ class ArrayRecordSource(RecordSource):
     return dataclasses.replace(record, image=image)
 
   def _place(self, number: int) -> str:
-    """Returns "SHARD record N", from 0 on."""
+    """Returns "SHARD record N", counted from 0."""
     shard = bisect.bisect_right(self._ends, number)
     first = self._ends[shard - 1] if shard else 0
     return f"{self._names[shard]} record {number - first}"
 
   def fingerprint(self) -> str:
-    """Returns a text that differs when the data does."""
+    """Returns a hash of the shards' checksums."""
     return hashlib.sha256("".join(self._fingerprint).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
-  """A whole shard, as the library wants it, so that it need not be opened."""
+  """A whole shard in the library's form, which avoids opening it."""
 
   filename: str
   skip: int
@@ -130,7 +127,7 @@ class _Instruction:
 
 
 def _manifest_names(path: Any) -> Any:
-  """Returns `path` with each folder's manifest instead of the folder."""
+  """Returns `path` with the manifest of each folder instead of the folder."""
   if isinstance(path, str):
     return (
       path if path.endswith(MANIFEST) else str(pathlib.Path(path) / MANIFEST)

@@ -1,4 +1,4 @@
-"""What sources share: random access and the place of a record."""
+"""The base class of sources: random access to records."""
 
 import abc
 import dataclasses
@@ -11,17 +11,15 @@ from narvl_jax.data.pictures.files import with_orientation
 
 
 class RecordSource(Sequence[Record], abc.ABC):
-  """Records by number; a subclass says how many there are and reads one.
+  """Records by index.
 
-  `source[i]` raises `UserError` for a bad record, without its place, which
-  `locate` tells. Sources can be read by several threads and be pickled to
-  other processes.
+  `source[i]` raises `UserError` for a bad record; `locate(i)` returns its
+  place. Several threads may read a source, and it can be pickled.
 
   Attributes:
-    task: of the records, one of `TASKS`.
+    task: one of `TASKS`.
     split: such as "train".
-    exif_orientation: one of `EXIF_ORIENTATIONS`; every picture of
-      the source is treated so, wherever it is decoded.
+    exif_orientation: one of `EXIF_ORIENTATIONS`; applies to every picture.
   """
 
   task: str

@@ -1,12 +1,9 @@
-"""Whether a file still holds what it did, told without reading all of it.
+"""A digest of a file's content that reads little of a large file.
 
-Size and modification time do not tell: `cp -p`, `rsync -t` and `touch -r` keep
-the time, and another content may have the same size.
-
-Of a file of up to 16 MiB all is read, so that no change is missed. Of a larger
-one 64 blocks of 64 KiB are read, the first and the last of the file and others
-at equal distances. A change that lies between two of these blocks and moves
-nothing behind it is missed; it needs the same size and modification time, too.
+Size and modification time do not identify a content: `cp -p`, `rsync -t` and
+`touch -r` keep the time. Files of up to 16 MiB are read as a whole. Of larger
+ones 64 blocks of 64 KiB are read at equal distances, the first and the last of
+the file included. A change between two blocks that moves nothing is missed.
 """
 
 import hashlib
@@ -19,12 +16,7 @@ SAMPLE_BYTES = 1 << 16
 
 
 def content_digest(fd: int, size: int) -> bytes:
-  """Returns 16 bytes that differ when the content does.
-
-  Args:
-    fd: the file, open for reading.
-    size: of the file, in bytes.
-  """
+  """Returns 16 bytes that identify the content of an open file."""
   digest = hashlib.blake2b(str(size).encode(), digest_size=DIGEST_BYTES)
   if size <= WHOLE_BYTES:
     places = range(0, size, SAMPLE_BYTES)
@@ -33,7 +25,7 @@ def content_digest(fd: int, size: int) -> bytes:
     places = [i * last // (SAMPLES - 1) for i in range(SAMPLES)]
   for place in places:
     end = min(place + SAMPLE_BYTES, size)
-    # A network drive may give less at a time.
+    # A network drive may return less at a time.
     while place < end and (part := os.pread(fd, end - place, place)):
       digest.update(part)
       place += len(part)

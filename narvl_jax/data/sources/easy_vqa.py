@@ -2,9 +2,8 @@
 
 5,000 pictures of 64x64 pixels with one shape each; 38,575 training and 9,673
 test questions with 13 answers (https://github.com/vzhou842/easy-VQA, MIT).
-The package has no validation split. Here a tenth of the training pictures,
-with all their questions, is set aside for it: those whose ids have the largest
-SHA-256. The test split is the published one and serves for nothing else.
+The package has no validation split. A tenth of the training pictures serves as
+one, with all their questions: those whose ids have the largest SHA-256.
 """
 
 import functools
@@ -24,11 +23,10 @@ VALIDATION_IMAGES = 400
 class EasyVQASource(RecordSource):
   """Questions about single shapes; kinds color, shape, existence, absence.
 
-  Pictures are PNG bytes, read from disk at first use and then kept.
+  Splits: "train" (34,788 questions), "validation" (3,787), "test" (9,673).
+  Pictures are PNG bytes, read at first use and then kept.
 
   Attributes:
-    task: "vqa".
-    split: "train" (34,788 questions), "validation" (3,787) or "test" (9,673).
     full_train: the train split includes the validation pictures.
   """
 
@@ -38,8 +36,8 @@ class EasyVQASource(RecordSource):
     """Reads the questions; the seed has no effect.
 
     Raises:
-      UserError: another task than vqa, an unknown split, `full_train` with
-        another split than train, or the package is not installed.
+      UserError: the task is not vqa, the split is unknown, `full_train` is set
+        for another split than train, or the package is not installed.
     """
     del seed
     if task != "vqa":
@@ -90,13 +88,14 @@ class EasyVQASource(RecordSource):
 
 
 def kind(question: str, answer: str) -> str:
-  """What a question asks for: color, shape, existence or absence."""
+  """Returns what a question asks for: color, shape, existence or absence."""
   words = question.split()
   if answer in ("yes", "no"):
     return "absence" if "not" in words or "no" in words else "existence"
   return "color" if "color" in words else "shape"
 
 
+# Number, question, answer, image id.
 _Row = tuple[int, str, str, int]
 
 
@@ -104,7 +103,7 @@ _Row = tuple[int, str, str, int]
 def _load(
   published: str,
 ) -> tuple[list[_Row], dict[int, pathlib.Path], dict[int, bytes]]:
-  """Rows (number, question, answer, image id), files, and read files."""
+  """Returns rows, {image id: path}, and an empty cache of read pictures."""
   try:
     package = importlib.import_module("easy_vqa")
   except ImportError as error:

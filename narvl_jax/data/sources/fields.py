@@ -1,4 +1,4 @@
-"""Fields of a user's files, checked: scores, labels, boxes, captions."""
+"""Checked fields of a user's files: scores, labels, boxes, captions."""
 
 import math
 import reprlib
@@ -10,7 +10,6 @@ from narvl_jax.data.example import Box
 from narvl_jax.data.tasks.entailment import ANSWER_OF_LABEL, ANSWERS
 from narvl_jax.errors import UserError, did_you_mean
 
-# Whatever a field holds, a message shows some of it.
 _short = reprlib.Repr()
 _short.maxlevel = 3
 _short.maxlist = _short.maxtuple = _short.maxdict = 8
@@ -18,12 +17,12 @@ _short.maxstring = _short.maxother = _short.maxlong = 120
 
 
 def quoted(value: object) -> str:
-  """Returns how Python writes a value, cut where it is long or deep."""
+  """Returns the `repr` of a value, cut where it is long or deep."""
   return _short.repr(value)
 
 
 def scored_answers(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
-  """Returns normalised answer -> score; of equal answers the highest counts.
+  """Returns normalised answer -> score, the highest of equal answers.
 
   Raises:
     UserError: an answer is empty or a score is not in (0, 1].
@@ -58,14 +57,13 @@ def scored_answers(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
 
 
 def listed_answers(answers: Sequence[Any]) -> dict[str, Any]:
-  """Returns the fields `answers` and `annotators` of a list of answers.
+  """Returns the fields `answers` and `annotators` for a list of answers.
 
-  A list with repeats has one answer of each annotator, which makes the scores;
-  without repeats it has right answers, each with score 1.
+  A list with repeats has one answer of each annotator and is scored as such. In
+  a list without repeats every answer has score 1.
 
   Raises:
-    UserError: an answer is no text, or there is an empty one among right
-      answers.
+    UserError: an answer is no text, or one is empty in a list without repeats.
   """
   texts = [normalize_answer(x) for x in answers if isinstance(x, str)]
   given = [text for text in texts if text]
@@ -75,10 +73,10 @@ def listed_answers(answers: Sequence[Any]) -> dict[str, Any]:
 
 
 def captions(references: Iterable[Any]) -> dict[str, float]:
-  """Returns every caption with score 1; equal ones count once.
+  """Returns every different caption with score 1.
 
   Raises:
-    UserError: none has a letter.
+    UserError: a caption is no text, or all are empty.
   """
   given = list(references)
   if not all(isinstance(caption, str) for caption in given):
@@ -93,10 +91,10 @@ def entailment_answer(label: str) -> dict[str, float]:
   """Returns "yes", "no" or "maybe" with score 1.
 
   Args:
-    label: one of these, or entailment, contradiction, neutral.
+    label: one of these, or entailment, contradiction or neutral.
 
   Raises:
-    UserError: it is none of them.
+    UserError: the label is unknown.
   """
   label = normalize_answer(label)
   answer = ANSWER_OF_LABEL.get(label, label)
@@ -109,10 +107,10 @@ def entailment_answer(label: str) -> dict[str, float]:
 
 
 def pixel_box(values: Sequence[Any]) -> Box:
-  """Returns x0, y0, x1, y1 in pixels; whether it is in the picture is open.
+  """Returns x0, y0, x1, y1 in pixels; they may lie outside the picture.
 
   Raises:
-    UserError: it has not four finite numbers, or no area.
+    UserError: these are not four finite numbers, or the box has no area.
   """
   try:
     if isinstance(values, str | bytes | Mapping | Set) or any(

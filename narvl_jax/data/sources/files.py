@@ -1,4 +1,4 @@
-"""The option `path` of sources that read files: which files a split has."""
+"""The option `path` of sources: the files of a split."""
 
 import difflib
 import glob
@@ -9,7 +9,6 @@ from typing import Any
 
 from narvl_jax.errors import UserError, did_you_mean
 
-# Ending of a compressed file -> what unpacks it.
 _UNPACK = {
   ".gz": "gunzip -k",
   ".bz2": "bunzip2 -k",
@@ -17,7 +16,6 @@ _UNPACK = {
   ".zst": "unzstd",
   ".zip": "unzip",
 }
-# str, several, or split -> str or several.
 PathOption = str | Sequence[str] | Mapping[str, Any] | None
 
 
@@ -25,10 +23,9 @@ def resolve(path: PathOption, split: str, *, source: str) -> list[pathlib.Path]:
   """Returns the files of a split.
 
   Args:
-    path: a file; several, which are read one after another; or a mapping from
-      splits to these. `{split}` in a name becomes the split. A name with `*`,
-      `?` or `[]` that is no file stands for all files that match, sorted by
-      name.
+    path: a file, several, or a mapping from splits to these. `{split}` in a
+      name becomes the split. A glob pattern means all files that match it,
+      sorted by name.
     split: such as "train".
     source: name of the source, for messages.
 
@@ -39,7 +36,7 @@ def resolve(path: PathOption, split: str, *, source: str) -> list[pathlib.Path]:
     UserError: there is no such file, or the mapping lacks the split.
   """
   names = path
-  # A ConfigDict is no Mapping, but has its methods.
+  # A ConfigDict is no Mapping but has its methods.
   if path is not None and hasattr(path, "items"):
     options: Any = path
     if split not in options:
@@ -62,9 +59,9 @@ def resolve(path: PathOption, split: str, *, source: str) -> list[pathlib.Path]:
 
 
 def with_home(name: str) -> pathlib.Path:
-  """Returns the path of a name; "~" and "~/..." begin at the home folder.
+  """Returns a path; "~" and "~/..." start at the home folder.
 
-  "~someone" is a name as any other: whose home it is differs by machine.
+  "~someone" is an ordinary name, because that home depends on the machine.
   """
   return pathlib.Path(
     os.path.expanduser(name) if name == "~" or name.startswith("~/") else name
@@ -72,11 +69,7 @@ def with_home(name: str) -> pathlib.Path:
 
 
 def check_uncompressed(name: str) -> None:
-  """Checks that the name of a file is not that of a compressed one.
-
-  Raises:
-    UserError: it is; with the command that unpacks it.
-  """
+  """Raises `UserError` for the name of a compressed file."""
   path = pathlib.Path(name)
   command = _UNPACK.get(path.suffix)
   if command is not None:
@@ -110,7 +103,7 @@ def _expand(name: str, split: str, source: str) -> list[pathlib.Path]:
 
 
 def _near(path: pathlib.Path) -> str:
-  """Returns a sentence with the names that were perhaps meant."""
+  """Returns a sentence with similar names, or with the folder's content."""
   folder = path.parent
   if not folder.is_dir():
     return f' There is no folder "{folder}" either.'

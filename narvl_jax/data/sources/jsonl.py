@@ -2,24 +2,7 @@
 
     {"image": "photos/1.jpg", "prompt": "how many dogs?", "target": "two"}
 
-| key     | value                                                            |
-| ------- | ---------------------------------------------------------------- |
-| image   | a JPEG, PNG, WebP, GIF, BMP, TIFF or MPO file; relative names    |
-|         | start at the folder of the .jsonl file, those with ~/ at the     |
-|         | home folder                                                      |
-| task    | caption, vqa, grounding or entailment; may be left out. A source |
-|         | has the rows of its own task, and those that name none           |
-| prompt  | question, expression or hypothesis; none for captions            |
-| target  | caption: a text, or a list of references                         |
-|         | vqa: an answer, a list of right ones, a list with repeats (one   |
-|         | answer of each annotator), or {answer: score}                    |
-|         | grounding: [x0, y0, x1, y1] in pixels                            |
-|         | entailment: yes, no, maybe, or entailment, contradiction,        |
-|         | neutral. May be left out for prediction                          |
-| id      | a name or a number; by default, or if null, "FILE:ROW"           |
-| premise | entailment only: a caption of the picture                        |
-| objects | vqa only: a list of names                                        |
-| kind    | a sub-category for reports                                       |
+docs/data.md lists the keys (`KEYS`) and the targets of each task.
 """
 
 import json
@@ -45,59 +28,29 @@ KEYS = (
   "objects",
   "kind",
 )
-# The task of a row that names none, and of one that cannot be read: every
-# source of the file has it, to say what is wrong with it.
+# The task of a row that names none or cannot be read. Every source of the file
+# has such rows, so that a bad one is reported.
 _ANY = ""
 # JSON takes up to thirty times as much memory as its text.
 _MAX_BYTES = 1 << 24
 
 
 class JsonlSource(RowSource):
-  """Records of JSON-lines files."""
+  """Records of JSON-lines files; rows of another task are skipped."""
 
   name = "jsonl"
 
-  def __init__(
-    self,
-    *,
-    task: str,
-    split: str,
-    seed: int = 0,
-    path: files.PathOption = None,
-    index_dir: str = "",
-  ) -> None:
-    """Opens the files and finds the rows of the task; the seed has no effect.
-
-    Args:
-      task: one of `TASKS`; rows of another task are left out.
-      split: any; replaces `{split}` in `path`.
-      path: files; see `files.resolve`.
-      index_dir: folder for the index of rows; see `row_index.open_index`.
-
-    Raises:
-      UserError: an option is wrong, a file cannot be read, or no row has the
-        task.
-    """
-    del seed
-    super().__init__(task=task, split=split, path=path, index_dir=index_dir)
+  def _select_rows(self) -> np.ndarray | None:
     # Most files name no task, and reading every row would take seconds.
-    if any(file.contains(b'"task"') for file in self.rows.files):
-      self._numbers = self._of_task()
-
-  def _of_task(self) -> np.ndarray:
-    others: set[str] = set()
-    kept = []
-    for number in range(len(self.rows)):
-      found = self._task_of(number)
-      if found in (_ANY, self.task):
-        kept.append(number)
-      else:
-        others.add(found)
+    if not any(file.contains(b'"task"') for file in self.rows.files):
+      return None
+    found = [self._task_of(number) for number in range(len(self.rows))]
+    kept = [i for i, task in enumerate(found) if task in (_ANY, self.task)]
     if not kept:
       raise UserError(
         f'jsonl: no row of "{self.rows.files[0].path}" has the task'
-        f' "{self.task}", the rows have {", ".join(sorted(others))}; change the'
-        " task"
+        f' "{self.task}", the rows have {", ".join(sorted(set(found)))}; change'
+        " the task"
       )
     return np.asarray(kept, np.int64)
 
@@ -118,20 +71,7 @@ class JsonlSource(RowSource):
     if task is not None and task != _ANY and task not in TASKS:
       near = did_you_mean(task if isinstance(task, str) else "", TASKS)
       raise UserError(f"the task is {fields.quoted(task)}.{near}")
-    objects = values.get("objects")
-    if objects is not None and (
-      not isinstance(objects, list)
-      or not all(isinstance(name, str) for name in objects)
-    ):
-      raise UserError(
-        f'"objects" is {fields.quoted(objects)}; it must be a list of names,'
-        " such as"
-        ' ["dog", "tree"]'
-      )
-    truth: dict[str, Any] = {}
     target = values.get("target")
-    if target is not None:
-      truth = _TARGETS[self.task](target)
     given = values.get("id")
     name = f"{file.path.name}:{index + 1}" if given is None else str(given)
     return Record(
@@ -140,9 +80,9 @@ class JsonlSource(RowSource):
       image=_read_image(file.path.parent, _word(values, "image")),
       prompt=_word(values, "prompt"),
       premise=_word(values, "premise"),
-      objects=None if objects is None else tuple(objects),
+      objects=_objects(values.get("objects")),
       kind=_word(values, "kind"),
-      **truth,
+      **({} if target is None else _TARGETS[self.task](target)),
     )
 
 
@@ -177,7 +117,7 @@ def _parse(row: bytes) -> dict[str, Any]:
 def _word(values: dict[str, Any], key: str) -> str:
   value = values.get(key)
   if value is None:
-    value = ""
+    return ""
   if not isinstance(value, str):
     raise UserError(
       f'"{key}" is {fields.quoted(value)}; it must be a text in quotes'
@@ -185,28 +125,34 @@ def _word(values: dict[str, Any], key: str) -> str:
   return value
 
 
+def _objects(names: Any) -> tuple[str, ...] | None:
+  if names is None:
+    return None
+  if not isinstance(names, list) or not all(isinstance(x, str) for x in names):
+    raise UserError(
+      f'"objects" is {fields.quoted(names)}; it must be a list of names, such'
+      ' as ["dog", "tree"]'
+    )
+  return tuple(names)
+
+
 def _read_image(folder: pathlib.Path, name: str) -> bytes:
   if not name:
     raise UserError('the row has no "image"; name a picture file')
-  path = folder / files.with_home(name)
   return images.read_image_file(
-    path, "names are relative to the folder of the .jsonl file"
+    folder / files.with_home(name),
+    "names are relative to the folder of the .jsonl file",
   )
 
 
-def _caption(target: Any) -> dict[str, Any]:
-  references = target if isinstance(target, list) else [target]
-  return {"answers": fields.captions(references)}
+def _listed(target: Any) -> list[Any]:
+  return target if isinstance(target, list) else [target]
 
 
 def _vqa(target: Any) -> dict[str, Any]:
   if isinstance(target, dict):
     return {"answers": fields.scored_answers(target.items())}
-  return fields.listed_answers(target if isinstance(target, list) else [target])
-
-
-def _grounding(target: Any) -> dict[str, Any]:
-  return {"box": fields.pixel_box(target)}
+  return fields.listed_answers(_listed(target))
 
 
 def _entailment(target: Any) -> dict[str, Any]:
@@ -215,8 +161,8 @@ def _entailment(target: Any) -> dict[str, Any]:
 
 
 _TARGETS: dict[str, Any] = {
-  "caption": _caption,
+  "caption": lambda target: {"answers": fields.captions(_listed(target))},
   "vqa": _vqa,
-  "grounding": _grounding,
+  "grounding": lambda target: {"box": fields.pixel_box(target)},
   "entailment": _entailment,
 }

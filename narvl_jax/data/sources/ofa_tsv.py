@@ -1,16 +1,7 @@
 """The TSV files that OFA distributes and the reference trains on.
 
-No header; fields are separated by tabs; the picture is base64. Columns that
-are read by default, and what they hold:
-
-| task       | columns   | meaning                                            |
-| ---------- | --------- | -------------------------------------------------- |
-| caption    | 0,4,2     | id, picture, captions joined by `&&`               |
-| vqa        | 0,5,2,3,4 | id, picture, question, `score|!+answer` joined by  |
-|            |           | `&&`, names of objects joined by `&&` (may be left |
-|            |           | out)                                               |
-| grounding  | 0,4,2,3   | id, picture, expression, `x0,y0,x1,y1` in pixels   |
-| entailment | 0,2,3,4,5 | id, picture, hypothesis, caption, label            |
+No header; fields are separated by tabs; the picture is base64. Lists of
+captions, answers ("score|!+answer") and object names are joined by "&&".
 """
 
 import binascii
@@ -26,16 +17,18 @@ from narvl_jax.data.sources.rows.files import RowFile, text
 from narvl_jax.data.sources.rows.source import RowSource
 from narvl_jax.errors import UserError
 
+# Columns that each task reads by default: id, picture, and
 COLUMNS = {
-  "caption": (0, 4, 2),
-  "vqa": (0, 5, 2, 3, 4),
-  "grounding": (0, 4, 2, 3),
-  "entailment": (0, 2, 3, 4, 5),
+  "caption": (0, 4, 2),  # captions
+  "vqa": (0, 5, 2, 3, 4),  # question, answers, object names
+  "grounding": (0, 4, 2, 3),  # expression, "x0,y0,x1,y1" in pixels
+  "entailment": (0, 2, 3, 4, 5),  # hypothesis, caption, label
 }
+# Columns at the end that may be left out.
 _OPTIONAL = {"vqa": 1}
 SEPARATOR = "&&"
 _STANDARD = bytes.maketrans(b"-_", b"+/")
-# Rows at the start of a file that tell how many columns it has.
+# Rows at the start of a file from which its number of columns is inferred.
 _FIRST_ROWS = 5
 
 
@@ -43,8 +36,8 @@ class OfaTsvSource(RowSource):
   """Records of OFA TSV files.
 
   Attributes:
-    columns: those that are read, in the order of the table above.
-    num_columns: that every row must have.
+    columns: columns to read, in the order of `COLUMNS`.
+    num_columns: number of columns of every row.
   """
 
   name = "ofa_tsv"
@@ -59,26 +52,22 @@ class OfaTsvSource(RowSource):
     columns: str | Sequence[int] = "",
     index_dir: str = "",
   ) -> None:
-    """Opens the files; the seed has no effect.
+    """Opens the files; see `RowSource` for the other options.
 
-    Args:
-      task: one of `TASKS`.
-      split: any; replaces `{split}` in `path`.
-      path: files; see `files.resolve`.
-      columns: `selected_cols` of the reference, such as "0,4,2" or (0, 4, 2);
-        by default as in the table above.
-      index_dir: folder for the index of rows; see `row_index.open_index`.
+    `columns` is `selected_cols` of the reference, such as "0,4,2" or
+    (0, 4, 2); by default `COLUMNS`.
 
     Raises:
-      UserError: an option is wrong or a file cannot be read.
+      UserError: an option is wrong, or a file cannot be read.
     """
-    del seed
-    super().__init__(task=task, split=split, path=path, index_dir=index_dir)
+    super().__init__(
+      task=task, split=split, seed=seed, path=path, index_dir=index_dir
+    )
     self.columns = _parse_columns(columns, task)
     self.num_columns = self._count_columns()
 
   def _count_columns(self) -> int:
-    """Returns what most of the first rows have; one may be damaged."""
+    """Returns the most frequent number of columns of the first rows."""
     counts: collections.Counter[int] = collections.Counter()
     for index in range(min(_FIRST_ROWS, len(self.rows))):
       try:
@@ -100,7 +89,7 @@ class OfaTsvSource(RowSource):
     found = row.split(b"\t")
     if len(found) != self.num_columns:
       raise UserError(
-        f"the row has {len(found)} columns, {self.num_columns} are wanted"
+        f"the row has {len(found)} columns, not {self.num_columns}"
       )
     first, picture, *rest = (found[column] for column in self.columns)
     names = (f"column {column}" for column in self.columns[2:])
@@ -114,9 +103,9 @@ class OfaTsvSource(RowSource):
 
 
 def decode_base64(field: bytes) -> bytes:
-  """Returns what a base64 field holds, of the standard or URL-safe alphabet.
+  """Decodes base64 of the standard or the URL-safe alphabet.
 
-  Nothing is skipped: a character of neither alphabet is an error.
+  No character is skipped.
 
   Raises:
     UserError: the field is empty or damaged.
@@ -126,7 +115,7 @@ def decode_base64(field: bytes) -> bytes:
   try:
     return pybase64.b64decode(field, validate=True)
   except binascii.Error:
-    # Both alphabets may even be mixed.
+    # A field may mix both alphabets.
     standard = field.translate(_STANDARD)
   try:
     return pybase64.b64decode(standard, validate=True)

@@ -77,7 +77,7 @@ def test_selected_columns(tmp_path: pathlib.Path) -> None:
   plain = source(tmp_path, "grounding")[2]
   shifted = source(tmp_path, "grounding", rows, columns="1, 5, 3, 4")
   assert shifted[2] == plain
-  with pytest.raises(UserError, match="row has 7 columns, 6 are wanted"):
+  with pytest.raises(UserError, match="row has 7 columns, not 6"):
     shifted[1]
 
 
@@ -192,14 +192,14 @@ BAD: dict[str, tuple[str, bytes, str]] = {
   "missing column": (
     "vqa",
     tsv_files.row("vqa", 5).replace(b"\t", b" ", 1),
-    "the row has 5 columns, 6 are wanted",
+    "the row has 5 columns, not 6",
   ),
   "another column": (
     "caption",
     tsv_files.row("caption", 5) + b"\t",
-    "the row has 6 columns, 5 are wanted",
+    "the row has 6 columns, not 5",
   ),
-  "empty row": ("caption", b"", "the row has 1 columns, 5 are wanted"),
+  "empty row": ("caption", b"", "the row has 1 columns, not 5"),
   "broken base64": (
     "entailment",
     tsv_files.row("entailment", 5, {2: "%%%%"}),
@@ -426,5 +426,5 @@ def test_first_row_may_be_damaged(tmp_path: pathlib.Path) -> None:
   rows = [b"x\ty", *(tsv_files.row("vqa", i) for i in range(3))]
   records = source(tmp_path, "vqa", rows)
   assert records.num_columns == 6
-  with pytest.raises(UserError, match="row has 2 columns, 6 are wanted"):
+  with pytest.raises(UserError, match="row has 2 columns, not 6"):
     records[0]

@@ -1,8 +1,7 @@
-"""Random access to the rows of text files of any size, with flat memory.
+"""Random access to the rows of text files; memory does not grow with them.
 
-Rows are read where they lie; nothing of a file is kept but where its rows
-begin (`row_index.py`). Objects can be pickled to other processes, which open
-the files again; these share the page cache and nothing else.
+Only the positions of the rows are kept (`index.py`). A pickled object opens its
+files again in the other process.
 """
 
 import bisect
@@ -23,32 +22,27 @@ from narvl_jax.data.sources.rows import index as row_index
 from narvl_jax.errors import UserError
 from narvl_jax.terminal.text import warn
 
-# A longer row means that the file is not what it should be.
+# No text file has longer rows.
 MAX_ROW_BYTES = 1 << 28
 _SEARCH_BYTES = 1 << 22
 _GZIP = b"\x1f\x8b"
-# Files whose oddities were told by this process.
-_told: set[tuple[str, tuple[int, int, int]]] = set()
+# Files whose oddities this process has reported.
+_reported: set[tuple[str, tuple[int, int, int]]] = set()
 
 
 class RowFile(Sequence[bytes]):
-  """Rows of one file, without their ends (LF or CRLF).
+  """Rows of one file, without LF or CRLF; may be read by several threads.
 
-  A byte order mark and empty last rows are left out. All methods may be called
-  by several threads.
+  A byte order mark and empty last rows are left out.
 
   Attributes:
-    path: the file.
-    notes: what is odd about it: byte order mark, mixed ends of rows, no newline
-      at the end, empty last rows. Told once as a warning, too.
+    path: path of the file.
+    notes: oddities: byte order mark, mixed ends of rows, no newline at the
+      end, empty last rows. They are also logged once as a warning.
   """
 
   def __init__(self, path: str | os.PathLike[str], index_dir: str = "") -> None:
-    """Opens a file; finds its rows if there is no index yet.
-
-    Args:
-      path: the file.
-      index_dir: see `row_index.open_index`.
+    """Opens a file and its index, which is built if there is none.
 
     Raises:
       UserError: the file cannot be read, is no plain text file or is empty.
@@ -68,8 +62,8 @@ class RowFile(Sequence[bytes]):
     self.notes = self._index.notes
     assert self._identity is not None
     key = (str(self.path.absolute()), self._identity)
-    if self.notes and key not in _told:
-      _told.add(key)
+    if self.notes and key not in _reported:
+      _reported.add(key)
       warn(f'"{self.path}": {"; ".join(self.notes)}')
 
   def __len__(self) -> int:
@@ -86,11 +80,7 @@ class RowFile(Sequence[bytes]):
     if isinstance(index, slice):
       return [self[i] for i in range(*index.indices(len(self)))]
     starts = self._starts()
-    number = operator.index(index)
-    if number < 0:
-      number += len(starts) - 1
-    if not 0 <= number < len(starts) - 1:
-      raise IndexError(f"there is no row {index} of {len(starts) - 1}")
+    number = _row_number(index, len(starts) - 1)
     start = int(starts[number])
     length = int(starts[number + 1]) - 1 - start
     if length > MAX_ROW_BYTES:
@@ -99,7 +89,7 @@ class RowFile(Sequence[bytes]):
         " a text file with newlines?"
       )
     row = _read_at(self._fd, start, length)
-    # After reading, so that no change before it is missed.
+    # After reading, so that every earlier change is noticed.
     self._check(self._fd)
     if len(row) < length:
       raise UserError(f'"{self.path}" is cut off within this row')
@@ -111,7 +101,7 @@ class RowFile(Sequence[bytes]):
     return row[:-1] if row.endswith(b"\r") else row
 
   def contains(self, word: bytes) -> bool:
-    """Returns whether the word is anywhere in the file; much faster than []."""
+    """Returns whether a word occurs in the file, without splitting rows."""
     self._starts()
     start, kept = 0, b""
     while block := os.pread(self._fd, _SEARCH_BYTES, start):
@@ -119,7 +109,7 @@ class RowFile(Sequence[bytes]):
         return True
       start += len(block)
       # The word may lie across two blocks.
-      kept = (kept + block)[1 - len(word) :] if len(word) > 1 else b""
+      kept = (kept + block)[-(len(word) - 1) :] if len(word) > 1 else b""
     return False
 
   def __getstate__(self) -> dict[str, Any]:
@@ -139,7 +129,7 @@ class RowFile(Sequence[bytes]):
     return self._index.starts
 
   def _open(self) -> None:
-    # Opening a pipe would wait for its writer.
+    # Opening a pipe waits for a writer.
     if not stat.S_ISREG(os.stat(self.path).st_mode):
       raise UserError(f'"{self.path}" is no file; check options.path')
     fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -151,8 +141,8 @@ class RowFile(Sequence[bytes]):
       status = os.fstat(fd)
       if self._identity is None:
         self._identity = row_index.identity(status)
-      # What changes with every write, even if mtime is set back. Of this
-      # process: other hosts may see another one.
+      # Changes with every write, even if mtime is set back. Hosts may see
+      # different values of it.
       self._ctime_ns = status.st_ctime_ns
       self._check(fd)
       self._index = row_index.open_index(fd, self.path, self._index_dir)
@@ -164,7 +154,7 @@ class RowFile(Sequence[bytes]):
       os.close(fd)
       raise
     self._close = weakref.finalize(self, os.close, fd)
-    # Last: other threads take it for "open".
+    # Last, because other threads test it.
     self._fd = fd
 
   def _check(self, fd: int) -> None:
@@ -172,7 +162,7 @@ class RowFile(Sequence[bytes]):
     if row_index.identity(status) != self._identity:
       raise self._changed(status)
     if status.st_ctime_ns != self._ctime_ns:
-      # Its name or permissions changed, or `cp -p` wrote over it.
+      # Name or permissions changed, or `cp -p` overwrote the file.
       if content_digest(fd, status.st_size) != self._content:
         raise self._changed(status)
       self._ctime_ns = status.st_ctime_ns
@@ -187,16 +177,11 @@ class RowFile(Sequence[bytes]):
 
 
 class RowFiles(Sequence[bytes]):
-  """The rows of several files, one file after another.
-
-  Attributes:
-    files: the files.
-  """
+  """The rows of several files, one file after another; see `RowFile`."""
 
   def __init__(
     self, paths: Sequence[str | os.PathLike[str]], index_dir: str = ""
   ) -> None:
-    """Opens all files; see `RowFile`."""
     self.files = [RowFile(path, index_dir) for path in paths]
     self._ends = list(itertools.accumulate(len(file) for file in self.files))
 
@@ -204,7 +189,6 @@ class RowFiles(Sequence[bytes]):
     return self._ends[-1]
 
   def __getitem__(self, index: Any) -> Any:
-    """Returns a row, or a list of them for a slice; see `RowFile`."""
     if isinstance(index, slice):
       return [self[i] for i in range(*index.indices(len(self)))]
     file, row = self.find(index)
@@ -212,32 +196,33 @@ class RowFiles(Sequence[bytes]):
 
   def find(self, index: int) -> tuple[RowFile, int]:
     """Returns the file of a row and the row's index in it."""
-    number = operator.index(index)
-    if number < 0:
-      number += len(self)
-    if not 0 <= number < len(self):
-      raise IndexError(f"there is no row {index} of {len(self)}")
+    number = _row_number(index, len(self))
     file = bisect.bisect_right(self._ends, number)
     return self.files[file], number - (self._ends[file - 1] if file else 0)
 
   def locate(self, index: int) -> str:
-    """Returns a row's place, such as "vqa.tsv row 17", from row 1 on."""
+    """Returns a row's place, such as "vqa.tsv row 17", counted from 1."""
     file, row = self.find(index)
     return f"{file.path} row {row + 1}"
 
   def notes(self) -> Iterator[str]:
-    """Yields what is odd about the files."""
+    """Yields the notes of all files with their names."""
     for file in self.files:
       for note in file.notes:
         yield f"{file.path}: {note}"
 
 
-def text(field: bytes, name: str) -> str:
-  """Returns a field as text.
+def _row_number(index: Any, count: int) -> int:
+  number = operator.index(index)
+  if number < 0:
+    number += count
+  if not 0 <= number < count:
+    raise IndexError(f"there is no row {index} of {count}")
+  return number
 
-  Raises:
-    UserError: it is not UTF-8.
-  """
+
+def text(field: bytes, name: str) -> str:
+  """Decodes a field; raises `UserError` if it is not UTF-8."""
   try:
     return field.decode()
   except UnicodeDecodeError as e:
@@ -249,11 +234,10 @@ def text(field: bytes, name: str) -> str:
 
 def _read_at(fd: int, start: int, length: int) -> bytes:
   row = os.pread(fd, length, start)
-  while len(row) < length:
-    # A signal or a network drive may give less at a time.
-    more = os.pread(fd, length - len(row), start + len(row))
-    if not more:
-      break
+  # A signal or a network drive may return less at a time.
+  while len(row) < length and (
+    more := os.pread(fd, length - len(row), start + len(row))
+  ):
     row += more
   return row
 

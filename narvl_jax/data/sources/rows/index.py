@@ -1,13 +1,12 @@
-"""Where the rows of a text file begin: found once, then kept in a file.
+"""The positions of the rows of a text file: found once, kept in an index.
 
-The index of `FILE` is `FILE.rows.idx`, or lies in a cache folder if that of
-the file is read-only. It is written under another name and then renamed, so
-that any number of processes may build it at once. One that is damaged or does
-not fit the file's size, modification time and content (`content.py`) is built
-again.
+The index of `FILE` is `FILE.rows.idx`, or a file in a cache folder if the
+folder of `FILE` is read-only. It is renamed into place, so several processes
+may build it at once. An index that is damaged, or that was made for another
+size, modification time or content (`content.py`), is built again.
 
-Layout, little-endian: a header (`_HEADER`), then count + 1 int64: row i is
-the bytes [start[i], start[i + 1] - 1) of the file, a newline follows it.
+Layout, little-endian: a header (`_HEADER`), then rows + 1 int64 `starts`. Row i
+is the bytes [starts[i], starts[i + 1] - 1) of the file, without its newline.
 """
 
 import concurrent.futures
@@ -36,14 +35,12 @@ BLOCK_BYTES = 1 << 24
 _BOM = b"\xef\xbb\xbf"
 _MAGIC = b"NARVLROW"
 _VERSION = 2
-# Magic, version, bytes and mtime_ns of the file, rows, rows that end with
-# CRLF, 1 if there is a BOM, 1 if the last row has no newline, empty last rows,
-# CRC-32 of the starts, digest of the content, CRC-32 of all before.
+# Magic, version, the fields of `_Header`, and a CRC-32 of all of these.
 _FIELDS = struct.Struct(f"<8s9q{DIGEST_BYTES}s")
 _HEADER = struct.Struct(f"{_FIELDS.format}I")
-# Starts that are read into memory; more of them are mapped.
+# An index of more starts is memory-mapped.
 _MAX_LOADED = 1 << 22
-# Blocks with more rows than one in so many bytes are searched by NumPy.
+# A block with rows shorter than this, in bytes, is searched by NumPy.
 _SHORT_ROW = 2048
 
 
@@ -51,8 +48,8 @@ class Index(NamedTuple):
   """Rows of a file.
 
   Attributes:
-    starts: int64 [rows + 1]; row i is [starts[i], starts[i + 1] - 1).
-    notes: what is odd about the file, if anything.
+    starts: int64 [rows + 1].
+    notes: oddities of the file.
     content: digest of the file.
   """
 
@@ -62,18 +59,18 @@ class Index(NamedTuple):
 
 
 def identity(status: os.stat_result) -> tuple[int, int, int]:
-  """Returns what changes when a file does: size, mtime in ns, inode."""
+  """Returns size, mtime in ns and inode: they change when a file does."""
   return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def open_index(fd: int, path: pathlib.Path, index_dir: str = "") -> Index:
-  """Reads the index of a file, after building it if need be.
+  """Reads the index of an open file, or builds it.
 
   Args:
-    fd: the file, open for reading.
-    path: its name.
-    index_dir: folder of the index; by default that of the file or, if one
-      cannot write there, `$XDG_CACHE_HOME/narvl_jax`.
+    fd: descriptor of the file.
+    path: path of the file.
+    index_dir: folder of the index; by default that of the file or, if it is
+      not writable, `$XDG_CACHE_HOME/narvl_jax`.
 
   Raises:
     UserError: `index_dir` is not writable, or the file changed meanwhile.
@@ -104,7 +101,7 @@ def open_index(fd: int, path: pathlib.Path, index_dir: str = "") -> Index:
 
 def _places(path: pathlib.Path, index_dir: str) -> list[pathlib.Path]:
   absolute = path.absolute()
-  # Files of one name in different folders.
+  # Distinguishes files of the same name in different folders.
   digest = hashlib.sha256(os.fsencode(absolute)).hexdigest()[:16]
   name = f"{path.name}.{digest}{SUFFIX}"
   if index_dir:
@@ -115,14 +112,14 @@ def _places(path: pathlib.Path, index_dir: str) -> list[pathlib.Path]:
 
 
 class _Header(NamedTuple):
-  size: int
+  size: int  # Bytes of the file.
   mtime_ns: int
   rows: int
-  crlf: int
-  bom: int
-  no_newline: int
-  blank: int
-  crc: int
+  crlf: int  # Rows that end with CRLF.
+  bom: int  # 1 if there is a byte order mark.
+  no_newline: int  # 1 if the last row has no newline.
+  blank: int  # Empty rows at the end.
+  crc: int  # CRC-32 of the starts.
   content: bytes = bytes(DIGEST_BYTES)
 
   def pack(self) -> bytes:
@@ -143,9 +140,8 @@ class _Header(NamedTuple):
 
 
 def _load(place: pathlib.Path, fd: int, status: os.stat_result) -> Index | None:
-  """Returns an index if it is there, whole, and that of this very file."""
-  if not place.is_file():
-    # A pipe would never be opened.
+  """Returns the index at a place if it is intact and of this file."""
+  if not place.is_file():  # Opening a pipe would block.
     return None
   try:
     with open(place, "rb") as file:
@@ -166,7 +162,7 @@ def _load(place: pathlib.Path, fd: int, status: os.stat_result) -> Index | None:
 
 
 def _read(file: IO[bytes], header: _Header) -> Index:
-  """Reads the starts; `ValueError` if they are damaged."""
+  """Reads the starts; raises `ValueError` if they are damaged."""
   count = header.rows + 1
   if os.fstat(file.fileno()).st_size != _HEADER.size + 8 * count:
     raise ValueError("wrong length")
@@ -176,7 +172,7 @@ def _read(file: IO[bytes], header: _Header) -> Index:
   if count <= _MAX_LOADED:
     starts = np.frombuffer(file.read(8 * count), "<i8")
   else:
-    # The file is renamed into place and never written again.
+    # The file is never written again.
     starts = np.memmap(file, "<i8", "r", _HEADER.size, (count,))
   return Index(starts, header.notes(), header.content)
 
@@ -194,7 +190,7 @@ def _build_at(place: pathlib.Path, fd: int, path: pathlib.Path) -> Index:
   side_files.make_way(place)
   with atomically(place) as temporary, open(temporary, "w+b") as file:
     header = _build(fd, path, file, BLOCK_BYTES)
-    # As readable as any other file: others may share the folder.
+    # Others may share the folder.
     os.fchmod(file.fileno(), os.fstat(fd).st_mode & 0o666 | 0o600)
     return _read(file, header)
 
@@ -202,7 +198,7 @@ def _build_at(place: pathlib.Path, fd: int, path: pathlib.Path) -> Index:
 def _build(
   fd: int, path: pathlib.Path, out: IO[bytes], block_bytes: int
 ) -> _Header:
-  """Writes header and starts; memory does not depend on the file's size."""
+  """Writes header and starts with memory that does not grow with the file."""
   status = os.fstat(fd)
   size = status.st_size
   bom = os.pread(fd, len(_BOM), 0) == _BOM
@@ -218,7 +214,7 @@ def _build(
       finding.done = min(finding.done + block_bytes, size)
   no_newline = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
   if no_newline:
-    # As if a newline followed.
+    # Position of the row after a newline that is missing.
     out.write(struct.pack("<q", size + 1))
   rows = newlines + no_newline
   out.flush()
@@ -247,7 +243,7 @@ def _build(
 
 
 def _without_blank(fd: int, starts_fd: int, rows: int) -> int:
-  """Returns how many rows there are before the empty ones at the end."""
+  """Returns the number of rows without the empty ones at the end."""
   while rows:
     pair = os.pread(starts_fd, 16, _HEADER.size + 8 * (rows - 1))
     start, end = struct.unpack("<2q", pair)
@@ -261,18 +257,15 @@ def _without_blank(fd: int, starts_fd: int, rows: int) -> int:
 def _scan(
   fd: int, size: int, block_bytes: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-  """Yields for each block, in order: starts after newlines, CRLFs among them.
-
-  Starts are int64.
-  """
+  """Yields (int64 starts after newlines, number of CRLFs) of each block."""
   local = threading.local()
 
   def scan(first: int) -> tuple[np.ndarray, int]:
-    # One byte more in front: CR and LF may lie in different blocks.
+    # One byte in front: CR and LF may lie in different blocks.
     begin = max(first - 1, 0)
     wanted = min(block_bytes, size - first) + first - begin
     if not hasattr(local, "block"):
-      # Memory that is used again costs no page faults.
+      # Reused memory causes no page faults.
       local.block = bytearray(block_bytes + 1)
     block = local.block
     with memoryview(block) as view:
@@ -280,7 +273,7 @@ def _scan(
       while got < wanted:
         more = os.preadv(fd, [view[got:wanted]], begin + got)
         if not more:
-          break  # Cut meanwhile; the caller sees that.
+          break  # The file was cut; the caller notices.
         got += more
     ends = _newlines(block, first - begin, got)
     data = np.frombuffer(block, np.uint8, got)

@@ -1,4 +1,4 @@
-"""What sources have in common whose records are rows of text files."""
+"""The base class of sources whose records are rows of text files."""
 
 import abc
 
@@ -12,30 +12,37 @@ from narvl_jax.errors import UserError, did_you_mean
 
 
 class RowSource(RecordSource):
-  """Records that are rows of files; a subclass says how to read a row.
+  """Records that are rows of files; a subclass reads one row.
 
   Attributes:
-    task: one of `TASKS`.
-    split: such as "train".
     rows: the rows of all files.
   """
 
   name = ""
 
   def __init__(
-    self, *, task: str, split: str, path: files.PathOption, index_dir: str
+    self,
+    *,
+    task: str,
+    split: str,
+    seed: int = 0,
+    path: files.PathOption = None,
+    index_dir: str = "",
   ) -> None:
     """Opens the files.
 
     Args:
       task: one of `TASKS`.
-      split: any; replaces `{split}` in `path`.
+      split: replaces `{split}` in `path`.
+      seed: has no effect.
       path: see `files.resolve`.
-      index_dir: see `row_index.open_index`.
+      index_dir: folder of the index of rows; see `rows.index.open_index`.
 
     Raises:
-      UserError: there is no such task or file.
+      UserError: there is no such task, a file cannot be read, or no row has
+        the task.
     """
+    del seed
     if task not in TASKS:
       raise UserError(
         f'{self.name}: there is no task "{task}".{did_you_mean(task, TASKS)}'
@@ -45,8 +52,7 @@ class RowSource(RecordSource):
     self.rows = RowFiles(
       files.resolve(path, split, source=self.name), index_dir
     )
-    # Rows that are records of this source; None: all.
-    self._numbers: np.ndarray | None = None
+    self._numbers = self._select_rows()
 
   def __len__(self) -> int:
     return len(self.rows if self._numbers is None else self._numbers)
@@ -59,13 +65,16 @@ class RowSource(RecordSource):
     return self.rows.locate(self._row(number))
 
   def notes(self) -> list[str]:
-    """Returns what is odd about the files, such as mixed ends of rows."""
+    """Returns oddities of the files, such as mixed ends of rows."""
     return list(self.rows.notes())
+
+  def _select_rows(self) -> np.ndarray | None:
+    """Returns the numbers of the rows that are records; None: all rows."""
+    return None
 
   @abc.abstractmethod
   def _record(self, row: bytes, file: RowFile, index: int) -> Record:
     """Reads row `index` of `file`; raises `UserError` if it is bad."""
 
   def _row(self, number: int) -> int:
-    """Returns the number of a record's row among all rows."""
     return number if self._numbers is None else int(self._numbers[number])
