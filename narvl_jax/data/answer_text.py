@@ -1,8 +1,8 @@
-"""Texts of records: what can be tokenised, and the one spelling of answers.
+"""Texts of records: checks before tokenising, and the spelling of answers.
 
-Targets, truths, lists of allowed answers and predictions are all compared in
-the spelling of `normalize_answer`, so that an answer that is trained on can
-also score. The official files are in this spelling already.
+Targets, truths, lists of allowed answers and predictions are compared in the
+spelling of `normalize_answer`, so that a trained answer can also score. The
+official files have this spelling already.
 """
 
 import collections
@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 
 from narvl_jax.errors import UserError
 
-# Far beyond any prompt or answer; tokenising as much takes half a second.
+# Longer than any prompt or answer; tokenising takes half a second.
 _LONGEST_TEXT = 1_000_000
-# Characters of an answer; composing more of them may take minutes, as its time
-# grows with the square of a run of combining marks.
+# Composing a longer answer (NFC) may take minutes: the time is quadratic in a
+# run of combining marks.
 LONGEST_ANSWER = 10_000
 # Invisible and without meaning: soft hyphen, zero-width space, marks of the
 # direction of text, word joiner, invisible operators, byte order mark. The
@@ -27,7 +27,7 @@ _INVISIBLE = dict.fromkeys(
     *range(0x2066, 0x2070),
   ]
 )
-# So many of the other annotators must agree for the full score (VQA v2).
+# Number of other annotators that must agree for the full score (VQA v2).
 _AGREEING = 3
 
 
@@ -35,8 +35,8 @@ def checked_text(text: str) -> str:
   """Returns the text if it can be tokenised.
 
   Raises:
-    UserError: it holds half of a surrogate pair, which is no character, or it
-      is so long that this would take minutes.
+    UserError: it holds an unpaired surrogate, which is not a character, or it
+      is too long.
   """
   if len(text) > _LONGEST_TEXT:
     raise UserError(
@@ -57,12 +57,12 @@ def checked_text(text: str) -> str:
 def normalize_answer(text: str) -> str:
   """Returns an answer in the spelling in which answers are compared.
 
-  White space at the ends is removed, each run of it inside becomes one space,
-  invisible characters without meaning are removed, and characters are composed
-  (Unicode NFC). Case and punctuation stay.
+  White space at the ends is removed, runs of it become one space, invisible
+  characters without meaning are removed, and characters are composed (Unicode
+  NFC). Case and punctuation stay.
 
-  A text longer than `LONGEST_ANSWER` is not composed. It equals no answer of a
-  record: such a record is bad (see `record_checks`).
+  A text longer than `LONGEST_ANSWER` is not composed. It cannot equal an answer
+  of a record, since such a record is bad (see `record_checks`).
   """
   visible = " ".join(text.translate(_INVISIBLE).split())
   if len(visible) > LONGEST_ANSWER:
@@ -71,9 +71,9 @@ def normalize_answer(text: str) -> str:
 
 
 def normalized_answers(answers: Mapping[str, float]) -> dict[str, float]:
-  """Returns answer -> score in that spelling, in the same order.
+  """Normalises the answers of answer -> score, keeping their order.
 
-  Of answers that become equal the highest score counts.
+  Answers that become equal get the highest of their scores.
   """
   found: dict[str, float] = {}
   for answer, score in answers.items():
@@ -83,22 +83,19 @@ def normalized_answers(answers: Mapping[str, float]) -> dict[str, float]:
 
 
 def annotator_scores(answers: Sequence[str]) -> dict[str, float]:
-  """Returns the score of each answer that several people gave.
+  """Returns the VQA v2 score of each answer of several annotators.
 
-  The accuracy of VQA v2: an answer is held against every set of all annotators
-  but one, where it scores min(matches / 3, 1), and the mean over these sets is
-  its score. With ten annotators one match gives 0.3, two 0.6, three 0.9, and
-  four or more 1.
-
-  The rule is the same for any other number, except that with fewer than four
-  annotators all others must agree: what everybody says has the score 1.
+  An answer scores min(matches / 3, 1) against every set of all annotators but
+  one; its score is the mean over these sets. With ten annotators one match
+  gives 0.3, two 0.6, three 0.9, and four or more 1. With fewer than four
+  annotators all others must agree, so that a unanimous answer scores 1.
 
   Args:
-    answers: one of each annotator; empty ones are of people without an answer.
+    answers: one per annotator; an empty text stands for no answer.
 
   Returns:
-    Normalised answer -> score in (0, 1]. The most frequent comes first; equally
-    frequent ones are in the order of their first annotators.
+    Normalised answer -> score in (0, 1], the most frequent first, equally
+    frequent ones in the order of their first annotators.
   """
   people = len(answers)
   counts = collections.Counter(map(normalize_answer, answers))
@@ -108,7 +105,7 @@ def annotator_scores(answers: Sequence[str]) -> dict[str, float]:
     return dict.fromkeys(counts, 1.0)
   scores = {}
   for answer, count in counts.most_common():
-    # In the sets that lack one of those who gave it, and in the others.
+    # Sets that lack one of its annotators, and the other sets.
     matches = count * min(count - 1, needed)
     matches += (people - count) * min(count, needed)
     scores[answer] = matches / (people * needed)

@@ -1,4 +1,4 @@
-"""Closed lists of answers: read from files, collected from data sets."""
+"""Closed lists of answers: read from files or collected from data sets."""
 
 import collections
 import json
@@ -17,12 +17,12 @@ from narvl_jax.errors import UserError
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import warn
 
-# The setting that names a list.
+# The setting that names the file of a list.
 ANSWERS_SETTING = "--config.tasks.vqa.answers"
 _FLAG = f"{ANSWERS_SETTING}, or --answers"
-# Tasks whose answers may form a closed list that is not known beforehand.
+# Tasks whose answers may form a closed list that depends on the data.
 _TASKS = ("vqa",)
-# Only procedural sources have more records.
+# Only procedural sources exceed this.
 _MOST_RECORDS = 10**8
 
 
@@ -30,15 +30,15 @@ def load_answers(path: str | os.PathLike[str]) -> list[str]:
   """Reads a list of answers.
 
   Args:
-    path: a text file with an answer a line; a JSON list of them, or an object
-      whose keys they are; or the reference's `trainval_ans2label.pkl`, a pickle
-      of such an object. No code in a pickle is run.
+    path: a text file with an answer per line; a JSON list, or an object whose
+      keys are the answers; or the reference's `trainval_ans2label.pkl`, a
+      pickle of such an object. Code in a pickle is never run.
 
   Returns:
-    The answers in the order of the file, normalised.
+    Normalised answers in the order of the file.
 
   Raises:
-    UserError: the file cannot be read, has an empty entry or one twice.
+    UserError: the file cannot be read, or has an empty or a repeated entry.
   """
   path = pathlib.Path(path)
   readers = {".json": _read_json, ".pkl": _read_pickle, ".txt": _read_lines}
@@ -75,10 +75,10 @@ def _read_json(path: pathlib.Path) -> list[Any]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-  """Builds dicts, lists, texts and numbers; imports and calls nothing."""
+  """Builds only dicts, lists, texts and numbers; imports and calls nothing."""
 
   def find_class(self, module_name: str, global_name: str, /) -> Any:
-    """Refuses all names: what a pickle could do comes by way of one."""
+    """Rejects all names: a pickle can run code only through a name."""
     raise pickle.UnpicklingError(
       f"it asks for {module_name}.{global_name}, which could run code"
     )
@@ -109,7 +109,7 @@ def _entries(content: Any, path: pathlib.Path) -> list[Any]:
 
 
 def _check(entries: Sequence[Any], path: pathlib.Path) -> list[str]:
-  """Returns the answers; entries are counted from 1, as lines are."""
+  """Returns the normalised answers; messages count entries from 1."""
   places: dict[str, int] = {}
   for number, entry in enumerate(entries, 1):
     where = f'entry {number} of the list of answers "{path}"'
@@ -132,15 +132,15 @@ def _check(entries: Sequence[Any], path: pathlib.Path) -> list[str]:
 def encode_answers(
   answers: Sequence[str], vocabulary: Vocabulary, *, eos: bool
 ) -> list[list[int]]:
-  """Returns the ids of answers as targets have them.
+  """Returns the token ids of answers, as in targets.
 
   Args:
-    answers: without the leading space that targets have.
+    answers: without the leading space of targets.
     vocabulary: of the run.
-    eos: end each with eos.
+    eos: whether to end each answer with eos.
 
   Raises:
-    UserError: an answer has characters that the vocabulary lacks, or none.
+    UserError: an answer is empty or has characters that the vocabulary lacks.
   """
   end = [vocabulary.eos_id] if eos else []
   encoded = []
@@ -163,20 +163,20 @@ def encode_answers(
 def collect_answers(
   source: Sequence[Record], task: str, *, max_examples: int = 0
 ) -> dict[str, int]:
-  """Counts in how many records each answer is valid.
+  """Counts the records in which each answer is valid.
 
   Args:
-    source: records; bad ones are passed over, with a warning.
+    source: records; bad ones are skipped with a warning.
     task: of the records.
-    max_examples: how many are read, the first; 0 for all.
+    max_examples: number of records to read, from the first; 0 reads all.
 
   Returns:
-    Answer to count, the most frequent first, equal ones in the order of the
-    alphabet.
+    Answer -> count, the most frequent first, equally frequent ones in
+    alphabetical order.
 
   Raises:
-    UserError: the answers of the task are no list, there are none, or the
-      records have no end.
+    UserError: the answers of the task do not form a list, there are none, or
+      the source is endless.
   """
   if task not in _TASKS:
     raise UserError(
@@ -215,7 +215,7 @@ def collect_answers(
 
 
 def _answers(record: Record) -> set[str]:
-  """Returns the answers of a record, each as a line of a file."""
+  """Returns the non-empty answers of a record."""
   answers = {normalize_answer(checked_text(x)) for x in record.answers}
   return answers - {""}
 

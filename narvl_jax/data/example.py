@@ -1,7 +1,7 @@
-"""The one schema that every source delivers and every task reads.
+"""The schema of records, which every source returns and every task reads.
 
-A source yields `Record`s (raw, with the ground truth); a task turns a record
-into a model example, a dict of fixed-shape NumPy arrays:
+A task converts a `Record` (raw data with the ground truth) to an example for
+the model, a dict of fixed-shape NumPy arrays:
 
 | key          | shape    | dtype   | meaning                                  |
 | ------------ | -------- | ------- | ---------------------------------------- |
@@ -10,7 +10,7 @@ into a model example, a dict of fixed-shape NumPy arrays:
 | text         | [T]      | int32   | source ids, right padded with pad        |
 | labels       | [L]      | int32   | target ids, right padded with pad        |
 | label_length | []       | int32   | number of labels                         |
-| confidence   | []       | float32 | weight of the target, 1 but for VQA      |
+| confidence   | []       | float32 | weight of the target; 1 except for VQA   |
 | task         | []       | int32   | index into `TASKS`                       |
 | index        | []       | int64   | position of the record in its source     |
 """
@@ -28,27 +28,26 @@ Box = tuple[float, float, float, float]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
-  """One request with its ground truth; equal to one of the same content.
+  """One request with its ground truth; compared by content.
 
   Attributes:
     id: name of the record, unique within its source and split.
     task: one of `TASKS`.
-    image: a picture file's bytes (see `pictures.files`; `Upright` if its EXIF
-      orientation counts), or uint8 [H, W, 3].
+    image: bytes of a picture file (`pictures.files.Upright` if its EXIF
+      orientation applies), or uint8 [H, W, 3].
     prompt: question (VQA), referring expression (grounding), hypothesis
       (entailment); unused by captions.
     answers: valid answers with their scores in (0, 1]. Captions: every
-      reference with 1. Entailment: one of "yes", "no", "maybe" with 1. Empty
-      when the truth is unknown or the task is grounding.
+      reference with 1. Entailment: one of "yes", "no", "maybe" with 1. Empty if
+      the truth is unknown or the task is grounding.
     box: grounding only: x0, y0, x1, y1 in pixels of the original image.
     premise: entailment only: caption of the picture, may be empty.
-    objects: VQA only: names of detected objects; None leaves the object
-      prompt out altogether.
+    objects: VQA only: names of detected objects; None omits the object prompt.
     kind: sub-category for reports, such as "count" or "attribute".
-    score: log-probability that a teacher gave to its answer, where the target
-      is that answer; None where it is not.
-    annotators: VQA only: number of people from whose answers the scores follow,
-      see `answer_text.annotator_scores`; 0 if they were given otherwise.
+    score: log-probability of the target if it is the answer of a teacher;
+      otherwise None.
+    annotators: VQA only: number of people whose answers determine the scores,
+      see `answer_text.annotator_scores`; 0 if the scores were given directly.
   """
 
   id: str
@@ -64,7 +63,7 @@ class Record:
   annotators: int = 0
 
   def __eq__(self, other: object) -> bool:
-    # The generated one takes the truth value of arrays that it compares.
+    # The generated method fails on the truth value of compared arrays.
     if not isinstance(other, Record):
       return NotImplemented
     return all(

@@ -1,7 +1,7 @@
-"""Whether the fields of a record have the types and values of `Record`.
+"""Checks that the fields of a record have the types and values of `Record`.
 
-Records come from shards, data sets and sources of users, any of which may hold
-anything. Code behind `RecordReader` relies on what is checked here.
+Records come from shards, data sets and users' sources, whose content is
+untrusted. Code behind `RecordReader` relies on these checks.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ _short.maxstring = _short.maxother = _short.maxlong = 120
 def checked_record(record: Any) -> Record:
   """Returns a record whose fields have the right types and values.
 
-  NumPy scalars pass for numbers; a box or objects in a list or an array become
-  a tuple. Whether the picture can be decoded, whether a box lies in it, and
-  whether a text can be tokenised are left open.
+  NumPy scalars are accepted as numbers; a list or array of a box or of objects
+  becomes a tuple. Not checked: whether the picture can be decoded, a box lies
+  within it, and a text can be tokenised.
 
   Args:
-    record: what a source returned.
+    record: value that a source returned.
 
   Raises:
-    UserError: it is no `Record`, or a field is wrong; the message names it.
+    UserError: it is not a `Record`, or a field is wrong; the message names it.
   """
   if not isinstance(record, Record):
     raise UserError(
@@ -86,7 +86,7 @@ def _check_answers(answers: Any) -> None:
         f"an answer has {len(answer):,} characters, the limit is"
         f" {LONGEST_ANSWER:,}: {_short.repr(answer)}"
       )
-    # Answers of score 0 are allowed beside the target, which may not be one.
+    # Score 0 is allowed for answers that are not the target.
     if not _is_finite(score) or not 0 <= score <= 1:
       raise UserError(
         f"the answer {_short.repr(answer)} has the score {_short.repr(score)};"
@@ -95,7 +95,7 @@ def _check_answers(answers: Any) -> None:
 
 
 def _as_tuple(values: Any) -> tuple[Any, ...] | None:
-  """Returns the values in order; None if they have none."""
+  """Returns ordered values as a tuple; None for other types."""
   if isinstance(values, tuple):
     return values
   if isinstance(values, list):
@@ -114,7 +114,7 @@ def _is_number(value: Any, kind: type = numbers.Real) -> bool:
 def _is_finite(value: Any) -> bool:
   try:
     return _is_number(value) and math.isfinite(value)
-  except OverflowError:  # An integer beyond all floats.
+  except OverflowError:  # An integer that exceeds all floats.
     return False
 
 

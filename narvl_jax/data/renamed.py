@@ -1,4 +1,4 @@
-"""Commands under the names that they had before."""
+"""Commands under their old names."""
 
 import runpy
 import sys
@@ -7,6 +7,6 @@ from narvl_jax.terminal.text import show
 
 
 def run_renamed(old: str, new: str) -> None:
-  """Runs `python -m narvl_jax.NEW` in the place of an old name, with a note."""
+  """Prints a note and runs `python -m narvl_jax.NEW`."""
   show(f"note: narvl_jax.{old} is now called narvl_jax.{new}", file=sys.stderr)
   runpy.run_module(f"narvl_jax.{new}", run_name="__main__", alter_sys=True)

@@ -1,7 +1,7 @@
-"""Random changes of training examples, beyond the reference; off by default.
+"""Random augmentation of training examples, beyond the reference.
 
-Every number comes from the generator that the caller passes, so an example
-stays a pure function of (seed, step).
+All randomness comes from the generator of the caller, so an example is a pure
+function of (seed, step). Augmentation is off by default.
 """
 
 import math
@@ -12,25 +12,25 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# Of a crop's sides, relative to those of the picture.
+# Largest aspect ratio of a crop, relative to that of the picture.
 _LOG_RATIO = math.log(4 / 3)
 
 _OTHER_SIDE = {"left": "right", "right": "left"}
-# Characters of an expression that is looked at; longer ones do not change, as
-# decomposing a text takes the square of a run of combining marks.
+# Longest expression that is processed: decomposing a text takes time quadratic
+# in a run of combining marks.
 _LONGEST = 10_000
-# Every word is matched by itself: a pattern that starts anywhere in a word
-# takes the square of its length.
+# Words are matched one by one: a pattern that may start anywhere in a word
+# takes time quadratic in its length.
 _WORD = re.compile(r"\w+")
 _SIDES = re.compile("left|right", re.IGNORECASE)
-# Those with a certain opposite: "left", "topleft", "leftmost", "lefthanded".
+# Words with a definite opposite: "left", "topleft", "leftmost", "lefthanded".
 _SWAPPED = re.compile(
   r"(top|bottom|upper|lower|low|high|mid|middle|cent(?:er|re)|front|back|rear"
   r"|far|near)?(left|right)"
   r"(?:most|hand|handed|hander|handers|side|sided|er|ie|y|s|wards?)?",
   re.IGNORECASE,
 )
-# Those that name no side, such as "bright", "upright" and "leftover".
+# Words that do not name a side, such as "bright", "upright" and "leftover".
 _OTHER_WORD = re.compile(
   r"bright\w*|(?:af|stage)?fright(?:s|en|ens|ened|ening|eningly|ful|fully)?"
   r"|(?:play|ship|cart|wheel|mill|wain|boat|ark|song|plow|plough)?wrights?"
@@ -38,23 +38,23 @@ _OTHER_WORD = re.compile(
   r"|righteous\w*|rightly|rightful\w*|leftovers?|clefts?",
   re.IGNORECASE,
 )
-# These turn with the picture, too, but have no certain opposite, or may name no
-# side. Letters and digits at their ends belong to other words.
+# Words that name a side without a definite opposite, or possibly no side.
+# Letters and digits at their ends belong to other words.
 _UNSURE = re.compile(
   r"(?<![^\W\d_])(?:"
-  # Abbreviations, and misspellings besides those of `_MISSPELT`.
+  # Abbreviations, and misspellings not in `_MISSPELT`.
   r"[lr]|[lr]h|[lr]hs|[lr][_\W]?(?:side|hand)|[tbu][lr]|l[lr]|lt|rt|rgt|rite"
   r"|(?!left\b|right\b)(?:l+e+f+t+|r+i+g+h+t+)"
-  # Directions of turning, hours of the clock.
+  # Rotation, hours of the clock.
   r"|(?:counter|anti)?\W?clockwise|[o0]\W{0,3}c[acklo]{2,6}s?|[o0]\W{1,3}lock"
   r"|\d{1,2}\W{0,2}position"
-  # Ships, maps, cars, and what stands upright.
+  # Ships, maps, cars, "right side up".
   r"|port|portside|starboard|[ns]{1,2}[.-]?[ew]|[ew][ns][ew]"
   r"|(?:north|south|mid)?(?:east|west)"
   r"(?:ern|ernmost|erly|most|wards?|wardly|bound|side)?"
   r"|(?:driver|passenger)\W{0,2}s?\W{0,2}"
   r"(?:side|door|seat|window|wheel|mirror)s?|right\W?side\W?up"
-  # "All right" names no side, or one: "the one all right".
+  # "All right" may name a side: "the one all right".
   r"|all\W?right"
   # Other languages.
   r"|links|rechts|gauche|droite?|izquierd[ao]|derech[ao]|esquerd[ao]|direit[ao]"
@@ -62,7 +62,7 @@ _UNSURE = re.compile(
   r")(?![^\W\d_])",
   re.IGNORECASE,
 )
-# Words as they are, with their case and signs: times of the clock, arrows.
+# Times of the clock and arrows.
 _UNSURE_SIGNS = re.compile(r"(?<!\d)\d{1,2}\s?:\s?\d\d(?!\d)|<[-=]|[-=]>")
 # In the Unicode names of arrows, hands and clock faces.
 _SIGN_NAMES = re.compile(r"\b(?:LEFT|RIGHT|EAST|WEST)|CLOCK")
@@ -76,7 +76,7 @@ _NEAR_WORDS = frozenset(
 
 
 def _misspelt(word: str) -> Iterator[str]:
-  """Yields what becomes of a word by one mistake in one letter."""
+  """Yields all words that differ from a word by one typing error."""
   for i in range(len(word) + 1):
     start, end = word[:i], word[i:]
     yield start + end[1:]
@@ -90,7 +90,7 @@ _MISSPELT = frozenset(
   found
   for side in _OTHER_SIDE
   for found in _misspelt(side)
-  # Words that hold a side are told apart by the patterns above.
+  # The patterns above classify words that contain a side.
   if not _SIDES.search(found) and found not in _NEAR_WORDS
 )
 
@@ -98,16 +98,16 @@ _MISSPELT = frozenset(
 def random_crop(
   rng: np.random.Generator, min_area: float
 ) -> tuple[float, float, float, float]:
-  """Returns a random part of a picture: x0, y0, x1, y1 in [0, 1].
+  """Returns a random crop x0, y0, x1, y1 in [0, 1].
 
   Args:
     rng: source of all randomness.
-    min_area: smallest share of the picture's area in (0, 1]; shares are
-      uniform, ratios of the sides log-uniform between 3/4 and 4/3 of the
-      picture's own as far as the part fits into it.
+    min_area: smallest share of the picture's area, in (0, 1]. Shares are
+      uniform. Aspect ratios, relative to that of the picture, are log-uniform
+      in [3/4, 4/3], narrowed to the ratios that fit into the picture.
   """
   area = rng.uniform(min_area, 1.0)
-  # Wider than this, or narrower, the part would stick out.
+  # Beyond this ratio the crop would exceed the picture.
   limit = min(_LOG_RATIO, abs(math.log(area)))
   ratio = math.exp(rng.uniform(-limit, limit))
   width = min(math.sqrt(area * ratio), 1.0)
@@ -135,26 +135,25 @@ def color_factors(
 def swap_sides(text: str) -> str | None:
   """Returns `text` with left and right swapped, as for a mirrored picture.
 
-  Words with a certain opposite are swapped, such as "left", "leftmost",
+  Words with a definite opposite are swapped, such as "left", "leftmost",
   "left-hand", "topright" and "midleft"; the case is kept. "Left" in another
-  sense ("the cake that is left") is swapped, too.
+  sense ("the cake that is left") is swapped as well.
 
   Returns:
-    None if a word names or may name a side and has no certain opposite, such
-    as "the r one", "at 3 o'clock", "the port side" or "leftish"; for letters
-    of other alphabets, whose words are not known; and for more than 10,000
-    characters.
+    None if a word names or may name a side and has no definite opposite, such
+    as "the r one", "at 3 o'clock", "the port side" or "leftish"; if the text
+    has letters of other alphabets; or more than 10,000 characters.
   """
   if len(text) > _LONGEST:
     return None
   plain = _plain(text)
   if _UNSURE.search(plain) or _UNSURE_SIGNS.search(plain):
     return None
-  if any(map(_is_unsure, filter(_is_no_ascii, plain))):
+  if any(_is_unsure(x) for x in plain if not x.isascii()):
     return None
   if any(word in _MISSPELT for word in _WORD.findall(plain.lower())):
     return None
-  # A side written in other letters, or with something invisible inside.
+  # A side written with accents, wide letters or invisible characters.
   if len(_SIDES.findall(plain)) != len(_SIDES.findall(text)):
     return None
   words = [word for word in _WORD.findall(text) if _SIDES.search(word)]
@@ -164,19 +163,15 @@ def swap_sides(text: str) -> str | None:
 
 
 def _is_known(word: str) -> bool:
-  """Returns whether a word that holds a side has an opposite or needs none."""
+  """Returns whether a word with a side in it has an opposite or needs none."""
   if _SWAPPED.fullmatch(word):
     return True
-  # "Brightright" holds two.
+  # "Brightright" contains two.
   return bool(_OTHER_WORD.fullmatch(word)) and len(_SIDES.findall(word)) == 1
 
 
-def _is_no_ascii(character: str) -> bool:
-  return not character.isascii()
-
-
 def _is_unsure(character: str) -> bool:
-  """Returns whether a character is a letter, or a sign that has a side."""
+  """Returns whether a character is a letter, or a symbol with a direction."""
   if character.isalpha():
     return True
   name = unicodedata.name(character, "")
@@ -185,7 +180,7 @@ def _is_unsure(character: str) -> bool:
 
 
 def _plain(text: str) -> str:
-  """Returns a text without accents, invisible characters and wide letters."""
+  """Removes accents, invisible characters and wide letters."""
   return "".join(
     character
     for character in unicodedata.normalize("NFKD", text)
@@ -194,7 +189,7 @@ def _plain(text: str) -> str:
 
 
 def _other_side(word: re.Match[str]) -> str:
-  """Returns a word with its side swapped, if it is one of a side."""
+  """Returns a word with its side swapped; other words unchanged."""
   match = _SWAPPED.fullmatch(word.group())
   if match is None:
     return word.group()
@@ -210,7 +205,7 @@ def _other_side(word: re.Match[str]) -> str:
 
 
 def draw_answer(rng: np.random.Generator, scores: dict[str, float]) -> str:
-  """Returns an answer, drawn in proportion to its score.
+  """Draws an answer with probability proportional to its score.
 
   Args:
     rng: source of all randomness.

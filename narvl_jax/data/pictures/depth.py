@@ -1,6 +1,6 @@
-"""Pictures of more than 8 bits a channel become pictures of 8 bits.
+"""Converts pictures of more than 8 bits a channel to 8 bits.
 
-Which value becomes white follows from the largest value of the picture:
+The largest value of the picture determines the value that becomes white:
 
 | picture          | largest value | white  |
 | ---------------- | ------------- | ------ |
@@ -8,11 +8,11 @@ Which value becomes white follows from the largest value of the picture:
 | float, 16 bits   | up to 255     | 255    |
 | float, 16 bits   | larger        | 65,535 |
 
-Of a float picture the largest finite value counts; +inf is white.
+For a float picture this is the largest finite value; +inf is white.
 
-A picture of 16 bits without a value above 255 holds values of 8 bits: on the
-scale of 16 bits all of it would be black, so that nothing is lost by reading it
-so. A larger value tells nothing about the scale: a dark picture stays dark.
+A picture of 16 bits without values above 255 is assumed to hold 8-bit values:
+on the 16-bit scale it would be black. A larger value does not determine the
+scale, so a dark picture stays dark.
 """
 
 import sys
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# Pixels that are scaled at a time.
+# Number of pixels to scale at a time.
 _STRIP_PIXELS = 1 << 20
 _WHITE = 65535.0
 
@@ -32,16 +32,13 @@ def is_deep_grey(picture: Image.Image) -> bool:
 
 
 def to_8_bits(picture: Image.Image) -> Image.Image:
-  """Scales a picture of one deep channel to 8 bits.
+  """Scales a picture of one deep channel to 8 bits, mode "L".
 
-  It works on a strip of rows at a time, so that it takes one byte a pixel.
-  Values outside the range are moved to its ends; NaN becomes black.
+  Works on strips of rows, so that it needs one byte a pixel. Values are clipped
+  to the range; NaN becomes black.
 
   Args:
     picture: see `is_deep_grey`.
-
-  Returns:
-    A picture in mode "L".
   """
   width, height = picture.size
   rows = max(1, _STRIP_PIXELS // width)
@@ -72,16 +69,13 @@ def _top_value(most: float, *, is_float: bool) -> float:
 
 
 def low_byte_tiles(picture: Image.Image) -> list[Any]:
-  """Returns how to decode the low bytes of a picture of 16-bit colours.
+  """Returns Pillow's tiles for the low bytes of a picture of 16-bit colours.
 
-  Pillow decodes the high byte of each value, which is 0 wherever the picture
-  holds values of 8 bits.
+  Pillow decodes the high byte of each value, which is 0 if the picture holds
+  8-bit values. The list is empty if the picture has no 16-bit colours.
 
   Args:
     picture: opened, not decoded yet.
-
-  Returns:
-    For `decode_low_bytes`; empty if the picture has no 16-bit colours.
   """
   tiles: list[Any] = list(getattr(picture, "tile", ()))
   changed = [_low_byte_tile(tile) for tile in tiles]
@@ -89,11 +83,7 @@ def low_byte_tiles(picture: Image.Image) -> list[Any]:
 
 
 def is_black(picture: Image.Image) -> bool:
-  """Returns whether every color channel of a decoded picture is 0.
-
-  Args:
-    picture: in mode "RGB" or "RGBA".
-  """
+  """Returns whether all colours of a decoded RGB or RGBA picture are 0."""
   extrema: Any = picture.getextrema()
   return not any(high for _, high in extrema[:3])
 
@@ -103,12 +93,12 @@ def decode_low_bytes(picture: Image.Image, tiles: list[Any]) -> Image.Image:
 
   Args:
     picture: opened, not decoded yet.
-    tiles: of `low_byte_tiles`.
+    tiles: from `low_byte_tiles`.
   """
   vars(picture)["tile"] = tiles
   picture.load()
   if _raw_mode(tiles[0]) == "RGBA":
-    # Grey with alpha: the second of four bytes is the low one of the grey.
+    # Grey with alpha: the second of four bytes is the low byte of the grey.
     return picture.getchannel("G")
   return picture
 
@@ -129,7 +119,7 @@ def _raw_mode(tile: Any) -> str:
 
 
 def _low_byte_mode(raw_mode: str) -> str | None:
-  """Returns the layout that has the other byte of each value."""
+  """Returns the layout that selects the other byte of each value."""
   if raw_mode == "LA;16B":
     return "RGBA"
   name, _, order = raw_mode.partition(";16")

@@ -1,8 +1,8 @@
-"""Picture files that may come from anywhere: read, opened, decoded.
+"""Reads, opens and decodes picture files from untrusted sources.
 
-Only the decoders of `FORMATS` are ever called, whatever the bytes are. A file
-is read only if it is a regular one of at most `MAX_BYTES`; a picture is decoded
-only if it has at most `MAX_PIXELS`. Messages never quote what a file holds.
+Only the decoders of `FORMATS` are ever called. A file is read only if it is a
+regular file of at most `MAX_BYTES`; a picture is decoded only if it has at most
+`MAX_PIXELS`. Messages never quote the content of a file.
 """
 
 import io
@@ -11,32 +11,29 @@ import re
 import warnings
 from typing import Any
 
-# Imported for their decoders, which Pillow otherwise looks up by importing all.
+# Imported for their decoders; Pillow would otherwise import all of its plugins.
 from PIL import Image, TiffImagePlugin, WebPImagePlugin
 
 from narvl_jax.data.pictures import depth
 from narvl_jax.errors import UserError
 from narvl_jax.files.regular import read_regular
 
-# As Pillow names them. MPO (pictures of phones and stereo cameras) is opened by
-# the decoder of JPEG.
+# Pillow's names. The JPEG decoder also opens MPO (phones and stereo cameras).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-# Just under the size at which Pillow itself warns of a decompression bomb.
+# Just below the size at which Pillow warns about a decompression bomb.
 MAX_PIXELS = 80_000_000
-# What so many pixels of three 16-bit colours take without compression, and a
-# little more for headers.
+# That many pixels of three 16-bit colours without compression, plus headers.
 MAX_BYTES = 500_000_000
-# `ignore` as the reference does; `apply` turns the picture upright.
+# `ignore` matches the reference; `apply` turns the picture upright.
 EXIF_ORIENTATIONS = ("ignore", "apply")
 
-# What is refused here is told by an error of our own, and odd metadata is no
-# reason to write to the terminal.
+# Oversized pictures raise an error below; odd metadata needs no warning.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module=r"PIL\.")
 _PLUGINS = (TiffImagePlugin, WebPImagePlugin)
 _ORIENTATION_TAG = 0x0112
 _Turn = Image.Transpose
-# Value of the tag -> what makes the picture upright.
+# Value of the tag -> transposition that makes the picture upright.
 _TURNS = {
   2: _Turn.FLIP_LEFT_RIGHT,
   3: _Turn.ROTATE_180,
@@ -50,9 +47,9 @@ _OPPOSITE = {
   _Turn.ROTATE_270: _Turn.ROTATE_90,
   _Turn.ROTATE_90: _Turn.ROTATE_270,
 }
-# A PNG file without any of these has no orientation, wherever its chunks are.
+# A PNG file without any of these has no orientation.
 _PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
-# First bytes -> what people take for a picture.
+# First bytes -> kinds of files that are mistaken for supported pictures.
 _OTHER_KINDS = {
   rb"....ftyp(?:hei|hev|mif1|msf1)": "a HEIC file",
   rb"....ftypavi": "an AVIF file",
@@ -67,18 +64,17 @@ _OTHER_KINDS = {
 
 
 class Upright(bytes):
-  """An encoded picture that is turned as its EXIF orientation says.
+  """An encoded picture to which its EXIF orientation is applied.
 
-  Plain bytes are decoded as they are stored. Like these, it can be stored,
-  pickled and compared.
+  The orientation of plain bytes is ignored.
   """
 
 
 def with_orientation(image: Any, setting: str) -> Any:
-  """Returns a picture whose EXIF orientation is treated as a setting says.
+  """Marks an encoded picture as `Upright` if `setting` is "apply".
 
   Args:
-    image: encoded picture; an array is returned as it is.
+    image: encoded picture; an array is returned unchanged.
     setting: one of `EXIF_ORIENTATIONS`.
   """
   if not isinstance(image, bytes) or isinstance(image, Upright):
@@ -94,11 +90,11 @@ def read_image_file(
 
   Args:
     path: a regular file, or a symbolic link to one.
-    advice: what to do if it cannot be read.
+    advice: end of the error message, which names the remedy.
 
   Raises:
-    UserError: there is no such file, it cannot be read, is not a regular file
-      or too large.
+    UserError: the file does not exist, cannot be read, is not a regular file
+      or is too large.
   """
   try:
     return read_regular(path, MAX_BYTES)
@@ -110,10 +106,10 @@ def read_image_file(
 
 
 def open_picture(data: bytes) -> Image.Image:
-  """Returns a picture of which only the header was read.
+  """Opens a picture by reading only its header.
 
   Raises:
-    UserError: it is in none of `FORMATS`, damaged, empty or too large.
+    UserError: it has none of `FORMATS`, is damaged, empty or too large.
   """
   if not data:
     raise UserError("the image is empty: 0 bytes")
@@ -135,7 +131,7 @@ def open_picture(data: bytes) -> Image.Image:
       f"the image is in no known format: {len(data)} bytes{_other_kind(data)};"
       " use a JPEG or PNG file (or WebP, GIF, BMP, TIFF, MPO)"
     ) from e
-  except Exception as e:  # A damaged header fails in any of many ways.
+  except Exception as e:  # Damaged headers raise errors of many types.
     raise UserError(
       f"the image's header is damaged or cut off ({len(data)} bytes):"
       f" {_reason(e)}"
@@ -163,7 +159,7 @@ def _other_kind(data: bytes) -> str:
 
 
 def _reason(error: Exception) -> str:
-  """Returns what a decoder reports, without what it quotes of the file."""
+  """Returns the message of a decoder without its quotes of the file."""
   text = re.sub(r"""b?'[^']*'|b?"[^"]*\"""", "...", str(error))
   return text or type(error).__name__
 
@@ -172,18 +168,18 @@ def orientation(picture: Image.Image, data: bytes) -> int:
   """Returns the EXIF orientation of a picture that is not decoded yet.
 
   Args:
-    picture: of `open_picture`.
-    data: what it was opened from.
+    picture: from `open_picture`.
+    data: bytes of the same picture.
 
   Returns:
-    1 (upright, also without a tag or with a damaged one) to 8.
+    1 (upright, also if the tag is missing or damaged) to 8.
   """
-  # Pillow would decode a whole PNG file to look behind its pixels.
+  # Pillow would decode a whole PNG file to find chunks behind its pixels.
   if picture.format == "PNG" and not any(mark in data for mark in _PNG_MARKS):
     return 1
   try:
     value = picture.getexif().get(_ORIENTATION_TAG)
-  except Exception:  # Damaged metadata fails in any of many ways.
+  except Exception:  # Damaged metadata raises errors of many types.
     return 1
   return value if isinstance(value, int) and value in _TURNS else 1
 
@@ -204,20 +200,20 @@ def picture_size(data: bytes) -> tuple[int, int]:
 def stored_size(picture: Image.Image) -> tuple[int, int]:
   """Returns (width, height) before any orientation is applied."""
   if isinstance(picture, TiffImagePlugin.TiffImageFile):
-    # Pillow applies the orientation of this format, and of no other.
+    # Pillow applies the orientation of this format only.
     tags = picture.tag_v2
     return tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]
   return picture.size
 
 
 def decode(data: bytes) -> Image.Image:
-  """Returns a picture of 8 bits, in mode "L" (grey) or "RGB".
+  """Decodes a picture to 8 bits, in mode "L" (grey) or "RGB".
 
   Alpha is dropped and palettes are looked up. The orientation is that of the
-  stored pixels, whatever the format, or upright for `Upright`.
+  stored pixels in every format, or upright for `Upright`.
 
   Raises:
-    UserError: see `open_picture`; or the picture is damaged or cut off.
+    UserError: see `open_picture`; or the picture is damaged or truncated.
   """
   picture = open_picture(data)
   turn = _turn(picture, data)
@@ -235,7 +231,7 @@ def decode(data: bytes) -> Image.Image:
 def _to_rgb(picture: Image.Image) -> Image.Image:
   try:
     return picture.convert("RGB")
-  except Exception as e:  # What Pillow cannot do differs between versions.
+  except Exception as e:  # The error depends on the version of Pillow.
     raise UserError(
       f"the image has colours of the kind {picture.mode}, which cannot be"
       " converted; save it as RGB"
@@ -243,7 +239,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _turn(picture: Image.Image, data: bytes) -> Image.Transpose | None:
-  """Returns how a picture is turned after Pillow has decoded it."""
+  """Returns the transposition to apply after Pillow has decoded a picture."""
   upright = isinstance(data, Upright)
   turned = picture.format == "TIFF"
   if upright == turned:
@@ -258,11 +254,11 @@ def load(picture: Image.Image, data: bytes) -> Image.Image:
   """Decodes an opened picture and returns it.
 
   Raises:
-    UserError: it is damaged or cut off.
+    UserError: it is damaged or truncated.
   """
   try:
     picture.load()
-  except Exception as e:  # Damaged data fails in any of many ways.
+  except Exception as e:  # Damaged data raises errors of many types.
     raise UserError(
       f"the image is damaged or cut off ({len(data)} bytes): {_reason(e)}"
     ) from e

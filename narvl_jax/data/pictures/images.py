@@ -1,11 +1,11 @@
-"""Pictures: any file or array to uint8 [H, W, 3], as the reference does it.
+"""Converts picture files and arrays to uint8 [H, W, 3], as the reference does.
 
 Decoding is Pillow's `convert("RGB")`: alpha is dropped, palettes are looked
-up, the orientation tag is ignored (unless the picture is `Upright`). Resizing
-is bicubic to the exact size, the aspect ratio is not kept. Beyond the
+up, the orientation tag is ignored unless the picture is `Upright`. Resizing is
+bicubic to the exact size without keeping the aspect ratio. Differences from the
 reference: 16-bit and float greys are scaled to 8 bits (the reference clips them
-to white), truncated files are refused (the reference fills the rest with
-grey), and so are huge ones. `files.py` has what concerns files.
+to white); truncated files are rejected (the reference fills the rest with
+grey), and so are huge ones.
 """
 
 import dataclasses
@@ -21,19 +21,18 @@ from narvl_jax.data.pictures.files import read_image_file as read_image_file
 from narvl_jax.data.pictures.files import with_orientation as with_orientation
 from narvl_jax.errors import UserError
 
-# Shares of red, green and blue in a grey; as Pillow has them.
+# Shares of red, green and blue in a grey, as in Pillow.
 _GREY = (0.299, 0.587, 0.114)
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """What augmentation does to one picture; nothing by default.
+  """Augmentation of one picture; none by default.
 
   Attributes:
-    crop: the part that is kept: x0, y0, x1, y1 as fractions of width and
-      height.
-    flip: mirror left and right.
-    color: factors of brightness, contrast and saturation; 1 keeps each.
+    crop: x0, y0, x1, y1 as fractions of width and height.
+    flip: whether to mirror left and right.
+    color: factors of brightness, contrast and saturation; 1 has no effect.
   """
 
   crop: tuple[float, float, float, float] | None = None
@@ -42,10 +41,10 @@ class Change:
 
 
 def original_size(image: bytes | np.ndarray) -> tuple[int, int]:
-  """Returns (width, height) of a picture, as a rule without decoding it.
+  """Returns (width, height) of a picture, usually without decoding it.
 
   Raises:
-    UserError: the picture is no picture, empty or too large.
+    UserError: the picture is invalid, empty or too large.
   """
   if isinstance(image, np.ndarray):
     _check_array(image)
@@ -57,7 +56,7 @@ def orientation(image: bytes | np.ndarray) -> int:
   """Returns the EXIF orientation of a picture, 1 (upright) to 8.
 
   Raises:
-    UserError: the picture is no picture, empty or too large.
+    UserError: the picture is invalid, empty or too large.
   """
   if isinstance(image, np.ndarray):
     return 1
@@ -73,9 +72,9 @@ def prepare_image(
 
   Args:
     image: encoded file, or uint8 [H, W, 3]. An array of the right size is
-      returned as it is, not copied, unless there is a change.
+      returned without a copy unless there is a change.
     size: (height, width) in pixels.
-    change: crop, flip and colours; None leaves the picture as it is.
+    change: crop, flip and colours; None has no effect.
 
   Raises:
     UserError: the picture is unreadable, truncated, empty or too large.
@@ -101,11 +100,12 @@ def prepare_image(
   if box is not None or picture.size != (width, height):
     picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
   if picture.mode != "RGB":
-    # A grey picture has the same three colours then as before, in less memory.
+    # Converted after resizing: a grey picture takes less memory.
     picture = picture.convert("RGB")
-  if change is not None:
-    # Last, where there are the fewest pixels.
-    picture = _flip_and_color(picture, change)
+  if change is not None and change.flip:
+    picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+  if change is not None and change.color is not None:
+    picture = _color(picture, *change.color)
   return np.asarray(picture)
 
 
@@ -115,18 +115,10 @@ def normalize(image: np.ndarray) -> np.ndarray:
   return (scaled - np.float32(0.5)) / np.float32(0.5)
 
 
-def _flip_and_color(picture: Image.Image, change: Change) -> Image.Image:
-  if change.flip:
-    picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-  if change.color is not None:
-    picture = _color(picture, *change.color)
-  return picture
-
-
 def _color(
   picture: Image.Image, brightness: float, contrast: float, saturation: float
 ) -> Image.Image:
-  """Applies the three factors as one matrix, a quarter of the time of three.
+  """Applies the three factors as one matrix.
 
   Contrast is relative to the mean grey, saturation to the grey of each pixel.
   """

@@ -1,4 +1,4 @@
-"""Pictures of predictions: a grid for a split, an overlay for one box."""
+"""Drawings of predictions: a grid for a split, an overlay for one box."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,11 +10,14 @@ from narvl_jax.data.example import Box
 from narvl_jax.terminal.text import escape
 
 Colour = tuple[int, int, int]
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+# Lines of text with their colours.
+Lines = list[tuple[str, Colour]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-  """What a picture calls its two answers and their boxes."""
+  """Labels of the two answers and their boxes."""
 
   prediction: str = "prediction"
   target: str = "target"
@@ -24,7 +27,7 @@ class Words:
 
 _WORDS = Words()
 
-# Told apart by people of every colour vision, also by the line style.
+# Distinguishable with any colour vision, and by the line style.
 PREDICTION_COLOUR: Colour = (214, 69, 0)
 TARGET_COLOUR: Colour = (0, 98, 204)
 _TEXT: Colour = (32, 33, 36)
@@ -39,9 +42,9 @@ _MARGIN = 12
 _FONT_SIZE = 14
 _LINE = 18
 _MAX_LINES = 6
-# More characters than so many lines can have.
+# More characters than `_MAX_LINES` can have.
 _MAX_TEXT = 2000
-# Pixels beyond any picture.
+# A coordinate beyond any picture.
 _FAR = 10_000.0
 _OVERLAY_MIN = 512
 _OVERLAY_MAX = 1600
@@ -55,9 +58,9 @@ class Panel:
   Attributes:
     image: uint8 [H, W, 3].
     title: first line, such as "vqa / count #17".
-    prompt: what was asked; may be empty.
-    prediction: the answer as text.
-    target: the truth as text; None if unknown.
+    prompt: may be empty.
+    prediction: answer as text.
+    target: truth as text; None if unknown.
     correct: shown as a word and a colour; None shows neither.
     predicted_box: in pixels of `image`.
     target_box: in pixels of `image`.
@@ -73,13 +76,11 @@ class Panel:
   target_box: Box | None = None
 
 
-def wrap(
-  text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: float
-) -> list[str]:
+def wrap(text: str, font: Font, width: float) -> list[str]:
   """Breaks a text into lines of at most `width` pixels.
 
-  Words wider than a line are broken inside; a text of more than six lines
-  ends in an ellipsis.
+  Words wider than a line are broken; a text of more than six lines ends in an
+  ellipsis.
   """
   lines = [""]
   for word in escape(text[:_MAX_TEXT], keep="\t\n").split():
@@ -114,9 +115,9 @@ def prediction_grid(
   Args:
     panels: cells in reading order, at least one.
     title: headline, such as the run and the split.
-    note: below it.
+    note: text below the title.
     columns: cells in a row.
-    words: what the answers are called.
+    words: labels of the answers and boxes.
 
   Returns:
     An RGB picture.
@@ -131,40 +132,23 @@ def prediction_grid(
   ]
   cell_width = _PICTURE + _MARGIN
   width = max(columns * cell_width + _MARGIN, 2 * cell_width)
-  head = [
-    (line, colour)
-    for text, colour in ((title, _TEXT), (note, _FAINT))
-    if text
-    for line in wrap(text, font, width - 2 * _MARGIN)
-  ]
-  # The legend, if any, stands on a line of its own.
+  head = _wrapped([(title, _TEXT), (note, _FAINT)], font, width - 2 * _MARGIN)
+  # The legend is a line of its own.
   has_boxes = any(panel.predicted_box or panel.target_box for panel in panels)
-  top = _MARGIN + (len(head) + has_boxes) * _LINE + _MARGIN
-  canvas = Image.new(
-    "RGB",
-    (
-      width,
-      top + sum(heights) + _MARGIN * len(heights),
-    ),
-    _PAPER,
-  )
+  y = _MARGIN + (len(head) + has_boxes) * _LINE + _MARGIN
+  height = y + sum(heights) + _MARGIN * len(heights)
+  canvas = Image.new("RGB", (width, height), _PAPER)
   draw = ImageDraw.Draw(canvas)
-  for number, (line, colour) in enumerate(head):
-    place = (_MARGIN, _MARGIN + number * _LINE)
-    draw.text(place, line, font=font, fill=colour)
+  legend_y = _draw_lines(draw, (_MARGIN, _MARGIN), head, font)
   if has_boxes:
-    place = (_MARGIN, _MARGIN + len(head) * _LINE)
-    _draw_legend(draw, place, font, words=words)
-  y = top
+    _draw_legend(draw, (_MARGIN, legend_y), font, words=words)
   for row, height in zip(rows, heights, strict=True):
     for column, panel in enumerate(panels[row : row + columns]):
       x = _MARGIN + column * cell_width
       draw.rectangle((x, y, x + _PICTURE, y + height), fill=_CELL)
       _paste_picture(canvas, panel, (x, y))
-      text_y = y + _PICTURE + 4
-      for line, colour in texts[row + column]:
-        draw.text((x + 4, text_y), line, font=font, fill=colour)
-        text_y += _LINE
+      place = (x + 4, y + _PICTURE + 4)
+      _draw_lines(draw, place, texts[row + column], font)
     y += height + _MARGIN
   return canvas
 
@@ -178,13 +162,12 @@ def box_overlay(
 ) -> Image.Image:
   """Draws a predicted box, and the true one if known, into a picture.
 
-  Small pictures are enlarged and huge ones reduced, so that the result can be
-  looked at.
+  Small pictures are enlarged and huge ones reduced to a size for viewing.
 
   Args:
     image: uint8 [H, W, 3].
-    predicted_box: in pixels of `image`; None if there is none.
-    target_box: likewise.
+    predicted_box: in pixels of `image`.
+    target_box: in pixels of `image`.
     caption: text below the picture.
 
   Returns:
@@ -197,30 +180,43 @@ def box_overlay(
     limit = _OVERLAY_MIN if long_side < _OVERLAY_MIN else _OVERLAY_MAX
     picture = _fit(picture, limit)
   width = max(picture.width, _OVERLAY_MIN_WIDTH)
-  lines = wrap(caption, font, width - 2 * _MARGIN) if caption else []
+  lines = _wrapped([(caption, _TEXT)], font, width - 2 * _MARGIN)
   height = picture.height + _LINE * (len(lines) + 1) + 2 * _MARGIN
   canvas = Image.new("RGB", (width, height), _PAPER)
   canvas.paste(picture, (0, 0))
   draw = ImageDraw.Draw(canvas)
   scale = picture.width / image.shape[1], picture.height / image.shape[0]
   _draw_boxes(draw, (0, 0), scale, predicted_box, target_box)
-  y = picture.height + _MARGIN
-  for line in lines:
-    draw.text((_MARGIN, y), line, font=font, fill=_TEXT)
-    y += _LINE
+  y = _draw_lines(draw, (_MARGIN, picture.height + _MARGIN), lines, font)
   _draw_legend(draw, (_MARGIN, y), font, with_target=target_box is not None)
   return canvas
 
 
-def _panel_lines(
-  panel: Panel,
-  font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
-  words: Words,
-) -> list[tuple[str, Colour]]:
-  """Returns the lines below the picture with their colours."""
+def _wrapped(parts: Lines, font: Font, width: float) -> Lines:
+  return [
+    (line, colour)
+    for text, colour in parts
+    if text
+    for line in wrap(text, font, width)
+  ]
+
+
+def _draw_lines(
+  draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: Lines, font: Font
+) -> int:
+  """Writes lines below one another and returns the y after them."""
+  x, y = place
+  for line, colour in lines:
+    draw.text((x, y), line, font=font, fill=colour)
+    y += _LINE
+  return y
+
+
+def _panel_lines(panel: Panel, font: Font, words: Words) -> Lines:
+  """Returns the lines below the picture."""
   title, verdict = panel.title, _TEXT
   if panel.correct is not None:
-    # The word serves those who do not see the colours.
+    # A word as well, for readers who cannot see the colours.
     title += ": right" if panel.correct else ": wrong"
     verdict = _RIGHT if panel.correct else _WRONG
   parts = [
@@ -230,18 +226,13 @@ def _panel_lines(
   ]
   if panel.target is not None:
     parts.append((f"{words.target}: {panel.target}", TARGET_COLOUR))
-  return [
-    (line, colour)
-    for text, colour in parts
-    if text
-    for line in wrap(text, font, _PICTURE - 8)
-  ]
+  return _wrapped(parts, font, _PICTURE - 8)
 
 
 def _fit(picture: Image.Image, side: int) -> Image.Image:
-  """Scales a picture so that its long side is about `side` pixels.
+  """Scales the long side of a picture to about `side` pixels.
 
-  Small pictures grow by a whole factor, so that their pixels stay square.
+  Small pictures are enlarged by an integer, so that their pixels stay square.
   """
   factor = side / max(picture.size)
   if factor >= 2:
@@ -256,7 +247,7 @@ def _fit(picture: Image.Image, side: int) -> Image.Image:
 def _paste_picture(
   canvas: Image.Image, panel: Panel, origin: tuple[int, int]
 ) -> None:
-  """Centres the picture of a panel in its square and draws its boxes."""
+  """Draws the picture of a panel, centred in its square, and its boxes."""
   picture = _fit(Image.fromarray(panel.image), _PICTURE)
   left = origin[0] + (_PICTURE - picture.width) // 2
   top = origin[1] + (_PICTURE - picture.height) // 2
@@ -286,6 +277,7 @@ def _draw_boxes(
   ):
     if box is None:
       continue
+    # Clipped, because the time to draw a line grows with its length.
     xs = sorted(_near(origin[0] + x * scale[0]) for x in (box[0], box[2]))
     ys = sorted(_near(origin[1] + y * scale[1]) for y in (box[1], box[3]))
     corners = (xs[0], ys[0], xs[1], ys[1])
@@ -294,7 +286,6 @@ def _draw_boxes(
 
 
 def _near(position: float) -> float:
-  """Keeps a coordinate of the data where drawing a line up to it ends soon."""
   return min(max(position, -_FAR), _FAR)
 
 
@@ -337,12 +328,12 @@ def _rectangle(
 def _draw_legend(
   draw: ImageDraw.ImageDraw,
   origin: tuple[int, int],
-  font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+  font: Font,
   *,
   with_target: bool = True,
   words: Words = _WORDS,
 ) -> None:
-  """Writes which colour and line style stands for which box."""
+  """Draws the legend of colours and line styles."""
   x, y = origin
   entries = [(words.predicted_box, PREDICTION_COLOUR, False)]
   if with_target:

@@ -1,1 +1,1 @@
-"""Shards."""
+"""Shards: records converted to files with random access; distilled data."""

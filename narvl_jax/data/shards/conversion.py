@@ -1,20 +1,20 @@
-"""Any source to a folder of ArrayRecord shards: parallel and resumable.
+"""Converts any source to a folder of shards; parallel and resumable.
 
-Shard k of n holds the records from k * count // n on, whatever the number of
-processes, so the bytes do not depend on it. A shard is written under another
-name in the folder `.convert`, read back, and renamed; a note beside it says
-that it is done. The manifest comes last. A conversion that was killed goes on
-with the shards whose notes and hashes are right.
+Shard k of n begins with record k * count // n, so its bytes do not depend on
+the number of processes. A shard is written to the folder `.convert`, read back,
+and moved to its place; a note in `.convert` marks it as done. The manifest is
+written last. A repeated command keeps the shards whose notes and hashes match.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from narvl_jax.data.example import TASKS
@@ -26,11 +26,7 @@ from narvl_jax.data.shards.folder import (
   nothing_left_over,
   progress_folder,
 )
-from narvl_jax.data.shards.manifest import (
-  Manifest,
-  Shard,
-  write_json,
-)
+from narvl_jax.data.shards.manifest import Manifest, Shard, write_json
 from narvl_jax.data.shards.writer import (
   PROGRESS,
   BadAccount,
@@ -53,8 +49,8 @@ _ORIENTATION_NOTES = {
   "apply": "they were turned upright",
 }
 
-# (job, numbers of shards, what counts the records that are done) -> (number,
-# note) of each shard; see `write_all`.
+# (job, numbers of shards, progress) -> (number, note) of each shard; see
+# `write_all`.
 Write = Callable[
   [Job, Sequence[int], Activity], Iterator[tuple[int, dict[str, Any]]]
 ]
@@ -77,23 +73,21 @@ def plan(
   exif_orientation: str = "ignore",
   size_flags: str = "--shards, --shard_size or --max_examples",
 ) -> tuple[Job, dict[str, Any]]:
-  """Opens the source once; returns the job and what identifies its input.
+  """Opens the source once; returns the job and the identity of its input.
+
+  Args not listed here are those of `Job`.
 
   Args:
     spec: see `open_source`.
-    folder: that gets the shards.
+    folder: target of the shards.
     task: one of `TASKS`; may be "" if the source knows its task.
     split: of the source.
     options: of the source.
     name: of the shards; by default TASK-SPLIT.
-    limit: converts only so many records; 0 converts all.
+    limit: largest number of records to convert; 0 converts all.
     shards: number of shards; 0 derives it from `shard_size`.
-    shard_size: records of a shard, about.
-    image_size: see `Job`.
-    quality: see `Job`.
-    format: see `Job`.
-    exif_orientation: see `Job`.
-    size_flags: what the user may change if there are too many shards.
+    shard_size: approximate number of records of a shard.
+    size_flags: flags to name in the error about too many shards.
 
   Raises:
     UserError: the source cannot be opened or has no record.
@@ -103,7 +97,7 @@ def plan(
     spec, task=task, split=split, exif_orientation=exif_orientation, **options
   )
   if getattr(source, "upright", False):
-    # Settled when it was converted before.
+    # An earlier conversion turned the pictures already.
     exif_orientation = "apply"
   task = task or getattr(source, "task", "")
   if task not in TASKS:
@@ -112,14 +106,15 @@ def plan(
   count = min(limit, len(source)) if limit else len(source)
   if count < 1:
     raise UserError(f'"{spec}" has no record; check --split')
-  num_shards = shards or math.ceil(count / shard_size)
-  if num_shards > min(count, 99999):
+  num_shards, most = shards or math.ceil(count / shard_size), min(count, 99999)
+  if num_shards > most:
     raise UserError(
       f"{num_shards} shards for {count} records are too many; there may be"
-      f" {min(count, 99999)}: change {size_flags}"
+      f" {most}: change {size_flags}"
     )
+  kept = [c if c.isalnum() or c in "-_." else "_" for c in found_split]
   job = Job(
-    spec, task, split, options, folder, name or _file_name(task, found_split),
+    spec, task, split, options, folder, name or f"{task}-{''.join(kept)}",
     count, num_shards, image_size, quality, format, exif_orientation,
   )  # fmt: skip
   origin = {
@@ -131,15 +126,10 @@ def plan(
   return job, {"split": found_split, "source": origin}
 
 
-def _file_name(task: str, split: str) -> str:
-  kept = [c if c.isalnum() or c in "-_." else "_" for c in split]
-  return f"{task}-{''.join(kept)}"
-
-
 def _fingerprint(
   source: Any, spec: str, options: dict[str, Any], split: str
 ) -> str:
-  """Returns a text that differs when the input's files do."""
+  """Returns a text that changes with the files of the input."""
   own = getattr(source, "fingerprint", None)
   if own is not None:
     return own()
@@ -167,19 +157,19 @@ def convert(
   tell: Callable[[str], None] = show,
   write: Write | None = None,
 ) -> Manifest:
-  """Writes the shards that are not there yet, and the manifest.
+  """Writes the missing shards, and the manifest.
 
   Args:
     job: from `plan`.
     origin: from `plan`.
     num_workers: number of processes; 0 works in this one.
-    max_bad_fraction: of the records that may be bad and left out.
-    tell: gets a line for each shard.
+    max_bad_fraction: share of the records that may be bad and left out.
+    tell: prints a line for each shard.
     write: writes shards instead of `write_all`.
 
   Raises:
-    UserError: too many records are bad, the folder holds something else or
-      another conversion works on it, or it cannot be written.
+    UserError: too many records are bad, the folder holds something else or is
+      in use by another conversion, or it cannot be written.
   """
   folder = pathlib.Path(job.folder)
   done = finished_manifest(folder, job, origin)
@@ -194,23 +184,14 @@ def convert(
     notes = kept_notes(progress, folder, job, max(num_workers, 1))
     if notes:
       tell(f"{len(notes)} of {job.num_shards} shards are there already")
-    todo = [k for k in range(job.num_shards) if k not in notes]
     account = BadAccount(job, max_bad_fraction)
     for note in notes.values():
       account.add(note, log=False)
-    records = sum(len(job.indices(number)) for number in todo)
-    with (
-      doing(f"writing {job.name}", records, "records") as writing,
-      contextlib.ExitStack() as stack,
-    ):
-      finished = 0
-      if write:
-        written = write(job, todo, writing)
-      else:
-        # After a failure no process may go on writing.
-        workers = contextlib.closing(write_all(job, todo, num_workers))
-        written = stack.enter_context(workers)
-      for number, note in written:
+    # Closed at once: after a failure no process may continue to write.
+    with contextlib.closing(
+      _missing(job, notes, write or functools.partial(_write_here, num_workers))
+    ) as missing:
+      for number, note in missing:
         account.add(note)
         write_json(progress / f"{number:05d}.json", note)
         notes[number] = note
@@ -219,8 +200,6 @@ def convert(
           f"{shard['file']}: {shard['records']} records,"
           f" {shard['bytes'] / 1e6:.1f} MB, {len(note['bad'])} bad"
         )
-        finished += len(job.indices(number))
-        writing.done = finished
     manifest = _manifest(job, origin, [notes[k] for k in sorted(notes)])
     manifest.write(folder)
   turned = sum(note.get("turned", 0) for note in notes.values())
@@ -231,6 +210,26 @@ def convert(
     )
   shutil.rmtree(folder / PROGRESS, ignore_errors=True)
   return manifest
+
+
+def _missing(
+  job: Job, notes: Mapping[int, dict[str, Any]], write: Write
+) -> Generator[tuple[int, dict[str, Any]], None, None]:
+  """Writes the shards without a note and yields (number, note) of each."""
+  todo = [k for k in range(job.num_shards) if k not in notes]
+  sizes = {number: len(job.indices(number)) for number in todo}
+  text, finished = f"writing {job.name}", 0
+  with doing(text, sum(sizes.values()), "records") as writing:
+    for number, note in write(job, todo, writing):
+      yield number, note
+      finished += sizes[number]
+      writing.done = finished
+
+
+def _write_here(
+  num_workers: int, job: Job, todo: Sequence[int], _: Activity
+) -> Iterator[tuple[int, dict[str, Any]]]:
+  yield from write_all(job, todo, num_workers)
 
 
 def _manifest(
@@ -252,7 +251,7 @@ def _manifest(
 
 
 def _summed(counts: Sequence[dict[str, float]]) -> dict[str, float] | None:
-  """Returns the sum of each count; None if nothing was counted."""
+  """Returns the sum of each count; None without counts."""
   if not counts:
     return None
   return {key: sum(count[key] for count in counts) for key in counts[0]}
@@ -260,11 +259,11 @@ def _summed(counts: Sequence[dict[str, float]]) -> dict[str, float] | None:
 
 @contextlib.contextmanager
 def _written(folder: pathlib.Path) -> Iterator[None]:
-  """Tells what is wrong with the target in one line."""
+  """Turns errors of writing to the target into a `UserError`."""
   try:
     yield
   except BrokenPipeError:
-    # Nobody reads what is told.
+    # It concerns stdout.
     raise
   except OSError as e:
     raise write_error(folder, e) from e

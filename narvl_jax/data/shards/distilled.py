@@ -1,4 +1,4 @@
-"""Data whose targets are a teacher's answers: made from labels, and found."""
+"""Distilled data, whose targets are answers of a teacher."""
 
 import dataclasses
 import pathlib
@@ -9,7 +9,7 @@ from narvl_jax.data.batches.pipeline import Batcher
 from narvl_jax.data.example import TASKS, Box, Record
 from narvl_jax.data.record_checks import checked_record
 from narvl_jax.data.shards.formats import format_of
-from narvl_jax.data.shards.manifest import Manifest, Shard, read_manifest
+from narvl_jax.data.shards.manifest import Manifest, read_manifest
 from narvl_jax.data.shards.writer import PROGRESS
 from narvl_jax.data.sources import MANIFEST, locate
 from narvl_jax.data.sources.base import RecordSource
@@ -23,11 +23,11 @@ _WITHOUT_OBJECTS = "0,5,2,3"
 
 
 class Label(NamedTuple):
-  """What a teacher says to a request.
+  """Answer of a teacher.
 
   Attributes:
     value: text, or x0, y0, x1, y1 in pixels of the original image.
-    score: its log-probability.
+    score: log-probability.
   """
 
   value: str | Box
@@ -38,16 +38,13 @@ def relabel(record: Record, label: Label, task: Task[Any]) -> Record | None:
   """Returns the record with the answer as its only target, of confidence 1.
 
   Returns:
-    None if the answer is no target: empty, not one of yes, no and maybe, or
-    no box with an area.
+    None if the answer cannot be a target: an empty text, an entailment other
+    than yes, no and maybe, or a box without area.
   """
   if isinstance(label.value, str):
-    changes: dict[str, Any] = {
-      "answers": {label.value: 1.0},
-      "annotators": 0,
-    }
     if not label.value.strip():
       return None
+    changes: dict[str, Any] = {"answers": {label.value: 1.0}, "annotators": 0}
   else:
     changes = {"box": tuple(label.value)}
   new = dataclasses.replace(record, score=label.score, **changes)
@@ -59,9 +56,9 @@ def relabel(record: Record, label: Label, task: Task[Any]) -> Record | None:
 
 
 class Labelled(RecordSource):
-  """Some records of a source with a teacher's answers for targets.
+  """Records of a source with a teacher's answers as targets.
 
-  A record of which the answer is no target keeps the one that it has.
+  A record keeps its own target if the answer cannot be a target.
   """
 
   def __init__(
@@ -71,13 +68,13 @@ class Labelled(RecordSource):
     task: Task[Any],
     batcher: Batcher,
   ) -> None:
-    """Takes the labels of the records that could be read.
+    """Combines a source with labels.
 
     Args:
-      source: with the original targets.
-      labels: by index in the source.
+      source: records with the original targets.
+      labels: index in the source -> label, of all records that could be read.
       task: of the teacher.
-      batcher: of the teacher; tells why a record without label has none.
+      batcher: of the teacher; its error explains why a record has no label.
     """
     self.task, self.split = task.name, getattr(source, "split", "")
     self._source = source
@@ -93,7 +90,7 @@ class Labelled(RecordSource):
     record = checked_record(self._source[number])
     label = self._labels.get(number)
     if label is None:
-      # Raises what the teacher met.
+      # Raises the error that the teacher met.
       self._batcher.prepare(record, self._task, target="none")
       raise UserError("the teacher did not answer")
     new = relabel(record, label, self._task)
@@ -117,23 +114,21 @@ class Labelled(RecordSource):
     return locate(self._source, number)
 
   def _target_ids(self, record: Record) -> list[int] | None:
-    """Returns the labels of a record, None if its target is unknown."""
+    """Returns the target of a record as ids; None if it is unknown."""
     try:
       return self._task.encode(record).label_ids
     except UserError:
       return None
 
   def counts(self, indices: Sequence[int]) -> dict[str, float]:
-    """Returns what became of the records that were read.
-
-    Args:
-      indices: those that count.
+    """Returns sums over the records that were read, of those in `indices`.
 
     Returns:
-      "teacher": records with the teacher's answer; "original": records that
-      kept their target; of the former, "compared": those with a target before,
-      "equal": those with the same ids as before, "score": the sum of their
-      log-probabilities; of all, "objects": those with names of objects.
+      "teacher": records with the teacher's answer. "original": records that
+      kept their target. "objects": records with names of objects. Of those
+      with the teacher's answer, "compared": those with an original target;
+      "equal": those whose original target has the same ids; "score": sum of
+      log-probabilities.
     """
     known = [self._counts[i] for i in indices if i in self._counts]
     return {key: sum(own.get(key, 0) for own in known) for key in COUNTS}
@@ -144,11 +139,11 @@ class DistilledSet:
   """A data set that `narvl_jax.distill` wrote.
 
   Attributes:
-    name: of the teacher's entry that it was made from.
+    name: of the teacher's entry.
     task: one of `TASKS`.
     split: such as "train".
-    source: name of the source that reads it.
-    options: of that source.
+    source: name of the source that reads the data set.
+    options: of this source.
     manifest: of its folder.
   """
 
@@ -166,11 +161,11 @@ def distilled_sets(
   """Finds the data sets in a folder of `narvl_jax.distill`.
 
   Args:
-    folder: its `--to`.
-    names: those that are wanted; all by default.
+    folder: the value of `--to`.
+    names: of the data sets; all by default.
 
   Raises:
-    UserError: there is none, or one is not complete.
+    UserError: there is none, or one is incomplete.
   """
   found = [
     path.parent
@@ -204,7 +199,7 @@ def _describe(folder: pathlib.Path) -> DistilledSet:
       " data.train of its own"
     )
   source, options = "array_record", {"path": str(folder)}
-  if _is_tsv(manifest.shards):
+  if any(format_of(x.file).suffix == ".tsv" for x in manifest.shards):
     source, options = "ofa_tsv", {"path": str(folder / "*.tsv")}
     if manifest.task == "vqa" and not manifest.labels["objects"]:
       options["columns"] = _WITHOUT_OBJECTS
@@ -213,12 +208,8 @@ def _describe(folder: pathlib.Path) -> DistilledSet:
   )
 
 
-def _is_tsv(shards: Sequence[Shard]) -> bool:
-  return any(format_of(shard.file).suffix == ".tsv" for shard in shards)
-
-
 def summary(manifest: Manifest) -> str:
-  """Returns what became of the targets of a data set, in one line."""
+  """Returns a line about the targets of a data set."""
   labels = manifest.labels or dict.fromkeys(COUNTS, 0)
   answers, compared = labels["teacher"], labels["compared"]
   parts = [f"{manifest.records} records", f"{answers} answers"]

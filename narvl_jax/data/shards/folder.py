@@ -1,4 +1,4 @@
-"""The folder of a conversion: what is there, and whether to go on with it."""
+"""The folder of a conversion: its state, and whether it can be resumed."""
 
 import contextlib
 import dataclasses
@@ -20,20 +20,17 @@ from narvl_jax.data.shards.manifest import (
   verify,
   write_json,
 )
-from narvl_jax.data.shards.writer import (
-  PROGRESS,
-  Job,
-)
+from narvl_jax.data.shards.writer import PROGRESS, Job
 from narvl_jax.data.sources import MANIFEST
 from narvl_jax.errors import UserError
 from narvl_jax.files import side_files
 
-# Between digests of the files' names, sizes and times, and of their contents.
+# Separates the digest of names, sizes and times of files from that of contents.
 CONTENT_MARK = ":"
 
 
 def settings_of(job: Job, origin: dict[str, Any]) -> dict[str, Any]:
-  """Returns what must not change when a conversion goes on."""
+  """Returns the settings that must not change when a conversion resumes."""
   settings = {
     "schema_version": records.SCHEMA_VERSION,
     "name": job.name,
@@ -48,10 +45,10 @@ def settings_of(job: Job, origin: dict[str, Any]) -> dict[str, Any]:
 def finished_manifest(
   folder: pathlib.Path, job: Job, origin: dict[str, Any]
 ) -> Manifest | None:
-  """Returns the manifest of a folder that is complete; None if it is not.
+  """Returns the manifest of a complete folder; None if it is incomplete.
 
   Raises:
-    UserError: the folder has shards of something else.
+    UserError: the folder holds other shards, or is damaged.
   """
   if (folder / MANIFEST).exists():
     manifest = read_manifest(folder)
@@ -77,7 +74,7 @@ def finished_manifest(
 def check_settings(
   folder: pathlib.Path, had: dict[str, Any], wanted: dict[str, Any]
 ) -> None:
-  """Raises `UserError` naming what differs, if the settings do."""
+  """Raises `UserError` naming the differences, if there are any."""
   for key, value in wanted.items():
     old = had.get(key)
     if key == "source":
@@ -102,7 +99,7 @@ def check_settings(
 
 
 def _as_comparable(old: Any, wanted: dict[str, Any]) -> dict[str, Any]:
-  """Returns the source without its content, if `old` was written so."""
+  """Removes the digest of contents if `old`, of an older version, has none."""
   fingerprint = str(wanted.get("fingerprint", ""))
   if not isinstance(old, dict) or CONTENT_MARK in str(old.get("fingerprint")):
     return wanted
@@ -112,13 +109,13 @@ def _as_comparable(old: Any, wanted: dict[str, Any]) -> dict[str, Any]:
 def _differences(
   key: str, old: Any, new: Any
 ) -> Iterator[tuple[str, Any, Any]]:
-  """Yields the keys of which one of two values differs, and both."""
+  """Yields (path, old, new) of all keys whose values differ."""
   if old == new:
     return
   if not isinstance(new, dict) and not isinstance(old, dict):
     yield key, old, new
     return
-  # One may lack the section that the other has.
+  # One of them may lack the section.
   before = old if isinstance(old, dict) else {}
   after = new if isinstance(new, dict) else {}
   for part in {**after, **before}:
@@ -129,7 +126,7 @@ def _differences(
 def progress_folder(
   folder: pathlib.Path, job: Job, origin: dict[str, Any]
 ) -> Iterator[pathlib.Path]:
-  """Locks the folder, checks the settings and drops half-written files."""
+  """Locks the folder, checks the settings and removes partial files."""
   progress = folder / PROGRESS
   progress.mkdir(parents=True, exist_ok=True)
   with open(progress / "lock", "w") as lock:
@@ -144,7 +141,7 @@ def progress_folder(
     settings = settings_of(job, origin)
     stored = side_files.read_object(path)
     if stored is None:
-      # Of which settings the shards so far are is not known.
+      # The settings of the existing shards are unknown.
       for note in progress.glob("[0-9]*.json"):
         note.unlink()
       write_json(path, settings)
@@ -159,10 +156,10 @@ def progress_folder(
 def nothing_left_over(
   progress: pathlib.Path, job: Job, *, shared: bool
 ) -> Iterator[None]:
-  """Empties the folder if the body fails before a shard was completed.
+  """Empties the folder if the body fails before a shard is complete.
 
-  Otherwise a command with the right settings, such as another task, would be
-  refused. Where others write as well (`shared`) everything stays.
+  Otherwise a command with corrected settings would be rejected. Everything
+  stays if other hosts write to the folder (`shared`).
   """
   try:
     yield
@@ -180,7 +177,7 @@ def nothing_left_over(
 def kept_notes(
   progress: pathlib.Path, folder: pathlib.Path, job: Job, num_threads: int
 ) -> dict[int, dict[str, Any]]:
-  """Returns the notes of shards whose bytes are what they were."""
+  """Returns the notes of the shards that are intact."""
 
   def check(number: int) -> dict[str, Any] | None:
     try:
@@ -190,7 +187,7 @@ def kept_notes(
       same = path.stat().st_size == shard.bytes
       return note if same and sha256_of(path) == shard.sha256 else None
     except (OSError, ValueError, KeyError, TypeError):
-      return None  # Not there, or damaged: written again.
+      return None  # Missing or damaged: the shard is written again.
 
   with futures.ThreadPoolExecutor(num_threads) as pool:
     notes = list(pool.map(check, range(job.num_shards)))

@@ -1,4 +1,4 @@
-"""The kinds of files that shards may be: ArrayRecord and OFA TSV."""
+"""File formats of shards: ArrayRecord and OFA TSV."""
 
 import abc
 import base64
@@ -24,19 +24,19 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ShardFormat(abc.ABC):
-  """How records become a file; a record's stored form is bytes."""
+  """Writes records to a file and reads them; a record is stored as bytes."""
 
   suffix: str
 
   @abc.abstractmethod
   def serialize(self, record: Record) -> bytes:
-    """Returns the stored form; raises `UserError` if there is none."""
+    """Returns the stored form; raises `UserError` if the format has none."""
 
   @abc.abstractmethod
   def writing(
     self, path: str | os.PathLike[str]
   ) -> contextlib.AbstractContextManager[Callable[[bytes], Any]]:
-    """Opens a new file; the context gives what appends a stored form."""
+    """Opens a new file; the context is a function that appends stored forms."""
 
   @abc.abstractmethod
   def read(self, path: str | os.PathLike[str]) -> Iterator[bytes]:
@@ -44,23 +44,21 @@ class ShardFormat(abc.ABC):
 
   @abc.abstractmethod
   def count(self, path: str | os.PathLike[str]) -> int:
-    """Returns the number of records, 0 if the file is damaged."""
+    """Returns the number of records; 0 if the file is damaged."""
 
 
-class ArrayRecordFormat(ShardFormat):
-  """Random access, every field of a record; see `records`."""
+class _ArrayRecordFormat(ShardFormat):
+  """ArrayRecord: random access, all fields of a record; see `records`."""
 
   suffix = ".array_record"
 
   def serialize(self, record: Record) -> bytes:
-    """See `ShardFormat`."""
     return records.serialize(record)
 
   @contextlib.contextmanager
   def writing(
     self, path: str | os.PathLike[str]
   ) -> Iterator[Callable[[bytes], Any]]:
-    """See `ShardFormat`."""
     writer = array_record_module.ArrayRecordWriter(
       os.fspath(path), _WRITER_OPTIONS
     )
@@ -70,7 +68,6 @@ class ArrayRecordFormat(ShardFormat):
       writer.close()
 
   def read(self, path: str | os.PathLike[str]) -> Iterator[bytes]:
-    """See `ShardFormat`."""
     reader = array_record_module.ArrayRecordReader(os.fspath(path))
     try:
       for position in range(reader.num_records()):
@@ -79,7 +76,6 @@ class ArrayRecordFormat(ShardFormat):
       reader.close()
 
   def count(self, path: str | os.PathLike[str]) -> int:
-    """See `ShardFormat`."""
     reader = array_record_module.ArrayRecordReader(os.fspath(path))
     try:
       return reader.num_records()
@@ -87,18 +83,17 @@ class ArrayRecordFormat(ShardFormat):
       reader.close()
 
 
-class TsvFormat(ShardFormat):
-  """Rows as the source `ofa_tsv` reads them, the score in a last column.
+class _TsvFormat(ShardFormat):
+  """Rows for the source `ofa_tsv`, with the score in an additional column.
 
-  Columns that it does not read are empty, but for column 1, which repeats the
-  id. `kind` is lost; tabs and ends of lines become spaces, and halves of
-  surrogate pairs, which UTF-8 cannot hold, U+FFFD.
+  Column 1 repeats the id; other columns that `ofa_tsv` does not read are empty.
+  `kind` is lost. Tabs and line ends become spaces; unpaired surrogates, which
+  UTF-8 cannot hold, become U+FFFD.
   """
 
   suffix = ".tsv"
 
   def serialize(self, record: Record) -> bytes:
-    """See `ShardFormat`."""
     columns = COLUMNS[record.task]
     row = [""] * (max(columns) + 1)
     row[1] = record.id
@@ -113,17 +108,14 @@ class TsvFormat(ShardFormat):
   def writing(
     self, path: str | os.PathLike[str]
   ) -> Iterator[Callable[[bytes], Any]]:
-    """See `ShardFormat`."""
     with open(path, "wb") as file:
       yield file.write
 
   def read(self, path: str | os.PathLike[str]) -> Iterator[bytes]:
-    """See `ShardFormat`."""
     with open(path, "rb") as file:
       yield from file
 
   def count(self, path: str | os.PathLike[str]) -> int:
-    """See `ShardFormat`."""
     lines = 0
     with open(path, "rb") as file:
       while block := file.read(_BLOCK):
@@ -160,7 +152,7 @@ def _entailment(record: Record) -> tuple[str, ...]:
 
 
 def _check_answers(record: Record) -> None:
-  """Raises `UserError` for an answer of which a row would keep nothing."""
+  """Raises `UserError` for an answer of which nothing can be stored."""
   for answer in record.answers:
     if not " ".join(_lines(answer)).strip():
       raise UserError(
@@ -187,13 +179,13 @@ _CELLS: dict[str, Callable[[Record], tuple[str, ...]]] = {
 }
 
 FORMATS: dict[str, ShardFormat] = {
-  "array_record": ArrayRecordFormat(),
-  "tsv": TsvFormat(),
+  "array_record": _ArrayRecordFormat(),
+  "tsv": _TsvFormat(),
 }
 
 
 def format_of(path: str | os.PathLike[str]) -> ShardFormat:
-  """Returns the format of a shard by its name."""
+  """Returns the format of a shard from its name; ArrayRecord by default."""
   name = os.fspath(path)
   return next(
     (f for f in FORMATS.values() if name.endswith(f.suffix)),

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a folder of shards holds, and its check."""
+"""`manifest.json`: contents of a folder of shards, and their verification."""
 
 import dataclasses
 import hashlib
@@ -16,19 +16,11 @@ from narvl_jax.files.disk import atomically
 from narvl_jax.terminal.text import readable_json
 
 _AGAIN = "; convert the data again with python -m narvl_jax.convert_data"
-_BLOCK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """One file.
-
-  Attributes:
-    file: its name within the folder.
-    records: number of records.
-    bytes: its size.
-    sha256: of the whole file, in hexadecimal.
-  """
+  """A file: name within the folder, records, bytes, SHA-256 in hexadecimal."""
 
   file: str
   records: int
@@ -38,7 +30,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What `manifest.json` says.
+  """The content of `manifest.json`.
 
   Attributes:
     schema_version: of the records; see `records`.
@@ -50,10 +42,10 @@ class Manifest:
       fingerprint), decoding and format.
     image: how pictures are stored: {"encoding": "original"}, or "jpeg" with
       size and quality.
-    records: number of records in all.
-    bad_records: what was left out: index, place, id and reason each.
+    records: number of records of all shards.
+    bad_records: index, place, id and reason of each record that was left out.
     shards: the files in order.
-    labels: of distilled data, sums over its records; see
+    labels: sums over the records of distilled data; see
       `distilled.Labelled.counts`.
   """
 
@@ -69,7 +61,7 @@ class Manifest:
   labels: dict[str, float] | None = None
 
   def write(self, folder: pathlib.Path) -> None:
-    """Writes the manifest at once or not at all."""
+    """Writes the manifest atomically."""
     fields = dataclasses.asdict(self)
     if self.labels is None:
       del fields["labels"]
@@ -77,7 +69,7 @@ class Manifest:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a JSON file at once or not at all."""
+  """Writes a JSON file atomically."""
   text = readable_json(value, indent=2) + "\n"
   with atomically(path) as temporary:
     temporary.write_text(text, encoding="utf-8")
@@ -87,7 +79,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
   """Reads the manifest of a folder.
 
   Raises:
-    UserError: there is none, it is damaged, or its version is a newer one.
+    UserError: there is none, it is damaged, or its version is newer.
   """
   path = folder / MANIFEST
   try:
@@ -121,7 +113,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
 
 
 def quick_fault(folder: pathlib.Path, shard: Shard) -> str:
-  """Returns what is wrong with a shard, "" if nothing; its data is not read."""
+  """Returns the fault of a shard, "" if none is found without reading data."""
   path = folder / shard.file
   try:
     size = path.stat().st_size
@@ -132,7 +124,7 @@ def quick_fault(folder: pathlib.Path, shard: Shard) -> str:
     return f"{shard.file}: {word}: {size:,} bytes of {shard.bytes:,}"
   try:
     count = format_of(path).count(path)
-  except Exception as e:  # Damage shows in the library's own ways.
+  except Exception as e:  # Damage raises various errors in the library.
     return f"{shard.file}: cannot be read: {e}"
   if count != shard.records:
     return f"{shard.file}: damaged: {count} records of {shard.records}"
@@ -141,18 +133,15 @@ def quick_fault(folder: pathlib.Path, shard: Shard) -> str:
 
 def sha256_of(path: pathlib.Path) -> str:
   """Returns the SHA-256 of a file in hexadecimal."""
-  digest = hashlib.sha256()
   with open(path, "rb") as file:
-    while block := file.read(_BLOCK):
-      digest.update(block)
-  return digest.hexdigest()
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(folder: pathlib.Path, *, num_threads: int = 1) -> list[str]:
-  """Reads all shards of a folder again; returns one line a fault.
+  """Reads all shards of a folder and returns a line for each fault.
 
-  Finds shards that are missing, renamed, cut off or changed in any bit, and
-  files that the manifest does not have.
+  Finds shards that are missing, renamed, truncated or changed in any bit, and
+  files that the manifest does not list.
 
   Raises:
     UserError: the manifest itself cannot be used.
@@ -171,7 +160,7 @@ def verify(folder: pathlib.Path, *, num_threads: int = 1) -> list[str]:
       pool.map(lambda shard: _fault(folder, shard), manifest.shards)
     )
     stray_hashes = dict(zip(strays, pool.map(sha256_of, strays), strict=True))
-  return list(_tell(manifest, faults, stray_hashes))
+  return list(_fault_lines(manifest, faults, stray_hashes))
 
 
 def _fault(folder: pathlib.Path, shard: Shard) -> str:
@@ -183,10 +172,10 @@ def _fault(folder: pathlib.Path, shard: Shard) -> str:
   return ""
 
 
-def _tell(
+def _fault_lines(
   manifest: Manifest, faults: list[str], strays: dict[pathlib.Path, str]
 ) -> Iterator[str]:
-  """Yields the faults; a stray file may be a missing shard's data."""
+  """Yields the faults; a stray file may hold the data of a missing shard."""
   known = {shard.sha256: shard.file for shard in manifest.shards}
   for shard, fault in zip(manifest.shards, faults, strict=True):
     if not fault:

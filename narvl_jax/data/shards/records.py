@@ -1,4 +1,4 @@
-"""The form in which a record is stored in a shard.
+"""Serialization of a record in a shard.
 
 Schema 1: one MessagePack map a record, with the fields of `Record` by name:
 
@@ -14,10 +14,10 @@ Schema 1: one MessagePack map a record, with the fields of `Record` by name:
 | objects    | array of str; absent for None, which is not an empty array  |
 | kind       | str                                                         |
 | score      | float: log-probability of a teacher's answer                |
-| annotators | int: people from whose answers the scores follow            |
+| annotators | int: people whose answers determine the scores              |
 
-Fields that have their default value are left out. `id`, `task` and `image`
-are always there. Numbers are 64-bit floats.
+Fields with their default value are left out, except `id`, `task` and `image`.
+Numbers are 64-bit floats.
 """
 
 import io
@@ -37,10 +37,10 @@ _TEXTS = ("id", "task", "prompt", "premise", "kind")
 
 
 def serialize(record: Record) -> bytes:
-  """Returns a record in the form above.
+  """Returns a record as bytes.
 
   Raises:
-    UserError: the picture is no picture, or a field has a wrong type.
+    UserError: the picture is invalid, or a field has a wrong type.
   """
   fields: dict[str, Any] = {
     "id": record.id,
@@ -60,7 +60,7 @@ def serialize(record: Record) -> bytes:
   if record.score is not None:
     kept["score"] = float(record.score)
   try:
-    # Whatever a text of a record holds: halves of surrogate pairs, too.
+    # Texts may hold unpaired surrogates.
     data = msgpack.packb(
       kept, use_bin_type=True, unicode_errors="surrogatepass"
     )
@@ -71,10 +71,10 @@ def serialize(record: Record) -> bytes:
 
 
 def deserialize(data: bytes) -> Record:
-  """Returns the record that `serialize` made `data` of.
+  """Returns the record from the bytes of `serialize`.
 
   Raises:
-    UserError: `data` is damaged or has another form, or a field is wrong.
+    UserError: the bytes are damaged or have another form, or a field is wrong.
   """
   try:
     fields = msgpack.unpackb(
@@ -89,7 +89,7 @@ def deserialize(data: bytes) -> Record:
       score=fields.get("score"),
       annotators=fields.get("annotators", 0),
     )
-  except Exception as e:  # Whatever the bytes are.
+  except Exception as e:  # Damaged bytes raise errors of many types.
     raise UserError(
       f"the stored record is damaged ({type(e).__name__}: {e}); check the"
       " folder with python -m narvl_jax.convert_data DIR --verify"
@@ -103,16 +103,16 @@ def deserialize(data: bytes) -> Record:
 
 
 def encoded_image(image: bytes | np.ndarray) -> bytes:
-  """Returns encoded pictures as they are and arrays as PNG.
+  """Returns an encoded picture unchanged and an array as PNG.
 
   Raises:
-    UserError: it is empty or no picture.
+    UserError: the image is empty or invalid.
   """
   if isinstance(image, bytes):
     if not image:
       raise UserError("the image is empty: 0 bytes")
     return image
-  images.original_size(image)  # Refuses what is no picture.
+  images.original_size(image)  # Raises for an invalid array.
   out = io.BytesIO()
   Image.fromarray(np.ascontiguousarray(image)).save(out, "PNG")
   return out.getvalue()

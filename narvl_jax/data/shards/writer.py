@@ -1,4 +1,4 @@
-"""Writes the shards of a conversion, in one or several processes."""
+"""Writes the shards of a conversion in one or several processes."""
 
 import concurrent.futures.process
 import contextlib
@@ -33,20 +33,20 @@ CONTINUE = "; the same command continues"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A conversion; what a process needs to write a shard.
+  """A conversion: all that a process needs to write a shard.
 
   Attributes:
-    spec: what to convert; see `open_source`.
+    spec: source to convert; see `open_source`.
     task: one of `TASKS`.
     split: such as "train"; "" is the source's default.
     options: of the source.
-    folder: that gets the shards.
+    folder: target of the shards.
     name: the shards are NAME-00000-of-00012.array_record.
-    count: number of records that are read.
+    count: number of records to read.
     num_shards: number of files.
-    image_size: side of the square JPEG pictures; 0 keeps the original bytes.
+    image_size: side of square JPEG pictures; 0 keeps the original bytes.
     quality: of these JPEG pictures, 1 to 100.
-    format: of the files, one of `shard_formats.FORMATS`.
+    format: of the files, one of `formats.FORMATS`.
     exif_orientation: "ignore" or "apply"; see `RecordSource`.
   """
 
@@ -64,12 +64,12 @@ class Job:
   exif_orientation: str = "ignore"
 
   def file(self, number: int) -> str:
-    """Returns the name of a shard."""
+    """Returns the file name of a shard."""
     suffix = FORMATS[self.format].suffix
     return f"{self.name}-{number:05d}-of-{self.num_shards:05d}{suffix}"
 
   def indices(self, number: int) -> range:
-    """Returns which records of the source a shard holds."""
+    """Returns the indices of the source's records in a shard."""
     ends = [k * self.count // self.num_shards for k in (number, number + 1)]
     return range(*ends)
 
@@ -84,22 +84,19 @@ class Job:
     )
 
   def image(self) -> dict[str, Any]:
-    """Returns how pictures are stored."""
-    applied = self.exif_orientation == "apply"
-    # Left out where it is not: older manifests do not have it.
-    orientation = {"exif_orientation": "apply"} if applied else {}
-    if not self.image_size:
-      return {"encoding": "original", **orientation}
-    return {
-      "encoding": "jpeg",
-      "size": self.image_size,
-      "quality": self.quality,
-      **orientation,
-    }
+    """Returns how pictures are stored, as in `Manifest.image`."""
+    stored: dict[str, Any] = {"encoding": "original"}
+    if self.image_size:
+      stored = {"encoding": "jpeg", "size": self.image_size}
+      stored["quality"] = self.quality
+    # "ignore" is left out: older manifests do not have the key.
+    if self.exif_orientation == "apply":
+      stored["exif_orientation"] = "apply"
+    return stored
 
 
 def write_error(path: Any, error: BaseException) -> UserError:
-  """Returns one line about a target that cannot be written."""
+  """Returns the error about a target that cannot be written."""
   reason = getattr(error, "strerror", None) or str(error).split("; ")[0]
   return UserError(
     f'cannot write "{path}": {reason}; make room, or set --to to another'
@@ -110,7 +107,7 @@ def write_error(path: Any, error: BaseException) -> UserError:
 def write_all(
   job: Job, todo: Sequence[int], num_workers: int
 ) -> Generator[tuple[int, dict[str, Any]], None, None]:
-  """Yields (number, note) of each shard as soon as it is written.
+  """Yields (number, note) of each shard when it is written; see `write_shard`.
 
   Args:
     job: the conversion.
@@ -144,7 +141,7 @@ def write_all(
       f"{CONTINUE}"
     ) from e
   except (KeyboardInterrupt, GeneratorExit):
-    # The caller gave up: shards in progress are not waited for.
+    # The caller gave up: do not wait for shards in progress.
     for process in multiprocessing.active_children():
       if process not in others:
         process.terminate()
@@ -155,7 +152,7 @@ def write_all(
 
 @contextlib.contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-  """Processes started here never see Ctrl-C, not even while they import."""
+  """Processes started within never receive Ctrl-C, not even while importing."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return
@@ -185,14 +182,15 @@ def _write_in_worker(number: int) -> dict[str, Any]:
 def write_shard(
   source: Sequence[Record], job: Job, number: int
 ) -> dict[str, Any]:
-  """Writes a shard, reads it back, and gives it its name.
+  """Writes a shard, reads it back, and moves it to its place.
 
   Returns:
     "shard": the fields of `Shard`; "bad": index, place, id and reason of each
-    record that was left out; "turned": pictures that lost an EXIF orientation.
+    record that was left out; "turned": number of pictures that lost an EXIF
+    orientation, absent if 0.
 
   Raises:
-    UserError: it cannot be written, or what was read back differs.
+    UserError: the shard cannot be written, or differs when it is read back.
   """
   folder = pathlib.Path(job.folder)
   file = job.file(number)
@@ -225,7 +223,7 @@ def _write(
   path: pathlib.Path,
   bad: list[dict[str, Any]],
 ) -> tuple[int, str, int]:
-  """Returns how many records, their SHA-256, and how many lost a tag."""
+  """Returns the number of records, their SHA-256, and how many lost a tag."""
   digest = hashlib.sha256()
   count = turned = 0
   shards = FORMATS[job.format]
@@ -265,13 +263,13 @@ def _digest(path: pathlib.Path, shards: ShardFormat) -> tuple[int, str]:
 
 
 def _with_stored_image(record: Record, job: Job) -> Record:
-  """Returns the record with its picture, and its box, as they are stored."""
+  """Returns the record with the picture and the box to store."""
   side = job.image_size
   if not side:
     return record
   pixels = images.prepare_image(record.image, (side, side))
   out = io.BytesIO()
-  # Colours at full resolution: answers are about small coloured things.
+  # No chroma subsampling: answers are about small coloured objects.
   Image.fromarray(pixels).save(out, "JPEG", quality=job.quality, subsampling=0)
   box = record.box
   if box is not None:
@@ -284,20 +282,20 @@ def _with_stored_image(record: Record, job: Job) -> Record:
 
 
 class BadAccount:
-  """Counts bad records, logs the first, stops when there are too many."""
+  """Counts bad records, logs the first ones, and raises if too many."""
 
   def __init__(self, job: Job, max_bad_fraction: float) -> None:
-    """Takes the share of the job's records that may be bad."""
+    """Sets the share of the job's records that may be bad."""
     self._job = job
     self._limit = max_bad_fraction
     self._bad = 0
     self._logged = 0
 
   def add(self, note: dict[str, Any], *, log: bool = True) -> None:
-    """Takes the note of a shard.
+    """Counts the bad records of a shard, given its note.
 
     Raises:
-      UserError: there are too many now.
+      UserError: too many records are bad.
     """
     self._bad += len(note["bad"])
     for bad in note["bad"] if log else ():
