@@ -58,6 +58,8 @@ setuptools.setup(
     "easy-vqa": ["easy-vqa==1.0"],
     # The plot of `narvl_jax.compare`.
     "plots": ["matplotlib>=3.9,<4"],
+    # Caption figures of COCO. METEOR and the PTB tokenizer also need Java.
+    "metrics": ["pycocoevalcap>=1.2,<2"],
     # The comparison with PyTorch's CTC loss in tests and benchmarks.
     "parity": ["torch==2.13.0"],
     "cuda": ["jax[cuda12]>=0.10,<0.13"],

@@ -66,8 +66,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
   del config
-  # As in `cli.run`: tracing is most of what tests do.
-  gc.set_threshold(100_000, 20, 100)
   # grain reads absl flags in its workers.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()

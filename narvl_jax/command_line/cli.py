@@ -1,7 +1,6 @@
 """What every entry point shares: flags in, one line per mistake out."""
 
 import contextlib
-import gc
 import multiprocessing
 import os
 import signal
@@ -69,9 +68,6 @@ def run(
     positional: number of such arguments, or the least and the largest one.
     positional_name: what they are, for messages.
   """
-  # Tracing creates many objects that stay alive; searching them for garbage
-  # at the default threshold (700) takes a tenth of the time of a short run.
-  gc.set_threshold(100_000, 20, 100)
   least, most = (
     (positional, positional) if isinstance(positional, int) else positional
   )

@@ -1,0 +1,101 @@
+"""Figures of answers out of few classes: per class, confusion matrix, POPE."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+# Column of the predictions that are none of the classes.
+OTHER = "(other)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Confusion:
+  """How often each class was predicted for each true class.
+
+  Attributes:
+    classes: names of the true classes.
+    counts: int [classes, classes + 1]; rows are true, columns predicted. The
+      last column counts predictions outside of the classes.
+  """
+
+  classes: tuple[str, ...]
+  counts: np.ndarray
+
+  @property
+  def accuracy(self) -> float:
+    """Share of correct predictions, in [0, 1]; NaN without examples."""
+    return _ratio(int(np.trace(self.counts)), int(self.counts.sum()))
+
+  def per_class(self) -> dict[str, dict[str, float]]:
+    """Returns class -> precision, recall, f1 (in [0, 1] or NaN), examples."""
+    report = {}
+    for i, name in enumerate(self.classes):
+      hits = int(self.counts[i, i])
+      true, predicted = int(self.counts[i].sum()), int(self.counts[:, i].sum())
+      report[name] = {
+        "precision": _ratio(hits, predicted),
+        "recall": _ratio(hits, true),
+        "f1": _ratio(2 * hits, true + predicted),
+        "examples": true,
+      }
+    return report
+
+
+def confusion(
+  predictions: Sequence[str], targets: Sequence[str], classes: Sequence[str]
+) -> Confusion:
+  """Counts predictions of true classes.
+
+  Args:
+    predictions: texts, any.
+    targets: as many of `classes`.
+    classes: names, in the order of the matrix.
+
+  Raises:
+    ValueError: a target is no class, or the lengths differ.
+  """
+  index = {name: i for i, name in enumerate(classes)}
+  counts = np.zeros((len(classes), len(classes) + 1), np.int64)
+  for prediction, target in zip(predictions, targets, strict=True):
+    if target not in index:
+      raise ValueError(f'"{target}" is none of {", ".join(classes)}')
+    counts[index[target], index.get(prediction, len(classes))] += 1
+  return Confusion(tuple(classes), counts)
+
+
+def pope(
+  predictions: Sequence[str], targets: Sequence[str]
+) -> dict[str, float]:
+  """Returns the figures of POPE for one of its subsets.
+
+  Polling questions about objects, "Is there a dog in the image?" (Li et al.
+  2023, arXiv 2305.10355). As in its program, the positive class is "yes", and
+  an answer that contains the word "no" or "not" is a "no"; any other is "yes".
+
+  Args:
+    predictions: answers, any text.
+    targets: "yes" or "no" of each question.
+
+  Returns:
+    accuracy, precision, recall, f1 and yes_ratio, in [0, 1]; NaN where a
+    denominator is 0.
+  """
+  said = [_polled(text) for text in predictions]
+  table = confusion(said, targets, ("yes", "no"))
+  yes = table.per_class()["yes"]
+  return {
+    "accuracy": table.accuracy,
+    **{name: yes[name] for name in ("precision", "recall", "f1")},
+    "yes_ratio": _ratio(said.count("yes"), len(said)),
+  }
+
+
+def _polled(text: str) -> str:
+  # The first sentence counts.
+  words = text.split(".")[0].replace(",", "").split()
+  return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def _ratio(part: int, whole: int) -> float:
+  return part / whole if whole else float("nan")
