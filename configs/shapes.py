@@ -10,65 +10,9 @@
 | `:full`  | for accelerators, not measured                         |
 
 Per cent on the test split (4000 scenes a task, `:quick` 500), seed 0, jax
-0.10.2, 2026-11-24, two cores of an AMD EPYC but for `:long`, which ran on one;
-other work shared the cores at times. The times hold everything from start to
-end. Boxes of (none) and `:long` were read again from the same weights, by
-`narvl_jax.evaluate` with `tasks.grounding.merge_repeats=True` (see "Reading").
-
-What was found on the way. Every line is one run of one seed, and examples
-are compared, not seconds. "Equal" means a quarter of each batch of 64 for each
-task.
-
-Optimizer. Muon is what makes ten minutes enough. On scenes of one object the
-nll per label of captions after 450 updates of 32 was 1.03 with AdamW (1.5e-3;
-with 4e-3 it was 1.09) and 0.45 with Muon (5e-3); the words alone give 1.04.
-Muon's rate: after 250 equal updates captions stood at 0.98 with 1.5e-2, 0.81
-with 7e-3 and 0.72 with 3.5e-3.
-
-Shares. 1500 equal updates ended at VQA 74.8, entailment 74.3, Acc@0.5 86.2,
-captions 59.8 (test). Questions do not move before shapes are recognised, which
-captions and boxes teach. With 45 % each for these two until update 700, and
-then 40 and 30 % for questions and hypotheses, a run of 2000 updates stood at
-91.0, 87.4, 87.4, 97.2 after 1500 of them (validation).
-
-Length. Questions take off late, while the learning rate is high: a run of 1500
-updates whose shares change at 500 ended at 72.5, 70.2, 84.0, 92.6 (test).
-
-Reading. With spare queries the loss lets a label be said twice, so repeats
-are merged. Without that 392 of 4000 boxes of `:long` had not four numbers, and
-Acc@0.5 was 90.1 for 94.0; (none) lost by it, 90.9 for 92.0. What remains wrong
-is nearly all of this sort: of the boxes with four numbers 99.9 % were right.
-
-Positions. They are added to the content of the image tokens, too. With Muon
-that turned out not to be needed: `:quick` with them in the attention logits
-only, as in the reference, ended at Acc@0.5 45.8 for 42.8, captions 14.8 for
-18.4. Those of the text must start small (0.02) if they are added: at the size
-of the image's they drown the words.
-
-Encoder. Flat 8 x 8 patches with AdamW and three layers came to VQA 42, Acc@0.5
-25, captions 1 in 1250 equal updates (with text positions that were too large,
-too). Three convolutions of stride 2 did as well as the stem in use.
-
-Blanks. With N queries and one label, N - 1 queries are right to say nothing, so
-a random model first learns to say nothing at all. The last probe at
-which more than half of the answers were empty (every 10 updates, 64 pictures):
-
-| what                                       | all blank until update |
-| ------------------------------------------ | ---------------------- |
-| as here: Muon 3.5e-3, N = 16               | 50                     |
-| AdamW at the same rate                     | 60, a half until 80    |
-| Muon 1e-2                                  | 30, a half until 40    |
-| label smoothing 0.1                        | 50, a half until 60    |
-| N = 32 for at most 14 labels               | 50, a half until 60    |
-| logit of blank starts 3 lower / 3 higher   | 60 / 50                |
-| queries start 50 times as large            | 50 (a LayerNorm follows) |
-
-So it ends with the warm-up (50 updates), sooner at a higher rate, and hardly
-depends on how queries and blank start; more queries cost time only. Smoothing
-slows what follows (captions after 160 updates 1.03 for 0.96 per label).
-The next plateau, guessing by the words alone, is the
-long one, and there the optimizer decides: after 160 updates VQA stood at 1.48
-with AdamW and 0.98 with Muon, captions at 1.97 and 0.96.
+0.10.2, 2026-11-24, two cores of an AMD EPYC, one for `:long`; other work
+shared the cores at times. The times cover everything from start to end.
+`docs/experiments.md` has the experiments that led to these settings.
 """
 
 from ml_collections import ConfigDict
@@ -82,15 +26,15 @@ from narvl_jax.configs.common import (
   update,
 )
 
-# Share of each task while the model learns to see, and from then on. Captions
-# and boxes teach the eye best; questions need an eye to learn from.
+# Share of each task before and after `seeing_steps`. Captions and boxes teach
+# the model to recognise shapes, which questions require.
 _SHARES = {
   "caption": (0.45, 0.15),
   "grounding": (0.45, 0.15),
   "vqa": (0.10, 0.40),
   "entailment": (0.00, 0.30),
 }
-# A run too short for the second part: something of everything.
+# For a run that is too short for two phases.
 _QUICK_SHARES = {
   "caption": (0.35, 0.35),
   "grounding": (0.35, 0.35),
@@ -172,7 +116,7 @@ def _small(
   seeing_steps: int,
   shares: dict[str, tuple[float, float]] = _SHARES,
 ) -> ConfigDict:
-  """What the variants share; `seeing_steps` is when the shares change."""
+  """Settings of all variants; the shares change at `seeing_steps`."""
   config = default_config(*shares)
   options = {"image_size": image_size, "difficulty": difficulty}
   for task, (first, then) in shares.items():
