@@ -1,11 +1,11 @@
-"""Breaks the code in one line at a time and looks whether a test notices.
+"""Breaks one line of the code at a time and checks that a test detects it.
 
   python -m tests.sabotage [NAME ...]
 
-Each sabotage of `tests/sabotage_list.py` is made in a copy of the tree, where
-the test that is named with it must then fail by an assertion; without sabotage
-it must pass. Prints a table; exits with 1 if one survives, breaks something
-else than the test's assertions, or no longer applies.
+Each entry of `tests/sabotage_list.py` is applied to a copy of the tree, where
+its test must fail with an assertion; without it the test must pass. Prints a
+table. Exits with 1 if a fault is not detected, if the test fails otherwise, or
+if an entry no longer applies.
 """
 
 import ast
@@ -22,11 +22,10 @@ import xml.etree.ElementTree
 from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# What a test needs of the tree.
+# The parts of the tree that tests need.
 _COPIED = ("narvl_jax", "tests", "configs", "pyproject.toml")
 _TIMEOUT = 600
-# How pytest begins to tell of an assertion, also of NumPy's and of
-# `pytest.raises`.
+# Beginnings of pytest's messages for assertions, NumPy's and `pytest.raises`.
 _ASSERTIONS = ("AssertionError", "assert ", "Failed: DID NOT RAISE")
 
 
@@ -35,11 +34,11 @@ class Sabotage:
   """One changed line.
 
   Attributes:
-    name: what it does.
+    name: effect of the fault.
     file: path from the root.
-    old: the line as it is, once in the file; spaces around it do not count.
-    new: what is put there, with the spaces of the old line.
-    test: that must fail, `FILE::NAME`.
+    old: the original line without indentation; occurs once in the file.
+    new: the replacement, which gets the same indentation.
+    test: the test that must fail, `FILE::NAME`.
   """
 
   name: str
@@ -49,11 +48,11 @@ class Sabotage:
   test: str
 
   def apply(self, root: pathlib.Path) -> str:
-    """Returns the sabotaged text of the file.
+    """Returns the text of the file with the fault.
 
     Raises:
-      ValueError: the line is not there, there twice, or the new one is no
-        Python.
+      ValueError: the line does not occur exactly once.
+      SyntaxError: the result is not valid Python.
     """
     lines = (root / self.file).read_text(encoding="utf-8").splitlines()
     places = [i for i, line in enumerate(lines) if line.strip() == self.old]
@@ -102,14 +101,14 @@ def copy_tree(root: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def run_tests(root: pathlib.Path, tests: Sequence[str]) -> tuple[Outcome, str]:
-  """Runs tests of a tree in a process of their own.
+  """Runs tests of a tree in a new process.
 
   Returns:
-    How they ended, and the first line of what went wrong.
+    The outcome, and the message of the first failure on one line.
   """
   report = root / "report.xml"
   report.unlink(missing_ok=True)
-  # A file that is changed within a second may have a cache that looks valid.
+  # The bytecode cache does not notice two changes within a second.
   environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
   command = [
     *(sys.executable, "-m", "pytest", "-q", "-x", "--slow"),
@@ -145,10 +144,10 @@ def run_tests(root: pathlib.Path, tests: Sequence[str]) -> tuple[Outcome, str]:
 
 
 def run(root: pathlib.Path, sabotages: Sequence[Sabotage]) -> bool:
-  """Makes each sabotage and prints a table.
+  """Applies each sabotage and prints a table.
 
   Returns:
-    Whether each was noticed.
+    Whether all were detected.
   """
   noticed = True
   print(f"{'sabotage':<44} {'seconds':>7}  what the test says", flush=True)
@@ -184,7 +183,7 @@ def _print_row(name: str, start: float, outcome: Outcome, text: str) -> None:
 
 
 def main(names: Sequence[str]) -> int:
-  """Runs the sabotages of these names, or all; returns the exit code."""
+  """Runs the named sabotages, or all; returns the exit code."""
   from tests.sabotage_list import SABOTAGES
 
   unknown = set(names) - {sabotage.name for sabotage in SABOTAGES}

@@ -1,4 +1,4 @@
-"""Two processes save a state, and go on from one whose copy is damaged.
+"""Two processes save a state and resume from a damaged copy of it.
 
 python -m tests.programs.damaged_program --folder=F --mode=save|resume
 """
@@ -27,7 +27,7 @@ from tests.support.saved import make_state
 
 
 def _state(mesh: Mesh) -> tuple[TrainState, TrainState]:
-  """Returns a state of which each process has a part, and its shardings."""
+  """Returns a state that is split over the processes, and its shardings."""
   values = np.random.default_rng(0).normal(size=(512, 64)).astype(np.float32)
   state = dataclasses.replace(make_state(1), params={"kernel": values})
   state = jax.device_get(state)

@@ -1,9 +1,9 @@
-"""Runs entry points on many command lines, for the price of one import.
+"""Runs an entry point on many command lines with a single import.
 
     python -m tests.programs.fork_main MODULE < commands.json > results.json
 
-Each command line has a process of its own, forked after the import, so that
-flags, exit codes and output are those of `python -m MODULE ARGUMENTS`.
+Each command line runs in its own process, forked after the import. Flags, exit
+codes and output are those of `python -m MODULE ARGUMENTS`.
 """
 
 import importlib
@@ -51,6 +51,6 @@ def _main(module: str, arguments: list[str]) -> None:
 
 if __name__ == "__main__":
   importlib.import_module(sys.argv[1])
-  # Imported late by the entry points; none of these touches a device.
+  # The entry points import these late; none of them touches a device.
   importlib.import_module("grain")
   json.dump([_run(sys.argv[1], x) for x in json.load(sys.stdin)], sys.stdout)

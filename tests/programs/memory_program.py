@@ -1,4 +1,4 @@
-"""A program that saves or restores 200 MB and tells what memory it takes.
+"""Saves or restores 200 MB and prints the memory that this takes.
 
 python -m tests.programs.memory_program FOLDER save|restore
 
@@ -21,7 +21,7 @@ SAVES = 20
 
 
 def _memory(field: str) -> float:
-  """Returns `VmRSS`, or the largest that it was, `VmHWM`."""
+  """Returns `VmRSS` or its maximum, `VmHWM`."""
   status = pathlib.Path("/proc/self/status").read_text()
   line = next(x for x in status.splitlines() if x.startswith(field))
   return int(line.split()[1]) / 1e3
@@ -53,14 +53,14 @@ def _save(folder: str) -> list[float]:
       params = grow(params)
       checkpoints.save(step, _state(step, params))
       checkpoints.wait()
-      # What waits for the collector is no leak.
+      # Uncollected garbage is not a leak.
       gc.collect()
       found.append(_memory("VmRSS"))
   return found
 
 
 def _restore(folder: str) -> dict[str, float]:
-  """Returns the size of the state and how far memory grew at most."""
+  """Returns the size of the state and the peak growth of memory."""
   where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
   def target(shape: tuple[int, ...], dtype: type) -> jax.ShapeDtypeStruct:

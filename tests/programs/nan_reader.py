@@ -1,6 +1,6 @@
-"""A data pipeline in which one record spoils its batch.
+"""A data pipeline in which one record makes its batch give NaN.
 
-Records themselves cannot: their scores are checked.
+A record itself cannot, since its scores are checked.
 """
 
 import math
@@ -14,11 +14,11 @@ _read = TrainReader.__call__
 
 
 def spoiled(entry: int, position: int) -> Callable[..., Any]:
-  """Returns what to put in the place of `TrainReader.__call__`.
+  """Returns a replacement for `TrainReader.__call__`.
 
   Args:
-    entry: number of the entry.
-    position: of the record in the order of the entry; gets the weight NaN.
+    entry: index of the entry.
+    position: in the order of the entry; this record gets the weight NaN.
   """
 
   def read(self: TrainReader, draws: Sequence[Draw]) -> Any:

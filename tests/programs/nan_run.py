@@ -6,8 +6,8 @@ from tests.programs import nan_reader, tiny_run
 
 
 def get_config(steps: str = "10") -> Config:
-  """Returns the config, and spoils a record of this process."""
-  # Half of the eight rows of a batch are of each entry.
+  """Returns the config and patches the reader of this process."""
+  # Four of the eight rows of a batch come from each entry.
   read = nan_reader.spoiled(0, 4 * (7 - 1) + 1)
   readers.TrainReader.__call__ = read  # pyright: ignore
   config = tiny_run.get_config(steps)

@@ -1,4 +1,4 @@
-"""Runs that start from the folder of another one: what their tests share."""
+"""Helpers for tests of runs that start from another run's weights."""
 
 import pathlib
 from typing import Any
@@ -15,12 +15,12 @@ from tests.evaluation.tiny_run import tiny_config
 
 
 def make_setup(start: Any, words: Any = None, **changes: Any) -> Setup:
-  """Returns a run that starts from a folder.
+  """Returns the set-up of a run that starts from a folder.
 
   Args:
-    start: the folder.
-    words: folder with the vocabulary of the run; that of `start` by default.
-    **changes: to the config, double underscores in the place of dots.
+    start: run folder.
+    words: folder with the vocabulary; default: `start`.
+    **changes: config values; double underscores stand for dots.
   """
   config: Any = tiny_config().copy_and_resolve_references()
   config.init_from = str(start)
@@ -33,7 +33,7 @@ def make_setup(start: Any, words: Any = None, **changes: Any) -> Setup:
 
 
 def fresh_state(setup: Setup) -> Any:
-  """Returns random numbers where the state shall lie."""
+  """Returns a random state with the shardings of the run."""
   rng = np.random.default_rng(3)
 
   def fill(leaf: Any, sharding: Any) -> jax.Array:
@@ -46,7 +46,7 @@ def fresh_state(setup: Setup) -> Any:
 def started(setup: Setup) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
   """Returns the notes, and the variables before and after.
 
-  Every leaf must lie where the run wants it.
+  Checks the sharding of every leaf.
   """
   notes = check_init_from(setup)
   state = fresh_state(setup)
@@ -66,7 +66,7 @@ def started(setup: Setup) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
 def check_others(
   got: dict[str, Any], expected: dict[str, Any], but: set[str]
 ) -> None:
-  """Checks that all leaves but some are as expected."""
+  """Checks all leaves except those in `but`."""
   assert but <= got.keys()
   for name in got.keys() - but:
     np.testing.assert_array_equal(got[name], expected[name], err_msg=name)

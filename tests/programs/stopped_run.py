@@ -1,6 +1,6 @@
-"""`narvl_jax.train` that something happens to in a phase: `--at`, `--what`.
+"""Runs `narvl_jax.train` and interferes (`--what`) in a phase (`--at`).
 
-`--only_process` names the process of several to which it happens.
+`--only_process` selects one of several processes.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ _PHASES = ("compile", "restore", "step", "evaluation", "final", "data")
 
 
 def _stay_in_c() -> None:
-  """Waits for ever where Python runs no handlers, as a compiler may."""
+  """Blocks outside Python, where no handlers run, as in a compilation."""
   mutex = ctypes.create_string_buffer(64)
   lock = ctypes.CDLL(None).pthread_mutex_lock
   lock(mutex)
@@ -56,7 +56,7 @@ def _terminate_and_wait() -> None:
 
 
 def _stall() -> None:
-  # Alive, and no longer in time.
+  # The process stays alive without progress.
   time.sleep(1e6)
 
 
@@ -94,7 +94,7 @@ _EVENTS: dict[str, Callable[[], None]] = {
 
 
 def _before(owner: Any, name: str, event: Callable[..., None]) -> None:
-  """Has something happen before a method is called."""
+  """Calls `event` before each call of a method."""
   method = getattr(owner, name)
 
   def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -105,7 +105,7 @@ def _before(owner: Any, name: str, event: Callable[..., None]) -> None:
 
 
 def _arrange(phase: str, step: int, event: Callable[[], None]) -> None:
-  """Has something happen once: in a phase, at a step if it has any."""
+  """Arranges one event: in a phase, at a step if the phase has steps."""
   count = [0]
 
   def at_step(_: Any, now: int | None = None) -> None:
@@ -150,7 +150,7 @@ def main(argv: Sequence[str]) -> None:
   if settings.at and settings.only_process in (None, settings.process_id):
     _arrange(settings.at, settings.step, _EVENTS[settings.what])
   elif settings.what == "term_and_wait":
-    # Batches of an evaluation need no other host: this one would be done.
+    # Evaluation needs no other host; without waiting, this one would finish.
     _arrange(settings.at, settings.step, _wait_for_agreement)
   train_lib.main(argv)
 

@@ -1,4 +1,4 @@
-"""A program for several processes; `--mode` says what it does."""
+"""A program for several processes; `--mode` selects what it does."""
 
 import json
 import os
@@ -19,12 +19,12 @@ from narvl_jax.reliability import session as hosts
 from narvl_jax.reliability.explain import explain_failure
 from tests.support import runs
 
-# The last one has its tensor axis across two hosts.
+# The tensor axis of the last one spans two hosts.
 SHAPES = ((8, 1, 1), (1, 8, 1), (1, 1, 8))
 
 
 def losses(shape: tuple[int, int, int], steps: int) -> list[float]:
-  """Returns the losses of the small model, wherever its devices are."""
+  """Returns the losses of the small model on a mesh of all processes."""
   run = runs.setup(shape)
   size = run.experiment.config.train.batch_size
   rows = local_rows(run.mesh, size)
@@ -42,7 +42,7 @@ def losses(shape: tuple[int, int, int], steps: int) -> list[float]:
 
 
 def _exchange(folder: pathlib.Path) -> None:
-  """Barriers, values of all hosts, and rows that lie where they should."""
+  """Tests barriers, gathered values and the placement of rows."""
   index = jax.process_index()
   distributed.barrier("one")
   values = distributed.gather_json({"host": index, "text": "x" * 10 * index})
@@ -52,7 +52,7 @@ def _exchange(folder: pathlib.Path) -> None:
   array = shard_batch({"x": whole[rows]}, mesh, 8)["x"]
   total = jax.jit(lambda x: (x * np.arange(1, 9)[:, None]).sum())(array)
   missing = ""
-  # The other one comes too late.
+  # Process 1 arrives too late.
   time.sleep(2.0 * index)
   try:
     distributed.barrier("late", timeout=0.5)

@@ -1,4 +1,4 @@
-"""Counts the operations of what jax traces, however it was written."""
+"""Counts the floating-point operations of a traced function."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ def matmul_flops(function: Callable[..., Any], *args: Any) -> float:
   per iteration, which the compiler's own cost analysis leaves out.
 
   Args:
-    function: traced, not run.
+    function: is traced but not run.
     *args: arrays or `jax.ShapeDtypeStruct`s.
   """
   return _count(jax.make_jaxpr(function)(*args).jaxpr)

@@ -14,12 +14,12 @@ import pytest
 def small_disk(
   folder: pathlib.Path, kilobytes: int, files: int = 0
 ) -> Iterator[pathlib.Path]:
-  """Mounts a disk, or skips the test where one may not.
+  """Mounts a small file system; skips the test if that is not permitted.
 
   Args:
-    folder: where.
-    kilobytes: its size.
-    files: the most files that it can hold; 0: any number.
+    folder: mount point.
+    kilobytes: size.
+    files: maximum number of files; 0: unlimited.
   """
   folder.mkdir(parents=True, exist_ok=True)
   options = f"size={kilobytes}k" + (f",nr_inodes={files}" if files else "")
@@ -35,7 +35,7 @@ def small_disk(
 
 
 def fill(folder: pathlib.Path) -> None:
-  """Leaves no byte free on the disk of a folder."""
+  """Fills the disk of a folder to the last byte."""
   with (folder / "filler").open("wb", buffering=0) as file:
     for size in (1 << 16, 1):
       with contextlib.suppress(OSError):
@@ -44,20 +44,20 @@ def fill(folder: pathlib.Path) -> None:
 
 
 def use_all_files(folder: pathlib.Path) -> None:
-  """Leaves room for no file on the disk of a folder, but for bytes."""
+  """Uses up the inodes of a disk; bytes stay free."""
   with contextlib.suppress(OSError):
     for number in range(100_000):
       (folder / f"filler_{number}").touch()
 
 
 def read_only(folder: pathlib.Path) -> None:
-  """Makes a disk of `small_disk` read-only; no file may be open to write."""
+  """Remounts a disk of `small_disk` read-only; no file may be open."""
   subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
 
 
 @contextlib.contextmanager
 def short_files(size: int) -> Iterator[None]:
-  """Lets this process write no file beyond a size, which any user may."""
+  """Limits the size of files that this process writes; needs no rights."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
   try:
@@ -67,7 +67,7 @@ def short_files(size: int) -> Iterator[None]:
 
 
 def files(folder: pathlib.Path) -> set[str]:
-  """Returns the files below a folder, hidden ones too."""
+  """Returns all files below a folder, including hidden ones."""
   return {
     os.path.relpath(os.path.join(place, name), folder)
     for place, _, names in os.walk(folder)

@@ -1,7 +1,7 @@
 """One state on several meshes; as a program, in several processes.
 
-`python -m tests.support.meshes --folder=F` restores what lies in F, one folder
-for each mesh, onto a mesh of all processes, and saves its own.
+`python -m tests.support.meshes --folder=F` restores the checkpoints in F,
+one per mesh, onto a mesh of all processes, and saves one of its own.
 """
 
 import functools
@@ -26,9 +26,9 @@ from narvl_jax.training.setup import Setup
 from narvl_jax.warm_start.init_from import check_init_from, init_from
 from tests.support import runs
 
-# Name -> data, fsdp, tensor.
+# Name -> (data, fsdp, tensor).
 SHAPES = {"1x8": (1, 8, 1), "2x4": (2, 4, 1), "8x1": (8, 1, 1)}
-# Of the one that two processes save; fsdp runs over both.
+# The mesh of the two processes; the axis fsdp spans both.
 TOGETHER = (1, 8, 1)
 STEP = 3
 
@@ -45,7 +45,7 @@ def make_setup(shape: tuple[int, int, int], **settings: Any) -> Setup:
 
 
 def values(name: str, leaf: Any) -> np.ndarray:
-  """Returns random numbers that depend on the name and the shape only."""
+  """Returns random numbers that depend only on name and shape."""
   if leaf.shape == () and np.issubdtype(leaf.dtype, np.integer):
     return np.full((), STEP, leaf.dtype)
   rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -53,7 +53,7 @@ def values(name: str, leaf: Any) -> np.ndarray:
 
 
 def make_state(setup: Setup) -> TrainState:
-  """Returns the state where the run wants it."""
+  """Returns a state with the shardings of the run."""
 
   def make(path: Any, leaf: Any, sharding: Any) -> jax.Array:
     whole = values(keystr(path), leaf)
@@ -72,7 +72,7 @@ def save(setup: Setup, folder: pathlib.Path) -> None:
 
 
 def restore(setup: Setup, folder: pathlib.Path) -> TrainState:
-  """Reads it to where a run wants it."""
+  """Restores the state with the shardings of a run."""
   with jax.set_mesh(setup.mesh), Checkpoints(folder) as store:
     target = restore_target(setup.abstract_state, setup.shardings)
     return store.restore(STEP, target)
@@ -83,11 +83,11 @@ def wrong_leaves(
   state: TrainState,
   expected: Callable[[str, Any], np.ndarray] = values,
 ) -> list[str]:
-  """Returns the names of leaves that are not what and where they should be.
+  """Returns the names of leaves with wrong values, dtype or sharding.
 
   Args:
-    setup: says where.
-    state: of which each process looks at its parts.
+    setup: determines the shardings.
+    state: each process checks its addressable shards.
     expected: name and shape -> values.
   """
   wrong = []
@@ -122,7 +122,7 @@ def start_with_more_queries(folder: pathlib.Path) -> tuple[str, list[str]]:
     fresh = values(name, leaf)
     if not name.startswith((".params", ".batch_stats", ".ema")):
       return fresh
-    # Moving averages are what is taken, and what they start from.
+    # Averages are preferred to parameters, also as the start of averages.
     stored = name if name.startswith(".ema") else _average(name)
     if not name.endswith("['query_embed']"):
       return values(stored, leaf)

@@ -16,7 +16,7 @@ from tests.support.terminal import without_progress
 
 @dataclasses.dataclass
 class Process:
-  """One of them, its output in files so that no pipe fills up."""
+  """One process; its output goes to files, since pipes may fill up."""
 
   running: subprocess.Popen
   out: pathlib.Path
@@ -40,7 +40,7 @@ class Process:
       raise
 
   def wait_for(self, text: str, timeout: float = 500) -> None:
-    """Returns once the output has `text`."""
+    """Waits until the output contains `text`."""
     deadline = time.monotonic() + timeout
     while not re.search(text, self.output):
       assert self.running.poll() is None, self.output + self.errors
@@ -59,7 +59,7 @@ def start(
   folder.mkdir(parents=True, exist_ok=True)
   files = folder / f"{name}.out", folder / f"{name}.err"
   environment = os.environ | {"XLA_FLAGS": xla_flags(devices)}
-  # It wins over the flag above.
+  # Takes precedence over the flag above.
   environment.pop("JAX_NUM_CPU_DEVICES", None)
   with files[0].open("w") as out, files[1].open("w") as err:
     running = subprocess.Popen(
@@ -82,15 +82,15 @@ def start_together(
   only: Sequence[int] | None = None,
   extra: dict[int, Sequence[str]] | None = None,
 ) -> list[Process]:
-  """Starts processes that are told of each other.
+  """Starts the processes of one multi-process run.
 
   Args:
-    folder: for their output.
+    folder: receives their output.
     arguments: of python.
     count: number of processes.
-    devices: of each.
-    only: those to start, all by default.
-    extra: more arguments of some.
+    devices: per process.
+    only: indices to start; default: all.
+    extra: additional arguments by index.
   """
   address = f"127.0.0.1:{free_port()}"
   return [

@@ -1,4 +1,4 @@
-"""What may stand in the place of a file that a program wants to read."""
+"""What may stand in place of a file: a folder, a pipe, a broken link."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def _huge(path: pathlib.Path) -> None:
     file.truncate(1 << 40)
 
 
-# Name -> what makes it at a path where there is nothing.
+# Name -> creates it at a path.
 NO_FILES = {
   "folder": _folder,
   "pipe": os.mkfifo,
@@ -52,7 +52,7 @@ ALL = NO_FILES | NO_TEXTS
 
 
 def replace(path: pathlib.Path, kind: str) -> None:
-  """Puts something else in the place of a file or a folder."""
+  """Replaces a file or a folder by something else."""
   if path.is_dir() and not path.is_symlink():
     shutil.rmtree(path)
   else:

@@ -1,4 +1,4 @@
-"""The real model, small, on any mesh: what the tests of sharding train."""
+"""A small version of the real model on any mesh, for tests of sharding."""
 
 import functools
 from types import SimpleNamespace
@@ -22,8 +22,8 @@ def setup(shape: tuple[int, int, int] = (1, 1, 1), **settings: Any) -> Setup:
   """Returns a run on a mesh of that shape.
 
   Args:
-    shape: data, fsdp, tensor.
-    **settings: of the config, double underscores in the place of dots.
+    shape: (data, fsdp, tensor).
+    **settings: config values; double underscores stand for dots.
   """
   config = tiny_config()
   config.data.update(
@@ -66,7 +66,7 @@ def setup(shape: tuple[int, int, int] = (1, 1, 1), **settings: Any) -> Setup:
     for name, value in config.model.items()
     if name not in ("size", "dtype") and value is not None
   }
-  # Blank, the last id, is no class of an autoregressive model.
+  # An autoregressive model has no class for blank, the last id.
   classes = VOCAB - int(config.model.decoder == "autoregressive")
   architecture = model_config(
     config.model.size, vocab_size=classes, pad_id=1, **overrides
@@ -82,7 +82,7 @@ def setup(shape: tuple[int, int, int] = (1, 1, 1), **settings: Any) -> Setup:
 
 @functools.cache
 def host_batch(index: int) -> dict[str, np.ndarray]:
-  """Returns random rows whose targets all differ in length."""
+  """Returns random rows with targets of different lengths."""
   rng = np.random.default_rng(index)
   return {
     "image": rng.integers(0, 256, (ROWS, SIDE, SIDE, 3), dtype=np.uint8),

@@ -1,4 +1,4 @@
-"""Small states with checkpoints of them, and ways to damage these."""
+"""Small states, their checkpoints, and ways to damage them."""
 
 import pathlib
 
@@ -13,7 +13,7 @@ from narvl_jax.state.train_state import TrainState
 
 
 def make_state(step: int, *, ema: bool = True) -> TrainState:
-  """Returns random values in trees as those of a run."""
+  """Returns random values in the tree structure of a run."""
   rng = np.random.default_rng(step)
 
   def random(*shape: int) -> jax.Array:
@@ -38,7 +38,7 @@ def make_state(step: int, *, ema: bool = True) -> TrainState:
 
 
 def make_target(state: TrainState) -> TrainState:
-  """Returns the shapes of a state, to be read onto all devices."""
+  """Returns shapes and shardings for restoring onto all devices."""
   abstract = jax.eval_shape(lambda: state)
   where = replicated(make_mesh())
   return restore_target(abstract, jax.tree.map(lambda _: where, abstract))
@@ -47,7 +47,7 @@ def make_target(state: TrainState) -> TrainState:
 def save_run(
   folder: pathlib.Path, steps: tuple[int, ...] = (3, 6)
 ) -> pathlib.Path:
-  """Saves states of some steps; returns the folder of the last one."""
+  """Saves states of several steps; returns the folder of the last one."""
   with Checkpoints(folder, keep_last=len(steps)) as checkpoints:
     for step in steps:
       checkpoints.save(step, make_state(step), run={"position": step})
@@ -61,7 +61,7 @@ def files_of(folder: pathlib.Path) -> list[str]:
 
 
 def flip_bit(path: pathlib.Path, bit: int) -> None:
-  """Changes one bit of a file."""
+  """Flips one bit of a file."""
   data = bytearray(path.read_bytes())
   data[bit // 8] ^= 1 << (bit % 8)
   path.write_bytes(data)

@@ -1,9 +1,9 @@
-"""Whole runs of everything that training can have, for one compilation.
+"""Complete runs with all features of training, compiled once.
 
 Accumulation, moving averages, dropout, BatchNorm with statistics of the batch,
-and a mixture of three sources; checkpoints on disk. What is left out is what
-`narvl_jax.train.train` does around `_fit`. The model is the stand-in, or the
-real one, whose hundreds of arrays take Orbax a second to save or restore.
+and a mixture of three sources; checkpoints on disk. Only what
+`narvl_jax.train.train` does around `_fit` is omitted. The model is the
+stand-in or the real one, which Orbax takes a second to save or restore.
 """
 
 import dataclasses
@@ -38,9 +38,9 @@ STEPS = 10
 
 
 def config() -> Config:
-  """Returns the config; every test's differs only in what is not compiled."""
+  """Returns the config; tests change only settings that are not compiled."""
   config = tiny_config()
-  # Adam else makes much of differences between gradients near zero.
+  # Otherwise Adam amplifies differences between gradients near zero.
   config.optimizer.eps = 1e-3
   config.data.train = {
     "questions": train_source("shapes", "vqa", image_size=48, weight=2.0),
@@ -111,7 +111,7 @@ class CachedSetup(Setup):
 
 
 def with_config(real: bool, devices: int, **settings: Any) -> Setup:
-  """Returns the run with other settings, double underscores for dots."""
+  """Returns the run with other settings; double underscores stand for dots."""
   run = setup(real, devices)
   changed = config()
   changed.update_from_flattened_dict(
@@ -131,12 +131,12 @@ def train(
   devices: int = 2,
   **settings: Any,
 ) -> TrainState:
-  """Trains in a folder from what it holds to the last step.
+  """Trains in a folder to the last step, resuming from its checkpoint.
 
   Args:
-    workdir: of the run.
-    real: which model.
-    devices: how many.
+    workdir: run folder.
+    real: the real model instead of the stand-in.
+    devices: number of devices.
     **settings: see `with_config`.
 
   Returns:
@@ -179,8 +179,8 @@ def by_hand(
   """Returns the states, on the host, before and after one update for each.
 
   Args:
-    positions: of the batches; None is an update that changes nothing.
-    real: which model.
+    positions: indices of the batches; None is an update without effect.
+    real: the real model instead of the stand-in.
   """
   run = setup(real)
   state = run.init(jax.random.key(run.experiment.config.seed))
@@ -197,7 +197,7 @@ def by_hand(
 
 
 def passed_over(state: TrainState) -> TrainState:
-  """Returns a state whose step alone has moved on."""
+  """Returns a state in which only the step is advanced."""
   *others, schedule = state.opt_state
   schedule = schedule._replace(count=schedule.count + 1)
   return dataclasses.replace(
@@ -206,7 +206,7 @@ def passed_over(state: TrainState) -> TrainState:
 
 
 def states_on_disk(workdir: pathlib.Path) -> dict[int, TrainState]:
-  """Returns all that the checkpoints of a folder hold, by step."""
+  """Returns the contents of all checkpoints of a folder, by step."""
   run = setup()
   target = restore_target(run.abstract_state, run.shardings)
   with Checkpoints(workdir) as saved:

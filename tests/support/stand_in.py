@@ -1,6 +1,6 @@
-"""A model that compiles in a moment, in the place of the real one.
+"""A tiny model with the interface of `NARVL` that compiles quickly.
 
-It has the arguments and results of `NARVL`; what surrounds it is real.
+Everything around the model is the real code.
 """
 
 import functools
@@ -44,7 +44,7 @@ class StandIn(nn.Module):
     del image_mask
     pixels = image.reshape(len(image), -1) / 255.0 - 0.5
     x = nn.Dense(8, name="image")(pixels)
-    # The table has padding rows, as the real one.
+    # Padding rows as in the real table.
     shape = (self.vocab_size + 4, 8)
     table = self.param("embed_tokens", nn.initializers.normal(0.3), shape)
     x += table[text].mean(1)
@@ -65,14 +65,14 @@ def setup(
   frozen: str = "",
   **settings: Any,
 ) -> Setup:
-  """Returns a run of the stand-in, compiled once for all tests.
+  """Returns a run of the stand-in; compiled once for all tests.
 
   Args:
-    devices: on the data axis.
+    devices: size of the data axis.
     dropout: of the model.
     batch_norm: of the model.
-    frozen: regex of the parameters to freeze, if any.
-    **settings: of the config, double underscores in the place of dots.
+    frozen: regex of parameters to freeze.
+    **settings: config values; double underscores stand for dots.
   """
   config = tiny_config()
   config.data.update(
@@ -85,7 +85,7 @@ def setup(
       "schedule": "constant",
       "warmup_steps": 0,
       "ema_decay": 0.0,
-      # Adam else makes much of differences between gradients near zero.
+      # Otherwise Adam amplifies differences between gradients near zero.
       "eps": 1e-3,
     }
   )
@@ -94,7 +94,7 @@ def setup(
   )
   if frozen:
     config.optimizer.rules = ((frozen, {"freeze": True}), (".*", {}))
-  # Its parameters have no axis names.
+  # The stand-in's parameters have no axis names.
   config.mesh.rules = ()
   vocabulary: Any = SimpleNamespace(blank_id=VOCAB_SIZE - 1, size=VOCAB_SIZE)
   unused: Any = None
@@ -104,7 +104,7 @@ def setup(
 
 
 def initial_state(run: Setup, seed: int = 0) -> TrainState:
-  """Returns a fresh state, for one use: an update donates it."""
+  """Returns a new state for one update, which donates it."""
   return run.init(jax.random.key(seed))
 
 

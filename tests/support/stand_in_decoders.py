@@ -1,6 +1,6 @@
 """An autoregressive and a parallel stand-in, and a batch for both.
 
-They compile in a moment and have the arguments and results of real models.
+They compile quickly and have the interfaces of the real models.
 """
 
 import functools
@@ -24,7 +24,7 @@ KEY = jax.random.key(0)
 
 
 class Decoder(nn.Module):
-  """Each state depends on all tokens so far and on where they stand."""
+  """Each state depends on all previous tokens and their positions."""
 
   @nn.compact
   def __call__(
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
 
 
 class Queries(nn.Module):
-  """N queries of a source; blank is one more class."""
+  """N queries; blank is an additional class."""
 
   @nn.compact
   def __call__(
@@ -66,7 +66,7 @@ class Queries(nn.Module):
 
 @functools.cache
 def batch() -> dict[str, jax.Array]:
-  """Rows of two tasks; all differ in the lengths of source and target."""
+  """Rows of two tasks with different lengths of source and target."""
   rng = np.random.default_rng(0)
   text = rng.integers(3, V, (B, T)).astype(np.int32)
   lengths = rng.integers(3, T + 1, B)
@@ -104,7 +104,7 @@ def query_variables() -> Any:
 
 
 def log_probs_by_hand(row: Any) -> np.ndarray:
-  """Returns [labels, V] from a sequence that is written out for one row."""
+  """Returns [labels, V] of one row, computed from the full sequence."""
   rows = jax.device_get(batch())
   source = [int(x) for x in rows["text"][row] if x != PAD]
   labels = rows["labels"][row][: rows["label_length"][row]].tolist()

@@ -1,4 +1,4 @@
-"""What commands print, without what differs between two runs."""
+"""Normalises the output of commands, so that two runs can be compared."""
 
 import pathlib
 import re
@@ -11,26 +11,26 @@ _MASKS = (
   (r"loss \S+", "loss N"),
   (r"[\d.]+ ex/s", "N ex/s"),
   (r"  data wait \d+ %", ""),
-  # Spaces before a number depend on its digits.
+  # Padding depends on the number of digits.
   (r" +\d+\.\d %", "  N %"),
   (r" +\d+\.\d s\b", " N s"),
 )
-# A checkpoint is written while the run trains on.
+# A checkpoint is written while training continues.
 _ANY_TIME = re.compile(r".*\] checkpoint of step \d+ saved\n")
 
 
 def without_progress(text: str) -> str:
-  """Returns a text of stderr without lines that only slow machines get."""
+  """Removes lines of stderr that appear only on slow machines."""
   lines = text.splitlines(keepends=True)
   return "".join(x for x in lines if not x.startswith(progress.LINE_START))
 
 
 def masked(text: str, **folders: pathlib.Path) -> str:
-  """Returns a text with names in the place of times and measured numbers.
+  """Replaces times, measured numbers and folders by names.
 
   Args:
-    text: what a command has printed.
-    **folders: name -> the folder that it stands for.
+    text: output of a command.
+    **folders: name -> folder.
   """
   for name, folder in folders.items():
     text = text.replace(str(folder), name)

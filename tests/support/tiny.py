@@ -1,4 +1,4 @@
-"""The smallest experiment that exercises everything: used by many tests."""
+"""The smallest experiment that covers everything, used by many tests."""
 
 from narvl_jax.experiment.config import (
   Config,
@@ -9,7 +9,7 @@ from narvl_jax.experiment.config import (
 
 
 def tiny_config() -> Config:
-  """Returns a config that trains in a moment on two tasks."""
+  """Returns a config of two tasks that trains in seconds."""
   config = default_config("vqa", "grounding")
   for task in ("vqa", "grounding"):
     config.data.train[task] = train_source("shapes", task, image_size=48)

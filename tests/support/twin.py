@@ -22,9 +22,9 @@ def twin_of(
   """Writes the folder and returns the parameters by their paths.
 
   Args:
-    start: the tiny run, whose vocabulary is taken.
-    target: the folder.
-    **settings: of the config, double underscores in the place of dots.
+    start: run folder of the tiny run; provides the vocabulary.
+    target: run folder to write.
+    **settings: config values; double underscores stand for dots.
   """
   config: Any = tiny_config().copy_and_resolve_references()
   config.model.decoder = "autoregressive"
