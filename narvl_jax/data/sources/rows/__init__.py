@@ -1,1 +1,1 @@
-"""Rows."""
+"""Rows of text files."""

@@ -1,8 +1,7 @@
-"""Captions: every object from left to right.
+"""Captions that name every object from left to right.
 
-One caption belongs to a scene: "a {size} {colour} {shape}" for each object in
-the order of the centres along x, joined by " and "; a texture other than
-solid is said after the size. Chance is near zero.
+A scene has one caption: "a {size} {texture} {color} {shape}" for each object,
+in the order of the centres along x, joined by " and ". "solid" is left out.
 """
 
 from narvl_jax.data.sources.shapes.layout import place
@@ -17,7 +16,7 @@ KINDS = ("1 object", "2 objects", "3 objects", "4 objects", "5 objects")
 
 
 def caption(objects: list[SceneObject]) -> str:
-  """The caption of placed objects."""
+  """Returns the caption of placed objects."""
   parts = []
   for item in sorted(objects, key=lambda o: o.x + o.side / 2):
     texture = "" if item.texture == "solid" else item.texture + " "
@@ -26,7 +25,7 @@ def caption(objects: list[SceneObject]) -> str:
 
 
 def compose(draws: Draws) -> Draft:
-  """One scene with its caption."""
+  """Draws a scene with its caption."""
   count = draws.number_of_objects()
   while True:
     focus = draws.focus()

@@ -1,7 +1,7 @@
-"""Draws a scene with ready-made anti-aliased masks.
+"""Draws a scene by blending anti-aliased masks into a background.
 
-Every mask is made once, by supersampling, for a shape, side and quarter-pixel
-phase; a record only blends a few of them into a background.
+A mask is made once, by supersampling, for each shape, side and quarter-pixel
+phase.
 """
 
 import functools
@@ -33,7 +33,7 @@ def _blend(canvas: np.ndarray, item: SceneObject) -> None:
   x, y = int(item.x), int(item.y)
   phase = int(4 * (item.x - x)), int(4 * (item.y - y))
   keep, paint, ink = _mask(item.shape, item.texture, item.side, *phase)
-  # Layouts keep a margin, so that the window never leaves the picture.
+  # Layouts keep a margin, so the window lies in the picture.
   height, width = keep.shape
   part = canvas[y : y + height, 3 * x : 3 * x + width]
   np.multiply(part, keep, out=part)
@@ -55,7 +55,7 @@ def _shade(item: SceneObject) -> int:
 
 @functools.cache
 def _rows(width: int) -> np.ndarray:
-  """Every shade repeated along a row: float32 [shades, width]."""
+  """Returns every shade repeated along a row: float32 [shades, width]."""
   jitter = np.random.RandomState(1).uniform(-18, 18, (6, _SHADES, 3))
   base = np.asarray([words.RGB[color] for color in words.COLORS])
   shades = np.clip(base[:, None] + jitter, 8, 247).reshape(-1, 3)
@@ -65,7 +65,7 @@ def _rows(width: int) -> np.ndarray:
 
 @functools.cache
 def _tiles(size: int) -> np.ndarray:
-  """Grey noise around 0: float32 [tiles, size + 32, 3 * (size + 32)]."""
+  """Returns grey noise around 0: float32 [tiles, size + 32, 3 (size + 32)]."""
   random = np.random.RandomState(0)
   side = size + _OFFSETS
   fine = random.uniform(-7, 7, (_TILES, side, side))
@@ -79,11 +79,10 @@ def _tiles(size: int) -> np.ndarray:
 def _mask(
   shape: str, texture: str, side: int, phase_x: int, phase_y: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-  """Masks of an object in its (side + 1)-pixel window.
+  """Returns the masks of an object in its window of side + 1 pixels.
 
-  Returns:
-    Float32 [side + 1, 3 * (side + 1)] each: share of the background that is
-    kept, share of the object's colour, and white that is added (or None).
+  Each is float32 [side + 1, 3 (side + 1)]: the share of the background, the
+  share of the object's colour, and white to add (or None).
   """
   steps = 8 if side <= 40 else 4
   grid = (np.arange((side + 1) * steps) + 0.5) / steps
@@ -111,7 +110,7 @@ def _mask(
 
 
 def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-  """Whether points of the unit square [v, u] belong to the shape."""
+  """Returns which points of the unit square [v, u] belong to the shape."""
   unit = (u >= 0) & (u <= 1) & (v >= 0) & (v <= 1)
   a, b = 2 * u - 1, 2 * v - 1
   if shape == "circle":
@@ -129,7 +128,7 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-  """A five-pointed star stretched to touch all four edges."""
+  """Returns a five-pointed star that touches all four edges."""
   corners = np.arange(10) * np.pi / 5
   radius = np.where(np.arange(10) % 2, 0.42, 1.0)
   px, py = radius * np.sin(corners), -radius * np.cos(corners)

@@ -1,11 +1,9 @@
-"""Hypotheses about a picture in which a grey screen may hide something.
+"""Hypotheses about a picture in which a grey screen may hide an object.
 
-The answer is "yes" if the visible objects prove the hypothesis, "no" if they
-refute it. A picture without a screen shows everything there is, so what is not
-seen there is not there. Behind a screen there may be more, so a hypothesis
-about an object that is not seen is neither proven nor refuted: "maybe".
-The same words thus get each of the three answers equally often, and neither
-the words nor the screen alone tell which.
+The answer is "yes" if the visible objects prove the hypothesis and "no" if they
+refute it. Without a screen every object is visible. With a screen a hypothesis
+about an object that is not visible is "maybe". The three answers are equally
+frequent, and neither the words nor the screen alone predict them.
 """
 
 from narvl_jax.data.sources.shapes import phrases, words
@@ -27,7 +25,7 @@ LABELS = ("yes", "no", "maybe")
 
 
 def compose(draws: Draws) -> Draft:
-  """One scene with a hypothesis and its label."""
+  """Draws a scene with a hypothesis and its label."""
   textured = len(draws.level.textures) > 1
   kind = draws.pick(KINDS if textured else KINDS[:5])
   label = draws.pick(LABELS)
@@ -68,7 +66,7 @@ def _place(
 
 
 def _objects(draws: Draws, screen: bool) -> list[SceneObject]:
-  """The focus and companions, with room left for the screen."""
+  """Draws the focus and companions, with room left for the screen."""
   focus = draws.focus()
   limit = draws.level.max_objects
   if screen:
@@ -128,7 +126,7 @@ def _trait(draws: Draws, label: str, trait: str) -> Draft | None:
 
 
 def _count(draws: Draws, label: str) -> Draft | None:
-  """Such as "there are 2 circles": exactly, hidden ones included."""
+  """Such as "there are 2 circles": exactly 2, hidden ones included."""
   limit = draws.level.max_objects
   stated = 2 + draws.below(limit - 1)
   screen = label == "maybe"
@@ -137,7 +135,7 @@ def _count(draws: Draws, label: str) -> Draft | None:
     number = stated - 1
   elif label == "no":
     number = stated + draws.pick((-1, 1) if stated < limit else (-1,))
-    # More than stated are seen: false, whatever the screen hides.
+    # More than stated are visible: false, whatever the screen hides.
     screen = number > stated and draws.chance(0.5)
   total = number + draws.below(max(1, limit - screen - number + 1))
   attribute = draws.pick(("shape", "color"))
@@ -156,7 +154,7 @@ def _relation(draws: Draws, label: str) -> Draft | None:
   objects = _objects(draws, screen)
   focus = objects[0]
   if label == "maybe":
-    # Named like a companion, so that the words look like the other labels'.
+    # Named like a companion, so the words do not reveal the label.
     other = draws.companions(focus, 1)[0]
     named = [*objects, other]
   elif len(objects) > 1:

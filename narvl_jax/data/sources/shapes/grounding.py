@@ -1,7 +1,7 @@
-"""Referring expressions: a shortest description that one object meets.
+"""Referring expressions: a shortest description of exactly one object.
 
 Kinds: "attribute" ("star", "red object", "large red square") and "relation"
-("red square left of star"), which appears where two objects look the same.
+("red square left of star"), for scenes in which two objects look the same.
 """
 
 from narvl_jax.data.sources.shapes import phrases
@@ -13,7 +13,7 @@ _RELATION_SHARE = {False: 0.15, True: 0.3}
 
 
 def compose(draws: Draws) -> Draft:
-  """One scene with an expression and the box of its object."""
+  """Draws a scene with an expression and the box of its object."""
   relation = draws.chance(_RELATION_SHARE[draws.level.overlap])
   while True:
     found = _twins(draws) if relation else _plain(draws)
@@ -36,7 +36,7 @@ def _plain(draws: Draws) -> Draft | None:
 
 
 def _twins(draws: Draws) -> Draft | None:
-  """Two objects alike and a third that tells them apart by its place."""
+  """Two equal objects and a third whose place distinguishes them."""
   level = draws.level
   focus = draws.focus()
   same = (focus.color, focus.shape)

@@ -1,11 +1,11 @@
-"""Short descriptions of objects, shared by the tasks."""
+"""Short descriptions of objects."""
 
 from collections.abc import Iterable, Sequence
 
 from narvl_jax.data.sources.shapes import words
 from narvl_jax.data.sources.shapes.scene import SceneObject
 
-# Attributes that a description names, in the order in which they are said.
+# Attributes in the order of a description.
 ORDER = ("size", "texture", "color", "shape")
 
 # Descriptions from short to long.
@@ -23,7 +23,7 @@ SHORTEST_FIRST = (
 
 
 def say(item: SceneObject, attributes: Sequence[str]) -> str:
-  """Names the attributes: "large red circle", "small object"."""
+  """Returns the attributes as words: "large red circle", "small object"."""
   text = " ".join(getattr(item, name) for name in attributes)
   return text if attributes[-1] == "shape" else text + " object"
 
@@ -31,7 +31,7 @@ def say(item: SceneObject, attributes: Sequence[str]) -> str:
 def is_unique(
   item: SceneObject, objects: Iterable[SceneObject], attributes: Sequence[str]
 ) -> bool:
-  """Whether no other object has the same values of the attributes."""
+  """Returns whether no other object has the same values."""
   for other in objects:
     if other is item:
       continue
@@ -48,7 +48,7 @@ def describe(
   objects: Sequence[SceneObject],
   candidates: Iterable[Sequence[str]] = SHORTEST_FIRST,
 ) -> str | None:
-  """The first candidate description that only this object meets."""
+  """Returns the first candidate that describes only this object."""
   for attributes in candidates:
     if is_unique(item, objects, attributes):
       return say(item, attributes)
@@ -56,12 +56,12 @@ def describe(
 
 
 def is_on(side: str, item: SceneObject, anchor: SceneObject) -> bool:
-  """Whether the item lies on a side of the anchor, by their centres."""
+  """Returns whether the item's centre lies on a side of the anchor's."""
   axis, sign = words.SIDES[side]
   return sign * (item.center(axis) - anchor.center(axis)) > 0
 
 
 def distance(side: str, item: SceneObject, anchor: SceneObject) -> float:
-  """How far apart two centres are along the axis of a side, in pixels."""
+  """Returns the distance of two centres along a side's axis in pixels."""
   axis = words.SIDES[side][0]
   return abs(item.center(axis) - anchor.center(axis))

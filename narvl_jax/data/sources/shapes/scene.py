@@ -1,4 +1,4 @@
-"""Objects, scenes and the random draws that make them."""
+"""Objects, scenes and the random numbers that make them."""
 
 import dataclasses
 import random
@@ -23,7 +23,7 @@ class SceneObject:
     side: width and height of the tight box, whole pixels.
     x: left edge, a multiple of a quarter pixel.
     y: upper edge, likewise.
-    variant: which of the slightly different shades of its colour it has.
+    variant: number of the shade of its colour.
   """
 
   size: str
@@ -47,7 +47,7 @@ class SceneObject:
 
 @dataclasses.dataclass(slots=True)
 class Scene:
-  """A picture to draw: objects in drawing order, later ones on top."""
+  """A picture to draw; later objects cover earlier ones."""
 
   objects: list[SceneObject]
   screen: SceneObject | None
@@ -67,7 +67,7 @@ class Level:
     small: whole-pixel sides of small objects.
     large: likewise of large ones.
     gap: smallest distance of two objects' centres along x.
-    large_share: probability that an object is large, unless it is asked for.
+    large_share: probability that an object is large, unless given.
     held_out: every scene has a held-out combination.
   """
 
@@ -84,7 +84,7 @@ class Level:
 
 
 def make_level(difficulty: str, image_size: int, held_out: bool) -> Level:
-  """Builds the level of difficulty "easy" or "full"."""
+  """Returns the level for a difficulty, "easy" or "full"."""
   full = difficulty == "full"
 
   def lengths(low: float, high: float) -> tuple[int, ...]:
@@ -112,32 +112,32 @@ def make_level(difficulty: str, image_size: int, held_out: bool) -> Level:
 class Draws:
   """Random draws of one record.
 
-  Only `random.Random.random` is used: its sequence for a given integer seed
-  is the same in every Python version, that of the other methods is not.
+  Only `random.Random.random` is used, because its sequence for an integer seed
+  is the same in every Python version.
   """
 
   __slots__ = ("level", "random")
 
   def __init__(self, key: int, level: Level) -> None:
-    # The seeding repeats short keys, so that keys of different lengths can
-    # start the same sequence; with a fixed top bit all are equally long.
+    # Seeding repeats short keys, so keys of different lengths could start the
+    # same sequence. The top bit makes all keys equally long.
     self.random = random.Random(key + (1 << 128)).random
     self.level = level
 
   def below(self, limit: int) -> int:
-    """A whole number in [0, limit)."""
+    """Returns an integer in [0, limit)."""
     return int(self.random() * limit)
 
   def pick(self, options: Sequence[T]) -> T:
-    """One of the options."""
+    """Returns one of the options."""
     return options[int(self.random() * len(options))]
 
   def chance(self, probability: float) -> bool:
-    """True with the given probability."""
+    """Returns True with the given probability."""
     return self.random() < probability
 
   def shuffled(self, items: Sequence[T]) -> list[T]:
-    """The items in random order."""
+    """Returns the items in random order."""
     out = list(items)
     for i in range(len(out) - 1, 0, -1):
       j = int(self.random() * (i + 1))
@@ -153,7 +153,7 @@ class Draws:
     not_color: str = "",
     not_shape: str = "",
   ) -> tuple[str, str]:
-    """A (colour, shape) of the pool that meets the conditions."""
+    """Returns a (color, shape) of the pool that meets the conditions."""
     while True:
       found = pool[int(self.random() * len(pool))]
       if (
@@ -167,7 +167,7 @@ class Draws:
   def object(
     self, combination: tuple[str, str], size: str = "", texture: str = ""
   ) -> SceneObject:
-    """An object of that colour and shape, without a place yet."""
+    """Returns an object of that color and shape without a place."""
     level = self.level
     size = size or words.SIZES[self.random() < level.large_share]
     lengths = level.small if size == "small" else level.large
@@ -183,29 +183,29 @@ class Draws:
     )
 
   def focus(self) -> SceneObject:
-    """The object that a request is about: held-out in a held-out scene."""
+    """Returns the object that a request is about; held out if the scene is."""
     pool = words.HELD_OUT if self.level.held_out else words.SEEN
     size = words.SIZES[int(self.random() * 2)]
     return self.object(self.combination(pool), size)
 
   def alike(self, attribute: str, value: str) -> SceneObject:
-    """An object with the given colour or shape."""
+    """Returns an object with the given color or shape."""
     if attribute == "color":
       return self.object(self.combination(color=value))
     return self.object(self.combination(shape=value))
 
   def unlike(self, attribute: str, value: str) -> SceneObject:
-    """An object of any other colour or shape."""
+    """Returns an object with any other color or shape."""
     if attribute == "color":
       return self.object(self.combination(not_color=value))
     return self.object(self.combination(not_shape=value))
 
   def number_of_objects(self) -> int:
-    """How many objects the scene has, uniformly."""
+    """Returns the number of objects of the scene, uniformly distributed."""
     return 1 + int(self.random() * self.level.max_objects)
 
   def companions(self, focus: SceneObject, count: int) -> list[SceneObject]:
-    """Objects that often share the colour or the shape of the focus."""
+    """Returns objects that often share the focus's color or shape."""
     out = []
     for _ in range(count):
       share = self.random()
@@ -219,7 +219,7 @@ class Draws:
     return out
 
   def others(self, focus: SceneObject, count: int) -> list[SceneObject]:
-    """Companions in a third of the scenes, else objects of any kind."""
+    """Returns companions in a third of the scenes, otherwise any objects."""
     if self.random() < 1 / 3:
       return self.companions(focus, count)
     return [self.object(self.combination()) for _ in range(count)]
@@ -229,11 +229,11 @@ class Draws:
     item.size, item.side = "small", self.pick(self.level.small)
 
   def screen(self) -> SceneObject:
-    """A grey panel that may hide a further object."""
+    """Returns a grey panel that may hide an object."""
     return SceneObject("large", "solid", "", "screen", self.level.large[-1])
 
   def background(self) -> tuple[int, int, int, int]:
-    """Tile, offsets and brightness of the background."""
+    """Returns tile, offsets and brightness of the background."""
     draw = self.random
     return (
       int(draw() * 16),
@@ -245,7 +245,7 @@ class Draws:
 
 @dataclasses.dataclass(slots=True)
 class Draft:
-  """A record before its picture is drawn; the names are those of `Record`."""
+  """A record before its picture is drawn; see `Record`."""
 
   scene: Scene
   kind: str
@@ -264,6 +264,6 @@ def draft(
   box: Box | None = None,
   screen: SceneObject | None = None,
 ) -> Draft:
-  """Closes a draft: adds the background to the placed objects."""
+  """Returns a draft of placed objects on a background."""
   scene = Scene(objects, screen, draws.background())
   return Draft(scene, kind, prompt, answer, box)

@@ -12,7 +12,7 @@ from narvl_jax.data.sources.shapes import (
 from narvl_jax.data.sources.shapes.scene import Draft, Draws, make_level
 from narvl_jax.errors import UserError, did_you_mean
 
-# First key and number of records of each split; the ranges do not meet.
+# First key and number of records of each split; the ranges are disjoint.
 RANGES = {
   "train": (0, 2**31),
   "validation": (2**32, 4000),
@@ -31,23 +31,20 @@ _COMPOSE = {
 
 
 class ShapesSource(RecordSource):
-  """Scenes of 1-5 objects with text about them, made when asked for.
+  """Scenes of 1-5 objects with text about them, made on demand.
 
-  Record `i` depends on nothing but (task, split, seed, i) and the options.
-  Its random numbers come from one whole number, in which the seed, the task
-  and the split's range of keys each have bits of their own. So no two splits
-  or seeds share a scene.
+  Record `i` is a function of (task, split, seed, i) and the options. Its random
+  numbers come from one integer, in which seed, task and the split's keys have
+  separate bits. So no two splits or seeds share a scene.
 
   Attributes:
-    task: one of `TASKS`.
     split: "train" (2**31 records), "validation", "test" or "held_out" (4000
-      each). Scenes of "held_out" have a combination of `words.HELD_OUT`,
-      which no text or picture of the other splits has.
-    seed: another seed gives other records of the same distribution.
+      each). Only scenes of "held_out" have a combination of `words.HELD_OUT`.
+    seed: another seed draws other records of the same distribution.
     image_size: side of the square pictures in pixels.
-    difficulty: "easy" (1-3 solid objects apart from each other) or "full"
-      (1-5, textures, overlap, more relations).
-    endless: whether no run comes to the end of the split.
+    difficulty: "easy" (1-3 separate solid objects) or "full" (1-5 objects,
+      textures, overlap, more relations).
+    endless: whether the split is too long for any run.
   """
 
   def __init__(
@@ -109,9 +106,9 @@ class ShapesSource(RecordSource):
     )
 
   def key(self, index: int) -> int:
-    """The whole number that all random numbers of a record come from."""
+    """Returns the integer that seeds all random numbers of a record."""
     return self._base + self._number(index)
 
   def draft(self, index: int) -> Draft:
-    """The scene and the text of a record, without the picture."""
+    """Returns scene and text of a record without the picture."""
     return self._compose(Draws(self.key(index), self._level))

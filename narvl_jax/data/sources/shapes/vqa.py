@@ -1,4 +1,4 @@
-"""Questions whose answers the words alone do not give away.
+"""Questions whose words alone do not reveal the answer.
 
 | kind       | such as                                    | answers         |
 | ---------- | ------------------------------------------ | --------------- |
@@ -42,12 +42,12 @@ _YES_NO = {True: "yes", False: "no"}
 
 
 def compose(draws: Draws) -> Draft:
-  """One scene with a question and its answer."""
+  """Draws a scene with a question and its answer."""
   kind = draws.pick(KINDS)
   form = draws.pick(_FORMS[kind])
   truth = draws.chance(0.5)
-  # Form and truth are drawn before, so that scenes without room for their
-  # objects do not shift their shares.
+  # Form and truth are drawn first, so that retries after scenes without room
+  # do not change their shares.
   while True:
     found = form(draws, truth)
     if found is not None:
@@ -72,10 +72,13 @@ def _finish(
 def with_count(
   draws: Draws, attribute: str, number: int, total: int
 ) -> tuple[list[SceneObject], str]:
-  """A scene with a given number of objects of one colour or shape.
+  """Returns `total` objects, and the value that `number` of them share.
 
-  Returns:
-    The objects, `total` of them, and the colour or shape that was counted.
+  Args:
+    draws: random numbers of the record.
+    attribute: "color" or "shape".
+    number: number of objects with the value.
+    total: number of all objects.
   """
   focus = draws.focus()
   value = getattr(focus, attribute)
@@ -94,7 +97,7 @@ def _values(attribute: str) -> tuple[str, ...]:
 
 
 def several(attribute: str, value: str) -> str:
-  """The plural: "circles", "red objects"."""
+  """Returns the plural: "circles", "red objects"."""
   return words.PLURALS[value] if attribute == "shape" else value + " objects"
 
 
@@ -141,10 +144,10 @@ def _attribute(draws: Draws, truth: bool) -> Draft | None:
 def absent_combination(
   draws: Draws, focus: SceneObject, objects: list[SceneObject]
 ) -> tuple[str, str] | None:
-  """A colour and shape that no object has, though each is there if possible.
+  """Returns a color and shape that no object has, each present if possible.
 
-  In a held-out scene it is another held-out combination, and up to two of the
-  objects (without a place yet) are changed to have its colour or its shape.
+  In a held-out scene it is another held-out combination; up to two objects
+  (without a place yet) are changed to its color or its shape.
   """
   others = [item for item in objects if item is not focus]
   if draws.level.held_out:
@@ -212,7 +215,7 @@ def _larger(draws: Draws, truth: bool) -> Draft | None:
 
 
 def _more(draws: Draws, truth: bool) -> Draft | None:
-  """Such as "are there more circles than squares?"; a tie is a no."""
+  """Such as "are there more circles than squares?"; "no" for a tie."""
   limit = draws.level.max_objects
   attribute = draws.pick(("shape", "color"))
   while True:
@@ -232,7 +235,7 @@ def _more(draws: Draws, truth: bool) -> Draft | None:
     if getattr(item, attribute) == other:
       return None
     objects.append(item)
-  # The question names the values in the order that makes it true or false.
+  # The order of the values decides the answer.
   first, second = several(attribute, value), several(attribute, other)
   if (counts[0] > counts[1]) != truth:
     first, second = second, first
@@ -243,7 +246,7 @@ def _more(draws: Draws, truth: bool) -> Draft | None:
 def _related(
   draws: Draws,
 ) -> tuple[list[SceneObject], list[SceneObject], list[str]] | None:
-  """A placed scene and two of its objects with their names."""
+  """Returns a placed scene and two of its objects with their names."""
   focus = draws.focus()
   total = 2 + draws.below(draws.level.max_objects - 1)
   objects = [focus, *draws.companions(focus, total - 1)]
@@ -277,7 +280,7 @@ def _is_on_side(draws: Draws, truth: bool) -> Draft | None:
 
 
 def _what_is_on_side(draws: Draws, truth: bool) -> Draft | None:
-  """Such as "what shape is left of the star?"; one object is there."""
+  """Such as "what shape is left of the star?", where one object is."""
   del truth
   found = _related(draws)
   if found is None:

@@ -1,4 +1,4 @@
-"""The words of the shapes world and the combinations kept for `held_out`."""
+"""The words of the shapes, and the combinations of the split `held_out`."""
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
@@ -16,8 +16,8 @@ RGB = {
   "cyan": (30, 195, 210),
 }
 
-# Four different colours on four different shapes, so that each colour and
-# each shape is still seen in training, five or six ways.
+# Four different colors on four different shapes, so that training has each
+# color and each shape in five or six combinations.
 HELD_OUT = (
   ("red", "star"),
   ("green", "circle"),
@@ -31,7 +31,7 @@ SEEN = tuple(
   if (color, shape) not in HELD_OUT
 )
 
-# A side and where an object lies that is on it: axis (0 = x), sign.
+# Side -> axis (0 = x) and sign of the direction.
 SIDES = {
   "left of": (0, -1),
   "right of": (0, 1),

@@ -1,1 +1,1 @@
-"""Tfds."""
+"""The source `tfds`."""

@@ -1,4 +1,4 @@
-"""How many records each TFDS example gives: counted once, kept in a file."""
+"""The number of records of each TFDS example: counted once, then cached."""
 
 import concurrent.futures
 import contextlib
@@ -21,16 +21,13 @@ _CHUNK = 256
 def record_ends(
   key: str, count: int, index_dir: str, records_of: Callable[[int], int]
 ) -> np.ndarray:
-  """Returns, for each example, the number of records up to its end.
+  """Returns the number of records up to the end of each example, int64 [count].
 
   Args:
-    key: identifies the data set, its files and what is counted.
+    key: identifies the data set, its files and the sequence that is counted.
     count: number of examples.
     index_dir: folder of the cache; "" is `$XDG_CACHE_HOME/narvl_jax`.
     records_of: example number -> its number of records.
-
-  Returns:
-    int64 [count].
   """
   cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
   folder = with_home(index_dir or os.path.join(cache, "narvl_jax"))
@@ -39,7 +36,7 @@ def record_ends(
   ends = _load(path, count)
   if ends is None:
     ends = np.cumsum(_count(count, records_of), dtype=np.int64)
-    # A cache that cannot be written costs time only.
+    # Without a cache the next start counts again.
     with contextlib.suppress(OSError):
       _save(path, ends)
   return ends
@@ -52,7 +49,7 @@ def _count(count: int, records_of: Callable[[int], int]) -> np.ndarray:
     for index in range(start, min(start + _CHUNK, count)):
       counts[index] = records_of(index)
 
-  # Reading lets other threads run; parsing does not.
+  # Reading releases the GIL; parsing does not.
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
     list(pool.map(fill, range(0, count, _CHUNK)))
   return counts
@@ -63,13 +60,13 @@ def _checksum(ends: np.ndarray) -> int:
 
 
 def _load(path: pathlib.Path, count: int) -> np.ndarray | None:
-  """Returns the ends in a cache file, None if it is absent or damaged."""
+  """Returns the content of a cache file, None if it is absent or damaged."""
   if not path.is_file():
     return None
   try:
     with open(path, "rb") as file:
       stored: Any = np.load(file, allow_pickle=False)
-  # Of a damaged file it may fail in any way; counting again costs time only.
+  # A damaged file raises errors of many types.
   except Exception:
     return None
   if not isinstance(stored, np.ndarray):

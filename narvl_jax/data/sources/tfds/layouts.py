@@ -1,4 +1,4 @@
-"""How data sets of TFDS give records: known layouts and checks of options."""
+"""Known layouts of TFDS data sets, and checks of the options."""
 
 from collections.abc import Mapping
 
@@ -22,16 +22,16 @@ _NEEDED = {
   "grounding": ("image", "prompt", "box"),
   "entailment": ("image", "prompt", "target"),
 }
-# Order of a box's numbers, as TFDS names them; REL_: shares of the picture.
+# Order of the coordinates as TFDS names it; REL_: fractions of the picture.
 BOX_FORMATS = ("REL_YXYX", "YXYX", "REL_XYXY", "XYXY", "XYWH")
-# Splits that the reference trains on, one row a caption.
+# Splits that the reference trains on, with one row for each caption.
 _TRAIN_SPLITS = ("train", "restval")
 
 
 def layout(
   name: str, split: str, each: str | None
 ) -> tuple[dict[str, str], str]:
-  """Returns the fields of a known data set, and what `each` is."""
+  """Returns fields and `each` of a known data set."""
   if name == "coco_captions":
     if each is None:
       parts = [part.split("[")[0].strip() for part in split.split("+")]
@@ -50,7 +50,7 @@ def layout(
 
 
 def needed_fields(task: str, mapping: Mapping[str, str]) -> dict[str, str]:
-  """Returns the part of a known data set's mapping that a task uses."""
+  """Returns the part of a mapping that a task uses."""
   return {
     field: path
     for field, path in mapping.items()
@@ -75,7 +75,7 @@ def check_fields(name: str, task: str, mapping: Mapping[str, str]) -> None:
 
 
 def counter(selectors: Mapping[str, Selector], each: str) -> Selector | None:
-  """Returns the selector that tells how many records an example has.
+  """Returns the selector whose elements are the records; None without `each`.
 
   Raises:
     UserError: no field lies in the sequence.
@@ -92,10 +92,10 @@ def counter(selectors: Mapping[str, Selector], each: str) -> Selector | None:
 
 
 def box_format_of(box: Selector | None, given: str) -> str:
-  """Returns how a box is given; "" if there is none.
+  """Returns the format of the box; "" if there is none.
 
   Raises:
-    UserError: neither the option nor the feature says it.
+    UserError: neither the option nor the feature states it.
   """
   if given and given not in BOX_FORMATS:
     raise UserError(

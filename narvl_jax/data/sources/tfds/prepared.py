@@ -1,4 +1,4 @@
-"""Data sets that TFDS has prepared on this machine, opened with few words."""
+"""Opens data sets that TFDS has prepared on this machine."""
 
 import pathlib
 import re
@@ -15,14 +15,10 @@ _INFO = "dataset_info.json"
 
 
 def open_builder(name: str, data_dir: str) -> Any:
-  """Returns the TFDS builder of a prepared data set.
-
-  Args:
-    name: NAME, NAME/CONFIG, NAME:VERSION, or a folder with dataset_info.json.
-    data_dir: folder of all data sets; "" is the default of TFDS.
+  """Returns the TFDS builder of a prepared data set; see `TfdsSource`.
 
   Raises:
-    UserError: it is not prepared, or in a form without random access.
+    UserError: it is not prepared, or its file format has no random access.
   """
   if (with_home(name) / _INFO).exists():
     folder = str(with_home(name))
@@ -81,7 +77,7 @@ def _not_prepared(name: str, base: str, data_dir: str) -> str:
 
 
 def _how_to_prepare(name: str, data_dir: str) -> str:
-  """Returns a line of Python; the command `tfds` needs TensorFlow."""
+  """Returns a line of Python, because the command `tfds` needs TensorFlow."""
   where = f', data_dir="{data_dir}"' if data_dir else ""
   return (
     f'tensorflow_datasets.builder("{name}"{where},'
@@ -93,14 +89,14 @@ def data_source(builder: Any, split: str) -> Any:
   """Returns the examples of a split as serialized protocol buffers.
 
   Raises:
-    UserError: there is no such split, a file is missing, or no example.
+    UserError: there is no such split, a file is missing, or the split is empty.
   """
   names = sorted(builder.info.splits)
   try:
     info = builder.info.splits[split]
     count = info.num_examples
     files = [pathlib.Path(str(i.filename)) for i in info.file_instructions]
-  except Exception as e:  # TFDS parses the slice in many ways.
+  except Exception as e:  # TFDS raises errors of many types.
     base = re.split(r"[\[+]", split)[0]
     hint = did_you_mean(base, names) if base not in names else ""
     raise UserError(

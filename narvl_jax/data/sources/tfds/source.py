@@ -1,25 +1,10 @@
 """TensorFlow Datasets, read without TensorFlow.
 
 `coco_captions` and `ref_coco` are known. Any other data set needs a mapping
-from our fields to its features:
+from fields of `Record` to its features; docs/data.md lists the fields.
 
     train_source("tfds", "vqa", name="my_vqa", fields={
       "image": "image", "prompt": "question", "target": "answers"})
-
-| field   | what it is                                                       |
-| ------- | ---------------------------------------------------------------- |
-| image   | an encoded picture                                               |
-| prompt  | question, expression or hypothesis                               |
-| target  | answer, caption or label: a text, a list, or a class label       |
-| box     | grounding: a BBoxFeature, or four numbers with `box_format`      |
-| score   | vqa: a score in (0, 1] for each target                           |
-| id      | a name; by default SPLIT-NUMBER                                  |
-| premise | entailment: caption of the picture                               |
-| objects | vqa: list of names or class labels                               |
-| kind    | a sub-category for reports                                       |
-
-With `each="objects"` every element of that sequence is a record: fields below
-it have the element's value, others the whole example's.
 """
 
 import bisect
@@ -56,14 +41,7 @@ from narvl_jax.errors import UserError, did_you_mean
 
 
 class TfdsSource(RecordSource):
-  """Records of a data set that TFDS has prepared as ArrayRecord files.
-
-  It can be pickled and read by several threads; pictures stay encoded.
-
-  Attributes:
-    task: one of `TASKS`.
-    split: such as "train" or "train[:50%]".
-  """
+  """Records of a data set that TFDS has prepared as ArrayRecord files."""
 
   def __init__(
     self,
@@ -80,30 +58,32 @@ class TfdsSource(RecordSource):
     soft_scores: bool = False,
     index_dir: str = "",
   ) -> None:
-    """Opens the data set; no seed.
+    """Opens the data set; the seed has no effect.
 
     Args:
       task: one of `TASKS`.
-      split: of the data set; parts such as "train[:50%]" and sums with "+".
+      split: such as "train", "train[:50%]" or "train+restval".
+      seed: has no effect.
       name: NAME, NAME/CONFIG, NAME:VERSION, or a folder of a data set.
       data_dir: folder of all data sets; "" is the default of TFDS.
-      fields: our field -> path of a feature; adds to a known data set's.
+      fields: field of `Record` -> path of a feature; extends the layout of a
+        known data set.
       each: path of the sequence whose elements are the records; "" makes one
-        record an example. None: as the data set is known to need.
-      box_format: of `BOX_FORMATS`, for a box that does not state its own.
+        record per example; None uses the layout of a known data set.
+      box_format: one of `BOX_FORMATS`, for a box that does not state its own.
       labels: renames targets, such as {"0": "entailment"}.
       soft_scores: an answer that n people gave has the score min(1, 0.3 n).
-      index_dir: folder for the index of records; "" is the user's cache.
+      index_dir: folder of the index of records; "" is the user's cache.
 
     Raises:
       UserError: an option is wrong, or the data set is not prepared.
     """
+    fields, labels = dict(fields or {}), dict(labels or {})
     self._options: dict[str, Any] = {
-      "task": task, "split": split, "name": name, "data_dir": data_dir,
-      "fields": dict(fields.items()) if fields else None, "each": each,
-      "box_format": box_format,
-      "labels": dict(labels.items()) if labels else None,
-      "soft_scores": soft_scores, "index_dir": index_dir, "seed": seed,
+      "task": task, "split": split, "seed": seed, "name": name,
+      "data_dir": data_dir, "fields": fields, "each": each,
+      "box_format": box_format, "labels": labels, "soft_scores": soft_scores,
+      "index_dir": index_dir,
     }  # fmt: skip
     if task not in TASKS:
       raise UserError(
@@ -119,10 +99,7 @@ class TfdsSource(RecordSource):
     self._full_name = builder.info.full_name
     self._data = tfds_prepared.data_source(builder, split)
     known, each = layout(builder.name, split, each)
-    mapping = {
-      **needed_fields(task, known),
-      **(self._options["fields"] or {}),
-    }
+    mapping = {**needed_fields(task, known), **fields}
     check_fields(builder.name, task, mapping)
     self._selectors = {
       field: make_selector(builder.info.features, path, each, field=field)
@@ -134,7 +111,7 @@ class TfdsSource(RecordSource):
     self._each = each
     self._counter = counter(self._selectors, each)
     self._box_format = box_format_of(self._selectors.get("box"), box_format)
-    self._labels = self._options["labels"] or {}
+    self._labels = labels
     self._soft_scores = soft_scores
     self._files = _files_key(builder, split)
     self._ends: np.ndarray | None = None
@@ -163,21 +140,21 @@ class TfdsSource(RecordSource):
     return f"{place}, {self._each} {element}" if self._each else place
 
   def fingerprint(self) -> str:
-    """Returns a text that differs when the data set's files do."""
+    """Returns a hash of names, sizes and times of the data set's files."""
     return self._files
 
   def __getstate__(self) -> dict[str, Any]:
     return {**self._options, "exif_orientation": self.exif_orientation}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
-    # TFDS keeps open files; a new process opens them anew.
+    # TFDS keeps files open, so another process opens its own.
     options = dict(state)
     exif_orientation = options.pop("exif_orientation")
     self.__init__(**options)
     self.exif_orientation = exif_orientation
 
   def _find(self, number: int) -> tuple[int, int]:
-    """Returns the example of a record and the record's place in it."""
+    """Returns the number of the example, and of the record in it."""
     if self._ends is None:
       return number, 0
     example = bisect.bisect_right(self._ends, number)
@@ -197,7 +174,7 @@ class TfdsSource(RecordSource):
     try:
       return sum(self._counter.lengths(self._example(number)))
     except UserError:
-      return 1  # So that reading meets it and counts it as a bad record.
+      return 1  # Reading it makes a bad record.
 
   def _record(self, example: Any, element: int, number: int) -> Record:
     place = self._counter.place(example, element) if self._counter else []
@@ -227,7 +204,7 @@ class TfdsSource(RecordSource):
   def _id(self, value: Any, element: int, number: int) -> str:
     if value is None:
       return f"{self.split}-{number}"
-    # An id of the example is shared by all of its records.
+    # All records of the example share its id.
     shared = self._each and not self._selectors["id"].common
     return f"{text(value)}-{element}" if shared else text(value)
 
@@ -270,7 +247,7 @@ class TfdsSource(RecordSource):
 
 
 def _files_key(builder: Any, split: str) -> str:
-  """Returns a text that differs when the split or its files do."""
+  """Returns a hash of the split and of its files."""
   stats = []
   for part in builder.info.splits[split].file_instructions:
     file = pathlib.Path(str(part.filename))
