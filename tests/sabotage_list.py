@@ -228,7 +228,7 @@ SABOTAGES = (
   ),
   Sabotage(
     "a run folder that was renamed during a save is made again",
-    "narvl_jax/files/held_folder.py",
+    "narvl_jax/checkpointing/held_folder.py",
     "self.path = through if through.is_dir() else folder",
     "self.path = folder",
     "tests/checkpointing/test_failed_saves.py"
@@ -332,7 +332,7 @@ SABOTAGES = (
   ),
   Sabotage(
     "a disk without inodes is told as one without room",
-    "narvl_jax/files/disk.py",
+    "narvl_jax/files/disk_errors.py",
     "if inodes is not None:",
     "if False:",
     "tests/files/test_disk.py::test_a_disk_that_can_hold_no_more_files",

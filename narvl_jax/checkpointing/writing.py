@@ -14,6 +14,7 @@ import jax
 from narvl_jax.checkpointing import record as record_lib
 from narvl_jax.checkpointing.checksums import device_checksums, text
 from narvl_jax.checkpointing.digests import replace_record, write_digests
+from narvl_jax.checkpointing.held_folder import HeldFolder
 from narvl_jax.checkpointing.host_memory import return_free_memory
 from narvl_jax.checkpointing.integrity import Damage
 from narvl_jax.checkpointing.reading import (
@@ -29,8 +30,7 @@ from narvl_jax.checkpointing.record import (
 from narvl_jax.checkpointing.retention import Retention
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import to_json
-from narvl_jax.files.disk import explain_disk
-from narvl_jax.files.held_folder import HeldFolder
+from narvl_jax.files.disk_errors import explain_disk
 from narvl_jax.hosts import distributed
 from narvl_jax.state.train_state import TrainState
 

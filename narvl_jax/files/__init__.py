@@ -1,1 +1,12 @@
-"""Files."""
+"""Files: every module above reads, writes and checks them with these.
+
+| module | what it does |
+| --- | --- |
+| `disk` | writes files atomically |
+| `disk_errors` | explains errors of a disk in one line |
+| `regular` | reads files that may have been replaced by a pipe or a device |
+| `side_files` | JSON files whose damage must not end a run |
+| `leftovers` | temporary files: their names, and removing old ones |
+| `paths` | checks the paths in flags |
+| `processes` | identifies the process that wrote a file |
+"""

@@ -1,8 +1,7 @@
 """Temporary files: their names, and removing those of dead processes.
 
 The name of a temporary file holds the machine and the process that write it,
-so that a later process can tell what a killed one left behind from what a live
-one is writing.
+which distinguishes files of killed processes from those being written.
 """
 
 import contextlib
@@ -16,10 +15,10 @@ import time
 
 from narvl_jax.files.processes import machine, process_start
 
-# Files of machines whose processes cannot be seen are left alone for so long
-# after they were last changed. Clocks of a network file system may differ.
+# Age after which files of other machines, whose processes cannot be checked,
+# are removed. Clocks of a network file system may differ.
 _FOREIGN_SECONDS = 24 * 3600.0
-# Room for the rest of the name below the limit of 255 bytes.
+# Leaves room for the rest of the name, which is limited to 255 bytes.
 _LONGEST_STEM = 160
 
 # .STEM.MACHINE-PROCESS-START-NUMBER.tmp
@@ -27,14 +26,14 @@ _NAME = re.compile(
   r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-\d+\.tmp",
   re.DOTALL,
 )
-# As earlier versions named them: .STEM.PROCESS.part, STEM.rows.idx.XXXXXXXX.tmp
+# Of earlier versions: .STEM.PROCESS.part, STEM.rows.idx.XXXXXXXX.tmp
 _OLD_NAME = re.compile(
   r".*\.(\d+\.(tmp|part)|rows\.idx\.[a-z0-9_]{8}\.tmp)"
   r"|\.lock\.json\.[0-9a-f]{32}|\.host_\d+\.tmp",
   re.DOTALL,
 )
 _count = itertools.count()
-# Each folder is searched once by a process.
+# Folders that this process has searched.
 _searched: set[str] = set()
 
 
@@ -48,10 +47,9 @@ def temporary_path(path: pathlib.Path) -> pathlib.Path:
 
 
 def remove_beside(path: pathlib.Path) -> None:
-  """Removes what dead processes left beside a file that is to be written.
+  """Removes temporary files of dead processes in the folder of a file.
 
-  Only files of these names are touched: the folder may hold the user's own.
-  Never raises: what cannot be removed stays.
+  Old names are kept, since they may be files of the user. Never raises.
   """
   folder = os.path.abspath(path.parent)
   if folder in _searched:
@@ -61,13 +59,9 @@ def remove_beside(path: pathlib.Path) -> None:
 
 
 def remove_below(folder: pathlib.Path) -> None:
-  """Removes what dead processes left in a folder that is ours, and below it.
+  """Removes temporary files of dead processes below a run folder.
 
-  Never raises: what cannot be removed stays.
-
-  Args:
-    folder: such as that of a run; numbered folders, which are checkpoints, are
-      not entered.
+  Skips numbered folders, which are checkpoints. Never raises.
   """
   for place, names, _ in os.walk(folder):
     _remove_in(pathlib.Path(place), _NAME, _OLD_NAME)
@@ -91,19 +85,19 @@ def remove(path: pathlib.Path) -> None:
 
 
 def _is_dead(path: pathlib.Path) -> bool:
-  """Returns whether nobody can still be writing a temporary file."""
+  """Returns whether no process can still be writing a temporary file."""
   match = _NAME.fullmatch(path.name)
   if match and match["machine"] == _machine_code() != _code(""):
     return process_start(int(match["pid"])) != match["start"]
   try:
     return time.time() - _last_change(path) > _FOREIGN_SECONDS
   except OSError:
-    # It has just become the file that it was written for.
+    # It was just renamed to its final name.
     return False
 
 
 def _last_change(path: pathlib.Path) -> float:
-  """Returns when a file, or anything below a folder, was last changed."""
+  """Returns the newest time of change of a file, or below a folder."""
   places = [path, *path.rglob("*")] if path.is_dir() else [path]
   return max(place.lstat().st_mtime for place in places)
 

@@ -1,4 +1,4 @@
-"""Files and folders that flags name: checked early, errors told in one line."""
+"""Checks the files and folders that flags name, before any work is done."""
 
 import errno
 import os
@@ -10,35 +10,24 @@ from absl import flags
 
 from narvl_jax.errors import UserError
 from narvl_jax.files import leftovers
-from narvl_jax.files.disk import errors_of, free_place, is_stream, reason_of
+from narvl_jax.files.disk import is_stream
+from narvl_jax.files.disk_errors import errors_of, free_place, reason_of
 
-# Flags that hold a path, of all commands.
+# Flags of all commands that hold a path.
 PATH_FLAGS = (
   *("workdir", "to", "from", "teacher", "nar", "ar", "runs", "results"),
-  *(
-    "folder",
-    "vocabulary",
-    "answers",
-    "image",
-    "overlay",
-    "hlo",
-    "json",
-    "png",
-  ),
+  *("folder", "vocabulary", "answers", "image", "overlay", "hlo", "json"),
+  "png",
 )
-# Of these the empty text means that nothing is written.
+# If these are empty, nothing is written.
 _MAY_BE_EMPTY = ("png", "json")
 _LONGEST_SHOWN = 120
-# Such a path cannot be any file or folder.
+# Errors of paths that cannot exist.
 _IMPOSSIBLE = (errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def check_flags() -> None:
-  """Checks the paths that flags of this command were given.
-
-  Raises:
-    UserError: one is empty, or can be no path.
-  """
+  """Raises UserError if a path flag of this command is empty or impossible."""
   for name, value in _given_flags():
     if not value.strip() and name not in _MAY_BE_EMPTY:
       raise UserError(
@@ -53,18 +42,18 @@ def check_possible(flag: str, value: str) -> None:
   """Checks that a path can exist.
 
   Args:
-    flag: how the user named it, such as `--to`.
+    flag: its name in messages, such as `--to`.
     value: the path.
 
   Raises:
-    UserError: a name in it is too long, or its links lead to themselves.
+    UserError: a name in it is too long, or its links form a cycle.
   """
   number = 0
   try:
     os.stat(value)
   except OSError as error:
     number = error.errno
-  # The system finds a long name only where the folders before it exist.
+  # The system reports a long name only if the folders before it exist.
   place = free_place(pathlib.Path(value)) if number == errno.ENOENT else "/"
   longest = os.pathconf(place, "PC_NAME_MAX")
   if any(len(os.fsencode(x)) > longest for x in pathlib.Path(value).parts):
@@ -74,14 +63,10 @@ def check_possible(flag: str, value: str) -> None:
 
 
 def check_folder(flag: str, value: str | os.PathLike[str]) -> None:
-  """Checks that files can be written below a folder, which may be made later.
+  """Checks that files can be written below a folder, which need not exist.
 
-  Only trying tells: permissions say nothing of read-only disks, quotas, or
-  file systems such as /proc.
-
-  Args:
-    flag: how the user named it, such as `--to`.
-    value: the folder.
+  Creates a probe: permissions do not show read-only disks, quotas, or file
+  systems such as /proc.
 
   Raises:
     UserError: it is a file or below one, or cannot be written.
@@ -91,11 +76,7 @@ def check_folder(flag: str, value: str | os.PathLike[str]) -> None:
 
 
 def check_file(flag: str, value: str | os.PathLike[str]) -> None:
-  """Checks that a file can be written, in a folder that may be made later.
-
-  Args:
-    flag: how the user named it, such as `--to`.
-    value: the file.
+  """Checks that a file can be written, in a folder that need not exist.
 
   Raises:
     UserError: it is a folder, or its folder cannot be written.
@@ -132,11 +113,7 @@ def _check_folder(flag: str, shown: str, folder: pathlib.Path) -> None:
 
 
 def explain_path(error: BaseException) -> str | None:
-  """Returns one line for an error at a path that the user gave, else None.
-
-  Args:
-    error: and what it was raised from.
-  """
+  """Returns one line for an error at a path of the user, otherwise None."""
   for link in errors_of(error):
     if not isinstance(link, OSError) or not isinstance(link.filename, str):
       continue
@@ -151,7 +128,7 @@ def explain_path(error: BaseException) -> str | None:
 
 
 def _given() -> Iterator[tuple[str, str]]:
-  """Yields how the user named each path, and the path."""
+  """Yields each path of the command line after its name in messages."""
   for name, value in _given_flags():
     yield f"--{name}=", value
   if flags.FLAGS.is_parsed():

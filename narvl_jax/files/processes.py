@@ -1,4 +1,4 @@
-"""Which process wrote a file, and whether that process still runs."""
+"""Identifies a process, to find out later whether it still runs."""
 
 import contextlib
 import pathlib
@@ -6,9 +6,9 @@ import socket
 
 
 def machine() -> str:
-  """Returns what processes that see each other share, "" if it is unknown.
+  """Identifies the namespace of process ids; "" if unknown.
 
-  Host names are not enough: two containers may have the same one.
+  Two containers may have the same host name.
   """
   with contextlib.suppress(OSError):
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -18,14 +18,14 @@ def machine() -> str:
 
 
 def process_start(pid: int) -> str | None:
-  """Returns when a process was started, None if it is gone or unknown.
+  """Returns the start time of a process, None if it is gone or unknown.
 
-  A number of a process may be given again, but not with the same start.
+  A process id may be reused, but not with the same start time.
   """
   try:
     text = pathlib.Path(f"/proc/{pid}/stat").read_text()
   except OSError:
     return None
-  # The name, in brackets, may have spaces.
+  # The name, in parentheses, may contain spaces.
   fields = text.rpartition(")")[2].split()
   return None if fields[0] in "ZX" else fields[19]

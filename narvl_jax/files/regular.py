@@ -1,8 +1,7 @@
-"""Reads files that may have been replaced by anything.
+"""Reads files that may have been replaced by something else.
 
-Reading a pipe blocks until something is written to it, a link to a device such
-as /dev/zero never ends, and a huge file fills the memory. Only regular files
-up to a limit are opened here.
+Reading a pipe blocks, a device such as /dev/zero never ends, and a huge file
+fills the memory. Only regular files up to a limit are opened here.
 """
 
 import contextlib
@@ -13,32 +12,28 @@ import pathlib
 import stat
 from collections.abc import Iterator
 
-# Far more than any text file of a run: configs, records, vocabularies.
+# Far more than any config, record or vocabulary.
 MAX_TEXT_BYTES = 256 << 20
 
 
 class UnusableFile(OSError):
-  """A path leads to no regular file, or the file is larger than allowed."""
+  """A path is no regular file, or the file is larger than allowed."""
 
 
 @contextlib.contextmanager
 def open_regular(
   path: str | os.PathLike[str], max_bytes: int | None = None
 ) -> Iterator[io.BufferedReader]:
-  """Opens a regular file, or a symbolic link to one, for reading bytes.
-
-  Args:
-    path: of the file.
-    max_bytes: largest size; None: any.
+  """Opens a regular file, or a link to one, of at most `max_bytes`.
 
   Raises:
     UnusableFile: it is a folder, a pipe, a device or a socket, or too large.
     OSError: there is no such file, or it cannot be opened.
   """
   path = pathlib.Path(path)
-  # Before it is opened: opening some devices has effects.
+  # Before it is opened: opening some devices has side effects.
   _check(path, path.stat(), max_bytes)
-  # A pipe that has taken the file's place would wait for its other end.
+  # Checked again without blocking: it may be replaced by a pipe in between.
   number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
   with open(number, "rb") as file:
     _check(path, os.fstat(number), max_bytes)
@@ -48,21 +43,13 @@ def open_regular(
 def read_regular(
   path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES
 ) -> bytes:
-  """Returns the bytes of a regular file.
-
-  Args:
-    path: of the file.
-    max_bytes: largest size.
-
-  Raises:
-    OSError: see `open_regular`.
-  """
+  """Returns the bytes of a regular file; raises as `open_regular` does."""
   with open_regular(path, max_bytes) as file:
     return file.read(max_bytes)
 
 
 def is_regular(path: str | os.PathLike[str]) -> bool:
-  """Returns whether a path leads to a regular file."""
+  """Returns whether a path is a regular file or a link to one."""
   try:
     return stat.S_ISREG(os.stat(path).st_mode)
   except OSError:

@@ -1,8 +1,7 @@
-"""Files beside what counts: damage to them never ends a run.
+"""JSON files whose damage never ends a run, such as metrics and caches.
 
-Logs, metrics and caches can be lost; checkpoints and config cannot. What is
-damaged in such a file is set aside as `NAME.damaged`, with one warning, and
-the rest is used.
+The damaged part is moved to `NAME.damaged`, with one warning, and the rest is
+used.
 """
 
 import contextlib
@@ -20,14 +19,11 @@ _SUFFIX = ".damaged"
 
 
 def make_way(path: pathlib.Path, *, folder: bool = False) -> None:
-  """Sets aside what is in the place of a file and is none.
-
-  A folder, a pipe or a link that leads nowhere would keep a run from reading
-  or writing the file.
+  """Moves away a folder, pipe or broken link in the place of a file.
 
   Args:
-    path: of the file; nothing may be there.
-    folder: whether a folder is wanted there instead.
+    path: of the file, which need not exist.
+    folder: whether a folder is expected there instead.
 
   Raises:
     OSError: it cannot be moved.
@@ -37,7 +33,7 @@ def make_way(path: pathlib.Path, *, folder: bool = False) -> None:
     if wanted(path.stat().st_mode):
       return
   except OSError:
-    # A link that leads nowhere or to itself, or nothing.
+    # A broken or cyclic link, or nothing.
     if not path.is_symlink():
       return
   _set_aside(path, "it is no folder" if folder else "it is no file")
@@ -50,16 +46,16 @@ def _set_aside(path: pathlib.Path, why: str) -> None:
     target = path.with_name(f"{path.name}{_SUFFIX}.{number}")
     number += 1
   with contextlib.suppress(FileNotFoundError):
-    # Another host may be faster.
+    # Another host may have moved it.
     path.rename(target)
     warn(f"{path} cannot be used: {why}; set aside as {target.name}")
 
 
 def parse_object(text: bytes) -> dict[str, Any] | None:
-  """Returns the JSON object in UTF-8 that a text is, None if it is none."""
+  """Parses a JSON object in UTF-8; returns None for anything else."""
   try:
     value = json.loads(text.decode("utf-8"))
-  # A text may be nested too deep.
+  # RecursionError: nested too deep.
   except (ValueError, RecursionError):
     return None
   return value if isinstance(value, dict) else None
@@ -69,14 +65,14 @@ def read_object(
   path: pathlib.Path,
   is_valid: Callable[[dict[str, Any]], bool] = lambda value: True,
 ) -> dict[str, Any] | None:
-  """Returns the JSON object in a file; one that is damaged is set aside.
+  """Reads the JSON object in a file; sets a damaged file aside.
 
   Args:
     path: the file.
-    is_valid: whether an object has what it must have.
+    is_valid: whether an object has the expected content.
 
   Returns:
-    None if there is no such file, or none that can be used.
+    None if the file is missing or damaged.
 
   Raises:
     OSError: the file cannot be read or moved.
@@ -95,11 +91,11 @@ def read_object(
 def read_lines(
   path: pathlib.Path, is_valid: Callable[[dict[str, Any]], bool]
 ) -> list[dict[str, Any]]:
-  """Returns the JSON objects of a file of lines, leaving out what is damaged.
+  """Returns the JSON objects of the lines of a file, without damaged ones.
 
   Args:
-    path: the file; nothing may be there, or something that is no file.
-    is_valid: whether an object has what it must have.
+    path: the file; if it is missing or no file, there are no lines.
+    is_valid: whether an object has the expected content.
 
   Raises:
     OSError: the file cannot be read.
@@ -112,9 +108,7 @@ def mend_lines(
 ) -> list[dict[str, Any]]:
   """Returns what `read_lines` does; moves damaged lines to another file.
 
-  Args:
-    path: the file, which nobody else may be writing.
-    is_valid: whether an object has what it must have.
+  No other process may be writing the file.
 
   Raises:
     OSError: a file cannot be read, written or moved.
@@ -124,7 +118,7 @@ def mend_lines(
   damaged = [text for value, text in lines if value is None]
   good = [(value, text) for value, text in lines if value is not None]
   if damaged:
-    # Nothing is taken out of a file before it is in another.
+    # Lines are removed only after they are in the other file.
     aside = path.with_name(path.name + _SUFFIX)
     make_way(aside)
     with aside.open("ab") as file:
@@ -144,7 +138,7 @@ def mend_lines(
 def _split(
   path: pathlib.Path, is_valid: Callable[[dict[str, Any]], bool]
 ) -> list[tuple[dict[str, Any] | None, bytes]]:
-  """Returns the lines that are not empty, as objects and as they are."""
+  """Returns the lines that are not empty, parsed (None: damaged) and raw."""
   if not path.is_file():
     return []
   lines = []
@@ -170,7 +164,7 @@ def append_line(path: pathlib.Path, value: dict[str, Any]) -> None:
   """
   make_way(path)
   with path.open("ab") as file:
-    # A line that was cut short must not spoil this one too.
+    # After a line that was cut short.
     start = b"\n" if file.tell() and not _ends_line(path) else b""
     file.write(start + json.dumps(value).encode() + b"\n")
 

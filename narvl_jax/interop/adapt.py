@@ -1,7 +1,7 @@
-"""What changes when an official checkpoint becomes a model of ours.
+"""Changes to official weights before they are converted.
 
-The weights of OFA, which writes its answers token by token, lack the queries
-and the blank of NARVL; other changes are choices of the user.
+Weights of OFA lack the queries and the blank of NARVL. Other changes are
+options.
 """
 
 import dataclasses
@@ -36,19 +36,18 @@ DEFAULT_QUERIES = 20
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Choices of a conversion.
+  """Options of a conversion.
 
   Attributes:
-    decoder: "parallel" makes a NARVL of any file, "autoregressive" keeps OFA
-      as it is; None is the former.
-    num_queries: N; None keeps that of the file, and is 20 without one.
-    blank_row: what the blank starts as if the file has none: "noise"
+    decoder: "parallel" or None makes a NARVL of any file, "autoregressive"
+      keeps the decoder of OFA.
+    num_queries: N; None keeps that of the file, or 20 if it has none.
+    blank_row: initial row of the blank if the file has none: "noise"
       (reference: normal, standard deviation D ** -0.5), "mean" of all rows,
       or the row of "unk".
-    stretch_images: (from, to) in pixels: positions that were learned for
-      pictures of one side are stretched to another by bicubic interpolation;
-      None keeps them (reference).
-    seed: of all that is drawn.
+    stretch_images: (from, to), sides in pixels: image positions are resized by
+      bicubic interpolation; None keeps them (reference).
+    seed: of everything random.
   """
 
   decoder: str | None = None
@@ -88,11 +87,11 @@ class Options:
 
   @property
   def autoregressive(self) -> bool:
-    """Whether weights of OFA stay those of OFA."""
+    """Whether the decoder of OFA is kept."""
     return self.decoder == "autoregressive"
 
   def _check_nothing_new(self) -> None:
-    """Raises UserError for a choice of what only NARVL has."""
+    """Raises UserError for an option that only NARVL has."""
     blank = self.blank_row
     for flag, given in (
       (f"--num_queries={self.num_queries}", self.num_queries is not None),
@@ -106,19 +105,18 @@ class Options:
 
 
 def with_config(options: Options, config: Any) -> Options:
-  """Returns options completed by what the config of a run asks for.
+  """Returns options completed by the config of a run.
 
   Raises:
     UserError: the two contradict each other.
   """
-  options = _take(options, "decoder", config.model.decoder)
+  options = _merge(options, "decoder", config.model.decoder)
   if options.autoregressive:
-    return options  # Which has no queries.
-  return _take(options, "num_queries", config.model.num_queries)
+    return options  # It has no queries.
+  return _merge(options, "num_queries", config.model.num_queries)
 
 
-def _take(options: Options, name: str, wanted: Any) -> Options:
-  """Takes one option; None: the config leaves it open."""
+def _merge(options: Options, name: str, wanted: Any) -> Options:
   given = getattr(options, name)
   if wanted is None or wanted == given:
     return options
@@ -136,9 +134,9 @@ class Adaptation:
 
   Attributes:
     key: official key.
-    before: its shape in the file; None: it is not there.
-    after: its shape now.
-    how: how it was filled, in words.
+    before: shape in the file, None if it is missing.
+    after: new shape.
+    how: how it was filled, for the report.
   """
 
   key: str
@@ -150,15 +148,14 @@ class Adaptation:
 def adapt(
   state: dict[str, Tensor | np.ndarray], options: Options
 ) -> tuple[dict[str, Tensor | np.ndarray], list[Adaptation], bool]:
-  """Adds and resizes what the model needs.
+  """Adds and resizes tensors that the model needs.
 
   Args:
-    state: official key -> tensor; not changed.
-    options: the choices.
+    state: official key -> tensor; not modified.
+    options: of the conversion.
 
   Returns:
-    The new state dict, its changes, and whether the file is of OFA, whose
-    vocabulary has no blank.
+    The new state dict, its changes, and whether the file is of OFA.
 
   Raises:
     UserError: an option does not fit the file.
@@ -205,7 +202,7 @@ class _Adaptation:
     self.state[key] = value.astype(self.dtype)
 
   def _normal(self, key: str, rows: int, stddev: float) -> np.ndarray:
-    """Draws rows that depend on the seed and the name only."""
+    """Draws rows that depend only on the seed and the key."""
     seed = [self.options.seed, zlib.crc32(key.encode())]
     rng = np.random.default_rng(seed)
     return stddev * rng.standard_normal((rows, self.width), np.float32)
@@ -225,7 +222,7 @@ class _Adaptation:
     self._set(TABLE_KEY, np.concatenate([table, row.astype(self.dtype)]), how)
 
   def fit_queries(self) -> None:
-    """Makes the queries as many as are wanted."""
+    """Cuts, extends or creates the queries."""
     old = self.state.get(QUERY_KEY)
     have = 0 if old is None else old.shape[0]
     want = self.options.num_queries or have or DEFAULT_QUERIES
@@ -250,7 +247,7 @@ class _Adaptation:
     self._set(QUERY_KEY, value, how)
 
   def complete_image_positions(self) -> None:
-    """Appends rows that early files lack, as the official code does."""
+    """Appends the rows that early files lack, as the official code does."""
     side = settings_of(self.state).get("image_bucket_size", 0)
     table = self.state.get(IMAGE_POSITIONS_KEY)
     missing = 0 if table is None else side**2 + 1 - table.shape[0]
@@ -288,7 +285,7 @@ class _Adaptation:
     grids: tuple[Grid, Grid],
     how: str,
   ) -> None:
-    """Makes a table of so many rows; those that nothing fills are zero."""
+    """Resizes a table to `rows` rows; those that nothing fills are zero."""
     table = np.asarray(self.state[key])
     empty = np.zeros((rows, table.shape[1]), table.dtype)
     self._set(key, np.asarray(resize(table, empty, *grids)), how)

@@ -1,4 +1,4 @@
-"""A forward pass on a fixed request, to compare two machines by."""
+"""A forward pass on a fixed request, to compare two machines."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,12 +14,11 @@ _TOKENS = 12
 
 
 def request(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the fixed picture and prompt.
+  """Returns the fixed picture and prompt, both integers.
 
   Returns:
-    A picture uint8 [1, 256, 256, 3] (smaller if the tables are) and ids
-    int32 [1, 12] that every vocabulary has; integers only, so that they are
-    the same everywhere.
+    Picture uint8 [1, 256, 256, 3], smaller if the position tables are, and ids
+    int32 [1, 12] that every vocabulary has.
   """
   side = min(_SIDE, 16 * config.image_bucket_size)
   y, x, c = np.ogrid[:side, :side, :3]
@@ -32,16 +31,16 @@ def request(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
 def forward(
   config: ModelConfig, variables: Mapping[str, Any]
 ) -> dict[str, list[float]]:
-  """Answers the fixed request in float32.
+  """Runs the fixed request in float32.
 
   Args:
     config: the architecture.
     variables: {"params", "batch_stats"}.
 
   Returns:
-    Names and a few numbers each: "encoder_out", "decoder_out" and "logits"
-    with mean, root mean square and first values; "best ids" for every query,
-    or for every token of the prompt, which the autoregressive decoder reads.
+    "encoder_out", "decoder_out" and "logits": mean, root mean square and three
+    values; "best ids" of every query or, of the autoregressive decoder, of
+    every token of the prompt.
   """
   image, text = request(config)
   model = make_model(config)
@@ -49,7 +48,7 @@ def forward(
 
   @jax.jit
   def run(variables: Any, image: jax.Array, text: jax.Array) -> Any:
-    # In the program, so that only one copy in float32 exists.
+    # Inside of jit, so that only one float32 copy exists.
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), variables)
     logits, parts = model.apply(wide, image, text, *decoder_input)  # pyright: ignore
     return {

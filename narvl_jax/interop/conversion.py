@@ -1,4 +1,4 @@
-"""Official weights as variables of a model, and the account of it."""
+"""Official weights as variables of a model, with a report."""
 
 import contextlib
 import dataclasses
@@ -14,10 +14,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.interop.adapt import Adaptation, Options, adapt
 from narvl_jax.interop.key_map import IGNORED, TABLE_KEY, TIED_KEYS, key_map
 from narvl_jax.interop.names import Renamed, official_names
-from narvl_jax.interop.official import (
-  variable_paths,
-  variables_from_official,
-)
+from narvl_jax.interop.official import variables_from_official
 from narvl_jax.interop.settings import settings_of, size_of
 from narvl_jax.interop.source_file import SourceFile, file_hash, open_source
 from narvl_jax.interop.tensors import PathLike, Tensor, same
@@ -28,17 +25,16 @@ _KEPT_DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-  """A checkpoint that was read.
+  """Converted weights.
 
   Attributes:
     source: the file.
-    size: the named size that it has.
+    size: named size of the model.
     overrides: fields of `ModelConfig` that differ from that size.
     config: the architecture.
     variables: {"params", "batch_stats"} of NumPy arrays.
-    unused: official tensors that the model has no place for but an official
-      file needs.
-    report: what was done, as JSON can hold it.
+    unused: official tensors that only an official file needs.
+    report: JSON values, see `report.json` in docs/weights.md.
   """
 
   source: SourceFile
@@ -61,13 +57,12 @@ def convert_official(
 
   Args:
     path: an official file or a Hugging Face folder, see `open_source`.
-    options: what is new or resized, and how.
-    ema: take the moving averages.
-    dtype: of the variables; None keeps that of the file if it is float16,
-      bfloat16 or float32, so that nothing is rounded and nothing grows.
+    options: of the conversion.
+    ema: read the moving averages.
+    dtype: of the variables; None keeps float16, bfloat16 and float32.
 
   Raises:
-    UserError: something in the file has no place, or something is missing.
+    UserError: a tensor has no place, or one is missing.
   """
   options = options or Options()
   source = open_source(path, ema=ema)
@@ -109,7 +104,7 @@ def load_official(
     The architecture, and {"params", "batch_stats"} of float32 NumPy arrays.
 
   Raises:
-    UserError: something in the file has no place, or something is missing.
+    UserError: a tensor has no place, or one is missing.
   """
   made = convert_official(path, options, ema=ema, dtype=np.float32)
   return made.config, made.variables
@@ -117,9 +112,9 @@ def load_official(
 
 @contextlib.contextmanager
 def _naming(path: PathLike) -> Iterator[None]:
-  """Adds the file to what is wrong with its tensors, not with a flag."""
+  """Adds the file to errors about tensors, but not to those about flags."""
   try:
-    # Otherwise NumPy warns and goes on with infinite positions.
+    # Otherwise NumPy warns and computes infinite positions.
     with np.errstate(divide="raise"):
       yield
   except UserError as error:
@@ -128,7 +123,7 @@ def _naming(path: PathLike) -> Iterator[None]:
       raise
     raise UserError(f"--from={path}: {text}") from error
   except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-    # Shapes that contradict each other can break anything.
+    # Inconsistent shapes can raise nearly any exception.
     raise UserError(
       f"--from={path}: the shapes of its tensors make no model of OFA or NARVL"
       f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
@@ -136,17 +131,17 @@ def _naming(path: PathLike) -> Iterator[None]:
 
 
 def _is_unused(key: str) -> bool:
-  """Returns whether an official tensor is none of ours but worth keeping."""
+  """Returns whether only an official file needs a tensor."""
   return bool(IGNORED.fullmatch(key)) and not key.endswith("_rp_bucket")
 
 
 def _check_tied(state: dict[str, Tensor | np.ndarray]) -> None:
-  """Has the table under its first name, before it changes."""
+  """Keeps the tied table under one key, before it changes."""
   for key in TIED_KEYS:
     if key in state:
       state.setdefault(TABLE_KEY, state[key])
   if TABLE_KEY not in state:
-    return  # `adapt` says so.
+    return  # `adapt` rejects it.
   for key in TIED_KEYS:
     tied = state.pop(key, None)
     if tied is not None and not same(tied, state[TABLE_KEY]):
@@ -172,15 +167,10 @@ def _account(
   variables: dict[str, Any],
   config: ModelConfig,
 ) -> dict[str, Any]:
-  """Says where every tensor went, and where every variable came from.
-
-  Raises:
-    UserError: a tensor has no place or two, a variable nothing or too much.
-  """
-  leaves = key_map(config)
+  """Reports the place of every tensor and the digest of every variable."""
   place = {
     key: "/".join(leaf.path)
-    for leaf in leaves
+    for leaf in key_map(config)
     for keys in leaf.keys
     for key in keys
   }
@@ -196,10 +186,6 @@ def _account(
       used.setdefault(key, []).append("computed")
   for key in renamed.dropped:
     used[key] = ["dropped: no such head"]
-  check_coverage(config)
-  left = sorted(set(source.state) - set(used))
-  if left:
-    raise UserError(f"--from={source.path}: {left[0]} has no place")
   flat: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(variables)  # pyright: ignore
   digests = {"/".join(path): _digest(value) for path, value in flat.items()}
   whole = hashlib.sha256("".join(sorted(digests.values())).encode())
@@ -209,20 +195,6 @@ def _account(
     "variables": digests,
     "sha256": whole.hexdigest(),
   }
-
-
-def check_coverage(config: ModelConfig) -> None:
-  """Checks that each official tensor fills one variable, and all are filled.
-
-  Raises:
-    AssertionError: the table of names is wrong.
-  """
-  leaves = key_map(config)
-  keys = [key for leaf in leaves for part in leaf.keys for key in part]
-  paths = [leaf.path for leaf in leaves]
-  assert len(set(keys)) == len(keys), "an official tensor is used twice"
-  assert len(set(paths)) == len(paths), "a variable is filled twice"
-  assert set(paths) == variable_paths(config), "a variable is not filled"
 
 
 def _digest(value: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Weights as the official code reads them."""
+"""Weights as a checkpoint of the official code."""
 
 import types
 from collections.abc import Mapping
@@ -16,15 +16,15 @@ from narvl_jax.models import ModelConfig, positions
 
 _TOKEN_POSITIONS = 1024
 _VERSION = 3.0
-# The grid of image codes that the decoder could write, and what fills up.
+# The grid of image codes that the official decoder can generate; padding.
 _CODE_GRID, _CODE_FILLER = 16, 1024
-# What names of architectures begin with, and the class of the loss.
+# Prefix of architecture names, and class of the loss.
 _ARCHITECTURES = {"parallel": "na_ofa_", "autoregressive": "ofa_"}
 _CRITERIA = {
   "parallel": "LabelSmoothedDualImitationCriterion",
   "autoregressive": "AdjustLabelSmoothedCrossEntropyCriterion",
 }
-# Settings that OFA has not.
+# Settings that OFA lacks.
 _PARALLEL = {
   "apply_bert_init": True,
   "decoder_input_type": "query",
@@ -44,25 +44,23 @@ def save_official(
   unused: State | None = None,
   settings: Mapping[str, Any] | None = None,
 ) -> list[str]:
-  """Writes an official checkpoint; torch is not needed.
-
-  It is one of NARVL or, if the decoder is autoregressive, of OFA.
+  """Writes an official checkpoint of NARVL or OFA; torch is not needed.
 
   Args:
     path: the file.
-    config: the architecture.
-    variables: {"params", "batch_stats"} of arrays, unboxed; their type stays.
-    unused: official tensors that only image generation reads, as they
-      came with the weights; those that are absent or do not fit are made.
+    config: the architecture; the decoder selects NARVL or OFA.
+    variables: {"params", "batch_stats"} of arrays, unboxed; dtypes are kept.
+    unused: official tensors that only image generation reads; those that are
+      missing or of another shape become zeros and ones.
     settings: "args" and "cfg" of the file that the weights came from.
 
   Returns:
-    The keys of tensors that were made since `unused` lacks them.
+    The keys that `unused` lacks.
 
   Raises:
     UserError: the architecture has parts that the official code lacks.
   """
-  # Views of what is there: only the tensor that is being written is copied.
+  # No copies: each tensor is copied while it is written.
   arrays = jax.tree.map(np.asarray, dict(variables))
   state: dict[str, Any] = official_from_variables(arrays, config)
   made = []
@@ -106,7 +104,7 @@ def save_official(
 def _unused_tensors(
   config: ModelConfig, state: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-  """Returns tensors that must be there, of neutral values."""
+  """Returns tensors that the official code requires, with neutral values."""
   dtype, width = state[TABLE_KEY].dtype, config.width
   code_ids = np.full(_TOKEN_POSITIONS + 2, _CODE_FILLER, np.int64)
   code_ids[0] = 0
@@ -136,7 +134,7 @@ def _unused_tensors(
 
 
 def _buckets(config: ModelConfig) -> dict[str, np.ndarray]:
-  """Returns the tables of relative positions, which both sides compute."""
+  """Returns the tables of relative positions."""
   token = positions.token_buckets(
     _TOKEN_POSITIONS, config.token_bucket_size, _TOKEN_POSITIONS
   ).astype(np.int64)
@@ -159,13 +157,13 @@ def _buckets(config: ModelConfig) -> dict[str, np.ndarray]:
 def _settings(
   config: ModelConfig, settings: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-  """Returns `cfg`: that of the source where it has one, brought up to date."""
+  """Returns `cfg` of the source, updated, or that of the official scripts."""
   cfg = dict((settings or {}).get("cfg") or {})
   model = dict(_defaults(config))
   known = cfg.get("model") or (settings or {}).get("args")
   if isinstance(known, types.SimpleNamespace):
     arch = str(getattr(known, "arch", ""))
-    # That of OFA cannot build NARVL, nor the reverse.
+    # Settings of OFA cannot build NARVL, nor the reverse.
     same = arch.startswith(_ARCHITECTURES[config.decoder])
     keep = vars(known) if same else {}
     model = {**_defaults(config), **keep, **_architecture(config)}
@@ -176,7 +174,7 @@ def _settings(
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
-  """Returns the options that shapes depend on."""
+  """Returns the settings that shapes depend on."""
   each = {
     "embed_dim": config.width,
     "ffn_embed_dim": config.mlp_width,
@@ -199,7 +197,7 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
 
 
 def _defaults(config: ModelConfig) -> dict[str, Any]:
-  """Returns what the official scripts set for every model."""
+  """Returns the settings of the official scripts."""
   size, _ = size_of(vars(config))
   size = "tiny" if size == "micro" else size
   arch = _ARCHITECTURES[config.decoder] + size

@@ -1,4 +1,4 @@
-"""The table of official names: which tensors each of our arrays holds."""
+"""The table of official keys that each array of a model holds."""
 
 import dataclasses
 import re
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from narvl_jax.errors import UserError
 from narvl_jax.models import ModelConfig
 
-# Our path below "params", the official name, and the kind of the pair. "*" is
-# the layer, stacked on our leading axis; braces list tensors that we fuse.
+# Our path below "params", the official name, and a key of `_KINDS`. "*" is the
+# layer, stacked on our leading axis; braces list tensors that are fused.
 _ATTENTION = (
   ("/qkv", ".{q,k,v}_proj", "heads"),
   ("/out", ".out_proj", "from_heads"),
@@ -85,8 +85,8 @@ _FIRST_BLOCK = (
   ("/downsample_bn", ".downsample.1", "batch_norm"),
 )
 
-# The leaves of each kind: our collection and suffix, the official suffix, and
-# the transform of the values.
+# kind -> our collection and suffix, the official suffix, and the transform of
+# the values.
 _KINDS = {
   "vocabulary": [("params", "", ".weight", "vocabulary")],
   "table": [("params", "", ".weight", "same")],
@@ -119,7 +119,7 @@ _KINDS = {
 TABLE_KEY = "encoder.embed_tokens.weight"
 TIED_KEYS = ("decoder.embed_tokens.weight", "decoder.output_projection.weight")
 
-# Regenerated buffers, and decoder tables that only image generation reads.
+# Computed buffers, and decoder tables that only image generation reads.
 IGNORED = re.compile(
   r"(encoder|decoder)\.(version|token_rp_bucket|image_rp_bucket)"
   r"|decoder\.image_position_idx"
@@ -202,7 +202,7 @@ def _rows(config: ModelConfig) -> Iterator[tuple[str, str, str, range]]:
 
 
 def _expand(pattern: str, layer: int) -> tuple[str, ...]:
-  """Fills the layer in and returns a key per name in braces."""
+  """Inserts the layer; returns a key for each name in braces."""
   pattern = pattern.replace("*", str(layer))
   if "{" not in pattern:
     return (pattern,)

@@ -1,4 +1,4 @@
-"""Names of tensors in other files, turned into those of the official code."""
+"""Keys of other files, renamed to those of the official code."""
 
 import dataclasses
 import re
@@ -8,7 +8,7 @@ import numpy as np
 from narvl_jax.errors import UserError
 from narvl_jax.interop.tensors import State, Tensor
 
-# The Hugging Face port of OFA calls these otherwise, below a layer.
+# Renamed modules of a layer in the Hugging Face port of OFA.
 _HUGGING_FACE = (
   ("encoder", "self_attn_mid_layer_norm", "attn_ln"),
   ("decoder", "self_attn_mid_layer_norm", "self_attn_ln"),
@@ -39,8 +39,8 @@ class Renamed:
   Attributes:
     state: official key -> tensor.
     sources: official key -> the key in the file.
-    dropped: keys of the file that no model of ours has a place for.
-    hugging_face: whether names of the Hugging Face port were met.
+    dropped: keys of the file that no model uses.
+    hugging_face: whether the file has names of the Hugging Face port.
   """
 
   state: dict[str, Tensor | np.ndarray]
@@ -52,12 +52,9 @@ class Renamed:
 def official_names(state: State) -> Renamed:
   """Renames and splits tensors as the official code does on loading.
 
-  Args:
-    state: key in the file -> tensor.
-
   Raises:
-    UserError: two tensors would get the same name, or a fused projection is
-      not three of them.
+    UserError: two tensors would get the same name, or the rows of a fused
+      projection do not divide by three.
   """
   out: dict[str, Tensor | np.ndarray] = {}
   sources: dict[str, str] = {}

@@ -29,15 +29,12 @@ def variables_from_official(
   ignored. Rows that pad the tied table are zero.
 
   Args:
-    state: official key -> array of any float dtype, or a tensor of a file,
-      which is read once.
-    config: the model that the weights are for, NARVL or, autoregressive, OFA;
-      `image_encoder="resnet"`.
+    state: official key -> float array, or a tensor of a file, read once.
+    config: of NARVL or, autoregressive, OFA; `image_encoder="resnet"`.
     dtype: of the variables.
 
   Returns:
-    {"params", "batch_stats"}: nested dicts of NumPy arrays without logical
-    axis names.
+    {"params", "batch_stats"}: nested dicts of NumPy arrays, unboxed.
 
   Raises:
     UserError: a key is missing, left over, of another shape or no float, a
@@ -64,17 +61,16 @@ def official_from_variables(
 ) -> dict[str, Any]:
   """Converts variables of a model to the official keys and layouts.
 
-  The reverse of `variables_from_official`, bit by bit. Since every transform
-  is a permutation, gradients convert in the same way. Integer buffers and the
-  decoder tables that only image generation reads are not made up; the tied
-  table appears under its three names.
+  The exact inverse of `variables_from_official`, also for gradients, since
+  every transform is a permutation. The tied table has three keys; integer
+  buffers and decoder tables that only image generation reads are left out.
 
   Args:
     variables: {"params"} and optionally {"batch_stats"}, unboxed.
-    config: the model that the variables belong to.
+    config: of the model.
 
   Returns:
-    Official key -> array, of the dtypes and the kind given.
+    Official key -> array of the same dtype and type (NumPy, JAX).
   """
   flat: dict[tuple[str, ...], Any]
   flat = flax.traverse_util.flatten_dict(dict(variables))  # pyright: ignore
@@ -97,15 +93,9 @@ def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   return dict(_shapes(config))
 
 
-def variable_paths(config: ModelConfig) -> set[tuple[str, ...]]:
-  """Returns the paths of all variables of `make_model(config)`."""
-  flat = flax.traverse_util.flatten_dict(_abstract_variables(config))
-  return set(flat)  # pyright: ignore
-
-
 @functools.lru_cache(maxsize=8)
 def _abstract_variables(config: ModelConfig) -> dict[str, Any]:
-  """Traces the initialisation; a second or two."""
+  """Traces the initialisation, which takes a second or two."""
 
   def init() -> dict[str, Any]:
     image = jnp.zeros((1, 16, 16, 3))
@@ -126,7 +116,7 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _to_ours(
   transform: str, parts: Sequence[np.ndarray], config: ModelConfig
 ) -> np.ndarray:
-  """Lays official tensors of one layer out as we do; see `_to_official`."""
+  """Converts the official tensors of one layer; see `_to_official`."""
   heads, width = config.num_heads, config.head_width
   if transform == "fused_kernel":  # n times [H d, D] -> [D, n, H, d]
     stack = np.stack(parts)
@@ -150,7 +140,7 @@ def _to_ours(
 
 
 def _to_official(transform: str, x: Any, config: ModelConfig) -> list[Any]:
-  """Inverse of `_to_ours`; methods only, so `x` may be NumPy's or JAX's."""
+  """Inverts `_to_ours`; `x` may be an array of NumPy or JAX."""
   match transform:
     case "fused_kernel":
       d, n, heads, width = x.shape
@@ -171,7 +161,7 @@ def _to_official(transform: str, x: Any, config: ModelConfig) -> list[Any]:
 
 
 def _check_state(state: State, config: ModelConfig) -> None:
-  """Raises UserError unless `state` is what `config` reads."""
+  """Raises UserError unless `state` has the keys and shapes of `config`."""
   shapes = official_shapes(config)
   hint = _hint(state, config)
   missing = [k for k in shapes if k not in state and k not in TIED_KEYS]
@@ -217,20 +207,15 @@ def _weight(state: State, key: str) -> np.ndarray:
 
 
 def _some(keys: Sequence[str]) -> str:
-  """The first few names of a list."""
+  """Returns the first few names of a list."""
   return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
 
 
 def _hint(state: State, config: ModelConfig) -> str:
-  """Names the settings by which the tensors differ from the configuration."""
+  """Returns the flags that would fit the config to the tensors."""
   flags = [
-    f"--config.model.{name}={_text(value)}"
+    f"--config.model.{name}={str(value).replace(' ', '')}"
     for name, value in settings_of(state).items()
     if value != getattr(config, name)
   ]
   return f"; nearest configuration: {' '.join(flags)}" if flags else ""
-
-
-def _text(value: Any) -> str:
-  """A value as it is written on a command line."""
-  return str(value).replace(" ", "")

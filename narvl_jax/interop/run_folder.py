@@ -1,4 +1,4 @@
-"""Converted weights as a run folder, and weights out of one."""
+"""Writes converted weights as a run folder; reads weights from one."""
 
 import contextlib
 import json
@@ -34,23 +34,19 @@ SIDE_FILE = "official_unused.pt"
 _OFFICIAL_FILES = ("dict.txt", "encoder.json", "vocab.bpe")
 _HUGGING_FACE_FILES = ("vocab.json", "merges.txt")
 _NUM_CODES, _NUM_BINS = 8192, 1000
-# Field of the section `vocabulary` -> what sets it here.
+# Field of the section `vocabulary` -> flag of `convert`.
 _VOCABULARY_FLAGS = {
   "path": "--vocabulary",
   "source=huggingface": "--vocabulary=FOLDER of vocab.json and merges.txt",
   "num_codes": "--num_codes",
   "num_bins": "--num_bins",
 }
-# Runs that start from runs; more is a circle.
+# Longest chain of runs that start from runs; a longer one is a cycle.
 _MAX_ANCESTORS = 20
 
 
 def check_target(folder: PathLike) -> None:
-  """Checks that converted weights may be written to a folder.
-
-  Raises:
-    UserError: something is there.
-  """
+  """Raises UserError unless a folder is new or empty, and writable."""
   path = pathlib.Path(folder)
   check_folder("--to", folder)
   if path.is_dir() and any(path.iterdir()):
@@ -58,11 +54,7 @@ def check_target(folder: PathLike) -> None:
 
 
 def check_file_target(file: PathLike) -> None:
-  """Checks that an official file may be written.
-
-  Raises:
-    UserError: it exists, or its folder cannot be.
-  """
+  """Raises UserError if an official file exists or cannot be written."""
   path = pathlib.Path(file)
   if os.path.lexists(path):
     raise UserError(f"--to={file} exists; name a new file")
@@ -70,7 +62,7 @@ def check_file_target(file: PathLike) -> None:
 
 
 def cannot_write(target: PathLike, error: OSError) -> UserError:
-  """Returns the mistake of a place that nothing can be written to."""
+  """Returns the error of a target that cannot be written."""
   return UserError(
     f"--to={target} cannot be written: {error.strerror or error}; use another"
     " place"
@@ -78,11 +70,7 @@ def cannot_write(target: PathLike, error: OSError) -> UserError:
 
 
 def check_size(made: Conversion, config: Any) -> None:
-  """Checks that a config is of the size that weights have.
-
-  Raises:
-    UserError: it is of another one.
-  """
+  """Raises UserError if a config has another size than the weights."""
   size = config.model.size
   if size == made.size:
     return
@@ -101,21 +89,21 @@ def find_vocabulary(
   num_codes: int | None,
   num_bins: int | None,
 ) -> tuple[Vocabulary | None, dict[str, Any]]:
-  """Reads the vocabulary that belongs to weights.
+  """Reads the vocabulary of converted weights.
 
   Args:
     made: the weights.
     folder: of the official or the Hugging Face files; None looks beside the
       weights.
-    num_codes: image codes; None: as the file says, or else 8192.
-    num_bins: coordinate bins; None: as the file says, or else 1000.
+    num_codes: image codes; None: as in the settings of the file, or 8192.
+    num_bins: coordinate bins; None: as in the settings of the file, or 1000.
 
   Returns:
     The vocabulary (None if no folder was named and no files were found) and
     the section `vocabulary` of a config.
 
   Raises:
-    UserError: the files are missing, or are not those of the weights.
+    UserError: the files are missing, or do not belong to the weights.
   """
   counts = {
     "num_codes": num_codes or _count(made, "code_dict_size", _NUM_CODES),
@@ -157,10 +145,10 @@ def find_vocabulary(
 
 
 def _count(made: Conversion, name: str, default: int) -> int:
-  """Returns a number of ids that the settings of a file hold.
+  """Returns a number of ids in the settings of a file.
 
   Raises:
-    UserError: it is no number, or the weights have fewer ids.
+    UserError: it is no number, or exceeds the ids of the weights.
   """
   value = setting(made.source.settings, name)
   if value is None:
@@ -176,7 +164,7 @@ def _count(made: Conversion, name: str, default: int) -> int:
 
 @contextlib.contextmanager
 def _flags_of_convert() -> Iterator[None]:
-  """Names our flags where a vocabulary names those of a run."""
+  """Replaces the flags of a run in messages by those of `convert`."""
   try:
     yield
   except UserError as error:
@@ -193,19 +181,19 @@ def write_run(
   vocabulary: Vocabulary | None,
   report: dict[str, Any],
 ) -> None:
-  """Writes a run folder with one checkpoint, 0; whole or not at all.
+  """Writes a run folder with one checkpoint, 0, atomically.
 
   Args:
     folder: new or empty.
     made: the weights.
-    config: of the run; its model is that of the weights.
-    vocabulary: that of the weights; without it the folder can only be started
-      from (`config.init_from`).
+    config: of the run, with the model of the weights.
+    vocabulary: of the weights; without it runs can start from the folder
+      (`config.init_from`), but nothing can evaluate it.
     report: becomes `report.json`.
 
   Raises:
-    UserError: config and weights do not fit together, or the folder cannot be
-      made.
+    UserError: config and weights do not match, or the folder cannot be
+      written.
   """
   validate(config)
   if vocabulary is not None:
@@ -230,10 +218,9 @@ def write_run(
 
 
 def _place(tree: dict[str, Any]) -> None:
-  """Puts arrays on the first device, in their places in the tree.
+  """Moves arrays to the first device, one by one and in place.
 
-  Orbax copies arrays of NumPy before it writes them; and one by one, so that
-  there is never a second tree.
+  Orbax would copy NumPy arrays before it writes them.
   """
   for key, value in tree.items():
     if isinstance(value, dict):
@@ -243,7 +230,7 @@ def _place(tree: dict[str, Any]) -> None:
 
 
 def _check_same(made: ModelConfig, wanted: ModelConfig) -> None:
-  """Compares what parameters depend on."""
+  """Raises UserError if settings that shape the parameters differ."""
   free = {"dtype", "dropout", "encoder_drop_path", "decoder_drop_path"}
   free |= {"batch_norm", "remat", "scan_unroll", "init_stddev"}
   if wanted.decoder == "autoregressive":
@@ -259,7 +246,7 @@ def _check_same(made: ModelConfig, wanted: ModelConfig) -> None:
 def read_run(
   folder: PathLike, checkpoint: str = "best"
 ) -> tuple[ModelConfig, dict[str, Any], int]:
-  """Reads the weights of a run in the type that they are stored in.
+  """Reads the weights of a run in their stored dtypes.
 
   Args:
     folder: of a run or of converted weights.
@@ -284,7 +271,7 @@ def read_run(
     vocabulary = Vocabulary.load(words)
   else:
     model = read_json_object(path / REPORT_FILE)["model"]
-    # The blank is a word, but no class of an autoregressive model.
+    # The blank is an id, but no class of an autoregressive model.
     blank = config.model.decoder == "autoregressive"
     vocabulary = Vocabulary.placeholder(model["vocab_size"] + blank, 0, 0)
   architecture = experiment_lib.resolve_model_config(config, vocabulary)
@@ -308,8 +295,8 @@ def read_run(
 def read_side(folder: PathLike) -> tuple[State, dict[str, Any]]:
   """Reads what an official file needs beside the weights of a run.
 
-  It lies with the converted weights that the run, or one that it started
-  from, began with.
+  It is in the folder of the converted weights that the run, or one of its
+  ancestors, started from.
 
   Returns:
     Unused tensors and settings, both empty if there are none.

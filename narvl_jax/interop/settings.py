@@ -1,4 +1,4 @@
-"""The architecture that the shapes in a state dict show."""
+"""The architecture of a model, read from the shapes of a state dict."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from narvl_jax.models.sizes import SIZES
 
 QUERY_KEY = "decoder.query_embed.weight"
 IMAGE_POSITIONS_KEY = "encoder.embed_image_positions.weight"
-# What tells the named sizes apart.
+# Fields that distinguish the named sizes.
 _OF_A_SIZE = (
   "width",
   "mlp_width",
@@ -25,13 +25,10 @@ _OF_A_SIZE = (
 
 
 def settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the fields of `ModelConfig` that the shapes show.
+  """Returns the fields of `ModelConfig` that the shapes determine.
 
   Args:
-    state: official key -> tensor; only shapes are looked at.
-
-  Returns:
-    Names and values; without those that nothing shows.
+    state: official key -> tensor; only shapes are used.
   """
 
   def rows(key: str, axis: int = 0) -> int | None:
@@ -68,10 +65,10 @@ def settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decoder(state: Mapping[str, Any]) -> str | None:
-  """Returns the kind of decoder; None if none is to be seen."""
+  """Returns the kind of decoder; None if there is none."""
   if QUERY_KEY in state:
     return "parallel"
-  # The two share all other names.
+  # All other keys are the same.
   if any(key.startswith("decoder.layers.") for key in state):
     return "autoregressive"
   return None
@@ -80,7 +77,7 @@ def _decoder(state: Mapping[str, Any]) -> str | None:
 def _image_bucket_size(
   distances: int | None, positions: int | None
 ) -> int | None:
-  """Returns the side of the grid, of which early files lack some positions."""
+  """Returns the side of the grid; early files lack some positions."""
   if distances and distances > 3:
     return (math.isqrt(distances - 3) + 1) // 2
   return math.isqrt(positions - 1) if positions else None
@@ -93,8 +90,8 @@ def size_of(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     settings: fields of `ModelConfig`.
 
   Returns:
-    The named size ("micro" if it is none of the official ones), and the
-    fields that differ from it; `vocab_size` follows from the vocabulary.
+    The named size, "micro" if no official one matches, and the fields that
+    differ from it, without `vocab_size`.
   """
   size = "micro"
   for name in SIZES:

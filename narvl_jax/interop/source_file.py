@@ -1,4 +1,4 @@
-"""The files that official weights come in."""
+"""The formats of official weights."""
 
 import dataclasses
 import hashlib
@@ -16,25 +16,23 @@ from narvl_jax.interop.torch_file import read_torch
 
 # In a Hugging Face folder, in the order of preference.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# Three names of the table of tokens are the most that share bytes.
+# At most three keys, of the tied table, share bytes.
 _MAX_SHARING = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-  """A state dict as it lies in a file.
+  """A state dict in a file.
 
   Attributes:
-    path: the file, not its folder.
+    path: the file.
     state: key in the file -> tensor.
-    settings: "cfg" or "args" of fairseq, None without them.
-    folder: the Hugging Face folder, None if a file was named.
+    settings: "cfg" and "args" of fairseq, None without them.
   """
 
   path: pathlib.Path
   state: dict[str, Tensor]
   settings: dict[str, Any] | None
-  folder: pathlib.Path | None
 
 
 def open_source(path: PathLike, *, ema: bool = False) -> SourceFile:
@@ -42,15 +40,13 @@ def open_source(path: PathLike, *, ema: bool = False) -> SourceFile:
 
   Args:
     path: a file of `torch.save` or safetensors, or a folder that holds one.
-    ema: take the moving averages, not the weights of the last update.
+    ema: read the moving averages instead of the weights of the last update.
 
   Raises:
-    UserError: there is no such file, it is damaged, or no weights are in it.
+    UserError: there is no such file, it is damaged, or it holds no weights.
   """
   file = pathlib.Path(path)
-  folder = None
   if os.path.isdir(file):
-    folder = file
     found = [file / name for name in _WEIGHTS if (file / name).is_file()]
     if not found:
       hint = ""
@@ -91,13 +87,13 @@ def open_source(path: PathLike, *, ema: bool = False) -> SourceFile:
       f" {size:,}; official files share only the table of tokens"
     )
   check_bytes(content)
-  return SourceFile(file, dict(content), settings, folder)
+  return SourceFile(file, dict(content), settings)
 
 
 def _state_dict(
   path: pathlib.Path, content: Any, ema: bool
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-  """Returns the state dict of a file, and what fairseq says of the model."""
+  """Returns the state dict of a file, and the settings of fairseq."""
   if not isinstance(content, dict):
     raise UserError(
       f"--from={path} holds a {type(content).__name__}, not a state dict"
@@ -126,7 +122,7 @@ def _state_dict(
 
 
 def _plain(value: Any) -> Any:
-  """Returns a value without the objects that were not read."""
+  """Replaces objects that were not read by None."""
   if isinstance(value, types.SimpleNamespace):
     return types.SimpleNamespace(**_plain(vars(value)))
   if isinstance(value, Mapping):
@@ -138,7 +134,7 @@ def _plain(value: Any) -> Any:
 
 
 def setting(settings: dict[str, Any] | None, name: str) -> Any:
-  """Returns a setting of the model, None if the file has none."""
+  """Returns a setting of the model, None if it is missing."""
   for holder in (settings or {}).values():
     model = holder.get("model") if isinstance(holder, dict) else holder
     value = getattr(model, name, None)

@@ -1,4 +1,4 @@
-"""Tensors of a file, read one at a time."""
+"""Tensors in a file, read one at a time."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from narvl_jax.errors import UserError
 
 PathLike = str | os.PathLike[str]
 _CHUNK_BYTES = 1 << 20
-# More than any tensor of a network has, and no more than NumPy allows.
+# No more than NumPy allows.
 MAX_AXES = 32
 _MAX_ELEMENTS = 1 << 40
 
@@ -30,17 +30,13 @@ class StoredBytes:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tensor:
-  """A tensor that lies in a file; `np.asarray` reads it.
-
-  Nothing is kept: a model is converted tensor by tensor, so that its file
-  never lies in memory as a whole.
+  """A tensor in a file; `np.asarray` reads it and caches nothing.
 
   Attributes:
     path: the file.
     shape: of the tensor.
     dtype: of the tensor, little endian.
-    entry: the bytes that it is a part of, where the file can tell whether they
-      are undamaged.
+    entry: the bytes that contain it, if the file has a checksum of them.
   """
 
   path: PathLike
@@ -50,12 +46,12 @@ class Tensor:
 
   @property
   def identity(self) -> Hashable:
-    """Equal for tensors that are the same bytes."""
+    """Equal for tensors of the same bytes."""
     raise NotImplementedError
 
   @property
   def nbytes(self) -> int:
-    """Bytes of the values."""
+    """Size of the values."""
     return math.prod(self.shape) * self.dtype.itemsize
 
   def __array__(
@@ -66,7 +62,7 @@ class Tensor:
     Raises:
       UserError: the file has changed or cannot be read.
     """
-    del copy  # It is always a new array.
+    del copy  # The array is always new.
     try:
       value = self._read()
     except (OSError, ValueError) as error:
@@ -81,7 +77,7 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Slice(Tensor):
-  """A tensor that is known by where its bytes are.
+  """A tensor at an offset of a file.
 
   Attributes:
     offset: of the first byte in the file.
@@ -93,12 +89,12 @@ class Slice(Tensor):
 
   @property
   def identity(self) -> Hashable:
-    """Equal for tensors that are the same bytes."""
+    """See `Tensor`."""
     return (self.path, self.offset, self.shape, self.dtype, self.strides)
 
   def _read(self) -> np.ndarray:
     count = extent(self.shape, self.strides)
-    # `fromfile` knows only NumPy's own types.
+    # `fromfile` does not know bfloat16.
     raw = np.fromfile(
       self.path, np.uint8, count * self.dtype.itemsize, offset=self.offset
     )
@@ -107,8 +103,8 @@ class Slice(Tensor):
     flat = raw.view(self.dtype)
     if self.strides is None:
       return flat.reshape(self.shape)
-    # `extent` elements hold all that these strides reach. Those of an axis of
-    # one element lead nowhere, and may be larger than NumPy can count.
+    # The stride of an axis of one element is unused, and may be larger than
+    # NumPy allows.
     steps = [
       stride * self.dtype.itemsize if n > 1 else 0
       for n, stride in zip(self.shape, self.strides, strict=True)
@@ -121,11 +117,7 @@ State = Mapping[str, "Tensor | np.ndarray"]
 
 
 def check_regular(path: PathLike) -> None:
-  """Checks that a file can be opened without waiting, and has an end.
-
-  Raises:
-    UserError: it does not exist, or is a folder, a pipe or a device.
-  """
+  """Raises UserError unless a path is a regular file."""
   try:
     mode = os.stat(path).st_mode
   except FileNotFoundError as error:
@@ -143,11 +135,7 @@ def check_regular(path: PathLike) -> None:
 
 
 def check_shape(shape: Sequence[Any]) -> None:
-  """Checks that NumPy can make an array of a shape.
-
-  Raises:
-    ValueError: it has too many axes, or an axis is too long.
-  """
+  """Raises ValueError for a shape that NumPy does not support."""
   if len(shape) > MAX_AXES:
     raise ValueError(f"a tensor has {len(shape):,} axes")
   sizes = [n for n in shape if isinstance(n, int) and n > 0]
@@ -156,10 +144,10 @@ def check_shape(shape: Sequence[Any]) -> None:
 
 
 def check_bytes(tensors: Mapping[str, Tensor]) -> None:
-  """Compares the bytes of tensors with the check sums of their file.
+  """Compares the bytes of tensors with the checksums of their file.
 
   Args:
-    tensors: name -> tensor; bytes that several share are read once.
+    tensors: name -> tensor; shared bytes are read once.
 
   Raises:
     UserError: a tensor is damaged.
@@ -183,14 +171,14 @@ def check_bytes(tensors: Mapping[str, Tensor]) -> None:
 
 
 def extent(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> int:
-  """Returns the elements from the first to the last one of a tensor."""
+  """Returns the number of elements from the first to the last one."""
   if strides is None or math.prod(shape) == 0:
     return math.prod(shape)
   return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
 def contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-  """Returns whether a tensor lies in C order without gaps."""
+  """Returns whether strides are those of C order."""
   expected = 1
   for n, stride in zip(reversed(shape), reversed(strides), strict=True):
     if n != 1 and stride != expected:
@@ -200,7 +188,7 @@ def contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def same(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> bool:
-  """Returns whether two tensors are equal; reads them only if it must."""
+  """Returns whether two tensors are equal; reads them only if needed."""
   if a is b:
     return True
   if isinstance(a, Tensor) and isinstance(b, Tensor):

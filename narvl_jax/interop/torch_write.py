@@ -20,20 +20,20 @@ _STORAGES = {
   np.dtype(np.float64): b"DoubleStorage",
   np.dtype(np.int64): b"LongStorage",
 }
-# torch maps storages into memory if they start at such an offset.
+# torch can map storages into memory if they are aligned to it.
 _ALIGNMENT = 64
 _LOCAL_HEADER_BYTES = 30
 _PADDING_FIELD = 0x4246  # "FB", as torch names its padding.
 
 
 def write_torch(path: PathLike, content: Mapping[str, Any]) -> None:
-  """Writes what `torch.load` reads; whole or not at all.
+  """Writes a file for `torch.load`, atomically.
 
   Args:
     path: the file.
     content: dicts, lists, tuples, str, int, float, bool, None,
       `types.SimpleNamespace` (becomes an `argparse.Namespace`), arrays and
-      `Tensor`s. One that appears twice is written once and stays shared.
+      `Tensor`s. An array that appears twice is written once and stays shared.
 
   Raises:
     TypeError: a value of another type.
@@ -70,7 +70,7 @@ def _write(
 
 
 class _Pickler:
-  """Pickles of protocol 2, with names of torch that are not imported."""
+  """Writes pickles of protocol 2 that name torch without importing it."""
 
   def __init__(self) -> None:
     self.storages: list[Tensor | np.ndarray] = []

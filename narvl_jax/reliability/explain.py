@@ -11,7 +11,7 @@ from typing import Any
 from narvl_jax.data.shards.writer import PROGRESS
 from narvl_jax.data.sources import MANIFEST
 from narvl_jax.errors import USER_ERROR_CODE, UserError
-from narvl_jax.files.disk import explain_disk
+from narvl_jax.files.disk_errors import explain_disk
 from narvl_jax.files.paths import explain_path
 from narvl_jax.hosts.distributed import explain_lost
 from narvl_jax.reliability.interrupt import Terminated

@@ -1,1 +1,1 @@
-"""What an update reads and writes: parameters, their rules, the state."""
+"""Parameters, the rules by which they are trained, and the train state."""

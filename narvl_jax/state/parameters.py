@@ -1,4 +1,4 @@
-"""Trees of parameters by path, and the rule by which each one is trained."""
+"""Parameters by path, and the rule by which each is trained."""
 
 import dataclasses
 import re
@@ -17,10 +17,10 @@ class ParameterRule:
   """How one parameter is trained.
 
   Attributes:
-    lr: factor on the learning rate.
-    decay: factor on the weight decay.
-    freeze: no gradient, no optimizer state, no change.
-    rows: (first, last + 1); only these rows of a table change; None: all.
+    lr: factor of the learning rate.
+    decay: factor of the weight decay.
+    freeze: whether it has no gradient and no optimizer state.
+    rows: (first, last + 1) of the rows of a table that are trained; None: all.
   """
 
   lr: float = 1.0
@@ -30,9 +30,7 @@ class ParameterRule:
 
 
 def queries_only(blank_id: int) -> tuple[tuple[str, dict[str, Any]], ...]:
-  """Returns `optimizer.rules` that train what is new in weights of OFA.
-
-  That is the queries and the row of the blank; all else stays as it is.
+  """Returns `optimizer.rules` that train the queries and the blank's row.
 
   Args:
     blank_id: 59457 with the official vocabulary.
@@ -45,11 +43,11 @@ def queries_only(blank_id: int) -> tuple[tuple[str, dict[str, Any]], ...]:
 
 
 def parse_rules(rules: Iterable[Any]) -> list[tuple[str, ParameterRule]]:
-  """Reads `optimizer.rules`, a list of (regex, {lr, decay, freeze}).
+  """Reads `optimizer.rules`, pairs (regex, fields of `ParameterRule`).
 
   Raises:
-    UserError: an entry is not such a pair, a regex that does not compile, an
-      unknown setting or a value of the wrong type.
+    UserError: an entry is not such a pair, a regex does not compile, a field
+      is unknown or has a value of the wrong type.
   """
   names = [field.name for field in dataclasses.fields(ParameterRule)]
   parsed = []
@@ -105,17 +103,14 @@ def _is_range(value: Any) -> bool:
 def assign_rules(
   rules: Iterable[Any], paths: Sequence[str]
 ) -> dict[str, ParameterRule]:
-  """Gives each parameter the first rule whose regex matches its full path.
+  """Returns path -> the first rule whose regex matches the full path.
 
   Args:
     rules: (regex, settings) pairs in order of priority.
     paths: parameter names such as `encoder/layers/mlp/kernel`.
 
-  Returns:
-    The rule of every path.
-
   Raises:
-    UserError: a parameter without a rule, or a rule that no parameter uses.
+    UserError: a parameter has no rule, or no parameter uses a rule.
   """
   parsed = parse_rules(rules)
   assigned: dict[str, ParameterRule] = {}
@@ -133,12 +128,9 @@ def assign_rules(
       )
   for pattern, _ in parsed:
     if pattern not in used:
-      shadowed = any(re.fullmatch(pattern, path) for path in paths)
-      why = (
-        "earlier rules take all its parameters"
-        if shadowed
-        else "it matches no parameter." + did_you_mean(pattern, paths)
-      )
+      why = "earlier rules match all its parameters"
+      if not any(re.fullmatch(pattern, path) for path in paths):
+        why = "it matches no parameter." + did_you_mean(pattern, paths)
       raise UserError(f'optimizer.rules: "{pattern}" is never used: {why}')
   return assigned
 
@@ -160,7 +152,7 @@ def split_frozen(
 
 
 def merge(trained: Params, frozen: Params) -> Params:
-  """Puts together what `split_frozen` took apart."""
+  """Inverts `split_frozen`."""
   return flax.traverse_util.unflatten_dict(
     {**flatten(trained), **flatten(frozen)}, sep="/"
   )

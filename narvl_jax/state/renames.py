@@ -1,8 +1,8 @@
-"""`init_renames` and `init_drops`: how stored names become those of a run.
+"""`init_renames` and `init_drops`: rules that map stored names to ours.
 
-A name is the path of a parameter, such as `decoder/layers/ffn/fc1_kernel`. The
-running statistics of BatchNorm lie in a tree of their own but have names of the
-same kind, so a rule for a module is one for both.
+A name is the path of a parameter, such as `decoder/layers/ffn/fc1_kernel`. A
+rule for a module also applies to its running statistics, which have the same
+paths in another collection.
 """
 
 import collections
@@ -18,7 +18,7 @@ Drops = tuple[str, ...]
 
 
 def parse_renames(renames: Iterable[Any]) -> Renames:
-  """Reads `init_renames`, a list of (regex, replacement).
+  """Reads `init_renames`, pairs (regex, replacement).
 
   Raises:
     UserError: an entry is not such a pair, or a regex does not compile.
@@ -38,7 +38,7 @@ def parse_renames(renames: Iterable[Any]) -> Renames:
     pattern, replacement = entry
     regex = _compiled("init_renames", pattern)
     try:
-      # Any pattern now matches an empty text, so the groups are looked up.
+      # The alternative matches the empty text, so the groups are resolved.
       re.sub(f"{pattern}|", replacement, "")
     except (re.error, IndexError) as error:
       raise UserError(
@@ -68,18 +68,18 @@ def parse_drops(drops: Iterable[Any]) -> Drops:
 
 
 def rename(stored: Sequence[str], renames: Renames) -> dict[str, str]:
-  """Gives stored names to the first rename whose regex matches all of it.
+  """Applies to each stored name the first rename that matches it as a whole.
 
   Args:
-    stored: with their collection, `params/...` or `batch_stats/...`, which no
-      regex sees.
-    renames: see `parse_renames`; `replacement` may refer to groups.
+    stored: names with their collection, `params/...` or `batch_stats/...`,
+      which the regexes do not see.
+    renames: see `parse_renames`; a replacement may refer to groups.
 
   Returns:
-    New name -> stored name, for every stored one.
+    New name -> stored name, for all stored names.
 
   Raises:
-    UserError: a rename that no name uses, or two names that become one.
+    UserError: no name uses a rename, or two names become one.
   """
   found: dict[str, str] = {}
   used: set[str] = set()
@@ -110,12 +110,11 @@ def dropped(names: Iterable[str], drops: Drops) -> set[str]:
   """Returns the names that a drop matches as a whole.
 
   Args:
-    names: stored ones after the renames, and those of the run, with their
-      collection.
+    names: with their collection; stored ones, renamed, and those of the run.
     drops: see `parse_drops`.
 
   Raises:
-    UserError: a drop that matches nothing.
+    UserError: a drop matches no name.
   """
   by_name: dict[str, list[str]] = collections.defaultdict(list)
   for whole in names:
@@ -151,18 +150,14 @@ def _raise_unused(
   """Raises UserError for a rule without effect."""
   names = list(names)
   if any(re.fullmatch(pattern, name) for name in names):
-    why = "earlier rules take all its names"
+    why = "earlier rules match all its names"
   else:
     why = f"it matches no {what}." + _nearest(pattern, names)
   raise UserError(f'{key}: "{pattern}" is never used: {why} (--config.{key})')
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> str:
-  """Returns ' Did you mean "x"?' for names and modules that look alike.
-
-  Modules come with the pattern of all that is in them, since a rule must match
-  a whole name.
-  """
+  """Returns ' Did you mean "x"?' for similar names and modules (`x/.*`)."""
   parts = [name.split("/") for name in names]
   modules = {"/".join(x[:n]) for x in parts for n in range(1, len(x))}
   near = difflib.get_close_matches(

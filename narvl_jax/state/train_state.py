@@ -1,5 +1,6 @@
-"""Everything that an update reads and writes."""
+"""The state of a run, and its sharding."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -80,14 +81,14 @@ def make_init(
 
 
 def evaluation_variables(state: TrainState) -> dict[str, Any]:
-  """Returns the variables to evaluate: averaged ones if the run has them."""
+  """Returns the variables to evaluate: moving averages if there are any."""
   if state.ema is None:
     return {"params": state.params, "batch_stats": state.batch_stats}
   return averaged_variables(state.params, state.ema)
 
 
 def averaged_variables(params: Params, ema: Params) -> dict[str, Any]:
-  """Returns the moving averages, and the parameters that have none."""
+  """Returns the moving averages, and the frozen parameters without any."""
   return {
     "params": merge(params, ema["params"]),
     "batch_stats": ema["batch_stats"],
@@ -106,18 +107,18 @@ def state_shardings(
     abstract: shapes of the state.
     boxed: shapes of the variables with their logical axis names.
     mesh: the device mesh.
-    rules: that place the parameters.
+    rules: sharding rules of the logical axes.
 
   Returns:
-    A `TrainState` of `NamedSharding`s: moments and averages lie where their
-    parameter lies, everything else is replicated.
+    A `TrainState` of `NamedSharding`s: moments and averages have the sharding
+    of their parameter, everything else is replicated.
   """
   shardings = tree_shardings(boxed, mesh, rules)
   of_path = flatten(shardings["params"])
 
   def like_parameter(path: tuple[Any, ...], leaf: Any) -> Any:
     names = [str(getattr(key, "key", "")) for key in path]
-    # A moment lies at <field of the optimizer state>/<path of the parameter>.
+    # The path of a moment is FIELD.../PATH_OF_THE_PARAMETER.
     for start in range(len(names)):
       sharding = of_path.get("/".join(names[start:]))
       if sharding is not None and leaf.ndim:
@@ -131,10 +132,6 @@ def bytes_per_device(abstract: Any, shardings: Any) -> int:
   """Returns the bytes that one device holds of a tree of arrays."""
 
   def size(leaf: Any, sharding: jax.sharding.Sharding) -> int:
-    shape = sharding.shard_shape(leaf.shape)
-    count = 1
-    for side in shape:
-      count *= side
-    return count * leaf.dtype.itemsize
+    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
   return sum(jax.tree.leaves(jax.tree.map(size, abstract, shardings)))

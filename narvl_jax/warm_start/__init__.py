@@ -1,1 +1,1 @@
-"""Warm start."""
+"""Weights of another run, or converted ones, as the start of a new run."""

@@ -1,12 +1,10 @@
 """Weights of another run, or converted ones, as the start of a new run.
 
-Every parameter here is taken from the stored one of its name, after the
-renames of `config.init_renames`. What `config.init_drops` names stays as it was
-initialised. Differences in size that have a meaning are resolved
-(`training.init_sizes`), all others are errors.
-
-A parallel model and its autoregressive twin have one tree but for the queries
-and the row of blank in the tied table, so each can start from the other.
+Every parameter is copied from the stored one of the same name, after the
+renames of `config.init_renames`. Parameters in `config.init_drops` keep their
+initial values. `sizes` resolves some differences in shape; all others are
+errors. A parallel model and its autoregressive twin differ only in the queries
+and the row of the blank, so each can start from the other.
 """
 
 import dataclasses
@@ -20,6 +18,7 @@ import jax.numpy as jnp
 from flax.linen import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from narvl_jax.checkpointing.record import describe_shape
 from narvl_jax.checkpointing.weights import opened, read_weights
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.errors import UserError
@@ -46,10 +45,10 @@ class _Plan:
   """Where the parameters of a run come from.
 
   Attributes:
-    stored: shape of every stored leaf.
-    sources: our leaf -> stored leaf; those that are not in it stay fresh.
-    fits: our leaf -> how it is made of the stored one, if not as it is.
-    notes: sentences about what is not taken as it is.
+    stored: shape of every stored array.
+    sources: our array -> stored array; missing ones keep their initial values.
+    fits: our array -> how it is made from a stored one of another shape.
+    notes: sentences about everything that is not copied unchanged.
   """
 
   stored: dict[str, Shape]
@@ -59,15 +58,13 @@ class _Plan:
 
 
 def check_init_from(setup: Setup) -> list[str]:
-  """Checks that the weights of `config.init_from` fit, before a run starts.
-
-  No weights are read.
+  """Checks that the weights of `config.init_from` fit; reads only shapes.
 
   Returns:
-    Sentences about what is not taken from there as it is.
+    Sentences about everything that is not copied unchanged.
 
   Raises:
-    UserError: the folder holds no weights, those of another model, or a rule
+    UserError: the folder holds no weights or those of another model, or a rule
       of `init_renames` or `init_drops` has no effect.
   """
   with opened(setup.experiment.config.init_from, "init_from") as (
@@ -78,16 +75,10 @@ def check_init_from(setup: Setup) -> list[str]:
 
 
 def init_from(setup: Setup, state: TrainState) -> TrainState:
-  """Puts the weights of `config.init_from` into a fresh state.
+  """Replaces the variables of a fresh state by those of `config.init_from`.
 
-  Args:
-    setup: of the run.
-    state: before the first update; its optimizer state stays.
-
-  Returns:
-    The state with these parameters and running statistics, and with moving
-    averages that start from them. Where that run had moving averages, those
-    are taken.
+  The moving averages of the other run are used if it has them. Those of this
+  run start from the new parameters.
 
   Raises:
     UserError: see `check_init_from`.
@@ -118,11 +109,10 @@ def init_from(setup: Setup, state: TrainState) -> TrainState:
 
 
 def _targets(setup: Setup, plan: _Plan) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns how every stored leaf is to be read.
+  """Returns shape, dtype and sharding to read every stored array with.
 
-  Leaves that are taken as they are go straight to where they will lie, those of
-  another size are split in the same way as far as it divides them, and what is
-  dropped, which must be read all the same, over all devices.
+  Each has the sharding of our array as far as it divides the stored shape.
+  Dropped arrays, which are read too, are spread over all devices.
   """
   wanted = flatten(_variables(setup.abstract_state))
   shardings = flatten(_variables(setup.shardings))
@@ -152,7 +142,7 @@ def _fitted(
   fresh: Mapping[str, jax.Array],
   taken: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
-  """Makes leaves of our size, where they shall lie."""
+  """Resizes arrays, with the shardings of ours."""
   if not fits:
     return {}
 
@@ -179,11 +169,7 @@ def _shapes(tree: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def _plan(setup: Setup, checkpoints: Checkpoints, step: int) -> _Plan:
-  """Finds a source for every leaf.
-
-  Raises:
-    UserError: see `check_init_from`.
-  """
+  """Finds a source for every array; see `check_init_from`."""
   experiment = setup.experiment
   config = experiment.config
   stored = _shapes(checkpoints.shapes(step)["params"])
@@ -230,7 +216,7 @@ def _plan(setup: Setup, checkpoints: Checkpoints, step: int) -> _Plan:
 
 
 def _frozen_notes(setup: Setup, fresh: Iterable[str]) -> list[str]:
-  """Warns of what is fresh and will not be trained either."""
+  """Warns of parameters that are neither copied nor trained."""
   names = sorted(
     name
     for collection, name in map(init_names.split, fresh)
@@ -266,8 +252,8 @@ def _check_shapes(
       parts.append(f"{_name(name)} is {here} only{_nearest(name, only, there)}")
     else:
       parts.append(
-        f"{_name(name)} has {_shape(theirs[name])} there and"
-        f" {_shape(ours[name])} here"
+        f"{_name(name)} has {describe_shape(theirs[name])} there and"
+        f" {describe_shape(ours[name])} here"
       )
   names = [_name(name) for name in different[:_SHOWN]]
   drops = "".join(f'"{name}", ' for name in names).rstrip()
@@ -293,7 +279,3 @@ def _listed(parts: list[str]) -> str:
 
 def _name(whole: str) -> str:
   return init_names.split(whole)[1]
-
-
-def _shape(shape: Shape) -> str:
-  return "x".join(map(str, shape)) or "a number"

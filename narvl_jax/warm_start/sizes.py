@@ -1,14 +1,14 @@
-"""Differences in size that have a meaning, and how each is resolved.
+"""Tables of another shape, and how a run starts from them.
 
-| table                       | differs in      | what is taken           |
+| table                       | differs in      | what is copied          |
 | --------------------------- | --------------- | ----------------------- |
-| queries, positions of texts | number          | the first rows          |
+| queries, text positions     | number          | the first rows          |
 | tokens                      | vocabulary      | rows of the same tokens |
-| positions of image tokens,  | rows            | what both can hold      |
-| and distances between them  | size of picture | all, stretched          |
+| positions of image tokens,  | rows            | rows of both            |
+| and distances between them  | size of picture | all, resized            |
 
-Only a run of this program tells on which pictures it was trained. Converted
-weights do not, so theirs are not stretched here but by `narvl_jax.convert`.
+Converted weights do not record the size of their pictures, so they are not
+resized here but by `narvl_jax.convert --stretch_images`.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.warm_start.tokens import match_tokens, same_ids
 
 TABLE = "params/embed_tokens"
-# Only parallel models have it.
+# Only in parallel models.
 QUERIES = "params/decoder/query_embed"
 _FIRST_ROWS = {
   QUERIES: "queries",
@@ -48,14 +48,14 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-  """What is known of the folder that a run starts from.
+  """The folder that a run starts from.
 
   Attributes:
     path: as the user wrote it.
     config: of its run, None if there is none.
-    vocabulary: of its run, None if it was left out.
-    trained: by this program; the pictures of converted weights are not known.
-    parallel: it has queries.
+    vocabulary: of its run, None if it has none.
+    trained: whether it was trained by this program, not converted.
+    parallel: whether its weights have queries.
   """
 
   path: str
@@ -66,17 +66,17 @@ class Origin:
 
   @property
   def named(self) -> str:
-    """How messages call it."""
+    """Its name in messages."""
     return f'init_from="{self.path}"'
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """How a leaf is made of a stored one.
+  """How an array is made from a stored one of another shape.
 
   Attributes:
-    join: (fresh leaf of this run, stored leaf) -> leaf of this run.
-    note: what is taken, and what stays fresh.
+    join: (initial array of this run, stored array) -> array of this run.
+    note: what is copied and what starts fresh.
   """
 
   join: Callable[[jax.Array, jax.Array], jax.Array]
@@ -84,14 +84,10 @@ class Fit:
 
 
 def read_origin(path: str, *, parallel: bool) -> Origin:
-  """Looks at the folder of a run or of converted weights.
-
-  Args:
-    path: the folder.
-    parallel: its weights have queries.
+  """Describes the folder of a run or of converted weights.
 
   Raises:
-    UserError: its config or its vocabulary is broken.
+    UserError: its config or its vocabulary is damaged.
   """
   folder = pathlib.Path(path)
   words = folder / VOCABULARY_FOLDER
@@ -112,20 +108,20 @@ def find_fit(
   theirs: Shape,
   ours: Shape,
 ) -> Fit | None:
-  """Returns how a stored leaf becomes ours, None if it is taken as it is.
-
-  A leaf of another shape for which there is no way is left to the caller, who
-  sees that the shapes differ.
+  """Returns how a stored array becomes ours.
 
   Args:
     experiment: of this run.
-    origin: of the stored leaf.
-    name: of the leaf here.
-    theirs: shape of the stored leaf.
-    ours: shape of the leaf here.
+    origin: of the stored array.
+    name: of our array.
+    theirs: shape of the stored array.
+    ours: shape of our array.
+
+  Returns:
+    None if it is copied unchanged, or if nothing fits these shapes.
 
   Raises:
-    UserError: the vocabulary there is not that of the weights.
+    UserError: the vocabulary there does not belong to the weights.
   """
   if len(theirs) != len(ours):
     return None
@@ -167,7 +163,7 @@ def _fit_first_rows(what: str, theirs: int, ours: int) -> Fit | None:
 def _fit_tokens(
   experiment: Experiment, origin: Origin, theirs: Shape, ours: Shape
 ) -> Fit | None:
-  """Fits the table of tokens, by their names where vocabularies differ."""
+  """Fits the table of tokens, by token names if the vocabularies differ."""
   if theirs[1:] != ours[1:]:
     return None
   vocabulary = experiment.vocabulary
@@ -175,12 +171,12 @@ def _fit_tokens(
     origin.vocabulary is None
     or origin.vocabulary.fingerprint == vocabulary.fingerprint
   )
-  # Blank, the last id, is no class of an autoregressive model.
+  # The blank, the last id, is no class of an autoregressive model.
   parallel = not experiment.autoregressive
   if same:
     if origin.parallel == parallel and theirs == ours:
       return None
-    # Without a vocabulary it is ours if the table is as long as that needs.
+    # Without a vocabulary, a table as long as ours needs is assumed to be ours.
     if theirs[0] not in (ours[0], _rows_there(experiment, origin)):
       return None
     both = vocabulary.size - int(not (parallel and origin.parallel))
@@ -212,7 +208,7 @@ def _fit_tokens(
 
 
 def _join_rows(rows: np.ndarray) -> Callable[..., jax.Array]:
-  """Returns a join that takes the given rows, where they are not negative."""
+  """Returns a join that copies the given rows; -1 keeps the initial row."""
 
   def join(fresh: jax.Array, taken: jax.Array) -> jax.Array:
     chosen = taken[jnp.asarray(np.maximum(rows, 0))]
@@ -222,7 +218,7 @@ def _join_rows(rows: np.ndarray) -> Callable[..., jax.Array]:
 
 
 def _rows_there(experiment: Experiment, origin: Origin) -> int:
-  """Returns the rows of a table there that holds our vocabulary."""
+  """Returns the length that a table of our vocabulary would have there."""
   config = origin.config or experiment.config
   config = config.copy_and_resolve_references()
   config.model.decoder = "parallel" if origin.parallel else "autoregressive"
@@ -237,14 +233,14 @@ def _fit_image(
   sides: list[int | None],
   resize: Callable[..., jax.Array],
 ) -> Fit | None:
-  """Fits a table of image tokens; `sides` are the largest grids."""
+  """Fits a table of image tokens; `sides` are the grids that it can hold."""
   theirs, ours = sides
   if theirs is None or ours is None:
     return None
   new = grid_of(experiment.config, experiment.model_config)
   old = new
   if origin.trained and origin.config is not None:
-    # Of the model only what it does to pictures is asked for.
+    # Only the image stride of this model is used.
     model = experiment_lib.resolve_model_config(
       origin.config, origin.vocabulary or experiment.vocabulary
     )
@@ -256,7 +252,7 @@ def _fit_image(
   one = functools.partial(resize, old=old, new=new)
 
   def join(fresh: jax.Array, taken: jax.Array) -> jax.Array:
-    # Tables of distances are stacked, one for each layer.
+    # Tables of distances are stacked by layer.
     return jax.vmap(one)(taken, fresh) if fresh.ndim > 2 else one(taken, fresh)
 
   parts = []

@@ -1,4 +1,4 @@
-"""Which rows of another run's embedding table mean what ours do."""
+"""Rows of another run's embedding table that are of the same tokens."""
 
 import dataclasses
 
@@ -6,19 +6,19 @@ import numpy as np
 
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 
-# Symbols that a note shows.
+# Tokens that a note names.
 _SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Matches:
-  """Rows of two tables that mean the same.
+  """Rows of two tables for the same tokens.
 
   Attributes:
-    rows: int32 [R], the row there of every row here, -1 for none.
+    rows: int32 [R], for every row here the row there, -1 for none.
     missing: names of the tokens here that have no row there.
-    total: number of tokens here, padding left out.
-    bins: coordinate bins there, where their number differs; else None.
+    total: number of tokens here, without padding.
+    bins: number of coordinate bins there if it differs, otherwise None.
   """
 
   rows: np.ndarray
@@ -27,7 +27,7 @@ class Matches:
   bins: int | None
 
   def note(self) -> str:
-    """Says how many tokens were found."""
+    """Returns how many tokens were found."""
     found = self.total - len(self.missing)
     text = f"{found:,} of {self.total:,} tokens were found there by name"
     if self.missing:
@@ -46,16 +46,14 @@ def match_tokens(
   classes: tuple[int, int],
   rows: int,
 ) -> Matches:
-  """Finds the tokens of a vocabulary in another one by their names.
-
-  Bins are places in a picture, so each is found by its place.
+  """Finds tokens in another vocabulary by name, and bins by position.
 
   Args:
     theirs: vocabulary of the other run.
     ours: of this run.
-    classes: rows there and here that stand for an id; the last id, blank, is
-      no class of an autoregressive model.
-    rows: of our table, padding included.
+    classes: number of classes there and here; the last id, the blank, is no
+      class of an autoregressive model.
+    rows: of our table, with padding.
   """
   known = {
     (kind, theirs.symbol(i)): i
@@ -76,12 +74,12 @@ def match_tokens(
 
 
 def same_ids(rows: int, count: int) -> np.ndarray:
-  """Returns `Matches.rows` of tables whose first `count` rows are the same."""
+  """Returns `Matches.rows` of tables with `count` common first rows."""
   return np.where(np.arange(rows) < count, np.arange(rows), -1).astype(np.int32)
 
 
 def _kinds(vocabulary: Vocabulary) -> list[str]:
-  """Returns the kind of every id: a word may look like a symbol."""
+  """Returns the kind of every id; a word may be spelled like a symbol."""
   kinds = ["word"] * vocabulary.size
   kinds[:4] = ["special"] * 4
   kinds[vocabulary.mask_id] = "special"
@@ -94,9 +92,9 @@ def _kinds(vocabulary: Vocabulary) -> list[str]:
 
 
 def _bin(index: int, ours: Vocabulary, theirs: Vocabulary) -> int:
-  """Returns the id there of the bin that is nearest to one of ours."""
+  """Returns the id there of the nearest bin, -1 without any."""
   if not theirs.num_bins:
     return -1
-  # Bin k of n is the place k / (n - 1).
+  # Bin k of n is the position k / (n - 1).
   place = (index - ours.bin_start) / max(ours.num_bins - 1, 1)
   return theirs.bin_start + round(place * (theirs.num_bins - 1))

@@ -20,9 +20,9 @@ import pytest
 
 from narvl_jax.checkpointing import integrity, orbax_manager
 from narvl_jax.checkpointing import writing as checkpoints_lib
+from narvl_jax.checkpointing.held_folder import HeldFolder
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.errors import UserError
-from narvl_jax.files.held_folder import HeldFolder
 from narvl_jax.state.train_state import TrainState
 from tests.support import disks
 from tests.support.saved import make_state, save_run

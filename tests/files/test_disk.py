@@ -8,7 +8,7 @@ import pytest
 
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import reporting
-from narvl_jax.files import disk
+from narvl_jax.files import disk, disk_errors
 from narvl_jax.reliability.explain import describe_failure
 from narvl_jax.run_folder.lock import RunLock
 from narvl_jax.run_folder.metrics import MetricsWriter
@@ -37,17 +37,17 @@ def _error(number: int, path: pathlib.Path | str | None = None) -> OSError:
 )
 def test_a_disk_that_fails(tmp_path, number, reason, advice):
   path = tmp_path / "absent" / "metrics.jsonl"
-  text = disk.explain_disk(_error(number, path), tmp_path / "other")
+  text = disk_errors.explain_disk(_error(number, path), tmp_path / "other")
   assert text is not None
   assert text.startswith(f"{path} cannot be written or read: {reason} (")
   assert f" bytes are free in {tmp_path}); {advice}" in text
   # A write into an open file does not say which; C++ says it in words.
   for error in (_error(number), ValueError(f"[tensorstore] {reason}: write")):
-    text = disk.explain_disk(error, tmp_path)
+    text = disk_errors.explain_disk(error, tmp_path)
     assert text is not None
     assert text.startswith(f"{tmp_path} cannot be written or read: {reason} (")
   # Commands without a run folder.
-  text = disk.explain_disk(_error(number))
+  text = disk_errors.explain_disk(_error(number))
   assert text is not None
   assert text.startswith(
     f"a file cannot be written or read: {reason}; {advice}"
@@ -61,7 +61,7 @@ def test_what_an_error_was_raised_from_counts(tmp_path):
     except OSError as error:
       raise RuntimeError("saving failed") from error
   except RuntimeError as error:
-    text = disk.explain_disk(error, tmp_path)
+    text = disk_errors.explain_disk(error, tmp_path)
   assert text is not None
   assert text.startswith(f"{tmp_path / 'x'} cannot")
 
@@ -70,11 +70,11 @@ def test_files_of_the_run_that_vanish(tmp_path):
   run = tmp_path / "run"
   run.mkdir()
   path = run / "checkpoints" / "3" / "params"
-  text = disk.explain_disk(_error(errno.ENOENT, path), run)
+  text = disk_errors.explain_disk(_error(errno.ENOENT, path), run)
   assert text is not None
   assert text.startswith(f"{path} cannot be written or read: No such file")
   run.rmdir()
-  assert disk.explain_disk(_error(errno.ENOENT, path), run) == (
+  assert disk_errors.explain_disk(_error(errno.ENOENT, path), run) == (
     f"the folder {run} is gone, in which params was wanted; bring it back"
   )
 
@@ -87,7 +87,7 @@ def test_other_files_that_are_missing_are_no_fault_of_the_disk(tmp_path):
     ValueError("wrong"),
     ConnectionResetError(errno.ECONNRESET, "reset"),
   ):
-    assert disk.explain_disk(error, tmp_path) is None
+    assert disk_errors.explain_disk(error, tmp_path) is None
 
 
 def test_a_run_ends_with_code_2_and_one_line(tmp_path):
@@ -178,7 +178,7 @@ def test_a_disk_that_can_hold_no_more_files(tmp_path):
       (run / str(number)).touch()
     with pytest.raises(OSError, match="No space left") as error:
       (run / "last").touch()
-    text = disk.explain_disk(error.value, run)
+    text = disk_errors.explain_disk(error.value, run)
     assert text is not None
     assert "cannot be written or read: the disk can hold no more files (" in (
       text
@@ -186,7 +186,9 @@ def test_a_disk_that_can_hold_no_more_files(tmp_path):
     assert " bytes are free, but no inode" in text
     assert text.endswith("; remove some, or have the number of inodes raised")
     # What C++ says has no file.
-    text = disk.explain_disk(ValueError("open: No space left on device"), run)
+    text = disk_errors.explain_disk(
+      ValueError("open: No space left on device"), run
+    )
     assert text is not None
     assert "but no inode" in text
     with pytest.raises(UserError, match="the disk can hold no more files"):
@@ -213,8 +215,8 @@ def test_what_a_full_disk_lacks(tmp_path, monkeypatch, free, files, left, said):
   status = os.statvfs_result(
     (4096, 4096, size // 4096, *[free // 4096] * 2, files, left, left, 0, 255)
   )
-  monkeypatch.setattr(disk.os, "statvfs", lambda path: status)
-  text = disk.reason_of(errno.ENOSPC, tmp_path / "file")
+  monkeypatch.setattr(disk_errors.os, "statvfs", lambda path: status)
+  text = disk_errors.reason_of(errno.ENOSPC, tmp_path / "file")
   assert ("inode" in text) == (said is not None)
   assert (said or "No space left on device") in text
 

@@ -4,12 +4,14 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from narvl_jax.interop import official_from_variables, official_shapes
+from narvl_jax.interop import key_map, official_from_variables, official_shapes
 from narvl_jax.interop.key_map import TABLE_KEY, TIED_KEYS
+from narvl_jax.interop.official import _abstract_variables
 from narvl_jax.interop.settings import QUERY_KEY
 from narvl_jax.interop.torch_write import write_torch
-from narvl_jax.models import model_config
+from narvl_jax.models import ModelConfig, model_config
 from tests.support.tiny import tiny_config
 
 CONFIG = model_config(
@@ -31,6 +33,17 @@ CONFIG = model_config(
 COUNTS: Any = {"num_codes": 2, "num_bins": 4}
 BASE = 50 - 4 - 2 - 6
 State = dict[str, np.ndarray]
+
+
+def check_coverage(config: ModelConfig) -> None:
+  """Asserts that each official tensor fills one variable, and fills all."""
+  leaves = key_map.key_map(config)
+  keys = [key for leaf in leaves for part in leaf.keys for key in part]
+  paths = [leaf.path for leaf in leaves]
+  variables: Any = flatten_dict(_abstract_variables(config))
+  assert len(set(keys)) == len(keys), "an official tensor is used twice"
+  assert len(set(paths)) == len(paths), "a variable is filled twice"
+  assert set(paths) == set(variables), "a variable is not filled"
 
 
 def narvl_state(dtype: Any = np.float32) -> State:

@@ -21,7 +21,6 @@ from narvl_jax.interop import (
   save_official,
   variables_from_official,
 )
-from narvl_jax.interop.conversion import check_coverage
 from narvl_jax.interop.export import _unused_tensors
 from narvl_jax.interop.key_map import IGNORED, TABLE_KEY, TIED_KEYS
 from narvl_jax.interop.settings import QUERY_KEY, settings_of, size_of
@@ -31,6 +30,7 @@ from tests.interop.states import (
   CONFIG,
   COUNTS,
   back,
+  check_coverage,
   fitting_config,
   narvl_state,
   ofa_state,

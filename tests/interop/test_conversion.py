@@ -16,7 +16,6 @@ from narvl_jax.interop import (
   official_shapes,
 )
 from narvl_jax.interop import key_map as key_map_lib
-from narvl_jax.interop.conversion import check_coverage
 from narvl_jax.interop.export import _buckets, _unused_tensors
 from narvl_jax.interop.key_map import IGNORED, TABLE_KEY, TIED_KEYS
 from narvl_jax.interop.settings import (
@@ -31,6 +30,7 @@ from tests.interop.states import (
   CONFIG,
   State,
   back,
+  check_coverage,
   narvl_state,
   ofa_state,
   save,

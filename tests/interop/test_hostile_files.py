@@ -402,6 +402,8 @@ def test_shared_values_stay_shared() -> None:
   assert read["a"] is read["b"][0] is read["b"][1]
 
 
+# Of texts in the syntax of Python 2.
+@pytest.mark.filterwarnings("ignore:invalid escape seq:DeprecationWarning")
 @settings(max_examples=300)
 @given(st.data())
 def test_damaged_pickles_raise_what_is_caught(data: st.DataObject) -> None:

@@ -50,7 +50,7 @@ def test_the_first_rename_that_matches_a_whole_name_counts() -> None:
     ([("mlp", "ffn")], 'init_renames: "mlp" is never used'),
     (
       [("encoder/.*/bias", r"\g<0>2"), ("encoder/layers/mlp/bias", "x")],
-      "mlp/bias.* is never used: earlier rules take all its names",
+      "mlp/bias.* is never used: earlier rules match all its names",
     ),
     (
       [("encoder/layers/mlp/.*", "encoder/layers/mlp/both")],

@@ -71,7 +71,7 @@ class TestRules:
 
   def test_rule_whose_parameters_are_taken(self):
     with pytest.raises(
-      UserError, match=r'"encoder/bias" is never used: earlier rules take all'
+      UserError, match=r'"encoder/bias" is never used: earlier rules match all'
     ):
       assign_rules(
         [(".*bias", {}), ("encoder/bias", {"lr": 0.1}), (".*", {})], PATHS
