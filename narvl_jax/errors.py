@@ -1,7 +1,7 @@
 """Mistakes of the user, told in one line."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # Of a name that options are compared with.
 _LONGEST = 200
@@ -27,6 +27,14 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
   if near:
     return " Did you mean " + " or ".join(f'"{x}"' for x in near) + "?"
   return " Valid: " + ", ".join(options) + "."
+
+
+def list_few(parts: Sequence[str], most: int, separator: str = ", ") -> str:
+  """Joins the first texts of a list, and reports how many more there are."""
+  text = separator.join(parts[:most])
+  if len(parts) > most:
+    text += f"{separator.rstrip(', ')} and {len(parts) - most} more"
+  return text
 
 
 def check_lists(**values: object) -> None:

@@ -27,7 +27,7 @@ from narvl_jax.checkpointing.record import (
   read_leaf,
   read_record,
 )
-from narvl_jax.errors import UserError
+from narvl_jax.errors import UserError, list_few
 
 # Files, and arrays, that a message names.
 _SHOWN = 3
@@ -56,7 +56,7 @@ class Damage(NamedTuple):
 
   def __str__(self) -> str:
     return "; ".join(
-      f"{kind} {_shorten(found)}"
+      f"{kind} {list_few([' '.join(x) for x in found], _SHOWN)}"
       for kind, found in self.by_kind().items()
       if found
     )
@@ -160,9 +160,3 @@ def _check_leaves(
 def _merge(found: Iterable[list[list[str]]]) -> list[list[str]]:
   """Returns the findings of all hosts without repetitions."""
   return [list(x) for x in sorted({tuple(x) for part in found for x in part})]
-
-
-def _shorten(found: Sequence[Sequence[str]]) -> str:
-  shown = ", ".join(f"{name} {what}" for name, what in found[:_SHOWN])
-  more = len(found) - _SHOWN
-  return shown + (f" and {more} more" if more > 0 else "")

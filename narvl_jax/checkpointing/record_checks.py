@@ -12,7 +12,7 @@ from narvl_jax.checkpointing.record import (
   describe_shape,
   item_of,
 )
-from narvl_jax.errors import UserError
+from narvl_jax.errors import UserError, list_few
 from narvl_jax.experiment.config import from_json, to_json
 from narvl_jax.experiment.config_table import may_change
 from narvl_jax.files.disk import write_text
@@ -153,14 +153,19 @@ def check_arrays(
   ]
   if not (missing or unknown or different):
     return
-  parts = (
-    _shorten("missing there", missing),
-    _shorten("unknown here", unknown),
-    _shorten("different", different),
+  parts = {
+    "missing there": missing,
+    "unknown here": unknown,
+    "different": different,
+  }
+  found = "; ".join(
+    f"{kind}: {list_few(names, _SHOWN_ARRAYS)}"
+    for kind, names in parts.items()
+    if names
   )
   raise UserError(
     f"the checkpoint of step {record.step} in {workdir} is of another model:"
-    f" {'; '.join(filter(None, parts))}; start a run from the weights that fit"
+    f" {found}; start a run from the weights that fit"
     f" with --config.init_from={workdir} and another --workdir;"
     " --config.init_renames maps other names, --config.init_drops names what"
     " starts fresh"
@@ -168,12 +173,11 @@ def check_arrays(
 
 
 def _describe(found: dict[str, tuple[str, str]]) -> str:
-  shown = "; ".join(
+  parts = [
     f"{key} is {ours} there and {theirs} in the checkpoint"
-    for key, (theirs, ours) in sorted(found.items())[:_SHOWN_KEYS]
-  )
-  more = len(found) - _SHOWN_KEYS
-  return shown + (f"; and {more} more" if more > 0 else "")
+    for key, (theirs, ours) in sorted(found.items())
+  ]
+  return list_few(parts, _SHOWN_KEYS, "; ")
 
 
 def _differ(name: str, there: ArrayRecord, here: Any, dtypes: bool) -> str:
@@ -188,11 +192,3 @@ def _differ(name: str, there: ArrayRecord, here: Any, dtypes: bool) -> str:
 def _with_near(name: str, others: Sequence[str]) -> str:
   near = difflib.get_close_matches(name, others, n=1, cutoff=0.8)
   return f"{name} (near: {near[0]})" if near else name
-
-
-def _shorten(kind: str, found: Sequence[str]) -> str:
-  if not found:
-    return ""
-  more = len(found) - _SHOWN_ARRAYS
-  text = f"{kind}: {', '.join(found[:_SHOWN_ARRAYS])}"
-  return text + (f" and {more} more" if more > 0 else "")

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from narvl_jax.checkpointing.record import describe_shape
 from narvl_jax.checkpointing.weights import opened, read_weights
 from narvl_jax.checkpointing.writing import Checkpoints
-from narvl_jax.errors import UserError
+from narvl_jax.errors import UserError, list_few
 from narvl_jax.parallel import fitting_sharding
 from narvl_jax.state import renames as init_names
 from narvl_jax.state.parameters import flatten, split_frozen
@@ -182,8 +182,8 @@ def _plan(setup: Setup, checkpoints: Checkpoints, step: int) -> _Plan:
   dropped = init_names.dropped({*sources, *ours}, drops)
   notes = []
   if dropped & ours.keys():
-    names = _listed([_name(name) for name in sorted(dropped & ours.keys())])
-    notes.append(f"{names} stay fresh (init_drops)")
+    names = [_name(name) for name in sorted(dropped & ours.keys())]
+    notes.append(f"{list_few(names, _SHOWN)} stay fresh (init_drops)")
   if origin.parallel == experiment.autoregressive:
     dropped |= {QUERIES}
     notes.append(
@@ -225,7 +225,7 @@ def _frozen_notes(setup: Setup, fresh: Iterable[str]) -> list[str]:
   if not names:
     return []
   return [
-    f"{_listed(names)} start fresh but are frozen, so they stay random"
+    f"{list_few(names, _SHOWN)} start fresh but are frozen, so they stay random"
     " (--config.optimizer.rules)"
   ]
 
@@ -259,9 +259,9 @@ def _check_shapes(
   drops = "".join(f'"{name}", ' for name in names).rstrip()
   more = " and so on" if len(different) > _SHOWN else ""
   raise UserError(
-    f"{origin.named} is of another model: {_listed(parts)}; set config.model as"
-    f" in {origin.path}/config.json, give what has another name there its new"
-    ' one by --config.init_renames=\'(("OLD", "NEW"),)\', or leave it fresh by'
+    f"{origin.named} is of another model: {list_few(parts, _SHOWN)};"
+    f" set config.model as in {origin.path}/config.json, rename parameters by"
+    ' --config.init_renames=\'(("OLD", "NEW"),)\', or leave them fresh by'
     f" --config.init_drops='({drops})'{more}"
   )
 
@@ -269,12 +269,6 @@ def _check_shapes(
 def _nearest(name: str, only: Mapping[str, list[str]], where: str) -> str:
   near = difflib.get_close_matches(name, only[where], n=1)
   return f' (nearest {where}: "{_name(near[0])}")' if near else ""
-
-
-def _listed(parts: list[str]) -> str:
-  more = len(parts) - _SHOWN
-  text = ", ".join(parts[:_SHOWN])
-  return text + (f" and {more} more" if more > 0 else "")
 
 
 def _name(whole: str) -> str:
