@@ -10,7 +10,6 @@ from the run's own test data, saves the picture, and prints the truth, too.
 `--json` prints one JSON object; `--decoding=beam --num_best=3` more answers.
 """
 
-import dataclasses
 import os
 import pathlib
 import sys
@@ -25,17 +24,14 @@ from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_json
-from narvl_jax.data.answer_text import checked_text
 from narvl_jax.data.example import Record
-from narvl_jax.data.pictures import images, rendering
-from narvl_jax.data.record_checks import checked_record
-from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.data.pictures import rendering
 from narvl_jax.evaluation import outcomes, results
-from narvl_jax.experiment.datasets import load_dataset
 from narvl_jax.files.paths import check_file
 from narvl_jax.prediction import decoding_flags, foreign_input
 from narvl_jax.prediction.answer_list import with_answers
 from narvl_jax.prediction.predictor import Answer, Predictor
+from narvl_jax.prediction.request import Request
 from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import escape, show
@@ -56,57 +52,43 @@ def predict(
   decoding: Mapping[str, Any] | None = None,
   answers: str = "",
 ) -> outcomes.Outcome:
-  """Answers one request; exactly one of `image` and `example` is given.
+  """Predicts the answer to one request.
 
   Args:
     workdir: run folder.
-    task: one of the run's tasks; may be left out if there is only one.
-    image: picture file; see docs/data.md.
-    example: index of a record of the run's test data.
-    dataset: entry of `data.evaluation` that has it; the task's first one if "".
-    split: of that data set; `evaluation.split` if "".
-    prompt: question, expression or hypothesis; with `example` its own prompt
-      by default. Captions ignore it.
-    premise: entailment only: what else is known about the picture.
+    task: see `prediction.request.Request`.
+    image: likewise; exactly one of `image` and `example` is given.
+    example: likewise.
+    dataset: likewise.
+    split: likewise.
+    prompt: likewise.
+    premise: likewise.
     overlay: grounding only: PNG to write; by default in the run folder.
     checkpoint: "best", "last" or a step.
     decoding: see `decoding_flags.decodings_for`.
-    answers: file of the answers that constrained VQA allows; that of the
-      config if "".
+    answers: file of the answers that constrained VQA allows; the config's if
+      "".
 
   Returns:
     step, task, image (path), prompt, answer (text; grounding: box in pixels of
-    the picture, None if the model gave no box), probability; with
-    `num_best` above 1 also alternatives (answer and probability, best first);
-    with `example` also truth; for grounding also overlay (path); warnings
-    (sentences about what the model was not trained for).
+    the picture, None without a box), probability; with `num_best` above 1 also
+    alternatives (answer and probability, best first); with `example` also
+    truth; for grounding also overlay (path); warnings (one sentence each).
 
   Raises:
-    UserError: run, picture, task or prompt is wrong or missing.
+    UserError: run, picture, task or text is wrong or missing.
   """
-  if (image is None) == (example is None):
-    raise UserError(
-      "give a picture: either --image=FILE or --example=INDEX of the test data"
-    )
-  # What can be wrong is checked before the weights are read.
+  request = Request(task, image, example, dataset, split, prompt, premise)
+  request.check()
+  # Mistakes are reported before the weights are read.
   if overlay is not None:
     check_file("--overlay", overlay)
-  folder = pathlib.Path(workdir) / results.PREDICTIONS_FOLDER
-  config = workdir_lib.read_config(pathlib.Path(workdir))
-  results.make_way(pathlib.Path(workdir))
-  name = _choose_task(list(config.tasks), task)
-  if image is not None:
-    path = pathlib.Path(image)
-    picture = read_picture(path, config.data.exif_orientation)
-    record = Record(path.name, name, picture)
-  else:
-    path = folder / f"example_{name}_{example}.png"
-    record = _load_example(config, name, example or 0, dataset, split)
-  if prompt is not None or premise is not None:
-    record = _with_text(record, prompt, premise)
-  if name == "caption":
-    record = dataclasses.replace(record, prompt="")
-  _check_length(record, config.tasks[name])
+  workdir = pathlib.Path(workdir)
+  folder = workdir / results.PREDICTIONS_FOLDER
+  config = workdir_lib.read_config(workdir)
+  results.make_way(workdir)
+  record = request.read(config)
+  name = record.task
   experiment, variables, step = load_run(workdir, checkpoint)
   if answers:
     experiment = with_answers(experiment, answers)
@@ -116,7 +98,10 @@ def predict(
     answer = Predictor(experiment, variables, decodings).answer(record)
 
   if image is None:
+    path = folder / f"example_{name}_{example}.png"
     results.write_image(path, Image.fromarray(_pixels(record)))
+  else:
+    path = pathlib.Path(image)
   outcome: outcomes.Outcome = {
     "step": step,
     "task": name,
@@ -125,102 +110,12 @@ def predict(
     **outcomes.plain_answer(answer),
   }
   if name == "grounding":
-    target = folder / f"overlay_{path.stem}.png"
-    target = target if overlay is None else pathlib.Path(overlay)
-    outcome["overlay"] = str(_write_overlay(target, answer))
+    target = overlay or folder / f"overlay_{path.stem}.png"
+    outcome["overlay"] = str(_write_overlay(pathlib.Path(target), answer))
   outcome["warnings"] = foreign_input.warnings_about(
     experiment, record, resized=image is not None
   )
   return outcome
-
-
-def read_picture(
-  path: str | os.PathLike[str], exif_orientation: str = "ignore"
-) -> np.ndarray:
-  """Returns a picture file as uint8 [H, W, 3], in its own size.
-
-  Args:
-    path: regular file.
-    exif_orientation: "ignore" or "apply"; see `data.exif_orientation`.
-
-  Raises:
-    UserError: the file is missing, or no complete picture.
-  """
-  data = images.read_image_file(path)
-  data = images.with_orientation(data, exif_orientation)
-  try:
-    width, height = images.original_size(data)
-    return images.prepare_image(data, (height, width))
-  except UserError as error:
-    raise UserError(f'--image="{os.fspath(path)}": {error}') from error
-
-
-def _choose_task(tasks: Sequence[str], wanted: str | None) -> str:
-  if wanted is None and len(tasks) == 1:
-    return tasks[0]
-  if wanted is None or wanted not in tasks:
-    seen = "no task was given" if wanted is None else f'unknown task "{wanted}"'
-    hint = did_you_mean(wanted or "", tasks)
-    raise UserError(f"{seen}.{hint} Set --task.")
-  return wanted
-
-
-def _load_example(
-  config: Any, task: str, index: int, dataset: str, split: str
-) -> Record:
-  """Returns a record of the test data with its picture decoded."""
-  split = split or config.evaluation.split
-  names = [k for k, v in config.data.evaluation.items() if v.task == task]
-  if dataset and dataset not in names:
-    raise UserError(
-      f'data.evaluation has no "{dataset}" for the task {task}.'
-      f"{did_you_mean(dataset, names)} (--dataset)"
-    )
-  names = [dataset] if dataset else names
-  if not names:
-    raise UserError(
-      f'this run has no {split} data for "{task}"; pass a picture with --image'
-    )
-  source = load_dataset(config, names[0], split)
-  if not 0 <= index < len(source):
-    nearest = min(max(index, 0), len(source) - 1)
-    raise UserError(
-      f"--example={index} is outside of the {len(source)} records of"
-      f' {split} data "{names[0]}"; nearest valid: --example={nearest}'
-    )
-  record = checked_record(source[index])
-  width, height = images.original_size(record.image)
-  pixels = images.prepare_image(record.image, (height, width))
-  return dataclasses.replace(record, image=pixels)
-
-
-def _with_text(
-  record: Record, prompt: str | None, premise: str | None
-) -> Record:
-  """Returns the same picture with another request, of unknown truth."""
-  return dataclasses.replace(
-    record,
-    prompt=record.prompt if prompt is None else prompt,
-    premise=record.premise if premise is None else premise,
-    answers={},
-    box=None,
-  )
-
-
-def _check_length(record: Record, settings: Mapping[str, Any]) -> None:
-  """Refuses what has no tokens, and words that would be cut off silently."""
-  limit = settings.get("max_source_words", 0)
-  for flag in ("prompt", "premise"):
-    try:
-      words = len(checked_text(getattr(record, flag)).split())
-    except UserError as error:
-      raise UserError(f"--{flag}: {error}") from error
-    if limit and words > limit:
-      raise UserError(
-        f"--{flag} has {words} words, the run reads at most {limit}; shorten"
-        f" it, or train with --config.tasks.{record.task}.max_source_words="
-        f"{words}"
-      )
 
 
 def _write_overlay(path: pathlib.Path, answer: Answer) -> pathlib.Path:

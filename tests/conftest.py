@@ -1,4 +1,4 @@
-"""Settings of all tests; the environment is set before jax is imported."""
+"""Settings that hold for every test; they must precede the import of jax."""
 
 import gc
 import importlib.metadata
@@ -15,22 +15,22 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def xla_flags(devices: int) -> str:
-  """Returns flags for fake devices and fast compilation.
+  """Returns flags for so many fake devices, and a compiler in a hurry.
 
-  Tests spend far longer on compiling than on running programs.
+  Compiling takes far longer than what these tests then run.
   """
   flags = [
     f"--xla_force_host_platform_device_count={devices}",
     "--xla_backend_optimization_level=0",
   ]
-  # Later versions have a single code generator and reject the flag.
+  # Later ones have no other way to generate code, and end at unknown flags.
   if importlib.metadata.version("jaxlib").startswith("0.10."):
     flags.append("--xla_cpu_use_fusion_emitters=false")
   return " ".join(flags)
 
 
-# Only once: workers inherit the flags, which are part of the cache key. The
-# user's flags come last, so that they take precedence.
+# Once: workers inherit them, and they are part of the key of the cache. What
+# the user sets comes last, and so wins.
 if xla_flags(8) not in os.environ.get("XLA_FLAGS", ""):
   own = os.environ.get("XLA_FLAGS", "")
   os.environ["XLA_FLAGS"] = f"{xla_flags(8)} {own}".strip()
@@ -47,8 +47,8 @@ from absl import flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-# Every compiled program uses memory maps. Linux allows 65,530 per process and
-# jax crashes beyond that.
+# Every compiled program takes some memory maps, of which Linux allows a process
+# 65,530; beyond them it crashes where the next one is loaded.
 _MAPS = pathlib.Path("/proc/self/maps")
 _MOST_MAPS = 20_000
 
@@ -60,12 +60,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
   parser.addoption(
     "--update_golden",
     action="store_true",
-    help="rewrite the texts in tests/golden with the current output",
+    help="rewrite the texts in tests/golden with what the code gives now",
   )
 
 
 def pytest_configure(config: pytest.Config) -> None:
   del config
+  # As in `cli.run`: tracing is most of what tests do.
+  gc.set_threshold(100_000, 20, 100)
   # grain reads absl flags in its workers.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
@@ -82,7 +84,7 @@ def pytest_collection_modifyitems(
       item.add_marker(skip)
 
 
-# A warning, or an error in a destructor, as Python prints it.
+# What Python prints of a warning, and of an error that nobody can catch.
 _COMPLAINT = re.compile(
   r"^(\S+:\d+: \w*Warning: |Exception ignored in).*", re.M
 )
@@ -90,7 +92,7 @@ _COMPLAINT = re.compile(
 
 @pytest.fixture(autouse=True, scope="session")
 def quiet_commands() -> Iterator[None]:
-  """Fails a test if a command it runs prints a warning."""
+  """Fails a test whose command warns; those of this process are errors."""
   run = subprocess.run
 
   def checked_run(*args: Any, **kwargs: Any) -> Any:
@@ -107,9 +109,9 @@ def quiet_commands() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
-  """Restores signal handlers.
+  """Undoes what code that ends its process does to signals.
 
-  Child processes inherit ignored signals, which shells cannot trap.
+  Programs inherit ignored ones, and shells cannot trap these.
   """
   numbers = (signal.SIGINT, signal.SIGTERM)
   before = [signal.getsignal(number) for number in numbers]
@@ -120,7 +122,7 @@ def own_signals() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs() -> Iterator[None]:
-  """Drops compiled programs when there are many; they stay cached on disk."""
+  """Forgets compiled programs when there are many; the cache has them."""
   yield
   if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
     jax.clear_caches()
@@ -129,7 +131,7 @@ def few_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_files() -> pathlib.Path:
-  """Returns the folder of parity files; skips the test without it."""
+  """Folder with the parity files; tests that need it skip without it."""
   if not (SHARED / "fixtures" / "README.md").exists():
     pytest.skip("parity files (../shared) are absent")
   return SHARED
@@ -137,7 +139,7 @@ def shared_files() -> pathlib.Path:
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-  """Returns a function that compares a text with `tests/golden/NAME`."""
+  """Compares a text with `tests/golden/NAME`, or rewrites that file."""
 
   def compare(name: str, text: str) -> None:
     path = ROOT / "tests" / "golden" / name
@@ -146,7 +148,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
       path.write_text(text, encoding="utf-8")
     assert path.exists(), f"no {path}; write it with pytest --update_golden"
     assert text == path.read_text(encoding="utf-8"), (
-      f"differs from {path}; if intended: pytest --update_golden"
+      f"differs from {path}; if that is meant, pytest --update_golden"
     )
 
   return compare

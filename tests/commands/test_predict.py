@@ -20,6 +20,7 @@ from narvl_jax.evaluation import evaluator, outcomes
 from narvl_jax.experiment.datasets import load_dataset
 from narvl_jax.predict import predict
 from narvl_jax.prediction import foreign_input
+from narvl_jax.prediction import request as request_lib
 from tests.evaluation import tiny_run
 
 QUESTION = "what color is the circle?"
@@ -83,7 +84,7 @@ def test_orientation_is_that_of_the_run(workdir, photo, monkeypatch, setting):
 
   sizes = []
   monkeypatch.setattr(predict_lib.workdir_lib, "read_config", changed)
-  monkeypatch.setattr(predict_lib, "_check_length", stop)
+  monkeypatch.setattr(request_lib, "_check_texts", stop)
   with pytest.raises(UserError, match="enough"):
     predict(workdir, task="vqa", image=photo, prompt=QUESTION)
   assert sizes == [(90, 60) if setting == "apply" else (60, 90)]
@@ -373,9 +374,9 @@ def test_answers_that_would_not_be_heeded(workdir, photo):
 
 
 def test_the_only_task_need_not_be_named():
-  assert predict_lib._choose_task(["vqa"], None) == "vqa"
+  assert request_lib._choose_task(["vqa"], None) == "vqa"
   with pytest.raises(UserError, match=r'unknown task "caption"\. Valid: vqa'):
-    predict_lib._choose_task(["vqa"], "caption")
+    request_lib._choose_task(["vqa"], "caption")
 
 
 def test_lines_for_people():

@@ -16,7 +16,7 @@ from PIL import Image
 from narvl_jax.data.pictures import files, images
 from narvl_jax.data.sources import load_source
 from narvl_jax.errors import UserError
-from narvl_jax.predict import read_picture
+from narvl_jax.prediction.request import read_picture
 from tests.conftest import ROOT
 from tests.data.pictures import samples
 

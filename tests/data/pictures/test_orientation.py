@@ -28,7 +28,7 @@ from narvl_jax.experiment.config import (
 )
 from narvl_jax.experiment.config_checks import validate
 from narvl_jax.experiment.datasets import load_dataset, load_mixture
-from narvl_jax.predict import read_picture
+from narvl_jax.prediction.request import read_picture
 from tests.data.converting import convert
 from tests.data.number_source import make_tasks
 from tests.data.pictures import samples
