@@ -1,4 +1,4 @@
-"""Settings that hold for every test; they must precede the import of jax."""
+"""Settings of all tests; the environment is set before jax is imported."""
 
 import gc
 import importlib.metadata
@@ -15,22 +15,22 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def xla_flags(devices: int) -> str:
-  """Returns flags for so many fake devices, and a compiler in a hurry.
+  """Returns flags for fake devices and fast compilation.
 
-  Compiling takes far longer than what these tests then run.
+  Tests spend far longer on compiling than on running programs.
   """
   flags = [
     f"--xla_force_host_platform_device_count={devices}",
     "--xla_backend_optimization_level=0",
   ]
-  # Later ones have no other way to generate code, and end at unknown flags.
+  # Later versions have a single code generator and reject the flag.
   if importlib.metadata.version("jaxlib").startswith("0.10."):
     flags.append("--xla_cpu_use_fusion_emitters=false")
   return " ".join(flags)
 
 
-# Once: workers inherit them, and they are part of the key of the cache. What
-# the user sets comes last, and so wins.
+# Only once: workers inherit the flags, which are part of the cache key. The
+# user's flags come last, so that they take precedence.
 if xla_flags(8) not in os.environ.get("XLA_FLAGS", ""):
   own = os.environ.get("XLA_FLAGS", "")
   os.environ["XLA_FLAGS"] = f"{xla_flags(8)} {own}".strip()
@@ -47,8 +47,8 @@ from absl import flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-# Every compiled program takes some memory maps, of which Linux allows a process
-# 65,530; beyond them it crashes where the next one is loaded.
+# Every compiled program uses memory maps. Linux allows 65,530 per process and
+# jax crashes beyond that.
 _MAPS = pathlib.Path("/proc/self/maps")
 _MOST_MAPS = 20_000
 
@@ -60,7 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
   parser.addoption(
     "--update_golden",
     action="store_true",
-    help="rewrite the texts in tests/golden with what the code gives now",
+    help="rewrite the texts in tests/golden with the current output",
   )
 
 
@@ -84,7 +84,7 @@ def pytest_collection_modifyitems(
       item.add_marker(skip)
 
 
-# What Python prints of a warning, and of an error that nobody can catch.
+# A warning, or an error in a destructor, as Python prints it.
 _COMPLAINT = re.compile(
   r"^(\S+:\d+: \w*Warning: |Exception ignored in).*", re.M
 )
@@ -92,7 +92,7 @@ _COMPLAINT = re.compile(
 
 @pytest.fixture(autouse=True, scope="session")
 def quiet_commands() -> Iterator[None]:
-  """Fails a test whose command warns; those of this process are errors."""
+  """Fails a test if a command it runs prints a warning."""
   run = subprocess.run
 
   def checked_run(*args: Any, **kwargs: Any) -> Any:
@@ -109,9 +109,9 @@ def quiet_commands() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
-  """Undoes what code that ends its process does to signals.
+  """Restores signal handlers.
 
-  Programs inherit ignored ones, and shells cannot trap these.
+  Child processes inherit ignored signals, which shells cannot trap.
   """
   numbers = (signal.SIGINT, signal.SIGTERM)
   before = [signal.getsignal(number) for number in numbers]
@@ -122,7 +122,7 @@ def own_signals() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs() -> Iterator[None]:
-  """Forgets compiled programs when there are many; the cache has them."""
+  """Drops compiled programs when there are many; they stay cached on disk."""
   yield
   if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
     jax.clear_caches()
@@ -131,7 +131,7 @@ def few_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_files() -> pathlib.Path:
-  """Folder with the parity files; tests that need it skip without it."""
+  """Returns the folder of parity files; skips the test without it."""
   if not (SHARED / "fixtures" / "README.md").exists():
     pytest.skip("parity files (../shared) are absent")
   return SHARED
@@ -139,7 +139,7 @@ def shared_files() -> pathlib.Path:
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-  """Compares a text with `tests/golden/NAME`, or rewrites that file."""
+  """Returns a function that compares a text with `tests/golden/NAME`."""
 
   def compare(name: str, text: str) -> None:
     path = ROOT / "tests" / "golden" / name
@@ -148,7 +148,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
       path.write_text(text, encoding="utf-8")
     assert path.exists(), f"no {path}; write it with pytest --update_golden"
     assert text == path.read_text(encoding="utf-8"), (
-      f"differs from {path}; if that is meant, pytest --update_golden"
+      f"differs from {path}; if intended: pytest --update_golden"
     )
 
   return compare

@@ -24,7 +24,7 @@ from narvl_jax.command_line.messages import (
 )
 from narvl_jax.errors import USER_ERROR_CODE, UserError
 from narvl_jax.files import paths as user_paths
-from narvl_jax.files.disk import explain_disk
+from narvl_jax.files.disk_errors import explain_disk
 from narvl_jax.terminal.text import WarningFormatter, naming, show, show_error
 
 
