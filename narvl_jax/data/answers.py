@@ -132,12 +132,7 @@ def _check(entries: Sequence[Any], path: pathlib.Path) -> list[str]:
 def encode_answers(
   answers: Sequence[str], vocabulary: Vocabulary, *, eos: bool
 ) -> list[list[int]]:
-  """Returns the token ids of answers, as in targets.
-
-  Args:
-    answers: without the leading space of targets.
-    vocabulary: of the run.
-    eos: whether to end each answer with eos.
+  """Returns the token ids of answers, as in targets, with eos if `eos` is set.
 
   Raises:
     UserError: an answer is empty or has characters that the vocabulary lacks.

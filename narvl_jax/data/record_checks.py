@@ -29,9 +29,6 @@ def checked_record(record: Any) -> Record:
   becomes a tuple. Not checked: whether the picture can be decoded, a box lies
   within it, and a text can be tokenised.
 
-  Args:
-    record: value that a source returned.
-
   Raises:
     UserError: it is not a `Record`, or a field is wrong; the message names it.
   """

@@ -1,1 +1,1 @@
-"""Terminal."""
+"""Text, tables and progress on terminals and in logs."""

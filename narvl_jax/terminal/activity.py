@@ -1,4 +1,4 @@
-"""Something that takes time, how far it is, and how that looks."""
+"""An activity that takes time: its progress, as text and as a bar."""
 
 import collections
 import time
@@ -12,20 +12,20 @@ from rich.text import Text
 
 from narvl_jax.terminal.text import escape
 
-# Over which a speed is measured.
+# The rate is an average over this time.
 _WINDOW_SECONDS = 30.0
 _BAR_WIDTHS = (8, 30)
 _FEWEST_TEXT = 10
 
 
 class Activity:
-  """Something that takes time.
+  """An activity that takes time.
 
   Attributes:
-    text: what it is, such as "compiling the step".
-    total: how much there is to do; None if that is not known.
+    text: description, such as "compiling the step".
+    total: amount of work; None if unknown.
     unit: of `total`, such as "examples"; "bytes" are shown as sizes.
-    done: how much is done.
+    done: finished part of `total`.
   """
 
   def __init__(
@@ -37,7 +37,7 @@ class Activity:
     done: int = 0,
     clock: Callable[[], float] = time.monotonic,
   ) -> None:
-    """Begins it."""
+    """Starts the clock; see the attributes."""
     self.text = " ".join(escape(text).split())
     self.total, self.unit = total, unit
     self.done = done
@@ -48,14 +48,14 @@ class Activity:
     self._samples = collections.deque([(self._start, done)])
 
   def advance(self, count: int = 1) -> None:
-    """Says that more is done; as cheap as an addition."""
+    """Adds to `done`; as cheap as an addition."""
     self.done += count
 
   def expect(self, seconds: float | None, *, at_least: bool = False) -> None:
-    """Says how long it still takes, where that is known better than here.
+    """Sets the remaining time, where a better estimate than the rate is known.
 
     Args:
-      seconds: from now on; None: as the recent speed tells.
+      seconds: from now; None estimates from the recent rate.
       at_least: whether it may take longer, which is shown as `>45s left`.
     """
     self._at_least = at_least
@@ -63,11 +63,11 @@ class Activity:
     self._expected_end = end
 
   def elapsed(self) -> float:
-    """Returns the seconds since it began."""
+    """Returns the seconds since the start."""
     return self._clock() - self._start
 
   def rate(self) -> float:
-    """Returns what was done in a second, of late; to be asked regularly."""
+    """Returns the recent amount per second; to be called regularly."""
     now = self._clock()
     if now - self._samples[-1][0] >= 1:
       self._samples.append((now, self.done))
@@ -79,11 +79,7 @@ class Activity:
     return (self.done - done) / max(now - before, 1e-9)
 
   def progress(self, *, short: bool = False) -> str:
-    """Returns how far it is, such as `1,200/4,000 examples 30 % 45s left`.
-
-    Args:
-      short: without the counts.
-    """
+    """Returns text such as `1,200/4,000 examples  30 %  45s left`."""
     if self.total is None:
       done = f"{_count(self.done, self.unit)}, " if self.done else ""
       return f"{done}{format_duration(self.elapsed())}"
@@ -104,7 +100,7 @@ class Activity:
     return "  ".join(parts)
 
   def line(self) -> str:
-    """Returns it as a plain line, such as `reading: 30/100 records  30 %`."""
+    """Returns a plain line, such as `reading: 30/100 records  30 %`."""
     rate, text = self.rate(), f"{self.text}: {self.progress()}"
     if self.total is None or not rate:
       return text
@@ -126,23 +122,20 @@ def _plain(count: float, unit: str) -> str:
 
 
 def _count(count: float, unit: str) -> str:
-  unit = "MB" if unit == "bytes" else unit
-  if unit == "MB":
-    return f"{count / 1e6:,.1f} MB"
-  return f"{count:,.0f} {unit}".rstrip()
+  name = "MB" if unit == "bytes" else unit
+  return f"{_plain(count, unit)} {name}".rstrip()
 
 
 def _rate(rate: float, unit: str) -> str:
-  if unit == "bytes":
-    return f"{rate / 1e6:,.1f} MB/s"
-  return f"{rate:,.{0 if rate >= 100 else 1}f} {unit}/s"
+  if unit == "bytes" or rate >= 100:
+    return f"{_count(rate, unit)}/s"
+  return f"{rate:,.1f} {unit}/s"
 
 
 def drawn(activity: Activity, width: int) -> Table:
-  """Returns an activity as one line of at most so many columns.
+  """Returns an activity as one line of at most `width` columns.
 
-  Where there is little room the counts go first, then the bar, then the end
-  of the text.
+  A narrow line omits the counts first, then the bar, then the end of the text.
   """
   text, tail = activity.text, activity.progress()
   room = width - cell_len(text) - len(tail) - 2
@@ -165,7 +158,7 @@ def drawn(activity: Activity, width: int) -> Table:
 
 
 def _cut(text: str, width: int) -> str:
-  """Returns as much of a text as fits."""
+  """Returns the start of a text that fits."""
   if cell_len(text) <= width:
     return text
   return set_cell_size(text, max(width - 2, 0)).rstrip() + ".."[:width]

@@ -1,8 +1,8 @@
-"""What a command is doing, told on stderr while it is doing it.
+"""Progress of a command on stderr.
 
-On a terminal the last line is drawn anew several times a second and vanishes
-at the end. Elsewhere, as in a log, plain lines follow at growing intervals, the
-first after ten seconds. Stdout is for results and gets nothing.
+On a terminal the last line is redrawn several times a second and removed at the
+end. Elsewhere, such as in a log, plain lines follow at growing intervals, the
+first after ten seconds. Nothing is written to stdout, which is for results.
 
     with progress.doing("compiling the step"):
       compiled = lowered.compile()
@@ -11,7 +11,7 @@ first after ten seconds. Stdout is for results and gets nothing.
         ...
         reading.advance()
 
-A thread draws, which ends with the block; the block itself only counts.
+A thread draws until the end of the block; the block itself only counts.
 """
 
 import contextlib
@@ -29,15 +29,15 @@ from rich.console import Console
 from narvl_jax.terminal.activity import Activity, drawn
 from narvl_jax.terminal.text import show
 
-# Of plain lines, which logs can be searched for or rid of.
+# Start of plain lines, by which logs can be searched or filtered.
 LINE_START = "progress: "
 _DRAW_SECONDS = 0.25
-# Between two plain lines; as long as it has taken so far, within these bounds.
+# Bounds of the time between two plain lines, which is the time so far.
 _GAPS = (10.0, 60.0)
 
 
 class _Display:
-  """The activities under way, the innermost of which is shown."""
+  """Shows the innermost of the activities in progress."""
 
   def __init__(
     self,
@@ -53,8 +53,8 @@ class _Display:
     self._activities: list[Activity] = []
     self._start = clock()
     self._next_line = self._start + _GAPS[0]
-    # Whether the last line of the terminal is ours, or was begun by others,
-    # who will end it.
+    # Whether the last line of the terminal is ours, or an unfinished line of
+    # other output.
     self._drawn = self._line_open = False
     self._broken = False
     self._ended = threading.Event()
@@ -89,19 +89,19 @@ class _Display:
       self._write(self.draw)
 
   def draw(self) -> None:
-    """Shows how far the innermost activity is, if it is time to."""
+    """Shows the innermost activity, if a line is due."""
     for activity in self._activities[-1:]:
       if self._console is None:
         self._print_line(activity)
       elif not self._line_open:
         self._clear()
-        # What C++ prints meanwhile begins at the left, too.
+        # So that output of C++ code begins at the left.
         self._stream.write(self._rendered(activity, self._console) + "\r")
         self._stream.flush()
         self._drawn = True
 
   def _print_line(self, activity: Activity) -> None:
-    # Asked regularly, it is that of the last half minute.
+    # Called regularly, so that it is the rate of the last half minute.
     activity.rate()
     now = self._clock()
     if now < self._next_line:
@@ -112,7 +112,7 @@ class _Display:
     show(f"{LINE_START}{activity.line()}", file=self._stream)
 
   def _rendered(self, activity: Activity, console: Console) -> str:
-    # The last column stays free: some terminals begin a new line after it.
+    # The last column stays free: some terminals wrap after it.
     line = drawn(activity, max(console.width - 1, 1))
     with console.capture() as capture:
       console.print(line, end="")
@@ -125,7 +125,7 @@ class _Display:
       self._drawn = False
 
   def _write(self, action: Callable[[], None]) -> None:
-    """Shows nothing more once nobody takes it."""
+    """Stops writing for good after an error."""
     with self._lock:
       if self._broken:
         return
@@ -136,7 +136,7 @@ class _Display:
 
   @contextlib.contextmanager
   def _others_above(self) -> Iterator[None]:
-    """Has what others print begin on a line without the bar."""
+    """Removes the bar before other output on the same terminal."""
     before = sys.stdout, sys.stderr
     above: list[Any] = [
       _Above(self, x) if x is not None and x.isatty() else x for x in before
@@ -168,7 +168,7 @@ class _Display:
 
 
 class _Above:
-  """A terminal's stream, whose text takes the place of the bar."""
+  """A stream of a terminal that removes the bar before it writes."""
 
   def __init__(self, display: _Display, stream: TextIO) -> None:
     self._display, self._stream = display, stream
@@ -193,22 +193,21 @@ def doing(
   done: int = 0,
   only_live: bool = False,
 ) -> Iterator[Activity]:
-  """Shows what the block does, and how far it is.
+  """Shows the progress of the block.
 
-  Within another such block it is shown in the place of that one. In threads
-  besides the main one, in worker processes, and without stderr nothing is
-  shown.
+  A nested block replaces the outer one on the terminal. Nothing is shown in
+  threads other than the main one, in worker processes, and without stderr.
 
   Args:
-    text: what is done, such as "evaluating"; any characters.
-    total: how much there is to do; None if that is not known.
+    text: description, such as "evaluating"; any characters.
+    total: amount of work; None if unknown.
     unit: of `total`, such as "examples" or "bytes".
-    done: how much is done already.
-    only_live: show nothing where there are plain lines, as the block prints
-      lines of its own.
+    done: part of `total` that is done already.
+    only_live: whether to show nothing where there is no terminal, because the
+      block prints lines itself.
 
   Yields:
-    What counts how much is done: call its `advance`.
+    The activity; call its `advance`.
   """
   global _display
   activity = Activity(text, total, unit, done=done)
@@ -231,7 +230,7 @@ def doing(
 
 @contextlib.contextmanager
 def muted() -> Iterator[None]:
-  """Shows nothing within the block, as on all hosts but the first."""
+  """Shows nothing within the block; for all hosts but the first."""
   global _muted
   before, _muted = _muted, True
   try:
@@ -241,10 +240,10 @@ def muted() -> Iterator[None]:
 
 
 def terminal_of(stream: Any) -> TextIO | None:
-  """Returns the terminal on which a line may be drawn anew, None for none.
+  """Returns the terminal of a stream if it can redraw a line, otherwise None.
 
-  Some terminals can only add text. A stream that also goes into a log is none;
-  one that passes everything on to a terminal names it as `undivided`.
+  A stream that is also logged is no terminal. A wrapper that passes everything
+  to one terminal has it as the attribute `undivided`.
   """
   stream = getattr(stream, "undivided", stream)
   if not isinstance(stream, io.TextIOWrapper) or not stream.isatty():

@@ -1,9 +1,9 @@
-"""Text that others wrote, where people and programs read it.
+"""Prints untrusted text safely.
 
-Texts of records, names of files, keys of checkpoints and messages of other
-hosts may hold any character. On a terminal some of these do more than show
-themselves: they set the title of the window, reverse the text that follows, or
-end the program, as the terminal's encoding lacks them.
+Texts of records, file names, keys of checkpoints and messages of other hosts
+may hold any character. On a terminal some characters set the title of the
+window or reverse the text after them. Others cannot be encoded, which would end
+the program.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from absl import logging
 from narvl_jax.errors import UserError
 
 # C0, DEL and C1 controls; marks, embeddings and isolates of text direction;
-# line and paragraph separators; what has no width, but for the joiners, which
-# belong to words and emoji; halves of surrogate pairs; tags.
+# line and paragraph separators; characters without width, except the joiners,
+# which belong to words and emoji; unpaired surrogates; tags.
 _HIDDEN = re.compile(
   "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e"
   "\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
@@ -31,11 +31,11 @@ _HIDDEN = re.compile(
 
 
 def escape(text: str, keep: str = "") -> str:
-  r"""Returns a text with visible escapes for characters that are not shown.
+  r"""Replaces invisible characters by escapes.
 
   Args:
     text: any text; "a\x1b[31mb" becomes r"a\x1b[31mb", one line.
-    keep: characters that stay as they are.
+    keep: characters to keep.
   """
 
   def visible(found: re.Match[str]) -> str:
@@ -55,11 +55,11 @@ def brief(text: str, longest: int = 60) -> str:
 
 
 def show(text: str, file: TextIO | None = None) -> None:
-  """Prints lines; characters that cannot be shown become escapes.
+  """Prints lines; characters that cannot be printed become escapes.
 
   Args:
-    text: one or several lines. A foreign text within them that must stay on
-      its line is to be escaped first.
+    text: one or several lines. Untrusted text within them that must stay on one
+      line has to be escaped by the caller.
     file: stdout if None.
   """
   stream = sys.stdout if file is None else file
@@ -71,11 +71,11 @@ def show(text: str, file: TextIO | None = None) -> None:
 
 @contextlib.contextmanager
 def naming(stream: TextIO) -> Iterator[None]:
-  """Lets errors of writing to a stream name it, as those of files do.
+  """Adds the name of a stream to errors of writing to it.
 
   Raises:
-    UserError: it cannot be written.
-    BrokenPipeError: nobody reads on.
+    UserError: the stream cannot be written.
+    BrokenPipeError: its reader is gone.
   """
   try:
     yield
@@ -94,20 +94,19 @@ def show_error(
   error: BaseException,
   trace: TracebackType | None,
 ) -> None:
-  """Prints a traceback on stderr; takes the place of `sys.excepthook`."""
+  """Prints a traceback on stderr; replaces `sys.excepthook`."""
   lines = traceback.format_exception(kind, error, trace)
   show("".join(lines).rstrip("\n"), file=sys.stderr)
 
 
 class WarningFormatter(logging.PythonFormatter):
-  """Starts what is logged with `warning: ` or `error: `, like other messages.
+  """Formats warnings and errors as `warning: TEXT` and `error: TEXT`.
 
-  absl's prefix of level, date, thread and line of code is 60 characters long.
-  Lower levels, which `--verbosity` shows, keep it.
+  Lower levels, which `--verbosity` shows, keep the long prefix of absl.
   """
 
   def format(self, record: LogRecord) -> str:
-    """Returns the text of a record."""
+    """Returns the text of a log record."""
     if record.levelno < WARNING:
       return super().format(record)
     return f"{record.levelname.lower()}: {Formatter.format(self, record)}"
@@ -122,19 +121,19 @@ def warn(text: str) -> None:
 def readable_json(
   value: Any, encoding: str | None = "utf-8", indent: int | None = None
 ) -> str:
-  """Returns JSON that any string can be part of, a file or a terminal.
+  """Returns readable JSON that is safe on a terminal and in a file.
 
-  Letters of all scripts stay readable; what `escape` escapes, halves of
-  surrogate pairs included, is written as JSON escapes, and read back as it was.
+  Letters of all scripts are kept. Characters that `escape` escapes, including
+  unpaired surrogates, become JSON escapes and are read back unchanged.
 
   Args:
-    value: what JSON can hold; without NaN and infinity.
-    encoding: of where it is written; if it lacks a letter, all of them are
-      escaped.
+    value: JSON value without NaN and infinity.
+    encoding: of the target; if it lacks a character, all non-ASCII characters
+      are escaped.
     indent: see `json.dumps`; one line if None.
   """
   dump = functools.partial(json.dumps, allow_nan=False, indent=indent)
-  # Newlines are between values: within strings they are escaped already.
+  # Newlines separate values; those within strings are escaped already.
   text = _HIDDEN.sub(
     lambda found: found[0] if found[0] == "\n" else json.dumps(found[0])[1:-1],
     dump(value, ensure_ascii=False),

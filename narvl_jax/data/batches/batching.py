@@ -124,13 +124,6 @@ class Batcher:
   ) -> None:
     """Prepares a record and writes it into a row; writes nothing if it is bad.
 
-    Args:
-      batch: arrays of `empty`.
-      row: number of the row.
-      record: the record.
-      task: its task.
-      **options: see `prepare`.
-
     Raises:
       UserError: the record is bad.
     """

@@ -173,11 +173,7 @@ def _order(entry: MixtureEntry, seed: int) -> Any:
 
 
 def share_changes(weights: Sequence[WeightSchedule]) -> list[int]:
-  """Returns the positions of the batches at which shares change.
-
-  Args:
-    weights: of all entries, see `MixtureEntry`.
-  """
+  """Returns the positions of the batches at which shares change."""
   schedules = [
     [(0, weight)] if isinstance(weight, int | float) else list(weight)
     for weight in weights
@@ -220,10 +216,6 @@ def _schedule(
 
 def parse_weight(name: str, weight: Any) -> list[tuple[int, float]]:
   """Returns the weight of an entry as [(from_step, weight), ...].
-
-  Args:
-    name: of the entry of `data.train`, for messages.
-    weight: a number, or pairs (from_step, weight) beginning at step 0.
 
   Raises:
     UserError: the weight is neither, negative or not finite.

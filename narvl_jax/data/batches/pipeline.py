@@ -151,12 +151,9 @@ class TrainBatches(Iterator[Batch]):
     return counts
 
   def examples(self, index: int) -> list[tuple[str, int]]:
-    """Returns (name of the entry, number of the record) of all rows of a batch.
+    """Returns (entry name, record number) of all rows of batch number `index`.
 
     A batch has the next good record of the entry in place of a bad record.
-
-    Args:
-      index: of the batch; the first of a run is 0.
     """
     names = list(self._sizes)
     return [(names[x.entry], x.index) for x in self._mixture.whole(index)]

@@ -49,12 +49,9 @@ class Segments:
   """
 
   def __init__(self, num_workers: int, count: int, layout: Layout) -> None:
-    """Creates segments. The system provides their memory on first use.
+    """Creates `count` segments for each worker, for batches of `layout`.
 
-    Args:
-      num_workers: number of processes that fill segments.
-      count: number of segments of each worker.
-      layout: of the batches.
+    The system provides their memory on first use.
 
     Raises:
       UserError: there is too little shared memory.

@@ -120,12 +120,7 @@ def random_crop(
 def color_factors(
   rng: np.random.Generator, strength: float
 ) -> tuple[float, float, float]:
-  """Returns factors of brightness, contrast and saturation.
-
-  Args:
-    rng: source of all randomness.
-    strength: in [0, 1]; factors are uniform in [1 - strength, 1 + strength].
-  """
+  """Returns brightness, contrast, saturation, uniform in 1 +- `strength`."""
   brightness, contrast, saturation = rng.uniform(
     1 - strength, 1 + strength, size=3
   ).tolist()
@@ -205,12 +200,7 @@ def _other_side(word: re.Match[str]) -> str:
 
 
 def draw_answer(rng: np.random.Generator, scores: dict[str, float]) -> str:
-  """Draws an answer with probability proportional to its score.
-
-  Args:
-    rng: source of all randomness.
-    scores: answer -> score above 0; not empty.
-  """
+  """Draws an answer with probability proportional to its score."""
   weights = np.fromiter(scores.values(), float)
   ends = np.cumsum(weights)
   chosen = int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))

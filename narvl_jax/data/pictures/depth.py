@@ -36,9 +36,6 @@ def to_8_bits(picture: Image.Image) -> Image.Image:
 
   Works on strips of rows, so that it needs one byte a pixel. Values are clipped
   to the range; NaN becomes black.
-
-  Args:
-    picture: see `is_deep_grey`.
   """
   width, height = picture.size
   rows = max(1, _STRIP_PIXELS // width)
@@ -73,9 +70,6 @@ def low_byte_tiles(picture: Image.Image) -> list[Any]:
 
   Pillow decodes the high byte of each value, which is 0 if the picture holds
   8-bit values. The list is empty if the picture has no 16-bit colours.
-
-  Args:
-    picture: opened, not decoded yet.
   """
   tiles: list[Any] = list(getattr(picture, "tile", ()))
   changed = [_low_byte_tile(tile) for tile in tiles]
@@ -89,12 +83,7 @@ def is_black(picture: Image.Image) -> bool:
 
 
 def decode_low_bytes(picture: Image.Image, tiles: list[Any]) -> Image.Image:
-  """Decodes the low bytes of a picture of 16-bit colours.
-
-  Args:
-    picture: opened, not decoded yet.
-    tiles: from `low_byte_tiles`.
-  """
+  """Decodes the low bytes of an opened picture, given its `low_byte_tiles`."""
   vars(picture)["tile"] = tiles
   picture.load()
   if _raw_mode(tiles[0]) == "RGBA":

@@ -71,12 +71,7 @@ class Upright(bytes):
 
 
 def with_orientation(image: Any, setting: str) -> Any:
-  """Marks an encoded picture as `Upright` if `setting` is "apply".
-
-  Args:
-    image: encoded picture; an array is returned unchanged.
-    setting: one of `EXIF_ORIENTATIONS`.
-  """
+  """Marks an encoded picture as `Upright` if the EXIF `setting` is "apply"."""
   if not isinstance(image, bytes) or isinstance(image, Upright):
     return image
   return Upright(image) if setting == "apply" else image
@@ -86,11 +81,7 @@ def read_image_file(
   path: str | os.PathLike[str],
   advice: str = "set --image to a picture file, such as JPEG or PNG",
 ) -> bytes:
-  """Returns the bytes of a picture file.
-
-  Args:
-    path: a regular file, or a symbolic link to one.
-    advice: end of the error message, which names the remedy.
+  """Returns the bytes of a picture file; `advice` ends the error message.
 
   Raises:
     UserError: the file does not exist, cannot be read, is not a regular file

@@ -158,11 +158,9 @@ class DistilledSet:
 def distilled_sets(
   folder: pathlib.Path, names: Sequence[str] = ()
 ) -> list[DistilledSet]:
-  """Finds the data sets in a folder of `narvl_jax.distill`.
+  """Finds the data sets in the `--to` folder of `narvl_jax.distill`.
 
-  Args:
-    folder: the value of `--to`.
-    names: of the data sets; all by default.
+  Returns those in `names`, by default all.
 
   Raises:
     UserError: there is none, or one is incomplete.

@@ -109,10 +109,7 @@ def write_all(
 ) -> Generator[tuple[int, dict[str, Any]], None, None]:
   """Yields (number, note) of each shard when it is written; see `write_shard`.
 
-  Args:
-    job: the conversion.
-    todo: numbers of the shards.
-    num_workers: number of processes; 0 works in this one.
+  Works in this process if `num_workers` is 0.
 
   Raises:
     UserError: a shard cannot be written, or a process died.

@@ -236,7 +236,7 @@ def test_one_message_about_size(tmp_path: pathlib.Path) -> None:
   path = tmp_path / "large.png"
   path.write_bytes(_png_of_size(10_000, 10_000))
   program = (
-    "from narvl_jax.data import images\n"
+    "from narvl_jax.data.pictures import images\n"
     f"data = open({str(path)!r}, 'rb').read()\n"
     "try: images.original_size(data)\n"
     "except ValueError as error: print(error)"
