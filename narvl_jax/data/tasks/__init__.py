@@ -1,4 +1,4 @@
-"""The tasks: raw record to model example, model output to answer."""
+"""Tasks: from a record to the model's input, from its output to an answer."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,20 +27,22 @@ _CLASSES: dict[str, type[Task[Any]]] = {
 
 def make_task(
   name: str,
-  vocabulary: Vocabulary,
+  vocabulary: Vocabulary | None,
   settings: Mapping[str, Any] | None = None,
 ) -> Task[Any]:
   """Returns a task.
 
   Args:
     name: one of `TASKS`.
-    vocabulary: of the run.
-    settings: those that differ from `default_settings(name)`.
+    vocabulary: vocabulary of the run; without one only `texts` may be called.
+    settings: settings that differ from `default_settings(name)`.
 
   Raises:
     UserError: the name, a setting's name or a value is wrong.
   """
-  return _make(name, vocabulary, settings)
+  task_class = _task_class(name)
+  parsed = parse_settings(name, task_class.settings_class, settings or {})
+  return task_class(vocabulary, parsed)
 
 
 def default_settings(name: str) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def default_settings(name: str) -> dict[str, Any]:
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:
-  """Checks the settings of a task; needs no vocabulary and reads no file.
+  """Checks the settings of a task without a vocabulary or files.
 
   Raises:
     UserError: the name, a setting's name or a value is wrong.
@@ -63,18 +65,15 @@ def vocabulary_texts(
   records: Sequence[Record],
   on_bad: Callable[[BadRecord], object] = lambda record: None,
 ) -> Iterator[str]:
-  """Yields every text of `records` that the task encodes.
-
-  `Vocabulary.train` learns from these. Bad records have none; training, which
-  reads them again, counts them.
+  """Yields every text of the good `records` that the task encodes.
 
   Args:
-    name: of the task.
-    settings: of the task.
-    records: random access.
-    on_bad: gets each bad record.
+    name: name of the task.
+    settings: settings of the task.
+    records: records with random access.
+    on_bad: is called with each bad record.
   """
-  task = _make(name, None, settings)
+  task = make_task(name, None, settings)
   reader = RecordReader(records, name)
   for i in range(len(records)):
     texts = reader.read(
@@ -84,16 +83,6 @@ def vocabulary_texts(
       on_bad(texts)
     else:
       yield from texts
-
-
-def _make(
-  name: str,
-  vocabulary: Vocabulary | None,
-  settings: Mapping[str, Any] | None,
-) -> Task[Any]:
-  task_class = _task_class(name)
-  parsed = parse_settings(name, task_class.settings_class, settings or {})
-  return task_class(vocabulary, parsed)
 
 
 def _task_class(name: str) -> type[Task[Any]]:

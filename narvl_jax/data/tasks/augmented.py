@@ -1,4 +1,4 @@
-"""Augmentation of captions and VQA, whose answers are words."""
+"""Augmentation of captioning and VQA."""
 
 import abc
 import dataclasses
@@ -17,12 +17,12 @@ class AugmentedSettings(base.Settings):
   """Settings that captions and questions share.
 
   Attributes:
-    random_crop: smallest share of the picture's area that a random resized
-      crop keeps; 0 turns it off.
+    random_crop: smallest fraction of the picture's area that a random resized
+      crop keeps; 0: off.
     color_jitter: largest relative change of brightness, contrast and
-      saturation; 0 turns it off.
+      saturation; 0: off.
     sample_answer: draw the target in proportion to the scores of the answers;
-      otherwise it is the best one, the first of equals.
+      otherwise the target is the answer with the highest score.
   """
 
   random_crop: float = dataclasses.field(default=0.0, metadata={"most": 1.0})
@@ -34,7 +34,7 @@ S = TypeVar("S", bound=AugmentedSettings)
 
 
 class AugmentedTask(base.Task[S]):
-  """A task with random crops, colours and answers."""
+  """A task with random crops, colors and answers."""
 
   @property
   def augments(self) -> bool:
@@ -69,11 +69,11 @@ class AugmentedTask(base.Task[S]):
       if 0 < score <= 1 and self._target_text(answer).strip()
     }
     if not scores:
-      # Encoding the record tells what is wrong with it.
+      # Encoding reports the fault.
       return record
     answer = augmentation.draw_answer(rng, scores)
     return dataclasses.replace(record, answers={answer: scores[answer]})
 
   @abc.abstractmethod
   def _target_text(self, answer: str) -> str:
-    """Returns the text that an answer is trained as, without the space."""
+    """Returns the target text of an answer without its leading space."""

@@ -1,4 +1,4 @@
-"""What the tasks share: cleaning of text, encoding of a record."""
+"""The base class of tasks, and cleaning of text."""
 
 import abc
 import dataclasses
@@ -17,9 +17,8 @@ from narvl_jax.data.tasks.settings import Settings as Settings
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 
-# Sources whose ids are kept; questions repeat over pictures.
-# Few: a large data set would fill any cache, and encoding is a hundredth of the
-# work.
+# Sources whose ids are kept. Few, as a large data set would fill any cache and
+# encoding is a small part of the work.
 _CACHE_SIZE = 1 << 12
 _LEADING = ",.!?*#:;~"
 _SPACES = re.compile(r"\s{2,}")
@@ -31,7 +30,7 @@ class Encoded(NamedTuple):
 
   Attributes:
     text_ids: source: bos, text, eos.
-    label_ids: target, eos last if the task has it; empty without a target.
+    label_ids: target, with eos last if `Settings.eos`; [] without a target.
     confidence: weight of the target in (0, 1].
   """
 
@@ -44,12 +43,11 @@ class Encoded(NamedTuple):
 class AnswerSpace:
   """All answers that a task allows, as ids without eos.
 
-  Either `sequences` lists them, or each is `count` free choices of `tokens`.
-
   Attributes:
-    sequences: each at least one id long.
-    tokens: ids.
-    count: how many.
+    sequences: the answers, each at least one id long; or (), if each answer is
+      any `count` of `tokens`.
+    tokens: allowed ids.
+    count: length of an answer.
   """
 
   sequences: tuple[tuple[int, ...], ...] = ()
@@ -65,8 +63,8 @@ class Task(abc.ABC, Generic[S]):
 
   Attributes:
     name: one of `TASKS`.
-    open_ended: any text is an answer, so that `answer_space` is None.
-    settings: the settings in force.
+    open_ended: any text is an answer; `answer_space` returns None.
+    settings: settings of the task.
     merge_repeats: see `Settings`.
   """
 
@@ -83,7 +81,7 @@ class Task(abc.ABC, Generic[S]):
 
   @property
   def vocabulary(self) -> Vocabulary:
-    """The vocabulary of the run."""
+    """Vocabulary of the run."""
     assert self._vocabulary is not None
     return self._vocabulary
 
@@ -92,17 +90,17 @@ class Task(abc.ABC, Generic[S]):
 
     Args:
       record: a record of this task.
-      with_target: False leaves `label_ids` empty and the truth unread.
+      with_target: False ignores the truth and returns no `label_ids`.
 
     Raises:
-      UserError: the prompt is empty, or the record lacks a usable target.
+      UserError: the prompt is empty, or the record has no usable target.
     """
     vocabulary = self.vocabulary
     key = self._source_key(record)
     text_ids = self._sources.get(key)
     if text_ids is None:
       text_ids = [vocabulary.bos_id]
-      for text in self._source_texts(record):
+      for text in self.source_texts(record):
         text_ids += vocabulary.encode(text)
       text_ids.append(vocabulary.eos_id)
       if len(self._sources) >= _CACHE_SIZE:
@@ -128,15 +126,14 @@ class Task(abc.ABC, Generic[S]):
   def augment(
     self, record: Record, rng: np.random.Generator
   ) -> tuple[Record, Change | None]:
-    """Returns a record changed at random, for training only.
+    """Returns a randomly changed record for training.
 
     Args:
       record: a record of this task.
-      rng: source of all randomness; untouched unless `augments`.
+      rng: source of all randomness; not used unless `augments`.
 
     Returns:
-      The record with its new texts and box but the old picture, and what is
-      to be done to that one.
+      The record with new texts and box, and the change to apply to its picture.
 
     Raises:
       UserError: the record lacks what the change needs.
@@ -145,32 +142,32 @@ class Task(abc.ABC, Generic[S]):
     return record, None
 
   def texts(self, record: Record) -> list[str]:
-    """Returns every text of a record that gets encoded, source and targets."""
-    return [*self._source_texts(record), *self._target_texts(record)]
+    """Returns every text of a record that is encoded: source and targets."""
+    return [*self.source_texts(record), *self._target_texts(record)]
 
   @abc.abstractmethod
   def decode(
     self, ids: Sequence[int], original_size: tuple[int, int]
   ) -> str | Box:
-    """Returns the answer that predicted ids stand for.
+    """Returns the answer for predicted ids.
 
     Args:
-      ids: collapsed: repeats merged if `merge_repeats`, blanks dropped.
+      ids: collapsed ids: repeats merged if `merge_repeats`, blanks dropped.
       original_size: (width, height) of the picture in pixels.
     """
 
   def answer_space(self) -> AnswerSpace | None:
-    """Returns the answers that the task allows, None if any text is one.
+    """Returns the answers that the task allows; None if any text is allowed.
 
     Raises:
-      UserError: they are in a list that the settings do not name.
+      UserError: the task needs a list of answers and the settings name none.
     """
     return None
 
   def candidates(self) -> list[list[int]] | None:
     """Returns the ids without eos of every allowed answer.
 
-    None if there is no such list: for free texts and for boxes.
+    None for free texts and boxes.
 
     Raises:
       UserError: see `answer_space`.
@@ -180,17 +177,13 @@ class Task(abc.ABC, Generic[S]):
       return None
     return [list(sequence) for sequence in space.sequences]
 
-  def source_texts(self, record: Record) -> list[str]:
-    """Returns the texts of the source of a record, as they are encoded."""
-    return self._source_texts(record)
-
   @abc.abstractmethod
   def _source_key(self, record: Record) -> Any:
-    """Returns what the source depends on; hashable."""
+    """Returns a hashable value that determines the source."""
 
   @abc.abstractmethod
-  def _source_texts(self, record: Record) -> list[str]:
-    """Returns the texts whose ids, one after another, are the source."""
+  def source_texts(self, record: Record) -> list[str]:
+    """Returns the texts whose concatenated ids are the source."""
 
   @abc.abstractmethod
   def _target_texts(self, record: Record) -> list[str]:
@@ -209,10 +202,7 @@ class Task(abc.ABC, Generic[S]):
     return text
 
   def _best_answer(self, record: Record) -> tuple[str, float]:
-    """Returns the answer of the highest score, the first of equals.
-
-    Where annotators gave the answers the first is the most frequent one.
-    """
+    """Returns the answer of the highest score, the first of equal ones."""
     answers = normalized_answers(record.answers)
     if not answers:
       raise UserError(f'{self.name} record "{record.id}" has no answer')
@@ -235,7 +225,7 @@ class Task(abc.ABC, Generic[S]):
     return text
 
   def __getstate__(self) -> dict[str, Any]:
-    # Worker processes fill a cache of their own.
+    # Worker processes fill their own cache.
     return {**self.__dict__, "_sources": {}}
 
 
@@ -247,34 +237,29 @@ def limit_words(text: str, max_words: int) -> str:
 
 
 def clean_question(text: str, max_words: int = 0) -> str:
-  """Lower-cases a question and tidies its punctuation and spaces."""
-  return _clean(text.lower().lstrip(_LEADING), max_words)
+  """Returns a text in lower case with punctuation and spaces cleaned."""
+  text = text.lower().lstrip(_LEADING).replace("-", " ").replace("/", " ")
+  return _clean_spaces(text, max_words)
 
 
 def clean_caption(text: str, max_words: int = 0) -> str:
   """As `clean_question`, and `<person>` becomes `person`."""
-  return _clean(
-    text.lower().lstrip(_LEADING), max_words, ("<person>", "person")
-  )
+  text = text.lower().lstrip(_LEADING).replace("-", " ").replace("/", " ")
+  return _clean_spaces(text.replace("<person>", "person"), max_words)
 
 
-def _clean(
-  text: str, max_words: int, replaced: tuple[str, str] = ("", "")
-) -> str:
-  text = text.replace("-", " ").replace("/", " ")
-  if replaced[0]:
-    text = text.replace(*replaced)
+def _clean_spaces(text: str, max_words: int) -> str:
   text = _SPACES.sub(" ", text).rstrip("\n").strip(" ")
   return limit_words(text, max_words)
 
 
 def delete_punctuation(text: str) -> str:
-  """Deletes ASCII punctuation and the spaces at both ends."""
+  """Deletes ASCII punctuation, and white space at both ends."""
   return text.translate(_NO_PUNCTUATION).strip()
 
 
 def required_queries(label_ids: Sequence[int]) -> int:
-  """Returns how many queries a target needs: one each, a blank per repeat."""
+  """Returns the queries a target needs: one a label, one more a repeat."""
   repeats = sum(a == b for a, b in itertools.pairwise(label_ids))
   return len(label_ids) + repeats
 
@@ -282,7 +267,7 @@ def required_queries(label_ids: Sequence[int]) -> int:
 def check_num_queries(
   samples: Mapping[str, Sequence[Encoded]], num_queries: int
 ) -> None:
-  """Checks that each task has targets that fit on the queries.
+  """Checks that some target of each task fits the number of queries.
 
   Args:
     samples: some encoded records of each task.

@@ -1,4 +1,4 @@
-"""Captions: a picture to a sentence."""
+"""Captioning: from a picture to a sentence."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ class CaptionSettings(augmented.AugmentedSettings):
   """Settings of captioning.
 
   Attributes:
-    prompt: the request, the same for every picture.
-    max_target_words: words of the target that are kept; 0 keeps all.
+    prompt: prompt of every picture.
+    max_target_words: longer targets are cut; 0: no limit.
   """
 
   prompt: str = "what does the image describe?"
@@ -36,7 +36,8 @@ class CaptionTask(augmented.AugmentedTask[CaptionSettings]):
   def _source_key(self, record: Record) -> Any:
     del record
 
-  def _source_texts(self, record: Record) -> list[str]:
+  def source_texts(self, record: Record) -> list[str]:
+    """See `Task`."""
     del record
     return [" " + self.settings.prompt]
 
@@ -56,5 +57,5 @@ class CaptionTask(augmented.AugmentedTask[CaptionSettings]):
 
 
 def clean_reference(caption: str) -> str:
-  """Returns a reference as metrics compare it: no punctuation, one line."""
+  """Returns a reference for metrics: without punctuation, on one line."""
   return base.delete_punctuation(normalize_answer(caption))

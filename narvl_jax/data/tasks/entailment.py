@@ -1,4 +1,4 @@
-"""Visual entailment: does a picture (and its caption) imply a sentence?"""
+"""Visual entailment: whether a picture (and its caption) imply a sentence."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +10,6 @@ from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError, did_you_mean
 
 ANSWERS = ("yes", "no", "maybe")
-# Labels as data sets write them.
 ANSWER_OF_LABEL = {
   "entailment": "yes",
   "contradiction": "no",
@@ -23,11 +22,11 @@ class EntailmentSettings(base.Settings):
   """Settings of entailment.
 
   Attributes:
-    prompt: holds the hypothesis.
-    premise_prompt: holds the premise and the hypothesis.
-    add_caption: use the premise. A record without one has `prompt` anyway,
-      unless `allow_empty`.
-    max_source_words: words that are kept of each text; 0 keeps all.
+    prompt: template for the hypothesis.
+    premise_prompt: template for the premise and the hypothesis.
+    add_caption: use the premise. A record without one uses `prompt`, unless
+      `allow_empty`.
+    max_source_words: longer texts are cut; 0: no limit.
   """
 
   merge_repeats: bool = False
@@ -39,7 +38,7 @@ class EntailmentSettings(base.Settings):
 
 
 class EntailmentTask(base.Task[EntailmentSettings]):
-  """A hypothesis and maybe a premise; the target is yes, no or maybe."""
+  """A hypothesis and an optional premise; the target is yes, no or maybe."""
 
   name = "entailment"
   open_ended = False
@@ -50,7 +49,7 @@ class EntailmentTask(base.Task[EntailmentSettings]):
   ) -> None:
     super().__init__(vocabulary, settings)
     if vocabulary is not None:
-      # One each in any sensible vocabulary, as in the reference.
+      # 1 in the official vocabulary.
       self._answer_length = max(
         len(vocabulary.encode(" " + answer)) for answer in ANSWERS
       )
@@ -79,7 +78,8 @@ class EntailmentTask(base.Task[EntailmentSettings]):
   def _source_key(self, record: Record) -> Any:
     return record.prompt, record.premise
 
-  def _source_texts(self, record: Record) -> list[str]:
+  def source_texts(self, record: Record) -> list[str]:
+    """See `Task`."""
     settings = self.settings
     limit = settings.max_source_words
     hypothesis = base.clean_caption(record.prompt, limit)

@@ -1,4 +1,4 @@
-"""Visual grounding: a picture and an expression to a box."""
+"""Visual grounding: from a picture and an expression to a box."""
 
 import dataclasses
 import math
@@ -19,17 +19,16 @@ class GroundingSettings(base.Settings):
   """Settings of grounding.
 
   Attributes:
-    prompt: holds the expression.
-    max_source_words: words of the expression that are kept; 0 keeps all.
+    prompt: template for the expression.
+    max_source_words: longer expressions are cut; 0: no limit.
     clamp: move coordinates outside the picture to its border; otherwise they
       become unk, as in the reference.
-    max_outside: pixels that a coordinate may lie beyond the border to be moved
-      by `clamp`; further out the record is bad.
-    flip: mirror every other training picture, its box and the words left and
-      right.
+    max_outside: `clamp` moves coordinates up to this many pixels outside; a
+      record with others is bad.
+    flip: mirror half of the training pictures, with box and words.
   """
 
-  # With as many queries as labels equal neighbours must survive.
+  # Equal neighbours are two coordinates.
   merge_repeats: bool = False
   prompt: str = 'which region does the text " {} " describe?'
   max_source_words: int = 128
@@ -56,7 +55,7 @@ class GroundingTask(base.Task[GroundingSettings]):
       )
 
   def decode(self, ids: Sequence[int], original_size: tuple[int, int]) -> Box:
-    """Returns the box in pixels, all zero unless there are exactly 4 bins."""
+    """Returns the box in pixels; zeros unless there are exactly 4 bins."""
     first, count = self.vocabulary.bin_start, self.vocabulary.num_bins
     bins = [i - first for i in ids if first <= i < first + count]
     if len(bins) != 4:
@@ -73,7 +72,8 @@ class GroundingTask(base.Task[GroundingSettings]):
   def _source_key(self, record: Record) -> Any:
     return record.prompt
 
-  def _source_texts(self, record: Record) -> list[str]:
+  def source_texts(self, record: Record) -> list[str]:
+    """See `Task`."""
     settings = self.settings
     text = base.clean_caption(record.prompt, settings.max_source_words)
     self._require_prompt(text, record)
@@ -84,17 +84,17 @@ class GroundingTask(base.Task[GroundingSettings]):
     return []
 
   def texts(self, record: Record) -> list[str]:
-    """See `Task`; mirrored pictures have words of their own."""
+    """See `Task`; includes the texts of mirrored pictures."""
     texts = super().texts(record)
     if self.settings.flip:
       swapped = augmentation.swap_sides(record.prompt) or record.prompt
       mirrored = dataclasses.replace(record, prompt=swapped)
-      texts += self._source_texts(mirrored)
+      texts += self.source_texts(mirrored)
     return texts
 
   def _target(self, record: Record) -> tuple[list[int], float]:
     box, size = self._checked_box(record)
-    # In float32, as the reference: exact ties between two bins depend on it.
+    # In float32 as in the reference, because ties between bins depend on it.
     scale = np.float32(1) / np.asarray([*size, *size], np.float32)
     top = self.vocabulary.num_bins - 1
     bins = np.rint(np.asarray(box, np.float32) * scale * np.float32(top))

@@ -1,4 +1,4 @@
-"""Settings of a task and how they are checked."""
+"""Settings of tasks and their checks."""
 
 import dataclasses
 import math
@@ -16,13 +16,13 @@ class Settings:
   """Settings that every task has.
 
   Attributes:
-    eos: targets end with eos, which costs one query; those of autoregressive
-      models always do.
+    eos: targets end with eos, which needs one query. Targets of autoregressive
+      models always end with eos.
     merge_repeats: decoding merges equal neighbours before it drops blanks.
-    decoder_prompt: an autoregressive decoder reads the source, too, before the
+    decoder_prompt: an autoregressive decoder reads the source before the
       answer.
-    allow_empty: accept an empty prompt, premise or target text, as the
-      reference does.
+    allow_empty: accept an empty prompt, premise or target, as the reference
+      does.
   """
 
   eos: bool = True
@@ -82,7 +82,7 @@ def _check_range(flag: str, value: float, most: float) -> None:
 
 
 def _check_template(flag: str, value: str, default: str) -> None:
-  """Checks that a prompt has as many places as its default."""
+  """Checks that a template has as many places as its default."""
 
   def places(template: str) -> list[str]:
     return [

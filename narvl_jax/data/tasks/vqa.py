@@ -1,4 +1,4 @@
-"""Visual question answering: a picture and a question to an answer."""
+"""Visual question answering: from a picture and a question to an answer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ class VqaSettings(augmented.AugmentedSettings):
   """Settings of question answering.
 
   Attributes:
-    prompt: holds the question.
-    max_source_words: words of the question that are kept; 0 keeps all.
-    max_target_words: words of the answer that are kept; 0 keeps all.
-    add_object: append the names of detected objects, if the record has any
-      such field.
-    object_prompt: holds the names.
-    max_objects: names that are kept; 0 keeps all.
-    answers: file with all answers that are allowed when decoding is
-      constrained; see `narvl_jax.data.answers`.
+    prompt: template for the question.
+    max_source_words: longer questions are cut; 0: no limit.
+    max_target_words: longer answers are cut; 0: no limit.
+    add_object: append the names of detected objects, unless `objects` of the
+      record is None.
+    object_prompt: template for the names.
+    max_objects: further names are dropped; 0: no limit.
+    answers: file of all answers that constrained decoding allows; see
+      `narvl_jax.data.answers`.
   """
 
   decoder_prompt: bool = True
@@ -59,7 +59,7 @@ class VqaTask(augmented.AugmentedTask[VqaSettings]):
         " --config.tasks.vqa.answers=answers.txt in training or, for a trained"
         " run, --answers=answers.txt"
       )
-    # Cut short, several may become the same.
+    # Answers that are cut may become equal.
     texts = dict.fromkeys(map(self._target_text, load_answers(path)))
     encoded = encode_answers(list(texts), self.vocabulary, eos=False)
     return base.AnswerSpace(sequences=tuple(map(tuple, encoded)))
@@ -67,7 +67,8 @@ class VqaTask(augmented.AugmentedTask[VqaSettings]):
   def _source_key(self, record: Record) -> Any:
     return record.prompt, record.objects
 
-  def _source_texts(self, record: Record) -> list[str]:
+  def source_texts(self, record: Record) -> list[str]:
+    """See `Task`."""
     settings = self.settings
     question = base.clean_question(record.prompt, settings.max_source_words)
     self._require_prompt(question, record)
