@@ -3,19 +3,19 @@
   python -m narvl_jax.benchmarks.checkpoints --config=configs/shapes.py
       [--json=PATH]
 
-Updates of the config run in windows of `--steps`, on one batch that lies on the
-devices. Windows that begin with a save take turns with windows that do not.
-"blocked" is the share of the time in which the loop waits for
-`Checkpoints.save`; "whole cost" is by how much longer the window took in the
-same round, with what is written in the background. "CPU time" is the same of
-the time that the processors spent on this process, which other programs disturb
-less; where the model runs on an accelerator it means little. "committed" is the
-time from a save until it is on disk.
+Updates run in windows of `--steps` on one batch. Windows that begin with a save
+alternate with windows that do not.
 
-A restore runs in a fresh process, its checks included, from files that the
-system may still have in memory: the first one compiles, the second does not.
-Its peak is by how much the first one raised the resident memory of the process,
-with the compiler's and, on a CPU, the restored state (Linux only).
+blocked: share of the time in which the loop waits for `Checkpoints.save`.
+whole cost: how much longer the window took than the other one of its round,
+  with the work in the background. Its CPU time is disturbed less by other
+  programs, but means little if the model runs on an accelerator.
+committed: time from a save until it is on disk.
+restored: time of a restore with its checks in a fresh process, from files that
+  the system may have cached. The first restore compiles. Its peak is the rise
+  of resident memory, with the compiler's and, on a CPU, the state (Linux only).
+
+Results are in docs/performance.md.
 """
 
 import collections
@@ -50,7 +50,7 @@ _MAX_AHEAD = 2
 
 
 class _Run:
-  """Updates of a state, some with a save."""
+  """A training loop on one batch."""
 
   def __init__(self, setup: Setup, checkpoints: Checkpoints) -> None:
     self._setup = setup
@@ -63,7 +63,7 @@ class _Run:
     self.window(1)
 
   def save(self) -> float:
-    """Saves the state as it is; returns the seconds that the loop waits."""
+    """Saves the state; returns the seconds that the loop waits."""
     jax.block_until_ready(self._state)
     self._saved += 1
     start = time.perf_counter()
@@ -71,18 +71,17 @@ class _Run:
     return time.perf_counter() - start
 
   def save_at_rest(self) -> float:
-    """Saves and waits; returns the seconds until all is on disk."""
+    """Saves; returns the seconds until the checkpoint is on disk."""
     start = time.perf_counter()
     self.save()
     self._checkpoints.wait()
     return time.perf_counter() - start
 
   def window(self, steps: int, *, saves: bool = False) -> dict[str, float]:
-    """Runs updates, after a save if that is asked for.
+    """Runs updates, after a save if `saves`.
 
     Returns:
-      The seconds of all and of the processors, and if there was a save those
-      in which the loop was blocked and those until it was committed.
+      The seconds "all" and "cpu", with a save also "blocked" and "committed".
     """
     times = {}
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -115,12 +114,12 @@ def benchmark(
 
   Args:
     config: of a run; its data are not read.
-    folder: for the checkpoints, empty.
-    steps: updates for each save.
-    rounds: how often each is timed.
+    folder: empty folder for the checkpoints.
+    steps: updates of a window.
+    rounds: number of measurements.
 
   Returns:
-    What `--json` writes: seconds, bytes, and shares of the time of the loop.
+    The content of `--json`: seconds, bytes, and shares of the loop's time.
   """
   setup = _setup(config)
   with jax.set_mesh(setup.mesh), Checkpoints(folder, keep_last=2) as store:
@@ -180,7 +179,7 @@ def _setup(config: Config) -> Setup:
 
 
 def _batch(setup: Setup) -> dict[str, np.ndarray]:
-  """Returns random rows, of which the time of an update does not depend."""
+  """Returns random rows; the time of an update does not depend on them."""
   rng = np.random.default_rng(0)
   blank = setup.experiment.vocabulary.blank_id
   task = TASKS.index(next(iter(setup.experiment.config.tasks)))
@@ -192,7 +191,7 @@ def _batch(setup: Setup) -> dict[str, np.ndarray]:
       return rng.integers(4, blank, like.shape, dtype=like.dtype)
     if name == "label_length":
       longest = setup.batch["labels"].shape[1]
-      # Half of them: labels that repeat need more queries.
+      # Half of them, because repeated labels need more queries.
       return np.full(like.shape, (longest + 1) // 2, like.dtype)
     return np.full(like.shape, task if name == "task" else 1, like.dtype)
 
@@ -211,7 +210,7 @@ def _in_fresh_process(
 def _time_restores(
   config: dict[str, Any], folder: pathlib.Path
 ) -> tuple[float, float, int | None]:
-  """Runs in the fresh process."""
+  """Times two restores; called in the fresh process."""
   setup = _setup(from_json(config))
   target = restore_target(setup.abstract_state, setup.shardings)
   with jax.set_mesh(setup.mesh), Checkpoints(folder) as checkpoints:
@@ -228,29 +227,26 @@ def _time_restores(
 
 
 def format_report(report: dict[str, Any]) -> str:
-  """Returns the report as a table for people."""
-  rows = [["", "seconds, median (min..max)"]]
-  for name, spread in report["seconds"].items():
-    rows.append([name, timing.format_spread(spread, 3)])
-  shares = [[f"of {report['sizes']['steps']} updates", "%, median (min..max)"]]
-  for name, spread in report["share"].items():
-    percent = {key: 100 * value for key, value in spread.items()}
-    shares.append([name, timing.format_spread(percent, 2)])
+  """Returns the report as text."""
+  shares = {
+    name: {key: 100 * value for key, value in spread.items()}
+    for name, spread in report["share"].items()
+  }
   megabytes = timing.format_megabytes
   peak = report["restore_peak_bytes"]
-  facts = {**report["sizes"], "rounds": report["rounds"]}
   return "\n".join(
     [
-      "checkpoints: " + " ".join(f"{k}={v}" for k, v in facts.items()),
-      " ".join(f"{k}={v}" for k, v in report["environment"].items()),
+      *timing.format_facts("checkpoints", report),
       f"state {megabytes(report['state_bytes'])} MB, checkpoint"
       f" {megabytes(report['checkpoint_bytes'])} MB, first save"
       f" {report['first_save_seconds']:.3f} s, restore rises by"
       f" {megabytes(peak and peak['median'])} MB",
       "",
-      timing.format_table(rows),
+      timing.format_spreads("", "seconds", report["seconds"], 3),
       "",
-      timing.format_table(shares),
+      timing.format_spreads(
+        f"of {report['sizes']['steps']} updates", "%", shares, 2
+      ),
     ]
   )
 
@@ -260,7 +256,9 @@ def define_flags() -> None:
   cli.define_config_flag()
   flags.DEFINE_integer("steps", 100, "Updates for each save.", lower_bound=1)
   flags.DEFINE_integer("rounds", 5, "Rounds of measurement.", lower_bound=1)
-  flags.DEFINE_string("folder", None, "For the checkpoints; default: of /tmp.")
+  flags.DEFINE_string(
+    "folder", None, "For the checkpoints; default: a temporary one."
+  )
   common_flags.json()
   flags.mark_flag_as_required("config")
 

@@ -1,25 +1,21 @@
-"""Times how training data are read, stage by stage, against bare Pillow.
+"""Times how training data are read, against bare Pillow.
 
   python -m narvl_jax.benchmarks.data [--config=FILE] [--json=PATH]
+  python -m narvl_jax.benchmarks.data --first_batch --rows=100000
+  python -m narvl_jax.benchmarks.data --memory
 
-Without a config it reads an OFA TSV file of 640 x 480 JPEG pictures that it
-writes first. "bare Pillow" opens, converts and resizes the same pictures from
-memory and does nothing else; the candidates take turns with it. A stage is
-timed alone, on what the stage before it gave; decode and resize each hold a
-copy between Pillow and NumPy. "end to end" is `pipeline.train_batches`, random
-order included, with so many worker processes; 0 works on demand, in one
-thread.
+Without a config it reads a generated OFA TSV file of 640 x 480 JPEG pictures.
+"bare Pillow" only opens, converts and resizes the same pictures from memory.
+"end to end" is `pipeline.train_batches` with so many worker processes, random
+order included; 0 works on demand in one thread. All take turns.
 
-The rate per core is that of CPU time, of all processes; other programs that
-hold the cores do not touch it. `ratio` is that rate over the one of the bare
-loop in the same round.
-
-  --first_batch  a fresh process: seconds until the first batch, index cached;
-                 speed of building the index of rows, against reading alone
-  --memory       resident memory over 20,000 examples (--max_examples)
+Rates are per second of CPU time of all processes, which other programs disturb
+less. `ratio` is the rate over that of the bare loop in the same round.
+--first_batch times a fresh process until its first batch, and the index of
+rows against reading alone. --memory measures resident memory over
+--max_examples examples. Results are in docs/performance.md.
 """
 
-import copy
 import dataclasses
 import functools
 import io
@@ -37,11 +33,8 @@ from narvl_jax.benchmarks import data_load, data_startup, timing
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_json
-from narvl_jax.data.batches.batching import Batcher
-from narvl_jax.data.pictures import images
 from narvl_jax.data.pictures.files import FORMATS
-from narvl_jax.data.sources.ofa_tsv import OfaTsvSource, decode_base64
-from narvl_jax.data.tasks import make_task
+from narvl_jax.terminal.tables import format_columns
 
 BARE = "bare Pillow"
 _PREFETCH = 2
@@ -49,7 +42,7 @@ _PREFETCH = 2
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-  """Work on `images` pictures; `finish` waits for what works ahead."""
+  """Reads pictures and returns how many; `finish` waits for work ahead."""
 
   run: Callable[[], int]
   finish: Callable[[], None] = lambda: None
@@ -58,22 +51,22 @@ class _Candidate:
 def benchmark(
   load: data_load.Load, *, rows: int, rounds: int, workers: Sequence[int]
 ) -> dict[str, Any]:
-  """Measures all stages and the whole.
+  """Measures the bare loop and the whole pipeline.
 
   Args:
     load: what is read.
     rows: records of a turn.
-    rounds: how often each candidate has its turn.
+    rounds: turns of each candidate.
     workers: numbers of processes to try.
 
   Returns:
-    What `--json` writes.
+    The content of `--json`.
 
   Raises:
     UserError: too many records are bad.
   """
   sample = load.sample(rows)
-  candidates = {BARE: _Candidate(_bare(load, sample)), **_stages(load, sample)}
+  candidates = {BARE: _Candidate(_bare(load, sample))}
   opened = []
   for number in workers:
     threads = load.num_threads if number else 0
@@ -117,7 +110,7 @@ def benchmark(
 def _measure(
   candidates: dict[str, _Candidate], rounds: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-  """Returns seconds of CPU and of wall per picture, for every round."""
+  """Returns CPU and wall seconds per picture, both float [rounds]."""
   cpu = {name: np.zeros(rounds) for name in candidates}
   wall = {name: np.zeros(rounds) for name in candidates}
   for candidate in candidates.values():  # Imports, page cache, first buffers.
@@ -125,7 +118,7 @@ def _measure(
     candidate.finish()
   for i in range(rounds):
     for name, candidate in list(candidates.items())[:: -1 if i % 2 else 1]:
-      # Work ahead is paid for in the turn that caused it.
+      # Work ahead counts in the turn that caused it.
       cpu_start, start = data_load.cpu_seconds(), time.perf_counter()
       count = candidate.run()
       wall[name][i] = (time.perf_counter() - start) / count
@@ -136,7 +129,7 @@ def _measure(
 
 
 def _take(batches: Any, rows: int, batch_size: int, ahead: int) -> int:
-  """Takes batches, many more than were ready before."""
+  """Reads many more batches than were ready before; returns examples."""
   count = max(1, -(-rows // batch_size), 4 * ahead)
   for _ in range(count):
     next(batches)
@@ -171,117 +164,26 @@ def _bare(load: data_load.Load, sample: Sequence[Any]) -> Callable[[], int]:
   return run
 
 
-def _stages(
-  load: data_load.Load, sample: Sequence[Any]
-) -> dict[str, _Candidate]:
-  """Returns the stages, each on what the stage before it gives."""
-  stages: dict[str, Callable[[Any], Any]] = {}
-  inputs: dict[str, list[Any]] = {}
-
-  def add(name: str, function: Callable[[Any], Any], items: list[Any]) -> None:
-    stages[name], inputs[name] = function, items
-
-  places = [(source, index) for source, index, _ in sample]
-  if all(isinstance(source, OfaTsvSource) for source, _ in places):
-    add("read", lambda place: place[0].rows[place[1]], places)
-    fields = [
-      source.rows[index].split(b"\t")[source.columns[1]]
-      for source, index in places
-    ]
-    add("base64", decode_base64, fields)
-  add("record (all of the above)", lambda place: place[0][place[1]], places)
-  records = [record for _, _, record in sample]
-  pictures = [record.image for record in records]
-  sizes = [_height_and_width(picture) for picture in pictures]
-  add(
-    "decode",
-    lambda item: images.prepare_image(*item),
-    list(zip(pictures, sizes, strict=True)),
-  )
-  decoded = [
-    images.prepare_image(picture, size)
-    for picture, size in zip(pictures[:64], sizes, strict=False)
-  ]
-  add("resize", lambda x: images.prepare_image(x, load.image_size), decoded)
-  candidates = {
-    name: _Candidate(functools.partial(_each, stages[name], inputs[name]))
-    for name in stages
-  }
-  candidates["tokenise"] = _Candidate(lambda: _tokenise(load, records))
-  candidates["batch"] = _Candidate(_batch(load, records))
-  return candidates
-
-
-def _height_and_width(picture: Any) -> tuple[int, int]:
-  width, height = images.original_size(picture)
-  return height, width
-
-
-def _each(function: Callable[[Any], Any], items: Sequence[Any]) -> int:
-  for item in items:
-    function(item)
-  return len(items)
-
-
-def _tokenise(load: data_load.Load, records: Sequence[Any]) -> int:
-  """Encodes every record with nothing remembered."""
-  tasks = {
-    # A copy has an empty cache.
-    name: make_task(
-      name, copy.copy(task.vocabulary), dataclasses.asdict(task.settings)
-    )
-    for name, task in load.tasks.items()
-  }
-  for record in records:
-    tasks[record.task].encode(record)
-  return len(records)
-
-
-def _batch(load: data_load.Load, records: Sequence[Any]) -> Callable[[], int]:
-  """Fills batches with pictures that are ready and texts that are known."""
-  ready = [
-    dataclasses.replace(
-      record, image=images.prepare_image(record.image, load.image_size)
-    )
-    for record in records[: load.batch_size]
-  ]
-  batcher = Batcher(
-    load.image_size, load.max_text_length, load.max_label_length
-  )
-
-  def run() -> int:
-    batch = batcher.empty(len(ready))
-    for row, record in enumerate(ready):
-      batcher.write(
-        batch, row, record, load.tasks[record.task], target="optional"
-      )
-    return len(ready)
-
-  return run
-
-
 def format_report(report: dict[str, Any]) -> str:
-  """Returns the report as a table for people."""
-  rows = [["", "CPU ms, median (min..max)", "wall ms", "pictures/s/core"]]
-  rows[0].append(f"rate / {BARE}")
-  for name, result in report["results"].items():
-    rows.append(
-      [
-        name,
-        timing.format_spread(result["cpu_ms"], 3),
-        f"{result['wall_ms']['median']:.3f}",
-        f"{result['per_core']['median']:.0f}",
-        timing.format_spread(result["ratio"], 2),
-      ]
-    )
-  facts = {**report["sizes"], "rounds": report["rounds"]}
-  return "\n".join(
+  """Returns the report as text."""
+  rows = [
     [
-      "data: " + " ".join(f"{k}={v}" for k, v in facts.items()),
-      " ".join(f"{k}={v}" for k, v in report["environment"].items()),
-      "",
-      timing.format_table(rows),
+      *("", "CPU ms, median (min..max)", "wall ms", "pictures/s/core"),
+      f"rate / {BARE}",
     ]
+  ]
+  rows += [
+    [
+      name,
+      timing.format_spread(result["cpu_ms"], 3),
+      f"{result['wall_ms']['median']:.3f}",
+      f"{result['per_core']['median']:.0f}",
+      timing.format_spread(result["ratio"], 2),
+    ]
+    for name, result in report["results"].items()
+  ]
+  return "\n".join(
+    [*timing.format_facts("data", report), "", format_columns(rows)]
   )
 
 
@@ -296,9 +198,9 @@ def define_flags() -> None:
   flags.DEFINE_integer("width", 640, "Of generated pictures.", lower_bound=8)
   flags.DEFINE_integer("height", 480, "Of generated pictures.", lower_bound=8)
   flags.DEFINE_integer("image_size", 480, "Pixels a side.", lower_bound=1)
-  flags.DEFINE_string("folder", None, "Keeps generated files, for later.")
-  flags.DEFINE_boolean("first_batch", False, "Time until the first batch.")
-  flags.DEFINE_boolean("memory", False, "Resident memory.")
+  flags.DEFINE_string("folder", None, "Keeps generated files.")
+  flags.DEFINE_boolean("first_batch", False, "Time the first batch.")
+  flags.DEFINE_boolean("memory", False, "Measure resident memory.")
   common_flags.max_examples(
     "Read by --memory.", 20_000, old="examples", lower_bound=1
   )

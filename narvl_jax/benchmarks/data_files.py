@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageDraw
 
-# Pictures that differ; more rows repeat them, with other texts.
+# Different pictures; more rows repeat them with other texts.
 _PICTURES = 64
 _QUALITY = 92
 _THINGS = ("dog", "bicycle", "lamp", "tree", "cup", "train", "kite", "horse")
@@ -16,10 +16,10 @@ _COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 
 
 def photo(number: int, width: int, height: int) -> bytes:
-  """Returns a JPEG with the detail of a photo: noise of all scales, edges.
+  """Returns a JPEG with details like a photo: noise of all scales, edges.
 
   Args:
-    number: the same number has the same bytes.
+    number: seed of the picture.
     width: in pixels.
     height: in pixels.
   """
@@ -53,7 +53,7 @@ def photo(number: int, width: int, height: int) -> bytes:
 def write_vqa_tsv(
   path: pathlib.Path, rows: int, *, width: int, height: int
 ) -> int:
-  """Writes a TSV file as OFA distributes them for VQA.
+  """Writes a TSV file in the format of OFA for VQA.
 
   Args:
     path: file to write.

@@ -1,4 +1,4 @@
-"""What `narvl_jax.benchmarks.data` reads, and the processes that read it."""
+"""Data of `narvl_jax.benchmarks.data`; CPU time and memory of processes."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ class Load:
     max_text_length: tokens of the prompt.
     max_label_length: labels of the target.
     batch_size: examples of a batch.
-    num_threads: threads of each process, where there is more than one.
+    num_threads: threads of each worker process.
   """
 
   entries: list[MixtureEntry]
@@ -85,7 +85,7 @@ def config_load(config: Any) -> Load:
   Raises:
     UserError: the config is wrong.
   """
-  # Heavy, and of no use to worker processes.
+  # Here, because worker processes import this module.
   from narvl_jax.experiment import vocabulary as run_vocabulary
   from narvl_jax.experiment.config_checks import validate
 
@@ -108,7 +108,7 @@ def config_load(config: Any) -> Load:
 
 
 def open_tsv(path: pathlib.Path) -> OfaTsvSource:
-  """Opens a generated file; its index of rows lies beside it."""
+  """Opens a generated file, with its index of rows beside it."""
   source = load_source(
     "ofa_tsv",
     task="vqa",
@@ -139,7 +139,7 @@ def tsv_load(path: pathlib.Path, **settings: Any) -> Load:
 def make_tsv(
   folder: pathlib.Path, rows: int, width: int, height: int
 ) -> pathlib.Path:
-  """Returns a generated file, which `folder` may hold already."""
+  """Returns a generated file, written unless `folder` has it."""
   path = folder / f"vqa_{rows}_{width}x{height}.tsv"
   if not path.exists():
     with replacing(path) as temporary:
@@ -148,19 +148,20 @@ def make_tsv(
 
 
 def cpu_seconds() -> float:
-  """Returns the CPU time of this process and of its children at work."""
+  """Returns the CPU time of this process and its children, in seconds."""
   total = time.process_time()
   ticks = os.sysconf("SC_CLK_TCK")
   for pid in _children():
     with contextlib.suppress(OSError):
-      # After the name, which may hold spaces: fields 14 and 15 of proc(5).
+      # Fields 14 and 15 of proc(5), counted after the name, which may have
+      # spaces.
       found = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
       total += sum(map(int, found.split()[11:13])) / ticks
   return total
 
 
 def memory_bytes() -> tuple[int, int]:
-  """Returns the resident memory of this process, and of its children."""
+  """Returns resident bytes of this process and of its children."""
 
   def resident(pid: int | str) -> int:
     with contextlib.suppress(OSError):
@@ -172,7 +173,7 @@ def memory_bytes() -> tuple[int, int]:
 
 
 def wait_until_idle() -> None:
-  """Waits until the processes and threads that work ahead have stopped."""
+  """Waits until processes and threads that read ahead are idle."""
   before = cpu_seconds()
   while True:
     time.sleep(_IDLE_SECONDS)

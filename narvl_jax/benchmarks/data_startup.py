@@ -1,4 +1,4 @@
-"""How soon training data come, and how much memory they take."""
+"""Times the first batch of training data and measures their memory."""
 
 import concurrent.futures
 import multiprocessing
@@ -14,9 +14,10 @@ import numpy as np
 
 from narvl_jax.benchmarks import data_load, timing
 from narvl_jax.data.sources.rows.files import RowFile
+from narvl_jax.terminal.tables import format_columns
 
 _BLOCK = 1 << 23
-# Lines of the memory table; the first follows the first batches.
+# Rows of the memory table; the first follows the first batches.
 _POINTS = 10
 
 
@@ -27,12 +28,12 @@ def first_batch(
 
   Args:
     load: what is read.
-    path: a generated file, to be opened anew each time; None: the sources of
-      `load` come pickled, as they do to worker processes.
-    rounds: how often.
+    path: a generated file to open each time; None: the sources of `load` are
+      pickled, as for worker processes.
+    rounds: number of measurements.
 
   Returns:
-    What `--json` writes.
+    The content of `--json`.
   """
   seconds = np.array([_in_fresh_process(load, path) for _ in range(rounds)])
   results = {
@@ -64,7 +65,7 @@ def _in_fresh_process(
 def _time_first_batch(
   pickled: bytes, path: pathlib.Path | None
 ) -> tuple[float, float]:
-  """Runs in the fresh process; returns seconds to open and to the batch."""
+  """Returns seconds to open and to the batch; called in the fresh process."""
   load: data_load.Load = pickle.loads(pickled)
   start = time.perf_counter()
   if path is not None:
@@ -79,7 +80,7 @@ def _time_first_batch(
 
 
 def _index_speed(path: pathlib.Path, rounds: int) -> dict[str, Any]:
-  """Builds the index anew and reads the file, in turns; GB a second."""
+  """Builds the index and reads the file, in turns, in GB per second."""
   folder = path.parent / "index_timing"
   size = path.stat().st_size
   speeds = {"build the index": np.zeros(rounds), "read alone": np.zeros(rounds)}
@@ -108,38 +109,31 @@ def _read_all(path: pathlib.Path) -> None:
 
 
 def format_first_batch(report: dict[str, Any]) -> str:
-  """Returns the report as a table for people."""
-  rows = [["", "seconds, median (min..max)"]]
-  for name, spread in report["seconds"].items():
-    rows.append([name, timing.format_spread(spread, 3)])
-  lines = [
-    f"first batch: records={report['records']}",
-    " ".join(f"{k}={v}" for k, v in report["environment"].items()),
-    "",
-    timing.format_table(rows),
+  """Returns the report as text."""
+  environment = timing.format_values(report["environment"])
+  parts = [
+    f"first batch: records={report['records']}\n{environment}",
+    timing.format_spreads("", "seconds", report["seconds"], 3),
   ]
   index = dict(report.get("index", {}))
   if index:
-    size = index.pop("file_gb")
-    rows = [[f"file of {size:.3f} GB", "GB/s, median (min..max)"]]
-    for name, spread in index.items():
-      rows.append([name, timing.format_spread(spread, 2)])
-    lines += ["", timing.format_table(rows)]
-  return "\n".join(lines)
+    head = f"file of {index.pop('file_gb'):.3f} GB"
+    parts.append(timing.format_spreads(head, "GB/s", index, 2))
+  return "\n\n".join(parts)
 
 
 def memory(
   load: data_load.Load, workers: Sequence[int], *, examples: int
 ) -> dict[str, Any]:
-  """Follows the resident memory while examples are read.
+  """Measures resident memory while examples are read.
 
   Args:
     load: what is read.
     workers: numbers of processes to try.
-    examples: how many are read with each.
+    examples: number of examples for each.
 
   Returns:
-    What `--json` writes: bytes of this process and of its workers.
+    The content of `--json`: bytes of this process and of its workers.
   """
   results = {}
   for number in workers:
@@ -166,8 +160,8 @@ def memory(
 
 
 def format_memory(report: dict[str, Any]) -> str:
-  """Returns the report as one table for each number of workers."""
-  parts = [" ".join(f"{k}={v}" for k, v in report["environment"].items())]
+  """Returns a table for each number of workers."""
+  parts = [timing.format_values(report["environment"])]
   for number, table in report["results"].items():
     rows = [["examples", "this process MB", "workers MB", "growth MB"]]
     for row in table:
@@ -179,5 +173,5 @@ def format_memory(report: dict[str, Any]) -> str:
           f"{(total - first) / 1e6:+.1f}",
         ]
       )
-    parts.append(f"memory with {number} workers\n{timing.format_table(rows)}")
+    parts.append(f"memory with {number} workers\n{format_columns(rows)}")
   return "\n\n".join(parts)

@@ -2,19 +2,15 @@
 
   python -m narvl_jax.benchmarks.loss_head [--json=PATH]
 
-The plain head computes the logits [B, N, V], and so does its gradient; the
-chunked head makes them in chunks of classes, twice. Each computes the
-objective and the gradients of the states [B, N, D] and the table [V, D].
-`ratio` is the time over that of the plain head in the same round, `cpu ms` the
-mean CPU time, which other programs disturb less. `temp` is XLA's temporary
-memory; `peak` is by how much the resident memory of the process rose at most
-while the head ran, results included (Linux only). The differences are those
-from the plain head, relative to its loss and to the norm of its gradients.
+The plain head computes the logits [B, N, V] and their gradient. The chunked
+head computes them in chunks of classes, twice. Both compute the objective and
+the gradients of the states [B, N, D] and the table [V, D].
 
-Measured on one busy core with AVX-512, 2026-11: chunks took 0.6 to 1.1 times as
-long at width 256 and 0.9 times at width 768 (one round), with 4 % and 8 % of
-the temporary memory. Where [B, N, V] stays in the cache, the plain head is the
-faster one.
+`ratio` is the time over that of the plain head in the same round; `cpu ms` the
+mean CPU time, which other programs disturb less; `temp` XLA's temporary
+memory; `peak` the peak of resident memory above its start, with the results
+(Linux only). The differences are relative to the plain head. Results are in
+docs/performance.md.
 """
 
 import dataclasses
@@ -24,13 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
-from narvl_jax.benchmarks import timing
+from narvl_jax.benchmarks import losses, timing
 from narvl_jax.command_line import cli
-from narvl_jax.command_line import flags as common_flags
-from narvl_jax.command_line.json_output import check_json_path, write_json
-from narvl_jax.errors import UserError
 from narvl_jax.models import project
 from narvl_jax.query_ctc import ChunkedLogits, query_ctc_objective
 
@@ -39,7 +31,7 @@ _PLAIN, _CHUNKED = "plain", "chunked"
 
 @dataclasses.dataclass(frozen=True)
 class HeadSizes:
-  """One problem; the targets have `labels` labels, none beside its equal."""
+  """One problem; the labels of a target are all different."""
 
   batch: int = 256
   num_queries: int = 20
@@ -50,17 +42,8 @@ class HeadSizes:
   dtype: str = "float32"
 
   def __post_init__(self) -> None:
-    """Raises `UserError` for a problem that has no solution."""
-    if self.labels > self.num_queries:
-      raise UserError(
-        f"{self.labels} labels do not fit {self.num_queries} queries; set"
-        f" --labels to at most {self.num_queries}"
-      )
-    if self.labels >= self.vocab_size:
-      raise UserError(
-        f"{self.labels} different labels and blank need --vocab_size of at"
-        f" least {self.labels + 1}, not {self.vocab_size}"
-      )
+    """Raises UserError for a problem without solution."""
+    losses.check_labels(self)
 
 
 def benchmark(sizes: HeadSizes, *, rounds: int) -> dict[str, Any]:
@@ -68,10 +51,10 @@ def benchmark(sizes: HeadSizes, *, rounds: int) -> dict[str, Any]:
 
   Args:
     sizes: the problem.
-    rounds: how often each is timed.
+    rounds: number of measurements of each.
 
   Returns:
-    What `--json` writes: times in milliseconds, memory in bytes.
+    The content of `--json`: times in milliseconds, memory in bytes.
   """
   args = _inputs(sizes)
   compiled = {
@@ -79,39 +62,35 @@ def benchmark(sizes: HeadSizes, *, rounds: int) -> dict[str, Any]:
     for name, chunk in ((_PLAIN, 0), (_CHUNKED, sizes.chunk_size))
   }
   outputs, peaks = {}, {}
-  # The smaller one first: what the other gives back may stay resident.
+  # The smaller one first: memory that the other releases may stay resident.
   for name in (_CHUNKED, _PLAIN):
     step = compiled[name]
     peaks[name], outputs[name] = timing.peak_memory(
       lambda step=step: jax.device_get(step(*args))
     )
-  differences = _differences(outputs)
-  del outputs
   timings = timing.measure(
     {name: lambda s=s: s(*args) for name, s in compiled.items()},
     rounds=rounds,
     calls=1,
   )
-  results = {}
+  facts = {}
   for name, step in compiled.items():
-    seconds, memory = timings[name].seconds, step.memory_analysis()
-    results[name] = {
-      "milliseconds": timing.spread(1e3 * seconds),
-      "ratio": timing.spread(seconds / timings[_PLAIN].seconds),
-      "cpu_milliseconds": 1e3 * timings[name].cpu_share * np.mean(seconds),
+    found, memory = timings[name], step.memory_analysis()
+    facts[name] = {
+      "cpu_milliseconds": 1e3 * found.cpu_share * np.mean(found.seconds),
       "temp_bytes": memory.temp_size_in_bytes if memory else None,
       "output_bytes": memory.output_size_in_bytes if memory else None,
       "peak_bytes": peaks[name],
-      **differences[name],
     }
-  return {
-    "benchmark": "loss_head",
-    "sizes": dataclasses.asdict(sizes),
-    "rounds": rounds,
-    "logits_bytes": 4 * sizes.batch * sizes.num_queries * sizes.vocab_size,
-    "environment": timing.environment(),
-    "results": results,
-  }
+  return losses.make_report(
+    "loss_head",
+    sizes,
+    rounds=rounds,
+    outputs={name: outputs[name] for name in compiled},
+    timings=timings,
+    facts=facts,
+    versions={},
+  )
 
 
 def _inputs(sizes: HeadSizes) -> tuple[jax.Array, ...]:
@@ -122,8 +101,7 @@ def _inputs(sizes: HeadSizes) -> tuple[jax.Array, ...]:
   table = rng.standard_normal((sizes.vocab_size, sizes.width), np.float32)
   # Logits of standard deviation 2.
   table *= 2 * sizes.width**-0.5
-  start = rng.integers(sizes.vocab_size - 1, size=(sizes.batch, 1))
-  labels = (start + 7 * np.arange(sizes.labels)) % (sizes.vocab_size - 1)
+  labels = losses.make_labels(sizes, rng)
   lengths = jnp.full(sizes.batch, sizes.labels)
   return states, jnp.asarray(table), jnp.asarray(labels), lengths
 
@@ -131,7 +109,7 @@ def _inputs(sizes: HeadSizes) -> tuple[jax.Array, ...]:
 def _compile(
   sizes: HeadSizes, chunk_size: int, args: tuple[jax.Array, ...]
 ) -> jax.stages.Compiled:
-  """Compiles the objective, smoothed, with its gradients."""
+  """Compiles the objective with label smoothing, and its gradients."""
 
   def objective(
     states: jax.Array, table: jax.Array, labels: jax.Array, lengths: jax.Array
@@ -152,27 +130,10 @@ def _compile(
   return step.lower(*args).compile()
 
 
-def _differences(outputs: dict[str, Any]) -> dict[str, dict[str, float]]:
-  """Relative differences of loss and gradients from the plain head."""
-  loss, gradients = outputs[_PLAIN]
-  found = {}
-  for name, (other, others) in outputs.items():
-    errors = [
-      np.linalg.norm(np.float32(x) - np.float32(y))
-      / np.linalg.norm(np.float32(y))
-      for x, y in zip(others, gradients, strict=True)
-    ]
-    found[name] = {
-      "loss_difference": float(abs(other - loss) / abs(loss)),
-      "gradient_difference": float(max(errors)),
-    }
-  return found
-
-
 def format_report(report: dict[str, Any]) -> str:
-  """Returns the report as a table for people."""
+  """Returns the report as text."""
   megabytes = timing.format_megabytes
-  return timing.format_report(
+  return losses.format_report(
     "states to gradients",
     report,
     {
@@ -185,41 +146,13 @@ def format_report(report: dict[str, Any]) -> str:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  sizes = HeadSizes()
-  common_flags.batch_size(
-    "Examples at a time.", sizes.batch, old="batch", lower_bound=1
-  )
-  for name, text, least in (
-    ("num_queries", "Queries of an example.", 1),
-    ("labels", "Labels of an example.", 1),
-    ("width", "Width of the decoder.", 1),
-    ("vocab_size", "Classes, with blank.", 2),
-    ("chunk_size", "Classes of a chunk.", 1),
-  ):
-    flags.DEFINE_integer(name, getattr(sizes, name), text, lower_bound=least)
-  flags.DEFINE_enum(
-    "dtype", sizes.dtype, ["float32", "bfloat16"], "Type of the states."
-  )
-  flags.DEFINE_integer("rounds", 5, "Rounds of measurement.", lower_bound=1)
-  common_flags.json()
+  losses.define_flags(HeadSizes(), rounds=5)
 
 
 def main(argv: Sequence[str]) -> None:
   """Entry point."""
   del argv
-  settings = flags.FLAGS
-  sizes = HeadSizes(
-    batch=settings.batch_size,
-    **{
-      x.name: getattr(settings, x.name)
-      for x in dataclasses.fields(HeadSizes)
-      if x.name != "batch"
-    },
-  )
-  check_json_path(settings.json)
-  report = benchmark(sizes, rounds=settings.rounds)
-  print(format_report(report), flush=True)
-  write_json(settings.json, report)
+  losses.run(HeadSizes, benchmark, format_report)
 
 
 if __name__ == "__main__":

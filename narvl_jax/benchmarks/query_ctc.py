@@ -2,17 +2,12 @@
 
   python -m narvl_jax.benchmarks.query_ctc [--json=PATH]
 
-Compares, in one run and in turn: `query_ctc_loss`, plain `optax.ctc_loss`
-over all classes, and, where torch is installed, its `ctc_loss` on the CPU.
-Each computes the mean loss of a batch and its gradient with respect to the
-logits. `ratio` is the time of a candidate over that of `query_ctc_loss` in the
-same round; `temp` is XLA's temporary memory, `out` the results, of which the
-gradient is nearly all. The differences are those from `query_ctc_loss`,
-relative to its loss and to the norm of its gradient.
-
-Measured on one shared core with AVX-512, 2026-11: 53 ms, 4.2 times as fast as
-optax and 5.2 times as fast as torch; 36 ms of it are page faults of the fresh
-gradient, which all of them pay.
+The candidates are `query_ctc_loss`, plain `optax.ctc_loss` over all classes,
+and PyTorch's `ctc_loss` on the CPU if torch is installed. Each computes the
+mean loss of a batch and its gradient with respect to the logits. `ratio` is
+the time over that of `query_ctc_loss` in the same round; `temp` XLA's
+temporary memory; `out` the results, mainly the gradient. The differences are
+relative to `query_ctc_loss`. Results are in docs/performance.md.
 """
 
 import dataclasses
@@ -24,21 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 
-from narvl_jax.benchmarks import timing
+from narvl_jax.benchmarks import losses, timing
 from narvl_jax.command_line import cli
-from narvl_jax.command_line import flags as common_flags
-from narvl_jax.command_line.json_output import check_json_path, write_json
-from narvl_jax.errors import UserError
 from narvl_jax.query_ctc import query_ctc_loss
-
-_OURS = "query_ctc_loss"
 
 
 @dataclasses.dataclass(frozen=True)
 class LossSizes:
-  """One problem: every target has `labels` labels, none beside its equal."""
+  """One problem; the labels of a target are all different."""
 
   batch: int = 16
   num_queries: int = 20
@@ -47,22 +36,13 @@ class LossSizes:
   dtype: str = "float32"
 
   def __post_init__(self) -> None:
-    """Raises `UserError` for a problem that has no solution."""
-    if self.labels > self.num_queries:
-      raise UserError(
-        f"{self.labels} labels do not fit {self.num_queries} queries; set"
-        f" --labels to at most {self.num_queries}"
-      )
-    if self.labels >= self.vocab_size:
-      raise UserError(
-        f"{self.labels} different labels and blank need --vocab_size of at"
-        f" least {self.labels + 1}, not {self.vocab_size}"
-      )
+    """Raises UserError for a problem without solution."""
+    losses.check_labels(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-  """A loss ready to run; bytes are None where XLA does not count them."""
+  """A loss ready to run; bytes are None where XLA does not report them."""
 
   run: Callable[[], Any]
   temp_bytes: int | None = None
@@ -74,52 +54,48 @@ def benchmark(sizes: LossSizes, *, rounds: int) -> dict[str, Any]:
 
   Args:
     sizes: the problem.
-    rounds: how often each is timed.
+    rounds: number of measurements of each.
 
   Returns:
-    What `--json` writes: times in milliseconds, memory in bytes.
+    The content of `--json`: times in milliseconds, memory in bytes.
   """
   rng = np.random.default_rng(0)
   shape = (sizes.batch, sizes.num_queries, sizes.vocab_size)
   logits = jnp.asarray(2 * rng.standard_normal(shape, np.float32), sizes.dtype)
-  # Neighbours differ: a repeat would need one more query.
-  start = rng.integers(sizes.vocab_size - 1, size=(sizes.batch, 1))
-  labels = (start + 7 * np.arange(sizes.labels)) % (sizes.vocab_size - 1)
+  labels = losses.make_labels(sizes, rng)
   candidates = {
-    _OURS: _jax_candidate(_ours, logits, labels),
+    "query_ctc_loss": _jax_candidate(_ours, logits, labels),
     "optax.ctc_loss": _jax_candidate(_plain, logits, labels),
   }
-  torch_installed = importlib.util.find_spec("torch") is not None
-  if torch_installed:
-    candidates["torch (CPU)"] = _torch_candidate(logits, labels)
-  differences = _differences({k: c.run() for k, c in candidates.items()})
-  timings = timing.measure(
-    {name: c.run for name, c in candidates.items()}, rounds=rounds
-  )
-  results = {}
-  for name, candidate in candidates.items():
-    seconds = timings[name].seconds
-    results[name] = {
-      "milliseconds": timing.spread(1e3 * seconds),
-      "ratio": timing.spread(seconds / timings[_OURS].seconds),
-      "cpu_share": timings[name].cpu_share,
-      "temp_bytes": candidate.temp_bytes,
-      "output_bytes": candidate.output_bytes,
-      **differences[name],
-    }
   versions = {"optax": optax.__version__}
-  if torch_installed:
+  if importlib.util.find_spec("torch") is not None:
     import torch
 
     versions["torch"] = torch.__version__
-  return {
-    "benchmark": "query_ctc",
-    "sizes": dataclasses.asdict(sizes),
-    "rounds": rounds,
-    "logits_bytes": logits.nbytes,
-    "environment": {**timing.environment(), **versions},
-    "results": results,
-  }
+    candidates["torch (CPU)"] = _torch_candidate(logits, labels)
+  outputs = {name: candidate.run() for name, candidate in candidates.items()}
+  timings = timing.measure(
+    {name: c.run for name, c in candidates.items()}, rounds=rounds
+  )
+  return losses.make_report(
+    "query_ctc",
+    sizes,
+    rounds=rounds,
+    outputs={
+      name: (np.float32(loss), [np.float32(gradient)])
+      for name, (loss, gradient) in outputs.items()
+    },
+    timings=timings,
+    facts={
+      name: {
+        "cpu_share": timings[name].cpu_share,
+        "temp_bytes": candidate.temp_bytes,
+        "output_bytes": candidate.output_bytes,
+      }
+      for name, candidate in candidates.items()
+    },
+    versions=versions,
+  )
 
 
 def _ours(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -156,7 +132,7 @@ def _jax_candidate(
 
 
 def _torch_candidate(logits: jax.Array, labels: np.ndarray) -> _Candidate:
-  """The same in torch, fp32, as its CTC knows no other type."""
+  """The same in torch, in float32, the only type of its CTC loss."""
   import torch
 
   b, n, v = logits.shape
@@ -178,27 +154,10 @@ def _torch_candidate(logits: jax.Array, labels: np.ndarray) -> _Candidate:
   return _Candidate(run)
 
 
-def _differences(
-  outputs: dict[str, tuple[Any, Any]],
-) -> dict[str, dict[str, float]]:
-  """Relative differences of loss and gradient from ours."""
-  loss, gradient = (np.asarray(x, np.float32) for x in outputs[_OURS])
-  return {
-    name: {
-      "loss_difference": float(abs(np.asarray(other) - loss) / abs(loss)),
-      "gradient_difference": float(
-        np.linalg.norm(np.asarray(other_gradient, np.float32) - gradient)
-        / np.linalg.norm(gradient)
-      ),
-    }
-    for name, (other, other_gradient) in outputs.items()
-  }
-
-
 def format_report(report: dict[str, Any]) -> str:
-  """Returns the report as a table for people."""
+  """Returns the report as text."""
   megabytes = timing.format_megabytes
-  return timing.format_report(
+  return losses.format_report(
     "loss and gradient",
     report,
     {
@@ -211,41 +170,13 @@ def format_report(report: dict[str, Any]) -> str:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  sizes = LossSizes()
-  common_flags.batch_size(
-    "Examples at a time.", sizes.batch, old="batch", lower_bound=1
-  )
-  flags.DEFINE_integer(
-    "num_queries", sizes.num_queries, "Queries of an example.", lower_bound=1
-  )
-  flags.DEFINE_integer(
-    "labels", sizes.labels, "Labels of an example.", lower_bound=1
-  )
-  flags.DEFINE_integer(
-    "vocab_size", sizes.vocab_size, "Classes, with blank.", lower_bound=2
-  )
-  flags.DEFINE_enum(
-    "dtype", sizes.dtype, ["float32", "bfloat16"], "Type of the logits."
-  )
-  flags.DEFINE_integer("rounds", 9, "Rounds of measurement.", lower_bound=1)
-  common_flags.json()
+  losses.define_flags(LossSizes(), rounds=9)
 
 
 def main(argv: Sequence[str]) -> None:
   """Entry point."""
   del argv
-  settings = flags.FLAGS
-  sizes = LossSizes(
-    settings.batch_size,
-    settings.num_queries,
-    settings.labels,
-    settings.vocab_size,
-    settings.dtype,
-  )
-  check_json_path(settings.json)
-  report = benchmark(sizes, rounds=settings.rounds)
-  print(format_report(report), flush=True)
-  write_json(settings.json, report)
+  losses.run(LossSizes, benchmark, format_report)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, a table, a JSON file."""
+"""What benchmarks share: interleaved timing, peak memory, tables."""
 
 import dataclasses
 import os
@@ -6,11 +6,13 @@ import pathlib
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+
+from narvl_jax.terminal.tables import format_columns
 
 Result = TypeVar("Result")
 
@@ -20,9 +22,9 @@ class Timing:
   """Times of one candidate.
 
   Attributes:
-    seconds: wall time of a call, one entry per round.
-    cpu_share: CPU time of this process over wall time; far below the number
-      of threads at work when other programs hold the cores.
+    seconds: wall time of a call, float [rounds].
+    cpu_share: CPU time of this process over wall time. It is far below the
+      number of threads if other programs occupy the cores.
   """
 
   seconds: np.ndarray
@@ -32,19 +34,20 @@ class Timing:
 def measure(
   candidates: Mapping[str, Callable[[], Any]], *, rounds: int, calls: int = 3
 ) -> dict[str, Timing]:
-  """Times candidates in turn, so that a busy machine slows all of them.
+  """Times candidates in turn, so that other load slows all of them alike.
 
-  A round runs every candidate once unmeasured, as memory that another one
-  has just given back costs more to get, and then `calls` times; its figure
-  is the mean of these. The order is reversed in every other round.
+  Each round calls every candidate once without measuring, because memory that
+  another one has just released is slow to allocate, and then `calls` times;
+  the figure of the round is their mean. Every other round has the reverse
+  order.
 
   Args:
-    candidates: name -> function of no arguments; results are waited for.
+    candidates: name -> function without arguments; results are waited for.
     rounds: at least 1.
     calls: measured calls per round, at least 1.
 
   Returns:
-    Name -> times, in the order given.
+    Name -> times.
   """
   for run in candidates.values():
     jax.block_until_ready(run())
@@ -65,13 +68,13 @@ def measure(
 
 
 def peak_memory(run: Callable[[], Result]) -> tuple[int | None, Result]:
-  """Returns by how much the resident memory rose at most, and the result.
+  """Returns the peak of resident memory above its start, and the result.
 
-  Bytes, None where the system does not tell them (Linux does).
+  The peak is in bytes; None on systems other than Linux.
   """
   before = None
   try:
-    # Sets the high-water mark of this process to what it uses now.
+    # Resets the high-water mark to the current size.
     pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _resident("VmRSS")
   except OSError:
@@ -81,7 +84,7 @@ def peak_memory(run: Callable[[], Result]) -> tuple[int | None, Result]:
 
 
 def _resident(key: str) -> int:
-  """Returns bytes from the line of a key in /proc/self/status."""
+  """Returns the bytes of a key in /proc/self/status."""
   status = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
   match = re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE)
   assert match is not None
@@ -105,24 +108,8 @@ def format_spread(values: Mapping[str, float], digits: int = 1) -> str:
   return f"{median} ({low}..{high})"
 
 
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-  """Aligns rows of text; the first row is the heading."""
-  widths = [
-    max(len(cell) for cell in column) for column in zip(*rows, strict=True)
-  ]
-  lines = [
-    "  ".join(
-      cell.rjust(width) if i else cell.ljust(width)
-      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in rows
-  ]
-  lines.insert(1, "-" * max(len(line) for line in lines))
-  return "\n".join(lines)
-
-
 def environment() -> dict[str, Any]:
-  """Returns the versions and the hardware that the times depend on."""
+  """Returns versions and hardware."""
   return {
     "jax": jax.__version__,
     "python": platform.python_version(),
@@ -134,47 +121,28 @@ def environment() -> dict[str, Any]:
 
 
 def format_megabytes(count: int | None) -> str:
-  """Returns bytes in megabytes, a dash if they are not known."""
+  """Returns bytes in megabytes; "-" for None."""
   return "-" if count is None else f"{count / 1e6:.1f}"
 
 
-def format_report(
-  title: str,
-  report: Mapping[str, Any],
-  columns: Mapping[str, Callable[[Mapping[str, Any]], str]],
-) -> str:
-  """Returns the report of a benchmark as a table for people.
-
-  Args:
-    title: what was timed.
-    report: sizes, rounds, environment, logits_bytes and `results`, name ->
-      what was measured, with milliseconds, ratio and the two differences.
-    columns: heading -> text from a result; they come before the differences.
-  """
-  rows = [
-    [
-      *("", "ms, median (min..max)", "ratio", *columns),
-      *("loss diff", "grad diff"),
-    ]
-  ]
-  for name, result in report["results"].items():
-    rows.append(
-      [
-        name,
-        format_spread(result["milliseconds"]),
-        format_spread(result["ratio"], 2),
-        *(column(result) for column in columns.values()),
-        f"{result['loss_difference']:.0e}",
-        f"{result['gradient_difference']:.0e}",
-      ]
-    )
+def format_facts(title: str, report: Mapping[str, Any]) -> list[str]:
+  """Returns a line of sizes and one of the environment."""
   facts = {**report["sizes"], "rounds": report["rounds"]}
-  return "\n".join(
-    [
-      f"{title}: " + " ".join(f"{k}={v}" for k, v in facts.items()),
-      " ".join(f"{k}={v}" for k, v in report["environment"].items()),
-      f"logits {format_megabytes(report['logits_bytes'])} MB",
-      "",
-      format_table(rows),
-    ]
-  )
+  return [
+    f"{title}: {format_values(facts)}",
+    format_values(report["environment"]),
+  ]
+
+
+def format_values(values: Mapping[str, Any]) -> str:
+  """Returns "name=value name=value"."""
+  return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+def format_spreads(
+  head: str, unit: str, spreads: Mapping[str, Mapping[str, float]], digits: int
+) -> str:
+  """Returns a table with a row for each named spread."""
+  rows = [[head, f"{unit}, median (min..max)"]]
+  rows += [[name, format_spread(x, digits)] for name, x in spreads.items()]
+  return format_columns(rows)

@@ -1,9 +1,10 @@
-"""What the comparison prints and writes."""
+"""Tables of the comparison."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from narvl_jax.benchmarks.timing import format_megabytes, format_table
+from narvl_jax.benchmarks.timing import format_megabytes, format_values
+from narvl_jax.terminal.tables import format_columns
 
 _HEADING = (
   "",
@@ -19,16 +20,15 @@ _HEADING = (
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-  """Returns the report of `compare` as tables for people.
+  """Returns a table for each task and batch size.
 
-  A table for each task and batch size. "decoder x" and "whole x" are the
-  times over those of the parallel model's greedy decoding.
+  "decoder x" and "whole x" are times over those of `BASELINE`.
   """
   facts = {**report["environment"], "dtype": report["dtype"]}
   parts = [
-    f"{report['date']} " + " ".join(f"{k}={v}" for k, v in facts.items()),
+    f"{report['date']} " + format_values(facts),
     *(
-      f"{kind}: " + " ".join(f"{k}={v}" for k, v in entry.items())
+      f"{kind}: " + format_values(entry)
       for kind, entry in report["models"].items()
     ),
   ]
@@ -44,7 +44,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 def _title(task: str, entry: Mapping[str, Any], size: int | None) -> str:
   facts = {} if size is None else {"batch": size, **entry["facts"]}
-  return " ".join([f"{task}:", *(f"{k}={v}" for k, v in facts.items())])
+  return f"{task}: {format_values(facts)}".rstrip()
 
 
 def _table(entry: Mapping[str, Any], size: int | None) -> str:
@@ -55,7 +55,7 @@ def _table(entry: Mapping[str, Any], size: int | None) -> str:
       continue
     times = way.get("latency", {}).get(str(size))
     rows.append((label, _quality(way), *_times(times)))
-  return format_table(rows)
+  return format_columns(rows)
 
 
 def _quality(way: Mapping[str, Any]) -> str:
@@ -91,9 +91,11 @@ def _reasons(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _lengths(lengths: Mapping[str, Any]) -> str:
-  """Returns the median decoder time at every length of an answer."""
+  """Returns a table of median decoder times by length of the answer."""
   counts = next(iter(lengths["curves"].values()))["lengths"]
   rows = [("decoder ms at tokens", *map(str, counts))]
   for label, curve in lengths["curves"].items():
     rows.append((label, *(f"{x:.1f}" for x in curve["decoder_ms"])))
-  return f"{lengths['task']}: batch={lengths['batch']}\n\n" + format_table(rows)
+  return f"{lengths['task']}: batch={lengths['batch']}\n\n" + format_columns(
+    rows
+  )

@@ -56,17 +56,7 @@ def test_photo_has_the_size_of_a_photo() -> None:
 def test_every_candidate_reads_pictures(load: data_load.Load) -> None:
   report = data.benchmark(load, rows=ROWS, rounds=1, workers=[0])
   results = report["results"]
-  assert list(results) == [
-    "bare Pillow",
-    "read",
-    "base64",
-    "record (all of the above)",
-    "decode",
-    "resize",
-    "tokenise",
-    "batch",
-    "end to end, 0 workers",
-  ]
+  assert list(results) == ["bare Pillow", "end to end, 0 workers"]
   assert results["bare Pillow"]["ratio"]["median"] == 1
   for result in results.values():
     assert result["cpu_ms"]["min"] > 0
@@ -79,36 +69,10 @@ def test_every_candidate_reads_pictures(load: data_load.Load) -> None:
   json.dumps(report)
 
 
-def test_stages_do_what_they_say(load: data_load.Load) -> None:
+def test_sample_is_spread_over_the_source(load: data_load.Load) -> None:
   sample = load.sample(ROWS)
   assert [index for _, index, _ in sample] == list(range(ROWS))
-  stages = data._stages(load, sample)
-  for name, candidate in stages.items():
-    wanted = load.batch_size if name == "batch" else ROWS
-    assert candidate.run() == wanted, name
   assert data._bare(load, sample)() == ROWS
-
-
-def test_tokenising_starts_with_nothing_known(
-  load: data_load.Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  counted: list[str] = []
-  vocabulary = load.tasks["vqa"].vocabulary
-  real = vocabulary._tokenizer
-
-  class Counting:
-    def encode(self, text: str) -> Any:
-      counted.append(text)
-      return real.encode(text)
-
-  records = [record for _, _, record in load.sample(3)]
-  load.tasks["vqa"].encode(records[0])
-  monkeypatch.setattr(vocabulary, "_tokenizer", Counting())
-  data._tokenise(load, records)
-  first = len(counted)
-  assert sum("what color" in text for text in counted) == 3
-  data._tokenise(load, records)
-  assert len(counted) == 2 * first
 
 
 def test_work_ahead_is_counted_in_the_turn_that_caused_it() -> None:
@@ -165,7 +129,6 @@ def test_arrays_and_configs() -> None:
   load = data_load.config_load(config)
   load = dataclasses.replace(load, entries=load.entries[:2])
   report = data.benchmark(load, rows=6, rounds=1, workers=[0])
-  assert "base64" not in report["results"]
   assert report["sizes"]["image_size"] == "48x48"
   assert report["sizes"]["rows"] == 6
 
