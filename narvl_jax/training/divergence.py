@@ -1,13 +1,14 @@
-"""How far the distributions of a student are from those of its teacher.
+"""Divergence of a student's distributions from those of its teacher.
 
 Letters: b batch, n queries, l labels, c classes of a chunk, d width.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-# Below every logit, and finite, so that differences are never NaN.
-_LOWEST = -1e30
+# Below every logit, and finite: the difference of two of them is not NaN.
+_LOWEST = float(np.finfo(np.float32).min)
 
 
 def token_divergences(
@@ -23,25 +24,25 @@ def token_divergences(
 ) -> jax.Array:
   """Divergence KL(q_l || p_n) of every query from every label's teacher.
 
-  q_l is what the teacher says at label l, p_n what query n says if it does not
-  say blank: its distribution over the other classes, which sums to 1. Both
-  are softened by the temperature t, and the divergence is multiplied by t^2,
-  as its gradient falls with 1 / t^2.
+  q_l is the teacher's distribution at label l. p_n is the distribution of
+  query n over all classes but blank, normalised to sum to 1. Both are softened
+  by the temperature t. The divergence is multiplied by t^2, because its
+  gradient falls with 1 / t^2.
 
-  A few products of small matrices hold all that is needed of the classes, so
-  they are dealt out to chunks; the gradient computes each chunk again. Class i
-  goes to chunk i modulo their number: where the rows of the table are split
-  over devices, each has its share of every chunk.
+  The classes are processed in chunks, and the gradient computes each chunk
+  again. Class i belongs to chunk i modulo the number of chunks, so that with a
+  table split over devices each device has its share of every chunk.
 
   Args:
     states: [B, N, D] decoder states of the student.
     table: [V, D], its tied table.
-    teacher_states: [B, L, E], those that predict the labels.
-    teacher_table: [W, E]; gets no gradient, nor do its states.
-    blank_id: id of blank, which the teacher does not have: the last.
+    teacher_states: [B, L, E], the states that predict the labels; they and the
+      teacher's table get no gradient.
+    teacher_table: [W, E].
+    blank_id: id of blank, the last class, which the teacher does not have.
     vocab_size: number of the student's true classes.
     temperature: t, above 0.
-    chunk_size: at most so many classes at a time; 0 for all at once.
+    chunk_size: most classes at a time; 0 for all at once.
 
   Returns:
     float32 [B, N, L].
@@ -56,7 +57,7 @@ def token_divergences(
   )
   teacher_table = _as_long(teacher_table, len(table))
   ids = jnp.arange(len(table), dtype=jnp.int32)
-  # Rows that fill the last chunk are like those that pad the table.
+  # The last chunk is filled with zeros, hence False here.
   spoken = (ids < vocab_size) & (ids != blank_id)
 
   def add(
@@ -64,13 +65,15 @@ def token_divergences(
   ) -> tuple[tuple[jax.Array, ...], None]:
     lse, teacher_lse, own, theirs = carry
     table, teacher_table, spoken = rows
-    z = _logits(states, table, spoken, temperature)
-    t = _logits(teacher_states, teacher_table, spoken, temperature)
-    lse = jnp.logaddexp(lse, jax.nn.logsumexp(z, axis=-1))
-    total = jnp.logaddexp(teacher_lse, jax.nn.logsumexp(t, axis=-1))
-    # Means over the classes so far, of which the teacher has `total`.
+    z = _logits(states, table, temperature)
+    t = _logits(teacher_states, teacher_table, temperature)
+    lse = jnp.logaddexp(lse, _logsumexp(z, spoken))
+    total = jnp.logaddexp(teacher_lse, _logsumexp(t, spoken))
+    # `own` and `theirs` are means over the classes so far, weighted by q, whose
+    # normaliser is `total`. Masked logits are 0 here: `_LOWEST` would overflow.
     kept = jnp.exp(teacher_lse - total)
-    q = jnp.exp(t - total[..., None])
+    q = jnp.where(spoken, jnp.exp(t - total[..., None]), 0.0)
+    z, t = (jnp.where(spoken, x, 0.0) for x in (z, t))
     own = own * kept[:, None] + jnp.einsum("bnc,blc->bnl", z, q)
     theirs = theirs * kept + jnp.sum(q * t, axis=-1)
     return (lse, total, own, theirs), None
@@ -98,21 +101,26 @@ def token_divergences(
 
 
 def _logits(
-  states: jax.Array, rows: jax.Array, spoken: jax.Array, temperature: float
+  states: jax.Array, rows: jax.Array, temperature: float
 ) -> jax.Array:
   """Returns softened logits float32 [B, S, C]."""
   z = jnp.einsum("bsd,cd->bsc", states, rows, preferred_element_type="float32")
-  return jnp.where(spoken, z / temperature, _LOWEST)
+  return z / temperature
+
+
+def _logsumexp(logits: jax.Array, mask: jax.Array) -> jax.Array:
+  """Returns the logsumexp over the classes in mask [C], float32 [B, S]."""
+  return jax.nn.logsumexp(jnp.where(mask, logits, _LOWEST), axis=-1)
 
 
 def _as_long(table: jax.Array, rows: int) -> jax.Array:
-  """Returns the first rows; padding may be more or less."""
+  """Returns the table cut or padded with zeros to `rows` rows."""
   missing = max(rows - len(table), 0)
   return jnp.pad(table[:rows], ((0, missing), (0, 0)))
 
 
 def _deal(x: jax.Array, steps: int) -> jax.Array:
-  """Returns [steps, C, ...] of [V, ...]; zeros fill up."""
+  """Deals [V, ...] out to chunks [steps, C, ...], filled with zeros."""
   size = -(-len(x) // steps)
   fill = steps * size - len(x)
   if fill:

@@ -18,6 +18,7 @@ from narvl_jax.parallel import (
   shard_batch,
 )
 from narvl_jax.query_ctc import MeshAxes, label_posterior
+from narvl_jax.training.divergence import token_divergences
 from narvl_jax.training.objective import DistillationLoss, QueryCtcLoss
 from narvl_jax.training.teacher import Teacher
 from tests.query_ctc.reference import log_softmax
@@ -81,6 +82,33 @@ def labels_alone() -> tuple[jax.Array, dict[str, jax.Array]]:
 
 def softened(logits: np.ndarray, temperature: float) -> np.ndarray:
   return np.exp(log_softmax(logits / temperature))
+
+
+# Chunks of one class: that of blank has nothing but masked logits.
+@pytest.mark.parametrize("chunk_size", [0, 1])
+@pytest.mark.parametrize("magnitude", [1.0, -1e30, -1e32])
+def test_divergence_of_logits_of_any_magnitude(
+  magnitude: float, chunk_size: int
+) -> None:
+  # Logits magnitude * (1, 2, 4) of student and teacher; the last is blank.
+  table = jnp.array([[1.0], [2.0], [4.0], [0.0]])
+
+  def mean(states: jax.Array) -> jax.Array:
+    found = token_divergences(
+      states,
+      table,
+      jnp.full((1, 1, 1), magnitude),
+      table[:3],
+      blank_id=3,
+      vocab_size=4,
+      chunk_size=chunk_size,
+    )
+    return jnp.mean(found)
+
+  states = jnp.full((1, 2, 1), magnitude)
+  value, gradient = jax.value_and_grad(mean)(states)
+  np.testing.assert_allclose(value, 0.0, atol=1e-6)
+  np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("temperature", "chunk_size"), [(1.0, 0), (2.0, 5)])
