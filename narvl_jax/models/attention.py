@@ -1,4 +1,4 @@
-"""Multi-head attention with additive biases, as the reference computes it."""
+"""Multi-head attention with additive biases, as in the reference."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,10 +11,10 @@ import numpy as np
 from narvl_jax.models.sizes import ModelConfig
 from narvl_jax.parallel.constraints import constrain, gathered, per_device
 
-# Of linear maps and tables of the reference.
+# Standard deviation of linear maps and tables at initialisation.
 INIT_STDDEV = 0.02
-_EPSILON = 1e-5  # of LayerNorm, as in the reference
-# Logit of what must not be attended to.
+_EPSILON = 1e-5
+# Logit of a masked key.
 LOWEST = float(np.finfo(np.float32).min)
 
 
@@ -36,11 +36,15 @@ def ones_init(*names: str | None) -> nn.initializers.Initializer:
 
 
 class LayerNorm(nn.Module):
-  """LayerNorm over the last axis, statistics in float32.
+  """LayerNorm over the last axis, with statistics in float32.
 
-  Scale and bias come last, so that only the normalised input is kept for the
-  backward pass (flax's layer folds the scale into the factor first, which
-  XLA then materialises in full size).
+  Scale and bias are applied last, so that only the normalised input is kept
+  for the backward pass. Flax's layer folds the scale into the factor first,
+  and XLA then stores that product in full size.
+
+  Attributes:
+    dtype: of the result.
+    axis: logical axis name of scale and bias.
   """
 
   dtype: Any
@@ -48,7 +52,7 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Normalises [..., C]."""
+    """Normalises [..., D]."""
     shape = x.shape[-1:]
     scale = self.param("scale", ones_init(self.axis), shape)
     bias = self.param("bias", zeros_init(self.axis), shape)
@@ -59,19 +63,19 @@ class LayerNorm(nn.Module):
 
 
 def layer_norm(config: ModelConfig, name: str, axis: str = "norm") -> nn.Module:
-  """A `LayerNorm` in the compute type of the model."""
+  """Returns a `LayerNorm` in the compute type of the model."""
   return LayerNorm(config.dtype, axis, name=name)
 
 
 class Projection(nn.Module):
-  """Linear maps from D to `num` sets of H heads of width d, with bias."""
+  """`num` linear maps from D to H heads of width d, with bias."""
 
   config: ModelConfig
   num: int
 
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
-    """Maps [..., D] to `num` arrays [..., H, d] by one matrix product."""
+    """Maps [..., D] to `num` arrays [..., H, d] in one matrix product."""
     cfg = self.config
     shape = (self.num, cfg.num_heads, cfg.head_width)
     kernel = self.param(
@@ -88,18 +92,18 @@ class Projection(nn.Module):
 
 
 def attention_scale(config: ModelConfig) -> float:
-  """(2 d)^-1/2: content and position logits share the usual variance."""
+  """Returns (2 d)^-1/2: logits are the sum of content and position terms."""
   return (2 * config.head_width) ** -0.5
 
 
 class PositionBias(nn.Module):
-  """Attention bias from pairs of absolute positions (untied from content)."""
+  """Attention bias of pairs of absolute positions, independent of content."""
 
   config: ModelConfig
 
   @nn.compact
   def __call__(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """Returns the bias [G, H, Q, K] of positions [Q, D] and [K, D]."""
+    """Maps positions of queries [Q, D] and keys [K, D] to [G, H, Q, K]."""
     (q,) = Projection(self.config, 1, name="query")(queries)
     (k,) = Projection(self.config, 1, name="key")(keys)
     bias = jnp.einsum("qhd,khd->hqk", q * attention_scale(self.config), k)
@@ -133,9 +137,8 @@ Attend = Callable[[jax.Array, KeyValue], jax.Array]
 class Attention(nn.Module):
   """Self- or cross-attention with a learned gain per head.
 
-  Equations: reference specification of unify_multihead_attention; the query
-  is scaled after its bias, and each head's output is multiplied by `c_attn`
-  before the output projection.
+  The query is scaled after its bias is added. The output of each head is
+  multiplied by `c_attn` before the output projection.
   """
 
   config: ModelConfig
@@ -151,9 +154,9 @@ class Attention(nn.Module):
 
     Args:
       x: queries [B, Q, D].
-      memory: [B, K, D], or keys and values projected before; None attends to
-        x itself.
-      attend: what happens between the projections, such as `attend_to`.
+      memory: [B, K, D], or its projected keys and values; None for
+        self-attention.
+      attend: computation between the projections, such as `attend_to`.
 
     Returns:
       [B, Q, D].
@@ -163,7 +166,9 @@ class Attention(nn.Module):
       q, k, v = Projection(cfg, 3, name="qkv")(x)
     else:
       (q,) = Projection(cfg, 1, name="q")(x)
-      k, v = memory if isinstance(memory, KeyValue) else self._project(memory)
+      if not isinstance(memory, KeyValue):
+        memory = KeyValue(*Projection(cfg, 2, name="kv")(memory))
+      k, v = memory
     q, k, v = (
       constrain(y, "batch", None, "act_heads", None) for y in (q, k, v)
     )
@@ -177,23 +182,20 @@ class Attention(nn.Module):
     )
     out_bias = self.param("out_bias", zeros_init("norm"), (cfg.width,))
     kernel = gathered(kernel, cfg.dtype, "heads", "head_width", "embed")
-    # Heads side by side: summing over heads and their widths as two axes, XLA
-    # turns the kernel round on a CPU, which costs more than the product.
+    # Heads and their widths as one axis: for a sum over two axes XLA
+    # transposes the kernel on a CPU, which costs more than the product.
     out = out.reshape(*out.shape[:2], -1) @ kernel.reshape(-1, cfg.width)
     out = constrain(out, "batch", None, "act_embed")
     return out + out_bias.astype(cfg.dtype)
 
-  def _project(self, memory: jax.Array) -> KeyValue:
-    return KeyValue(*Projection(self.config, 2, name="kv")(memory))
-
 
 def attend_to(bias: jax.Array, key_mask: jax.Array | None) -> Attend:
-  """Returns plain attention with an additive bias.
+  """Returns softmax attention with an additive bias.
 
   Args:
-    bias: additive logits [G, H, Q, K], each shared by B / G examples that
-      follow one another.
-    key_mask: bool [B, K], True where the key is valid, or None.
+    bias: additive logits [G, H, Q, K], each shared by B / G consecutive
+      examples.
+    key_mask: bool [B, K], True where the key is valid; None if all are.
   """
 
   def attend(q: jax.Array, own: KeyValue) -> jax.Array:

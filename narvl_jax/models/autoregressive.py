@@ -1,6 +1,6 @@
-"""The autoregressive counterpart (OFA): same encoder, layers and tables.
+"""The autoregressive counterpart of NARVL: OFA (arXiv 2202.03052).
 
-Source: reference specification 11; OFA (arXiv 2202.03052).
+Encoder, decoder layers and tables are those of NARVL.
 """
 
 from typing import Any, NamedTuple
@@ -21,10 +21,7 @@ BOS_ID = 0
 class Autoregressive(EncoderDecoder):
   """Vision-language model that answers token by token."""
 
-  def setup(self) -> None:
-    """Adds the decoder."""
-    super().setup()
-    self.decoder = CausalDecoder(self.config)
+  decoder_class = CausalDecoder
 
   def __call__(
     self,
@@ -40,17 +37,17 @@ class Autoregressive(EncoderDecoder):
     Args:
       image: [B, H, W, 3], float32 in [-1, 1], or uint8.
       text: int32 [B, T] source ids, right padded with `pad_id`.
-      decoder_input: int32 [B, L]: bos and the target without its last token
-        (`teacher_forcing`), right padded with `pad_id`; None: bos only.
-      image_mask: bool [B], False where a sample has no picture; None: all
-        have one.
+      decoder_input: int32 [B, L], bos and the target without its last token
+        (`teacher_forcing`), right padded with `pad_id`; None for bos only.
+      image_mask: bool [B], False where an example has no picture; None if
+        all have one.
       train: see `NARVL`.
 
     Returns:
-      logits float32 [B, L, V] and the intermediates of `NARVL`, with L for N.
+      Logits float32 [B, L, V] and the intermediates of `NARVL`, with L for N.
 
     Raises:
-      UserError: picture, text or decoder input exceed the position tables.
+      UserError: picture, text or decoder input exceeds the position tables.
     """
     if decoder_input is None:
       decoder_input = jnp.full((image.shape[0], 1), BOS_ID, jnp.int32)
@@ -65,7 +62,7 @@ class Autoregressive(EncoderDecoder):
     *,
     train: bool = False,
   ) -> jax.Array:
-    """Returns the decoder states [B, L, D], which `project` takes."""
+    """Returns the decoder states [B, L, D], the input of `project`."""
     cfg = self.config
     check_decoder_length(cfg, decoder_input.shape[1])
     table = gathered(
@@ -88,11 +85,11 @@ def check_decoder_length(config: ModelConfig, length: int) -> None:
 
 
 class Prompt(NamedTuple):
-  """What the decoder is given before the answer.
+  """Decoder input before the answer.
 
   Attributes:
     ids: int32 [B, P], right padded.
-    length: int32 [B], at least 1 for bos.
+    length: int32 [B], at least 1: bos.
   """
 
   ids: jax.Array
@@ -102,12 +99,12 @@ class Prompt(NamedTuple):
 def make_prompt(
   text: jax.Array, prompted: jax.Array | bool, pad_id: int
 ) -> Prompt:
-  """Returns bos, or the source without its last eos.
+  """Returns the prompt: bos, or the source without its final eos.
 
   Args:
     text: int32 [B, T] source ids bos ... eos, right padded with `pad_id`.
-    prompted: whether the decoder sees the source; False: bos alone for all,
-      and then P is 1; or bool [B].
+    prompted: bool [B], whether the prompt is the source; the Python value
+      False for bos alone everywhere, with P = 1.
     pad_id: id of padding.
   """
   if prompted is False:
@@ -122,17 +119,17 @@ def make_prompt(
 def teacher_forcing(
   prompt: Prompt, labels: jax.Array, label_lengths: jax.Array, pad_id: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Joins prompt and target.
+  """Joins prompt and target to the decoder input of training.
 
   Args:
-    prompt: what comes before the target.
+    prompt: precedes the target.
     labels: int32 [B, L], right padded.
     label_lengths: int32 [B].
     pad_id: id of padding.
 
   Returns:
-    The decoder input int32 [B, P + L - 1], and for each label the position
-    whose output predicts it, int32 [B, L].
+    The decoder input int32 [B, P + L - 1], and the position whose output
+    predicts each label, int32 [B, L].
   """
   size = prompt.ids.shape[1] + labels.shape[1] - 1
   start = prompt.length[:, None]
@@ -143,7 +140,7 @@ def teacher_forcing(
     jnp.pad(prompt.ids, ((0, 0), (0, labels.shape[1] - 1))),
     jnp.take_along_axis(labels, label, axis=1),
   )
-  # The last label is only ever predicted.
+  # The last label is predicted, but never an input.
   inside = place < start + label_lengths[:, None] - 1
   tokens = jnp.where(inside, tokens, pad_id)
   return tokens, start - 1 + jnp.arange(labels.shape[1])

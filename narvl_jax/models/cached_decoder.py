@@ -1,11 +1,11 @@
 """The causal decoder with a cache of keys and values, for generation.
 
-Pure functions of the decoder's parameters. Each hypothesis of an example has
-its own cache of what it generated; the prompt and the encoder's output are
-shared by all of them, so neither is ever copied or reordered.
+Pure functions of the decoder's parameters. Each hypothesis has its own cache
+of generated tokens. The hypotheses of an example share the prompt and the
+encoder's output, which are never copied or reordered.
 
 Letters: b batch, k hypotheses, l new tokens, g generated tokens, p prompt
-tokens, s source tokens, h heads, d head width, m positions.
+tokens, s source tokens, h heads, d head width, e model width, m positions.
 """
 
 from collections.abc import Mapping
@@ -36,11 +36,11 @@ class LayerCache(NamedTuple):
   """Keys and values of a layer.
 
   Attributes:
-    memory: [b, h, d, s] of the encoder's output; as the products of attention
-      want it, which else is turned round for every token.
+    memory: [b, h, d, s] of the encoder's output. This is the layout of the
+      attention products; another one would be transposed for every token.
     prompt: [b, p, h, d].
     generated: [b, k, g, h, d].
-    self_bias: [h, m, m] attention bias of all decoder positions.
+    self_bias: [h, m, m] attention bias between decoder positions.
   """
 
   memory: KeyValue
@@ -50,13 +50,13 @@ class LayerCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-  """All that later decoder passes need.
+  """State between decoder passes.
 
   Attributes:
-    layers: of every layer.
+    layers: cache of every layer.
     cross_bias: [h, m, s] attention bias from decoder to encoder positions.
-    memory_mask: bool [b, s].
-    start: int32 [b], tokens of the prompt; the position of the first new one.
+    memory_mask: bool [b, s], True where a source token is valid.
+    start: int32 [b], cached prompt tokens; the position of the first new one.
   """
 
   layers: tuple[LayerCache, ...]
@@ -68,14 +68,14 @@ class Cache(NamedTuple):
 def split_layers(params: Params, depth: int) -> Params:
   """Splits the stacked parameters of the layers.
 
-  To be done once: where it is part of a program, every call copies them.
+  Call it once, outside of `jit`: inside, every call would copy them.
 
   Args:
-    params: of the causal decoder, unboxed.
+    params: parameters of the causal decoder, unboxed.
     depth: number of layers.
 
   Returns:
-    The same, but "layers" is a tuple.
+    The parameters with a tuple of layers as "layers".
   """
   layers = tuple(
     jax.tree.map(lambda x, i=i: x[i], dict(params["layers"]))
@@ -94,17 +94,17 @@ def start_cache(
   hypotheses: int,
   length_limit: int,
 ) -> Cache:
-  """Reads the prompt in one pass.
+  """Returns a cache that holds the prompt, which is read in one pass.
 
   Args:
-    config: of the model.
-    params: of the decoder, as `split_layers` returns them.
-    encoded: what is attended to.
-    embedding: the tied table [V, D].
-    prompt: what is known of the answer; its last token is left to the first
-      step, so with bos alone nothing is read.
-    hypotheses: K of each example.
-    length_limit: G, new tokens at most.
+    config: the architecture.
+    params: parameters of the decoder, from `split_layers`.
+    encoded: output of the encoder.
+    embedding: the tied table [v, e].
+    prompt: all of it but the last token is cached. The last token is the input
+      of the first step; with bos alone, nothing is read.
+    hypotheses: k, hypotheses of each example.
+    length_limit: g, most new tokens.
 
   Raises:
     UserError: prompt and new tokens exceed the position table.
@@ -129,7 +129,9 @@ def start_cache(
     bias = biases + token_bias(table, size, config.token_bucket_size)
     layers.append(
       LayerCache(
-        memory=_turned(KeyValue(*project(encoded.out))),
+        memory=KeyValue(
+          *(x.transpose(0, 2, 3, 1) for x in project(encoded.out))
+        ),
         prompt=KeyValue(nothing, nothing),
         generated=KeyValue(*(jnp.zeros(shape, config.dtype),) * 2),
         self_bias=bias[0],
@@ -144,11 +146,6 @@ def start_cache(
   if read:
     cache = _read_prompt(config, params, cache, embedding, prompt, read)
   return cache._replace(start=prompt.length - 1)
-
-
-def _turned(memory: KeyValue) -> KeyValue:
-  """Lays out keys and values [b, s, h, d] as `LayerCache` has them."""
-  return KeyValue(*(x.transpose(0, 2, 3, 1) for x in memory))
 
 
 def _read_prompt(
@@ -185,22 +182,21 @@ def extend(
   """Runs new tokens of every hypothesis through the decoder.
 
   Args:
-    config: of the model.
-    params: of the decoder, as `split_layers` returns them.
-    cache: holds the prompt and t tokens of every hypothesis.
-    embedding: the tied table [V, D].
+    config: the architecture.
+    params: parameters of the decoder, from `split_layers`.
+    cache: holds the prompt and t generated tokens of every hypothesis.
+    embedding: the tied table [v, e].
     tokens: int32 [b, k, l].
-    t: int32, tokens that are in the cache.
+    t: int32, generated tokens in the cache.
 
   Returns:
-    States [b, k, l, D] after the last LayerNorm, and the cache with the
-    tokens.
+    States [b, k, l, e] after the last LayerNorm, and the extended cache.
   """
   b, k, length = tokens.shape
   x = jnp.take(embedding, tokens.reshape(b, k * length), axis=0)
   x = x.astype(config.dtype)
   x = _apply(LayerNorm(config.dtype, "norm"), params["layernorm_embedding"])(x)
-  # Of every new token; the hypotheses of an example share them.
+  # Positions [b, l] of the new tokens, equal for all hypotheses.
   places = cache.start[:, None] + t + jnp.arange(length)
   # [b, h, k l, s].
   cross = cache.cross_bias[:, places].swapaxes(0, 1)
@@ -219,7 +215,7 @@ def extend(
 
 
 def reorder(cache: Cache, parents: jax.Array) -> Cache:
-  """Returns the cache whose hypothesis k goes on from parents[b, k]."""
+  """Returns the cache in which hypothesis k continues parents[b, k]."""
   index = parents[:, :, None, None, None]
   layers = tuple(
     layer._replace(
@@ -247,7 +243,7 @@ class _CachedLayer(nn.Module):
     t: jax.Array,
     cross_bias: jax.Array,
   ) -> tuple[jax.Array, KeyValue]:
-    """Maps [b, k l, D] to [b, k l, D]; also returns the longer cache."""
+    """Maps [b, k l, e] to [b, k l, e]; also returns `generated`, extended."""
     b, k = cache.generated.key.shape[:2]
     longer = cache.generated
 
@@ -266,7 +262,7 @@ class _CachedLayer(nn.Module):
     x = decoder_layer(
       self.config,
       x,
-      # Keys and values are only handed through.
+      # Passed unchanged to `_attend_memory`.
       cache.memory,
       attend,
       lambda q, memory: _attend_memory(q, memory, cross_bias),
@@ -281,7 +277,7 @@ def _attend_memory(
 ) -> jax.Array:
   """Attends from new tokens [b, k l, h, d]; bias float32 [b, h, k l, s]."""
   logits = jnp.einsum("bqhd,bhds->bhqs", q, memory.key).astype(jnp.float32)
-  # Where the bias is the lowest number, rounding keeps it.
+  # A bias of `LOWEST` is so large that adding a logit does not change it.
   weights = jax.nn.softmax(logits + bias).astype(memory.value.dtype)
   return jnp.einsum("bhqs,bhds->bqhd", weights, memory.value)
 
@@ -294,7 +290,7 @@ def _attend_cached(
   places: jax.Array,
   t: jax.Array,
 ) -> jax.Array:
-  """Attends from new tokens [b, k l, h, d] to prompt and own hypothesis."""
+  """Attends from new tokens [b, k l, h, d] to prompt and hypothesis."""
   b, k, g, *_ = generated.key.shape
   length = places.shape[1]
   q = q.reshape(b, k, length, *q.shape[2:])
@@ -303,7 +299,7 @@ def _attend_cached(
   columns = jnp.minimum(start[:, None] + jnp.arange(g), size - 1)
   own_bias = jnp.take_along_axis(rows, columns[:, None, None], axis=-1)
   prompt = cache.prompt.key.shape[1]
-  # A later token of the buffer is not yet there.
+  # The rest of the buffer is not filled yet.
   seen = jnp.arange(g) <= t + jnp.arange(length)[:, None]
   known = jnp.arange(prompt) < start[:, None]
   logits = jnp.concatenate(
@@ -334,5 +330,5 @@ def _masked(logits: jax.Array, bias: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _apply(module: nn.Module, params: Params) -> Any:
-  """Returns a module as a function of its input only."""
+  """Returns a module with its parameters as a function of its inputs."""
   return lambda *inputs: module.apply({"params": params}, *inputs)

@@ -1,4 +1,4 @@
-"""What the parallel and the causal decoder share: all but their input."""
+"""The parallel decoder and its causal counterpart."""
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ from narvl_jax.parallel.constraints import constrain, gathered
 
 
 class Decoder(nn.Module):
-  """Layers that attend to themselves and to the encoder."""
+  """Base class: all of a decoder but its input."""
 
   config: ModelConfig
 
@@ -35,14 +35,14 @@ class Decoder(nn.Module):
     self_mask: jax.Array | None = None,
     causal: bool = False,
   ) -> jax.Array:
-    """Runs the layers; to be called in the method that is `nn.compact`.
+    """Runs the layers; call it in a method that is `nn.compact`.
 
     Args:
-      x: input [B, N, D], not yet normalised.
-      encoded: what is attended to.
-      train: dropout and stochastic depth are on.
-      self_mask: bool [B, N], which inputs may be attended to; None: all.
-      causal: an input only attends to itself and those before it.
+      x: input [B, N, D], before its LayerNorm.
+      encoded: output of the encoder.
+      train: enables dropout and stochastic depth.
+      self_mask: bool [B, N], inputs that may be attended to; None for all.
+      causal: whether an input attends only to itself and earlier ones.
 
     Returns:
       States [B, N, D] after the last LayerNorm.
@@ -92,8 +92,8 @@ class Decoder(nn.Module):
 
 
 def causal_bias(length: int, dtype: jnp.dtype) -> jax.Array:
-  """Returns [L, L]: 0 where a key is not after the query, else very low."""
-  # Half: what is added to it must not overflow.
+  """Returns a bias [L, L]: very low where the key is after the query."""
+  # Half of the lowest number, so that adding other biases does not overflow.
   future = jnp.triu(jnp.ones((length, length), bool), 1)
   return jnp.where(future, LOWEST / 2, 0.0).astype(dtype)
 
@@ -101,8 +101,8 @@ def causal_bias(length: int, dtype: jnp.dtype) -> jax.Array:
 class CausalDecoder(Decoder):
   """Autoregressive decoder with teacher forcing.
 
-  Differs from `QueryDecoder` in its input and in that self-attention sees no
-  later position. `models.cached_decoder` runs it token by token.
+  It differs from `QueryDecoder` in its input and in its causal self-attention.
+  `models.cached_decoder` runs it token by token.
   """
 
   @nn.compact
@@ -116,19 +116,19 @@ class CausalDecoder(Decoder):
     """Returns the decoder states [B, L, D] after the last LayerNorm.
 
     Args:
-      encoded: what is attended to.
-      embedded: input tokens [B, L, D], without positions.
+      encoded: output of the encoder.
+      embedded: embeddings of the input tokens [B, L, D], without positions.
       mask: bool [B, L], False where the input is padding.
-      train: dropout and stochastic depth are on.
+      train: enables dropout and stochastic depth.
     """
     return self._run(embedded, encoded, train, self_mask=mask, causal=True)
 
 
 class QueryDecoder(Decoder):
-  """Parallel decoder: queries attend to each other and to the encoder.
+  """Parallel decoder: learned queries attend to each other and the encoder.
 
-  Self-attention has no mask and the input does not depend on the target, so
-  the cost does not depend on the length of the answer (NARVL, section 3).
+  Self-attention has no mask, and the input does not depend on the target, so
+  one pass gives the whole answer (arXiv 2403.02249, section 3).
   """
 
   @nn.compact

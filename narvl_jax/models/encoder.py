@@ -1,4 +1,4 @@
-"""Image and text into one sequence through one transformer (OFA encoder)."""
+"""The encoder of OFA: image and text as one sequence in one transformer."""
 
 from typing import NamedTuple
 
@@ -26,10 +26,10 @@ from narvl_jax.parallel.constraints import constrain, gathered
 
 
 class EncoderOutput(NamedTuple):
-  """What the decoders read.
+  """Input of the decoders.
 
   Attributes:
-    out: [B, S, D] tokens, image first; padded positions hold no meaning.
+    out: [B, S, D] tokens, image first; arbitrary at padded positions.
     mask: bool [B, S], True where a token is valid.
     positions: [S, D] layer-normed absolute positions.
     image_features: [B, h, w, C] feature map of the image encoder.
@@ -42,7 +42,7 @@ class EncoderOutput(NamedTuple):
 
 
 def normalize_image(image: jax.Array) -> jax.Array:
-  """Maps uint8 pixels to [-1, 1] as the reference does; floats pass."""
+  """Maps uint8 pixels to [-1, 1]; floats are returned unchanged."""
   if image.dtype == jnp.uint8:
     return image.astype(jnp.float32) / 127.5 - 1.0
   return image
@@ -51,9 +51,9 @@ def normalize_image(image: jax.Array) -> jax.Array:
 class ConvStem(nn.Module):
   """Features of overlapping patches by three convolutions.
 
-  Beyond the reference, for small models, whose step a deep trunk would
-  dominate. Flat patches without overlap cost as much and took several times as
-  many examples to learn shapes that lie across their borders.
+  Beyond the reference, for small models, where a ResNet would dominate the
+  cost of a step. Linear patches without overlap cost as much, but needed
+  several times as many examples to learn shapes that cross their borders.
   """
 
   config: ModelConfig
@@ -104,8 +104,8 @@ class Encoder(nn.Module):
       image: [B, H, W, 3], float in [-1, 1] or uint8.
       text: int32 [B, T] source ids, right padded with `pad_id`.
       embedding: the tied token table [V, D].
-      image_mask: bool [B]; False hides the picture of a sample.
-      train: dropout, stochastic depth and batch statistics are on.
+      image_mask: bool [B]; False hides the picture of an example.
+      train: enables dropout, stochastic depth and batch statistics.
     """
     cfg = self.config
     check_image_size(cfg, image.shape[1], image.shape[2])
@@ -163,7 +163,7 @@ class Encoder(nn.Module):
     text_pos: jax.Array,
     train: bool,
   ) -> jax.Array:
-    """Content of the sequence [B, I + T, D], image first."""
+    """Returns the content of the sequence [B, S, D], image first."""
     cfg = self.config
     kernel = self.param(
       "image_proj_kernel",
@@ -188,7 +188,7 @@ class Encoder(nn.Module):
   def _positions(
     self, h: int, w: int, length: int
   ) -> tuple[jax.Array, jax.Array]:
-    """Absolute positions of the grid [h * w, D] and the text [T, D]."""
+    """Returns absolute positions of the grid [h * w, D] and text [T, D]."""
     cfg = self.config
     check_text_length(cfg, length)
     image_init = normal_init(None, "embed")
@@ -212,7 +212,7 @@ class Encoder(nn.Module):
     return image[ids], text[:length]
 
   def _per_layer(self) -> dict[str, jax.Array]:
-    """Relative tables and stochastic depth of every layer."""
+    """Returns relative tables and stochastic depth of every layer."""
     cfg = self.config
     token_rows = positions.num_token_buckets(cfg.token_bucket_size)
     image_rows = positions.num_image_buckets(cfg.image_bucket_size)
@@ -251,13 +251,13 @@ def check_text_length(config: ModelConfig, length: int) -> None:
 
 
 def nearest_side(config: ModelConfig, side: int) -> int:
-  """Returns the valid side of a picture that is nearest to `side` pixels."""
+  """Returns the valid picture side in pixels that is nearest to `side`."""
   stride = config.image_stride
   return min(max(round(side / stride), 1), config.image_bucket_size) * stride
 
 
 def check_image_size(config: ModelConfig, height: int, width: int) -> None:
-  """Raises UserError unless a picture gives a grid that the tables cover."""
+  """Raises UserError if the position tables do not cover a picture's grid."""
   stride, largest = config.image_stride, config.image_bucket_size
   for side in (height, width):
     if (

@@ -1,6 +1,6 @@
-"""What NARVL and its autoregressive counterpart share."""
+"""Base class of NARVL and its autoregressive counterpart."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -14,15 +14,15 @@ from narvl_jax.models.sizes import ModelConfig
 def project(states: jax.Array, table: jax.Array) -> jax.Array:
   """Projects decoder states to the vocabulary.
 
-  With the whole table, padding included, this also works where its rows are
-  split over devices: cutting padding off would move them.
+  Where the rows of the table are split over devices, pass the whole table,
+  padding included: cutting the padding off would move rows between devices.
 
   Args:
-    states: [..., D], the dtype of the product.
+    states: [..., D]; the product has their dtype.
     table: [V, D], the tied table `params["embed_tokens"]` or some of its rows.
 
   Returns:
-    logits float32 [..., V].
+    Logits float32 [..., V].
   """
   return jnp.einsum(
     "...d,vd->...v",
@@ -33,16 +33,20 @@ def project(states: jax.Array, table: jax.Array) -> jax.Array:
 
 
 class EncoderDecoder(nn.Module):
-  """An encoder of image and text, and a tied table; the decoder is to come.
+  """An encoder of image and text, a decoder, and one tied table.
 
-  One table embeds the text and projects the decoder states to the
-  vocabulary (arXiv 2403.02249, section 3).
+  The table embeds the text and projects the decoder states to the vocabulary
+  (arXiv 2403.02249, section 3).
+
+  Attributes:
+    decoder_class: module of the decoder; takes the config.
   """
 
   config: ModelConfig
+  decoder_class: ClassVar[type[nn.Module]]
 
   def setup(self) -> None:
-    """Makes the parameters that both models have under the same names."""
+    """Creates table, encoder and decoder."""
     cfg = self.config
     self.embed_tokens = self.param(
       "embed_tokens",
@@ -50,6 +54,7 @@ class EncoderDecoder(nn.Module):
       (cfg.padded_vocab_size, cfg.width),
     )
     self.encoder = Encoder(cfg)
+    self.decoder = self.decoder_class(cfg)
 
   def encode(
     self,
@@ -59,7 +64,7 @@ class EncoderDecoder(nn.Module):
     image_mask: jax.Array | None = None,
     train: bool = False,
   ) -> EncoderOutput:
-    """Encodes picture and text; arguments and errors as of `__call__`."""
+    """Encodes picture and text; arguments and errors as in `__call__`."""
     if image_mask is None:
       image_mask = jnp.ones(image.shape[0], bool)
     return self.encoder(image, text, self.embed_tokens, image_mask, train)
@@ -68,7 +73,7 @@ class EncoderDecoder(nn.Module):
     self, encoded: EncoderOutput, states: jax.Array
   ) -> tuple[jax.Array, dict[str, Any]]:
     """Returns logits and intermediates; see `__call__`."""
-    # Padding rows are cut off, so no softmax ever sees them.
+    # Without the padding rows of the table.
     return project(states, self.embed_tokens[: self.config.vocab_size]), {
       "image_features": encoded.image_features,
       "encoder_out": encoded.out,

@@ -1,4 +1,4 @@
-"""NARVL: shared encoder, parallel query decoder, tied output table."""
+"""NARVL: an encoder and a parallel decoder of learned queries."""
 
 from typing import Any
 
@@ -12,10 +12,7 @@ from narvl_jax.models.encoder_decoder import EncoderDecoder
 class NARVL(EncoderDecoder):
   """Vision-language model that answers in one decoder pass."""
 
-  def setup(self) -> None:
-    """Adds the decoder."""
-    super().setup()
-    self.decoder = QueryDecoder(self.config)
+  decoder_class = QueryDecoder
 
   def __call__(
     self,
@@ -25,28 +22,27 @@ class NARVL(EncoderDecoder):
     image_mask: jax.Array | None = None,
     train: bool = False,
   ) -> tuple[jax.Array, dict[str, Any]]:
-    """Predicts a distribution per query.
+    """Predicts a distribution over the vocabulary for every query.
 
     Args:
       image: [B, H, W, 3], float32 in [-1, 1], or uint8.
       text: int32 [B, T] source ids, right padded with `pad_id`.
-      image_mask: bool [B], False where a sample has no picture; None: all
-        have one.
-      train: turns on dropout and stochastic depth (rng "dropout") and, with
-        `batch_norm="batch"`, statistics of the batch (mutable
-        "batch_stats").
+      image_mask: bool [B], False where an example has no picture; None if
+        all have one.
+      train: enables dropout and stochastic depth (rng "dropout") and, with
+        `batch_norm="batch"`, batch statistics (mutable "batch_stats").
 
     Returns:
-      logits float32 [B, N, V] and intermediates: "image_features"
+      Logits float32 [B, N, V] and intermediates: "image_features"
       [B, h, w, C], "encoder_out" [B, S, D], "encoder_mask" bool [B, S],
       "position_embeddings" [S, D], "decoder_out" [B, N, D].
 
     Raises:
-      UserError: the picture or the text exceeds the position tables.
+      UserError: picture or text exceeds the position tables.
     """
     encoded = self.encode(image, text, image_mask=image_mask, train=train)
     return self._outputs(encoded, self.decode(encoded, train=train))
 
   def decode(self, encoded: EncoderOutput, *, train: bool = False) -> jax.Array:
-    """Returns the decoder states [B, N, D], which `project` takes."""
+    """Returns the decoder states [B, N, D], the input of `project`."""
     return self.decoder(encoded, train)

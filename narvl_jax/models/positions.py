@@ -10,10 +10,10 @@ import numpy as np
 def token_buckets(
   length: int, bucket_size: int = 256, max_position: int = 1024
 ) -> np.ndarray:
-  """Buckets of relative token distances, int32 [length, length].
+  """Buckets of relative token distances, int32 [query, key].
 
-  Distances up to half the bucket size have a bucket each, larger ones share
-  buckets that grow logarithmically. Row: query, column: key. Values lie in
+  Distances up to half the bucket size have one bucket each; larger ones share
+  buckets whose size grows logarithmically. Values lie in
   0 .. 2 * bucket_size - 2.
   """
   distance = np.arange(length)[:, None] - np.arange(length)[None, :]
@@ -24,7 +24,7 @@ def token_buckets(
     / math.log((max_position - 1) / exact)
     * (exact - 1)
   )
-  # Distances from `max_position` on share the last bucket.
+  # Distances of `max_position` and more share the last bucket.
   log_part = np.minimum(log_part, exact - 1)
   far = np.sign(distance) * (log_part.astype(np.int64) + exact)
   near_or_far = np.where(magnitude <= exact, distance, far)
@@ -45,8 +45,8 @@ def image_buckets(height: int, width: int, bucket_size: int = 42) -> np.ndarray:
   """Buckets of relative image positions, int32 [h * w, h * w].
 
   bucket = (row_q - row_k + n - 1) * (2 n - 1) + (column_q - column_k + n - 1)
-  with n = bucket_size; the three last rows of the table belong to a special
-  id 0 that only image generation uses.
+  with n = bucket_size. The last three rows of the table belong to a special
+  id 0, which only image generation uses.
   """
   rows, columns = np.divmod(np.arange(height * width), width)
   side = 2 * bucket_size - 1
@@ -71,10 +71,10 @@ def num_image_positions(bucket_size: int) -> int:
 
 
 def sinusoids(count: int, width: int) -> np.ndarray:
-  """Sines and cosines of the positions 0 .. count - 1: float32 [count, width].
+  """Returns sines and cosines of the positions, float32 [count, width].
 
-  The wavelengths grow geometrically from four positions to twice the count, so
-  that neighbours are alike and all positions differ.
+  Wavelengths grow geometrically from four positions to twice the count:
+  neighbours are similar, and all positions differ.
   """
   half = (width + 1) // 2
   wavelength = np.geomspace(4.0, max(2.0 * count, 8.0), half)
@@ -84,11 +84,11 @@ def sinusoids(count: int, width: int) -> np.ndarray:
 
 
 def image_sinusoids(bucket_size: int, width: int) -> np.ndarray:
-  """Rows of the image position table: `sinusoids` of row and of column.
+  """Returns an image position table made of `sinusoids` of row and column.
 
   Returns:
-    float32 [bucket_size ** 2 + 1, width]; row 0 is zero, half of the others
-    tells the row of the grid and half the column.
+    float32 [bucket_size ** 2 + 1, width]. Row 0 is zero. In the others, one
+    half encodes the row of the grid and the other half the column.
   """
   rows, columns = np.divmod(np.arange(bucket_size**2), bucket_size)
   vertical = sinusoids(bucket_size, width // 2)[rows]

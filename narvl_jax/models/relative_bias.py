@@ -1,7 +1,7 @@
-"""Attention biases that depend on the distance of two positions only.
+"""Attention biases that depend only on the distance between two positions.
 
-All of them begin with an axis of copies (`per_device`), one for each part of
-the batch.
+Tables and biases have a leading axis G of copies, one for each part of the
+batch (`parallel.constraints.per_device`).
 """
 
 import functools
@@ -15,11 +15,11 @@ from narvl_jax.parallel.constraints import constrain
 
 
 def token_bias(table: jax.Array, length: int, bucket_size: int) -> jax.Array:
-  """Looks the distances of tokens up.
+  """Returns the bias of pairs of text tokens or queries.
 
   Args:
     table: [G, R, H], a bias for every bucket and head.
-    length: T.
+    length: T, number of tokens.
     bucket_size: see `positions.token_buckets`.
 
   Returns:
@@ -33,19 +33,18 @@ def token_bias(table: jax.Array, length: int, bucket_size: int) -> jax.Array:
 def image_bias(
   table: jax.Array, height: int, width: int, bucket_size: int
 ) -> jax.Array:
-  """Looks the distances of the tokens of a grid up.
+  """Returns the bias of pairs of image tokens on a grid.
 
-  The distance along rows and the one along columns are expanded by a product
-  with zeros and ones each, which gives the same numbers as looking up all
-  pairs (`positions.image_buckets`). There are (h w)^2 of these: 810,000 rows
-  of a table at 480 pixels, and as many to scatter the gradient to, which an
-  accelerator does one by one.
+  Row and column distances are expanded by products with one-hot arrays. The
+  result equals a lookup of all pairs (`positions.image_buckets`), but at 480
+  pixels a lookup would gather 810,000 rows, and its gradient would scatter as
+  many, which an accelerator does one by one.
 
   Args:
     table: [G, R, H], a bias for every bucket and head.
-    height: of the grid, h.
-    width: of the grid, w.
-    bucket_size: n, the largest side of a grid.
+    height: h, rows of the grid.
+    width: w, columns of the grid.
+    bucket_size: largest side of a grid.
 
   Returns:
     [G, H, h * w, h * w].

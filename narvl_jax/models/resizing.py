@@ -1,9 +1,8 @@
-"""Position tables of one size made from those of another.
+"""Converts image position tables between picture sizes and table sizes.
 
-A picture of another side has another grid of tokens. Positions and relative
-distances that were learned on one grid are stretched over another one by
-bicubic interpolation; tables of another `image_bucket_size` keep what both can
-hold.
+Positions and relative distances that were learned on the token grid of one
+picture size are stretched to the grid of another by bicubic interpolation.
+Tables of another `image_bucket_size` keep the entries that both can hold.
 """
 
 import functools
@@ -12,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-# Rows of a table of distances that belong to no pair of the grid.
+# Rows of a relative table that belong to no pair of the grid.
 _EXTRA_BUCKETS = 3
 
 # Rows and columns.
@@ -20,13 +19,13 @@ Grid = tuple[int, int]
 
 
 def positions_side(rows: int) -> int | None:
-  """Returns the largest grid of an image position table, None if it is none."""
+  """Returns the grid side of a position table, None if it is no such table."""
   side = math.isqrt(max(rows - 1, 0))
   return side if side and side**2 + 1 == rows else None
 
 
 def distances_side(rows: int) -> int | None:
-  """Returns the largest grid of a relative table, None if it is none."""
+  """Returns the grid side of a relative table, None if it is no such table."""
   double = math.isqrt(max(rows - _EXTRA_BUCKETS, 0))
   if double % 2 == 0 or double**2 + _EXTRA_BUCKETS != rows:
     return None
@@ -37,17 +36,18 @@ def distances_side(rows: int) -> int | None:
 def resize_positions(
   table: jax.Array, fresh: jax.Array, old: Grid, new: Grid
 ) -> jax.Array:
-  """Makes an image position table of another one.
+  """Converts a table of absolute image positions.
 
   Args:
     table: [n ** 2 + 1, D], learned on the grid `old`.
-    fresh: [m ** 2 + 1, D], for what nothing is known of.
-    old: of at most n rows and columns.
-    new: of at most m rows and columns.
+    fresh: [m ** 2 + 1, D], initial values of the new table.
+    old: at most n rows and columns.
+    new: at most m rows and columns.
 
   Returns:
-    [m ** 2 + 1, D]: on the grid `new` the stretched `old`, on the rest what
-    both tables can hold, or else what `fresh` has.
+    [m ** 2 + 1, D]. On the grid `new` it holds the stretched entries of `old`.
+    Elsewhere it holds the entries of `table` where that has them, otherwise
+    those of `fresh`.
   """
   n, m = positions_side(table.shape[0]), positions_side(fresh.shape[0])
   assert n is not None
@@ -66,17 +66,18 @@ def resize_positions(
 def resize_distances(
   table: jax.Array, fresh: jax.Array, old: Grid, new: Grid
 ) -> jax.Array:
-  """Makes a table of relative image positions of another one.
+  """Converts a table of relative image positions.
 
   Args:
     table: [(2 n - 1) ** 2 + 3, H], learned on the grid `old`.
-    fresh: [(2 m - 1) ** 2 + 3, H], for what nothing is known of.
-    old: of at most n rows and columns.
-    new: of at most m rows and columns.
+    fresh: [(2 m - 1) ** 2 + 3, H], initial values of the new table.
+    old: at most n rows and columns.
+    new: at most m rows and columns.
 
   Returns:
-    [(2 m - 1) ** 2 + 3, H]: distances up to `old` - 1 stretched to `new` - 1,
-    beyond them what both tables can hold, or else what `fresh` has.
+    [(2 m - 1) ** 2 + 3, H]. Distances up to `old` - 1 are stretched to
+    `new` - 1. Longer ones are taken from `table` where that has them,
+    otherwise from `fresh`.
   """
   n, m = distances_side(table.shape[0]), distances_side(fresh.shape[0])
   assert n is not None
@@ -104,11 +105,11 @@ def resize_distances(
 
 @functools.partial(jax.jit, static_argnames="size")
 def stretch(grid: jax.Array, size: Grid) -> jax.Array:
-  """Resizes [h, w, C] to [*size, C], bicubic; corners stay corners."""
+  """Resizes [h, w, C] to [*size, C], bicubic, with corners aligned."""
   scales, shifts = [], []
   for before, after in zip(grid.shape[:2], size, strict=True):
     if after == 1:
-      # The middle has no neighbours to be a corner with.
+      # A single output takes the centre: it cannot be aligned with corners.
       scale, shift = 1.0, -0.5 * (before - 1)
     elif before == 1:
       scale, shift = float(after), 0.0

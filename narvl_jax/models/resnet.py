@@ -1,4 +1,4 @@
-"""ResNet v1.5 trunk, cut after the third stage (reference image encoder)."""
+"""ResNet v1.5 without its last stage: the image encoder of the reference."""
 
 from typing import Any
 
@@ -6,10 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from narvl_jax.models.attention import (
-  ones_init,
-  zeros_init,
-)
+from narvl_jax.models.attention import ones_init, zeros_init
 from narvl_jax.models.sizes import ModelConfig
 from narvl_jax.parallel.constraints import constrain, gathered
 
@@ -24,8 +21,8 @@ class BatchNorm(nn.Module):
   """Batch normalisation with PyTorch's running statistics.
 
   Normalises with the biased variance and updates the running variance with
-  the unbiased one, as PyTorch does (Flax's layer uses the biased one for
-  both). Under a sharded batch the statistics are those of the global batch.
+  the unbiased one; Flax's layer uses the biased one for both. If the batch is
+  sharded, the statistics are those of the global batch.
   """
 
   config: ModelConfig
@@ -57,16 +54,16 @@ class BatchNorm(nn.Module):
 class Conv(nn.Module):
   """Convolution with explicit symmetric padding.
 
-  "SAME" would pad even sizes by (0, 1) at stride 2 and shift the features
-  against PyTorch's.
+  At stride 2, "SAME" would pad even sizes by (0, 1) and shift the features
+  relative to PyTorch's.
 
   Attributes:
-    features: channels of the result.
+    features: output channels.
     size: side of the kernel.
     stride: in both directions.
-    padding: zeros on every side, half the size if None.
+    padding: zeros on every side; None for `size // 2`.
     use_bias: whether to add a bias.
-    kernel_init: without axis names.
+    kernel_init: initializer without axis names.
   """
 
   config: ModelConfig
@@ -133,8 +130,8 @@ class ResNet(nn.Module):
   def __call__(self, image: jax.Array, train: bool) -> jax.Array:
     """Maps an image [B, H, W, 3] in [-1, 1] to features [B, H/16, W/16, C].
 
-    The blocks of a stage after the first are identical and run as one scan,
-    so the program does not grow with the depth.
+    The blocks of a stage after the first are identical. They run as one scan,
+    so that compile time does not grow with depth.
     """
     cfg = self.config
     x = Conv(cfg, cfg.resnet_width, 7, 2, name="conv1")(image.astype(cfg.dtype))

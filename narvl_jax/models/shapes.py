@@ -20,7 +20,7 @@ def abstract_variables(
 def initializer(
   model: nn.Module, image_size: tuple[int, int], text_length: int
 ) -> Callable[[jax.Array], Any]:
-  """Returns a function key -> freshly initialised variables, boxed.
+  """Returns a function key -> initial variables, boxed.
 
   Equal arguments give the same jitted function, so that `abstract_variables`
   and the initialisation share one trace, which takes a second or more.

@@ -1,4 +1,4 @@
-"""Architecture sizes of NARVL and the configuration that the modules read."""
+"""Configuration of the modules, and the named sizes."""
 
 import dataclasses
 import math
@@ -35,9 +35,9 @@ _COUNTS = (
 class ModelConfig:
   """Everything that determines the parameters and the forward pass.
 
-  The named sizes reproduce the reference (arXiv 2403.02249, official code);
-  fields that depart from it are marked "beyond the reference" and are off in
-  those sizes.
+  The named sizes reproduce the reference (arXiv 2403.02249, official code).
+  Fields marked "beyond the reference" depart from it; they are off in those
+  sizes.
 
   Attributes:
     width: model width D.
@@ -46,37 +46,37 @@ class ModelConfig:
     encoder_layers: encoder depth.
     decoder_layers: decoder depth.
     resnet_blocks: bottleneck blocks in each of the three stages.
-    resnet_width: channels of the stem; the trunk ends in 16 times as many.
+    resnet_width: channels of the stem; the output has 16 times as many.
     decoder: "parallel" answers in one pass (NARVL), "autoregressive" token by
-      token (OFA, the counterpart of section 11 of the reference).
-    num_queries: learnable queries N, the length of the CTC input; only of the
-      parallel decoder.
-    vocab_size: number of classes V; blank, the last, is one of them for the
-      parallel decoder and none for the autoregressive one.
+      token (OFA).
+    num_queries: learned queries N of the parallel decoder, the length of the
+      CTC input.
+    vocab_size: number of classes V. Those of the parallel decoder include
+      blank, the last class.
     vocab_multiple: the tied table is padded to a multiple of this.
     pad_id: id of padding in the text.
     max_text_positions: rows of each token position table.
     token_bucket_size: relative token distances have 2 * size - 1 buckets.
-    image_bucket_size: largest image grid side, in tokens of 16 pixels.
+    image_bucket_size: largest side of the image grid, in tokens.
     dropout: dropout rate of embeddings and residual branches.
     encoder_drop_path: stochastic depth of the last encoder layer.
     decoder_drop_path: stochastic depth of the last decoder layer.
-    batch_norm: "batch" normalises with statistics of the global batch in
-      training (reference), "frozen" always with the running ones.
+    batch_norm: "batch" trains with the statistics of the global batch
+      (reference), "frozen" with the running statistics.
     remat: what the backward pass recomputes: "none", "dots" (all but matrix
       products with weights), "full" (each layer from its input).
-    scan_unroll: layers that one iteration of the layer scan runs.
-    init_stddev: standard deviation of the linear maps at initialisation; the
-      reference's 0.02 leaves a narrow model with uniform attention and
-      almost linear feed-forward blocks, width ** -0.5 does not.
-    dtype: compute type of activations; parameters stay float32.
+    scan_unroll: layers in one iteration of the layer scan.
+    init_stddev: standard deviation of the linear maps at initialisation. With
+      the reference's 0.02 a narrow model starts with uniform attention and
+      almost linear feed-forward blocks; width ** -0.5 avoids that.
+    dtype: compute type of activations; parameters are float32.
     image_encoder: "resnet" (reference), or "conv": three convolutions, for
       small runs on a CPU (beyond the reference).
-    patch_size: pixels a side that one token of "conv" stands for; even.
-    entangle_positions: add the absolute positions to the token content, too,
-      not only to the attention logits, and start those of the image as sines
-      and cosines (beyond the reference, whose scripts disable it; see
-      `configs/shapes.py` for what it changed).
+    patch_size: side of a token of "conv" in pixels; even.
+    entangle_positions: add absolute positions also to the token content, not
+      only to the attention logits, and initialise those of the image with
+      sines and cosines (beyond the reference; `configs/shapes.py` records its
+      effect).
   """
 
   width: int
@@ -107,7 +107,7 @@ class ModelConfig:
   entangle_positions: bool = False
 
   def __post_init__(self) -> None:
-    """Checks what can be checked without an input."""
+    """Checks the fields; raises UserError."""
     self._check_numbers()
     if self.width % self.num_heads:
       raise UserError(
@@ -173,17 +173,16 @@ class ModelConfig:
 
   @property
   def padded_vocab_size(self) -> int:
-    """Rows of the tied table; rows from `vocab_size` on are never predicted."""
+    """Rows of the tied table; those from `vocab_size` on are padding."""
     return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
   @property
   def image_stride(self) -> int:
-    """Pixels a side that one image token stands for."""
+    """Side of an image token in pixels."""
     return 16 if self.image_encoder == "resnet" else self.patch_size
 
 
-# The named sizes are those of the official code; `micro` is ours, for tests
-# and small data.
+# Sizes of the official code, and `micro` for tests and small data.
 _SIZES: dict[str, dict[str, Any]] = {
   "micro": {
     "width": 64,
@@ -242,14 +241,14 @@ SIZES = tuple(_SIZES)
 
 
 def model_config(size: str, **overrides: Any) -> ModelConfig:
-  """Returns the configuration of a named size with some fields replaced.
+  """Returns the configuration of a named size, with some fields replaced.
 
   Args:
     size: one of `SIZES`.
     **overrides: fields of `ModelConfig`.
 
   Raises:
-    UserError: unknown size or field, or values that do not fit together.
+    UserError: unknown size or field, or incompatible values.
   """
   if size not in _SIZES:
     raise UserError(

@@ -1,12 +1,12 @@
-"""The parallel decoder for inference, each layer with its own parameters.
+"""The parallel decoder for inference, faster if there are few queries.
 
-The same function as `QueryDecoder`, faster where the queries are few: products
-are taken in the order that costs least. Keys of the encoder's S outputs are
-never made; instead the queries go through the map of the keys, and the
-weighted means of the outputs through that of the values. For N queries that is
-2 N H S D multiplications a layer instead of 2 S D^2 + 2 N S D, less if there
-are fewer queries than a head is wide. Nothing is copied that a scan over
-stacked parameters would copy.
+It computes the same function as `QueryDecoder` with the products of
+cross-attention in a cheaper order. Keys and values of the s encoder outputs
+are never computed. Instead, the map of the keys is applied to the queries, and
+the map of the values to the weighted means of the outputs. That takes
+2 n h s e multiplications a layer instead of 2 s e^2 + 2 n s e, which is fewer
+if there are fewer queries than a head is wide. Each layer has its own
+parameters, so that no scan copies slices of stacked ones.
 
 Letters: b batch, n queries, s source tokens, h heads, d head width, e model
 width.
@@ -38,16 +38,16 @@ _KEY, _VALUE, _VALUE_BIAS = "key_map", "value_map", "value_bias"
 
 
 def pays(config: ModelConfig) -> bool:
-  """Returns whether this order of products costs less than the usual one."""
+  """Returns whether this order of products is cheaper than the usual one."""
   return config.num_queries < config.head_width
 
 
 def split_parameters(config: ModelConfig, params: Params) -> Params:
-  """Returns the parameters as `decode` takes them.
+  """Returns the parameters in the form that `decode` takes.
 
   Args:
-    config: of the model.
-    params: of `QueryDecoder`, unboxed.
+    config: the architecture.
+    params: parameters of `QueryDecoder`, unboxed.
   """
 
   def layer(i: int) -> Params:
@@ -69,12 +69,12 @@ def split_parameters(config: ModelConfig, params: Params) -> Params:
 def decode(
   config: ModelConfig, params: Params, encoded: EncoderOutput
 ) -> jax.Array:
-  """Returns the decoder states [B, N, D] after the last LayerNorm.
+  """Returns the decoder states [b, n, e] after the last LayerNorm.
 
   Args:
-    config: of the model.
-    params: as `split_parameters` returns them.
-    encoded: what is attended to.
+    config: the architecture.
+    params: from `split_parameters`.
+    encoded: output of the encoder.
   """
   dtype = config.dtype
 
@@ -91,7 +91,7 @@ def decode(
     {"params": params["self_position_bias"]}, positions, positions
   )
   cross = _cross_bias(config, params["cross_position_bias"], positions, encoded)
-  # [b, e, s], turned once for all layers.
+  # [b, e, s], transposed once for all layers.
   turned = encoded.out.astype(dtype).swapaxes(1, 2)
   tables = params["token_rel_pos_table"].astype(own.dtype)[:, None]
   for i, weights in enumerate(params["layers"]):
@@ -114,7 +114,8 @@ def _cross_bias(
 ) -> jax.Array:
   """Returns the bias of cross-attention, float32 [b, h n, s].
 
-  That of keys adds the same to all logits of a query, which no softmax sees.
+  The bias of the key projection is left out: it adds the same number to all
+  logits of a query, which does not change the softmax.
   """
   projected: Any = Projection(config, 1).apply(
     {"params": params["query"]}, positions
@@ -136,9 +137,9 @@ def _attend(
   """Attends from queries [b, n, h, d] to the encoder's outputs.
 
   Args:
-    q: the queries, scaled.
-    memory: the outputs [b, s, 1, e], twice.
-    weights: the maps of keys and values.
+    q: scaled queries.
+    memory: the outputs [b, s, 1, e] as both keys and values.
+    weights: maps of keys and values.
     turned: the outputs [b, e, s].
     bias: float32 [b, h n, s].
 
@@ -153,12 +154,12 @@ def _attend(
   logits = (q @ turned).astype(jnp.float32) + bias
   attended = jax.nn.softmax(logits).astype(q.dtype) @ memory.value[:, :, 0]
   attended = attended.reshape(b, h, n, -1)
-  # The weights of a query add up to 1.
+  # The value bias is added once: the weights of a query sum to 1.
   return jnp.einsum("bhne,hed->bnhd", attended, value) + value_bias
 
 
 class _Layer(nn.Module):
-  """A decoder layer with the parameters of `DecoderLayer` but for "kv"."""
+  """A decoder layer with the parameters of `DecoderLayer` except "kv"."""
 
   config: ModelConfig
 

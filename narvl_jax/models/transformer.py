@@ -1,4 +1,4 @@
-"""Pre-norm transformer layers of encoder and decoders, scanned over depth."""
+"""Pre-norm transformer layers of encoder and decoder, scanned over depth."""
 
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +45,7 @@ class FeedForward(nn.Module):
     w1 = gathered(w1, cfg.dtype, "embed", "mlp")
     h = x.astype(cfg.dtype) @ w1 + b1.astype(cfg.dtype)
     h = constrain(h, "batch", None, "act_mlp")
-    # The error function in bfloat16 would lose most of its digits.
+    # In bfloat16 the error function would lose most of its digits.
     h = jax.nn.gelu(h.astype(jnp.float32), approximate=False)
     h = layer_norm(cfg, "ffn_layernorm", "mlp")(h.astype(cfg.dtype))
     w2 = gathered(w2, cfg.dtype, "mlp", "embed")
@@ -54,7 +54,12 @@ class FeedForward(nn.Module):
 
 
 class Branch(nn.Module):
-  """Dropout and stochastic depth of one residual branch."""
+  """Dropout and stochastic depth of one residual branch.
+
+  Attributes:
+    drop_path: largest rate of the stack; 0 disables stochastic depth.
+    train: False disables both.
+  """
 
   config: ModelConfig
   drop_path: float
@@ -62,10 +67,7 @@ class Branch(nn.Module):
 
   @nn.compact
   def __call__(self, h: jax.Array, rate: jax.Array) -> jax.Array:
-    """Drops elements, then whole samples with probability `rate`.
-
-    `drop_path` is the largest rate of the stack: zero skips the draw.
-    """
+    """Drops elements, then whole examples with probability `rate`."""
     h = nn.Dropout(self.config.dropout, deterministic=not self.train)(h)
     if not self.train or not self.drop_path:
       return h
@@ -76,7 +78,7 @@ class Branch(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-  """Self-attention and feed-forward block with the extra norms.
+  """Self-attention and feed-forward block.
 
   Attributes:
     grid: (height, width) of the image in tokens.
@@ -94,12 +96,12 @@ class EncoderLayer(nn.Module):
 
     Args:
       x: tokens, image first.
-      per_layer: "token_table" [511, H] and "image_table" [6892, H] of
-        relative biases, "drop_path" scalar.
+      per_layer: relative biases "token_table" [R, H] and "image_table"
+        [R, H], and the scalar "drop_path".
       shared: "position_bias" [G, H, S, S] and "key_mask" [B, S].
 
     Returns:
-      The tokens and None (the scan's per-layer output).
+      The tokens, and None as the scan's output per layer.
     """
     cfg, rate = self.config, per_layer["drop_path"]
     branch = Branch(cfg, cfg.encoder_drop_path, self.train)
@@ -138,12 +140,13 @@ class DecoderLayer(nn.Module):
 
     Args:
       x: decoder states.
-      per_layer: "token_table" [511, H], "drop_path" scalar.
+      per_layer: relative bias "token_table" [R, H], and the scalar
+        "drop_path".
       shared: "self_bias" [G, H, N, N], "cross_bias" [G, H, N, S], "memory"
         [B, S, D], "memory_mask" [B, S], "self_mask" [B, N] or None.
 
     Returns:
-      The states and None (the scan's per-layer output).
+      The states, and None as the scan's output per layer.
     """
     cfg = self.config
     bias = shared["self_bias"]
@@ -171,16 +174,18 @@ def decoder_layer(
   branch: Callable[[jax.Array, jax.Array], jax.Array],
   rate: jax.Array,
 ) -> jax.Array:
-  """The modules of a decoder layer; to be called in that of the layer.
+  """Creates and runs the modules of a decoder layer.
+
+  Call it in the `nn.compact` method of the layer's module.
 
   Args:
     cfg: the architecture.
     x: decoder states [B, N, D].
-    memory: what the encoder says [B, S, D], or its keys and values.
+    memory: encoder output [B, S, D], or its keys and values.
     attend_self: self-attention.
     attend_memory: cross-attention.
-    branch: of what (h, rate) is added to the states.
-    rate: of stochastic depth.
+    branch: (h, rate) -> the update that is added to the states.
+    rate: rate of stochastic depth.
 
   Returns:
     [B, N, D].
@@ -212,9 +217,16 @@ def scan_layers(
 ) -> nn.Module:
   """Stacks `depth` layers as one scan; parameters get a leading axis.
 
-  Call the result with (x, per_layer, shared): arrays of `per_layer` carry a
-  leading axis of size `depth`, `shared` goes to every layer unchanged. `fields`
-  are further fields of the layer.
+  The result is called with (x, per_layer, shared). Arrays of `per_layer` have
+  a leading axis of size `depth`; `shared` is passed to every layer unchanged.
+
+  Args:
+    layer: class of the layer.
+    config: the architecture.
+    depth: number of layers.
+    train: field of the layer.
+    name: of the stack.
+    **fields: further fields of the layer.
   """
   if config.remat != "none":
     layer = nn.remat(layer, policy=_POLICIES[config.remat], prevent_cse=False)
@@ -232,5 +244,5 @@ def scan_layers(
 
 
 def drop_path_rates(rate: float, depth: int) -> jax.Array:
-  """Rates growing linearly from 0 at the first layer: float32 [depth]."""
+  """Returns rates that grow linearly from 0 to `rate`, float32 [depth]."""
   return jnp.linspace(0.0, rate, depth, dtype=jnp.float32)
