@@ -23,7 +23,6 @@ _LONG_FILES = {
   "narvl_jax/checkpoints.py",
   "narvl_jax/compare.py",
   "narvl_jax/data/pictures/rendering.py",
-  "narvl_jax/data/vocabulary/vocabulary.py",
   "narvl_jax/decoding/ctc.py",
   "narvl_jax/hosts/distributed.py",
   "narvl_jax/interop/pickle_data.py",

@@ -1,1 +1,1 @@
-"""Vocabulary."""
+"""From text to ids and back."""

@@ -1,7 +1,8 @@
-"""The files that tokenizers come in."""
+"""Reads the files of tokenizers."""
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,23 +17,55 @@ PathLike = str | os.PathLike[str]
 
 _ADVICE = "set --config.vocabulary.path"
 _FOLDER = "set --config.vocabulary.path to the folder of the official files"
-# Tokens that no merge makes: specials and fillers are few.
+# Largest fraction of tokens that no merge makes (specials, fillers).
 _MAX_UNMERGED = 0.001
 
 
-def read_dictionary(
+_FILLER = re.compile(r"madeupword\d+")
+_RESERVED = re.compile(r"<(s|pad|/s|unk|mask|(code|bin)_\d+|<BLANK>)>")
+
+
+def read_official(
+  dict_path: PathLike, encoder_path: PathLike, bpe_path: PathLike
+) -> tuple[tokenizers.Tokenizer, list[str]]:
+  """Returns tokenizer and base tokens; see `Vocabulary.from_official`."""
+  encoder = _read_token_ids(encoder_path)
+  base = _read_dictionary(dict_path, encoder, encoder_path)
+  return _byte_level_bpe(encoder, bpe_path), base
+
+
+def read_huggingface(
+  vocab_path: PathLike, merges_path: PathLike
+) -> tuple[tokenizers.Tokenizer, list[str]]:
+  """Returns tokenizer and base tokens; see `Vocabulary.from_huggingface`."""
+  vocab = _read_token_ids(vocab_path)
+  base = [
+    token
+    for token in sorted(vocab, key=vocab.__getitem__)
+    if not _RESERVED.fullmatch(token)
+  ]
+  # As in the official files, fillers have ids but are no tokens.
+  tokens = {
+    token: index
+    for token, index in vocab.items()
+    if not _FILLER.fullmatch(token)
+  }
+  return _byte_level_bpe(tokens, merges_path), base
+
+
+def _read_dictionary(
   path: PathLike, encoder: Mapping[str, int], encoder_path: PathLike
 ) -> list[str]:
   """Returns the tokens of the reference's `dict.txt` in its order.
 
   Args:
-    path: of `dict.txt`, lines "SYMBOL COUNT"; symbols are ids of `encoder`,
+    path: `dict.txt` of lines "SYMBOL COUNT". Symbols are ids of `encoder`;
       other names (the fillers) are kept.
     encoder: token -> id.
-    encoder_path: where `encoder` is from, for messages.
+    encoder_path: path of `encoder`, for messages.
 
   Raises:
-    UserError: the file cannot be read, is cut off or holds something else.
+    UserError: the file cannot be read, is cut off or has another content.
   """
   if "<s>" in encoder:
     raise UserError(
@@ -68,10 +101,10 @@ def read_dictionary(
   return list(base)
 
 
-def byte_level_bpe(
+def _byte_level_bpe(
   vocab: Mapping[str, int], merges_path: PathLike
 ) -> tokenizers.Tokenizer:
-  """Returns GPT-2's tokenizer over `vocab` with the merges of a file.
+  """Returns GPT-2's tokenizer with `vocab` and the merges of a file.
 
   Raises:
     UserError: the file cannot be read or does not fit `vocab`.
@@ -99,7 +132,7 @@ def _check_complete(
   merges: list[tuple[str, ...]],
   merges_path: PathLike,
 ) -> None:
-  """Fewer merges would split words without any sign of it."""
+  """Raises `UserError` if merges are missing, which would split words."""
   made = {left + right for left, right in merges}
   longer = [token for token in vocab if len(token) > 1 and token[0] != "<"]
   missing = [token for token in longer if token not in made]
@@ -112,11 +145,11 @@ def _check_complete(
     )
 
 
-def read_token_ids(path: PathLike) -> dict[str, int]:
+def _read_token_ids(path: PathLike) -> dict[str, int]:
   """Returns token -> id of an `encoder.json` or `vocab.json`.
 
   Raises:
-    UserError: the file cannot be read or holds something else.
+    UserError: the file cannot be read or has another content.
   """
   content = read_json_object(path)
   for token, index in content.items():
@@ -130,27 +163,19 @@ def read_token_ids(path: PathLike) -> dict[str, int]:
 
 
 def read_text(path: PathLike, advice: str = _ADVICE) -> str:
-  """Returns the text of a file.
-
-  Raises:
-    UserError: it cannot be read.
-  """
+  """Returns the text of a file; raises `UserError` if it cannot be read."""
   try:
     text = read_regular(path).decode("utf-8")
   except (OSError, UnicodeDecodeError) as e:
     raise UserError(
       f"cannot read the vocabulary file {path}: {e}; {advice}"
     ) from e
-  # As Python reads text files.
+  # Universal newlines.
   return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json_object(path: PathLike, advice: str = _ADVICE) -> dict[str, Any]:
-  """Returns the JSON object in a file.
-
-  Raises:
-    UserError: it cannot be read or holds something else.
-  """
+  """Returns the JSON object in a file; raises `UserError` if there is none."""
   try:
     content = json.loads(read_text(path, advice))
   except (ValueError, RecursionError) as e:

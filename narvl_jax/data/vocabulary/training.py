@@ -1,4 +1,4 @@
-"""Byte-level BPE: GPT-2's tokenizer, and a small one learnt from texts."""
+"""Byte-level BPE: GPT-2's tokenizer, and a small one learned from texts."""
 
 import collections
 import json
@@ -10,7 +10,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from narvl_jax.errors import UserError
 
 _UNK = "<unk>"
-# Bytes of what is still a word, or a sentence of a script without spaces.
+# Bytes of the longest word, or of a sentence in a script without spaces.
 _LONGEST_WORD = 5000
 
 
@@ -23,8 +23,8 @@ def byte_level(
 
   Args:
     vocab: token -> id of the tokenizer.
-    merges: pairs of tokens, the most important first.
-    unk_token: stands for a run of characters outside `vocab`; None drops them.
+    merges: pairs of tokens in the order of their priority.
+    unk_token: replaces a run of characters outside `vocab`; None drops them.
   """
   model = models.BPE(
     vocab=dict(vocab),
@@ -40,12 +40,12 @@ def byte_level(
 def train_bpe(
   texts: Iterable[str], *, budget: int, fixed: int
 ) -> tuple[tokenizers.Tokenizer, list[str], dict[str, tuple[str, str]]]:
-  """Learns merges from `texts` and picks the tokens worth an id.
+  """Learns merges from `texts` and picks the tokens that get an id.
 
   Args:
-    texts: with their leading space.
+    texts: texts with their leading space.
     budget: largest number of tokens with an id.
-    fixed: number of ids beside them; for the error message.
+    fixed: number of other ids, for the error message.
 
   Returns:
     The tokenizer; the picked tokens in the order of their ids (characters,
@@ -72,7 +72,7 @@ def train_bpe(
       " or more"
     )
   for word in [word for word in words if len(word) > _LONGEST_WORD]:
-    # Learning from one takes time that grows with the square of its length.
+    # The time to learn from a word grows with the square of its length.
     del words[word]
   learner = _learn_merges(words, alphabet, budget)
   used: collections.Counter[str] = collections.Counter()
@@ -83,7 +83,7 @@ def train_bpe(
   merges = [(left, right) for left, right in model["merges"]]
   parts: dict[str, tuple[str, str]] = {}
   for left, right in merges:
-    # Two merges can spell the same token; either takes it apart.
+    # Two merges can make the same token; either splits it.
     parts.setdefault(left + right, (left, right))
   picked = sorted(
     (token for token in used if token in parts),
@@ -96,11 +96,11 @@ def train_bpe(
 def _learn_merges(
   words: Mapping[str, int], alphabet: Sequence[str], budget: int
 ) -> tokenizers.Tokenizer:
-  """Merges until each frequent word is one token, or far past the budget."""
+  """Merges until each frequent word is one token, within a limit."""
   to_whole_words = sum(len(word) - 1 for word in words)
   merges = min(to_whole_words, 4 * budget + 2000)
   learner = tokenizers.Tokenizer(models.BPE(unk_token=_UNK))
-  # The words are in bytes and apart already; no merge may cross them.
+  # The words are pre-tokenised; no merge may cross them.
   learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   trainer = trainers.BpeTrainer(
     vocab_size=len(alphabet) + 1 + merges,

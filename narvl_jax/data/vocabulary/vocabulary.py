@@ -1,6 +1,6 @@
-"""Text to ids and back: specials, BPE, mask, image codes, bins, blank.
+"""From text to ids and back.
 
-The order of ids is that of the reference model, for every source:
+The order of ids is that of the reference model:
 
 | ids              | symbols                                             |
 | ---------------- | --------------------------------------------------- |
@@ -16,7 +16,6 @@ import functools
 import hashlib
 import json
 import pathlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,14 +31,13 @@ from narvl_jax.files.disk import write_text
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 MASK = "<mask>"
 BLANK = "<<BLANK>>"
-# Ids of the official vocabulary besides image codes and bins: the specials, the
-# lines of `dict.txt`, mask and blank.
+# Ids of the official vocabulary without image codes and bins: specials, lines
+# of `dict.txt`, mask and blank.
 OFFICIAL_FIXED_IDS = len(SPECIALS) + 50_260 + 2
-_FILLER = re.compile(r"madeupword\d+")
 _TOKENIZER_FILE = "tokenizer.json"
 _SYMBOLS_FILE = "vocabulary.json"
 _FORMAT = 1
-# Texts whose ids are kept; captions and questions of a data set repeat.
+# Texts whose ids are kept, because captions and questions repeat.
 _CACHE_SIZE = 1 << 12
 
 
@@ -47,13 +45,13 @@ class Vocabulary:
   """Maps text to ids and ids to text; immutable.
 
   Attributes:
-    size: number of ids, blank included.
+    size: number of ids, with the blank.
     bos_id: 0. pad_id: 1. eos_id: 2. unk_id: 3.
     mask_id: id of `<mask>`.
     num_codes: number of image codes. code_start: id of the first one.
     num_bins: number of coordinate bins. bin_start: id of the first one.
     blank_id: size - 1.
-    forbidden: bool [size], ids that no answer can hold: bos, pad, unk, mask,
+    forbidden: bool [size], ids that no answer contains: bos, pad, unk, mask,
       codes and the fillers of the official dictionary.
   """
 
@@ -68,16 +66,16 @@ class Vocabulary:
     num_bins: int,
     expansions: Mapping[str, Sequence[int]] | None = None,
   ) -> None:
-    """Builds the id table; see the constructors `from_*`, `train`, `load`.
+    """Builds the table of ids; see also `from_*`, `train` and `load`.
 
     Args:
-      tokenizer: byte-level BPE; its own ids are private to this class.
-      base: tokens that have an id of their own, in the order of their ids.
-        A name that is no token of `tokenizer` fills its place, unused.
+      tokenizer: byte-level BPE; its ids are internal.
+      base: tokens with an id, in the order of ids. A name that is no token of
+        `tokenizer` is an unused filler.
       num_codes: number of image codes.
       num_bins: number of coordinate bins.
-      expansions: ids that stand for a token without an id of its own; a token
-        in neither `base` nor here becomes unk.
+      expansions: ids of a token that is not in `base`. A token without either
+        becomes unk.
     """
     for name, value in (("num_codes", num_codes), ("num_bins", num_bins)):
       if value < 0:
@@ -95,7 +93,7 @@ class Vocabulary:
     self.bin_start = self.code_start + num_codes
     self.blank_id = self.bin_start + num_bins
     self.size = self.blank_id + 1
-    tokens = tokenizer.get_vocab(with_added_tokens=False)
+    first = len(SPECIALS)
     self._symbols = (
       *SPECIALS,
       *self._base,
@@ -104,7 +102,13 @@ class Vocabulary:
       *(f"<bin_{i}>" for i in range(num_bins)),
       BLANK,
     )
-    first = len(SPECIALS)
+    tokens = tokenizer.get_vocab(with_added_tokens=False)
+    known = {name: [first + i] for i, name in enumerate(self._base)}
+    known = {**self._expansions, **known}
+    self._ids_of_token = {
+      token_id: known.get(token) or [self.unk_id]
+      for token, token_id in tokens.items()
+    }
     fillers = [
       first + i for i, name in enumerate(self._base) if name not in tokens
     ]
@@ -112,14 +116,6 @@ class Vocabulary:
     self._pieces = [
       None if i in dropped else symbol for i, symbol in enumerate(self._symbols)
     ]
-    own = {name: [first + i] for i, name in enumerate(self._base)}
-    self._ids_of_token: list[list[int]] = [
-      [self.unk_id] for _ in range(max(tokens.values(), default=-1) + 1)
-    ]
-    for token, token_id in tokens.items():
-      ids = own.get(token) or self._expansions.get(token)
-      if ids:
-        self._ids_of_token[token_id] = ids
     self.forbidden = np.zeros(self.size, bool)
     self.forbidden[[self.bos_id, self.pad_id, self.unk_id, self.mask_id]] = True
     self.forbidden[self.code_start : self.bin_start] = True
@@ -139,11 +135,11 @@ class Vocabulary:
     """Reads `dict.txt`, `encoder.json` and `vocab.bpe` of the reference.
 
     Raises:
-      UserError: a file is missing or does not hold what its name says.
+      UserError: a file is missing or has another content.
     """
-    encoder = vocabulary_files.read_token_ids(encoder_path)
-    base = vocabulary_files.read_dictionary(dict_path, encoder, encoder_path)
-    tokenizer = vocabulary_files.byte_level_bpe(encoder, bpe_path)
+    tokenizer, base = vocabulary_files.read_official(
+      dict_path, encoder_path, bpe_path
+    )
     return cls(tokenizer, base, num_codes=num_codes, num_bins=num_bins)
 
   @classmethod
@@ -156,26 +152,13 @@ class Vocabulary:
   ) -> "Vocabulary":
     """Reads `vocab.json` and `merges.txt` of a byte-level BPE tokenizer.
 
-    Base symbols keep the order of `vocab.json`; specials, codes and bins that
-    the file lists are left out of the base, since they have ids here anyway.
+    Base symbols keep the order of `vocab.json`, without the specials, codes and
+    bins in it.
 
     Raises:
-      UserError: a file is missing or does not hold what its name says.
+      UserError: a file is missing or has another content.
     """
-    vocab = vocabulary_files.read_token_ids(vocab_path)
-    known = re.compile(r"<(s|pad|/s|unk|mask|(code|bin)_\d+|<BLANK>)>")
-    base = [
-      token
-      for token in sorted(vocab, key=vocab.__getitem__)
-      if not known.fullmatch(token)
-    ]
-    # As in the official files, fillers have ids but are no tokens.
-    tokens = {
-      token: index
-      for token, index in vocab.items()
-      if not _FILLER.fullmatch(token)
-    }
-    tokenizer = vocabulary_files.byte_level_bpe(tokens, merges_path)
+    tokenizer, base = vocabulary_files.read_huggingface(vocab_path, merges_path)
     return cls(tokenizer, base, num_codes=num_codes, num_bins=num_bins)
 
   @classmethod
@@ -186,22 +169,21 @@ class Vocabulary:
     num_codes: int = 0,
     num_bins: int = 64,
   ) -> "Vocabulary":
-    """Learns byte-level BPE from `texts` in which frequent words are whole.
+    """Learns byte-level BPE in which frequent words are whole tokens.
 
-    Tokens that no text ends up with are intermediate products of merging and
-    get no id. Where they do turn up in a new text they are split until every
-    part has an id. Characters that `texts` lack become unk, a run of them one
-    unk: the full alphabet of 256 bytes would dwarf a small vocabulary.
+    Intermediate tokens of the merges, which no text contains, get no id; in
+    other texts they are split until every part has one. A run of characters
+    that `texts` lack becomes one unk, because all 256 bytes would dominate a
+    small vocabulary.
 
     Args:
-      texts: with their leading space, as tasks encode them.
-      size: largest number of ids, everything included. It may come out
-        smaller, when there are not that many different words.
+      texts: texts with their leading space, as tasks encode them.
+      size: largest number of all ids; fewer if there are fewer words.
       num_codes: number of image codes.
       num_bins: number of coordinate bins.
 
     Raises:
-      UserError: `size` leaves no room for the characters in `texts`.
+      UserError: `size` is too small for the characters in `texts`.
     """
     fixed = len(SPECIALS) + 1 + num_codes + num_bins + 1
     tokenizer, base, parts = vocabulary_training.train_bpe(
@@ -228,7 +210,7 @@ class Vocabulary:
   def placeholder(
     cls, size: int, num_codes: int, num_bins: int
   ) -> "Vocabulary":
-    """Returns one of `size` ids, to know shapes without files; no text."""
+    """Returns a vocabulary of `size` ids for shapes only."""
     count = max(size - len(SPECIALS) - 2 - num_codes - num_bins, 0)
     base = [f"<unused_{i}>" for i in range(count)]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -254,22 +236,22 @@ class Vocabulary:
     return ids.copy()
 
   def unknown_words(self, text: str, *, whole: bool = False) -> list[str]:
-    """Returns the words of a text that this vocabulary was not made for.
+    """Returns the words of a text that are foreign to this vocabulary.
 
-    Those with a character that has no token or falls into bytes, and those of
-    three or more letters that are spelled letter by letter.
+    These are words with a character that has no token or is split into bytes,
+    and words of three or more letters that are spelled letter by letter.
 
     Args:
-      text: as tasks encode it.
-      whole: every word that the vocabulary was made from is one token, so that
-        a word in pieces is none of these.
+      text: a text as tasks encode it.
+      whole: also return all other words of several tokens, for a vocabulary
+        that was trained on whole words.
     """
     unknown = []
     split = self._tokenizer.pre_tokenizer.pre_tokenize_str(checked_text(text))
     for _, (start, end) in split:
       word = text[start:end].strip()
       ids = self.encode(text[start:end])
-      # The space before a word may be a token of its own.
+      # The space before a word may be a token.
       spaced = end - start > len(word) and ids[0] == self._space_id
       pieces = len(ids) - spaced
       spelled = word.isalpha() and pieces >= len(word) >= 3
@@ -284,15 +266,15 @@ class Vocabulary:
 
   @functools.cached_property
   def _space_id(self) -> int:
-    """Id of a space alone, unk if it has none."""
+    """Returns the id of a single space, or unk."""
     return next(iter(self.encode(" ")), self.unk_id)
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of `ids`.
 
-    bos, pad, eos, blank, the fillers of the official dictionary and ids
-    outside [0, size) vanish; unk, mask, codes and bins stay as symbols such
-    as `<bin_3>`. Bytes that are no UTF-8 become U+FFFD.
+    bos, pad, eos, blank, fillers and ids outside [0, size) are dropped; unk,
+    mask, codes and bins become symbols such as `<bin_3>`. Bytes that are no
+    UTF-8 become U+FFFD.
     """
     pieces = self._pieces
     kept = (pieces[i] for i in ids if 0 <= i < self.size)
@@ -304,7 +286,7 @@ class Vocabulary:
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """SHA-256 (hex) of everything that ids depend on."""
+    """SHA-256 (hex) of everything that determines ids."""
     model = json.loads(self._tokenizer.to_str())["model"]
     content = {
       "symbols": self._symbols,
@@ -330,15 +312,14 @@ class Vocabulary:
       _SYMBOLS_FILE: json.dumps(content, indent=1, ensure_ascii=False),
     }
     for name, text in texts.items():
-      # Whole or not at all: a run may be stopped at any moment.
       write_text(path / name, text)
 
   @classmethod
   def load(cls, folder: vocabulary_files.PathLike) -> "Vocabulary":
-    """Reads what `save` wrote.
+    """Reads a vocabulary that `save` wrote.
 
     Raises:
-      UserError: a file is missing or was changed since.
+      UserError: a file is missing or was changed.
     """
     path = pathlib.Path(folder)
     advice = "bring it back from a copy of the run"
