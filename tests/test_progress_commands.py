@@ -1,4 +1,4 @@
-"""What takes long says what it does, and counts to its end."""
+"""Long activities show what they do and count to their end."""
 
 import json
 import pathlib
@@ -23,7 +23,7 @@ Shown = list[Activity]
 
 @pytest.fixture
 def shown(monkeypatch) -> Shown:
-  """Returns the activities that a test shows."""
+  """Returns the activities that are shown during a test."""
   found = []
 
   class Noted(Activity):

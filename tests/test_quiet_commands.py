@@ -1,4 +1,4 @@
-"""A test fails if the Python that it starts prints a warning."""
+"""A test fails if a Python process that it starts prints a warning."""
 
 import subprocess
 import sys

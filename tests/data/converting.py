@@ -1,4 +1,4 @@
-"""Converting, as tests do it."""
+"""Conversion for tests."""
 
 import filecmp
 import json
@@ -21,7 +21,7 @@ SHAPES = ["shapes", "--task=grounding", "--split=test"]
 def run(
   *arguments: Any, before: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
-  """Runs the command, started by another one if that is given."""
+  """Runs the command, as arguments of `before` if given."""
   return subprocess.run(
     [*before, *COMMAND, *map(str, arguments)],
     capture_output=True,
@@ -55,7 +55,7 @@ def same(left: pathlib.Path, right: pathlib.Path) -> bool:
 def write_jsonl(
   folder: pathlib.Path, count: int, bad: tuple[int, ...] = ()
 ) -> pathlib.Path:
-  """Writes pictures of 60 x 40 pixels with a box each; bad ones have none."""
+  """Writes pictures of 60 x 40 pixels with boxes; bad ones have no area."""
   rows = []
   for number in range(count):
     name = f"{number}.jpg"

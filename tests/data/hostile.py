@@ -1,4 +1,4 @@
-"""Rows that no data set should have, for sources that read a user's files."""
+"""Hostile rows for sources that read users' files."""
 
 import base64
 import json
@@ -92,7 +92,7 @@ def jsonl_rows(task: str) -> dict[str, bytes]:
 
 
 def write_jsonl(folder: pathlib.Path, task: str, good: int) -> pathlib.Path:
-  """Writes hostile rows behind as many good ones, and their pictures."""
+  """Writes good rows, then as many hostile ones, and pictures."""
   (folder / "good.jpg").write_bytes(tsv_files.picture(3))
   (folder / "bad.jpg").write_bytes(tsv_files.picture(3)[:-200])
   lines = [json.dumps(good_row(task)).encode()] * good
@@ -134,7 +134,7 @@ def tsv_rows(task: str) -> dict[str, bytes]:
 
 
 def write_tsv(folder: pathlib.Path, task: str, good: int) -> pathlib.Path:
-  """Writes hostile rows behind as many good ones."""
+  """Writes good rows, then as many hostile ones."""
   lines = [tsv_files.row(task, 2)] * good
   path = folder / f"{task}.tsv"
   path.write_bytes(b"\n".join([*lines, *tsv_rows(task).values()]))

@@ -1,4 +1,4 @@
-"""A small source whose records tell their index, and tasks that read it."""
+"""A small source whose records contain their index, and tasks for it."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ NUMBERS = "one two three four five six seven"
 
 
 class NumberSource:
-  """Pictures of one colour; record i tells its index in every field."""
+  """Pictures of one colour; every field of record i contains i."""
 
   def __init__(
     self, task: str, count: int, bad: dict[int, Any] | None = None
@@ -65,7 +65,7 @@ class ListSource(list[Any]):
 
 
 def make_tasks() -> dict[str, tasks.Task[Any]]:
-  """Returns all tasks with a vocabulary that knows the source."""
+  """Returns all tasks with a vocabulary of the source."""
   texts: list[str] = []
   for name in TASKS:
     source: Any = NumberSource(name, 7)

@@ -1,4 +1,4 @@
-"""One record of each task, and a vocabulary that knows their words."""
+"""One record of each task, and a vocabulary of their words."""
 
 import dataclasses
 from typing import Any
@@ -38,7 +38,7 @@ RECORDS = {
 
 
 def make_vocabulary() -> Vocabulary:
-  """Returns a small one with 11 bins."""
+  """Returns a small vocabulary with 11 bins."""
   texts = [
     text
     for name in TASKS

@@ -1,4 +1,4 @@
-"""One spelling of answers everywhere, and the scores of annotators."""
+"""The spelling of answers, and the scores of annotators."""
 
 import base64
 import itertools
@@ -76,7 +76,7 @@ def test_normalize_keeps_joiners(text: str) -> None:
 
 
 def test_time_of_normalizing_is_bounded() -> None:
-  """Composing such a run takes minutes; predictions must not stop a run."""
+  """Composing such a prediction would take minutes and hang the run."""
   marks = "a" + "\u0300\u0323" * 500_000
   assert normalize_answer(f" {marks}\n") == marks
   assert normalize_answer("e\u0301" * 5_000) == "\u00e9" * 5_000
@@ -99,7 +99,7 @@ def test_normalize_keeps_what_tells_answers_apart() -> None:
 def test_what_is_trained_on_can_score(
   vocabulary: Vocabulary, given: str
 ) -> None:
-  """Whatever the source; a shard that was written before has it as it was."""
+  """For every source, including shards with answers that are not normalised."""
   task = tasks.make_task("vqa", vocabulary)
   record = _record(answers={given: 1.0})
   encoded = task.encode(record)
@@ -168,7 +168,7 @@ def test_files_are_read_in_one_spelling(
 
 
 def _by_definition(counts: dict[str, int], needed: int) -> dict[str, float]:
-  """Mean over the sets of all annotators but one, as VQA v2 has it."""
+  """The definition of VQA v2: mean over the sets of all annotators but one."""
   people = list(itertools.chain(*([a] * n for a, n in counts.items())))
   scores = {}
   for answer in counts:
@@ -211,7 +211,7 @@ def test_other_numbers_of_annotators(
 
 
 def test_most_frequent_comes_first() -> None:
-  """Two answers may both have the score 1; the first of equals is taken."""
+  """The first of several answers with the score 1 is the target."""
   assert list(annotator_scores(["no"] * 4 + ["yes"] * 5)) == ["yes", "no"]
   assert list(annotator_scores(["no", "yes"] * 5)) == ["no", "yes"]
   # Spellings are counted together; people without an answer count as people.

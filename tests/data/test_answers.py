@@ -48,7 +48,7 @@ def test_load(tmp_path: pathlib.Path, name: str, content: str | bytes) -> None:
 
 
 class _Evil:
-  """Would make a file when it is unpickled."""
+  """Creates a file if it is unpickled."""
 
   def __init__(self, path: pathlib.Path) -> None:
     self.path = path
@@ -130,7 +130,7 @@ def _records(*rows: dict[str, float]) -> list[Record]:
 
 
 class _WithBadRecord(list[Record]):
-  """Whose second record cannot be read."""
+  """A source whose second record cannot be read."""
 
   def __getitem__(self, index: Any) -> Any:
     if index == 1:

@@ -1,4 +1,4 @@
-"""Files full of hostile rows: each costs its row and nothing else."""
+"""Files with hostile rows: each makes only its own record bad."""
 
 import json
 import os
@@ -159,7 +159,7 @@ _JSON = st.recursive(
 def test_any_value_of_any_key(
   tmp_path: pathlib.Path, task: str, key: str, value: Any
 ) -> None:
-  """A record or a `UserError`: nothing that could pass for a defect."""
+  """Reading gives a record or a `UserError`, never a possible defect."""
   (tmp_path / "good.jpg").write_bytes(tsv_files.picture(3))
   path = tmp_path / "own.jsonl"
   row = json.dumps({**hostile.good_row(task), key: value})
@@ -177,7 +177,7 @@ def test_any_value_of_any_key(
 def test_command(
   tmp_path: pathlib.Path, write: Callable[..., pathlib.Path]
 ) -> None:
-  """A table and a verdict, on a terminal that knows ASCII only."""
+  """A table and a verdict are printed on an ASCII terminal."""
   path = write(tmp_path, "vqa", 1500)
   done = subprocess.run(
     [
@@ -200,7 +200,7 @@ def test_command(
 
 
 def test_hostile_files_of_a_folder(tmp_path: pathlib.Path) -> None:
-  """One line and code 2 for each file that is none of records."""
+  """One line and exit code 2 for each file without records."""
   (tmp_path / "good.jpg").write_bytes(tsv_files.picture(3))
   files = {
     "empty.jsonl": b"",

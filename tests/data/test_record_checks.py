@@ -1,4 +1,4 @@
-"""Fields of wrong types and values make a bad record, whatever the source."""
+"""Fields of wrong types and values make a bad record in every source."""
 
 import dataclasses
 import json
@@ -126,7 +126,7 @@ def _source() -> list[Any]:
 
 
 def test_all_that_reads_records_leaves_them_out() -> None:
-  """A source of a user, which returns whatever it likes."""
+  """A user's source, which may return anything."""
   source = _source()
   reader = RecordReader(source, "x")
   for index in range(len(source)):
@@ -150,7 +150,7 @@ def test_a_list_of_objects_can_be_encoded() -> None:
 
 
 def test_the_evaluator_groups_what_is_left() -> None:
-  """A kind that is no text cannot be the key of a group."""
+  """A kind that is not a text cannot be the key of a group."""
   found = [
     RecordReader([record], "x").read(0, lambda record: record.kind)
     for record in _source()
@@ -163,7 +163,7 @@ def test_the_evaluator_groups_what_is_left() -> None:
 
 
 def test_records_are_checked_where_a_defect_is_looked_for() -> None:
-  """The others that are tried are passed on checked, too."""
+  """Records that are tried for a defect are checked as well."""
   source = [changed("vqa", objects=["dog"]) for _ in range(3)]
 
   def use(record: Record) -> None:

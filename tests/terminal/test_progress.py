@@ -1,4 +1,4 @@
-"""What is shown while a command works, on a terminal and elsewhere."""
+"""Progress of a command on a terminal and elsewhere."""
 
 import io
 import os
@@ -11,23 +11,14 @@ from typing import Any
 
 import pytest
 from absl import logging
-from rich.console import Console
 
 from narvl_jax.reliability import session as hosts
 from narvl_jax.terminal import progress
-from narvl_jax.terminal.activity import Activity, drawn
-
-
-class Clock:
-  def __init__(self) -> None:
-    self.now = 0.0
-
-  def __call__(self) -> float:
-    return self.now
+from narvl_jax.terminal.activity import Activity
 
 
 class Terminal(io.TextIOWrapper):
-  """A terminal of 80 columns that keeps what it is given."""
+  """A terminal of 80 columns that keeps its output."""
 
   def __init__(self) -> None:
     super().__init__(io.BytesIO(), encoding="utf-8", write_through=True)
@@ -48,7 +39,7 @@ class Terminal(io.TextIOWrapper):
 
 
 def screen(text: str) -> list[str]:
-  """Returns the lines that a terminal shows after it was given a text."""
+  """Returns the lines that a terminal shows after output of a text."""
   lines = []
   text = re.sub(r"\x1b\[[\d;]*m", "", text)
   for line in text.split("\n"):
@@ -96,115 +87,27 @@ def wait_for(condition: Callable[[], bool]) -> None:
   raise AssertionError("it never came")
 
 
-def activities() -> dict[str, Activity]:
-  """Returns some, each in the middle of its work."""
-  clock = Clock()
-
-  def halfway(
-    text: str, total: int | None, unit: str, done: int, seconds: float
-  ) -> Activity:
-    clock.now = 0.0
-    activity = Activity(text, total, unit, clock=clock)
-    clock.now = seconds
-    activity.done = done
-    # Its clock stands still for good.
-    activity._clock = lambda: seconds
-    return activity
-
-  return {
-    "compile": halfway("compiling the step", None, "", 0, 107.3),
-    "vocabulary": halfway("training the vocabulary", None, "texts", 5120, 4.0),
-    "start": halfway("evaluating test", 16_000, "examples", 0, 12.0),
-    "middle": halfway("evaluating test", 16_000, "examples", 4000, 90.0),
-    "end": halfway("evaluating test", 16_000, "examples", 16_000, 360.0),
-    "bytes": halfway(
-      "finding the rows of vqa_train.tsv", 9_400_000_000, "bytes", 18 * 10**8, 1
-    ),
-    "long": halfway(
-      "reading the checkpoint of runs/a_long_name_of_a_run/with_more/below_it",
-      None,
-      "",
-      0,
-      3.0,
-    ),
-    "long_total": halfway(
-      "finding the rows of a_long_name_of_a_file_of_questions_about_things.tsv",
-      1000,
-      "rows",
-      10,
-      3.0,
-    ),
-    "foreign": halfway("[red]\x1b]0;title\x07\nnext[/red]", 10, "", 1, 3.0),
-    "wide": halfway("読み込み中 " * 12, 10, "examples", 3, 3.0),
-    "empty": halfway("reading", 0, "records", 0, 1.0),
-  }
-
-
-@pytest.mark.parametrize("width", [80, 40])
-def test_the_bar(width, golden):
-  """Drawn by rich as on a terminal, colours left out."""
-  lines = []
-  for name, activity in activities().items():
-    console = Console(
-      file=io.StringIO(),
-      record=True,
-      force_terminal=True,
-      width=width,
-      legacy_windows=False,
-      _environ={},
-    )
-    console.print(drawn(activity, width - 1), end="")
-    text = console.export_text(styles=False)
-    assert text.count("\n") == 1, name
-    lines.append(text.rstrip())
-    assert len(lines[-1]) < width, name
-  golden(f"terminal/bar_{width}.txt", "\n".join(lines) + "\n")
-
-
-@pytest.mark.parametrize("width", [*range(1, 40)])
-def test_no_terminal_is_too_narrow(width):
-  for activity in activities().values():
-    console = Console(file=io.StringIO(), width=width, _environ={})
-    with console.capture() as capture:
-      console.print(drawn(activity, width), end="")
-    assert len(capture.get().rstrip("\n").splitlines()) == 1
-
-
-def test_plain_lines(golden):
-  lines = [activity.line() for activity in activities().values()]
-  golden("terminal/lines.txt", "\n".join(lines) + "\n")
-
-
 def test_plain_lines_come_at_growing_intervals():
-  clock, stream = Clock(), io.StringIO()
+  now, stream = [0.0], io.StringIO()
+
+  def clock() -> float:
+    return now[0]
+
   display = progress._Display(stream, live=False, clock=clock)
   times = []
   with display.showing(Activity("working", 1000, clock=clock)) as _:
     activity = display._activities[-1]
-    while clock.now < 400:
-      clock.now += 0.25
-      activity.done = int(clock.now)
+    while now[0] < 400:
+      now[0] += 0.25
+      activity.done = int(now[0])
       before = stream.getvalue()
       display.draw()
       if stream.getvalue() != before:
-        times.append(clock.now)
+        times.append(now[0])
   assert times == [10, 20, 40, 80, 140, 200, 260, 320, 380]
   lines = stream.getvalue().splitlines()
   assert lines[0] == "progress: working: 10/1,000  1 %  16m30s left, 1.0 /s"
   assert lines[-1] == "progress: working: 380/1,000  38 %  10m20s left, 1.0 /s"
-
-
-def test_the_speed_is_that_of_the_last_half_minute():
-  clock = Clock()
-  activity = Activity("working", 1000, "things", clock=clock)
-  for second in range(1, 200):
-    clock.now = second
-    # The first minute compiles.
-    activity.done = max(0, 2 * (second - 60))
-    activity.rate()
-  assert activity.rate() == pytest.approx(2.0)
-  left = (1000 - activity.done) / 2
-  assert f"{left / 60:.0f}m" in activity.progress()
 
 
 def test_the_innermost_activity_is_shown(open_terminal):
@@ -355,20 +258,6 @@ def test_what_was_done_before_is_no_speed(open_terminal):
     assert training.progress().startswith("900/1,000 steps  90 %  0s")
 
 
-def test_a_time_that_is_known_better_runs_down():
-  clock = Clock()
-  activity = Activity("training", 1000, "steps", done=900, clock=clock)
-  activity.expect(125.0)
-  assert activity.progress() == "900/1,000 steps  90 %  2m05s left"
-  clock.now += 25
-  assert activity.progress() == "900/1,000 steps  90 %  1m40s left"
-  clock.now += 200
-  assert activity.progress() == "900/1,000 steps  90 %  0s left"
-  activity.expect(None)
-  activity.done = 950
-  assert activity.progress() == "950/1,000 steps  95 %  3m20s left"
-
-
 def test_a_block_with_lines_of_its_own_shows_only_a_bar(
   monkeypatch, open_terminal
 ):
@@ -382,7 +271,7 @@ def test_a_block_with_lines_of_its_own_shows_only_a_bar(
 
 
 def test_the_terminal_of_a_run_is_drawn_on(open_terminal, tmp_path):
-  """A run opens a log once its terminal is gone, and then has no bar."""
+  """A run whose terminal is gone opens a log and shows no bar."""
   terminal = open_terminal()
   log = tmp_path / "host_000.log"
   with hosts.outliving_terminal(tmp_path):

@@ -1,4 +1,4 @@
-"""Text that others wrote, where people and programs read it."""
+"""Untrusted text on terminals and in files."""
 
 import ast
 import io

@@ -50,10 +50,8 @@ def train_batches(
 
   Args:
     entries: sources to mix.
-    tasks: name -> task.
     position: number of batches that were used or skipped already.
     batch_size: examples of all hosts together.
-    seed: of the order.
     image_size: (height, width) in pixels.
     max_text_length: T, tokens of the source with bos and eos.
     max_label_length: L, labels of the target.

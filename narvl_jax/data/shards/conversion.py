@@ -81,8 +81,6 @@ def plan(
     spec: see `open_source`.
     folder: target of the shards.
     task: one of `TASKS`; may be "" if the source knows its task.
-    split: of the source.
-    options: of the source.
     name: of the shards; by default TASK-SPLIT.
     limit: largest number of records to convert; 0 converts all.
     shards: number of shards; 0 derives it from `shard_size`.
@@ -106,12 +104,8 @@ def plan(
   count = min(limit, len(source)) if limit else len(source)
   if count < 1:
     raise UserError(f'"{spec}" has no record; check --split')
-  num_shards, most = shards or math.ceil(count / shard_size), min(count, 99999)
-  if num_shards > most:
-    raise UserError(
-      f"{num_shards} shards for {count} records are too many; there may be"
-      f" {most}: change {size_flags}"
-    )
+  num_shards = shards or math.ceil(count / shard_size)
+  _check_shards(num_shards, count, size_flags)
   kept = [c if c.isalnum() or c in "-_." else "_" for c in found_split]
   job = Job(
     spec, task, split, options, folder, name or f"{task}-{''.join(kept)}",
@@ -124,6 +118,15 @@ def plan(
     "fingerprint": _fingerprint(source, spec, options, found_split),
   }
   return job, {"split": found_split, "source": origin}
+
+
+def _check_shards(num_shards: int, count: int, size_flags: str) -> None:
+  most = min(count, 99999)
+  if num_shards > most:
+    raise UserError(
+      f"{num_shards} shards for {count} records are too many; there may be"
+      f" {most}: change {size_flags}"
+    )
 
 
 def _fingerprint(
@@ -157,11 +160,9 @@ def convert(
   tell: Callable[[str], None] = show,
   write: Write | None = None,
 ) -> Manifest:
-  """Writes the missing shards, and the manifest.
+  """Writes the missing shards of a `plan`, and the manifest.
 
   Args:
-    job: from `plan`.
-    origin: from `plan`.
     num_workers: number of processes; 0 works in this one.
     max_bad_fraction: share of the records that may be bad and left out.
     tell: prints a line for each shard.

@@ -1,4 +1,4 @@
-"""Whatever one record raises is that record's fault, unless all raise it."""
+"""An error of one record makes it bad, unless all records raise it."""
 
 import pickle
 import zlib
@@ -82,7 +82,7 @@ def _train(model_tasks: Any, source: Any, **changes: Any) -> Any:
 
 
 def _spread_faults() -> dict[int, Any]:
-  """Returns a fault of every kind, none of them beside another."""
+  """Returns a fault of every kind, no two of them adjacent."""
   return {3 * i: error for i, error in enumerate(ERRORS)}
 
 
@@ -152,7 +152,7 @@ def test_known_faults_of_all_records_are_no_defect() -> None:
 
 
 def test_only_records_that_can_be_used_are_tried() -> None:
-  """A process that writes a shard has labels for the records of that shard."""
+  """A process that writes a shard has labels for its records only."""
   source = _source(100, {i: TypeError("odd") for i in range(40, 60)})
   reader = RecordReader(source, "x", among=range(40, 60))
   with pytest.raises(TypeError, match="odd"):
@@ -176,7 +176,7 @@ def test_a_defect_in_a_shard_is_no_failed_write(tmp_path: Any) -> None:
 
 
 def test_the_first_good_record_may_come_late() -> None:
-  """A block of damaged rows at the start of a file is no defect."""
+  """A block of damaged rows at the start of a file is not a defect."""
   source = _source(400, dict.fromkeys(range(300), TypeError("odd")))
   reader = RecordReader(source, "x")
   assert isinstance(reader.read(0, lambda record: record), BadRecord)

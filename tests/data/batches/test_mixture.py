@@ -15,7 +15,7 @@ from narvl_jax.errors import UserError
 
 
 class _Numbered(Mixture):
-  """Numbers the records of all entries through, one entry after another."""
+  """Numbers the records of all entries consecutively."""
 
   def __init__(self, entries: list[MixtureEntry], **settings: Any) -> None:
     super().__init__(entries, **settings)

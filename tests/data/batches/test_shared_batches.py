@@ -1,4 +1,4 @@
-"""Segments of shared memory for batches: taken, fetched, freed, given back."""
+"""Segments of shared memory for batches: taken, fetched, freed, closed."""
 
 import collections
 import os

@@ -1,4 +1,4 @@
-"""Encoded pictures that the tests of pictures share."""
+"""Encoded pictures for tests."""
 
 import io
 import struct
@@ -29,19 +29,19 @@ _UPRIGHT = {
 
 
 def smooth(width: int = 40, height: int = 24) -> np.ndarray:
-  """Returns uint8 [height, width, 3] that JPEG hardly changes."""
+  """Returns uint8 [height, width, 3], smooth enough for JPEG."""
   rng = np.random.default_rng(0)
   small = rng.integers(0, 256, (3, 5, 3), np.uint8)
   return np.asarray(Image.fromarray(small).resize((width, height)))
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-  """Returns pixels as a tag of this value wants them shown."""
+  """Returns pixels with the orientation of a tag applied."""
   return _UPRIGHT.get(orientation, lambda x: x)(pixels)
 
 
 def sideways(pixels: np.ndarray, orientation: int) -> np.ndarray:
-  """Returns pixels that such a tag turns into the given ones."""
+  """Returns pixels that the orientation of a tag turns into the given ones."""
   opposite = {6: 8, 8: 6}.get(orientation, orientation)
   return upright(pixels, opposite)
 
@@ -49,7 +49,7 @@ def sideways(pixels: np.ndarray, orientation: int) -> np.ndarray:
 def encode(
   pixels: np.ndarray, kind: str = "PNG", orientation: int = 0, **options: Any
 ) -> bytes:
-  """Returns a file of a format, with a tag unless that is 0."""
+  """Returns an encoded picture, with an orientation tag unless it is 0."""
   picture = Image.fromarray(pixels)
   options = {**_LOSSLESS.get(kind, {}), **options}
   if orientation:

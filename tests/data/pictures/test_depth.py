@@ -1,4 +1,4 @@
-"""Pictures of more than 8 bits: which value is white, and the memory."""
+"""Pictures of more than 8 bits: the white value, and memory."""
 
 import io
 import tracemalloc
@@ -19,7 +19,7 @@ def _values(channels: int, top: int = 255) -> np.ndarray:
 
 
 def _colors(values: np.ndarray) -> np.ndarray:
-  """Returns what is expected without alpha: [H, W, 3]."""
+  """Returns the expected pixels without alpha: [H, W, 3]."""
   colors = values[..., : 1 if values.shape[2] < 3 else 3]
   return np.broadcast_to(colors, (*values.shape[:2], 3)).astype(np.uint8)
 
@@ -46,7 +46,7 @@ def test_tiff_of_16_bits(channels: int, order: str, compressed: bool) -> None:
 
 
 def test_a_dark_picture_stays_dark() -> None:
-  """Of 4,095 nobody knows whether it is the white of 12 bits."""
+  """4,095 may or may not be the white of 12 bits."""
   for channels in (1, 3):
     values = _values(channels, 4095)
     image = images.prepare_image(samples.png_16(values), (5, 7))
@@ -84,7 +84,7 @@ def test_strips_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 200.0, 60_000.0])
 def test_infinite_values_do_not_make_the_scale(scale: float) -> None:
-  """They are white or black, and the rest is as it is without them."""
+  """They are white or black and do not affect other pixels."""
   pixels = np.full((4, 5), scale, np.float32)
   pixels[1] = scale / 2
   pixels[2] = 0
@@ -99,7 +99,7 @@ def test_infinite_values_do_not_make_the_scale(scale: float) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.int32])
 def test_memory_is_bounded(dtype: type) -> None:
-  """One byte a pixel and a few strips, not several floats a pixel."""
+  """Takes one byte a pixel and a few strips, not floats for all pixels."""
   side = 4096
   picture = Image.fromarray(np.full((side, side), 7, dtype))
   tracemalloc.start()

@@ -1,4 +1,4 @@
-"""Picture files from anywhere: what is refused, and what messages hold."""
+"""Untrusted picture files: rejected files, and the content of messages."""
 
 import io
 import os
@@ -55,7 +55,7 @@ def test_other_decoders_are_not_reachable(
 
 
 def test_decoders_are_found_without_importing_all() -> None:
-  """Pillow imports 40 modules to look for a format that it does not know."""
+  """Pillow would import 40 modules to find an unknown format."""
   program = (
     "import sys\n"
     "from narvl_jax.data.pictures import images\n"
@@ -122,7 +122,7 @@ def _jsonl(folder: pathlib.Path, name: str) -> Any:
 
 @pytest.fixture
 def readers(tmp_path: pathlib.Path) -> Any:
-  """Every way in which a file of a name is opened."""
+  """All ways to open a file by name."""
   return (
     lambda name: images.read_image_file(tmp_path / name),
     lambda name: read_picture(tmp_path / name),
@@ -133,7 +133,7 @@ def readers(tmp_path: pathlib.Path) -> Any:
 def test_no_regular_file(
   tmp_path: pathlib.Path, readers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  """None of these is waited for, and none fills the memory."""
+  """None of these blocks or fills the memory."""
   os.mkfifo(tmp_path / "pipe.jpg")
   (tmp_path / "link.jpg").symlink_to(tmp_path / "pipe.jpg")
   (tmp_path / "zero.jpg").symlink_to("/dev/zero")

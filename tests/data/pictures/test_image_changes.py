@@ -1,4 +1,4 @@
-"""Pictures that are cropped, mirrored or coloured on their way."""
+"""Pictures that are cropped, mirrored or recoloured."""
 
 import io
 

@@ -214,7 +214,7 @@ def test_no_picture() -> None:
 
 
 def _png_of_size(width: int, height: int) -> bytes:
-  """A header that promises a picture which nobody should decode."""
+  """A header of a picture that is too large to decode."""
   data = bytearray(_encode(Image.new("L", (1, 1))))
   data[16:24] = struct.pack(">II", width, height)
   data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))

@@ -61,7 +61,7 @@ def test_every_format(kind: str, orientation: int) -> None:
 
 
 def test_same_pixels_as_of_the_upright_file() -> None:
-  """Turned before it is resized: the same to the bit, crops included."""
+  """A picture is turned before it is resized and cropped."""
   for orientation in range(2, 9):
     stored = samples.sideways(PIXELS, orientation)
     data = images.Upright(samples.encode(stored, "PNG", orientation))
@@ -195,7 +195,7 @@ def test_sources(tmp_path: pathlib.Path, kind: str, name: str) -> None:
 
 
 def test_converted_to_jpeg(tmp_path: pathlib.Path) -> None:
-  """The tag is lost: what the pictures are turned to is settled there."""
+  """Resizing removes the tag, so the conversion decides the orientation."""
   path = _write(tmp_path)["jsonl"]
   told: dict[str, list[str]] = {"ignore": [], "apply": []}
   for setting, lines in told.items():
@@ -239,7 +239,7 @@ def test_converted_to_jpeg(tmp_path: pathlib.Path) -> None:
 
 
 def test_converted_as_they_are(tmp_path: pathlib.Path) -> None:
-  """With the flag it is settled; otherwise the config of the run decides."""
+  """With the flag the conversion decides; otherwise the run's config."""
   path = _write(tmp_path)["jsonl"]
   folders = [tmp_path / name for name in ("ignore", "apply", "again")]
   convert(folders[0], path, split="train")
@@ -266,7 +266,7 @@ def test_converted_as_they_are(tmp_path: pathlib.Path) -> None:
 
 
 def test_pictures_for_people(tmp_path: pathlib.Path) -> None:
-  """Of predict, of the page of predictions, and of check_data."""
+  """In predict, the page of predictions, and check_data."""
   paths = _write(tmp_path)
   expected = samples.smooth(24, 40)
   file = tmp_path / "phone.img"
@@ -292,7 +292,7 @@ def test_pictures_for_people(tmp_path: pathlib.Path) -> None:
 
 
 def test_tfds(monkeypatch: pytest.MonkeyPatch) -> None:
-  """Boxes that are shares of the picture are shares of the upright one."""
+  """Relative boxes refer to the upright picture."""
   from narvl_jax.data.sources.tfds import source as tfds
 
   made: list[Any] = []

@@ -1,4 +1,4 @@
-"""Conversions that were stopped go on, and mix with nothing else."""
+"""Stopped conversions resume, and reject other settings and files."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_interrupted_command_says_how_to_go_on(tmp_path: pathlib.Path) -> None:
 
 
 def _interrupted(folder: pathlib.Path, after: int = 2, **options: Any) -> None:
-  """Leaves a conversion behind of which some shards are done."""
+  """Stops a conversion after some shards."""
 
   class StopError(Exception):
     pass

@@ -317,7 +317,7 @@ def test_lines_of_a_config_do_what_they_say(folders):
 def test_shards_hold_any_text(
   tmp_path: pathlib.Path, name: str, task: str
 ) -> None:
-  """What is written can be read; TSV replaces what UTF-8 cannot hold."""
+  """Written data can be read; TSV replaces characters beyond UTF-8."""
   nasty = "\ud83d two\x1b]0;x\x07 \u2028\x85"
   record = dataclasses.replace(
     RECORDS[task], id=nasty, kind=nasty, prompt=nasty, premise=nasty
