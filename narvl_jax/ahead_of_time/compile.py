@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of a run for chips that are not there."""
+"""Ahead-of-time compilation of a run for absent chips."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ from narvl_jax.prediction.readers import answer_lengths, make_reader
 from narvl_jax.training.setup import Setup, build_setup
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# What the compiler says of a program that is too large, in either form.
+# Error messages of the compiler for programs that are too large.
 _TOO_LARGE = (
   re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE),
   re.compile(
@@ -37,9 +37,9 @@ class Memory:
 
   Attributes:
     arguments: state and batch.
-    temporaries: what a step needs besides them.
-    total: both, the program's code and results that replace no argument.
-    limit: what there is.
+    temporaries: temporary memory of a step.
+    total: both, the program's code, and results that alias no argument.
+    limit: memory of the chip.
   """
 
   arguments: int
@@ -55,14 +55,14 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """What is known of a step that was compiled.
+  """A compiled step.
 
   Attributes:
     setup: shapes and shardings of the run.
-    topology: what it was compiled for.
+    topology: the chips it was compiled for.
     memory: of a chip.
-    program: what the step does; None if it does not fit.
-    seconds: of the compilation.
+    program: its counts; None if it does not fit.
+    seconds: time of the compilation.
     text: of the program.
   """
 
@@ -80,13 +80,13 @@ class Check:
 
   @property
   def compute_seconds(self) -> float | None:
-    """The compiler's estimate of cycles, over the clock of the chip."""
+    """The compiler's estimate of cycles divided by the clock of the chip."""
     if self.program is None:
       return None
     return self.program.cycles / self.topology.chip.clock
 
   def network_bytes(self) -> tuple[float, float]:
-    """Returns the bytes that a chip receives from its slice and from others."""
+    """Returns bytes that a chip receives from its slice and from others."""
     collectives = self.program.collectives if self.program else ()
     block = self.setup.mesh.size // self.topology.num_slices
     traffic = [found.traffic(block) for found in collectives]
@@ -94,13 +94,11 @@ class Check:
 
   @property
   def communication_seconds(self) -> float | None:
-    """Bytes over bandwidth; None if there is no figure for one of them.
+    """Bytes over bandwidth, a lower bound: all links work at the same time.
 
-    So it is where slices must exchange something that the text of the program
-    does not show as a collective.
-
-    All links of a chip are taken to work at the same time, so it is the least
-    time. Published bandwidths of a chip hold both directions, hence the half.
+    Published bandwidths include both directions, hence the half. None if the
+    bandwidth between slices is unknown, or the exchange between slices is not
+    a collective in the text of the program.
     """
     if self.program is None:
       return None
@@ -113,16 +111,16 @@ class Check:
     return seconds + across / chip.dcn_bandwidth
 
   def utilisation(self, seconds: float) -> float:
-    """Returns the MFU of a step that takes so long."""
+    """Returns the MFU of a step of this duration."""
     return self.formula_flops / (self.topology.chip.peak_flops * seconds)
 
 
 def check_train_step(config: Any, topology: Topology) -> Check:
-  """Compiles the train step of a config, its real one.
+  """Compiles the train step of a config.
 
   Args:
-    config: see `narvl_jax.experiment.config.default_config`; activations are
-      bfloat16 unless it says otherwise.
+    config: see `narvl_jax.experiment.config.default_config`; "auto" activations
+      are bfloat16.
     topology: from `get_topology`.
 
   Raises:
@@ -130,7 +128,7 @@ def check_train_step(config: Any, topology: Topology) -> Check:
   """
   config = config.copy_and_resolve_references()
   if config.model.dtype == "auto":
-    # The backend here is a CPU, which "auto" would follow.
+    # "auto" would follow the backend, a CPU.
     config.model.dtype = "bfloat16"
   experiment = create(config, shapes_only=True)
   mesh = mesh_from_config(config.mesh, topology.devices)
@@ -139,24 +137,24 @@ def check_train_step(config: Any, topology: Topology) -> Check:
 
 
 def check_predict_step(train: Check) -> Check:
-  """Compiles the predict step of the same run, on the same chips."""
+  """Compiles the predict step of the same run for the same chips."""
   setup = train.setup
   return _check(setup, train.topology, lambda: _compile_predict_step(setup))
 
 
 def predict_batch_size(setup: Setup) -> int:
-  """Returns `evaluation.batch_size`, rounded up to what divides."""
+  """Returns `evaluation.batch_size`, rounded up to divide over the devices."""
   parts = data_parallel_size(setup.mesh)
   return -(-setup.experiment.config.evaluation.batch_size // parts) * parts
 
 
 def _compile_predict_step(setup: Setup) -> jax.stages.Compiled:
-  """Compiles for the weights where training leaves them."""
+  """Compiles with the weights sharded as in training."""
   experiment, mesh = setup.experiment, setup.mesh
   config = experiment.config
-  # All tasks share the program, unless a decoder reads the prompts of some.
+  # All tasks share the program, unless the decoder reads prompts of some.
   name = next(iter(config.tasks))
-  # Hashable, as all of its fields are; its type does not tell.
+  # Hashable, which its type does not declare.
   model: Any = experiment.model
   steps = make_steps(
     model,
@@ -218,11 +216,7 @@ def _check(
 
 
 def needed_bytes(message: str) -> tuple[int, int] | None:
-  """Reads (needed, available) bytes of a chip out of an error of XLA.
-
-  Returns:
-    None if the error is another one.
-  """
+  """Returns (needed, available) bytes from an error of XLA, None if other."""
   if "RESOURCE_EXHAUSTED" not in message:
     return None
   for pattern in _TOO_LARGE:
@@ -237,20 +231,20 @@ def needed_bytes(message: str) -> tuple[int, int] | None:
 
 
 def _too_large(setup: Setup, needed: int, limit: int) -> Memory:
-  """Splits what a failed compilation needed by what its arguments must be."""
+  """Returns the memory of a failed compilation."""
   rows = jax.tree.leaves(setup.batch)
   per_device = sum(x.size * x.dtype.itemsize for x in rows)
   per_device //= data_parallel_size(setup.mesh)
   arguments = setup.state_bytes_per_device + per_device
   if setup.teacher is not None:
     arguments += setup.teacher.bytes_per_device
-  # One form of the message tells only of the temporaries.
+  # One form of the message has only the temporaries.
   total = max(needed, arguments)
   return Memory(arguments, total - arguments, total, limit)
 
 
 def advice(setup: Setup, memory: Memory) -> list[str]:
-  """Returns flags that make a step smaller, what costs least speed first."""
+  """Returns flags that reduce memory, those that cost least speed first."""
   config, mesh = setup.experiment.config, setup.mesh
   flags = []
   if setup.experiment.model_config.remat != "full":

@@ -1,7 +1,7 @@
-"""Reads the text of compiled programs (`compiled.as_text()`) of CPU and TPU.
+"""Parses the text of compiled programs (`compiled.as_text()`) of CPU and TPU.
 
-Only what is needed to count what a program does: instructions by computation,
-the shapes of their results, and who calls whom how many times.
+The parser covers what the counts in `program.py` need: instructions by
+computation, the types of their results, and calls.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _CALLED = re.compile(
   r"\b(calls|body|condition|to_apply|true_computation|false_computation"
   r"|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
-# Groups of devices that communicate, or (from, to) pairs of a permutation.
+# Groups of communicating devices, or (from, to) pairs of a permutation.
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -68,8 +68,8 @@ class Instruction:
     opcode: such as "fusion".
     type: text of the result's type.
     operands: names of the arguments.
-    arguments: text between the parentheses, which holds literals.
-    attributes: text after them.
+    arguments: text between the parentheses, with literals.
+    attributes: text after the parentheses.
   """
 
   name: str
@@ -81,11 +81,11 @@ class Instruction:
 
   @property
   def arrays(self) -> tuple[Array, ...]:
-    """Every array of the result, also those in tuples."""
+    """All arrays of the result, including those in tuples."""
     return find_arrays(self.type)
 
   def called(self, *roles: str) -> list[str]:
-    """Returns the computations that it calls in a role, such as "body"."""
+    """Returns the computations that it calls in some roles, such as "body"."""
     names = []
     for role, value in _CALLED.findall(self.attributes):
       if role in roles:
@@ -105,9 +105,9 @@ class Module:
   """A program.
 
   Attributes:
-    computations: name -> instructions in their order.
-    entry: name of the computation that runs.
-    num_partitions: number of devices that share the work.
+    computations: name -> instructions.
+    entry: name of the entry computation.
+    num_partitions: number of devices.
   """
 
   computations: dict[str, list[Instruction]]
@@ -119,7 +119,7 @@ def parse(text: str) -> Module:
   """Parses the text of a module.
 
   Raises:
-    ValueError: the text is no module.
+    ValueError: the text is not a module.
   """
   computations: dict[str, list[Instruction]] = {}
   entry, current = "", None
@@ -144,7 +144,7 @@ def parse(text: str) -> Module:
 
 
 def find_arrays(text: str) -> tuple[Array, ...]:
-  """Returns the types of arrays that stand in a text."""
+  """Returns the types of all arrays in a text."""
   return tuple(
     Array(dtype, tuple(int(n) for n in dims.split(",") if n))
     for dtype, dims in _SHAPE.findall(text)
@@ -152,7 +152,7 @@ def find_arrays(text: str) -> tuple[Array, ...]:
 
 
 def tuple_parts(text: str) -> list[str]:
-  """Splits the text of a tuple's type, or of arguments, at its commas."""
+  """Splits the text of a tuple type, or of arguments, at its commas."""
   if text.startswith("("):
     text = text[1 : _closing(text, 0)]
   parts = []
@@ -196,7 +196,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _until_comma(text: str) -> str:
-  """Returns the text up to the first comma that no bracket encloses."""
+  """Returns the text up to the first comma outside brackets."""
   depth = 0
   for match in re.compile(r"[()\[\]{},]").finditer(text):
     if match.group() in "([{":
@@ -209,15 +209,15 @@ def _until_comma(text: str) -> str:
 
 
 def parse_groups(text: str, num_partitions: int) -> Groups:
-  """Reads `replica_groups` or `source_target_pairs` in each of its forms.
+  """Parses `replica_groups` or `source_target_pairs`.
 
-  `{{0,1},{2,3}}`; `[2,4]<=[8]` and `[2,4]<=[4,2]T(1,0)`, an iota that is
-  reshaped, transposed and reshaped; `mesh['a'=2,'b'=4] {'b'}`, the devices
-  along some axes of a mesh, after whose sizes there may be an order,
-  `, device_ids=([4,2]T(1,0))`. Nothing or `{}` is one group of all.
+  The forms are `{{0,1},{2,3}}`; an iota that is reshaped, transposed and
+  reshaped, `[2,4]<=[8]` or `[2,4]<=[4,2]T(1,0)`; the devices along some axes
+  of a mesh, `mesh['a'=2,'b'=4] {'b'}`, with an optional order after the sizes,
+  `, device_ids=([4,2]T(1,0))`. Nothing or `{}` is one group of all devices.
 
   Raises:
-    ValueError: another form.
+    ValueError: the form is unknown.
   """
   text = text.strip()
   if text in ("", "{}"):
@@ -243,7 +243,7 @@ def parse_groups(text: str, num_partitions: int) -> Groups:
 
 
 def _iota(text: str) -> np.ndarray:
-  """Reads `[2,4]<=[4,2]T(1,0)`."""
+  """Parses `[2,4]<=[4,2]T(1,0)`."""
   match = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
   assert match is not None, text
   shape, source = _numbers(match[1]), _numbers(match[2])

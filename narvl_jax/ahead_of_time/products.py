@@ -1,4 +1,4 @@
-"""Operations of the matrix products and convolutions of compiled programs."""
+"""Operations of matrix products and convolutions in compiled programs."""
 
 import functools
 import math
@@ -9,11 +9,11 @@ from narvl_jax.ahead_of_time.hlo import Instruction, find_arrays
 
 
 def product_flops(i: Instruction, types: Mapping[str, str]) -> float:
-  """Returns the operations of a product or a convolution, else 0.
+  """Returns the operations of an instruction; 0 unless it is a product.
 
   Args:
-    i: an instruction.
-    types: name of an instruction of its computation -> its type.
+    i: the instruction.
+    types: name -> type of the instructions of its computation.
   """
   if i.opcode == "dot":
     (left,), (out,) = find_arrays(types[i.operands[0]]), find_arrays(i.type)
@@ -26,10 +26,10 @@ def product_flops(i: Instruction, types: Mapping[str, str]) -> float:
 
 
 def _convolution_flops(i: Instruction, types: Mapping[str, str]) -> float:
-  """Multiply-adds with elements that exist, not with padding or dilation.
+  """Counts multiply-adds without those of padding and dilation.
 
-  TPU programs write matrix products as convolutions, and their batch
-  dimensions as spatial ones.
+  TPU programs express matrix products as convolutions, and batch dimensions
+  as spatial ones.
   """
   (left,), (right,) = (find_arrays(types[name]) for name in i.operands[:2])
   (out,) = find_arrays(i.type)
@@ -75,7 +75,7 @@ def _valid_positions(
   lhs_dilate: tuple[int, ...],
   rhs_dilate: tuple[int, ...],
 ) -> int:
-  """Pairs of an output and a kernel position that meet an input element."""
+  """Counts pairs of output and kernel positions with an input element."""
   dilation, last = lhs_dilate[0], (size - 1) * lhs_dilate[0]
   count = 0
   for k in range(kernel):

@@ -1,6 +1,6 @@
-"""What a compiled program does on one device, counted from its text.
+"""Counts of a compiled program on one device, from its text.
 
-Bodies of loops count once per iteration, which `cost_analysis()` leaves out.
+Bodies of loops count once per iteration, unlike in `cost_analysis()`.
 """
 
 import collections
@@ -29,9 +29,9 @@ KINDS = (
   "all-to-all",
   "collective-permute",
 )
-# They hand on what others made.
+# These make no new array.
 _PASSING = ("parameter", "tuple", "get-tuple-element", "bitcast", "while")
-# Their operand does not run here, or was counted where it starts.
+# Their operation is counted where it starts.
 _SKIPPED = ("async-done", "async-update")
 
 
@@ -41,12 +41,12 @@ class Collective:
 
   Attributes:
     kind: one of `KINDS`.
-    arrays: the whole arrays that the group works on: what an all-gather
-      returns, what a reduce-scatter takes, else both.
-    count: how often a run of the program does this.
-    groups: devices, by their position in the mesh, that talk to one another;
-      (from, to) pairs of a collective-permute.
-    op_name: where the program asked for it.
+    arrays: the whole arrays of the group: results of an all-gather, operands
+      of a reduce-scatter, either of the others.
+    count: number of executions in one run of the program.
+    groups: groups of communicating devices, by position in the mesh; (from,
+      to) pairs of a collective-permute.
+    op_name: operation of the JAX program that it comes from.
   """
 
   kind: str
@@ -57,20 +57,20 @@ class Collective:
 
   @property
   def bytes(self) -> int:
-    """Bytes of the arrays, of all `count` times."""
+    """Bytes of the arrays times `count`."""
     return self.count * sum(array.bytes for array in self.arrays)
 
   def traffic(self, block: int) -> tuple[float, float]:
-    """Returns the bytes that a device receives, all `count` times.
+    """Returns the bytes that a device receives in all executions.
 
-    Groups form rings. A group that spans several blocks works within each of
-    them first; then every device exchanges its part with the other blocks.
+    Groups form rings. A group that spans several blocks communicates within
+    each block first; then each device exchanges its part with other blocks.
 
     Args:
-      block: devices that a faster network connects, such as a slice.
+      block: number of devices on the faster network, such as a slice.
 
     Returns:
-      Bytes from devices of the same block, and from those of others.
+      Bytes from devices of the same block and from devices of other blocks.
     """
     group = max(self.groups, key=len)
     across = len({device // block for device in group})
@@ -84,7 +84,7 @@ class Collective:
     )
 
   def axes(self, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-    """Returns the axes of a mesh along which devices talk to one another."""
+    """Returns the axes of a mesh along which devices communicate."""
     found = set()
     for group in self.groups:
       for axis, stride, size in _strides(mesh_shape):
@@ -98,13 +98,11 @@ class Program:
   """Counts of one run on one device.
 
   Attributes:
-    collectives: in the order in which the text has them.
+    collectives: in the order of the text.
     flops: of matrix products and convolutions, 2 per multiply-add.
-    cycles: the compiler's own estimate (TPU only, else 0), which knows
-      nothing of the time that collectives take.
-    arrays: every array that an instruction outside of fusions makes -> where
-      the program asked for it. What exists only within a fusion never is in
-      memory as a whole.
+    cycles: the compiler's estimate without collectives; 0 except on TPU.
+    arrays: arrays that instructions outside of fusions make -> operations of
+      the JAX program. Arrays within a fusion are never in memory as a whole.
     num_partitions: number of devices.
   """
 
@@ -130,7 +128,7 @@ class Program:
     return sum(c.bytes for c in self.collectives)
 
   def shapes(self, *kinds: str) -> set[tuple[int, ...]]:
-    """Returns the shapes that collectives of some kinds, or all, work on."""
+    """Returns the shapes of collectives of some kinds, or of all."""
     return {
       array.shape
       for c in self.collectives
@@ -140,14 +138,14 @@ class Program:
 
 
 def read_program(text: str | None) -> Program:
-  """Counts what the text of a compiled program (`as_text()`) does.
+  """Counts a compiled program from its text (`as_text()`).
 
-  The number of iterations of a loop is what XLA noted, or else the largest
-  integer constant of its condition: loops of `jax.lax.scan` count from 0.
-  Every branch of a conditional counts.
+  The number of iterations of a loop is the annotation of XLA, or otherwise the
+  largest integer constant of its condition: loops of `jax.lax.scan` count from
+  0. Every branch of a conditional counts.
 
   Raises:
-    ValueError: the text is no module.
+    ValueError: the text is not a module.
   """
   module = parse(text or "")
   counter = _Counter(module)
@@ -180,7 +178,7 @@ class _Total:
 
 
 class _Counter:
-  """Adds up a module from its leaves to its entry."""
+  """Sums a module from its leaves to its entry."""
 
   def __init__(self, module: Module) -> None:
     self._module = module
@@ -188,7 +186,7 @@ class _Counter:
     self.total = functools.cache(self._total)
 
   def arrays(self) -> dict[Array, frozenset[str]]:
-    """Returns what instructions outside of fusions make."""
+    """Returns the arrays that instructions outside of fusions make."""
     found: collections.defaultdict[Array, set[str]]
     found = collections.defaultdict(set)
     for name in self._outside:
@@ -209,7 +207,7 @@ class _Counter:
       "AsyncCollectiveStart" in i.attributes for i in instructions
     )
     for instruction in instructions:
-      # An overlapped collective appears in every fusion that it lasts through.
+      # An overlapped collective appears in every fusion during which it runs.
       continued = "chain_id=" in instruction.attributes and not starts_async
       if not (fused and continued):
         found = _collective(instruction, name, self._module, types)
@@ -223,7 +221,7 @@ class _Counter:
     return total
 
   def _calls(self, i: Instruction) -> Iterator[tuple[str, int, bool]]:
-    """Yields computation, how often it runs, and whether it is fused."""
+    """Yields computation, number of executions, and whether it is fused."""
     if i.opcode in _SKIPPED:
       return
     if i.opcode == "while":
@@ -260,7 +258,7 @@ class _Counter:
 def _collective(
   i: Instruction, computation: str, module: Module, types: Mapping[str, str]
 ) -> Collective | None:
-  """Returns what an instruction communicates, counted once, or None."""
+  """Returns the collective of an instruction, counted once, or None."""
   kind = i.opcode.removesuffix("-start")
   if kind not in KINDS:
     return None
@@ -270,7 +268,7 @@ def _collective(
     result = find_arrays(tuple_parts(i.type)[1])
   if kind == "reduce-scatter":
     result = find_arrays(" ".join(types[name] for name in i.operands))
-  # TPUs have no such instruction but a fusion that keeps one part of the sum.
+  # On TPUs this is a fusion that keeps one part of the sum.
   if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
     kind = "reduce-scatter"
   mesh = re.search(r"replica_groups=(mesh\[.*?\{.*?\})", i.attributes)

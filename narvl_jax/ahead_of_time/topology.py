@@ -1,7 +1,7 @@
 """TPU topologies to compile for on a machine without a TPU.
 
-`libtpu` holds the compiler; it needs no device. The tables hold what the
-makers publish, and are the only source of seconds from bytes and operations.
+The compiler is in `libtpu` and needs no device. The tables have published
+figures; all estimates of seconds use them.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ _GB = 10**9
 _GIB = 2**30
 
 # Shapes of one slice: https://cloud.google.com/tpu/docs/v5e, /v6e, /v5p, /v4.
-# Those of a single chip, 1x1, are beyond the compiler.
+# The compiler does not support a single chip, 1x1.
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 
 
 def _cubes(largest: int, most_chips: int) -> tuple[str, ...]:
-  """Returns shapes of whole cubes of 4x4x4, and those within one."""
+  """Returns shapes made of 4x4x4 cubes, and those within one cube."""
   sides = range(4, largest + 1, 4)
   return _SMALL_CUBES + tuple(
     "x".join(map(str, shape))
@@ -43,16 +43,15 @@ class Chip:
   Attributes:
     shapes: of slices.
     peak_flops: dense bf16, per second.
-    hbm_bytes: memory that a program can have, as the compiler states it; the
-      published size is a little larger.
+    hbm_bytes: memory that the compiler allows a program, a little less than
+      the published size.
     hbm_bandwidth: bytes per second.
-    ici_bandwidth: bytes per second over all links of a chip, both directions
-      together.
+    ici_bandwidth: bytes per second over all links, both directions together.
     dcn_bandwidth: bytes per second of a chip's share of the data-centre
-      network, one direction; None where no figure was found.
-    clock: cycles per second. Not published: inferred from the peak and from
-      the operations per cycle at which the compiler's own estimate saturates.
-    options: further arguments of jax's topology description.
+      network, one direction; None if unknown.
+    clock: cycles per second. Not published: inferred from the peak and the
+      operations per cycle at which the compiler's estimate saturates.
+    options: other arguments of JAX's topology description.
   """
 
   shapes: tuple[str, ...]
@@ -115,10 +114,10 @@ class Topology:
   """Chips to compile for.
 
   Attributes:
-    name: such as "v5e:4x4", of each slice.
-    num_slices: slices that the data-centre network connects.
-    chip: what the chips are.
-    devices: one per chip, that cannot run anything.
+    name: of each slice, such as "v5e:4x4".
+    num_slices: number of slices.
+    chip: the kind of chip.
+    devices: one per chip; they cannot run anything.
   """
 
   name: str
@@ -128,16 +127,16 @@ class Topology:
 
 
 def get_topology(name: str, num_slices: int = 1) -> Topology:
-  """Describes a topology.
+  """Returns a topology.
 
-  Call it before anything else uses a device: it turns jax to the CPU.
+  Call it before anything uses a device, because it switches JAX to the CPU.
 
   Args:
     name: CHIP:SHAPE, such as "v5e:16x16" or "v5p:4x4x4".
-    num_slices: how many of them.
+    num_slices: number of slices.
 
   Raises:
-    UserError: there is no such topology, or no libtpu.
+    UserError: there is no such topology, or libtpu is not installed.
   """
   chip = check_name(name)
   if num_slices < 1:
@@ -148,7 +147,7 @@ def get_topology(name: str, num_slices: int = 1) -> Topology:
       ' pip install "narvl_jax[aot]"'
     )
   _prepare()
-  # An import of its own: it loads what no other entry point needs.
+  # Here, because no other command needs it.
   from jax.experimental import topologies
 
   options: dict[str, Any] = dict(chip.options)
@@ -164,7 +163,7 @@ def check_name(name: str) -> Chip:
   """Returns the chip of a topology's name.
 
   Raises:
-    UserError: there is none of this name; names the nearest ones.
+    UserError: there is no such topology.
   """
   kind, _, shape = name.partition(":")
   if kind not in CHIPS:
@@ -183,7 +182,7 @@ def check_name(name: str) -> Chip:
 
 
 def _nearest_shapes(shape: str, chip: Chip) -> list[str]:
-  """Returns the two shapes whose number of chips is nearest."""
+  """Returns the two shapes with the nearest number of chips."""
   sides = [int(n) for n in re.findall(r"\d+", shape)] or [1]
 
   def distance(candidate: str) -> float:
@@ -198,10 +197,10 @@ def _chips(shape: str) -> int:
 
 
 def _prepare() -> None:
-  """Keeps libtpu from looking for a TPU, waiting, and telling of it."""
+  """Keeps libtpu from searching for a TPU and from writing logs."""
   os.environ.update(
     {
-      # No metadata server is asked.
+      # Without a query to the metadata server.
       "TPU_SKIP_MDS_QUERY": "1",
       "TPU_ACCELERATOR_TYPE": "v5litepod-4",
       "TPU_WORKER_HOSTNAMES": "localhost",

@@ -1,4 +1,4 @@
-"""What is timed for one task, wherever models and pictures come from."""
+"""Models, decodings and batches of one task of the comparison."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +25,8 @@ class Model(NamedTuple):
 
   Attributes:
     encoder: name of its encoder in `Case.encoders`.
-    network: with variables as the readers take them.
-    variables: as they were restored, of the model without a cache.
+    network: with variables prepared for the readers.
+    variables: as restored, for the model without a cache.
   """
 
   encoder: str
@@ -49,10 +49,9 @@ class Case:
   Attributes:
     task: its name.
     models: "AR" and "NAR".
-    ways: all, also those that do not apply.
-    programs: of those that do, by label.
-    batches: (batch size, number) -> batches of the same pictures and prompts
-      for both models.
+    ways: all decodings, including those that do not apply.
+    programs: label -> program of each that applies.
+    batches: (batch size, number) -> batches for both models.
     facts: shapes, for the report.
   """
 
@@ -65,14 +64,14 @@ class Case:
 
   @property
   def encoders(self) -> dict[str, Network]:
-    """Every encoder once, by name."""
+    """Encoders by name."""
     return {model.encoder: model.network for model in self.models.values()}
 
 
 def program_of(
   model: Model, label: str, reader: Reader, lengths: np.ndarray
 ) -> TimedDecoder:
-  """Returns what runs a way to decode."""
+  """Returns the program of a decoding."""
   network = model.network
   if label == UNCACHED:
     assert isinstance(reader, AutoregressiveReader)
@@ -83,7 +82,7 @@ def program_of(
   return TimedDecoder(network, model.encoder, reader, lengths)
 
 
-# Of answers, as far as a model has positions for them.
+# Tokens of an answer, as far as a model has positions for them.
 LENGTHS = (1, 2, 4, 8, 16, 20)
 
 
@@ -91,8 +90,8 @@ def choose_lengths(case: Case, lengths: Sequence[int] | None) -> list[int]:
   """Returns the lengths of answers at which decoders are timed, ascending.
 
   Args:
-    case: whose autoregressive model must have positions for them.
-    lengths: None: those of `LENGTHS` that fit.
+    case: its autoregressive model must have positions for them.
+    lengths: those of `LENGTHS` that fit if None.
 
   Raises:
     UserError: an answer is longer than the position tables.
@@ -118,9 +117,9 @@ def length_programs(
 ) -> dict[str, dict[int, TimedDecoder]]:
   """Returns label -> tokens of an answer -> program, for `length_curves`.
 
-  The autoregressive model is made to say exactly so many tokens and eos, by
-  lengths that are inputs of one program. The parallel one has its own queries
-  at all lengths, and as many as tokens and eos in the curve of that name.
+  The autoregressive model is made to emit exactly that many tokens and eos;
+  the lengths are inputs of one program. The parallel model has its own number
+  of queries, and in a second curve one query per token and eos.
   """
   ar, nar = case.models[AR], case.models[NAR]
   greedy = case.programs[f"{AR} greedy"].reader
@@ -157,7 +156,7 @@ def length_programs(
 
 
 def with_queries(network: Network, count: int) -> Network:
-  """Returns a parallel model with some number of its queries, repeated."""
+  """Returns a parallel model with `count` queries, repeated or cut."""
   model: Any = network.model
   params = network.variables["params"]
   queries = params["decoder"]["query_embed"]

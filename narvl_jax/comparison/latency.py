@@ -1,4 +1,4 @@
-"""Times of encoders and decoders, each round all of them on one batch."""
+"""Times encoders and decoders, all on the same batch in each round."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ class Network(NamedTuple):
 
   Attributes:
     model: has a method `encode`.
-    variables: as its readers take them.
+    variables: prepared for its readers.
     rules: see `make_steps`.
   """
 
@@ -36,7 +36,7 @@ class TimedDecoder(NamedTuple):
 
   Attributes:
     network: the model.
-    encoder: name of the encoder whose output it takes.
+    encoder: name of its encoder.
     reader: reads answers.
     lengths: least and most tokens of an answer, int32 [2].
   """
@@ -51,8 +51,8 @@ class Compiled(NamedTuple):
   """A decoder ready to run.
 
   Attributes:
-    run: (encoded, batch, lengths) -> what the reader returns.
-    memory: bytes by kind, empty where XLA does not count them.
+    run: (encoded, batch, lengths) -> result of the reader.
+    memory: bytes by kind, empty if XLA does not report them.
   """
 
   run: Callable[[Any, Batch, np.ndarray], Any]
@@ -66,11 +66,11 @@ def measure(
   *,
   rounds: int,
 ) -> dict[str, dict[str, Any]]:
-  """Times every program in turn.
+  """Times all programs in turn.
 
-  Each round takes the next batch, runs the encoders and then all decoders, in
-  reversed order every other round, so that other load on the machine hits all
-  alike. Everything has run once before and every result is waited for.
+  Each round runs the encoders and then all decoders on the next batch, in
+  reverse order every other round, so that other load slows all of them alike.
+  Everything runs once before, and every result is waited for.
 
   Args:
     encoders: by name.
@@ -133,17 +133,17 @@ def length_curves(
   *,
   rounds: int,
 ) -> dict[str, dict[str, list[float]]]:
-  """Times decoders at answers of set lengths, in turn.
+  """Times decoders for answers of given lengths, in turn.
 
   Args:
     encoders: by name.
-    programs: label -> tokens of the answer -> program. Those of equal models
+    programs: label -> tokens of the answer -> program. Programs of equal models
       and readers are compiled once.
     batch: see `measure`.
     rounds: at least 1.
 
   Returns:
-    By label: "lengths", and of each "decoder_ms" and "p95_ms".
+    By label: "lengths", "decoder_ms" and "p95_ms", one entry per length.
   """
   encoded = {
     name: compile_encoder(encoder, batch)(batch)
@@ -175,7 +175,7 @@ def length_curves(
 
 
 def compile_encoder(network: Network, batch: Batch) -> Callable[[Batch], Any]:
-  """Returns batch -> what the model's `encode` returns, waited for."""
+  """Returns a function that encodes a batch and waits for the result."""
   encode = make_steps(network.model, _no_reader, network.rules).encode
   names = ("image", "text", "image_mask")
   compiled = encode.lower(

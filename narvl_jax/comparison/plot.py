@@ -1,4 +1,4 @@
-"""A picture of decoder time against the length of the answer."""
+"""Plot of decoder time against the length of the answer."""
 
 import importlib.util
 import pathlib
@@ -13,11 +13,7 @@ _DPI = 150
 
 
 def check_can_draw() -> None:
-  """Checks that matplotlib is installed, before anything is measured.
-
-  Raises:
-    UserError: it is not.
-  """
+  """Raises UserError if matplotlib is not installed."""
   if importlib.util.find_spec("matplotlib") is None:
     raise UserError(
       "the plot of the decoder times needs the package matplotlib:"
@@ -36,7 +32,7 @@ def draw_lengths(path: pathlib.Path, lengths: Mapping[str, Any]) -> None:
   Raises:
     UserError: the file cannot be written.
   """
-  # Here, so that nothing else waits for its import; no window is opened.
+  # Here, because matplotlib is optional; the backend opens no window.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 

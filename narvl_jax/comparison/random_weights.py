@@ -1,4 +1,4 @@
-"""The comparison at a named size, with random weights: latency alone."""
+"""Comparison of random weights of a named size: latency only."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.models import SIZES
 from narvl_jax.prediction.readers import make_reader, reference_decoding
 
-# Numbers that fill the weights, over and over; prime, so that the rows of a
+# Random numbers that fill the weights repeatedly; prime, so that the rows of a
 # table differ.
 _NUMBERS = 1_000_003
 _SCALE = 0.02
@@ -36,16 +36,16 @@ _SCALE = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-  """What a task asks of the reference's models.
+  """Sizes of a task in the official models.
 
   Attributes:
     image_size: pixels a side.
-    text_length: tokens of the source, padded.
+    text_length: tokens of the padded source.
     queries: of the parallel model.
-    answer_length: tokens that the autoregressive one says before eos.
-    answers: of the closed list; 0: there is none.
-    coordinates: an answer is so many bins; 0: it is not.
-    prompted: the autoregressive decoder reads the source first.
+    answer_length: tokens of the autoregressive model before eos.
+    answers: number of allowed answers; 0: any text.
+    coordinates: number of bins of an answer; 0: answers are text.
+    prompted: whether the autoregressive decoder reads the source first.
   """
 
   image_size: int
@@ -57,10 +57,8 @@ class Workload:
   prompted: bool = False
 
 
-# Of the official scripts (reference specification, 5 and 11): the recipes in
-# `configs` have the same pictures, sources and queries, and vqa as many
-# answers as the public list. The captions are as long as the longest that the
-# queries of the parallel model can hold.
+# Of the official scripts (reference specification, 5 and 11). Captions are the
+# longest that the queries of the parallel model can express.
 WORKLOADS = {
   "caption": Workload(480, 16, queries=20, answer_length=20),
   "vqa": Workload(
@@ -110,7 +108,7 @@ def make_case(
   wanted: Sequence[str],
   uncached: bool,
 ) -> Case:
-  """Returns what is timed of a task; both models share encoder and table.
+  """Returns the case of a task; both models share encoder and table.
 
   Raises:
     UserError: the size or a way to decode is unknown, or the pictures exceed
@@ -163,17 +161,17 @@ def _experiment(
   size: str, task: str, load: Workload, decoder: str
 ) -> Experiment:
   config: Any = default_config(task)
-  # Not read; a config must name something.
+  # Not read, but required.
   config.data.train[task] = train_source("shapes", task)
   config.data.evaluation[task] = evaluation_source("shapes", task)
   config.model.size = size
   config.model.decoder = decoder
   config.model.num_queries = load.queries
-  # Of the official checkpoints: 59,458 classes.
+  # As in the official checkpoints: 59,458 classes.
   config.vocabulary.source = "official"
   config.vocabulary.num_codes = 8192
   config.vocabulary.num_bins = 1000
-  # The placeholder has no words, so all of them would be specials.
+  # The placeholder vocabulary has no words; all ids would be special.
   config.evaluation.mask_specials = False
   config.data.image_size = (load.image_size, load.image_size)
   config.data.max_text_length = load.text_length
@@ -183,11 +181,11 @@ def _experiment(
 
 
 def _weights(boxed: Any, like: Any = None) -> Any:
-  """Fills variables with small random numbers; shares those it can.
+  """Returns small random variables.
 
   Args:
     boxed: shapes of the variables.
-    like: variables of the other model, of which encoder and table are taken.
+    like: variables of the other model, whose encoder and table are shared.
   """
   rng = np.random.default_rng(0)
   numbers = _SCALE * rng.standard_normal(_NUMBERS, np.float32)
@@ -214,7 +212,7 @@ def _weights(boxed: Any, like: Any = None) -> Any:
 def _answers(
   experiment: Experiment, task: str, load: Workload
 ) -> tuple[AnswerSpace | None, AnswerSet | None]:
-  """Returns what the task allows: a random list of its size, or bins."""
+  """Returns the allowed answers: a random list of its size, or bins."""
   vocabulary = experiment.vocabulary
   if load.coordinates:
     first = vocabulary.bin_start
@@ -229,7 +227,7 @@ def _answers(
   found: set[tuple[int, ...]] = set()
   while len(found) < load.answers:
     length = rng.integers(1, load.answer_length + 1)
-    # Neighbours differ: a repeat would need one more query.
+    # Neighbours differ, because a repeat would need one more query.
     ids = rng.choice(np.arange(100, vocabulary.bin_start), length, False)
     found.add(tuple(ids.tolist()))
   sequences = tuple(sorted(found))
@@ -243,7 +241,7 @@ def _reader(
   load: Workload,
   answers: AnswerSet | None,
 ) -> Reader:
-  """Returns what `make_reader` would, for a task that has no settings."""
+  """Like `make_reader`, for a task without settings."""
   free: Any = make_reader(experiment, task, Decoding())
   own = dataclasses.replace(decoding, min_length=0, max_length=0)
   if not decoding.constrained:
@@ -257,7 +255,7 @@ def _reader(
 
 
 def _lengths(decoding: Decoding, load: Workload) -> np.ndarray:
-  """Random weights are made to say as many tokens as the task's answers."""
+  """Returns bounds that make random weights emit the task's length."""
   least = 0 if decoding.constrained else load.answer_length
   return np.asarray([least, load.answer_length], np.int32)
 

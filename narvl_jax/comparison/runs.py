@@ -1,4 +1,4 @@
-"""The comparison of two trained runs: checks, pictures, quality."""
+"""Comparison of two trained runs: checks, batches, quality."""
 
 import dataclasses
 import pathlib
@@ -29,7 +29,7 @@ from narvl_jax.prediction.readers import (
 )
 from narvl_jax.run_folder import workdir as workdir_lib
 
-# Both must see the same pictures and prompts.
+# Both models must read the same pictures and prompts.
 _SAME_DATA = ("image_size", "max_text_length", "exif_orientation")
 
 
@@ -52,7 +52,7 @@ class Run:
   step: int
 
   def describe(self) -> dict[str, Any]:
-    """Returns what the report says of it."""
+    """Returns the entry of the report."""
     leaves = jax.tree.leaves(self.variables["params"])
     config = self.experiment.model_config
     return {
@@ -68,17 +68,17 @@ class Run:
 def open_runs(
   nar: str, ar: str, checkpoint: str | int, answers: str = ""
 ) -> dict[str, Run]:
-  """Reads both runs, "NAR" and "AR".
+  """Returns the runs "NAR" and "AR".
 
   Args:
-    nar: folder of the parallel one.
-    ar: folder of the autoregressive one.
+    nar: run folder of the parallel model.
+    ar: run folder of the autoregressive model.
     checkpoint: "best", "last" or a step.
-    answers: file of the answers that VQA allows; "": as their configs say.
+    answers: file of the answers that VQA allows; those of the configs if "".
 
   Raises:
-    UserError: a folder holds no run, or one of the other kind; vocabularies,
-      pictures or prompts differ.
+    UserError: a folder is not a run of its kind, or vocabularies, pictures or
+      prompts differ.
   """
   for flag, path in (("nar", nar), ("ar", ar)):
     if not workdir_lib.is_run(pathlib.Path(path)):
@@ -137,8 +137,8 @@ def common_tasks(runs: dict[str, Run], wanted: Sequence[str]) -> list[str]:
   """Returns the tasks to compare.
 
   Raises:
-    UserError: one is unknown, or is evaluated on other data by one run; there
-      is none.
+    UserError: the runs share no task, or not a wanted one, or evaluate one on
+      different data.
   """
   entries = {
     kind: to_json(run.experiment.config.data.evaluation)
@@ -183,18 +183,17 @@ def make_case(
   wanted: Sequence[str],
   uncached: bool,
 ) -> Case:
-  """Returns what is timed of a task.
+  """Returns the case of a task.
 
   Raises:
-    UserError: a way to decode does not fit the models, or there is no such
-      split.
+    UserError: a decoding does not fit the models, or there is no such split.
   """
   space, reason = None, "any text is an answer"
   try:
     space = runs[NAR].experiment.tasks[task].answer_space()
   except UserError as error:
     if getattr(runs[NAR].experiment.tasks[task].settings, "answers", ""):
-      # There is a list, but it is of no use.
+      # The list exists but cannot be used.
       raise
     reason = str(error)
   reference = reference_decoding(runs[AR].experiment, task)
@@ -239,7 +238,7 @@ def make_case(
 
 
 def _records(experiment: Experiment, task: str, split: str) -> Sequence[Record]:
-  """Opens the first data set of a task."""
+  """Returns the first data set of a task."""
   config: Any = experiment.config
   names = [n for n, e in config.data.evaluation.items() if e.task == task]
   return load_dataset(config, names[0], split)
@@ -252,10 +251,10 @@ def _batches(
   size: int,
   count: int,
 ) -> list[Batch]:
-  """Returns batches of records that are spread over a source.
+  """Returns batches of records spread over a source.
 
   Raises:
-    UserError: the runs make different prompts of a record.
+    UserError: the prompts of the runs differ.
   """
   indices = np.resize(spread(len(records), size * count), size * count)
   batches = []
@@ -293,7 +292,7 @@ def quality(
   split: str,
   max_examples: int | None,
 ) -> dict[str, Any]:
-  """Returns "metrics" of a way to decode, main one first, and "examples".
+  """Returns "metrics" of a decoding, the main one first, and "examples".
 
   Raises:
     UserError: no such split, or too many records are bad.

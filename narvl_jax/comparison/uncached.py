@@ -1,4 +1,4 @@
-"""Greedy search without a cache, to see what the cache is worth."""
+"""Greedy search without a cache, to measure what the cache saves."""
 
 import dataclasses
 from typing import Any
@@ -18,13 +18,13 @@ from narvl_jax.models.autoregressive import make_prompt
 class UncachedReader:
   """Runs the decoder over the whole padded answer for every token.
 
-  The variables are those of the model, not prepared. The answers are those of
-  the cached greedy search; only the last state is projected to the vocabulary.
+  The variables are not prepared. Its answers equal those of the cached greedy
+  search. Only the last state is projected to the vocabulary.
 
   Attributes:
     classes: ids with a meaning.
     length_limit: room for the tokens of an answer, without eos.
-    prompted: the decoder reads the source before it answers.
+    prompted: whether the decoder reads the source first.
   """
 
   classes: Classes

@@ -1,4 +1,4 @@
-"""The ways to decode that are compared."""
+"""The compared decodings of both models."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,20 +8,20 @@ from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError, did_you_mean
 
 AR, NAR = "AR", "NAR"
-# What all others are divided by.
+# Ratios are relative to it.
 BASELINE = f"{NAR} greedy"
 UNCACHED = f"{AR} uncached"
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-  """A model and how its answers are read.
+  """A model and a decoding.
 
   Attributes:
     model: "AR" or "NAR".
     name: of the decoding.
-    decoding: None if it does not apply.
-    reason: why not.
+    decoding: None if the task does not allow it.
+    reason: why it is None.
   """
 
   model: str
@@ -31,7 +31,7 @@ class Way:
 
   @property
   def label(self) -> str:
-    """What tables call it."""
+    """Name in tables."""
     return f"{self.model} {self.name}"
 
 
@@ -43,19 +43,19 @@ def ways_of(
   beam_size: int,
   uncached: bool = False,
 ) -> list[Way]:
-  """Returns the ways to decode a task.
+  """Returns the decodings of a task.
 
-  The searches heed the task's set of answers where it has one. The
-  autoregressive beam search has the official settings of the task; where the
-  official code scores all answers instead, those of its other mode: the
-  log-probability is not divided by the length.
+  Searches are constrained if the task has a set of answers. The autoregressive
+  beam search has the official settings of the task. Where the official code
+  scores all answers instead, the log-probability is not divided by the length,
+  as in its other mode.
 
   Args:
-    space: the answers that the task allows; None: any.
+    space: the answers that the task allows; any if None.
     reason: why there is no `space`.
     reference: official decoding of the autoregressive model.
     beam_size: of both models.
-    uncached: also greedy search that recomputes all tokens for each.
+    uncached: whether to add greedy search without a cache.
   """
   constrained = space is not None
   closed = space is not None and bool(space.sequences)
@@ -85,12 +85,12 @@ def ways_of(
 
 
 def choose(ways: Sequence[Way], wanted: Sequence[str]) -> list[Way]:
-  """Returns the ways of these labels; "AR beam" and "AR-beam-5" do as well.
+  """Returns the wanted decodings, such as "AR beam" or "ar-beam-5".
 
-  Greedy decoding of both models is always among them.
+  Greedy decoding of both models is always included.
 
   Raises:
-    UserError: there is no such way.
+    UserError: there is no such decoding.
   """
   if not wanted:
     return list(ways)
