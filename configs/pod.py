@@ -15,8 +15,8 @@ learning rate, warm-up, linear decay, stochastic depth, label smoothing,
 AdamW's constants. The batch is that of a pod, 8 examples a chip on 256 chips,
 and the learning rate was not tuned for it.
 
-Nothing of this was trained. What it needs was found by compiling and stands in
-README.md; attention weights that pass through memory are what costs most.
+Nothing of this was trained. docs/performance.md lists what it needs, found by
+compiling; attention weights that pass through memory are what costs most.
 """
 
 from typing import Any

@@ -13,13 +13,13 @@ set -euo pipefail
 number processes required "How many processes."
 number devices 0 "Fake CPU devices of each process; 0: the real devices."
 number port 0 "Port of process 0 on 127.0.0.1; 0: a free one."
-flag python python "The Python that has narvl_jax."
+flag python python "Python with narvl_jax installed."
 common_flags launch_logs/local
 parse_flags "$@"
 at_least_one processes
 need "${FLAG[python]}" "install Python 3.11 or newer, or name it: --python=PATH"
 
-# A process that lost a peer hangs in a collective and cannot save any more.
+# A process without its peer hangs in a collective and cannot save.
 PEER_GRACE_SECONDS=10
 PIDS=()
 TEE=
@@ -116,7 +116,7 @@ stop_processes() {  # GRACE_SECONDS: TERM, wait, KILL
   if ! ends_within "$1" "${PIDS[@]}"; then
     say "still running after $1 s: KILL"
   fi
-  # The groups hold workers that a process may have left behind.
+  # The process groups contain remaining workers.
   for pid in "${PIDS[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || true; done
   for pid in "${PIDS[@]}"; do wait "$pid" 2>/dev/null || true; done
   PIDS=()

@@ -2,7 +2,7 @@
 # Trains on Cloud TPUs that a queued resource asks for, one slice or several.
 #
 # create -> wait -> copy -> install -> set up -> train -> logs [-> delete]. A request
-# that exists is used again, one that failed or was suspended is made again.
+# that exists is used again, one that failed or was suspended is requested again.
 # LOG_DIR/attempt-N/ gets the output as it comes (stream.log) and the log of
 # each host. Example, two slices:
 #   launch/queued_resource.sh --name=narvl --zone=us-west4-a \
@@ -21,8 +21,8 @@ flag project required "Google Cloud project."
 flag accelerator_type required "Type and size of a slice: v5litepod-256."
 flag version required "Runtime version, such as v2-alpha-tpuv5-lite."
 number num_slices 1 "How many slices of that type."
-switch spot "Cheaper; may be taken away at any time."
-number wait_seconds 86400 "How long to wait until the TPUs are there."
+switch spot "Cheaper; may be preempted at any time."
+number wait_seconds 86400 "How long to wait for the TPUs."
 number poll_seconds 30 "How often to look while waiting."
 flag setup_command "" "Runs on every host before training: mount a folder."
 switch delete "Delete the TPUs at the end, also after a failure or a stop."
@@ -34,7 +34,7 @@ need gcloud "$NEED_GCLOUD"
 GCLOUD=(gcloud compute tpus queued-resources)
 NAME=${FLAG[name]}
 PLACE=("--zone=${FLAG[zone]}" "--project=${FLAG[project]}")
-# Without --batch-size only 64 hosts would start, and wait for the others.
+# Without --batch-size only 64 hosts would start and wait for the others.
 ALL=(--node=all --worker=all --batch-size=all)
 NODES=("$NAME")
 if ((${FLAG[num_slices]} > 1)); then
@@ -67,7 +67,7 @@ create_pod() {
     esac
     if ((SECONDS >= deadline)); then
       say "not ACTIVE after --wait_seconds=${FLAG[wait_seconds]}; it stays in" \
-        "the queue: the same command goes on waiting; to give it up:" \
+        "the queue: the same command continues to wait; to give it up:" \
         "$(quote "${DELETE[@]}")"
       return 124
     fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a SLURM cluster; jax finds the processes of the job by itself.
+# Trains on a SLURM cluster; jax detects the processes of the job.
 #
 # --mode=sbatch queues a job and returns; the job calls this script again with
 # --mode=srun: start -> wait -> stop. Use --mode=srun yourself inside an
@@ -21,7 +21,7 @@ flag time "" "Time limit, such as 24:00:00."
 flag partition "" "Partition."
 flag account "" "Account."
 switch requeue "At the time limit, save and queue the job again."
-flag python python "The Python that has narvl_jax, on all nodes."
+flag python python "Python with narvl_jax installed, on all nodes."
 common_flags launch_logs/slurm
 parse_flags "$@"
 at_least_one nodes processes_per_node
@@ -44,7 +44,7 @@ fi
 
 submit() {
   local name job
-  # USR1 comes before the time limit; TERM remains what the user sends.
+  # USR1 announces the time limit; TERM comes from the user.
   local -a options=(
     "--job-name=${FLAG[job_name]}" "${SIZE[@]}" --dependency=singleton
     "--signal=B:USR1@$((${FLAG[grace_seconds]} + 60))"
@@ -81,7 +81,7 @@ attempt() {
   local code=0 first
   stage "start ${FLAG[nodes]} x ${FLAG[processes_per_node]} processes," \
     "attempt $ATTEMPT"
-  make_secret # srun hands the environment on.
+  make_secret # srun passes the environment on.
   run mkdir -p "${FLAG[log_dir]}"
   TRAINING=yes
   run_srun || code=$?
@@ -100,7 +100,7 @@ srun_log() { echo "${FLAG[log_dir]}/srun-$ATTEMPT.log"; }
 
 run_srun() {
   local -a command=(
-    # A process that ends first must not cut the save of the others.
+    # The end of one process must not interrupt the save of the others.
     srun "${SIZE[@]}" --kill-on-bad-exit=0
     "--wait=$((${FLAG[grace_seconds]} + 1))" --unbuffered
     "--output=${FLAG[log_dir]}/task-%t.log" --open-mode=append
@@ -114,12 +114,12 @@ run_srun() {
   fi
 }
 
-# srun takes the place of this process, so that it gets the signals itself.
+# srun replaces this process, so that it receives the signals itself.
 exec_srun() { exec "$@" 2>"$(srun_log)"; }
 
 stop_training() {
   local srun=$CHILD
-  # srun hands the signal on to all its processes.
+  # srun forwards the signal to all its processes.
   kill -TERM "$srun" 2>/dev/null || true
   if ! ends_within "${FLAG[grace_seconds]}" "$srun"; then
     say "still running after ${FLAG[grace_seconds]} s: KILL"

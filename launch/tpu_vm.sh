@@ -2,7 +2,7 @@
 # Trains on a Cloud TPU VM or pod.
 #
 # create -> copy -> install -> set up -> train -> logs [-> delete]. A pod that exists is
-# used again, one that was preempted is made again. LOG_DIR/attempt-N/ gets the
+# used again, one that was preempted is created again. LOG_DIR/attempt-N/ gets the
 # output as it comes (stream.log) and the log of each host.
 # Example:
 #   launch/tpu_vm.sh --name=narvl --zone=us-west4-a --project=my-project \
@@ -19,7 +19,7 @@ flag zone required "Zone, such as us-west4-a."
 flag project required "Google Cloud project."
 flag accelerator_type required "Type and size, such as v5litepod-16."
 flag version required "Runtime version, such as v2-alpha-tpuv5-lite."
-switch spot "Cheaper; may be taken away at any time."
+switch spot "Cheaper; may be preempted at any time."
 flag setup_command "" "Runs on every host before training: mount a folder."
 switch delete "Delete the TPU VM at the end, also after a failure or a stop."
 common_flags launch_logs/tpu_vm
@@ -45,7 +45,7 @@ create_pod() {
     "") new_pod ;;
     READY) ;;
     PREEMPTED | STOPPED | TERMINATED)
-      say "$NAME is $state; it is deleted and made again"
+      say "$NAME is $state; it is deleted and created again"
       delete_pod && new_pod ;;
     *) say "$NAME is $state, not READY" && return 1 ;;
   esac

@@ -2,7 +2,7 @@
 # Trains on a GKE cluster with TPUs, as an xpk workload.
 #
 # create -> wait -> logs. A workload that runs is followed again, one that
-# ended is replaced. The cluster itself makes the retries. LOG_DIR/POD.log gets
+# ended is replaced. The cluster retries. LOG_DIR/POD.log gets
 # the output of each pod. Example:
 #   launch/xpk.sh --cluster=my-cluster --workload=narvl --zone=us-west4-a \
 #     --project=my-project --tpu_type=v5litepod-256 --num_slices=2 \
@@ -76,9 +76,9 @@ new_workload() {
   fi
   make_secret
   run mkdir -p "${FLAG[log_dir]}"
-  # A name without a value: xpk takes that from its own environment.
+  # Without a value: xpk reads it from its own environment.
   run_line "echo NARVL_CLUSTER_SECRET >$(quote "${FLAG[log_dir]}/environment")"
-  # xpk repeats after 42 and 127 to 255; 1 is what a failed training ends with.
+  # xpk retries after 42 and 127 to 255; failed training ends with 1.
   run xpk workload create "${PLACE[@]}" "--workload=$WORKLOAD" \
     "--tpu-type=${FLAG[tpu_type]}" "--num-slices=${FLAG[num_slices]}" \
     "${image[@]}" "--max-restarts=${FLAG[retries]}" \
@@ -121,7 +121,7 @@ wait_for_pods() {
     if [[ -n $phases && $phases != *Pending* ]]; then return; fi
     if ((SECONDS >= deadline)); then
       say "no pods run after --wait_seconds=${FLAG[wait_seconds]}; the same" \
-        "command goes on waiting; to give it up: $(quote "${DELETE[@]}")"
+        "command continues to wait; to give it up: $(quote "${DELETE[@]}")"
       return 124
     fi
     pause "${FLAG[poll_seconds]}"
@@ -139,7 +139,7 @@ follow_logs() {
  sub(/^[^ ]* /, \"\"); print > file; fflush(file) }'"
 }
 
-exit_code() {  # 2 if any pod says so, else the first that is not 0
+exit_code() {  # 2 if any pod ended with it, otherwise the first other than 0
   local code codes
   codes=$(query "${PODS[@]}" '--output=jsonpath={.items[*].status.containerStatuses[*].state.terminated.exitCode}') || codes=
   if [[ " $codes " == *" 2 "* ]]; then echo 2 && return; fi
@@ -154,7 +154,7 @@ delete_workload() { run "${DELETE[@]}"; }
 stop_training() {
   local stream=$CHILD
   delete_workload || true
-  # Kubernetes waits for the save and sends KILL; the logs end after that.
+  # Kubernetes waits for the save, then sends KILL; then the logs end.
   ends_within "$((${FLAG[grace_seconds]} + 30))" "$stream" || true
   CHILD=$stream TRAINING=
 }

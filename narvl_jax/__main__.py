@@ -12,6 +12,7 @@ import sys
 
 from narvl_jax.command_line.cli import fail
 from narvl_jax.errors import did_you_mean
+from narvl_jax.terminal.tables import format_columns
 from narvl_jax.terminal.text import show
 
 # In the order in which a user meets them.
@@ -50,13 +51,12 @@ def main() -> None:
 
 def usage() -> str:
   """Returns the list of commands, each with the first line of its module."""
-  width = max(map(len, COMMANDS))
-  rows = [f"  {name:<{width}}  {_summary(name)}" for name in COMMANDS]
+  rows = [(name, _summary(name)) for name in COMMANDS]
   return "\n".join(
     [
       "usage: narvl COMMAND [flags], or python -m narvl_jax.COMMAND [flags]",
       "",
-      *rows,
+      format_columns(rows, left=2, rule=False, indent="  ", width=sys.maxsize),
       "",
       "narvl COMMAND --help lists the flags of a command.",
     ]

@@ -27,7 +27,7 @@ from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import (
   check_json_path,
   check_output_file,
-  write_json,
+  write_report,
 )
 from narvl_jax.data import sources
 from narvl_jax.data.checking import inspection
@@ -293,7 +293,7 @@ def main(argv: Sequence[str]) -> None:
   merged = check_report.merge(verdicts)
   if len(entries) > 1:
     show("\n" + check_report.format_word("verdict on all", merged))
-  write_json(options.json, report, indent=1)
+  write_report(options.json, report, indent=1)
   sys.stdout.flush()
   unusable = merged.word == check_report.NOT_USABLE
   sys.exit(USER_ERROR_CODE if unusable else 0)

@@ -39,7 +39,7 @@ from narvl_jax.comparison.case import (
 from narvl_jax.comparison.plot import check_can_draw, draw_lengths
 from narvl_jax.comparison.ways import NAR, UNCACHED
 from narvl_jax.errors import UserError, check_counts, check_lists
-from narvl_jax.evaluation.reporting import write_json
+from narvl_jax.files.disk import write_json
 from narvl_jax.files.paths import check_folder
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import show

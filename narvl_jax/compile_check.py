@@ -31,11 +31,12 @@ from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import (
   check_json_path,
   check_output_file,
-  write_json,
+  write_report,
 )
 from narvl_jax.files.disk import write_text
 from narvl_jax.parallel.mesh import describe
 from narvl_jax.terminal import progress
+from narvl_jax.terminal.tables import format_columns
 from narvl_jax.terminal.text import show
 from narvl_jax.training.setup import describe_parallelism
 
@@ -104,8 +105,12 @@ def report(check: Check) -> str:
     " again included)",
     "collectives    per step on one chip; bytes of the whole arrays",
   ]
-  for kind, (count, size) in program.by_kind().items():
-    lines.append(f"  {kind:<19} {count:>6} x  {size / 1e6:>10.1f} MB")
+  rows = [
+    (kind, f"{count} x", f"{size / 1e6:.1f} MB")
+    for kind, (count, size) in program.by_kind().items()
+  ]
+  if rows:
+    lines.append(format_columns(rows, rule=False, indent="  "))
   inside, across = check.network_bytes()
   unseen = check.topology.num_slices > 1 and not across
   lines.append(
@@ -214,7 +219,7 @@ def run(settings: Any, config: Any, name: str) -> None:
     check = check_train_step(config, topology)
   show(report(check))
   show(f"compiled in {check.seconds:.1f} s")
-  write_json(settings.json, summary(check, name))
+  write_report(settings.json, summary(check, name))
   if settings.hlo and check.text:
     write_text(pathlib.Path(settings.hlo), check.text)
   for path in (settings.json, settings.hlo):

@@ -46,6 +46,7 @@ from narvl_jax.errors import (
 from narvl_jax.evaluation.labelling import Labeller
 from narvl_jax.experiment.config import to_json
 from narvl_jax.files.paths import check_folder
+from narvl_jax.hosts import cluster as cluster_lib
 from narvl_jax.hosts import distributed
 from narvl_jax.prediction import decoding_flags
 from narvl_jax.reliability import session as hosts
@@ -274,7 +275,7 @@ def define_flags() -> None:
   common_flags.max_bad_fraction("; data.max_bad_fraction by default")
   common_flags.answers("the teacher's")
   decoding_flags.define_flags(default="reference")
-  distributed.define_flags()
+  cluster_lib.define_flags()
   flags.mark_flags_as_required(["teacher", "to"])
 
 
@@ -304,7 +305,7 @@ def main(argv: Sequence[str]) -> None:
 
   logs = folder / hosts.LOG_FOLDER
   try:
-    cluster = distributed.detect(settings)
+    cluster = cluster_lib.detect(settings)
     with (
       termination_raises(),
       hosts.outliving_terminal(logs if cluster is None else None),

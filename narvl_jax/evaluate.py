@@ -22,7 +22,7 @@ from absl import flags
 from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
-from narvl_jax.command_line.json_output import check_json_path, write_json
+from narvl_jax.command_line.json_output import check_json_path, write_report
 from narvl_jax.errors import check_counts, check_lists
 from narvl_jax.evaluation import evaluator, reporting, results
 from narvl_jax.files.paths import check_folder
@@ -140,7 +140,7 @@ def main(argv: Sequence[str]) -> None:
     answers=settings.answers,
     tasks=settings.tasks,
   )
-  write_json(settings.json, report)
+  write_report(settings.json, report)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from PIL import Image
 from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
-from narvl_jax.command_line.json_output import check_json_path, write_json
+from narvl_jax.command_line.json_output import check_json_path, write_report
 from narvl_jax.data.example import Record
 from narvl_jax.data.pictures import rendering
 from narvl_jax.evaluation import outcomes, results
@@ -186,7 +186,7 @@ def main(argv: Sequence[str]) -> None:
     show(f"warning: {escape(text)}", file=sys.stderr)
   if settings.json != common_flags.STDOUT:
     show(outcomes.format_outcome(outcome))
-  write_json(settings.json, outcome, indent=None)
+  write_report(settings.json, outcome, indent=None)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from typing import Any
 import jax
 from absl import flags
 
-from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.data.batches.entry import MixtureEntry
@@ -34,8 +33,7 @@ from narvl_jax.evaluation.reporting import format_metrics, format_table
 from narvl_jax.evaluation.results import make_way, write_results
 from narvl_jax.evaluation.score import flat_metrics, score_of
 from narvl_jax.experiment.config_checks import validate
-from narvl_jax.experiment.datasets import relative_evaluation
-from narvl_jax.experiment.experiment import Experiment
+from narvl_jax.hosts import cluster as cluster_lib
 from narvl_jax.hosts import distributed
 from narvl_jax.reliability import session as hosts
 from narvl_jax.reliability.explain import explain_failure, quiet_failed_saves
@@ -47,12 +45,14 @@ from narvl_jax.run.announce import dry_run as print_dry_run
 from narvl_jax.run.bad_numbers import BundleWriter
 from narvl_jax.run.batches import DeviceBatches, batch_opener
 from narvl_jax.run.data_checks import untrained_tasks
-from narvl_jax.run.loop import EVALUATION_DUE, Loop
+from narvl_jax.run.loop import Loop
+from narvl_jax.run.run import EVALUATION_DUE, Run
 from narvl_jax.run.start import (
   chosen_variables,
-  first_state,
   make_up_evaluation,
+  open_checkpoints,
   prepare,
+  restore_or_init,
   write_run,
 )
 from narvl_jax.run_folder import workdir as workdir_lib
@@ -73,7 +73,7 @@ def train(
   ledger: Ledger | None = None,
   guard: Guard | None = None,
 ) -> dict[str, Any] | None:
-  """Trains, or goes on training, and evaluates at the end.
+  """Trains, or resumes training, and evaluates at the end.
 
   Args:
     config: see `narvl_jax.experiment.config.default_config`.
@@ -133,9 +133,8 @@ def _run(
   guard: Guard,
   say: Announcer,
 ) -> dict[str, Any]:
-  """Takes the folder, restores or begins, trains, and evaluates at the end."""
-  experiment, ledger = setup.experiment, guard.ledger
-  config = experiment.config
+  """Takes the folder, restores or initialises, trains, and evaluates."""
+  config, ledger = setup.experiment.config, guard.ledger
   with contextlib.ExitStack() as stack:
     with ledger.stage("init"):
       if distributed.is_first():
@@ -143,51 +142,30 @@ def _run(
         check_unchanged(resumes, workdir)
         # Now, and not after days of training.
         make_way(workdir)
-      write_run(experiment, setup, workdir, resumes)
-      checkpoints = stack.enter_context(
-        Checkpoints(
-          workdir,
-          keep_last=config.train.keep_last,
-          keep_best=config.train.keep_best,
-          keep_every=config.train.keep_every,
-          config=config,
-          vocabulary=experiment.vocabulary.fingerprint,
-        )
-      )
+      write_run(setup, workdir, resumes)
+      checkpoints = stack.enter_context(open_checkpoints(setup, workdir))
       guard.busy = lambda: checkpoints.progress.startswith("saving")
-      state, first_step, stored = first_state(setup, checkpoints, say)
-      ledger.progress(first_step)
+      state, step, stored = restore_or_init(setup, checkpoints, say)
+      ledger.progress(step)
+      writer = SilentMetrics()
       if distributed.is_first():
         if resumes:
           guard.record_restart(
-            first_step,
+            step,
             say,
             saved=stored.get("time"),
             damaged=checkpoints.set_aside,
           )
-        workdir_lib.write_environment(workdir, first_step)
-        writer = stack.enter_context(MetricsWriter(workdir, first_step))
-      else:
-        writer = SilentMetrics()
+        workdir_lib.write_environment(workdir, step)
+        writer = stack.enter_context(MetricsWriter(workdir, step))
 
+    run = Run(setup, mixture, checkpoints, writer, guard, say)
     if stored.get(EVALUATION_DUE):
-      evaluate = functools.partial(
-        _validate, experiment, mixture, say, ledger.progress
-      )
+      evaluate = functools.partial(_validate, run, ledger.progress)
       with ledger.stage("evaluation"):
-        make_up_evaluation(evaluate, state, checkpoints, writer, say)
-    if first_step < config.train.steps:
-      state = _fit(
-        setup,
-        state,
-        stored,
-        mixture,
-        workdir,
-        checkpoints,
-        writer,
-        guard,
-        say,
-      )
+        make_up_evaluation(run, evaluate, state)
+    if step < config.train.steps:
+      state = _train(run, state, stored)
       if guard.stop.stopped:
         with ledger.stage("checkpoint"):
           checkpoints.close()
@@ -197,10 +175,8 @@ def _run(
     with ledger.stage("checkpoint"):
       variables, step = chosen_variables(setup, state, checkpoints, say)
     with ledger.stage("evaluation"):
-      report = _final_evaluation(
-        experiment, variables, step, mixture, workdir, guard, say
-      )
-    # In the line of the last step, also where an earlier one was better.
+      report = _final_evaluation(run, variables, step)
+    # In the line of the last step, even where an earlier one was better.
     values = flat_metrics(report) | {f"{report['split']}/step": float(step)}
     writer.write(int(state.step), values)
     with ledger.stage("checkpoint"):
@@ -209,122 +185,92 @@ def _run(
   return report
 
 
-def _fit(
-  setup: Setup,
-  state: TrainState,
-  stored: Mapping[str, Any],
-  mixture: Sequence[MixtureEntry],
-  workdir: pathlib.Path,
-  checkpoints: Checkpoints,
-  writer: MetricsWriter | SilentMetrics,
-  guard: Guard,
-  say: Announcer,
+def _train(
+  run: Run, state: TrainState, stored: Mapping[str, Any]
 ) -> TrainState:
-  """Starts the data, compiles the step and runs the loop."""
-  ledger, stop = guard.ledger, guard.stop
-  experiment = setup.experiment
-  config = experiment.config
+  """Starts the data, compiles the update and runs the loop."""
+  setup, guard, say = run.setup, run.guard, run.say
   # Before the compilation, which leaves time to fill the buffers.
   with DeviceBatches(
-    batch_opener(setup, mixture),
+    batch_opener(setup, run.mixture),
     stored.get("data_position", int(state.step)),
     setup.mesh,
     tuple(setup.batch),
-    config.train.batch_size,
+    run.config.train.batch_size,
   ) as batches:
     say("compiling the step, which takes minutes for a large model")
-    with ledger.stage("compile"), progress.doing("compiling the step"):
-      step = setup.compile_step()
-    say(f"compiled in {ledger.seconds()['compile']:.1f} s")
+    with guard.ledger.stage("compile"), progress.doing("compiling the step"):
+      train_step = setup.compile_step()
+    say(f"compiled in {guard.ledger.seconds()['compile']:.1f} s")
     if setup.teacher is not None:
-      step = functools.partial(step, setup.teacher.read())
+      train_step = functools.partial(train_step, setup.teacher.read())
     # Gloo, on CPUs, gives a host half a minute for its first collective.
     distributed.barrier("step compiled")
 
     def before_batch() -> None:
-      ledger.progress()
-      if stop.due():
+      guard.ledger.progress()
+      if guard.stop.due():
         raise EvaluationStopped
 
     loop = Loop(
-      setup=setup,
-      step=step,
+      run,
+      train_step=train_step,
       batches=batches,
-      writer=writer,
-      checkpoints=checkpoints,
-      evaluate=functools.partial(
-        _validate, experiment, mixture, say, before_batch
+      evaluate=functools.partial(_validate, run, before_batch),
+      restore=functools.partial(restore_or_init, setup, run.checkpoints, say),
+      bundles=BundleWriter(
+        run.workdir, run.config, setup.mesh, batches.examples
       ),
-      restore=functools.partial(first_state, setup, checkpoints, say),
-      bundles=BundleWriter(workdir, config, setup.mesh, batches.examples),
-      check_folder=guard.check_folder,
-      ledger=ledger,
-      stop=stop,
-      say=say,
-      final_evaluation=relative_evaluation(config),
     )
-    state = loop.run(state, stored)
+    state = loop.train(state, stored)
     say("training used:")
-    show(used_table(mixture, batches.counters(batches.position)))
+    show(used_table(run.mixture, batches.counters(batches.position)))
     if any(loop.health.counts().values()):
       say(str(loop.health))
     return state
 
 
 def _validate(
-  experiment: Experiment,
-  mixture: Sequence[MixtureEntry],
-  say: Announcer,
-  before_batch: Callable[[], None],
-  state: TrainState,
-  step: int,
+  run: Run, before_batch: Callable[[], None], state: TrainState, step: int
 ) -> tuple[dict[str, float], float | None]:
-  """Returns metrics to write, and the score that tells the best checkpoint."""
-  config = experiment.config
+  """Returns the metrics to write, and the score that ranks checkpoints."""
+  config = run.config
   report, _ = evaluate_tasks(
-    experiment,
+    run.experiment,
     evaluation_variables(state),
     split=config.train.eval_split,
     max_examples=config.train.eval_examples,
     step=step,
     before_batch=before_batch,
   )
-  metrics = flat_metrics(report)
   score = score_of(report, config.evaluation.best_metric)
-  untrained = untrained_tasks(experiment, mixture, step)
+  untrained = untrained_tasks(run.experiment, run.mixture, step)
+  run.say(f"step {step} on {config.train.eval_split}:")
   notes = dict.fromkeys(untrained, "not trained yet")
-  say(f"step {step} on {config.train.eval_split}:")
   show(format_metrics(report, notes, kinds=False))
-  return metrics, score
+  return flat_metrics(report), score
 
 
 def _final_evaluation(
-  experiment: Experiment,
-  variables: Mapping[str, Any],
-  step: int,
-  mixture: Sequence[MixtureEntry],
-  workdir: pathlib.Path,
-  guard: Guard,
-  say: Announcer,
+  run: Run, variables: Mapping[str, Any], step: int
 ) -> dict[str, Any]:
-  settings = experiment.config.evaluation
+  settings = run.config.evaluation
   limit = settings.max_examples
   extent = f"at most {limit} a source" if limit else "all"
-  say(f"evaluating step {step} on {settings.split}, {extent}")
+  run.say(f"evaluating step {step} on {settings.split}, {extent}")
   report, predictions = evaluate_tasks(
-    experiment,
+    run.experiment,
     variables,
     split=settings.split,
     max_examples=limit or None,
     step=step,
-    before_batch=guard.ledger.progress,
+    before_batch=run.guard.ledger.progress,
   )
-  untrained = untrained_tasks(experiment, mixture, step)
-  notes = dict.fromkeys(untrained, "not trained")
-  show(format_table(report, notes))
-  guard.check_folder()
+  untrained = untrained_tasks(run.experiment, run.mixture, step)
+  show(format_table(report, dict.fromkeys(untrained, "not trained")))
+  run.guard.check_folder()
   if distributed.is_first():
-    for path in write_results(experiment, workdir, report, predictions):
+    for path in write_results(run.experiment, run.workdir, report, predictions):
       show(f"wrote {path}")
   return report
 
@@ -341,7 +287,7 @@ def define_flags() -> None:
     False,
     "Print where every parameter lies and the bytes on a device, then stop.",
   )
-  distributed.define_flags()
+  cluster_lib.define_flags()
   flags.mark_flags_as_required(["config", "workdir"])
   flags.declare_key_flag("config")  # Shown by --help.
 
@@ -361,7 +307,7 @@ def main(argv: Sequence[str]) -> None:
 
   try:
     with Guard(workdir, ledger, leave=hosts.leave) as guard:
-      cluster = distributed.detect(settings)
+      cluster = cluster_lib.detect(settings)
       if cluster is not None:
         workdir_lib.check_folder(workdir)
       logs = None if only_prints else workdir / hosts.LOG_FOLDER

@@ -103,14 +103,14 @@ SABOTAGES = (
     "narvl_jax/run/loop.py",
     '"data_position": self.batches.position,',
     '"data_position": step,',
-    "tests/run/test_loop.py"
+    "tests/run/test_loop_bad_numbers.py"
     "::test_rollback_before_the_first_checkpoint_and_twice",
   ),
   Sabotage(
     "saved before the update",
     "narvl_jax/run/loop.py",
-    "self.checkpoints.save(step, state, score=score, run=stored)",
-    "self.checkpoints.save(step + 1, state, score=score, run=stored)",
+    "self._checkpoints.save(step, state, score=score, run=stored)",
+    "self._checkpoints.save(step + 1, state, score=score, run=stored)",
     "tests/run/test_loop.py::test_evaluations_and_checkpoints_when_due",
   ),
   Sabotage(
@@ -118,14 +118,15 @@ SABOTAGES = (
     "narvl_jax/run/loop.py",
     "bad = self._settle(pending, 0 if saves else _MAX_AHEAD)",
     "bad = self._settle(pending, _MAX_AHEAD)",
-    "tests/run/test_loop.py::test_broken_state_is_not_saved",
+    "tests/run/test_loop_bad_numbers.py::test_broken_state_is_not_saved",
   ),
   Sabotage(
     "a rollback also leaves out a good batch",
     "narvl_jax/run/loop.py",
     "self.batches.seek(bad.position + 1)",
     "self.batches.seek(bad.position + 2)",
-    "tests/run/test_loop.py::test_rollback_goes_on_after_the_bad_batch",
+    "tests/run/test_loop_bad_numbers.py"
+    "::test_rollback_goes_on_after_the_bad_batch",
   ),
   Sabotage(
     "a bad number is ignored",

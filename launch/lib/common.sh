@@ -156,9 +156,9 @@ need() {  # PROGRAM HOW_TO_GET_IT
 
 # ---- The secret ----
 
-# By this the processes of a run know each other at the start. It goes through
-# the environment or a file that only its owner can read: command lines are
-# shown by `ps` and printed in logs.
+# The processes of a run prove with it that they belong together. It is passed in
+# the environment or in a file that only its owner can read: command lines are
+# visible to others and in logs.
 make_secret() {
   if is_on dry_run; then
     cat <<'END'
@@ -263,7 +263,7 @@ on_signal() {  # NAME NUMBER
   fi
   if [[ -n $CHILD ]]; then kill -TERM -- "-$CHILD" 2>/dev/null || true; fi
   finish
-  say "$1: stopped; the same command goes on from the last checkpoint"
+  say "$1: stopped; the same command resumes from the last checkpoint"
   exit $((128 + $2))
 }
 

@@ -6,9 +6,8 @@
 #   remote.sh stop SECONDS     TERM, wait for the save, KILL
 #   remote.sh reset SECONDS    stop, then forget the attempt
 #
-# `run` does not start a second time while the attempt is known: then it shows
-# the output of the training that runs. So a lost connection costs nothing,
-# and gcloud may repeat the command.
+# While an attempt exists, `run` does not start another one but shows its output.
+# So a lost connection does no harm, and gcloud may repeat the command.
 set -euo pipefail
 
 state=$HOME/narvl_jax_state
@@ -18,7 +17,7 @@ remote=launch/lib/remote.sh
 
 install() {
   # Images of TPU VMs may have Python 3.10; uv finds a newer one or fetches it.
-  # Its exit code 2 is no mistake of the user, but often a network that failed.
+  # Its exit code 2 often means a network failure, not a mistake of the user.
   python3 -m pip install --quiet --user uv &&
     python3 -m uv venv --quiet --allow-existing --python '>=3.11' .venv &&
     python3 -m uv pip install --quiet --python .venv/bin/python \
@@ -30,7 +29,7 @@ run() {  # ARGUMENTS of narvl_jax.train
   mkdir -p "$state"
   if mkdir "$attempt" 2>/dev/null; then
     : >"$state/train.log"
-    # A session of its own: the end of the connection does not reach it.
+    # A session of its own survives the end of the connection.
     setsid nohup bash "$remote" supervise "$@" >/dev/null 2>&1 </dev/null &
     until [[ -e $attempt/pid ]]; do sleep 0.1; done
   fi
@@ -50,7 +49,7 @@ show() {  # What training prints, until it ends.
 
 supervise() {  # ARGUMENTS of narvl_jax.train
   local code=0
-  # It came with the code, as command lines can be seen by others.
+  # In a file, since command lines are visible to others.
   if [[ -e cluster_secret ]]; then
     NARVL_CLUSTER_SECRET=$(<cluster_secret)
     export NARVL_CLUSTER_SECRET
@@ -77,7 +76,7 @@ stop() {  # SECONDS
   until [[ -e $attempt/exit_code ]] || ((SECONDS >= deadline + 5)); do
     sleep 0.1
   done
-  # Workers that training may have left behind.
+  # Remaining worker processes.
   kill -KILL -- "-$(<"$attempt/supervisor")" 2>/dev/null || true
 }
 

@@ -21,7 +21,7 @@ tpu_attempt() {
 finish() {
   if [[ -n $LOGS_DUE ]]; then fetch_logs; fi
   if is_on delete; then
-    delete_pod || say "could not delete $NAME; it costs money until it is gone"
+    delete_pod || say "could not delete $NAME; it costs money until it is deleted"
   fi
 }
 
@@ -33,7 +33,7 @@ on_all_hosts() {  # COMMAND_LINE [WHAT_FOLLOWS]
 }
 
 stop_leftovers() {
-  stage "stop a training that an earlier launch left behind; it saves"
+  stage "stop a training of an earlier launch, with a save"
   on_all_hosts "test ! -e $REMOTE || bash $REMOTE reset ${FLAG[grace_seconds]}"
 }
 
@@ -79,8 +79,8 @@ train() {
   on_all_hosts "bash $REMOTE run $(quote "${TRAIN_ARGS[@]}")" \
     " 2>&1 | tee $(quote "$folder/stream.log")" || code=$?
   TRAINING=
-  # gcloud tells the exit code of the first host that failed. A mistake of the
-  # user on any host is a mistake of the user.
+  # gcloud reports the exit code of the first host that failed; a mistake of the
+  # user on any host takes precedence.
   if ! is_on dry_run &&
     grep -q 'training ended with exit code 2$' "$folder/stream.log"; then
     code=2
@@ -91,7 +91,7 @@ train() {
 stop_training() {
   local stream=$CHILD
   on_all_hosts "bash $REMOTE stop ${FLAG[grace_seconds]}" || true
-  # The stream ends by itself, after the last lines.
+  # The stream ends after its last lines.
   ends_within 30 "$stream" || true
   CHILD=$stream TRAINING=
 }

@@ -36,7 +36,7 @@ from narvl_jax.benchmarks import timing
 from narvl_jax.checkpointing.writing import FOLDER, Checkpoints, restore_target
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
-from narvl_jax.command_line.json_output import check_json_path, write_json
+from narvl_jax.command_line.json_output import check_json_path, write_report
 from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import Config, from_json, to_json
@@ -278,7 +278,7 @@ def main(argv: Sequence[str]) -> None:
       rounds=settings.rounds,
     )
   print(format_report(report), flush=True)
-  write_json(settings.json, report)
+  write_report(settings.json, report)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from PIL import Image
 from narvl_jax.benchmarks import data_load, data_startup, timing
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
-from narvl_jax.command_line.json_output import check_json_path, write_json
+from narvl_jax.command_line.json_output import check_json_path, write_report
 from narvl_jax.data.pictures.files import FORMATS
 from narvl_jax.terminal.tables import format_columns
 
@@ -247,7 +247,7 @@ def main(argv: Sequence[str]) -> None:
       )
       text = format_report(report)
   print(text, flush=True)
-  write_json(settings.json, report)
+  write_report(settings.json, report)
 
 
 if __name__ == "__main__":

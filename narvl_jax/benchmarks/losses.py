@@ -13,7 +13,7 @@ from absl import flags
 
 from narvl_jax.benchmarks import timing
 from narvl_jax.command_line import flags as common_flags
-from narvl_jax.command_line.json_output import check_json_path, write_json
+from narvl_jax.command_line.json_output import check_json_path, write_report
 from narvl_jax.errors import UserError
 from narvl_jax.terminal.tables import format_columns
 
@@ -168,4 +168,4 @@ def run(
   check_json_path(settings.json)
   report = benchmark(sizes, rounds=settings.rounds)
   print(describe(report), flush=True)
-  write_json(settings.json, report)
+  write_report(settings.json, report)

@@ -1,7 +1,6 @@
 """Whether the record of a checkpoint matches a run folder and a model."""
 
 import difflib
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from narvl_jax.checkpointing.record import (
 from narvl_jax.errors import UserError, list_few
 from narvl_jax.experiment.config import from_json, to_json
 from narvl_jax.experiment.config_table import may_change
-from narvl_jax.files.disk import write_text
+from narvl_jax.files.disk import write_json
 from narvl_jax.run_folder import workdir as workdir_lib
 
 # Settings, and arrays of each kind, that a message names.
@@ -114,7 +113,7 @@ def restore_config(
     old = path.with_name(f"{path.name}.old")
     path.replace(old)
     lines.append(f"kept {old}")
-  write_text(path, json.dumps(record.config, indent=2) + "\n", inside=workdir)
+  write_json(path, record.config, inside=workdir)
   return [*lines, f"wrote {path}, as step {record.step} was trained with it"]
 
 

@@ -128,7 +128,7 @@ class _JsonParser(flags.ArgumentParser):
 
 
 def json() -> None:
-  """Defines --json, which `narvl_jax.command_line.cli.write_json` heeds."""
+  """Defines --json, which `command_line.json_output.write_report` reads."""
   flag = flags.Flag(
     parser=_JsonParser(),
     serializer=flags.ArgumentSerializer(),

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from narvl_jax.command_line.flags import STDOUT
 from narvl_jax.errors import UserError
-from narvl_jax.files.disk import write_text
+from narvl_jax.files.disk import write_json
 from narvl_jax.files.paths import check_file, check_possible
 from narvl_jax.terminal.text import naming, readable_json
 
@@ -62,7 +62,7 @@ def check_output_file(flag: str, path: str) -> None:
   check_file(f"--{flag}", path)
 
 
-def write_json(
+def write_report(
   path: str | None, report: Mapping[str, Any], *, indent: int | None = 2
 ) -> None:
   """Writes a report where --json says: nowhere, to stdout or to a file."""
@@ -74,4 +74,4 @@ def write_json(
       out.write(readable_json(report, out.encoding, indent) + "\n")
       out.flush()
   else:
-    write_text(pathlib.Path(path), readable_json(report, indent=indent) + "\n")
+    write_json(pathlib.Path(path), report, indent=indent)

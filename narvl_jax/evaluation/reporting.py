@@ -1,6 +1,5 @@
 """Reports of an evaluation: tables, file names, JSON files."""
 
-import json
 import os
 import pathlib
 import urllib.parse
@@ -91,17 +90,6 @@ def format_metrics(
   ]
   tails = [f"({note})" if note else "" for note in found]
   return format_columns(cells, indent=indent, notes=tails)
-
-
-def write_json(
-  path: str | os.PathLike[str],
-  value: Any,
-  *,
-  inside: pathlib.Path | None = None,
-) -> None:
-  """Writes indented JSON, atomically."""
-  text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-  write_text(pathlib.Path(path), text, inside=inside)
 
 
 def write_predictions(

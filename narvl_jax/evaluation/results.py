@@ -17,7 +17,7 @@ from narvl_jax.evaluation import reporting
 from narvl_jax.experiment.datasets import load_dataset
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.files import side_files
-from narvl_jax.files.disk import replacing
+from narvl_jax.files.disk import replacing, write_json
 from narvl_jax.terminal.text import warn
 
 # Evaluation of the best checkpoint with the settings of the config.
@@ -89,7 +89,7 @@ def write_results(
   # `inside`: a run folder that was removed is not created again.
   reporting.write_predictions(paths[1], predictions, inside=folder)
   # Before the pictures, which may fail.
-  reporting.write_json(paths[0], report, inside=folder)
+  write_json(paths[0], report, inside=folder)
   note = _how_to_ask_again(experiment, folder, report["split"])
   for path, shown, text in pages:
     panels = prediction_panels(experiment, report["split"], shown)
@@ -99,7 +99,7 @@ def write_results(
   if best and _is_main(experiment.config, report):
     # Last, so that a program which waits for this file finds the others.
     paths.append(folder / MAIN_FILE)
-    reporting.write_json(paths[-1], report, inside=folder)
+    write_json(paths[-1], report, inside=folder)
   return paths
 
 

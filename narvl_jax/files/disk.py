@@ -4,10 +4,12 @@ import contextlib
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from narvl_jax.errors import UserError
 from narvl_jax.files import leftovers
 from narvl_jax.files.disk_errors import reason_of
+from narvl_jax.terminal.text import readable_json
 
 
 @contextlib.contextmanager
@@ -97,3 +99,14 @@ def _sync(path: pathlib.Path) -> None:
     os.fsync(number)
   finally:
     os.close(number)
+
+
+def write_json(
+  path: pathlib.Path,
+  value: Any,
+  *,
+  indent: int | None = 2,
+  inside: pathlib.Path | None = None,
+) -> None:
+  """Writes a JSON file as `write_text` does; see `readable_json`."""
+  write_text(path, readable_json(value, indent=indent) + "\n", inside=inside)

@@ -1,1 +1,1 @@
-"""Hosts."""
+"""Several processes that train one model."""

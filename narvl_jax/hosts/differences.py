@@ -1,7 +1,9 @@
-"""Names the hosts that do not run what the others run."""
+"""Reports hosts whose config, versions or code differ."""
 
 import collections
 from collections.abc import Mapping, Sequence
+
+from narvl_jax.errors import list_few
 
 _MAX_SHOWN = 8
 
@@ -9,23 +11,23 @@ _MAX_SHOWN = 8
 def describe_differences(
   facts: Sequence[Mapping[str, str]], names: Sequence[str]
 ) -> str | None:
-  """Compares what should be the same on every host.
+  """Compares facts that must be equal on every host.
 
   Args:
-    facts: of each host, fact -> value. A name such as `config
-      optimizer.learning_rate` is a group and a member of it.
-    names: of the hosts.
+    facts: fact -> value, by host. A name such as `config seed` is a group and
+      a member of it.
+    names: host names.
 
   Returns:
-    What differs from most others (from host 0 where there is no majority),
-    in one line such as `host 3 (name): config differs: seed 1, the others 0`;
-    None if nothing does.
+    One line such as `host 3 (name): config differs: seed 1, the others 0`,
+    compared with the most frequent value (host 0's in a tie); None if all are
+    equal.
   """
   odd: dict[int, dict[str, list[str]]] = collections.defaultdict(dict)
   keys = dict.fromkeys(key for own in facts for key in own)
   for key in keys:
     values = [own.get(key, "absent") for own in facts]
-    # The first of equally frequent ones, so that of host 0.
+    # The first of equally frequent values is that of host 0.
     usual = collections.Counter(values).most_common(1)[0][0]
     for host, value in enumerate(values):
       if value == usual:
@@ -41,9 +43,7 @@ def describe_differences(
   parts = []
   for host, groups in sorted(odd.items())[:_MAX_SHOWN]:
     for group, found in groups.items():
-      shown = "; ".join(found[:_MAX_SHOWN])
-      if len(found) > _MAX_SHOWN:
-        shown += f"; and {len(found) - _MAX_SHOWN} more"
+      shown = list_few(found, _MAX_SHOWN, "; ")
       parts.append(f"host {host} ({names[host]}): {group} differs: {shown}")
   if len(odd) > _MAX_SHOWN:
     parts.append(f"and {len(odd) - _MAX_SHOWN} more hosts")

@@ -1,4 +1,4 @@
-"""What process 0 does while it waits for the others."""
+"""Process 0 collects the hellos of the other processes."""
 
 import selectors
 import socket
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from narvl_jax.errors import UserError
+from narvl_jax.errors import UserError, list_few
 from narvl_jax.hosts.messages import (
   MAX_BYTES,
   Message,
@@ -17,20 +17,20 @@ from narvl_jax.hosts.messages import (
   what_is_wrong,
 )
 
-# A process speaks at once; what does not is none of ours.
+# A process of this run sends its hello at once.
 _HELLO_SECONDS = 10.0
 # For all answers together.
 _ANSWER_SECONDS = 5.0
 _PROGRESS_SECONDS = 30.0
 _POLL_SECONDS = 0.5
-# Strangers that are listened to at a time.
+# Connections without a hello at a time.
 _MAX_PENDING = 256
-# More lines about strangers would only fill the log.
+# Rejected connections that are reported; more would only fill the log.
 _MAX_REFUSALS = 20
 
 
 class _Caller:
-  """A connection that has not said yet who it is."""
+  """A connection that has not sent its hello yet."""
 
   def __init__(self, connection: socket.socket, address: str) -> None:
     self.connection, self.address = connection, address
@@ -40,7 +40,7 @@ class _Caller:
 
 
 class _Member:
-  """A process that has come."""
+  """A process whose hello was accepted."""
 
   def __init__(self, caller: _Caller, hello: Message) -> None:
     self.connection, self.hello = caller.connection, hello
@@ -48,29 +48,26 @@ class _Member:
 
 
 class Gathering:
-  """The processes that have come so far.
+  """The processes that have connected so far.
 
-  No connection is waited for: a stranger that sends a byte a second costs the
-  others nothing.
+  Connections are non-blocking, so a slow stranger delays nobody.
   """
 
   def __init__(
     self,
     own: Message,
-    num_processes: int,
     secret: str | None,
     say: Callable[[str], None],
   ) -> None:
-    """Begins with process 0 alone.
+    """Starts with process 0 alone.
 
     Args:
-      own: its hello.
-      num_processes: how many there are.
-      secret: what all processes know, None without.
+      own: hello of process 0.
+      secret: shared by all processes; None for no signatures.
       say: prints a line.
     """
     self._own = own
-    self._count = num_processes
+    self._count: int = own["num_processes"]
     self._secret = secret
     self._say = say
     self._members: dict[int, _Member] = {}
@@ -80,18 +77,14 @@ class Gathering:
 
   @property
   def hellos(self) -> dict[int, Message]:
-    """The hello of each process that is here."""
+    """The hello of each process so far."""
     return {0: self._own} | {i: x.hello for i, x in self._members.items()}
 
   def wait(self, listener: socket.socket, timeout: float) -> None:
-    """Returns when all are there.
-
-    Args:
-      listener: where they connect to.
-      timeout: seconds, whatever anybody sends meanwhile.
+    """Returns when all processes have connected to `listener`.
 
     Raises:
-      UserError: some did not come, or do not fit.
+      UserError: some did not within `timeout` seconds, or do not match.
     """
     listener.setblocking(False)
     self._selector.register(listener, selectors.EVENT_READ)
@@ -120,14 +113,14 @@ class Gathering:
     self._selector.unregister(listener)
 
   def answer(self, value: Mapping[str, Any]) -> None:
-    """Tells all that came."""
+    """Sends a message to all processes."""
     deadline = time.monotonic() + _ANSWER_SECONDS
     for member in self._members.values():
       line = encode(value, self._secret, "answer", *member.nonces)
       _send(member.connection, line, deadline - time.monotonic())
 
   def close(self) -> None:
-    """Lets all go."""
+    """Closes all connections."""
     for holder in (*self._members.values(), *self._pending.values()):
       holder.connection.close()
     self._selector.close()
@@ -144,9 +137,9 @@ class Gathering:
     try:
       connection, address = listener.accept()
     except OSError:
-      return  # It is gone already.
+      return  # Closed by the other end.
     if len(self._pending) >= _MAX_PENDING:
-      # Dicts keep their order: the one that has been silent the longest.
+      # Dicts are ordered: the oldest one.
       self._forget(next(iter(self._pending.values())))
     caller = _Caller(connection, str(address[0]))
     connection.setblocking(False)
@@ -158,7 +151,7 @@ class Gathering:
     self._selector.register(connection, selectors.EVENT_READ)
 
   def _hear(self, caller: _Caller) -> None:
-    """Reads what has come of a hello."""
+    """Reads the available part of a hello."""
     try:
       data = caller.connection.recv(1 << 16)
     except BlockingIOError:
@@ -166,7 +159,7 @@ class Gathering:
     except OSError:
       data = b""
     if not data:
-      # As a port scanner, or a process that was stopped.
+      # For example a port scanner, or a process that was stopped.
       self._forget(caller)
       return
     caller.received += data
@@ -177,10 +170,10 @@ class Gathering:
       self._take(caller, decode(bytes(line)))
 
   def _take(self, caller: _Caller, hello: Message | None) -> None:
-    """Makes a caller a member if it is one.
+    """Accepts or rejects a caller.
 
     Raises:
-      UserError: it is one of this run but does not fit.
+      UserError: it belongs to this run but does not match.
     """
     wrong = what_is_wrong(hello)
     if wrong or hello is None:
@@ -228,13 +221,7 @@ class Gathering:
     return None
 
   def _refuse(self, caller: _Caller, why: str, final: bool = False) -> None:
-    """Lets go of a stranger and says so; the others are waited for.
-
-    Args:
-      caller: the stranger.
-      why: what is wrong with it.
-      final: whether it need not try again.
-    """
+    """Rejects and reports a connection; `final` tells it not to retry."""
     line = encode({"refused": why, "final": final}, None)
     _send(caller.connection, line, 0)
     self._forget(caller)
@@ -254,13 +241,13 @@ class Gathering:
         self._refuse(caller, f"no hello within {_HELLO_SECONDS:g} s")
 
   def _drop_those_gone(self) -> list[int]:
-    """Forgets processes that ended, once all had come; returns the missing."""
+    """Removes processes that ended after their hello; returns the missing."""
     for number in list(self._members):
       self._drop_if_gone(number)
     return self._missing()
 
   def _drop_member(self, connection: Any) -> None:
-    """Forgets a process that ended after it came; none says a second word."""
+    """Removes a process that ended or sent data after its hello."""
     for number, member in list(self._members.items()):
       if member.connection is connection:
         self._drop_if_gone(number)
@@ -273,21 +260,19 @@ class Gathering:
       return
     except OSError:
       pass
-    # Either its end, or words that no process of ours says.
+    # Closed, or data that no process of this run sends.
     self._selector.unregister(connection)
     connection.close()
     del self._members[number]
 
 
 def _processes(numbers: list[int]) -> str:
-  shown = ", ".join(map(str, numbers[:8]))
-  if len(numbers) > 8:
-    shown += f" and {len(numbers) - 8} more"
+  shown = list_few([str(number) for number in numbers], 8)
   return f"process {shown}" if len(numbers) == 1 else f"processes {shown}"
 
 
 def _send(connection: socket.socket, line: bytes, seconds: float) -> bool:
-  """Sends a line; returns whether it left, which a stranger may prevent."""
+  """Sends a line; returns whether that succeeded."""
   try:
     connection.settimeout(max(seconds, 0.01))
     connection.sendall(line)

@@ -1,8 +1,8 @@
-"""Signs of life: by which hosts notice that another one is gone.
+"""Heartbeats by which hosts notice that another one is lost.
 
-jax's coordination service has signs of its own. But it ends every process with
-an abort that no code can prevent, also where a machine is so busy compiling
-that a sign comes late. So its limit is set high, and this one counts.
+The heartbeats of jax's coordination service abort every process, even where a
+machine that is busy compiling only sends one late. So jax's limit is set high
+and this one is used instead.
 """
 
 from collections.abc import Callable
@@ -11,19 +11,19 @@ from typing import Any
 from narvl_jax.hosts.distributed import HostsLost, host_name
 
 _PREFIX = "narvl_jax/alive"
-# Where XLA compiles, all cores may be taken for minutes.
+# XLA's compiler may occupy all cores for minutes.
 _PATIENT_FACTOR = 5.0
-# Where nothing is compiled, so that a silence means more.
+# Stages in which nothing is compiled.
 _PROMPT_STAGES = ("step", "data_wait")
-# Signs within the time after which a host counts as lost.
+# Heartbeats within `lost_seconds`.
 _SIGNS = 5.0
 
 
 class Liveness:
-  """Gives signs of life of one host, and watches those of others.
+  """Sends the heartbeats of one host and watches those of others.
 
-  Host 0 watches all others, and they watch host 0. So each costs the
-  coordinator two requests in a while, however many hosts there are.
+  Host 0 watches all others, and they watch host 0. So each host costs the
+  coordinator two requests an interval, however many hosts there are.
   """
 
   def __init__(
@@ -35,15 +35,15 @@ class Liveness:
     lost_seconds: float,
     stage: Callable[[], str],
   ) -> None:
-    """Begins without a sign.
+    """Starts without a heartbeat.
 
     Args:
-      client: of the coordination service.
-      host: which one this is.
-      count: how many there are.
-      lost_seconds: without a sign, after which a host is lost; five times as
-        long where it may be compiling.
-      stage: returns what this host is doing.
+      client: of jax's coordination service.
+      host: index of this host.
+      count: number of hosts.
+      lost_seconds: without a heartbeat, after which a host is lost; five times
+        as long in stages that may compile.
+      stage: returns the stage of this host.
     """
     self._client = client
     self._host = host
@@ -65,11 +65,11 @@ class Liveness:
     return factor * self._lost_seconds
 
   def look(self, seconds: float) -> None:
-    """Gives a sign and looks at those of others, from time to time.
+    """Sends and checks heartbeats once per interval.
 
     Args:
-      seconds: since the last look in which the others could give signs; not
-        those in which this host itself could do nothing.
+      seconds: since the last call, without time in which this host could not
+        run.
 
     Raises:
       HostsLost: a host is silent for too long.

@@ -1,8 +1,8 @@
-"""What processes tell each other at the start, and how they prove who they are.
+"""Messages between processes at the start, signed with a shared secret.
 
-A message is one line of JSON. With a shared secret it carries an HMAC of its
-content and of the random numbers that both ends chose for this connection, so
-that neither the secret travels nor an old message is worth anything.
+A message is one line of JSON. With a secret it carries an HMAC of its content
+and of the nonces that both ends chose for the connection. So the secret itself
+is not sent, and an old message cannot be replayed.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _MAX_HOST_NAME = 255
 
 
 def make_nonce() -> str:
-  """Returns a random number that is used once."""
+  """Returns a random text that is used once."""
   return secrets.token_hex(16)
 
 
@@ -32,9 +32,9 @@ def encode(
   """Returns a message as a line, signed if there is a secret.
 
   Args:
-    message: what JSON can hold.
-    secret: shared by all processes, None without.
-    *context: what kind of message it is, and the nonces of both ends.
+    message: the content.
+    secret: shared by all processes; None for no signature.
+    *context: the kind of message, and the nonces of both ends.
   """
   signed = dict(message)
   if secret is not None:
@@ -43,7 +43,7 @@ def encode(
 
 
 def is_signed(message: Message, secret: str | None, *context: str) -> bool:
-  """Returns whether a message comes from who knows the secret."""
+  """Returns whether the sender of a message knows the secret."""
   if secret is None:
     return True
   given = message.get("mac")
@@ -54,7 +54,7 @@ def is_signed(message: Message, secret: str | None, *context: str) -> bool:
 
 
 def decode(line: bytes) -> Message | None:
-  """Returns what a line says, None if it is no message."""
+  """Returns the message of a line, None if it is not one."""
   try:
     value = json.loads(line)
   except (ValueError, RecursionError):
@@ -63,7 +63,7 @@ def decode(line: bytes) -> Message | None:
 
 
 def what_is_wrong(hello: Message | None) -> str | None:
-  """Returns why a message is no hello of a process, None if it is one."""
+  """Returns why a message is not a valid hello, None if it is."""
   if hello is None:
     return "it sent no hello of such a process"
   for name in ("process_id", "num_processes"):
@@ -86,20 +86,20 @@ def what_is_wrong(hello: Message | None) -> str | None:
 
 
 def read_line(connection: socket.socket, deadline: float) -> bytes:
-  """Returns the next line, however slowly it comes.
+  """Returns the next line.
 
   Args:
-    connection: which nothing was read from behind that line.
-    deadline: in the time of `time.monotonic`.
+    connection: a connection of which nothing beyond the line was read.
+    deadline: on the clock `time.monotonic`.
 
   Raises:
-    OSError: it did not come in time, is too long, or the other end is gone.
+    OSError: the line is late or too long, or the other end is gone.
   """
   line = b""
   while not line.endswith(b"\n"):
     connection.settimeout(max(deadline - time.monotonic(), 0.01))
     try:
-      # Not beyond the line: what follows belongs to the next message.
+      # Peeks, since what follows the line belongs to the next message.
       data = connection.recv(1 << 16, socket.MSG_PEEK)
     except TimeoutError:
       data = b""

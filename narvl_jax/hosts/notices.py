@@ -1,7 +1,7 @@
-"""What hosts tell each other while they run: failures, and when to stop.
+"""Notices between running hosts: failures, and the step to stop at.
 
-A thread looks once a second at the key-value store of jax's coordination
-service, so neither costs the training loop anything.
+A thread polls the key-value store of jax's coordination service once a second,
+so notices cost the training loop nothing.
 """
 
 import contextlib
@@ -12,37 +12,33 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self, TextIO
 
-from narvl_jax.hosts.distributed import (
-  HEARTBEAT_SECONDS,
-  HostsLost,
-  host_name,
-)
+from narvl_jax.hosts.cluster import HEARTBEAT_SECONDS
+from narvl_jax.hosts.distributed import HostsLost, host_name
 from narvl_jax.hosts.liveness import Liveness
 from narvl_jax.terminal.text import escape, show
 
 _POLL_SECONDS = 1.0
 _PREFIX = "narvl_jax/notices"
-# How long a host that ends waits for the others to do so too.
+# How long a host that ends waits for the others to end too.
 _FAREWELL_SECONDS = 5.0
-# The same where nothing failed: the others may still write a checkpoint.
+# The same after a stop: the others may still write a checkpoint.
 _LONG_FAREWELL_SECONDS = 60.0
-# After which a host ends that cannot tell the others.
+# After which a host ends that cannot inform the others.
 _TELLING_SECONDS = 15.0
 # A host may be in the middle of an evaluation.
 _AGREEMENT_SECONDS = 1800.0
 _MAX_UNANSWERED = 5
-# Of the time between two looks, at least so many until a host is lost.
+# A host is lost after at least so many polls.
 _SHORTEST_LOSS = 5.0
 
 
 class StopAgreement:
-  """Lets all hosts stop in the same place of the same sequence of work.
+  """Lets all hosts stop after the same piece of work.
 
-  The work is what lies between two calls of `due`: a step, or a batch of an
+  A piece is the work between two calls of `due`: a step, or a batch of an
   evaluation, in the same order on all hosts. Hosts run ahead of each other.
-  Once one is asked to stop, each says which piece it has let itself begin,
-  and begins no other before all have said so; all then go on to the end of
-  the latest of these.
+  After a stop request each host publishes the piece it has begun and begins no
+  other before all have done so; all then stop after the latest of them.
   """
 
   def __init__(self) -> None:
@@ -53,15 +49,15 @@ class StopAgreement:
     self._agreed = threading.Event()
 
   def begin(self) -> None:
-    """Says that the first piece of work begins."""
+    """Marks the start of the first piece of work."""
     with self._lock:
       self._begun = 1
 
   def due(self, timeout: float = _AGREEMENT_SECONDS) -> bool:
-    """Returns whether all stop here; if not, the next piece may begin.
+    """Returns whether all stop here; otherwise the next piece may begin.
 
     Raises:
-      HostsLost: the others did not say in time how far they are.
+      HostsLost: the others did not publish their progress in time.
     """
     with self._lock:
       done = self._begun
@@ -80,7 +76,7 @@ class StopAgreement:
     return done >= self._last
 
   def request(self) -> int | None:
-    """Asks to stop; returns the piece begun last, None before the first."""
+    """Requests a stop; returns the piece begun last, None before the first."""
     with self._lock:
       self._requested = self._begun > 0
       return self._begun or None
@@ -95,10 +91,10 @@ class Notices:
   """The thread that reads and writes the notices of one host.
 
   Attributes:
-    host: which one this is.
-    stop_signal: set by whoever is asked to stop; also if another host is.
-    agreement: for the training loop.
-    stage: returns what this host is doing; set by who knows it.
+    host: index of this host.
+    stop_signal: signal number of a stop request to any host, None before.
+    agreement: used by the training loop.
+    stage: returns the stage of this host; set by the caller.
   """
 
   def __init__(
@@ -117,15 +113,14 @@ class Notices:
     """Prepares the thread.
 
     Args:
-      client: of the coordination service.
-      process_id: which host this is.
-      num_processes: how many there are.
-      terminal: where the user of this host looks.
-      poll_seconds: how often to look.
+      client: of jax's coordination service.
+      process_id: index of this host.
+      num_processes: number of hosts.
+      terminal: receives the messages.
+      poll_seconds: interval of the polls.
       leave: ends the process with an exit code, whatever other threads do.
-      on_end: told of exit code and message before the process ends by either
-        its own failure or that of another host.
-      explain: of a host that is lost -> exit code and one line.
+      on_end: called with exit code and message before the process ends.
+      explain: lost host -> exit code and one line.
       lost_seconds: see `Liveness`.
     """
     self._client = client
@@ -165,9 +160,7 @@ class Notices:
     self._second.join()
 
   def fail(self, code: int, message: str) -> None:
-    """Ends this process, and the others with the same exit code.
-
-    Returns only if `leave` does.
+    """Ends all processes with the same exit code; returns only if `leave` does.
 
     Args:
       code: exit code; 0 if nothing failed.
@@ -175,11 +168,11 @@ class Notices:
     """
     self._closed.set()
     if not self._ending.acquire(blocking=False):
-      # Another thread has the same to say, and will end the process.
+      # Another thread is already ending the process.
       self._ended.wait()
       self._leave(code)
       return
-    # The service that tells the others takes no halves of surrogate pairs.
+    # The key-value store rejects halves of surrogate pairs.
     message = escape(" ".join(message.split()))
     with contextlib.suppress(OSError, ValueError):
       text = f"{host_name(self.host)}: {message}"
@@ -194,11 +187,11 @@ class Notices:
 
   @property
   def ending(self) -> bool:
-    """Whether a thread is about to end this process."""
+    """Whether a thread is ending this process."""
     return self._ending.locked()
 
   def poll(self) -> None:
-    """Looks once at what the others say, and says what is new."""
+    """Reads the notices of the others once and publishes new ones."""
     if self.stop_signal is not None:
       self._publish("stop", str(self.stop_signal))
     found = {
@@ -219,7 +212,7 @@ class Notices:
       self.agreement.agree(max(steps))
 
   def _follow(self, host: int, value: str) -> None:
-    """Ends this process since another one ends."""
+    """Ends this process because another one ends."""
     if not self._ending.acquire(blocking=False):
       return
     code, message = value.split(" ", 1)
@@ -233,10 +226,10 @@ class Notices:
       self._depart(int(code))
 
   def _depart(self, code: int) -> None:
-    """Ends this process when all others are about to end, or in vain.
+    """Ends this process once all others are about to end, or a time limit.
 
-    Who leaves first breaks the collectives of the others, who would then tell
-    of an error that is none.
+    The first one to leave breaks the collectives of the others, which would
+    then report an error.
     """
     farewell = _FAREWELL_SECONDS if code else _LONG_FAREWELL_SECONDS
     with self._at_most(farewell + _TELLING_SECONDS, code):
@@ -247,17 +240,14 @@ class Notices:
           break
         time.sleep(self._poll_seconds / 5)
       if self.host == 0:
-        # With the coordinator goes what the others read.
+        # The store ends with the coordinator; the others must read it first.
         time.sleep(self._poll_seconds)
     self._ended.set()
     self._leave(code)
 
   @contextlib.contextmanager
   def _at_most(self, seconds: float, code: int) -> Iterator[None]:
-    """Ends this process if the block, which asks the coordinator, hangs.
-
-    A coordinator that is stuck answers nothing, and raises no error either.
-    """
+    """Ends this process if requests to the coordinator hang in the block."""
     timer = threading.Timer(seconds, self._leave, args=[code])
     timer.daemon = True
     timer.start()
@@ -275,7 +265,7 @@ class Notices:
     while not self._closed.wait(self._poll_seconds):
       try:
         self.poll()
-        # Not the time that went by: the whole machine may have been busy.
+        # Not the elapsed time: the whole machine may have been busy.
         self._liveness.look(self._poll_seconds)
         self._polls += 1
         unanswered = 0
@@ -287,9 +277,9 @@ class Notices:
           self._leave_unanswered(" ".join(str(error).split())[:200])
 
   def _watch_polls(self) -> None:
-    """Ends this process if a question to the coordinator is never answered.
+    """Ends this process if the coordinator never answers a request.
 
-    So it is if its machine lost power or its network failed.
+    For example if its machine lost power or its network failed.
     """
     seen, seconds = self._polls, 0.0
     while not self._closed.wait(self._poll_seconds):
@@ -317,7 +307,7 @@ class Notices:
     try:
       self._client.key_value_set(f"{_PREFIX}/{key}", value)
     except Exception as error:
-      # Two hosts were told to stop: the first one's word counts.
+      # Two hosts received a stop request: the first one counts.
       if "ALREADY_EXISTS" not in str(error):
         raise
     self._published.add(key)

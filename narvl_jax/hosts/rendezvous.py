@@ -1,16 +1,18 @@
-"""How the processes of a run find each other, before jax connects them.
+"""The processes of a run meet before jax connects them.
 
-Process 0 listens on the coordinator's port until all others have told it who
-they are, then tells all of them how it went. jax's own start does the same,
-but where a process is missing it ends every other with an abort that names
-nobody.
+Process 0 listens on the coordinator's port until all others have sent their
+hello, then sends all of them the result. jax's own start would do the same, but
+if a process is missing it aborts the others without naming it.
 """
 
+import errno
 import socket
 import time
 from collections.abc import Callable, Mapping
 
 from narvl_jax.errors import UserError
+from narvl_jax.hosts.cluster import Cluster
+from narvl_jax.hosts.differences import describe_differences
 from narvl_jax.hosts.gathering import Gathering
 from narvl_jax.hosts.messages import (
   Message,
@@ -26,39 +28,30 @@ SECRET_VARIABLE = "NARVL_CLUSTER_SECRET"
 _MIN_SECRET = 16
 _POLL_SECONDS = 0.5
 _SEND_SECONDS = 5.0
-# How much longer than process 0 the others wait, for it says what is missing.
+# The others wait longer than process 0, which reports who is missing.
 _GRACE_SECONDS = 10.0
 
 
 def meet(
-  address: str,
-  num_processes: int,
-  process_id: int,
+  cluster: Cluster,
   facts: Mapping[str, str],
-  *,
-  timeout: float,
-  compare: Callable[[list[Mapping[str, str]], list[str]], str | None],
   say: Callable[[str], None],
   secret: str | None = None,
 ) -> list[str]:
-  """Waits for all processes and has process 0 compare them.
+  """Waits for all processes and compares their facts.
 
   Args:
-    address: of process 0, HOST:PORT.
-    num_processes: how many there are.
-    process_id: which one this is.
-    facts: of this process, that should be the same in all.
-    timeout: seconds to wait for the others, whatever strangers send.
-    compare: (facts, host names), both by process, -> what differs, or None.
+    cluster: the processes.
+    facts: facts of this process that must be equal in all.
     say: prints a line.
-    secret: known to all processes, which then prove it to each other; None
-      believes whoever connects.
+    secret: shared by all processes, which prove it to each other; None accepts
+      any connection.
 
   Returns:
     The host names by process.
 
   Raises:
-    UserError: in every process: one is missing, there twice, or differs.
+    UserError: in every process, if one is missing, present twice or different.
   """
   if secret is not None and len(secret) < _MIN_SECRET:
     raise UserError(
@@ -67,21 +60,21 @@ def meet(
       " them"
     )
   hello = {
-    "process_id": process_id,
-    "num_processes": num_processes,
+    "process_id": cluster.process_id,
+    "num_processes": cluster.num_processes,
     "host": socket.gethostname(),
     "facts": dict(facts),
   }
-  if process_id:
+  address, timeout = cluster.coordinator_address, cluster.start_timeout
+  if cluster.process_id:
     return _ask(address, hello, timeout, secret)
   with _listen(address) as listener:
-    gathering = Gathering(hello, num_processes, secret, say)
+    gathering = Gathering(hello, secret, say)
     try:
       gathering.wait(listener, timeout)
-      here = gathering.hellos
-      hellos = [here[i] for i in range(num_processes)]
+      hellos = [hello for _, hello in sorted(gathering.hellos.items())]
       names = [hello["host"] for hello in hellos]
-      difference = compare([hello["facts"] for hello in hellos], names)
+      difference = describe_differences([x["facts"] for x in hellos], names)
       if difference:
         raise UserError(difference)
       gathering.answer({"names": names})
@@ -104,7 +97,7 @@ def _listen(address: str) -> socket.socket:
   port = int(number)
   try:
     if is_local(address):
-      # Then nobody else needs to reach it.
+      # No other machine needs to reach it.
       return socket.create_server((host, port), backlog=1024)
     if socket.has_dualstack_ipv6():
       try:
@@ -114,7 +107,7 @@ def _listen(address: str) -> socket.socket:
       except PermissionError:
         raise
       except OSError as error:
-        if _in_use(error):
+        if error.errno == errno.EADDRINUSE:
           raise
     return socket.create_server(("", port), backlog=1024)
   except OSError as error:
@@ -125,12 +118,6 @@ def _listen(address: str) -> socket.socket:
     ) from error
 
 
-def _in_use(error: OSError) -> bool:
-  import errno
-
-  return error.errno == errno.EADDRINUSE
-
-
 def _free_port() -> int:
   with socket.create_server(("", 0)) as server:
     return server.getsockname()[1]
@@ -139,7 +126,7 @@ def _free_port() -> int:
 def _ask(
   address: str, hello: Message, timeout: float, secret: str | None
 ) -> list[str]:
-  """Tells process 0 of this one and waits for its answer."""
+  """Sends the hello to process 0 and waits for its answer."""
   deadline = time.monotonic() + timeout + _GRACE_SECONDS
   why = ""
   while deadline - time.monotonic() > (_GRACE_SECONDS if why else 0):
@@ -159,11 +146,11 @@ def _ask(
 def _ask_once(
   address: str, hello: Message, deadline: float, secret: str | None
 ) -> list[str]:
-  """Returns the host names that process 0 tells.
+  """Returns the host names that process 0 sends.
 
   Raises:
-    OSError: it cannot be reached, ended, or is no such process.
-    UserError: it reports a mistake, or only one of the two knows the secret.
+    OSError: it cannot be reached, ended, or is another program.
+    UserError: it reports a mistake, or only one of the two has the secret.
   """
   host, port = address.rsplit(":", 1)
   with socket.create_connection((host.strip("[]"), int(port)), 5) as link:
@@ -183,7 +170,7 @@ def _ask_once(
   if answer is None:
     raise OSError("it answers something else")
   if "refused" in answer:
-    # Anybody can write this, but nobody gains by it.
+    # Unsigned, but nobody gains by a forgery.
     why = f"it refused this one: {str(answer['refused'])[:200]}"
     if answer.get("final") is not True:
       raise OSError(why)

@@ -1,4 +1,4 @@
-"""Names of nodes as SLURM abbreviates them."""
+"""Expands the node lists of SLURM."""
 
 import itertools
 import math
@@ -15,12 +15,11 @@ def expand_nodes(text: str) -> list[str]:
   """Returns the nodes of a list in the order of `scontrol show hostnames`.
 
   Args:
-    text: such as `login,rack[1-2]-gpu[01-10,12]`: names with commas between
-      them, of which any part may be numbers in brackets. The numbers of a range
-      are padded with zeros to the length of its first one.
+    text: such as `login,rack[1-2]-gpu[01-10,12]`. The numbers of a range are
+      padded with zeros to the length of the first one.
 
   Raises:
-    ValueError: it is no such list, or has more than a million nodes.
+    ValueError: the text is not such a list, or has over a million nodes.
   """
   nodes: list[str] = []
   at = 0
@@ -40,7 +39,7 @@ def expand_nodes(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[str]:
-  """Returns what stands in brackets, such as `001,007-015`."""
+  """Expands the text between brackets, such as `001,007-015`."""
   numbers: list[str] = []
   for part in text.split(","):
     match = _RANGE.fullmatch(part)

@@ -1,6 +1,6 @@
 """A forward pass on a fixed request, to compare two machines."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from narvl_jax.models import ModelConfig, make_model
+from narvl_jax.terminal.tables import format_columns
 
 _SIDE = 256
 _TOKENS = 12
@@ -70,10 +71,9 @@ def forward(
 
 def format_forward(table: Mapping[str, list[float]]) -> str:
   """Returns the table as text."""
-  heads = ("mean", "rms", "[0]", "[1]", "[2]")
-  lines = [f"{'':<12}" + "".join(f"{head:>13}" for head in heads)]
+  rows: list[Sequence[str]] = [("", "mean", "rms", "[0]", "[1]", "[2]")]
   for name, values in table.items():
     if name != "best ids":
-      lines.append(f"{name:<12}" + "".join(f"{x:>13.6g}" for x in values))
+      rows.append((name, *(f"{x:.6g}" for x in values)))
   ids = " ".join(str(int(i)) for i in table["best ids"])
-  return "\n".join([*lines, f"{'best ids':<12}  {ids}"])
+  return f"{format_columns(rows, rule=False)}\nbest ids  {ids}"

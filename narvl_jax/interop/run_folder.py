@@ -1,7 +1,6 @@
 """Writes converted weights as a run folder; reads weights from one."""
 
 import contextlib
-import json
 import os
 import pathlib
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.config import Config
 from narvl_jax.experiment.config_checks import validate
 from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
-from narvl_jax.files.disk import atomically
+from narvl_jax.files.disk import atomically, write_json
 from narvl_jax.files.paths import check_file, check_folder
 from narvl_jax.interop.conversion import Conversion
 from narvl_jax.interop.source_file import setting
@@ -212,8 +211,7 @@ def write_run(
     write_torch(part / SIDE_FILE, side)
     if vocabulary is not None:
       vocabulary.save(part / VOCABULARY_FOLDER)
-    text = json.dumps(report, indent=1) + "\n"
-    (part / REPORT_FILE).write_text(text, encoding="utf-8")
+    write_json(part / REPORT_FILE, report, indent=1)
     workdir_lib.write_config(part, config)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from narvl_jax.data.example import Record
 from narvl_jax.data.pictures import images
 from narvl_jax.data.tasks import Task
+from narvl_jax.errors import list_few
 from narvl_jax.experiment.experiment import Experiment
 
 # Pixels of a picture for one of the model, a side, or the reverse; sides of
@@ -48,9 +49,7 @@ def _unknown_words(experiment: Experiment, record: Record) -> list[str]:
   if not unknown:
     return []
   words = [f'"{word}"' for word in unknown]
-  shown = ", ".join(words[:_SHOWN])
-  if len(words) > _SHOWN:
-    shown += f" and {len(words) - _SHOWN} more"
+  shown = list_few(words, _SHOWN)
   why = (
     "not in the texts from which this run made its vocabulary"
     if whole

@@ -1,4 +1,4 @@
-"""Why a command failed: its exit code, its last line, and what to do."""
+"""Exit code and last line of a command that failed."""
 
 import logging
 import pathlib
@@ -17,7 +17,7 @@ from narvl_jax.hosts.distributed import explain_lost
 from narvl_jax.reliability.interrupt import Terminated
 from narvl_jax.terminal.text import show_error
 
-# Of an error that nobody expected, in the line about it.
+# Characters of an unexpected error that the line quotes.
 _LONGEST_ERROR = 200
 
 
@@ -25,23 +25,19 @@ HOW_TO_RESUME = "run the same command again to resume"
 
 
 def how_to_resume() -> str:
-  """Returns what to do, with the command that this process was started by.
-
-  Hosts that were numbered by hand or by a launcher must all be started again.
-  """
-  # Asking jax would wait for its devices.
+  """Returns the advice to run the command of this process again."""
+  # Numbered hosts must all be started again. Asking jax would wait for devices.
   numbered = any(x.startswith("--process_id") for x in sys.orig_argv)
   where = ", on all hosts or by what started them" if numbered else ""
   return f"{HOW_TO_RESUME}{where}: {shlex.join(sys.orig_argv)}"
 
 
 def quiet_failed_saves() -> None:
-  """Drops what libraries print about a checkpoint besides raising its error.
+  """Silences what libraries print about a failed save besides its error.
 
-  When a disk is full, Orbax closes its event loop after the first array that
-  cannot be written; then every other one leaves a traceback, from tensorstore's
-  threads and from asyncio, or a warning that nobody waited for it, around the
-  one line that tells why.
+  On a full disk Orbax closes its event loop after the first array that cannot
+  be written. Every other array then prints a traceback from tensorstore's
+  threads or asyncio, or a warning about a coroutine.
   """
   warnings.filterwarnings(
     "ignore", "coroutine .* was never awaited", RuntimeWarning
@@ -59,10 +55,7 @@ def quiet_failed_saves() -> None:
 def explain_failure(
   error: BaseException, workdir: pathlib.Path
 ) -> tuple[int, str]:
-  """Returns the exit code and the last line of a run that failed.
-
-  What nobody expected is printed as a traceback.
-  """
+  """Returns exit code and last line; prints the traceback of a surprise."""
   code, message = describe_failure(error, workdir)
   if code == 1 and explain_lost(error) is None:
     show_error(type(error), error, error.__traceback__)
@@ -72,7 +65,7 @@ def explain_failure(
 def describe_failure(
   error: BaseException, workdir: pathlib.Path
 ) -> tuple[int, str]:
-  """Returns the same as `explain_failure`, and prints nothing."""
+  """Returns the exit code and the last line of a run that failed."""
   if isinstance(error, UserError):
     return USER_ERROR_CODE, f"error: {' '.join(str(error).split())}"
   if isinstance(error, Terminated) and not error.unsaved:
@@ -103,10 +96,7 @@ def describe_failure(
 
 
 def _holds_results(folder: pathlib.Path) -> bool:
-  """Returns whether a command has saved anything that it can resume from.
-
-  Checkpoints of a run, or of runs in it; shards of data sets in it.
-  """
+  """Returns whether a folder holds checkpoints or shards to resume from."""
   patterns = ("checkpoints/[0-9]*", "*/checkpoints/[0-9]*", f"*/{PROGRESS}/*")
   finished = f"*/{MANIFEST}"
   return any(

@@ -1,4 +1,4 @@
-"""What looks after a run: stops, its lock, its watchdog, and how it ends."""
+"""Stop requests, lock and watchdog of a run, and how its process ends."""
 
 import contextlib
 import functools
@@ -22,22 +22,22 @@ from narvl_jax.reliability.explain import (
 )
 from narvl_jax.reliability.interrupt import StopRequest
 from narvl_jax.reliability.ledger import Ledger
-from narvl_jax.run_folder import restarts as failures
+from narvl_jax.run_folder import restarts
 from narvl_jax.run_folder.lock import RENEW_SECONDS, LockLost, RunLock
 from narvl_jax.run_folder.workdir import is_run
 from narvl_jax.terminal.text import show
 
-# For a checkpoint that other hosts still write when this one is told to leave.
+# For a checkpoint that is still being written when the process is to end.
 _SAVE_SECONDS = 600.0
 
 
 class Guard:
-  """Looks after a run from the start of its process to the end.
+  """Guards a run from the start of its process to the end.
 
   Attributes:
-    ledger: of the run's time.
+    ledger: time of the run.
     stop: Ctrl-C and SIGTERM.
-    busy: whether a checkpoint is being written; set by who opens them.
+    busy: returns whether a checkpoint is being written; set by the caller.
   """
 
   def __init__(
@@ -47,12 +47,12 @@ class Guard:
     *,
     leave: Callable[[int], Any] | None = None,
   ) -> None:
-    """Prepares it.
+    """Prepares the guard.
 
     Args:
       workdir: the run folder.
-      ledger: of the run's time.
-      leave: ends the process with an exit code whatever its threads do; None
+      ledger: time of the run.
+      leave: ends the process with an exit code, whatever its threads do; None
         leaves that to the main thread, as in a notebook.
     """
     self.ledger = ledger
@@ -87,21 +87,17 @@ class Guard:
       self.end(*describe_failure(error, self._workdir))
     elif (lock := self._lock) is not None:
       lock.release()
-    # Once the end is decided, a launcher that stops all must not disturb it.
+    # The exit code is decided; a launcher's SIGTERM must not change it.
     self.stop.close(ignore=error is not None and self._leave is not None)
 
   def connect(self, notices: Notices | None) -> None:
-    """Takes what several hosts tell each other, None for a single one."""
+    """Sets the notices between hosts; None for a run of one process."""
     self._notices = self.stop.notices = notices
     if notices is not None:
       notices.stage = lambda: self.ledger.status.stage
 
   def watch(self, budgets: Mapping[str, float]) -> None:
-    """Starts the watchdog.
-
-    Args:
-      budgets: `config.watchdog`.
-    """
+    """Starts the watchdog with the budgets of `config.watchdog`."""
     self._watchdog = watchdog.Watchdog(
       self.ledger,
       budgets,
@@ -112,10 +108,7 @@ class Guard:
     self._watchdog.__enter__()
 
   def take(self, say: Callable[[str], Any]) -> None:
-    """Takes the run folder for this run; for the first host.
-
-    Args:
-      say: prints a line.
+    """Locks the run folder, on the first host.
 
     Raises:
       UserError: another run is alive in it.
@@ -123,7 +116,7 @@ class Guard:
     lock = RunLock(self._workdir)
     lock.acquire(
       say,
-      functools.partial(failures.record_death, self._workdir),
+      functools.partial(restarts.record_death, self._workdir),
       self.ledger.status.stage,
     )
     self._lock, self._since = lock, lock.since
@@ -137,31 +130,26 @@ class Guard:
     saved: float | None = None,
     damaged: Sequence[str] = (),
   ) -> None:
-    """Writes down what happened before this start; see `failures`.
+    """Records what happened before this start; see `run_folder.restarts`.
 
     Args:
-      step: that this start goes on from.
+      step: the step that is resumed.
       say: prints a line.
-      saved: when the checkpoint of that step was saved, in seconds since 1970;
-        by default when its folder was last changed.
-      damaged: what is wrong with newer checkpoints, a line each.
+      saved: Unix time of its checkpoint; by default that of its folder.
+      damaged: damage of newer checkpoints, a line each.
     """
     if saved is None and step:
       with contextlib.suppress(OSError):
         saved = (self._workdir / CHECKPOINTS / str(step)).stat().st_mtime
-    for record in failures.record_restart(
+    for record in restarts.record_restart(
       self._workdir, step=step, saved=saved, damaged=damaged
     ):
-      say(f"restart: {failures.describe(record)}")
+      say(f"restart: {restarts.describe(record)}")
 
   def stopped(self, step: int) -> NoReturn:
-    """Ends a run that was told to stop, once its state is on disk.
-
-    Args:
-      step: of that state.
-    """
+    """Ends a run that was told to stop; the state of `step` is on disk."""
     number = self.stop.signal_number or signal.SIGTERM
-    # SIGTERM is an order that was carried out; Ctrl-C breaks off what was run.
+    # SIGTERM asks for a save and an end, so it succeeded; Ctrl-C interrupts.
     code = 0 if number == signal.SIGTERM else 128 + number
     why = f"{signal.Signals(number).name}: stopped"
     show(f"{why} at step {step}; {how_to_resume()}")
@@ -169,14 +157,11 @@ class Guard:
     sys.exit(code)
 
   def end(self, code: int, message: str) -> None:
-    """Writes down that the run ends before it is finished, once.
-
-    May be called by any thread.
+    """Records once that the run ends before it is finished; thread-safe.
 
     Args:
-      code: exit code; 0 if nothing is lost, and then nothing that is being
-        written is cut off.
-      message: why, in one line.
+      code: exit code; with 0 the checkpoint being written is waited for.
+      message: the reason, in one line.
     """
     with self._ending:
       if self._ended:
@@ -187,30 +172,29 @@ class Guard:
     deadline = time.monotonic() + _SAVE_SECONDS
     while code == 0 and self.busy() and time.monotonic() < deadline:
       time.sleep(0.1)
-    # Another thread may find meanwhile that it is lost.
+    # Another thread may set it to None.
     lock = self._lock
     if lock is None:
       return
-    activity = self.ledger.status
-    failures.record_end(
+    status = self.ledger.status
+    restarts.record_end(
       self._workdir,
-      # What follows is what to do.
+      # Without the advice.
       message.split("; ")[0],
       code=code,
-      stage=None if activity.stage == Ledger.OTHER else activity.stage,
-      step=activity.step,
+      stage=None if status.stage == Ledger.OTHER else status.stage,
+      step=status.step,
       since=self._since,
     )
     lock.release()
 
   def check_folder(self) -> None:
-    """Checks that the folder still is that of this run, on the first host.
+    """Checks on the first host that the folder still belongs to this run.
 
-    Who writes into one that vanished would make a new one, with a part of a
-    run; the lock is looked at too seldom to keep it from that.
+    Otherwise a write would create a vanished folder anew, with a part of a run.
 
     Raises:
-      LockLost: it is gone, or another run has taken it over.
+      LockLost: the folder is gone, or another run has taken it over.
     """
     with self._renewing:
       self._sign()
@@ -218,29 +202,29 @@ class Guard:
         raise LockLost(self._lost)
 
   def _sign(self) -> None:
-    """Gives a sign of life if this host has the lock, and sees if it has."""
+    """Renews the lock, if this host holds it, and notes its loss."""
     lock = self._lock
     if lock is None:
       return
-    activity = self.ledger.status
+    status = self.ledger.status
     try:
-      lock.renew(activity.stage, activity.step)
+      lock.renew(status.stage, status.step)
     except LockLost as error:
-      # Not the error itself, which would keep alive what its frames hold.
+      # Not the error itself: its frames would keep the state alive.
       self._lock, self._lost = None, str(error)
 
   def _renew(self) -> None:
-    """Gives a sign of life from time to time."""
+    """Renews the lock every `RENEW_SECONDS`; called by the watchdog."""
     if self._lock is None or time.monotonic() < self._renewed + RENEW_SECONDS:
       return
     self._renewed = time.monotonic()
     if not self._renewing.acquire(blocking=False):
-      # The main thread looks; if its disk hangs, hangs are still looked for.
+      # The main thread renews it. If its disk hangs, the watchdog continues.
       return
-    # Held while the process ends, so that no save begins meanwhile.
+    # Held while the process ends, so that no save begins.
     try:
       if self._lock is None:
-        # The main thread has found out, and says so.
+        # The main thread noticed first and reports it.
         return
       self._sign()
       if self._lost:
@@ -258,12 +242,12 @@ class Guard:
     self._end_process(watchdog.HANG_CODE, message)
 
   def _write_stacks(self, why: str) -> str:
-    # Not from jax, which would first wait for its devices.
+    # `jax.process_index` would first wait for the devices.
     host = 0 if self._notices is None else self._notices.host
     return watchdog.write_stacks(self._workdir, host, why)
 
   def _end_process(self, code: int, message: str) -> None:
-    """Ends this process and those of other hosts; called by a thread."""
+    """Ends this process and the other hosts; called by a thread."""
     if self._notices is not None:
       self._notices.fail(code, message)
       return
@@ -275,14 +259,14 @@ class Guard:
 
 
 def check_unchanged(resumes: bool, workdir: pathlib.Path) -> None:
-  """Checks that nobody began a run while this one waited for its lock.
+  """Checks that no run began while this one waited for the lock.
 
   Args:
     resumes: whether the folder held a run when its config was compared.
-    workdir: the run folder, with the lock of this run.
+    workdir: the run folder, locked by this run.
 
   Raises:
-    UserError: it has changed.
+    UserError: the answer has changed.
   """
   if is_run(workdir) != resumes:
     raise UserError(

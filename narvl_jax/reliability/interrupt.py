@@ -1,4 +1,4 @@
-"""Stopping a run: after a step while it trains, at once elsewhere."""
+"""Stop requests: after a step while a run trains, at once otherwise."""
 
 import contextlib
 import os
@@ -14,16 +14,15 @@ from typing import Any, Self
 from narvl_jax.hosts.notices import Notices
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# For the main thread to get out by itself, which it cannot do in C++.
+# For the main thread to end by itself, which it cannot do while in C++.
 _PATIENCE_SECONDS = 2.0
 
 
 class Terminated(KeyboardInterrupt):
-  """SIGTERM where a run ends at once.
+  """SIGTERM that ends a run at once.
 
   Attributes:
-    unsaved: whether steps are lost, because the second signal did not wait
-      for a checkpoint.
+    unsaved: whether steps are lost: a second signal came before the save.
   """
 
   def __init__(self, unsaved: bool = False) -> None:
@@ -32,7 +31,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class EvaluationStopped(Exception):
-  """An evaluation was abandoned between two batches: the run is to end."""
+  """An evaluation was abandoned between two batches by a stop request."""
 
 
 def _error(number: int, unsaved: bool) -> KeyboardInterrupt:
@@ -42,23 +41,22 @@ def _error(number: int, unsaved: bool) -> KeyboardInterrupt:
 
 
 class StopRequest:
-  """Ctrl-C and SIGTERM, whatever the main thread is doing.
+  """Handles Ctrl-C and SIGTERM, whatever the main thread is doing.
 
-  In the training loop (from `begin` to `finish`) the first signal only asks:
-  the loop saves and ends after a step, on several hosts the same one. A second
-  signal interrupts at once, and so does the first one elsewhere, where nothing
-  can be lost.
+  In the training loop (from `begin` to `finish`) the first signal is a request:
+  the loop saves and ends after a step, the same one on all hosts. A second
+  signal interrupts at once, and so does the first one outside of the loop,
+  where nothing can be lost.
 
-  Python handles signals in the main thread, and not while that is in C++, such
-  as in XLA's compiler for minutes. So a thread reads them too, from where the
-  interpreter writes their numbers at once, and ends the process if the main
-  thread does not.
+  Python handles signals in the main thread, and not while that is in C++; a
+  compilation in XLA may take minutes. So a thread reads the signal numbers too
+  (`signal.set_wakeup_fd`) and ends the process if the main thread does not.
 
   Attributes:
-    notices: what several hosts tell each other, None for a single one.
-    busy: whether something is being written that must not be cut off.
-    leave: ends the process from the thread, because of an error.
-    stopped: whether `due` has said that the run ends.
+    notices: notices between hosts; None for one process.
+    busy: returns whether a write is in progress that must not be cut off.
+    leave: ends the process from the thread, with an error.
+    stopped: whether `due` has returned True.
   """
 
   def __init__(
@@ -67,7 +65,7 @@ class StopRequest:
     *,
     patience: float = _PATIENCE_SECONDS,
   ) -> None:
-    """Begins outside of the loop.
+    """Starts outside of the loop.
 
     Args:
       notices: see above; may be set later.
@@ -80,7 +78,7 @@ class StopRequest:
     )
     self.stopped = False
     self._patience = patience
-    # The handler may come in the middle of what the main thread does.
+    # Reentrant: the handler may interrupt the main thread anywhere.
     self._lock = threading.RLock()
     self._signal_number: int | None = None
     self._looping = False
@@ -91,13 +89,13 @@ class StopRequest:
 
   @property
   def signal_number(self) -> int | None:
-    """The signal that this or another host got, None before."""
+    """The signal that this or another host received, None before."""
     if self.notices is not None and self.notices.stop_signal is not None:
       return self.notices.stop_signal
     return self._signal_number
 
   def begin(self) -> None:
-    """Says that the training loop begins: from now on there is what to save.
+    """Enters the training loop, in which a stop saves first.
 
     Raises:
       KeyboardInterrupt: a signal came before.
@@ -109,7 +107,7 @@ class StopRequest:
       self.notices.agreement.begin()
 
   def finish(self) -> None:
-    """Says that the loop has done all its steps, and saved.
+    """Leaves the training loop after its last save.
 
     Raises:
       KeyboardInterrupt: a signal came too late for the loop.
@@ -119,10 +117,10 @@ class StopRequest:
       self._raise_late()
 
   def due(self) -> bool:
-    """Returns whether the run ends here, the same on all hosts.
+    """Returns whether the run ends here, equal on all hosts.
 
-    To be asked after every step and before every batch of an evaluation
-    within the loop, on all hosts in the same order.
+    Call it after every step and before every batch of an evaluation in the
+    loop, in the same order on all hosts.
     """
     if self.notices is not None:
       due = self.notices.agreement.due()
@@ -132,7 +130,7 @@ class StopRequest:
     return due
 
   def __enter__(self) -> Self:
-    # Python hands signals to the main thread only.
+    # Only the main thread may set handlers.
     if threading.current_thread() is not threading.main_thread():
       return self
     self._reader, self._writer = socket.socketpair()
@@ -151,11 +149,7 @@ class StopRequest:
     self.close()
 
   def close(self, ignore: bool = False) -> None:
-    """Leaves signals to the handlers before.
-
-    Args:
-      ignore: ignore signals from now on instead: the process is ending.
-    """
+    """Restores the previous handlers, or ignores signals from now on."""
     if not self._previous:
       return
     for number, handler in self._previous.items():
@@ -169,22 +163,22 @@ class StopRequest:
     self._writer.close()
 
   def _handle(self, number: int, frame: FrameType | None) -> None:
-    """Runs in the main thread, when that comes to it."""
+    """Runs in the main thread, as soon as that runs Python code."""
     del frame
     self._handled += 1
-    # Only once: a second error would cut off what the first one ends. Where
+    # Only once: a second error would interrupt the clean-up of the first. If
     # that takes too long, the thread ends the process.
     if self._note(number) and not self._raised:
       self._raised = True
       raise _error(number, self._looping)
 
   def _note(self, number: int) -> bool:
-    """Notes a signal; returns whether it insists on an end at once."""
+    """Records a signal; returns whether it requires an end at once."""
     with self._lock:
       first = self._signal_number is None
       if first:
         self._signal_number = number
-      # Both threads are told of each signal, and in either order.
+      # Both threads receive each signal, in either order.
       insists = not self._looping or max(self._handled, self._received) > 1
       if insists or not first:
         return insists
@@ -192,9 +186,9 @@ class StopRequest:
         self.notices.stop_signal = number
     name = signal.Signals(number).name
     text = f"{name}: stopping after this step; once more to stop at once\n"
-    # Not `print`: the signal may have come in the middle of another one.
+    # Not `print`: the signal may have interrupted another one. A missing
+    # terminal does not matter.
     with contextlib.suppress(OSError):
-      # A run goes on, and stops, without its terminal.
       os.write(2, text.encode())
     return False
 
@@ -203,7 +197,7 @@ class StopRequest:
       raise _error(self._signal_number, unsaved=False)
 
   def _watch(self) -> None:
-    """Reads signals, and ends the process where the main thread does not."""
+    """Reads signals and ends the process if the main thread does not."""
     number = 0
     deadline = None
     while not self._ended.is_set():
@@ -232,7 +226,7 @@ def ignore_signals() -> None:
 
 @contextlib.contextmanager
 def termination_raises() -> Iterator[None]:
-  """Raises `Terminated` on SIGTERM, which by default ends without a word."""
+  """Raises `Terminated` on SIGTERM, which by default ends silently."""
 
   def handle(number: int, frame: FrameType | None) -> None:
     raise Terminated

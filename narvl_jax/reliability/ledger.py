@@ -1,4 +1,4 @@
-"""Where the time of a run went."""
+"""The time of a run, divided among its stages."""
 
 import contextlib
 import math
@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from narvl_jax.terminal.tables import format_columns
+
 
 class RunStatus(NamedTuple):
-  """What a run is doing, as other threads see it.
+  """What a run is doing.
 
   Attributes:
-    stage: the innermost one.
+    stage: the innermost stage.
     step: the last update that was begun.
-    moves: grows with every sign of progress: a stage that begins or ends, an
+    moves: increases with every progress: a stage that begins or ends, an
       update, a batch of an evaluation.
   """
 
@@ -23,10 +25,10 @@ class RunStatus(NamedTuple):
 
 
 class Ledger:
-  """Splits the time since its start among stages, without gap or overlap.
+  """Divides the time since its start among stages, without gap or overlap.
 
-  Stages nest: the time of an inner stage does not count for the outer one.
-  Time outside of every stage is "other", so the shares add up to 100 %.
+  The time of an inner stage does not count for the outer one. Time outside of
+  every stage is "other", so the shares add up to 100 %.
   """
 
   OTHER = "other"
@@ -39,8 +41,7 @@ class Ledger:
     """Starts the ledger.
 
     Args:
-      start: beginning of the run on `clock`, now by default; what lies before
-        the first stage is "import".
+      start: start of the process on `clock`; the time since then is "import".
       clock: returns seconds.
     """
     self._clock = clock
@@ -59,7 +60,7 @@ class Ledger:
 
   @contextlib.contextmanager
   def stage(self, name: str) -> Iterator[None]:
-    """Charges the time inside of the block to `name`."""
+    """Charges the time of the block to `name`."""
     self._charge()
     self._stack.append(name)
     self._moves += 1
@@ -67,7 +68,7 @@ class Ledger:
     try:
       yield
     except BaseException:
-      # What it raised says where the run was, unless another stage follows.
+      # The failed stage stays the status until another one begins.
       self._broken = self._broken or name
       raise
     finally:
@@ -76,19 +77,14 @@ class Ledger:
       self._moves += 1
 
   def progress(self, step: int | None = None) -> None:
-    """Says that the run moves on.
-
-    Args:
-      step: the update that was just begun; None: something within it, such
-        as a batch of an evaluation.
-    """
+    """Records progress: the start of update `step`, or a part of a stage."""
     self._moves += 1
     if step is not None:
       self._step = step
 
   @property
   def status(self) -> RunStatus:
-    """What the run is doing, or was when it failed; any thread may ask."""
+    """What the run is doing, or was doing when it failed; thread-safe."""
     stage = self._broken or self._stack[-1]
     return RunStatus(stage, self._step, self._moves)
 
@@ -98,22 +94,16 @@ class Ledger:
     return dict(self._seconds)
 
   def table(self) -> str:
-    """Returns a line per stage, with seconds and the share of the total.
-
-    The shares add up to 100.0 as they are printed.
-    """
+    """Returns a line per stage with seconds and share; shares sum to 100.0."""
     seconds = self.seconds()
-    other = seconds.pop(self.OTHER, 0.0)
-    rows = {**seconds, self.OTHER: other}
-    shares = _rounded_shares(list(rows.values()))
-    total = ("total", sum(rows.values()), 1000)
-    return "\n".join(
-      f"  {name:<12} {value:9.1f} s {share / 10:6.1f} %"
-      for name, value, share in [
-        *zip(rows, rows.values(), shares, strict=True),
-        total,
-      ]
-    )
+    seconds[self.OTHER] = seconds.pop(self.OTHER, 0.0)
+    shares = _rounded_shares(list(seconds.values()))
+    rows = [
+      (name, f"{value:.1f} s", f"{share / 10:.1f} %")
+      for (name, value), share in zip(seconds.items(), shares, strict=True)
+    ]
+    rows.append(("total", f"{sum(seconds.values()):.1f} s", "100.0 %"))
+    return format_columns(rows, rule=False, indent="  ")
 
   def _charge(self) -> None:
     now = self._clock()
@@ -123,11 +113,10 @@ class Ledger:
 
 
 def _rounded_shares(values: Sequence[float]) -> list[int]:
-  """Returns the shares in thousandths, rounded so that they add up to 1000."""
+  """Returns shares in thousandths that sum to 1000 (largest remainders)."""
   total = sum(values) or 1.0
   exact = [1000 * value / total for value in values]
   shares = [math.floor(share) for share in exact]
-  # The largest remainders are rounded up.
   by_remainder = sorted(range(len(values)), key=lambda i: shares[i] - exact[i])
   for i in by_remainder[: 1000 - sum(shares)]:
     shares[i] += 1

@@ -1,4 +1,4 @@
-"""A run on several hosts: where each prints, and how all end together."""
+"""Output streams of each host, and one exit code for all hosts."""
 
 import contextlib
 import datetime
@@ -16,7 +16,7 @@ from narvl_jax.command_line.cli import Stopped, leave
 from narvl_jax.errors import UserError
 from narvl_jax.files import side_files
 from narvl_jax.hosts import distributed
-from narvl_jax.hosts.distributed import Cluster
+from narvl_jax.hosts.cluster import Cluster
 from narvl_jax.hosts.notices import Notices
 from narvl_jax.reliability import interrupt
 from narvl_jax.terminal import progress
@@ -34,21 +34,21 @@ def together(
   say: Callable[[str], None],
   on_end: Callable[[int, str], Any] = lambda code, message: None,
 ) -> Iterator[Notices | None]:
-  """Connects the hosts; if the block fails on one, all end with its exit code.
+  """Connects the hosts; a failure of one ends all with its exit code.
 
   Args:
-    cluster: the processes; with None nothing happens here.
+    cluster: the processes; None for a run of one process.
     log_folder: for `host_000.log` and so on; None keeps no logs.
-    facts: returns what must be the same on all hosts.
-    explain: what ended the block -> exit code and one line.
+    facts: returns what must be equal on all hosts.
+    explain: exception -> exit code and one line.
     say: prints a line.
     on_end: see `Notices`.
 
   Yields:
-    What the hosts tell each other.
+    The notices between hosts; None for one process.
 
   Raises:
-    UserError: the hosts cannot connect or do not run the same.
+    UserError: the hosts cannot connect, or their facts differ.
   """
   if cluster is None:
     yield None
@@ -57,7 +57,7 @@ def together(
     try:
       distributed.initialize(cluster, facts(), say)
     except UserError as error:
-      # The terminal gets it once the streams are its own again.
+      # The caller prints it on the terminal, once the streams are restored.
       show(escape(f"error: {error}"), file=log)
       raise
     with Notices(
@@ -76,10 +76,10 @@ def together(
       except SystemExit as stop:
         stopped = stop
       except BaseException as error:
-        # The end is decided: a launcher that stops all must not disturb it.
+        # The exit code is decided; a launcher's SIGTERM must not change it.
         interrupt.ignore_signals()
         if notices.ending:
-          # What breaks now breaks since hosts leave, and is no news.
+          # A consequence of the other hosts leaving.
           notices.fail(1, "")
         notices.fail(*explain(error))
       distributed.barrier("end of the run")
@@ -90,13 +90,10 @@ def together(
 
 @contextlib.contextmanager
 def outliving_terminal(folder: pathlib.Path | None) -> Iterator[None]:
-  """Lets a run of one process continue when its terminal is closed or full.
-
-  What is printed from then on is in the log, as that of the first of several
-  hosts always is.
+  """Redirects output to a log once the terminal cannot be written.
 
   Args:
-    folder: for `host_000.log`, which is made only then; None: the run ends.
+    folder: for `host_000.log`, created only then; None lets the write fail.
   """
   if folder is None:
     yield
@@ -121,16 +118,7 @@ def outliving_terminal(folder: pathlib.Path | None) -> Iterator[None]:
 
 
 def end(error: BaseException, code: int, message: str) -> NoReturn:
-  """Ends a command after an error, with one line about it.
-
-  Args:
-    error: what ended the command.
-    code: exit code.
-    message: the line.
-
-  Raises:
-    SystemExit: always.
-  """
+  """Prints `message` on stderr and raises `SystemExit` with the code."""
   show(message, file=sys.stderr)
   raise (
     Stopped(code) if isinstance(error, KeyboardInterrupt) else SystemExit(code)
@@ -141,14 +129,14 @@ def end(error: BaseException, code: int, message: str) -> NoReturn:
 def _output(
   process_id: int, folder: pathlib.Path | None
 ) -> Iterator[tuple[Any, TextIO]]:
-  """Sends what is printed to where it belongs.
+  """Redirects the output of this process.
 
-  The first host prints on its terminal and into its log, the others into
-  their logs only. What libraries print on stdout below Python, such as Gloo's
-  word about every connection, is only in the logs.
+  The first host writes to its terminal and its log, the others to their logs
+  only. Output of C++ libraries on stdout, such as Gloo's line about every
+  connection, goes to the logs only.
 
   Yields:
-    A stream to terminal and log, whichever host this is, and the log.
+    A stream to terminal and log on any host, and the log.
   """
   with _open_log(process_id, folder) as log, contextlib.ExitStack() as stack:
     sys.stdout.flush()
@@ -198,7 +186,7 @@ def _open_log(process_id: int, folder: pathlib.Path | None) -> TextIO:
 
 
 def _duplicate(stack: contextlib.ExitStack, number: int, stream: Any) -> TextIO:
-  """Opens a terminal once more, in the encoding that it has."""
+  """Opens a file descriptor again, with the encoding of its stream."""
   return stack.enter_context(
     os.fdopen(
       os.dup(number),
@@ -211,15 +199,15 @@ def _duplicate(stack: contextlib.ExitStack, number: int, stream: Any) -> TextIO:
 
 
 def _log_to(stream: Any) -> None:
-  """Has absl, which keeps the stream of its start, log to another one."""
+  """Redirects absl's log, which keeps the stream of its start."""
   logging.get_absl_handler().python_handler.setStream(stream)
 
 
 class _Tee(io.TextIOBase):
-  """Writes to a terminal and to a log, as long as they take it.
+  """Writes to a terminal and a log, and drops a stream that fails.
 
-  A run does not end because its disk is full or its terminal was closed. One
-  that keeps no log ends as soon as nobody reads on.
+  A full disk or a closed terminal does not end a run. Without a log, a failing
+  terminal does.
   """
 
   def __init__(
@@ -228,18 +216,18 @@ class _Tee(io.TextIOBase):
     log: TextIO | None = None,
     open_log: Callable[[], TextIO] | None = None,
   ) -> None:
-    """Takes the streams.
+    """Keeps the streams.
 
     Args:
-      terminal: what the user sees.
-      log: gets the same; None: nothing does, while the terminal lasts.
-      open_log: opens the log that takes the place of the terminal.
+      terminal: the user's stream.
+      log: receives a copy; None for no copy.
+      open_log: opens a log when the terminal fails.
     """
     self._terminal = terminal
     self._streams = [terminal] if log is None else [terminal, log]
     self._kept = log is None or getattr(log, "name", "") != os.devnull
     self._open_log = open_log
-    # What a log that is opened now would lack.
+    # Copied to a log that is opened in the middle of a line.
     self._unflushed = ""
 
   def write(self, text: str) -> int:
@@ -261,18 +249,18 @@ class _Tee(io.TextIOBase):
 
   @property
   def undivided(self) -> TextIO | None:
-    """The terminal as long as nothing else gets what is written; or None."""
+    """The terminal if it is the only stream, otherwise None."""
     return self._terminal if self._streams == [self._terminal] else None
 
   def close(self) -> None:
     """Does nothing: both streams belong to the caller.
 
-    Python's finaliser calls it, when they may be closed already; that of the
-    base class would flush them, and end in a traceback.
+    The base class would flush them from its finaliser, when they may already
+    be closed.
     """
 
   def _each(self, action: Callable[[TextIO], Any]) -> None:
-    """Does something with every stream, and leaves out those that fail."""
+    """Applies `action` to every stream and drops those that fail."""
     failed = {}
     for stream in self._streams:
       try:
@@ -291,7 +279,7 @@ class _Tee(io.TextIOBase):
       for log in opened:
         log.write(self._unflushed)
       left[0].flush()
-      # Else what it still holds fails once more when it is closed.
+      # Otherwise its buffer fails once more when it is closed.
       with (
         contextlib.suppress(OSError, ValueError),
         open(os.devnull, "w") as nothing,
@@ -299,7 +287,7 @@ class _Tee(io.TextIOBase):
         os.dup2(nothing.fileno(), stream.fileno())
 
   def _opened_log(self, error: OSError) -> list[TextIO]:
-    """Returns the log that is opened for a terminal; none if it cannot be."""
+    """Opens the log that replaces a terminal; empty if that is impossible."""
     if self._open_log is None:
       return []
     try:
@@ -318,7 +306,7 @@ class _Tee(io.TextIOBase):
 
   @property
   def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-    """What all streams can take."""
+    """The most restrictive encoding of the streams."""
     names = [getattr(x, "encoding", None) or "utf-8" for x in self._streams]
     return next((x for x in names if x.lower() != "utf-8"), "utf-8")
 

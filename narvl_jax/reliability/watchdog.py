@@ -1,4 +1,4 @@
-"""Ends a run that no longer moves, and shows where it stands."""
+"""Ends a run that makes no progress, and writes the stacks of its threads."""
 
 import datetime
 import faulthandler
@@ -16,20 +16,20 @@ STACKS_FOLDER = "stacks"
 # EX_TEMPFAIL: schedulers may try again.
 HANG_CODE = 75
 LOOK_SECONDS = 2.0
-# By which a look may be late before C code ends the process without it.
+# How late a check may be before C code ends the process instead.
 _GRACE_SECONDS = 60.0
-# Stages of the ledger whose budget has another name than they.
+# Stages of the ledger whose budget has another name.
 _NAMES = {"init": "start", "import": "start", "data wait": "data_wait"}
 
 
 class Hang(NamedTuple):
-  """What stood still.
+  """A stage that exceeded its budget.
 
   Attributes:
-    stage: of the ledger.
+    stage: name in the ledger.
     step: the last update.
-    seconds: since the last sign of progress.
-    name: of the budget: a key of `config.watchdog`.
+    seconds: since the last progress.
+    name: of the budget, a key of `config.watchdog`.
     budget: in seconds.
   """
 
@@ -47,10 +47,11 @@ class Hang(NamedTuple):
 
 
 class Watchdog:
-  """A thread that looks whether the ledger moves.
+  """A thread that checks whether the ledger advances.
 
-  A thread that never gives up Python's lock also stops this one. For that case
-  C code, armed anew at every look, prints the stacks and ends the process.
+  A thread that never releases Python's lock blocks this one too. For that case
+  `faulthandler`, armed anew at every check, prints the stacks and ends the
+  process from C code.
   """
 
   def __init__(
@@ -66,11 +67,11 @@ class Watchdog:
     """Prepares the thread.
 
     Args:
-      ledger: of the run.
-      budgets: name of a phase -> seconds, 0 for none; see `config.watchdog`.
-      on_hang: called by the thread; if it returns, watching goes on.
-      on_look: called at every look.
-      look_seconds: between two looks.
+      ledger: the run's ledger.
+      budgets: `config.watchdog`: phase -> seconds, 0 for no limit.
+      on_hang: called in the thread; if it returns, watching continues.
+      on_look: called at every check.
+      look_seconds: between two checks.
       clock: returns seconds.
     """
     self._ledger = ledger
@@ -79,7 +80,7 @@ class Watchdog:
     self._on_look = on_look
     self._look_seconds = look_seconds
     self._clock = clock
-    self._activity = ledger.status
+    self._status = ledger.status
     self._still = 0.0
     self._last_look = clock()
     self._closed = threading.Event()
@@ -96,21 +97,21 @@ class Watchdog:
     faulthandler.cancel_dump_traceback_later()
 
   def look(self) -> Hang | None:
-    """Returns what stands still for longer than it may, None if nothing."""
+    """Returns the stage that exceeds its budget, None if there is none."""
     now = self._clock()
-    # While this thread did not run, as in a machine that was paused, neither
-    # could the others.
+    # While this thread did not run, as in a machine that was suspended, the
+    # others could not run either.
     passed = min(now - self._last_look, 3 * self._look_seconds)
     self._last_look = now
-    activity = self._ledger.status
-    if activity != self._activity:
-      self._activity, self._still = activity, 0.0
+    status = self._ledger.status
+    if status != self._status:
+      self._status, self._still = status, 0.0
     else:
       self._still += passed
-    name, budget = self._budget(activity.stage)
+    name, budget = self._budget(status.stage)
     if not budget or self._still <= budget:
       return None
-    return Hang(activity.stage, activity.step, self._still, name, budget)
+    return Hang(status.stage, status.step, self._still, name, budget)
 
   def _budget(self, stage: str) -> tuple[str, float]:
     name = _NAMES.get(stage, stage)
@@ -127,7 +128,7 @@ class Watchdog:
       self._on_look()
 
   def _arm(self) -> None:
-    _, budget = self._budget(self._activity.stage)
+    _, budget = self._budget(self._status.stage)
     if budget:
       left = budget - self._still + _GRACE_SECONDS
       faulthandler.dump_traceback_later(left, exit=True, file=2)
@@ -136,21 +137,16 @@ class Watchdog:
 
 
 def write_stacks(workdir: pathlib.Path, host: int, why: str) -> str:
-  """Writes the stacks of all threads of this process.
-
-  Args:
-    workdir: the run folder.
-    host: number of this host.
-    why: the first line.
+  """Writes the stacks of all threads, after the line `why`.
 
   Returns:
-    The file; "stderr" if none can be written.
+    The path of the file; "stderr" if none can be written.
   """
   moment = datetime.datetime.now(datetime.UTC)
   name = f"host_{host:03d}_{moment:%Y%m%dT%H%M%S}.txt"
   path = workdir / STACKS_FOLDER / name
   try:
-    # A run folder that is gone is not made again.
+    # A run folder that has vanished is not created again.
     path.parent.mkdir(exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
       file.write(f"{why}\nprocess {os.getpid()}: {' '.join(sys.argv)}\n\n")

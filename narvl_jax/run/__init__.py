@@ -1,1 +1,1 @@
-"""Run."""
+"""A training run: start, loop, progress and bad updates."""

@@ -1,4 +1,4 @@
-"""What a run says of itself on the terminal."""
+"""Lines that a run prints about itself."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,10 +15,9 @@ from narvl_jax.training.setup import Setup, describe_parallelism
 
 
 class Announcer:
-  """Prints a line with the seconds since the start."""
+  """Prints lines with the seconds since the start."""
 
   def __init__(self, ledger: Ledger) -> None:
-    """Takes the clock."""
     self._ledger = ledger
 
   def __call__(self, text: str) -> None:
@@ -29,14 +28,14 @@ class Announcer:
 def describe_source(
   source: Sequence[Any], task: str, name: str, used: int, steps: int
 ) -> str:
-  """Returns how large a source is and how much of it a run will use.
+  """Returns the size of a source and how much of it a run uses.
 
   Args:
-    source: its records.
-    task: that reads them.
-    name: of the entry of `data.train`.
+    source: the records.
+    task: name of their task.
+    name: of the entry in `data.train`.
     used: examples in all steps.
-    steps: of the run.
+    steps: number of updates.
   """
   size = "endless" if is_endless(source) else f"{len(source):,} examples"
   text = f"source {name} for {task}: {size}; {steps} steps use {used:,}"
@@ -48,11 +47,11 @@ def describe_source(
 def used_table(
   mixture: Sequence[MixtureEntry], counters: Mapping[str, float]
 ) -> str:
-  """Returns what training has used of each source.
+  """Returns a table of the examples that training has used of each source.
 
   Args:
     mixture: the sources.
-    counters: of `narvl_jax.data.batches.pipeline.TrainBatches`.
+    counters: see `TrainBatches.counters`.
   """
   rows = []
   for source, task, _, name in mixture:
@@ -71,12 +70,12 @@ def used_table(
 
 
 def is_endless(source: Sequence[Any]) -> bool:
-  """Returns whether a source makes records as they are asked for."""
+  """Returns whether a source generates records without end."""
   return bool(getattr(source, "endless", False))
 
 
 def describe_model(setup: Setup, say: Announcer) -> None:
-  """Says how large the model is and how a batch is split."""
+  """Prints the sizes of model and state and the split of a batch."""
   frozen = setup.num_frozen
   say(
     f"model {setup.num_parameters:,} parameters"
@@ -94,11 +93,13 @@ def describe_model(setup: Setup, say: Announcer) -> None:
 
 
 def dry_run(setup: Setup, ledger: Ledger, say: Announcer) -> None:
-  """Prints what can be known without training."""
+  """Prints shapes, placement, memory and operations of the update."""
   show("batch:")
-  for name, spec in setup.batch.items():
-    shape = "x".join(map(str, spec.shape))
-    show(f"  {name:<13} {shape} {spec.dtype}")
+  rows = [
+    (name, "x".join(map(str, spec.shape)), str(spec.dtype))
+    for name, spec in setup.batch.items()
+  ]
+  show(format_columns(rows, left=3, rule=False, indent="  "))
   show(setup.parameter_table())
   show(setup.sharding_table())
   say("compiling the step, which takes minutes for a large model")

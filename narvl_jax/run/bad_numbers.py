@@ -1,15 +1,15 @@
-"""Updates whose numbers are no longer finite, and losses that jump.
+"""Updates whose loss or gradient is not finite, and loss spikes.
 
-The devices leave out such an update themselves (see `train_step`); here a run
-decides what comes next, by `config.bad_numbers.policy`:
+The compiled update skips itself in that case (see `train_step`).
+`config.bad_numbers.policy` decides what follows:
 
-stop      the run ends; no state of that step or a later one is ever saved.
-skip      the run goes on with the next batch.
-rollback  the run goes back to its last checkpoint, and on with the batch after
-          the bad one.
+stop      the run ends; no state of that step or a later one is saved.
+skip      the run continues with the next batch.
+rollback  the run returns to its last checkpoint and continues with the batch
+          after the bad one.
 
-Every host sees the same numbers in the same order, so all come to the same
-decision in the same step without asking each other.
+Every host sees the same numbers in the same order, so all make the same
+decision at the same step without communication.
 """
 
 import collections
@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.config import Config
-from narvl_jax.files.disk import atomically
+from narvl_jax.files.disk import atomically, write_json
 from narvl_jax.files.regular import read_regular
 from narvl_jax.hosts import distributed
 from narvl_jax.parallel import local_rows
@@ -37,25 +37,26 @@ from narvl_jax.parallel.batches import local_values
 from narvl_jax.terminal.text import warn
 
 FOLDER = "bad_numbers"
-# Losses of which a spike stands out, and how many there must be at least.
+# Losses that a spike is compared with, at most and at least.
 _WINDOW = 100
 _FEWEST = 10
 _INFO_FILE = "update.json"
-# For the other hosts to write their part.
+_COUNTS = ("skipped_updates", "rollbacks", "loss_spikes")
+# For the other hosts to write their files.
 _PATIENCE_SECONDS = 15.0
 
 
 @dataclasses.dataclass
 class Health:
-  """What a run remembers of its losses, also across restarts.
+  """Counts of bad updates and recent losses, stored with checkpoints.
 
   Attributes:
-    spike_factor: a loss of so many times the median of the last 100 is a
+    spike_factor: a loss above so many times the median of the last 100 is a
       spike; 0 counts none.
-    skipped_updates: updates left out.
-    rollbacks: times that the run went back to a checkpoint.
-    loss_spikes: spikes so far.
-    losses: the last finite ones.
+    skipped_updates: number of updates left out.
+    rollbacks: number of returns to a checkpoint.
+    loss_spikes: number of spikes.
+    losses: the last finite losses.
   """
 
   spike_factor: float
@@ -67,33 +68,29 @@ class Health:
   )
 
   def restore(self, stored: Mapping[str, Any]) -> None:
-    """Takes over what `to_json` returned; nothing for an empty mapping."""
-    for name in ("skipped_updates", "rollbacks", "loss_spikes"):
+    """Restores the result of `to_json`; an empty mapping resets all."""
+    for name in _COUNTS:
       setattr(self, name, int(stored.get(name, 0)))
     self.losses.clear()
     self.losses.extend(stored.get("losses", ()))
 
   def to_json(self) -> dict[str, Any]:
-    """Returns all counts and losses, as a checkpoint stores them."""
+    """Returns counts and losses for a checkpoint."""
     return {**self.counts(), "losses": list(self.losses)}
 
   def counts(self) -> dict[str, int]:
     """Returns the counts by name."""
-    return {
-      "skipped_updates": self.skipped_updates,
-      "rollbacks": self.rollbacks,
-      "loss_spikes": self.loss_spikes,
-    }
+    return {name: getattr(self, name) for name in _COUNTS}
 
   def add(self, loss: float) -> None:
-    """Takes note of the finite loss of the next step."""
+    """Records the finite loss of the next step."""
     if self.spike_factor and len(self.losses) >= _FEWEST:
       usual = statistics.median(self.losses)
       self.loss_spikes += loss > self.spike_factor * usual > 0
     self.losses.append(loss)
 
   def forget_losses(self) -> None:
-    """Begins anew with what later losses are compared with."""
+    """Forgets the losses that later ones are compared with."""
     self.losses.clear()
 
   def __str__(self) -> str:
@@ -104,7 +101,7 @@ class Health:
 
 
 def what_is_bad(metrics: Mapping[str, float]) -> str:
-  """Returns words such as `loss is nan` for the metrics of a bad update."""
+  """Returns for example `loss is nan` for the metrics of a bad update."""
   for name, words in (("loss", "loss"), ("grad_norm", "gradient norm")):
     if not math.isfinite(metrics[name]):
       return f"{words} is {metrics[name]}"
@@ -118,8 +115,8 @@ def give_up(
 
   Args:
     bad: such as `the loss is nan at step 7`.
-    policy: see above.
-    limit: of skipped updates or rollbacks, which this one would exceed.
+    policy: `bad_numbers.policy`.
+    limit: `bad_numbers.limit`, which this update exceeds.
     bundle: folder of the update.
   """
   lower = (
@@ -128,13 +125,13 @@ def give_up(
   )
   if policy == "stop":
     return UserError(
-      f"{bad}; {lower}, or go on in this one without the batch:"
+      f"{bad}; {lower}, or resume this one without the batch:"
       f" --config.bad_numbers.policy=skip, or rollback; what led to it is in"
       f" {bundle}"
     )
   what = "updates were skipped" if policy == "skip" else "rollbacks were made"
   return UserError(
-    f"{bad}, and {limit} {what} already; {lower}, or go on in this one:"
+    f"{bad}, and {limit} {what} already; {lower}, or resume this one:"
     f" --config.bad_numbers.limit={2 * max(limit, 1)}; what led to it is in"
     f" {bundle}"
   )
@@ -142,14 +139,14 @@ def give_up(
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-  """A bad update, to be looked at and repeated.
+  """A bad update, complete enough to repeat it.
 
   Attributes:
     info: "step", "data_position", "policy", "checkpoint" (step of the last
-      one, or None), "metrics", "dropout_key" ("data" is that of the
-      key of "seed" into which "folded_in" was folded), and "examples", the
-      [entry, number of the record] of every row.
-    batch: arrays [B, ...] that the update was given.
+      one, or None), "metrics", "dropout_key" ("data" is the key of "seed"
+      after folding in "folded_in"), and "examples", the [entry, number of the
+      record] of every row.
+    batch: arrays [B, ...] of the update.
   """
 
   info: dict[str, Any]
@@ -166,13 +163,13 @@ class BundleWriter:
     mesh: Mesh,
     examples: Callable[[int], Sequence[tuple[str, int]]],
   ) -> None:
-    """Takes what there is to know of an update.
+    """Keeps what describes an update.
 
     Args:
       workdir: the run folder.
-      config: of the run.
-      mesh: where its batches lie.
-      examples: position -> `TrainBatches.examples`.
+      config: the resolved config.
+      mesh: the mesh of the batches.
+      examples: see `TrainBatches.examples`.
     """
     self._folder = pathlib.Path(workdir) / FOLDER
     self._config = config
@@ -187,22 +184,22 @@ class BundleWriter:
     metrics: Mapping[str, float],
     checkpoint: int | None,
   ) -> pathlib.Path:
-    """Writes the rows of this host, and on the first host all else.
+    """Writes the rows of this host and, on the first host, `update.json`.
 
-    Returns once all hosts have, since one that ends ends all. Whatever cannot
-    be written is only warned of: it must not hide why it was to be written.
+    Waits for all hosts, since the first one to end ends all. A failed write is
+    only a warning, so that it does not hide the bad update.
 
     Args:
-      step: of the update; the first is 1.
+      step: number of the update, from 1.
       position: of its batch in the data.
       batch: arrays [B, ...] on the devices.
-      metrics: of the update; may be nan.
-      checkpoint: step of the last one.
+      metrics: of the update; may be NaN.
+      checkpoint: step of the last checkpoint.
 
     Returns:
       The folder.
     """
-    # After a rollback a step may be bad a second time, on another batch.
+    # After a rollback the same step may fail again, on another batch.
     ahead = position + 1 - step
     name = f"step_{step:07d}" + (f"_ahead_{ahead:07d}" if ahead else "")
     folder = self._folder / name
@@ -211,7 +208,7 @@ class BundleWriter:
       "data_position": position,
       "policy": self._config.bad_numbers.policy,
       "checkpoint": checkpoint,
-      "metrics": {name: _spelled(x) for name, x in metrics.items()},
+      "metrics": {name: _json_number(x) for name, x in metrics.items()},
       "dropout_key": _dropout_key(self._config.seed, step),
       "examples": self._examples(position),
     }
@@ -219,7 +216,7 @@ class BundleWriter:
     own = {name: local_values(array, rows) for name, array in batch.items()}
     try:
       _write(folder, info, own, rows)
-    except OSError as error:
+    except (OSError, UserError) as error:
       warn(f"{folder} cannot be written: {error}")
     with contextlib.suppress(distributed.HostsLost):
       distributed.barrier(f"{name} written", timeout=_PATIENCE_SECONDS)
@@ -232,7 +229,7 @@ def _write(
   arrays: Mapping[str, np.ndarray],
   rows: Sequence[int],
 ) -> None:
-  # A run folder that is gone is not made again.
+  # A run folder that has vanished is not created again.
   folder.parent.mkdir(exist_ok=True)
   folder.mkdir(exist_ok=True)
   host = jax.process_index()
@@ -240,22 +237,18 @@ def _write(
   with atomically(path) as temporary, temporary.open("wb") as file:
     np.savez(file, **{**arrays, "rows": np.asarray(rows)})  # pyright: ignore
   if distributed.is_first():
-    with atomically(folder / _INFO_FILE) as temporary:
-      temporary.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / _INFO_FILE, info, inside=folder)
 
 
 def _dropout_key(seed: int, step: int) -> dict[str, Any]:
-  """Returns what the dropout of an update is drawn from."""
+  """Returns the random key of an update."""
   key = jax.random.fold_in(jax.random.key(seed), step - 1)
   data = np.asarray(jax.random.key_data(key)).tolist()
   return {"seed": seed, "folded_in": step - 1, "data": data}
 
 
 def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
-  """Reads what a run has written of a bad update.
-
-  Args:
-    folder: such as `WORKDIR/bad_numbers/step_0000007`.
+  """Reads a bad update from `WORKDIR/bad_numbers/step_NNNNNNN`.
 
   Raises:
     UserError: it cannot be read, or the rows of a host are missing.
@@ -289,6 +282,6 @@ def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
   return Bundle(info, batch)
 
 
-def _spelled(value: float) -> float | str:
-  """Returns what JSON can hold; `float` reads all of it."""
+def _json_number(value: float) -> float | str:
+  """Returns a value that JSON can store and `float` can read."""
   return value if math.isfinite(value) else str(value)

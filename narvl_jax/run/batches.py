@@ -1,4 +1,4 @@
-"""Batches moved to the devices ahead of their use."""
+"""Batches are copied to the devices before they are needed."""
 
 import functools
 import queue
@@ -24,11 +24,7 @@ _END = object()
 
 
 class DevicePrefetcher:
-  """Takes host batches from an iterator and places them on the mesh.
-
-  A thread does both, so that neither making nor copying a batch keeps the
-  devices waiting as long as batches are made faster than they are used.
-  """
+  """Reads host batches in a thread and places them on the mesh."""
 
   def __init__(
     self,
@@ -42,10 +38,10 @@ class DevicePrefetcher:
 
     Args:
       batches: host batches, arrays [R, ...] of the rows of this host.
-      mesh: where they go.
-      names: the arrays to move; others stay behind.
+      mesh: the devices.
+      names: the arrays to copy.
       depth: number of batches that wait on the devices.
-      batch_size: of all hosts together; that of `batches` if None.
+      batch_size: of all hosts together; None for that of `batches`.
     """
     self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
     self._stop = threading.Event()
@@ -60,11 +56,11 @@ class DevicePrefetcher:
     return not self._queue.empty()
 
   def get(self) -> dict[str, jax.Array]:
-    """Returns the next batch, waiting for it if need be.
+    """Waits for the next batch and returns it.
 
     Raises:
       StopIteration: there are no more batches.
-      Exception: whatever the iterator raised.
+      Exception: an error of the iterator.
     """
     item = self._queue.get()
     if item is _END:
@@ -93,8 +89,8 @@ class DevicePrefetcher:
     names: tuple[str, ...],
     batch_size: int | None,
   ) -> None:
-    # Ctrl-C is for the main thread. Processes that this one starts inherit the
-    # mask: the signal would otherwise end them while they still import.
+    # Ctrl-C belongs to the main thread. Worker processes inherit the mask;
+    # otherwise the signal would end them during their imports.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
       for batch in batches:
@@ -116,10 +112,10 @@ class DevicePrefetcher:
 
 
 class DeviceBatches:
-  """The training batches of a run on its devices, from any position on.
+  """The training batches of a run on its devices, from any position.
 
   Attributes:
-    position: of the batch that `get` returns next: how many came before it.
+    position: of the next batch: the number of batches before it.
   """
 
   def __init__(
@@ -133,10 +129,10 @@ class DeviceBatches:
     """Starts to prepare batches.
 
     Args:
-      open_batches: position -> the batches from there on, of this host.
-      position: where to begin.
-      mesh: where they go.
-      names: the arrays to move.
+      open_batches: position -> batches of this host from there on.
+      position: of the first batch.
+      mesh: the devices.
+      names: the arrays to copy.
       batch_size: of all hosts together.
     """
     self._open_batches = open_batches
@@ -146,7 +142,7 @@ class DeviceBatches:
     self._open(position)
 
   def seek(self, position: int) -> None:
-    """Has `get` go on with the batch at another position."""
+    """Continues with the batch at another position."""
     self.close()
     self._open(position)
 
@@ -191,12 +187,7 @@ class DeviceBatches:
 def batch_opener(
   setup: Setup, mixture: Sequence[MixtureEntry]
 ) -> Callable[[int], TrainBatches]:
-  """Returns the function position -> this host's batches from there on.
-
-  Args:
-    setup: of the run.
-    mixture: from `narvl_jax.experiment.datasets.load_mixture`.
-  """
+  """Returns the function position -> batches of this host from there on."""
   experiment = setup.experiment
   config = experiment.config
   return functools.partial(
@@ -213,6 +204,6 @@ def batch_opener(
     num_workers=config.data.num_workers,
     num_threads=config.data.num_threads,
     prefetch=config.data.prefetch,
-    # Their count goes on where the batches are opened again.
+    # Shared, so that the count continues after `seek`.
     bad_records=BadRecords(config.data.max_bad_fraction),
   )

@@ -1,4 +1,4 @@
-"""The data of a run: opened and checked before anything is written."""
+"""Checks of the data of a run, before anything is written."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,17 +19,17 @@ from narvl_jax.training.constrained import (
   allowed_answers,
 )
 
-# Records of each source whose targets are held against the queries.
+# Records of each source whose targets are checked.
 _CHECKED_RECORDS = 64
 
 
 def check_mixture(
   experiment: Experiment, mixture: Sequence[MixtureEntry]
 ) -> Mixture:
-  """Mixes the sources, before anything is written.
+  """Returns the mixture of the sources.
 
   Raises:
-    UserError: the mixture makes no sense.
+    UserError: weights or sources are invalid.
   """
   config = experiment.config
   return Mixture(
@@ -41,11 +41,11 @@ def check_mixture(
 
 
 def check_evaluation(config: Config) -> None:
-  """Opens what will be evaluated, which may be hours later.
+  """Opens the data of the evaluations.
 
   Raises:
     UserError: a source, a split or an option does not exist, or
-      `evaluation.best_metric` will not be measured.
+      `evaluation.best_metric` is not measured.
   """
   settings = {"evaluation.split": config.evaluation.split}
   if config.train.eval_every:
@@ -67,13 +67,7 @@ def check_evaluation(config: Config) -> None:
 def untrained_tasks(
   experiment: Experiment, mixture: Sequence[MixtureEntry], position: int
 ) -> list[str]:
-  """Returns the tasks of a mixture of which a run has used no example yet.
-
-  Args:
-    experiment: the run.
-    mixture: its sources.
-    position: number of batches used or passed over.
-  """
+  """Returns the tasks without an example before batch `position`."""
   used = check_mixture(experiment, mixture).used(position)
   counts: dict[str, int] = {}
   for (_, task, *_), count in zip(mixture, used, strict=True):
@@ -86,14 +80,13 @@ def check_targets(
 ) -> list[str]:
   """Checks some targets of each source against queries and label length.
 
-  Bad records are left out: training skips and counts them.
+  Bad records are ignored here; training skips and counts them.
 
   Returns:
-    A sentence for every source of which some targets do not fit.
+    A sentence for every source with targets that are too long.
 
   Raises:
-    UserError: not even the shortest target of a task fits, or no record is
-      good.
+    UserError: every target of a task is too long, or no record is good.
   """
   config = experiment.config
   limit = config.data.max_label_length
@@ -111,7 +104,7 @@ def check_targets(
       if too_long:
         notes.append(
           f"{too_long} of {len(encoded)} targets of {name} need more than"
-          f" {queries} queries and teach nothing:"
+          f" {queries} queries and contribute no gradient:"
           f" --config.model.num_queries={max(needed)}"
         )
     over = min(len(x.label_ids) for x in encoded) - experiment.label_length
@@ -127,10 +120,10 @@ def check_targets(
 def check_answers(
   experiment: Experiment, mixture: Sequence[MixtureEntry]
 ) -> None:
-  """Checks that the first targets of each source are allowed.
+  """Checks the first targets of each source against the answer list.
 
   Raises:
-    UserError: one is not, so that it could not be learned.
+    UserError: one is not in the list.
   """
   if not experiment.config.loss.constrained:
     return
@@ -154,7 +147,7 @@ def check_answers(
 def encode_first(
   source: Sequence[Record], task: Task[Any], name: str
 ) -> list[Encoded]:
-  """Encodes the first records that are good."""
+  """Encodes the good ones among the first records."""
   encoded, problem = [], ""
   reader = RecordReader(source, name)
   count = min(len(source), _CHECKED_RECORDS)

@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.batches.mixture import share_changes
-from narvl_jax.reliability.interrupt import EvaluationStopped, StopRequest
-from narvl_jax.reliability.ledger import Ledger
+from narvl_jax.reliability.interrupt import EvaluationStopped
 from narvl_jax.run.bad_numbers import (
   BundleWriter,
   Health,
@@ -21,22 +19,16 @@ from narvl_jax.run.bad_numbers import (
 )
 from narvl_jax.run.batches import DeviceBatches
 from narvl_jax.run.progress import Progress
-from narvl_jax.run_folder.metrics import MetricsWriter, SilentMetrics
+from narvl_jax.run.run import EVALUATION_DUE, Evaluate, Run
 from narvl_jax.state.train_state import TrainState
-from narvl_jax.training.setup import Setup
+from narvl_jax.training.train_step import Metrics
 
-# Stored with a checkpoint whose evaluation was stopped and is to be made up.
-EVALUATION_DUE = "evaluation_due"
-# Updates that wait on the devices: one runs, one is queued.
+# Updates in flight on the devices: one computes, one is queued.
 _MAX_AHEAD = 2
-
-Metrics = dict[str, jax.Array]
-# State and step -> metrics to write, and the score of the state, if any.
-Evaluate = Callable[[TrainState, int], tuple[dict[str, float], float | None]]
 
 
 class _Update(NamedTuple):
-  """An update that was begun, and the batch of that position in the data."""
+  """An update in flight, with its batch and the batch's position."""
 
   step: int
   position: int
@@ -46,79 +38,58 @@ class _Update(NamedTuple):
 
 @dataclasses.dataclass
 class Loop:
-  """What the loop works with.
+  """Trains, evaluates and saves until the last step or a stop request.
 
   Attributes:
-    setup: of the run.
-    step: the compiled update.
-    batches: on the devices, beginning with the one that comes next.
-    writer: of the metrics.
-    checkpoints: of the run.
-    evaluate: called every `train.eval_every` steps and after the last; raises
-      `EvaluationStopped` if the run is to end.
-    restore: returns the state of the last checkpoint, or a fresh one, its
-      step and what was stored with it.
-    bundles: writes down bad updates.
-    check_folder: called before a checkpoint or a bundle is written; raises
-      `UserError` if the run folder no longer is that of this run.
-    ledger: of the run's time.
-    stop: asks to end early.
-    say: prints a line.
-    final_evaluation: examples of the evaluation after the last step, relative
-      to those of the ones before it; for the time that is left.
-    health: counts bad updates and the like.
+    run: the open run.
+    train_step: the compiled update.
+    batches: batches on the devices, starting with the next one.
+    evaluate: called every `train.eval_every` steps and after the last step;
+      raises `EvaluationStopped` on a stop request.
+    restore: returns the newest state (or a fresh one), its step and what was
+      stored with it.
+    bundles: writes bad updates to disk.
+    health: counts of bad updates and loss spikes.
   """
 
-  setup: Setup
-  step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+  run: Run
+  train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
   batches: DeviceBatches
-  writer: MetricsWriter | SilentMetrics
-  checkpoints: Checkpoints
   evaluate: Evaluate
   restore: Callable[[], tuple[TrainState, int, Mapping[str, Any]]]
   bundles: BundleWriter
-  check_folder: Callable[[], None]
-  ledger: Ledger
-  stop: StopRequest
-  say: Callable[[str], None]
-  final_evaluation: float = 0.0
   health: Health = dataclasses.field(init=False)
 
   def __post_init__(self) -> None:
-    self._config = self.setup.experiment.config
-    self.health = Health(self._config.bad_numbers.spike_factor)
+    config = self.run.config
+    self._config = config
+    self._checkpoints, self._writer = self.run.checkpoints, self.run.writer
+    self._ledger, self._stop = self.run.guard.ledger, self.run.guard.stop
+    self.health = Health(config.bad_numbers.spike_factor)
     self._progress = Progress(
-      self.setup,
-      self.ledger,
-      self.checkpoints,
-      self.writer,
-      self.batches.counters,
-      self.health.counts,
-      self.final_evaluation,
+      self.run, self.batches.counters, self.health.counts
     )
-    # Positions of the batches at which the shares of the data change.
+    # Positions of the batches at which the mixture weights change.
     self._changes = share_changes(
-      [entry.get("weight", 1.0) for entry in self._config.data.train.values()]
+      [entry.get("weight", 1.0) for entry in config.data.train.values()]
     )
 
-  def run(self, state: TrainState, stored: Mapping[str, Any]) -> TrainState:
-    """Trains from the step of `state` to the last, or until told to stop.
-
-    A checkpoint is saved at the step where it ends.
+  def train(self, state: TrainState, stored: Mapping[str, Any]) -> TrainState:
+    """Trains from the step of `state`; saves a checkpoint where it ends.
 
     Args:
-      state: to go on from; donated.
-      stored: with the checkpoint of the state, empty for a new run.
+      state: the initial state; donated.
+      stored: what was stored with its checkpoint; empty for a new run.
 
     Raises:
-      UserError: the loss or the gradient is no longer finite, and the policy
-        is to stop or its limit is reached. No state of such a step, or of a
-        later one, is saved.
+      UserError: the loss or the gradient is not finite and the policy is to
+        stop, or its limit is reached. No state of that step or of a later one
+        is saved.
     """
     step = int(state.step)
     self._restore_health(stored, step)
     self._progress.start(step)
-    self.stop.begin()
+    self._stop.begin()
     with self._progress.shown(step):
       return self._train(state)
 
@@ -127,13 +98,13 @@ class Loop:
     step = int(state.step)
     pending: collections.deque[_Update] = collections.deque()
     while step < steps:
-      self.checkpoints.check_errors()
+      self._checkpoints.check_errors()
       step += 1
       state = self._begin(state, step, pending)
-      stopping = step < steps and self.stop.due()
+      stopping = step < steps and self._stop.due()
       last = stopping or step == steps
       saves = last or self._due(step)
-      # Before a broken state could be saved in the place of a good one.
+      # A broken state must not be saved, so its numbers come first.
       bad = self._settle(pending, 0 if saves else _MAX_AHEAD)
       if bad is not None:
         # There may be no room for two states.
@@ -155,18 +126,18 @@ class Loop:
     """Sends the next update to the devices."""
     position = self.batches.position
     batch = self._next_batch(pending)
-    with self.ledger.stage("step"):
-      self.ledger.progress(step)
-      state, metrics = self.step(state, batch)
+    with self._ledger.stage("step"):
+      self._ledger.progress(step)
+      state, metrics = self.train_step(state, batch)
     pending.append(_Update(step, position, batch, metrics))
     return state
 
   def _next_batch(self, pending: collections.deque[_Update]) -> Any:
     if not self.batches.ready and pending:
       # Devices that still compute are not waiting for data.
-      with self.ledger.stage("step"):
+      with self._ledger.stage("step"):
         jax.block_until_ready(pending[-1].metrics)
-    with self.ledger.stage("data wait"):
+    with self._ledger.stage("data wait"):
       return self.batches.get()
 
   def _due(self, step: int) -> bool:
@@ -179,12 +150,12 @@ class Loop:
   def _settle(
     self, pending: collections.deque[_Update], ahead: int
   ) -> _Update | None:
-    """Waits for all updates but the last `ahead`, and looks at their numbers.
+    """Waits for all updates except the last `ahead` and checks their numbers.
 
     Returns:
-      The update because of which the run is to go back, if any.
+      The bad update that requires a rollback, if any.
     """
-    with self.ledger.stage("step"):
+    with self._ledger.stage("step"):
       while len(pending) > ahead:
         update = pending.popleft()
         metrics = update.metrics
@@ -199,30 +170,25 @@ class Loop:
     return None
 
   def _restore_health(self, stored: Mapping[str, Any], step: int) -> None:
-    """Takes over what was known of the losses before a step."""
     self.health.restore(stored)
     self._shares = self._shares_at(stored.get("data_position", step) - 1)
 
   def _follow_shares(self, position: int) -> None:
-    """Compares no loss with those of batches of other shares.
-
-    Args:
-      position: of the next batch whose loss is known.
-    """
+    """Restarts the spike statistics where the mixture weights change."""
     shares = self._shares_at(position)
     if shares != self._shares:
       self.health.forget_losses()
     self._shares = shares
 
   def _shares_at(self, position: int) -> int:
-    """Returns how often the shares have changed until a batch."""
+    """Returns the number of weight changes up to a batch."""
     return bisect.bisect_right(self._changes, position)
 
   def _handle_bad(self, update: _Update) -> bool:
-    """Does what the policy says; returns whether the run is to go back.
+    """Applies `bad_numbers.policy`; returns whether to roll back.
 
     Raises:
-      UserError: the run is to end.
+      UserError: the run ends.
     """
     settings = self._config.bad_numbers
     policy, limit = settings.policy, settings.limit
@@ -231,40 +197,40 @@ class Loop:
       for name, value in jax.device_get(update.metrics).items()
     }
     bad = f"the {what_is_bad(metrics)} at step {update.step}"
-    self.check_folder()
+    self.run.guard.check_folder()
     folder = self.bundles.write(
       update.step,
       update.position,
       update.batch,
       metrics,
-      self.checkpoints.last_step,
+      self._checkpoints.last_step,
     )
     health = self.health
     done = health.rollbacks if policy == "rollback" else health.skipped_updates
     if policy == "stop" or done >= limit:
       values = {f"train/{name}": value for name, value in metrics.items()}
-      self.writer.write(update.step, values)
-      self.writer.flush()
+      self._writer.write(update.step, values)
+      self._writer.flush()
       raise give_up(bad, policy, limit, folder)
-    self.say(f"{bad}: left out; see {folder}")
+    self.run.say(f"{bad}: left out; see {folder}")
     if policy == "skip":
       health.skipped_updates += 1
     return policy == "rollback"
 
   def _roll_back(self, bad: _Update) -> TrainState:
-    """Returns the last state saved; the data go on after the bad batch."""
-    with self.ledger.stage("checkpoint"):
-      # It may be on its way to the disk.
-      self.checkpoints.wait()
+    """Returns the newest saved state; the data continue after the bad batch."""
+    with self._ledger.stage("checkpoint"):
+      # A save may still be in progress.
+      self._checkpoints.wait()
       state, step, stored = self.restore()
     rollbacks = self.health.rollbacks + 1
     self._restore_health(stored, step)
     self.health.rollbacks = rollbacks
     self.batches.seek(bad.position + 1)
-    self.writer.go_back(step)
+    self._writer.go_back(step)
     self._progress.start(step)
     limit = self._config.bad_numbers.limit
-    self.say(
+    self.run.say(
       f"back from step {bad.step} to {step}, rollback {rollbacks} of at most"
       f" {limit}; on with batch {bad.position + 1}"
     )
@@ -278,33 +244,33 @@ class Loop:
     if last:
       self._progress.report()
     score = None
-    # A run that was told to stop has little time, and a state to save.
     due = train.eval_every and (
       step == train.steps or step % train.eval_every == 0
     )
     missed = bool(due)
+    # A run that was told to stop has little time, and a state to save.
     if due and not stopping:
       try:
-        with self.ledger.stage("evaluation"):
+        with self._ledger.stage("evaluation"):
           metrics, score = self.evaluate(state, step)
-        self.writer.write(step, metrics)
+        self._writer.write(step, metrics)
         missed = False
       except EvaluationStopped:
         last = True
     due = train.checkpoint_every and step % train.checkpoint_every == 0
     if last or due or score is not None:
-      with self.ledger.stage("checkpoint"):
-        # The one before it may take long.
-        self.checkpoints.wait()
-        self.check_folder()
-      # A checkpoint never is ahead of the metrics on disk.
-      self.writer.flush()
+      with self._ledger.stage("checkpoint"):
+        # Waiting may take long, so the folder is checked after it.
+        self._checkpoints.wait()
+        self.run.guard.check_folder()
+      # A checkpoint is never ahead of the metrics on disk.
+      self._writer.flush()
       stored = {
         **self.health.to_json(),
         "data_position": self.batches.position,
         "time": time.time(),
         EVALUATION_DUE: missed,
       }
-      with self.ledger.stage("checkpoint"):
-        self.checkpoints.save(step, state, score=score, run=stored)
+      with self._ledger.stage("checkpoint"):
+        self._checkpoints.save(step, state, score=score, run=stored)
     return last

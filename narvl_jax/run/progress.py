@@ -1,88 +1,69 @@
-"""The line of numbers that a run prints every few steps."""
+"""The progress line that a run prints every few steps."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
-from narvl_jax.checkpointing.writing import Checkpoints
-from narvl_jax.reliability.ledger import Ledger
+from narvl_jax.experiment.datasets import relative_evaluation
 from narvl_jax.run.eta import Eta
-from narvl_jax.run_folder.metrics import (
-  MetricsWriter,
-  SilentMetrics,
-  mean_metrics,
-)
+from narvl_jax.run.run import Run
+from narvl_jax.run_folder.metrics import mean_metrics
 from narvl_jax.terminal.activity import Activity, format_duration
 from narvl_jax.terminal.progress import doing
 from narvl_jax.terminal.text import show
 from narvl_jax.training.flops import peak_flops
-from narvl_jax.training.setup import Setup
 
-# Shares below which a number is not worth a place in the line.
+# Share of the time from which waiting for data is shown.
 _NOTED_WAIT = 0.1
 
 
 class Progress:
-  """Averages metrics between two reports and says how fast a run is."""
+  """Averages metrics between two reports and measures the speed."""
 
   def __init__(
     self,
-    setup: Setup,
-    ledger: Ledger,
-    checkpoints: Checkpoints,
-    writer: MetricsWriter | SilentMetrics,
+    run: Run,
     counters: Callable[[int], Mapping[str, float]],
     health: Callable[[], Mapping[str, int]],
-    final_evaluation: float = 0.0,
   ) -> None:
-    """Takes what is reported.
+    """Prepares the reports.
 
     Args:
-      setup: of the run.
-      ledger: of its time.
-      checkpoints: of the run.
-      writer: of the metrics.
+      run: the open run.
       counters: position in the data -> `TrainBatches.counters`.
-      health: returns the counts of bad updates and the like.
-      final_evaluation: see `Eta`.
+      health: returns the counts of bad updates.
     """
-    config = setup.experiment.config.train
-    self._config = config
-    self._ledger = ledger
-    self._checkpoints = checkpoints
-    self._writer = writer
+    self._config = run.config.train
+    self._run = run
+    self._ledger = run.guard.ledger
     self._counters = counters
     self._health = health
-    self._devices = setup.mesh.size
+    self._devices = run.setup.mesh.size
     self._eta = Eta(
-      config.steps,
-      eval_every=config.eval_every,
-      checkpoint_every=config.checkpoint_every,
-      final_evaluation=final_evaluation,
+      self._config.steps,
+      eval_every=self._config.eval_every,
+      checkpoint_every=self._config.checkpoint_every,
+      final_evaluation=relative_evaluation(run.config),
     )
-    self._saved = checkpoints.progress
-    self._bar = Activity("training", config.steps, "steps")
-    peak = peak_flops(setup.mesh.devices.flat[0])
-    # Tracing for the count takes a moment: only where it has a use.
+    self._saved = run.checkpoints.progress
+    self._bar = Activity("training", self._config.steps, "steps")
+    peak = peak_flops(run.setup.mesh.devices.flat[0])
+    # Counting traces the model, so it is done only where the peak is known.
     self._flops_share = (
-      None if peak is None else setup.step_flops() / (peak * self._devices)
+      None if peak is None else run.setup.step_flops() / (peak * self._devices)
     )
 
   @contextlib.contextmanager
   def shown(self, step: int) -> Iterator[None]:
-    """Shows on a terminal how far the run is, between the lines.
-
-    Args:
-      step: where training begins.
-    """
+    """Shows a progress bar on a terminal, starting at `step`."""
     steps = self._config.steps
     with doing("training", steps, "steps", done=step, only_live=True) as bar:
       self._bar = bar
       yield
 
   def start(self, step: int) -> None:
-    """Begins, or begins anew, with the update after `step`."""
+    """Starts, or restarts, the reports with the update after `step`."""
     self._reported = self._step = step
     self._steps: list[Mapping[str, jax.Array]] = []
     self._last_seconds = self._ledger.seconds()
@@ -91,13 +72,7 @@ class Progress:
   def add(
     self, step: int, position: int, metrics: Mapping[str, jax.Array]
   ) -> None:
-    """Notes an update that was computed; reports if the interval is full.
-
-    Args:
-      step: of the update.
-      position: of its batch in the data.
-      metrics: of the update.
-    """
+    """Records a finished update and reports every `train.log_every` steps."""
     self._step = self._bar.done = step
     self._position = position
     self._steps.append(metrics)
@@ -105,7 +80,7 @@ class Progress:
       self.report()
 
   def report(self) -> None:
-    """Writes and prints what came since the last report, if anything."""
+    """Writes and prints the means since the last report, if any."""
     if not self._steps:
       return
     values = mean_metrics(self._steps)
@@ -113,7 +88,7 @@ class Progress:
     self._steps = []
     values |= {**self._speed(count), **self._health()}
     counters = self._counters(self._position + 1)
-    self._writer.write(
+    self._run.writer.write(
       self._step,
       {
         **{f"train/{name}": value for name, value in values.items()},
@@ -147,8 +122,8 @@ class Progress:
     return speed
 
   def _say_saved(self) -> None:
-    """Prints the newest checkpoint that is on disk, once."""
-    saved = self._checkpoints.progress
+    """Prints once that the newest checkpoint is on disk."""
+    saved = self._run.checkpoints.progress
     if saved != self._saved and saved.startswith("saved"):
       step = saved.removeprefix("saved ")
       show(f"{self._stamp()} checkpoint of step {step} saved")
@@ -158,7 +133,7 @@ class Progress:
     return f"[{self._ledger.elapsed():7.1f}s]"
 
   def _line(self, values: Mapping[str, float], bad_records: int) -> str:
-    """Returns the line of an interval; what is as it should be is left out."""
+    """Returns the line of an interval; normal values are left out."""
     steps = self._config.steps
     rate, loss = values["examples_per_second"], values["loss"]
     rate_digits = 1 if rate < 100 else 0

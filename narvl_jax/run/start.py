@@ -1,6 +1,7 @@
-"""How a run begins: what it needs, its folder, and the first state."""
+"""The start of a run: its checks, its folder and its initial state."""
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,6 @@ from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config_checks import check_fit
 from narvl_jax.experiment.datasets import load_mixture
-from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.experiment.vocabulary import check_vocabulary_files
 from narvl_jax.hosts import distributed
 from narvl_jax.parallel import mesh_from_config
@@ -31,9 +31,8 @@ from narvl_jax.run.announce import (
   describe_model,
   describe_source,
 )
-from narvl_jax.run.loop import EVALUATION_DUE, Evaluate
+from narvl_jax.run.run import EVALUATION_DUE, Evaluate, Run
 from narvl_jax.run_folder import workdir as workdir_lib
-from narvl_jax.run_folder.metrics import MetricsWriter, SilentMetrics
 from narvl_jax.run_folder.workdir import save_experiment
 from narvl_jax.state.train_state import TrainState, evaluation_variables
 from narvl_jax.terminal import progress
@@ -44,24 +43,24 @@ from narvl_jax.warm_start.init_from import check_init_from, init_from
 def prepare(
   config: Any, workdir: pathlib.Path, resumes: bool, say: Announcer
 ) -> tuple[Setup, list[MixtureEntry]]:
-  """Builds and checks all that a run needs; writes nothing.
+  """Builds and checks what a run needs, without writing anything.
 
   Args:
-    config: of the run.
-    workdir: the run folder; if it holds a run, its vocabulary counts.
-    resumes: whether it does.
+    config: the resolved config.
+    workdir: the run folder; the vocabulary of an existing run is used.
+    resumes: whether the folder holds a run.
     say: prints a line.
 
   Returns:
     The setup, and the sources of the training data.
 
   Raises:
-    UserError: something in the config is wrong.
+    UserError: the config is wrong.
   """
   check_fit(config)
   mesh = mesh_from_config(config.mesh)
   say(f"mesh {describe(mesh)}")
-  # What is missing is found before a vocabulary is trained.
+  # Missing files are reported before a vocabulary is trained.
   _check_files(config, resumes)
   mixture = load_mixture(config)
   run_data.check_evaluation(config)
@@ -86,11 +85,7 @@ def prepare(
 
 
 def _check_files(config: Any, resumes: bool) -> None:
-  """Looks for the files and folders that a config names, besides its data.
-
-  Raises:
-    UserError: one is missing, or is not what it should be.
-  """
+  """Raises `UserError` for missing or invalid files other than the data."""
   if not resumes:
     check_vocabulary_files(config)
   for task in config.tasks.values():
@@ -107,35 +102,43 @@ def _check_files(config: Any, resumes: bool) -> None:
         pass
 
 
-def write_run(
-  experiment: Experiment,
-  setup: Setup,
-  workdir: pathlib.Path,
-  resumes: bool,
-) -> None:
-  """Has the first host write what makes a folder the folder of a run."""
-  # Each has looked for a run in it before there is one.
+def write_run(setup: Setup, workdir: pathlib.Path, resumes: bool) -> None:
+  """Writes config, vocabulary and sharding table, on the first host."""
+  # Every host has looked for an existing run before this one is written.
   distributed.barrier("run folder checked")
   if distributed.is_first():
     if not resumes:
-      save_experiment(workdir, experiment)
+      save_experiment(workdir, setup.experiment)
     workdir_lib.write_sharding(workdir, setup.sharding_table())
   distributed.barrier("run folder written")
   host = distributed.host_name(jax.process_index())
   workdir_lib.check_shared(workdir, host)
 
 
-def first_state(
-  setup: Setup, checkpoints: Checkpoints, say: Announcer
+def open_checkpoints(setup: Setup, workdir: pathlib.Path) -> Checkpoints:
+  """Opens the checkpoints of a run for saving and restoring."""
+  config = setup.experiment.config
+  return Checkpoints(
+    workdir,
+    keep_last=config.train.keep_last,
+    keep_best=config.train.keep_best,
+    keep_every=config.train.keep_every,
+    config=config,
+    vocabulary=setup.experiment.vocabulary.fingerprint,
+  )
+
+
+def restore_or_init(
+  setup: Setup, checkpoints: Checkpoints, say: Callable[[str], None]
 ) -> tuple[TrainState, int, dict[str, Any]]:
-  """Returns the newest state of the run, or a fresh one.
+  """Returns the newest intact state of the run, or a fresh one.
 
   Returns:
     The state, its step, and `CheckpointRecord.run`.
 
   Raises:
-    UserError: no checkpoint of the run is what was written, or they are of
-      another model.
+    UserError: no checkpoint of the run is intact, or they are of another
+      model.
   """
   resumed = _resume(setup, checkpoints, say)
   if resumed is not None:
@@ -154,45 +157,36 @@ def first_state(
   return state, 0, {}
 
 
-def make_up_evaluation(
-  evaluate: Evaluate,
-  state: TrainState,
-  checkpoints: Checkpoints,
-  writer: MetricsWriter | SilentMetrics,
-  say: Announcer,
-) -> None:
-  """Evaluates a restored state whose evaluation was stopped with its run.
+def make_up_evaluation(run: Run, evaluate: Evaluate, state: TrainState) -> None:
+  """Evaluates a restored state whose evaluation was interrupted.
 
-  Metrics and score become what they are in a run that was not stopped.
-
-  Args:
-    evaluate: see `Loop`.
-    state: the restored one.
-    checkpoints: of the run; that of the state gets its score.
-    writer: of the metrics.
-    say: prints a line.
+  Metrics and score become those of a run without the interruption.
   """
   step = int(state.step)
-  say(f"evaluating step {step}: its evaluation was stopped")
+  run.say(f"evaluating step {step}: its evaluation was stopped")
   metrics, score = evaluate(state, step)
-  writer.write(step, metrics)
-  # A checkpoint never is ahead of the metrics on disk.
-  writer.flush()
-  run = {**checkpoints.read_record(step).run, EVALUATION_DUE: False}
-  checkpoints.set_score(step, score, run)
+  run.writer.write(step, metrics)
+  # A checkpoint is never ahead of the metrics on disk.
+  run.writer.flush()
+  stored = {**run.checkpoints.read_record(step).run, EVALUATION_DUE: False}
+  run.checkpoints.set_score(step, score, stored)
 
 
 def chosen_variables(
-  setup: Setup, state: TrainState, checkpoints: Checkpoints, say: Announcer
+  setup: Setup,
+  state: TrainState,
+  checkpoints: Checkpoints,
+  say: Callable[[str], None],
 ) -> tuple[dict[str, Any], int]:
-  """Returns what a trained run is evaluated by: its best checkpoint.
+  """Returns the variables of the best checkpoint and its step.
 
-  The rule is that of `evaluate` and `predict`, `choose_step`.
+  The best one is chosen by `choose_step`, as in `evaluate` and `predict`.
+  Damaged checkpoints are set aside.
 
   Args:
-    setup: of the run.
-    state: the last one, which is on disk or on its way there.
-    checkpoints: of the run; damaged ones are set aside.
+    setup: shapes and shardings.
+    state: the last state, which is saved or being saved.
+    checkpoints: those of the run.
     say: prints a line.
 
   Returns:
@@ -228,12 +222,12 @@ def _check_same_run(
 
 
 def _resume(
-  setup: Setup, checkpoints: Checkpoints, say: Announcer
+  setup: Setup, checkpoints: Checkpoints, say: Callable[[str], None]
 ) -> tuple[TrainState, int, dict[str, Any]] | None:
-  """Returns the newest state that is intact, None without checkpoints.
+  """Returns the newest intact state, None if there are no checkpoints.
 
-  Newer ones that are damaged are set aside, so that the run can save those
-  steps again.
+  Newer, damaged checkpoints are set aside so that those steps can be saved
+  again.
   """
   target = restore_target(setup.abstract_state, setup.shardings)
   damages = {}
@@ -254,7 +248,7 @@ def _resume(
     say(f"resumed from the checkpoint of step {step}")
     return state, step, record.run
   if damages:
-    # Moved away, they would let the same command start from the beginning.
+    # They stay: without them the same command would start from step 0.
     raise UserError(
       f"no checkpoint of this run is intact:"
       f" {'; '.join(f'step {step}: {x}' for step, x in damages.items())};"

@@ -1,1 +1,1 @@
-"""Run folder."""
+"""The files of a run: lock, config, metrics, restarts."""

@@ -1,4 +1,4 @@
-"""One run at a time in a run folder."""
+"""The lock that allows one run at a time in a run folder."""
 
 import contextlib
 import datetime
@@ -22,12 +22,12 @@ from narvl_jax.files.regular import open_regular
 
 LOCK_FILE = "lock.json"
 RENEW_SECONDS = 5.0
-# A run that is silent for so long is dead. Counted by who waits, since the
-# clocks of two machines may differ.
+# A run without a sign of life for so long is dead. The waiting process measures
+# it, since the clocks of two machines may differ.
 _STALE_SECONDS = 20.0
-# Always as long, so that a full disk has room for every sign of life.
+# Constant, so that a sign of life needs no room on a full disk.
 _SIZE = 1024
-# Of a value in a lock; longer ones are damaged, and would fill the screen.
+# Characters of a value in a lock; longer ones are damaged.
 _LONGEST_TEXT = 300
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -37,22 +37,21 @@ class LockLost(UserError):
 
 
 def now() -> str:
-  """Returns the time as the files of a run have it."""
-  time_now = datetime.datetime.now(datetime.UTC)
-  return time_now.isoformat(timespec="milliseconds")
+  """Returns the time in the format of the run's files."""
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 class RunLock:
-  """`WORKDIR/lock.json`, which says that a run is alive, and what it does.
+  """`WORKDIR/lock.json`, which names the live run of a folder and its status.
 
-  It is made in one piece, so that of two runs only one has it. A run that ends
+  It is created atomically, so only one of two runs gets it. A run that ends
   removes it; one that was killed leaves it, and the next one takes it over.
   """
 
   def __init__(
     self, workdir: pathlib.Path, *, stale_seconds: float = _STALE_SECONDS
   ) -> None:
-    """Does nothing yet.
+    """Prepares the lock without taking it.
 
     Args:
       workdir: the run folder.
@@ -82,12 +81,12 @@ class RunLock:
     on_dead: Callable[[dict[str, Any]], Any] = lambda held: None,
     stage: str = "init",
   ) -> None:
-    """Takes the folder for this run.
+    """Takes the lock.
 
     Args:
       say: prints a line.
-      on_dead: told of the lock of a dead run, by the one that takes it over.
-      stage: what the run is doing.
+      on_dead: called with the lock of a dead run, after taking it over.
+      stage: current stage of the run.
 
     Raises:
       UserError: another run is alive in the folder.
@@ -107,16 +106,10 @@ class RunLock:
         return
 
   def renew(self, stage: str, step: int) -> None:
-    """Writes a sign of life.
-
-    A disk that does not take it is left to whoever writes what matters more.
-
-    Args:
-      stage: what the run is doing.
-      step: its last update.
+    """Writes a sign of life; errors of the disk are ignored.
 
     Raises:
-      LockLost: the lock is gone, or that of another run.
+      LockLost: the lock is gone, or belongs to another run.
     """
     with self._guard:
       if not self._held:
@@ -141,7 +134,7 @@ class RunLock:
         pass
 
   def release(self) -> None:
-    """Removes the lock, if it still is that of this run."""
+    """Removes the lock if it still belongs to this run."""
     with self._guard:
       with contextlib.suppress(OSError), self._alone():
         if self._held and self._is_own(self._read() or b""):
@@ -153,7 +146,7 @@ class RunLock:
     return json.dumps(values).ljust(_SIZE - 1).encode() + b"\n"
 
   def _create(self, stage: str) -> bool:
-    """Makes the lock unless there is one, all at once."""
+    """Creates the lock atomically; returns False if there is one."""
     self._path.parent.mkdir(parents=True, exist_ok=True)
     with self._alone(), self._new_file(stage) as own:
       side_files.make_way(self._path)
@@ -164,7 +157,7 @@ class RunLock:
       except OSError as error:
         if error.errno not in _NO_LINKS:
           raise
-        # Some mounted buckets know no links.
+        # Some mounted buckets do not support links.
         if self._path.exists():
           return False
         own.replace(self._path)
@@ -172,10 +165,10 @@ class RunLock:
       return True
 
   def _take_over(self, found: bytes, stage: str) -> bool:
-    """Puts this lock in the place of a dead run's, if that still is there."""
+    """Replaces the lock of a dead run, if that is unchanged."""
     with self._alone(), self._new_file(stage) as own:
       if self._read() != found:
-        # Another one was faster.
+        # Another run was faster.
         return False
       own.replace(self._path)
       self._held = True
@@ -183,7 +176,7 @@ class RunLock:
 
   @contextlib.contextmanager
   def _new_file(self, stage: str) -> Iterator[pathlib.Path]:
-    """Gives a file with this lock, which is gone in the end."""
+    """Yields a temporary file with the contents of this lock."""
     own = self._path.with_name(f".{LOCK_FILE}.{self._contents['id']}")
     try:
       own.write_bytes(self._text(stage, 0))
@@ -193,9 +186,9 @@ class RunLock:
 
   @contextlib.contextmanager
   def _alone(self) -> Iterator[None]:
-    """Keeps others who take or leave this lock waiting for a moment.
+    """Excludes other processes that change the lock.
 
-    Where the file system cannot, `renew` notices that there are two.
+    Where the file system has no `flock`, `renew` notices a second run.
     """
     folder = os.open(self._path.parent, os.O_RDONLY)
     try:
@@ -206,20 +199,20 @@ class RunLock:
       os.close(folder)
 
   def _is_own(self, text: bytes) -> bool:
-    """Returns whether a lock is not that of another run."""
+    """Returns whether a lock, perhaps damaged, belongs to this run."""
     own = self._contents["id"]
     found = _parse(text).get("id")
     if own.encode() in text or found is None:
-      # One that was damaged so much that it has no id will be written again.
+      # Damaged beyond its id: `renew` writes it again.
       return True
-    # An id with a damaged bit is much like this one; a random one is not.
+    # A damaged bit changes one character; another id differs in most.
     same = sum(map(operator.eq, found, own))
     return same > len(own) // 2
 
   def _read(self) -> bytes | None:
     try:
       side_files.make_way(self._path)
-      # Whatever else took its place may be huge.
+      # Another file in its place may be huge.
       with open_regular(self._path) as file:
         return file.read(16 * _SIZE)
     except FileNotFoundError:
@@ -228,10 +221,10 @@ class RunLock:
   def _is_dead(
     self, found: bytes, held: dict[str, Any], say: Callable[[str], Any]
   ) -> bool:
-    """Returns whether the run that holds the lock is dead, False if it ended.
+    """Returns whether the holder of the lock is dead, False if it ended.
 
-    A new sign of life tells that it is not. Where this machine is also that of
-    the other run, its process tells more: it may be gone, or alive and stuck.
+    A new sign of life means that it is alive. If it runs on this machine, its
+    process decides, even if it is stuck.
 
     Raises:
       UserError: it is alive.
@@ -268,7 +261,7 @@ class RunLock:
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-  """Returns what a lock says, without what is damaged."""
+  """Returns the valid values of a lock."""
   held = side_files.parse_object(text) or {}
   kinds = {"pid": int, "step": int}
   return {
@@ -279,7 +272,7 @@ def _parse(text: bytes) -> dict[str, Any]:
 
 
 def _is_short(value: int | str) -> bool:
-  """Returns whether a value is not too long to be one of a lock, and quoted."""
+  """Returns whether a value is short enough to be genuine."""
   if isinstance(value, int):
     return 0 <= value < 1 << 63
   return len(value) <= _LONGEST_TEXT

@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl`, TensorBoard and the progress line."""
+"""Metrics of a run in `metrics.jsonl` and TensorBoard."""
 
 import json
 import math
@@ -18,20 +18,20 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-  """Writes one JSON object a step to `metrics.jsonl`, and to TensorBoard.
+  """Writes one JSON object per step to `metrics.jsonl`, and to TensorBoard.
 
-  Whatever is written for a step, and whenever, ends up in its one line.
+  All values of a step end up in one line.
   """
 
   def __init__(
     self, workdir: str | os.PathLike[str], resumed_step: int = 0
   ) -> None:
-    """Opens the files of a run.
+    """Opens the files of a run; damaged lines are set aside.
 
     Args:
       workdir: the run folder; must exist.
-      resumed_step: the run resumes after this step; later lines, which will
-        be written again, are removed. Damaged lines are set aside.
+      resumed_step: lines after this step are removed; they will be written
+        again.
 
     Raises:
       OSError: a file cannot be written.
@@ -48,7 +48,7 @@ class MetricsWriter:
         temporary.write_bytes(b"".join(map(_encode, lines)))
     self._step = resumed_step
     self._values: dict[str, float | None] = {}
-    # Of the line of the current step, which others may be added to.
+    # Whether the line of the current step is in the file.
     self._is_written = bool(lines) and lines[-1]["step"] == resumed_step
     if self._is_written:
       self._values = {k: v for k, v in lines[-1].items() if k != "step"}
@@ -58,11 +58,11 @@ class MetricsWriter:
 
   def _open_end(self) -> None:
     self._file = self._path.open("ab")
-    # Where the next line starts.
+    # Start of the next line.
     self._offset = self._file.seek(0, os.SEEK_END)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Adds values to the line of `step`; those not finite become null."""
+    """Adds values to the line of `step`; non-finite ones become null."""
     if step != self._step:
       self.flush()
       self._step, self._values, self._is_written = step, {}, False
@@ -74,15 +74,15 @@ class MetricsWriter:
     self._changed = True
 
   def go_back(self, step: int) -> None:
-    """Removes the lines after a step, which will be written again."""
+    """Removes the lines after a step; they will be written again."""
     self.close()
     self._open(step)
 
   def flush(self) -> None:
-    """Puts the line of the current step on disk.
+    """Writes the line of the current step.
 
     Raises:
-      OSError: it has no room, for example.
+      OSError: for example, the disk is full.
     """
     if not self._changed:
       return
@@ -96,22 +96,22 @@ class MetricsWriter:
 
   def _append(self, line: bytes) -> None:
     try:
-      # A part of it may be there, from when the disk was full.
+      # Removes a part that was written before the disk was full.
       self._file.truncate(self._offset)
       self._file.write(line)
       self._file.flush()
     except OSError as error:
-      # An open file does not say which one it is.
+      # Errors of an open file lack its name.
       name = self._file.name
       raise OSError(error.errno, error.strerror, name) from error
     self._offset += len(line)
     self._is_written = True
 
   def _replace_last(self, line: bytes) -> None:
-    """Writes the file anew: what the old line holds must never be missing."""
+    """Replaces the file, so that the old line is never missing."""
     self._file.close()
     try:
-      # It may have been removed meanwhile.
+      # It may have been removed.
       written = self._path.read_bytes() if self._path.exists() else b""
       before = written[: self._offset].splitlines(keepends=True)[:-1]
       with atomically(self._path) as temporary:
@@ -133,7 +133,7 @@ class MetricsWriter:
 
 
 class SilentMetrics:
-  """In the place of a `MetricsWriter` on hosts that write nothing."""
+  """A `MetricsWriter` that writes nothing, for hosts other than the first."""
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Does nothing."""
@@ -143,15 +143,6 @@ class SilentMetrics:
 
   def flush(self) -> None:
     """Does nothing."""
-
-  def close(self) -> None:
-    """Does nothing."""
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    pass
 
 
 def _is_line(line: Mapping[str, Any]) -> bool:
@@ -165,11 +156,11 @@ def _encode(line: Mapping[str, Any]) -> bytes:
 def mean_metrics(
   steps: Iterable[Mapping[str, jax.Array]],
 ) -> dict[str, float]:
-  """Fetches the metrics of several steps and averages each over the steps.
+  """Averages the metrics of several steps.
 
-  Steps in which a metric is nan, a task that the batch lacked, do not count
-  for it, nor do steps whose update was left out, unless all were;
-  `learning_rate` is that of the last step.
+  NaN values of `nll/TASK` (no example in the batch) and skipped updates do not
+  count, unless all updates were skipped. `learning_rate` is that of the last
+  step.
   """
   fetched: list[dict[str, Any]] = jax.device_get(list(steps))
   kept = [step for step in fetched if not step["skipped"]] or fetched

@@ -1,4 +1,4 @@
-"""Every restart of a run: what happened before, and what was lost."""
+"""The restarts of a run: how it ended before, and the work that was lost."""
 
 import contextlib
 import datetime
@@ -13,7 +13,7 @@ from narvl_jax.terminal.activity import format_duration
 
 RESTARTS_FILE = "restarts.jsonl"
 
-# What is read of the records.
+# Required keys by event, and types of all keys.
 _NEEDED = {
   "end": {"how"},
   "restart": {
@@ -46,20 +46,20 @@ def record_end(
   since: str | None,
   moment: str | None = None,
 ) -> None:
-  """Appends that a run ends before it is finished; a full disk is no matter.
+  """Appends that a run ends before it is finished; disk errors are ignored.
 
   Args:
     workdir: the run folder.
     how: one line.
-    code: exit code; 0 if all was saved first.
-    stage: what the run was doing, None for nothing that has a name.
-    step: its last update.
-    since: when it was started.
-    moment: when it ended, now by default.
+    code: exit code; 0 if the state was saved.
+    stage: the current stage; None if there is none.
+    step: the last update.
+    since: start of the process.
+    moment: time of the end; now by default.
   """
   with contextlib.suppress(OSError):
-    _append(
-      workdir,
+    side_files.append_line(
+      workdir / RESTARTS_FILE,
       {
         "event": "end",
         "time": moment or now(),
@@ -73,12 +73,7 @@ def record_end(
 
 
 def record_death(workdir: pathlib.Path, held: Mapping[str, Any]) -> None:
-  """Appends that a run was killed, or its machine lost.
-
-  Args:
-    workdir: the run folder.
-    held: what its lock says.
-  """
+  """Appends that a run was killed, from the contents of its lock."""
   record_end(
     workdir,
     "ended without a word: killed, or the machine lost",
@@ -97,21 +92,21 @@ def record_restart(
   saved: float | None,
   damaged: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-  """Appends what is known of the starts before this one.
+  """Appends a record for every end since the last restart.
 
   Args:
     workdir: the run folder.
-    step: of the checkpoint that this one goes on from; 0: from the start.
-    saved: when that was saved, in seconds since 1970; None: never.
-    damaged: what was wrong with newer checkpoints, a line each.
+    step: the step that is resumed; 0 for the start.
+    saved: Unix time of its checkpoint; None if there is none.
+    damaged: damage of newer checkpoints, a line each.
 
   Returns:
-    For every start since the last restart: "how" it ended, in "phase" at
-    "step"; "lost_seconds" of work since the checkpoint, "down_seconds" until
-    the next start, "from_step" and "damaged". Empty if it was finished.
+    The records: "how" the run ended, in "phase" at "step"; "lost_seconds" of
+    work since the checkpoint, "down_seconds" until the next start, "from_step"
+    and "damaged". Empty if the run had finished.
 
   Raises:
-    OSError: it cannot be written.
+    OSError: the file cannot be written.
   """
   events = side_files.mend_lines(workdir / RESTARTS_FILE, _is_record)
   restarts = [i for i, x in enumerate(events) if x.get("event") == "restart"]
@@ -137,13 +132,13 @@ def record_restart(
       "from_step": step,
       "damaged": [] if following else list(damaged),
     }
-    _append(workdir, record)
+    side_files.append_line(workdir / RESTARTS_FILE, record)
     records.append(record)
   return records
 
 
 def _last_written(workdir: pathlib.Path) -> str | None:
-  """Returns when a run that has finished did, None if that is not known."""
+  """Returns when a finished run ended, None if unknown."""
   try:
     seconds = (workdir / METRICS_FILE).stat().st_mtime
   except OSError:
@@ -160,7 +155,7 @@ def _lost(
   """Returns the seconds of work between a checkpoint and an end."""
   if end.get("code") == 0 and end.get("step", 0) <= step:
     return 0.0
-  # A run that never saved has lost all since its own start.
+  # A run that never saved has lost everything since its start.
   starts = [_time(end.get("since"))]
   if saved is not None:
     starts.append(datetime.datetime.fromtimestamp(saved, datetime.UTC))
@@ -178,7 +173,7 @@ def history(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _is_record(record: Mapping[str, Any]) -> bool:
-  """Returns whether a record has what is read of it."""
+  """Returns whether a record has all required keys, of the right types."""
   event = record.get("event")
   needed = _NEEDED.get(event) if isinstance(event, str) else None
   if needed is None or not needed <= record.keys():
@@ -201,7 +196,7 @@ def describe(record: Mapping[str, Any]) -> str:
   where += "" if step is None else f" at step {step}"
   text = (
     f"{record['how']}{where}; {format_duration(record['lost_seconds'])} of work"
-    f" lost, down for {format_duration(record['down_seconds'])}, went on from"
+    f" lost, down for {format_duration(record['down_seconds'])}, resumed from"
     f" step {record['from_step']}"
   )
   return "; ".join([text, *record["damaged"]])
@@ -221,14 +216,10 @@ def summary(workdir: pathlib.Path) -> list[str]:
   ]
 
 
-def _append(workdir: pathlib.Path, record: dict[str, Any]) -> None:
-  side_files.append_line(workdir / RESTARTS_FILE, record)
-
-
 def _time(text: str | None) -> datetime.datetime | None:
   try:
     moment = datetime.datetime.fromisoformat(text or "")
   except ValueError:
     return None
-  # Differences of moments need the time zone.
+  # Differences need the time zone.
   return moment if moment.tzinfo else None

@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard, written by the thread that has them."""
+"""Scalars for TensorBoard, written in the calling thread."""
 
 import contextlib
 import pathlib
@@ -13,28 +13,27 @@ from narvl_jax.files import side_files
 class Board:
   """An event file in a folder.
 
-  tensorboardX's own `SummaryWriter` writes in a thread: on a full disk that
-  dies with a traceback, and who adds more then waits for ever. Here the error
-  meets the caller.
+  tensorboardX's `SummaryWriter` writes in a thread, which dies on a full disk
+  and then blocks its callers. Here the caller gets the error.
   """
 
   def __init__(self, folder: pathlib.Path, first_step: int) -> None:
     """Opens a file.
 
     Args:
-      folder: made if need be, in one that exists.
-      first_step: TensorBoard hides what earlier files have from there on.
+      folder: created if its parent exists.
+      first_step: TensorBoard hides points of earlier files from here on.
 
     Raises:
       OSError: it cannot be written.
     """
-    # It pulls in protobuf: only runs that write pay for it.
+    # Imports protobuf, which only writing processes need.
     with _torch_hidden():
       from tensorboardX import summary
       from tensorboardX.event_file_writer import EventsWriter
       from tensorboardX.proto import event_pb2
 
-    # Its classes are made at run time.
+    # Its classes are created at run time.
     messages: Any = event_pb2
     side_files.make_way(folder, folder=True)
     folder.mkdir(exist_ok=True)
@@ -53,7 +52,7 @@ class Board:
     )
 
   def flush(self) -> None:
-    """Puts what was added on disk."""
+    """Writes buffered points to disk."""
     self._writer.flush()
 
   def close(self) -> None:
@@ -63,14 +62,11 @@ class Board:
 
 @contextlib.contextmanager
 def _torch_hidden() -> Iterator[None]:
-  """Keeps tensorboardX from importing torch for a type that it may be given.
-
-  Where torch is installed, that takes seconds and 0.2 GB of every run.
-  """
+  """Prevents tensorboardX from importing torch, which takes seconds."""
   if "torch" in sys.modules or "tensorboardX" in sys.modules:
     yield
     return
-  # What Python takes for a module that cannot be imported.
+  # None marks a module that cannot be imported.
   sys.modules["torch"] = None  # pyright: ignore
   try:
     yield

@@ -1,4 +1,4 @@
-"""The run folder: which run it holds and what may be done with it."""
+"""The run folder: its config, its environment and what may resume in it."""
 
 import datetime
 import hashlib
@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
-from narvl_jax.errors import UserError
+from narvl_jax.errors import UserError, list_few
 from narvl_jax.experiment.config import from_json, to_json
 from narvl_jax.experiment.config_checks import check_stored
 from narvl_jax.experiment.config_table import may_change
@@ -23,7 +24,7 @@ from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
 from narvl_jax.files import paths as user_paths
 from narvl_jax.files import side_files
-from narvl_jax.files.disk import write_text
+from narvl_jax.files.disk import write_json, write_text
 from narvl_jax.files.regular import read_regular
 
 CONFIG_FILE = "config.json"
@@ -42,7 +43,7 @@ _PACKAGES = (
   "numpy",
 )
 
-# Network file systems may go on for a while to say that a file is absent.
+# Network file systems may report a new file as absent for a while.
 _PATIENCE_SECONDS = 60.0
 
 
@@ -52,18 +53,18 @@ def is_run(workdir: pathlib.Path) -> bool:
 
 
 def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
-  """Returns whether the folder holds a run of exactly this config.
+  """Returns whether the folder holds a run with this config.
 
-  What decides where and how fast things are computed but not what, such as the
-  mesh and the number of data workers, may be another.
+  Settings that do not change the result, such as the mesh and the number of
+  data workers, may differ.
 
   Raises:
-    UserError: it cannot be written, it holds a run with another config, or
-      what it holds cannot be told.
+    UserError: the folder cannot be written, or holds a run with another or an
+      unknown config.
   """
   check_folder(workdir)
   if not is_run(workdir):
-    # They would be taken for checkpoints of the new run.
+    # They would be mistaken for checkpoints of the new run.
     if any((workdir / "checkpoints").glob("*")):
       raise UserError(
         f"--workdir={workdir} holds checkpoints but no {CONFIG_FILE}, so what"
@@ -71,7 +72,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
         f"{_how_to_restore(workdir)}"
       )
     return False
-  # Through `from_json`, so that settings that came later do not differ.
+  # `read_config` adds the defaults of newer settings.
   old = to_json(read_config(workdir))
   difference = {
     key: values
@@ -80,26 +81,21 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
   }
   if not difference:
     return True
-  shown = "; ".join(
+  changes = [
     f"{key}: {before} -> {after}"
-    for key, (before, after) in sorted(difference.items())[:8]
-  )
-  if len(difference) > 8:
-    shown += f"; and {len(difference) - 8} more"
+    for key, (before, after) in sorted(difference.items())
+  ]
   advice = "use another --workdir, or the config of this run to resume it"
   if "train.steps" in difference:
     advice += " (the schedule follows train.steps, so it cannot be extended)"
   raise UserError(
-    f"--workdir={workdir} holds a run with another config: {shown}; {advice}"
+    f"--workdir={workdir} holds a run with another config:"
+    f" {list_few(changes, 8, '; ')}; {advice}"
   )
 
 
 def check_folder(workdir: pathlib.Path) -> None:
-  """Checks that the folder exists or can be made.
-
-  Raises:
-    UserError: it cannot.
-  """
+  """Raises `UserError` unless the folder exists or can be created."""
   user_paths.check_folder("--workdir", workdir)
 
 
@@ -125,21 +121,21 @@ def diff(
 def save_experiment(
   workdir: str | os.PathLike[str], experiment: Experiment
 ) -> None:
-  """Writes vocabulary and config, which make the folder that of a run."""
+  """Writes vocabulary and config, which make a folder a run folder."""
   folder = pathlib.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
   experiment.vocabulary.save(folder / VOCABULARY_FOLDER)
-  # Last: a folder with a config is a run.
+  # Last, since a folder with a config is a run.
   write_config(folder, experiment.config)
 
 
 def write_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   """Writes `config.json`, which makes the folder a run folder."""
-  _write(workdir / CONFIG_FILE, to_json(config))
+  write_json(workdir / CONFIG_FILE, to_json(config))
 
 
 def write_sharding(workdir: pathlib.Path, table: str) -> None:
-  """Writes `sharding.txt`: where every parameter lies in the latest start."""
+  """Writes `sharding.txt`, the placement of every parameter."""
   side_files.make_way(workdir / SHARDING_FILE)
   write_text(workdir / SHARDING_FILE, table + "\n")
 
@@ -168,7 +164,7 @@ def read_config(workdir: pathlib.Path) -> Any:
 
 
 def _how_to_restore(workdir: pathlib.Path, start: str = ", or ") -> str:
-  """Returns what to do about a damaged config; "" if nothing can be done."""
+  """Returns advice about a damaged config; "" without checkpoints."""
   if not any((workdir / "checkpoints").glob("[0-9]*")):
     return ""
   return f"{start}write it again: {RESTORE_COMMAND} {workdir}"
@@ -177,15 +173,10 @@ def _how_to_restore(workdir: pathlib.Path, start: str = ", or ") -> str:
 def check_shared(
   workdir: pathlib.Path, host: str, *, patience: float = _PATIENCE_SECONDS
 ) -> None:
-  """Checks that a host sees the run that the first one has written.
-
-  Args:
-    workdir: the run folder.
-    host: name of this host.
-    patience: seconds after which a network file system shows what is new.
+  """Checks that `host` sees the run that the first host has written.
 
   Raises:
-    UserError: it does not.
+    UserError: it does not within `patience` seconds.
   """
   deadline = time.monotonic() + patience
   while not is_run(workdir):
@@ -198,10 +189,7 @@ def check_shared(
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, str]:
-  """Returns what must be the same on all hosts: config, versions and code.
-
-  Args:
-    config: of the run.
+  """Returns facts that must be equal on all hosts: config, versions, code.
 
   Returns:
     Names such as `config seed`, `version jax` and `code commit`, and values.
@@ -217,36 +205,27 @@ def facts(config: Mapping[str, Any]) -> dict[str, str]:
     code.update(path.read_bytes())
   settings = {
     f"config {key}": json.dumps(value)
-    for key, value in _leaves(to_json(config)).items()
+    for key, value in flatten_dict(to_json(config), sep=".").items()
   }
   return {
     **settings,
     **versions,
     "code commit": str(_commit()),
-    # Two hosts may have changed the same commit in different ways.
+    # Two hosts may have different changes on the same commit.
     "code files": code.hexdigest()[:12],
   }
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Returns {dotted key: value}."""
-  leaves = {}
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      leaves |= _leaves(value, f"{prefix}{key}.")
-    else:
-      leaves[f"{prefix}{key}"] = value
-  return leaves
-
-
 def write_environment(workdir: pathlib.Path, resumed_step: int) -> None:
-  """Writes `environment.json`: this start, and the earlier ones of the run."""
+  """Writes `environment.json`: this start and the earlier ones."""
   path = workdir / ENVIRONMENT_FILE
   last = side_files.read_object(
     path, lambda x: isinstance(x.get("previous", []), list)
   )
   previous = [] if last is None else [*last.pop("previous", []), last]
-  _write(path, {**environment(), "step": resumed_step, "previous": previous})
+  write_json(
+    path, {**environment(), "step": resumed_step, "previous": previous}
+  )
 
 
 def environment() -> dict[str, Any]:
@@ -280,7 +259,7 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def _commit() -> str | None:
-  """Returns the commit of the code, with `+` if it was changed since."""
+  """Returns the commit of the code, with `+` for uncommitted changes."""
   folder = pathlib.Path(__file__).parent
   git = ["git", "-C", str(folder)]
   try:
@@ -310,7 +289,3 @@ def _read(path: pathlib.Path, advice: str = "") -> dict[str, Any]:
     raise UserError(
       f"{path} cannot be read ({reason}); use another --workdir{advice}"
     ) from error
-
-
-def _write(path: pathlib.Path, value: Any) -> None:
-  write_text(path, json.dumps(value, indent=2) + "\n")

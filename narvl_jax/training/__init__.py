@@ -1,1 +1,1 @@
-"""Training: optimizer, step, loop, checkpoints and metrics."""
+"""The update of a model: loss, gradient and optimizer."""

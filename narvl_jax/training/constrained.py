@@ -1,24 +1,22 @@
-"""The closed answer sets that an autoregressive model is trained within."""
+"""Closed answer sets that constrain an autoregressive model in training."""
 
 from narvl_jax.data.example import TASKS
 from narvl_jax.decoding.constraint import Automaton, answer_trie
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.experiment import Experiment
 
-# How to train without them.
 CONSTRAINED_OFF = "--config.loss.constrained=False"
 
 
 def answer_constraints(experiment: Experiment) -> dict[int, Automaton]:
-  """Returns what each task allows: {task index: automaton}, without eos.
+  """Returns the allowed answers by task index, without eos.
 
-  Only lists count, those of VQA and entailment: the reference masks no
-  coordinates in training. Empty if `config.loss.constrained` is off, and
-  without tasks, when only shapes are asked for.
+  Only tasks with an answer list count (VQA, entailment), as in the reference,
+  which masks no coordinates in training. Empty if `config.loss.constrained` is
+  off, and without tasks (when only shapes are needed).
 
   Raises:
-    UserError: the list of a task is missing or cannot be read, or no task has
-      one.
+    UserError: an answer list is missing or unreadable, or no task has one.
   """
   if not experiment.config.loss.constrained or not experiment.tasks:
     return {}
@@ -37,5 +35,5 @@ def answer_constraints(experiment: Experiment) -> dict[int, Automaton]:
 
 
 def allowed_answers(experiment: Experiment, name: str) -> list[tuple[int, ...]]:
-  """Returns the answers of a task without eos; none if they are no list."""
+  """Returns the answer list of a task, without eos; empty if it has none."""
   return list(map(tuple, experiment.tasks[name].candidates() or []))

@@ -1,4 +1,7 @@
-"""Label-smoothed cross-entropy, the loss of the autoregressive model."""
+"""Label-smoothed cross-entropy, the loss of the autoregressive model.
+
+Letters: b batch, l labels, v classes of the padded vocabulary.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -32,52 +35,45 @@ def label_smoothed_cross_entropy(
   """Cross-entropy of each label, averaged over the batch.
 
   A label costs (1 - e - e') nll + e' sum(-log p), where the sum runs over all
-  classes and e' is e / (V - 1), or over the allowed ones and e / (A - 1).
+  classes and e' is e / (V - 1), or over the A allowed ones and e' is
+  e / (A - 1). Edge cases:
 
-  What happens at the edges:
-
-  * Logits of any finite magnitude give the right loss, to the precision of
-    float32. -inf is a class of probability zero: a label there costs +inf, and
-    with label smoothing every label of that place does.
-  * Labels beyond `label_lengths` and rows without `example_mask` add nothing
-    to loss and gradient, whatever their logits hold.
-  * An example of which a label is no class below `vocab_size`, or whose length
-    is outside 0..L, makes the loss NaN; where the values are known before
-    tracing it is a `UserError`. A label that is not allowed costs +inf.
-  * A logit of NaN or +inf at a label makes the loss NaN; such a label is never
-    among those that `drop_worst` leaves out.
+  * Finite logits of any size give the right loss in float32. A logit of -inf is
+    a class of probability zero: a label there costs +inf, and with label
+    smoothing every label of that position does.
+  * Labels beyond `label_lengths` and rows outside of `example_mask` contribute
+    nothing to loss and gradient, whatever their logits are.
+  * A label outside of 0..vocab_size - 1, or a length outside of 0..L, makes the
+    loss NaN, or raises `UserError` if the values are known before tracing. A
+    label that is not allowed costs +inf.
+  * A logit of NaN or +inf at a label makes the loss NaN; `drop_worst` never
+    drops such a label.
   * B = 0 and L = 0 are allowed: the loss is 0.
-
-  The training step skips an update whose loss or gradient is not finite, or
-  ends the run: `config.bad_numbers`.
 
   Args:
     logits: [B, L, V] float, logits that predict the labels.
     labels: int32 [B, L], right padded.
     label_lengths: int32 [B].
-    vocab_size: number of true classes, those after it pad the table; None for
-      all V.
+    vocab_size: number of true classes, which come first; None for V.
     label_smoothing: e, in [0, 1).
     confidence: float32 [B], weight of each example's labels; None: 1.
     example_mask: bool [B], False for rows that only fill the batch; None: all.
-    allowed: bool [B, L, V], classes that a constraint leaves at each label;
-      the others count for nothing. None: all.
-    drop_worst: share of the labels, those with the largest loss, that are left
-      out, for targets that may be wrong.
-    average: "labels", so that long targets count for more (reference), or
-      "examples", of which each counts as the mean of its labels.
+    allowed: bool [B, L, V], classes that a constraint allows at each label; the
+      others have probability zero. None: all.
+    drop_worst: share of the labels with the largest loss that is dropped, for
+      noisy targets.
+    average: "labels", so that long targets weigh more (reference), or
+      "examples", each of which weighs as the mean of its labels.
 
   Returns:
-    The loss, and metrics: "loss", "nll" (averaged alike, natural log, times
-    confidence), "infeasible_fraction" (always 0, every target can be written
-    token by token), "examples", "weight" (labels or examples that count) and
-    "nll_per_example" float32 [B] (mean over the example's labels). All are
-    float32, also with `jax_enable_x64`.
+    The loss, and float32 metrics: "loss", "nll" (averaged alike, natural log,
+    times confidence), "infeasible_fraction" (0, since every target can be
+    written), "examples", "weight" (labels or examples that count) and
+    "nll_per_example" [B] (mean over the example's labels).
 
   Raises:
     UserError: a wrong shape or dtype, an unknown `average`, `vocab_size` or
-      `label_smoothing` out of range, or a wrong target that is known before
-      tracing.
+      `label_smoothing` out of range, or a wrong target known before tracing.
 
   Source: the official criterion label_smoothed_cross_entropy (reference
   specification 11.2).
@@ -109,55 +105,69 @@ def label_smoothed_cross_entropy(
   valid = (jnp.arange(length) < label_lengths[:, None]) & mask[:, None]
   inside = jnp.arange(classes) < size
   inside = inside if allowed is None else inside & allowed
-  # What does not count must not give NaN, of which no gradient is zero.
+  nll, loss = _per_label(logits, labels, valid, inside, label_smoothing)
+  if confidence is not None:
+    confidence = jnp.where(mask, confidence.astype(jnp.float32), 1.0)
+    nll, loss = (x * confidence[:, None] for x in (nll, loss))
+
+  wrong = mask & ~is_target(labels, label_lengths, size)
+  shares = jnp.ones((batch, length), jnp.float32)
+  if average == "examples":
+    shares = shares / jnp.maximum(label_lengths, 1)[:, None]
+  loss, weight = _mean(loss, shares * _keep_best(loss, valid, drop_worst))
+  nll = jnp.where(valid, nll, 0.0)
+  metrics = {
+    "loss": jnp.where(jnp.any(wrong), jnp.nan, loss),
+    "nll": jnp.where(jnp.any(wrong), jnp.nan, _mean(nll, shares * valid)[0]),
+    "infeasible_fraction": jnp.zeros((), jnp.float32),
+    "examples": jnp.sum(mask, dtype=jnp.float32),
+    "weight": weight,
+    "nll_per_example": jnp.where(
+      wrong, jnp.nan, jnp.sum(nll, axis=1) / jnp.maximum(label_lengths, 1)
+    ),
+  }
+  return metrics["loss"], jax.lax.stop_gradient(metrics)
+
+
+def _per_label(
+  logits: jax.Array,
+  labels: jax.Array,
+  valid: jax.Array,
+  inside: jax.Array,
+  label_smoothing: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns nll and smoothed loss, float32 [B, L].
+
+  `inside` [..., V] marks the classes with a probability above zero.
+  """
+  # Positions that do not count must not give NaN, whose gradient is not zero.
   logits = jnp.where(valid[..., None], logits.astype(jnp.float32), 0.0)
   inside = jnp.broadcast_to(inside, logits.shape) | ~valid[..., None]
   log_probs = jax.nn.log_softmax(jnp.where(inside, logits, -jnp.inf))
   # Not a lookup: where the classes are split over devices they stay there.
-  here = labels[..., None] == jnp.arange(classes)
+  here = labels[..., None] == jnp.arange(logits.shape[-1])
   nll = -jnp.sum(jnp.where(here, log_probs, 0.0), axis=-1)
-  loss = nll
-  if label_smoothing:
-    count = jnp.sum(inside, axis=-1)
-    smooth = -jnp.sum(jnp.where(inside, log_probs, 0.0), axis=-1)
-    spread = label_smoothing / jnp.maximum(count - 1, 1)
-    loss = (1 - label_smoothing - spread) * nll + spread * smooth
-  if confidence is not None:
-    confidence = jnp.where(mask, confidence.astype(jnp.float32), 1.0)
-    nll, loss = (x * confidence[:, None] for x in (nll, loss))
-  # What is no target must not look like one.
-  wrong = mask & ~is_target(labels, label_lengths, size)
-  share = jnp.ones(batch, jnp.float32)
-  if average == "examples":
-    share = share / jnp.maximum(label_lengths, 1)
+  if not label_smoothing:
+    return nll, nll
+  count = jnp.sum(inside, axis=-1)
+  smooth = -jnp.sum(jnp.where(inside, log_probs, 0.0), axis=-1)
+  spread = label_smoothing / jnp.maximum(count - 1, 1)
+  return nll, (1 - label_smoothing - spread) * nll + spread * smooth
 
-  def mean(x: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
-    shares = jnp.where(kept, share[:, None], 0.0)
-    weight = jnp.sum(shares)
-    # The least that a label can weigh, so that only zero is divided by more.
-    least = 1.0 / max(length, 1)
-    total = jnp.sum(jnp.where(kept, shares * x, 0.0))
-    total = jnp.where(jnp.any(wrong), jnp.nan, total)
-    return total / jnp.maximum(weight, least), weight
 
-  loss, weight = mean(loss, _keep_best(loss, valid, drop_worst))
-  nll = jnp.where(valid, nll, 0.0)
-  per_example = jnp.sum(nll, axis=1) / jnp.maximum(label_lengths, 1)
-  metrics = {
-    "loss": loss,
-    "nll": mean(nll, valid)[0],
-    "infeasible_fraction": jnp.zeros((), jnp.float32),
-    "examples": jnp.sum(mask, dtype=jnp.float32),
-    "weight": weight,
-    "nll_per_example": jnp.where(wrong, jnp.nan, per_example),
-  }
-  return loss, jax.lax.stop_gradient(metrics)
+def _mean(x: jax.Array, shares: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the mean of x [B, L] weighted by `shares`, and their sum."""
+  weight = jnp.sum(shares)
+  # The least positive weight of a label, so that only 0 / 0 is changed.
+  least = 1.0 / max(x.shape[1], 1)
+  total = jnp.sum(jnp.where(shares > 0, shares * x, 0.0))
+  return total / jnp.maximum(weight, least), weight
 
 
 def _keep_best(
   loss: jax.Array, valid: jax.Array, drop_worst: float | jax.Array
 ) -> jax.Array:
-  """Returns bool [B, L], the valid labels but for the share that is worst."""
+  """Returns bool [B, L], the valid labels without the worst share."""
   if isinstance(drop_worst, float) and not drop_worst:
     return valid
   loss = jax.lax.stop_gradient(loss)
@@ -166,5 +176,5 @@ def _keep_best(
   keep = jnp.floor(number * (1.0 - jnp.asarray(drop_worst))).astype(jnp.int32)
   rank = jnp.zeros(flat.size, jnp.int32)
   rank = rank.at[jnp.argsort(flat)].set(jnp.arange(flat.size, dtype=jnp.int32))
-  # NaN ranks last, but must not go unseen.
+  # NaN ranks last, but must be seen.
   return valid & ((rank < keep).reshape(valid.shape) | jnp.isnan(loss))

@@ -1,8 +1,7 @@
-"""Floating-point operations of a step, and what devices can do at most.
+"""Floating-point operations of a step, and the peak rate of devices.
 
-Operations are those of matrix products and convolutions, two per multiply-add.
-Everything else a device does between them, or it is too little to count. The
-products that look position biases up stand for a gather and do not count.
+Only matrix products and convolutions count, with two operations per
+multiply-add. Products that implement the lookup of position biases do not.
 """
 
 from typing import Any
@@ -28,21 +27,9 @@ def peak_flops(device: Any) -> float | None:
   return PEAK_FLOPS.get(device.device_kind)
 
 
-def train_flops(
-  config: ModelConfig,
-  image_size: tuple[int, int],
-  text_length: int,
-  batch_size: int,
-  answer: tuple[int, int] | None = None,
-) -> float:
-  """Returns the operations of an update: three forward passes.
-
-  A product costs its gradient two of its size. What `remat` or a head in
-  chunks computes a second time is no progress and does not count.
-  """
-  return 3.0 * forward_flops(
-    config, image_size, text_length, batch_size, answer
-  )
+# An update costs three forward passes: the gradient of a product takes two
+# products of its size. Recomputation (`remat`, chunked head) does not count.
+UPDATE_FACTOR = 3.0
 
 
 def forward_flops(
@@ -65,12 +52,12 @@ def forward_flops(
       positions       once per batch, see `position_flops`
 
   Args:
-    config: of the model.
+    config: the model.
     image_size: (height, width) in pixels.
     text_length: source tokens T, padding included.
-    batch_size: examples.
-    answer: tokens that an autoregressive decoder reads, and those of them
-      whose output is projected to the vocabulary; None: N queries, all.
+    batch_size: number of examples.
+    answer: number of tokens that an autoregressive decoder reads, and of those
+      that are projected to the vocabulary; None for N queries.
   """
   read, projected = answer or (config.num_queries, config.num_queries)
   stride = config.image_stride
@@ -106,10 +93,10 @@ def decoder_layer_flops(config: ModelConfig, source: int, n: int) -> int:
 
 
 def position_flops(config: ModelConfig, source: int, n: int) -> int:
-  """Returns the operations of the three position biases.
+  """Returns the operations of the position biases, once per batch.
 
-  Encoder, decoder and between them: positions [Q, D] and [K, D] are projected,
-  and multiplied to [H, Q, K]. They do not depend on the batch.
+  In encoder, decoder and cross-attention, positions [Q, D] and [K, D] are
+  projected and multiplied to [H, Q, K].
   """
   d = config.width
 
@@ -146,7 +133,7 @@ def _resnet_flops(config: ModelConfig, image_size: tuple[int, int]) -> int:
     if stage:
       height, width = _ceil(height, 2), _ceil(width, 2)
     pixels, wide = height * width, 4 * narrow
-    # 1x1 to narrow, 3x3 (the stride is here), 1x1 to wide; the shortcut.
+    # 1x1 to narrow, 3x3 with the stride, 1x1 to wide; the shortcut.
     total += 2 * before * channels * narrow
     total += 2 * pixels * (9 * narrow * narrow + narrow * wide)
     total += 2 * pixels * channels * wide

@@ -12,12 +12,11 @@ from narvl_jax.models.autoregressive import make_prompt, teacher_forcing
 def forced_input(
   batch: Mapping[str, Any], prompted: tuple[bool, ...], pad_id: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns what an autoregressive decoder reads to predict the labels.
+  """Returns the input of an autoregressive decoder under teacher forcing.
 
   Args:
     batch: see `training.train_step.batch_spec`.
-    prompted: by the task index of a batch, whether the decoder reads the
-      source before the answer.
+    prompted: by task index, whether the decoder reads the source text first.
     pad_id: id of padding.
 
   Returns:
@@ -32,10 +31,10 @@ def forced_input(
 
 
 def predicting_states(states: jax.Array, places: jax.Array) -> jax.Array:
-  """Returns the decoder states [B, L, D] that predict the labels.
+  """Gathers the decoder states [B, L, D] that predict the labels.
 
   Args:
-    states: all of them [B, P + L - 1, D].
-    places: int32 [B, L], of `forced_input`.
+    states: [B, P + L - 1, D].
+    places: int32 [B, L], from `forced_input`.
   """
   return jnp.take_along_axis(states, places[..., None], axis=1)

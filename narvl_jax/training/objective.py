@@ -1,8 +1,9 @@
-"""From a batch to the loss: the forward pass of each model and its criterion.
+"""Objectives: the forward pass of a model and its loss.
 
 An objective is called with (model, variables, batch, key, step) and returns
-the loss, its metrics and the running statistics. The metrics hold "weight",
-what the loss averages over, and "nll_per_example" float32 [B].
+the loss, its metrics and the running statistics. The metrics contain "weight",
+the number of labels or examples that the loss averages over, and
+"nll_per_example" float32 [B].
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from narvl_jax.training.teacher import Teacher
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
-# See the module.
+# See the docstring of the module.
 Objective: TypeAlias = Callable[
   [nn.Module, Params, Batch, jax.Array, jax.Array],
   tuple[jax.Array, Metrics, Params],
@@ -46,8 +47,8 @@ class QueryCtcLoss:
     vocab_size: number of classes.
     label_smoothing: in [0, 1).
     confidence_mode: "weight" or "temper".
-    chunk_size: classes whose logits exist at a time, at the price of computing
-      them twice; 0, or a vocabulary that fits, for all and once.
+    chunk_size: classes whose logits exist at a time, which are then computed
+      twice; 0, or at least the vocabulary, for all at once.
     axes: mesh axes that split the batch and the vocabulary.
   """
 
@@ -66,7 +67,7 @@ class QueryCtcLoss:
     key: jax.Array,
     step: jax.Array,
   ) -> tuple[jax.Array, Metrics, Params]:
-    """See the module."""
+    """See the docstring of the module."""
     del step
     aux, batch_stats = _apply(model, variables, batch, key)
     states, table = aux["decoder_out"], variables["params"]["embed_tokens"]
@@ -77,9 +78,8 @@ class QueryCtcLoss:
     self, states: jax.Array, table: jax.Array
   ) -> jax.Array | ChunkedLogits:
     """Returns [B, N, V] from decoder states and the tied table."""
-    # From the padded table: cutting off the padding would move its rows
-    # between devices. Nobody reads the logits of the model, so XLA leaves them
-    # out.
+    # Uses the padded table: removing the padding would move rows between
+    # devices. The logits of the model itself are unused, so XLA removes them.
     if 0 < self.chunk_size < len(table):
       return ChunkedLogits(states, table, self.chunk_size)
     return project(states, table)
@@ -106,22 +106,22 @@ class QueryCtcLoss:
 
 @dataclasses.dataclass(frozen=True)
 class DistillationLoss:
-  """The Query-CTC loss, and what a teacher says at each label.
+  """The Query-CTC loss plus the divergence from a teacher at each label.
 
-  With the weight w, gamma[n, l] the probability that query n says label l
+  With the weight w, gamma[n, l] the probability that query n emits label l
   (`label_posterior`), and D[n, l] the divergence of the query's distribution,
-  blank left out, from the teacher's at that label (`token_divergences`), the
+  without blank, from the teacher's at that label (`token_divergences`), the
   loss is
 
       (1 - w) query_ctc + w mean_b 1/L sum_l sum_n gamma[n, l] / G[l] D[n, l]
 
   with G[l] the sum of gamma over n. The mean runs over the examples; a target
-  for which the queries do not suffice adds nothing. No gradient flows through
-  gamma. The metrics have the second term as "distillation".
+  longer than the queries can express contributes nothing. No gradient flows
+  through gamma. The metric "distillation" is the second term without w.
 
   Attributes:
     labels: the loss of the labels.
-    teacher: the model that is learned from.
+    teacher: the teacher.
     variables: its weights.
     weight: w, in [0, 1].
     temperature: see `token_divergences`.
@@ -141,7 +141,7 @@ class DistillationLoss:
     key: jax.Array,
     step: jax.Array,
   ) -> tuple[jax.Array, Metrics, Params]:
-    """See the module."""
+    """See the docstring of the module."""
     del step
     aux, batch_stats = _apply(model, variables, batch, key)
     states, table = aux["decoder_out"], variables["params"]["embed_tokens"]
@@ -171,7 +171,7 @@ class DistillationLoss:
       vocab_size=labels.vocab_size,
       axes=labels.axes,
     )
-    # At least 1 where there is a label, else all are 0.
+    # The sum is at least 1 for a label; otherwise it is 0.
     share = posterior / jnp.maximum(jnp.sum(posterior, axis=1), 1.0)[:, None]
     divergences = token_divergences(
       states,
@@ -197,16 +197,13 @@ class AutoregressiveLoss:
     vocab_size: number of classes.
     pad_id: padding of texts and labels.
     eos_id: ends every target.
-    prompted: by the task index of a batch, whether the decoder reads the
-      source before the answer.
-    constraints: task index -> answers that it allows, without eos. An example
-      with another answer does not count; "infeasible_fraction" tells of how
-      many that is so.
-    label_smoothing: in [0, 1).
-    drop_worst: share of the labels that is left out, see
-      `label_smoothed_cross_entropy`.
-    drop_worst_after: number of updates without that.
-    average: "labels" or "examples", see there.
+    prompted: by task index, whether the decoder reads the source text first.
+    constraints: task index -> allowed answers, without eos. Examples with
+      another answer do not count; "infeasible_fraction" is their share.
+    label_smoothing: see `label_smoothed_cross_entropy`, as the next ones.
+    drop_worst: share of the labels that is dropped.
+    drop_worst_after: number of updates before labels are dropped.
+    average: "labels" or "examples".
   """
 
   vocab_size: int
@@ -227,10 +224,10 @@ class AutoregressiveLoss:
     key: jax.Array,
     step: jax.Array,
   ) -> tuple[jax.Array, Metrics, Params]:
-    """See the module."""
+    """See the docstring of the module."""
     tokens, places = forced_input(batch, self.prompted, self.pad_id)
     aux, batch_stats = _apply(model, variables, batch, key, tokens)
-    # Only what predicts a label is projected to the vocabulary.
+    # Only states that predict a label are projected to the vocabulary.
     states = predicting_states(aux["decoder_out"], places)
     table = variables["params"]["embed_tokens"]
     drop_worst = self.drop_worst
@@ -257,7 +254,7 @@ class AutoregressiveLoss:
     return loss, metrics, batch_stats
 
   def _allowed(self, batch: Batch, classes: int) -> jax.Array | None:
-    """Returns bool [B, L, V], what may be said at each label."""
+    """Returns bool [B, L, V], the allowed classes at each label."""
     if not self.constraints:
       return None
     labels = batch["labels"]
@@ -278,7 +275,7 @@ class AutoregressiveLoss:
 
 
 def _outside(batch: Batch, allowed: jax.Array | None) -> jax.Array:
-  """Returns bool [B], examples with a label that the constraint forbids."""
+  """Returns bool [B], examples with a label that is not allowed."""
   labels, lengths = batch["labels"], batch["label_length"]
   if allowed is None:
     return jnp.zeros(len(labels), bool)

@@ -1,4 +1,4 @@
-"""AdamW whose freezing, learning rates and decay come from one rule list."""
+"""AdamW and Muon with freezing, learning rates and decay from one rule list."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def make_schedule(
     learning_rate: peak, reached at `warmup_steps`.
     schedule: one of `config_table.KEYS["optimizer.schedule"].choices`.
     warmup_steps: length of the warm-up, counted in `steps`.
-    steps: length of the run; the linear schedule is the reference's.
+    steps: length of the run.
 
   Raises:
     UserError: unknown schedule, or a warm-up longer than the run.
@@ -59,22 +59,22 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Builds AdamW or Muon with global-norm clipping.
 
-  Muon orthogonalises the momentum of a matrix (Jordan 2024); parameters that
-  are no matrices are left to Adam. It needs fewer examples than AdamW where a
-  model is trained from scratch.
+  Muon orthogonalises the momentum of matrices (Jordan 2024) and uses Adam for
+  all other parameters. It needs fewer examples than AdamW to train a model from
+  scratch.
 
   Args:
     schedule: step -> learning rate.
-    rules: rule of every parameter; the optimizer is to be given the trained
-      ones only (see `split_frozen`), so frozen ones cost no state and do not
+    rules: rule of every parameter. Pass only the trained parameters to the
+      optimizer (see `split_frozen`): frozen ones then need no state and do not
       enter the norm.
     weight_decay: decoupled decay, multiplied by the learning rate.
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: added to the root of the second moment.
     clip_norm: largest global norm of the gradient; 0 turns clipping off.
-    matrices: the axes of those parameters that Muon takes (`matrix_axes`);
-      None for AdamW.
+    matrices: axes of the parameters that Muon updates (`matrix_axes`); None
+      for AdamW.
   """
 
   def apply_rules(updates: Any, params: Any) -> Any:
@@ -99,7 +99,7 @@ def make_optimizer(
 
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
   if any(rule.rows for rule in rules.values()):
-    # Before the norm, in which rows that stay have no part.
+    # Before the norm, which excludes rows that are not trained.
     clip = optax.chain(optax.stateless(cut_rows), clip)
   direction = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
   if matrices is not None:
@@ -108,7 +108,7 @@ def make_optimizer(
       axes = {path: matrices.get(path) for path in flatten(params)}
       return flax.traverse_util.unflatten_dict(axes, sep="/")
 
-    # It scales by minus the learning rate, which comes last here.
+    # Muon scales by minus its learning rate; the schedule is applied last.
     direction = contrib.muon(
       -1.0,
       eps=eps,
@@ -126,7 +126,7 @@ def make_optimizer(
 
 
 def _only_rows(value: jax.Array, rows: Sequence[int] | None) -> jax.Array:
-  """Sets all rows but some to zero; None keeps them."""
+  """Sets rows outside of [start, end) to zero; None keeps all."""
   if rows is None:
     return value
   index = jnp.arange(value.shape[0])
@@ -137,9 +137,8 @@ def _only_rows(value: jax.Array, rows: Sequence[int] | None) -> jax.Array:
 def matrix_axes(boxed: Any) -> dict[str, MuonDimensionNumbers]:
   """Finds the matrices among parameters by their logical axis names.
 
-  Axes named "layers" or None only stack matrices; all heads together are one
-  axis. The last axis is the output. Tables, which are looked up by their
-  rows, are no matrices.
+  Axes named "layers" or None stack matrices; all heads together are one axis.
+  The last axis is the output. Embedding tables do not count as matrices.
 
   Args:
     boxed: nested parameters (shapes) with their axis names.
@@ -164,8 +163,8 @@ def ema_decay_at(step: jax.Array, decay: float, warmup: bool) -> jax.Array:
   Args:
     step: int32 scalar, number of updates before this one.
     decay: final decay.
-    warmup: start low, (1 + step) / (10 + step), so that a short run forgets
-      its random start; False keeps `decay` from the first update on.
+    warmup: use at most (1 + step) / (10 + step), so that a short run forgets
+      its initial values; False uses `decay` from the first update on.
   """
   if not warmup:
     return jnp.float32(decay)

@@ -1,4 +1,4 @@
-"""Everything about a run that is known before an array exists."""
+"""Shapes, shardings and jitted functions of a run, before any array exists."""
 
 import dataclasses
 from collections.abc import Callable
@@ -35,7 +35,7 @@ from narvl_jax.state.train_state import (
 )
 from narvl_jax.terminal.tables import format_columns
 from narvl_jax.training.constrained import answer_constraints
-from narvl_jax.training.flops import forward_flops, train_flops
+from narvl_jax.training.flops import UPDATE_FACTOR, forward_flops
 from narvl_jax.training.objective import (
   AutoregressiveLoss,
   DistillationLoss,
@@ -62,17 +62,18 @@ class Setup:
   """Shapes, shardings and functions of a run.
 
   Attributes:
-    experiment: what is trained.
-    mesh: where.
-    rules: rule of every parameter.
+    experiment: config, vocabulary, tasks and model.
+    mesh: the devices.
+    rules: optimizer rule of every parameter.
     schedule: step -> learning rate.
     abstract_state: shapes of the state.
     shardings: shardings of the state.
     batch: shapes of a batch.
     init: jitted, key -> state.
-    step: jitted, (state, batch) -> (state, metrics); the state is donated.
-      With a teacher its variables come first: (variables, state, batch).
-    teacher: whose distributions are learned, None for none.
+    train_step: jitted, (state, batch) -> (state, metrics); the state is
+      donated. With a teacher, its variables come first: (variables, state,
+      batch).
+    teacher: for distillation; None for none.
   """
 
   experiment: Experiment
@@ -83,14 +84,14 @@ class Setup:
   shardings: TrainState
   batch: dict[str, jax.ShapeDtypeStruct]
   init: Any
-  step: Any
+  train_step: Any
   teacher: Teacher | None = None
 
   def compile_step(self) -> jax.stages.Compiled:
-    """Compiles the update for the one shape that batches have."""
+    """Compiles the update for the shape of the batches."""
     given = () if self.teacher is None else (self.teacher.shapes,)
     with jax.set_mesh(self.mesh):
-      lowered = self.step.lower(*given, self.abstract_state, self.batch)
+      lowered = self.train_step.lower(*given, self.abstract_state, self.batch)
       return lowered.compile()
 
   @property
@@ -118,14 +119,16 @@ class Setup:
     size, text = tuple(data.image_size), data.max_text_length
     rows = self.experiment.config.train.batch_size
     answer = self.experiment.answer_positions
-    flops = train_flops(self.experiment.model_config, size, text, rows, answer)
+    flops = UPDATE_FACTOR * forward_flops(
+      self.experiment.model_config, size, text, rows, answer
+    )
     if self.teacher is not None:
       config, answer = self.teacher.model.config, self.teacher.answer_positions
       flops += forward_flops(config, size, text, rows, answer)
     return flops
 
   def sharding_table(self) -> str:
-    """Returns where every parameter lies, and the bytes on one device."""
+    """Returns the placement of every parameter and the bytes per device."""
     mesh_shape, rules = self.mesh.shape, self.experiment.config.mesh.rules
     boxed = self.experiment.abstract_variables()
     table = sharding_table(place(boxed, mesh_shape, rules), mesh_shape, rules)
@@ -133,7 +136,7 @@ class Setup:
     return f"{table}\nwhole training state: {state} bytes a device"
 
   def parameter_table(self) -> str:
-    """Returns a line per parameter: name, shape, count, how it is trained."""
+    """Returns a line per parameter: name, shape, count, rate and decay."""
     rows = [("parameter", "shape", "count", "lr", "decay")]
     for path, leaf in flatten(self.abstract_state.params).items():
       rule = self.rules[path]
@@ -189,7 +192,7 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
   abstract_state = jax.eval_shape(first_state, meta.unbox(boxed))
   shardings = state_shardings(abstract_state, boxed, mesh, config.mesh.rules)
   teacher = find_teacher(experiment, mesh)
-  step = _make_step(experiment, teacher, optimizer, schedule, rules)
+  train_step = _make_step(experiment, teacher, optimizer, schedule, rules)
   # The weights of a teacher are an argument: as constants they would be part
   # of the program.
   of_teacher = () if teacher is None else (teacher.shardings,)
@@ -209,8 +212,8 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
     init=jax.jit(
       init, out_shardings=shardings, compiler_options=_init_options()
     ),
-    step=jax.jit(
-      step,
+    train_step=jax.jit(
+      train_step,
       donate_argnums=len(of_teacher),
       in_shardings=(*of_teacher, shardings, batch_sharding(mesh)),
       out_shardings=(shardings, replicated(mesh)),
@@ -223,10 +226,9 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
 def _step_options(mesh: Mesh) -> dict[str, Any] | None:
   """Returns compiler options of the update.
 
-  On TPUs the compiler else splits products with sharded weights into loops
-  that pass parts of a weight, or of the batch, from chip to chip. Their many
-  steps take long to compile, and gradients are no longer summed and scattered
-  in one go.
+  On TPUs they disable windowed einsums. These turn products with sharded
+  weights into loops that pass parts from chip to chip, which take long to
+  compile and prevent a single reduce-scatter of the gradients.
   """
   if mesh.devices.flat[0].platform == "tpu":
     return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
@@ -234,10 +236,9 @@ def _step_options(mesh: Mesh) -> dict[str, Any] | None:
 
 
 def _init_options() -> dict[str, Any] | None:
-  """Returns compiler options for a program that runs once.
+  """Returns compiler options for the initialisation, which runs once.
 
-  On a CPU the optimizer of the compiler takes many times longer over the
-  random numbers than it could ever save.
+  On a CPU, optimising its random numbers takes longer than it saves.
   """
   if jax.default_backend() == "cpu":
     return {"xla_backend_optimization_level": 0}
@@ -251,7 +252,7 @@ def _make_step(
   schedule: optax.Schedule,
   rules: dict[str, ParameterRule],
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-  """Returns the update that a config asks for, see `Setup.step`."""
+  """Returns the update of a config, see `Setup.train_step`."""
   config = experiment.config
   of_labels = make_objective(experiment)
 
@@ -266,12 +267,12 @@ def _make_step(
       ema_decay=config.optimizer.ema_decay,
       ema_warmup=config.optimizer.ema_warmup,
     )
-    step = make_train_step(
+    train_step = make_train_step(
       experiment.model, optimizer, schedule, rules, settings
     )
-    # What the modules say of their activations has a meaning from here on.
+    # Gives the modules' logical axes of activations a meaning.
     with nn.logical_axis_rules(activation_rules(config.mesh.rules)):
-      return step(state, batch)
+      return train_step(state, batch)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     return update(of_labels, state, batch)
@@ -296,7 +297,7 @@ def _make_step(
 def make_objective(
   experiment: Experiment,
 ) -> QueryCtcLoss | AutoregressiveLoss:
-  """Returns the loss of the labels for the model that is trained.
+  """Returns the loss of the labels, without a teacher.
 
   Raises:
     UserError: see `answer_constraints`.
@@ -327,7 +328,7 @@ def make_objective(
 def describe_parallelism(setup: Setup) -> str:
   """Returns how a batch is split, such as `batch 128 = 8 x 16`.
 
-  The first factor counts devices, or groups of devices that split a model.
+  The first factor is the data-parallel size.
   """
   parts = data_parallel_size(setup.mesh)
   steps = setup.experiment.config.train.accumulation_steps

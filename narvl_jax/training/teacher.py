@@ -1,9 +1,9 @@
-"""A trained autoregressive model whose distributions a student learns.
+"""The autoregressive teacher of a distilled student.
 
-`config.distillation.teacher` names its folder. What it says at each label,
-given the labels before, becomes a target of the queries that say that label
-(`training.objective.DistillationLoss`). It is read again whenever a run starts
-and is no part of its checkpoints.
+`config.distillation.teacher` names the folder of its run. Its distribution at
+each label, given the labels before, is a target of the queries that emit that
+label (`training.objective.DistillationLoss`). Its weights are read at every
+start and are not part of the student's checkpoints.
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ _FLAG = f"--config.{_KEY}"
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-  """What is known of a teacher before its weights are read.
+  """A teacher whose weights are read later.
 
   Attributes:
     path: folder of its run.
-    step: of the checkpoint, the best of the run.
+    step: the best checkpoint of the run.
     model: the network.
-    prompted: see `forced_input`, as it was trained.
+    prompted: as it was trained, see `forced_input`.
     pad_id: id of padding.
-    answer_positions: how many its decoder reads, and how many of them predict
+    answer_positions: positions that its decoder reads, and those that predict
       labels.
     shapes: of its variables {"params", "batch_stats"}.
     shardings: of its variables.
@@ -56,7 +56,7 @@ class Teacher:
   shardings: dict[str, Any]
 
   def read(self) -> dict[str, Any]:
-    """Returns its variables, moving averages if the run has them."""
+    """Reads its variables, moving averages if the run has them."""
     target = restore_target(self.shapes, self.shardings)
     with opened(self.path, _KEY) as (checkpoints, _):
       return read_weights(checkpoints, self.step, target)
@@ -65,9 +65,9 @@ class Teacher:
     """Returns the decoder states [B, L, D] that predict the labels.
 
     Args:
-      variables: of `read`.
-      batch: see `training.train_step.batch_spec`; where its labels lack eos
-        the last that the teacher was taught is not asked for.
+      variables: from `read`.
+      batch: see `training.train_step.batch_spec`. Its labels may lack the eos
+        that the teacher was trained to predict.
     """
     tokens, places = forced_input(batch, self.prompted, self.pad_id)
     outputs: Any = self.model.apply(
@@ -81,7 +81,7 @@ class Teacher:
 
   @property
   def num_parameters(self) -> int:
-    """Number of parameters."""
+    """Number of its parameters."""
     return sum(x.size for x in jax.tree.leaves(self.shapes["params"]))
 
   @property
@@ -91,17 +91,17 @@ class Teacher:
 
 
 def find_teacher(experiment: Experiment, mesh: Mesh) -> Teacher | None:
-  """Looks at the teacher that a config asks for, but not at its weights.
+  """Returns the teacher of a config without reading its weights.
 
   Args:
     experiment: the student.
-    mesh: on which the teacher will lie, by the student's rules.
+    mesh: places the teacher by the student's sharding rules.
 
   Returns:
-    The teacher, None if there is none or if it has no weight in the loss.
+    The teacher; None if there is none or its weight in the loss is 0.
 
   Raises:
-    UserError: there is no such run, or the student cannot learn from it.
+    UserError: there is no such run, or it does not match the student.
   """
   config = experiment.config
   path = config.distillation.teacher
@@ -116,7 +116,7 @@ def find_teacher(experiment: Experiment, mesh: Mesh) -> Teacher | None:
           f" weights that were converted with --vocabulary ({_FLAG})"
         )
     theirs = workdir_lib.read_config(folder)
-  # The precision of activations is a matter of the devices here.
+  # The student's config decides the precision of activations.
   theirs.model.dtype = config.model.dtype
   teacher = build_in(theirs, folder)
   _check(experiment, teacher, path)
@@ -137,7 +137,7 @@ def find_teacher(experiment: Experiment, mesh: Mesh) -> Teacher | None:
 
 
 def _check(student: Experiment, teacher: Experiment, path: str) -> None:
-  """Raises UserError unless the teacher can read what the student reads."""
+  """Raises `UserError` unless the teacher can read the student's batches."""
   ours, theirs = student.config, teacher.config
   who = f'{_KEY}="{path}"'
   if not teacher.autoregressive:
@@ -148,7 +148,7 @@ def _check(student: Experiment, teacher: Experiment, path: str) -> None:
       f" --config.model.decoder=autoregressive ({_FLAG})"
     )
   prints = [x.vocabulary.fingerprint for x in (teacher, student)]
-  # Without tasks only shapes are asked for, and the vocabulary is a stand-in.
+  # Without tasks only shapes are needed, and the vocabulary is a placeholder.
   if student.tasks and prints[0] != prints[1]:
     raise UserError(
       f"{who} has another vocabulary ({prints[0][:12]}, this run"
@@ -173,7 +173,7 @@ def _check(student: Experiment, teacher: Experiment, path: str) -> None:
 
 
 def _check_length(student: Experiment, teacher: Experiment, who: str) -> None:
-  """Raises UserError for texts that exceed the teacher's positions."""
+  """Raises `UserError` if texts exceed the teacher's positions."""
   text = student.config.data.max_text_length
   limit = teacher.model_config.max_text_positions
   longest = max(text, _answer_positions(student, teacher)[0])
@@ -192,5 +192,5 @@ def _answer_positions(
   """Returns `Teacher.answer_positions`."""
   text, labels = student.config.data.max_text_length, student.label_length
   prompt = text - 1 if any(teacher.prompted) else 1
-  # The last label is only ever predicted.
+  # The last label is predicted and never read.
   return prompt + labels - 1, labels

@@ -1,4 +1,4 @@
-"""One update: forward, loss, gradient, optimizer, moving averages."""
+"""The update: forward pass, loss, gradient, optimizer, moving averages."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -23,11 +23,11 @@ from narvl_jax.training.optimizer import ema_decay_at
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-  """Settings of an update that are fixed when it is compiled.
+  """Static settings of an update.
 
   Attributes:
     seed: seed of dropout.
-    task_names: names by the task index of a batch.
+    task_names: names by task index.
     objective: the loss.
     accumulation_steps: micro-batches in an update.
     ema_decay: decay of the moving averages, 0 for none.
@@ -75,18 +75,18 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns the function (state, batch) -> (new state, metrics).
 
-  The batch holds the arrays of `batch_spec`. With accumulation its rows are
-  dealt out to micro-batches; their gradients are weighted by what they average
-  over, so the update is that of the whole batch. BatchNorm normalises within
-  each micro-batch and updates its statistics one after the other.
+  The batch holds the arrays of `batch_spec`. With accumulation, its rows are
+  split into micro-batches whose gradients are weighted by the number of labels
+  or examples, so the update equals that of the whole batch. BatchNorm uses the
+  statistics of each micro-batch and updates the running ones in sequence.
 
-  An update whose loss or gradient is not finite changes nothing but the step,
-  on which learning rate, dropout and data depend.
+  An update whose loss or gradient is not finite changes only the step, on which
+  learning rate, dropout and data depend.
 
   Metrics are float32 scalars: loss, nll, infeasible_fraction, examples,
-  grad_norm (before clipping), learning_rate, skipped, which is 1 for such an
-  update and else 0, nll/TASK, which is nan for a task that the batch lacks,
-  and what the objective adds.
+  grad_norm (before clipping), learning_rate, skipped (1 if the update was not
+  finite, otherwise 0), nll/TASK (NaN for a task without examples in the batch),
+  and those of the objective.
   """
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -136,13 +136,13 @@ def make_train_step(
 
 
 def _if(finite: jax.Array, new: Any, old: Any) -> Any:
-  """Returns the new tree, or the old one if an update shall change nothing."""
+  """Returns the new tree if `finite`, otherwise the old one."""
 
   def counts_steps(node: Any) -> bool:
     return isinstance(node, optax.ScaleByScheduleState)
 
   def choose(new: Any, old: Any) -> Any:
-    # The learning rate stays a function of the step.
+    # The schedule's counter must follow the step.
     return new if counts_steps(new) else jnp.where(finite, new, old)
 
   return jax.tree.map(choose, new, old, is_leaf=counts_steps)
@@ -177,14 +177,14 @@ def _gradient(
   key: jax.Array,
 ) -> tuple[Params, Params, Metrics]:
   """Returns gradient, running statistics and metrics of the whole batch."""
-  value_and_grad = jax.grad(loss_of, has_aux=True)
+  gradient_of = jax.grad(loss_of, has_aux=True)
   if accumulation_steps == 1:
-    gradient, (batch_stats, metrics) = value_and_grad(
+    gradient, (batch_stats, metrics) = gradient_of(
       trained, batch_stats, batch, key
     )
     return gradient, batch_stats, _finish(metrics)
 
-  # Every device keeps its own rows: row i goes to micro-batch i modulo steps.
+  # Row i goes to micro-batch i modulo steps, so devices keep their rows.
   micro_batches = jax.tree.map(
     lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1),
     dict(batch),
@@ -195,7 +195,7 @@ def _gradient(
   ) -> tuple[tuple[Params, Params], Metrics]:
     total, batch_stats = carry
     micro_batch, index = inputs
-    gradient, (batch_stats, metrics) = value_and_grad(
+    gradient, (batch_stats, metrics) = gradient_of(
       trained, batch_stats, micro_batch, jax.random.fold_in(key, index)
     )
     weight = metrics["weight"]
@@ -219,7 +219,7 @@ def _gradient(
 
 
 def _finish(metrics: Metrics) -> Metrics:
-  """Turns sums and counts per task into means."""
+  """Replaces sums and counts per task by means."""
   metrics = {key: value for key, value in metrics.items() if key != "weight"}
   done = {name: value for name, value in metrics.items() if "/" not in name}
   for name, total in metrics.items():

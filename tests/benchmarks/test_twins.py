@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ from narvl_jax.state.train_state import TrainState
 from tests.evaluation import tiny_run
 
 TASKS = ("caption", "vqa")
+KINDS = ("nar", "ar", "distilled")
 LABELS = 4
 
 
@@ -85,12 +86,16 @@ class Trainer:
       checkpoints.save(config.train.steps, state)
 
 
+def patch_training(patch: pytest.MonkeyPatch) -> Trainer:
+  stand_in = Trainer()
+  patch.setattr(twins_runs, "train", stand_in)
+  patch.setattr(twins_runs, "_CHOICE_EXAMPLES", 4)
+  return stand_in
+
+
 @pytest.fixture
 def trainer(monkeypatch) -> Trainer:
-  stand_in = Trainer()
-  monkeypatch.setattr(twins_runs, "train", stand_in)
-  monkeypatch.setattr(twins_runs, "_CHOICE_EXAMPLES", 4)
-  return stand_in
+  return patch_training(monkeypatch)
 
 
 def few_ways(
@@ -102,37 +107,55 @@ def few_ways(
     yield "constrained", {"vqa": Decoding(constrained=True)}
 
 
-def start(tmp_path: pathlib.Path, *kinds: str, **options: Any) -> None:
+def start(
+  folder: pathlib.Path,
+  *kinds: str,
+  results: pathlib.Path | None = None,
+  **options: Any,
+) -> None:
   options = {"studies": {"tiny": STUDY}, "seeds": [3], **options}
   twins.run(
-    tmp_path / "runs",
-    tmp_path / "results.jsonl",
+    folder / "runs",
+    results or folder / "results.jsonl",
     kinds=kinds,
     labels=LABELS,
     **options,
   )
 
 
-def test_each_run_is_trained_and_measured_once(tmp_path, trainer, monkeypatch):
-  monkeypatch.setattr(twins_runs, "ways_to_decode", few_ways)
-  start(tmp_path, "nar", "ar", "distilled")
-  runs, results = tmp_path / "runs", tmp_path / "results.jsonl"
-  assert list(trainer.trained) == [
-    "tiny_nar_3",
-    "tiny_ar_3",
-    "tiny_distilled_3",
-  ]
-  rows = twins_table.read_rows(results)
-  assert list(rows) == [
-    ("tiny", kind, 3) for kind in ("nar", "ar", "distilled")
-  ]
+class Finished(NamedTuple):
+  """Twins that were trained and measured."""
+
+  folder: pathlib.Path
+  trained: dict[str, Any]
+  rows: dict[Any, dict[str, Any]]
+
+  def copy_results(self, folder: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copy(self.folder / "results.jsonl", folder))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Finished:
+  folder = tmp_path_factory.mktemp("twins")
+  with pytest.MonkeyPatch.context() as patch:
+    trainer = patch_training(patch)
+    patch.setattr(twins_runs, "ways_to_decode", few_ways)
+    start(folder, *KINDS)
+  rows = twins_table.read_rows(folder / "results.jsonl")
+  return Finished(folder, trainer.trained, rows)
+
+
+def test_each_run_is_trained_and_measured(finished):
+  assert list(finished.trained) == [f"tiny_{kind}_3" for kind in KINDS]
+  rows = finished.rows
+  assert list(rows) == [("tiny", kind, 3) for kind in KINDS]
   row = rows["tiny", "nar", 3]
   assert (row["steps"], row["batch_size"]) == (1000, 128)
   # 400 updates of 128 at 1280 examples/s, 600 at 640.
   assert row["training_seconds"] == 40 + 120
   assert row["jax"] == jax.__version__
   assert row["command"].endswith("--data=tiny --kinds=nar --seeds=3")
-  assert str(tmp_path) not in json.dumps(rows["tiny", "distilled", 3])
+  assert str(finished.folder) not in json.dumps(rows["tiny", "distilled", 3])
   assert row["examples"]["held_out"] == {"caption": 4, "vqa": 4}
   assert list(row["results"]) == ["validation", "held_out"]
   for kind, ways in (("nar", ["greedy", "constrained"]), ("ar", ["greedy"])):
@@ -141,18 +164,20 @@ def test_each_run_is_trained_and_measured_once(tmp_path, trainer, monkeypatch):
       for tasks in split.values():
         assert list(tasks) == [*TASKS]
         assert 0 <= tasks["caption"]["exact_match"] <= 1
+
+
+def test_configs_of_twins_differ_only_in_what_is_compared(finished):
+  trained, runs = finished.trained, finished.folder / "runs"
   answers = (runs / "tiny_answers.txt").read_text().splitlines()
   assert answers[:2] == ["yes", "no"]
-
-  # The configs differ in what they should.
-  base = workdir_lib.to_json(trainer.trained["tiny_nar_3"])
+  base = workdir_lib.to_json(trained["tiny_nar_3"])
   assert base["seed"] == 3
-  other = workdir_lib.to_json(trainer.trained["tiny_ar_3"])
+  other = workdir_lib.to_json(trained["tiny_ar_3"])
   assert workdir_lib.diff(base, other) == {
     "model.decoder": ("null", '"autoregressive"'),
     "loss.average": ('"labels"', '"examples"'),
   }
-  student = trainer.trained["tiny_distilled_3"]
+  student = trained["tiny_distilled_3"]
   (found,) = distilled_sets(runs / "tiny_labels_3")
   assert found.manifest.records == LABELS
   entries = student.data.train
@@ -165,27 +190,35 @@ def test_each_run_is_trained_and_measured_once(tmp_path, trainer, monkeypatch):
     "data.train",
   }
 
-  # Again: nothing is trained or measured.
+
+def test_a_second_start_trains_and_measures_nothing(
+  finished, tmp_path, monkeypatch
+):
   def fail(*args: Any) -> None:
     raise AssertionError(args)
 
   monkeypatch.setattr(twins_runs, "train", fail)
+  monkeypatch.setattr(twins_runs.Twins, "measure", fail)
+  results = finished.copy_results(tmp_path)
   before = results.read_bytes()
-  with monkeypatch.context() as patch:
-    patch.setattr(twins_runs.Twins, "measure", fail)
-    start(tmp_path, "nar", "ar", "distilled")
+  start(finished.folder, *KINDS, results=results)
   assert results.read_bytes() == before
 
-  # Killed while the last line was written: only that run is measured again.
+
+def test_a_line_that_was_cut_off_is_measured_again(
+  finished, tmp_path, monkeypatch
+):
+  results = finished.copy_results(tmp_path)
+  before = results.read_bytes()
   results.write_bytes(before[:-40])
   measured = []
 
-  def again(self: twins_runs.Twins, kind: str, seed: int) -> dict[str, Any]:
+  def measure(self: twins_runs.Twins, kind: str, seed: int) -> dict[str, Any]:
     measured.append(kind)
-    return rows[self.name, kind, seed]
+    return finished.rows[self.name, kind, seed]
 
-  monkeypatch.setattr(twins_runs.Twins, "measure", again)
-  start(tmp_path, "nar", "ar", "distilled")
+  monkeypatch.setattr(twins_runs.Twins, "measure", measure)
+  start(finished.folder, *KINDS, results=results)
   assert measured == ["distilled"]
   assert results.read_bytes() == before
 

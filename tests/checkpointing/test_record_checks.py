@@ -21,7 +21,7 @@ from narvl_jax.evaluation.labelling import Labeller
 from narvl_jax.experiment.config import from_json
 from narvl_jax.interop.run_folder import read_run
 from narvl_jax.predict import predict
-from narvl_jax.run.start import first_state
+from narvl_jax.run.start import restore_or_init
 from tests.evaluation import tiny_run
 
 
@@ -134,7 +134,7 @@ def test_a_run_is_not_resumed_with_another_config(run, key):
     Checkpoints(run, keep_last=2) as checkpoints,
     pytest.raises(UserError, match=rf"{key} is 7 there and .* in the check"),
   ):
-    first_state(setup, checkpoints, said.append)
+    restore_or_init(setup, checkpoints, said.append)
   assert said == []
 
 
@@ -216,7 +216,7 @@ def test_the_vocabulary_of_another_run_is_refused(run):
     Checkpoints(run, keep_last=2) as checkpoints,
     pytest.raises(UserError, match=message),
   ):
-    first_state(setup, checkpoints, say)
+    restore_or_init(setup, checkpoints, say)
 
 
 @pytest.mark.parametrize("name", ["vocabulary.json", "tokenizer.json"])

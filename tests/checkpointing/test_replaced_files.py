@@ -12,7 +12,7 @@ from narvl_jax import checkpoints as command
 from narvl_jax.checkpointing import digests, integrity, record
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.errors import UserError
-from narvl_jax.run.start import first_state
+from narvl_jax.run.start import restore_or_init
 from tests.support import replacements
 from tests.support.saved import files_of, make_state, make_target, save_run
 
@@ -72,7 +72,7 @@ def test_a_run_resumes_from_the_one_before(run, name, kind):
   )
   said: Any = []
   with Checkpoints(run, keep_last=2) as checkpoints:
-    _, step, _ = first_state(setup, checkpoints, said.append)
+    _, step, _ = restore_or_init(setup, checkpoints, said.append)
     assert step == 3
     assert (run / "damaged" / "6").is_dir()
     checkpoints.save(6, state)

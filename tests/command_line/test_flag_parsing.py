@@ -246,7 +246,7 @@ def test_output_for_programs(argument, value, define):
 def test_json_has_stdout_for_itself(capsys):
   with json_output.reserved_stdout("-"):
     print("for people")
-    json_output.write_json("-", {"a": "\x1b"}, indent=None)
+    json_output.write_report("-", {"a": "\x1b"}, indent=None)
   captured = capsys.readouterr()
   assert captured.out == '{"a": "\\u001b"}\n'
   assert captured.err == "for people\n"
@@ -256,10 +256,10 @@ def test_json_goes_to_a_file(tmp_path, capsys):
   path = tmp_path / "x.json"
   with json_output.reserved_stdout(str(path)):
     print("for people")
-    json_output.write_json(str(path), {"a": 1})
+    json_output.write_report(str(path), {"a": 1})
   assert json.loads(path.read_text()) == {"a": 1}
   assert capsys.readouterr().out == "for people\n"
-  json_output.write_json(None, {})
+  json_output.write_report(None, {})
   with pytest.raises(UserError, match=r'--json=".*" is a folder; give a file'):
     json_output.check_json_path(str(tmp_path))
   with pytest.raises(UserError, match=r"there is no folder .*; create it"):

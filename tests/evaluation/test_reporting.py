@@ -6,6 +6,7 @@ import os
 import pytest
 
 from narvl_jax.evaluation import reporting
+from narvl_jax.files.disk import write_json
 
 REPORT = {
   "split": "test",
@@ -73,7 +74,7 @@ def test_the_heading_names_what_was_evaluated(change, heading):
 
 def test_json_replaces_the_old_file_at_once(tmp_path, monkeypatch):
   path = tmp_path / "evaluation.json"
-  reporting.write_json(path, {"step": 1})
+  write_json(path, {"step": 1})
   seen = []
   replace = os.replace
 
@@ -82,7 +83,7 @@ def test_json_replaces_the_old_file_at_once(tmp_path, monkeypatch):
     replace(source, target)
 
   monkeypatch.setattr(os, "replace", watched)
-  reporting.write_json(path, {"step": 2})
+  write_json(path, {"step": 2})
   assert seen == [{"step": 1}]
   assert json.loads(path.read_text()) == {"step": 2}
   assert os.listdir(tmp_path) == ["evaluation.json"]

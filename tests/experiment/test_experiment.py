@@ -190,13 +190,14 @@ def test_the_vocabulary_of_bad_records(tmp_path):
   assert len(str(error.value)) < 800
 
 
-def test_targets_that_teach_nothing_are_told():
+def test_targets_that_are_too_long_are_reported():
   config: Any = shapes.get_config()
   config.model.num_queries = 9  # Two objects; three are 14 labels.
   few = create(config)
   (note,) = run_data.check_targets(few, _mixture(config))
   assert re.fullmatch(
-    r"\d+ of 64 targets of caption need more than 9 queries and teach nothing:"
+    r"\d+ of 64 targets of caption need more than 9 queries and contribute"
+    r" no gradient:"
     r" --config.model.num_queries=14",
     note,
   )

@@ -8,8 +8,8 @@ import pytest
 from jax._src import clusters
 
 from narvl_jax.errors import UserError
-from narvl_jax.hosts import distributed
-from narvl_jax.hosts.distributed import Cluster
+from narvl_jax.hosts import cluster, distributed
+from narvl_jax.hosts.cluster import Cluster
 
 
 def _settings(**changes: Any) -> Any:
@@ -42,18 +42,18 @@ def test_nothing_is_detected_on_one_machine(monkeypatch):
   # Nothing outside is asked, so that a start is as fast as without.
   monkeypatch.setattr("socket.create_connection", None)
   monkeypatch.setattr("socket.getaddrinfo", None)
-  assert distributed.detect(_settings()) is None
+  assert cluster.detect(_settings()) is None
 
 
 def test_flags_make_a_cluster():
-  found = distributed.detect(_settings(**_BY_HAND, start_timeout=7))
+  found = cluster.detect(_settings(**_BY_HAND, start_timeout=7))
   assert found == Cluster("10.0.0.1:8476", 4, 3, start_timeout=7)
 
 
 def test_slurm_is_detected(monkeypatch):
   for name, value in _SLURM.items():
     monkeypatch.setenv(name, value)
-  found = distributed.detect(_settings(heartbeat_timeout=9))
+  found = cluster.detect(_settings(heartbeat_timeout=9))
   assert found == Cluster(
     "node003:61445",
     2,
@@ -63,10 +63,8 @@ def test_slurm_is_detected(monkeypatch):
     found_by="the environment",
   )
   # Flags count for more.
-  assert distributed.detect(_settings(**_BY_HAND)) == Cluster(
-    "10.0.0.1:8476", 4, 3
-  )
-  assert distributed.detect(_settings(distributed="off")) is None
+  assert cluster.detect(_settings(**_BY_HAND)) == Cluster("10.0.0.1:8476", 4, 3)
+  assert cluster.detect(_settings(distributed="off")) is None
 
 
 @pytest.mark.parametrize(
@@ -76,15 +74,15 @@ def test_slurm_is_detected(monkeypatch):
 def test_the_coordinator_is_the_first_node_of_slurm(monkeypatch, nodes, first):
   for name, value in {**_SLURM, "SLURM_STEP_NODELIST": nodes}.items():
     monkeypatch.setenv(name, value)
-  found = distributed.detect(_settings())
+  found = cluster.detect(_settings())
   assert found is not None
   assert found.coordinator_address == f"{first}:61445"
   monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
-  found = distributed.detect(_settings())
+  found = cluster.detect(_settings())
   assert found is not None
   assert found.coordinator_address == f"{first}:1234"
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "chosen:1")
-  found = distributed.detect(_settings())
+  found = cluster.detect(_settings())
   assert found is not None
   assert found.coordinator_address == "chosen:1"
 
@@ -93,15 +91,15 @@ def test_a_list_of_nodes_that_cannot_be_read(monkeypatch):
   for name, value in {**_SLURM, "SLURM_STEP_NODELIST": "a[3-1]"}.items():
     monkeypatch.setenv(name, value)
   with pytest.raises(UserError, match=r'"3-1" runs backwards; set --coordi'):
-    distributed.detect(_settings())
+    cluster.detect(_settings())
 
 
 def test_one_slurm_task_is_no_cluster(monkeypatch):
   for name, value in {**_SLURM, "SLURM_NTASKS": "1"}.items():
     monkeypatch.setenv(name, value)
   monkeypatch.setenv("SLURM_PROCID", "0")
-  assert distributed.detect(_settings()) is None
-  found = distributed.detect(_settings(distributed="on"))
+  assert cluster.detect(_settings()) is None
+  found = cluster.detect(_settings(distributed="on"))
   assert found is not None
   assert found.num_processes == 1
 
@@ -115,7 +113,7 @@ def test_tpu_pod_on_gke_is_detected(monkeypatch):
   monkeypatch.setenv("TPU_WORKER_ID", "1")
   # A variable that is absent is else looked up in the metadata.
   monkeypatch.setattr(cloud_tpu_cluster, "get_tpu_env_value", lambda _: None)
-  found = distributed.detect(_settings())
+  found = cluster.detect(_settings())
   assert found is not None
   assert found.coordinator_address.startswith("localhost:")
   assert found[1:4] == (2, 1, None)
@@ -129,7 +127,7 @@ def test_a_cluster_that_cannot_be_read(monkeypatch):
     clusters.ClusterEnv, "auto_detect_unset_distributed_params", fail
   )
   with pytest.raises(UserError, match=r"cannot read it \(no such node\); set"):
-    distributed.detect(_settings())
+    cluster.detect(_settings())
 
 
 @pytest.mark.parametrize(
@@ -167,7 +165,7 @@ def test_a_cluster_that_cannot_be_read(monkeypatch):
 )
 def test_bad_flags(changes, message):
   with pytest.raises(UserError, match=message) as error:
-    distributed.detect(_settings(**changes))
+    cluster.detect(_settings(**changes))
   assert "\n" not in str(error.value)
 
 

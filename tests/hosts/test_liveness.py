@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from narvl_jax.hosts import cluster as cluster_lib
 from narvl_jax.hosts import distributed
 from narvl_jax.hosts.distributed import HostsLost
 from narvl_jax.hosts.liveness import Liveness
@@ -119,6 +120,6 @@ def test_jax_does_not_abort_before(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(
     "jax.distributed.initialize", lambda *_, **more: given.update(more)
   )
-  cluster = distributed.Cluster("127.0.0.1:1", 1, 0, heartbeat_timeout=5)
+  cluster = cluster_lib.Cluster("127.0.0.1:1", 1, 0, heartbeat_timeout=5)
   distributed.initialize(cluster, {}, lambda _: None)
   assert given["heartbeat_timeout_seconds"] >= 3600

@@ -11,7 +11,7 @@ import pytest
 
 from narvl_jax.errors import UserError
 from narvl_jax.hosts import gathering, messages, rendezvous
-from narvl_jax.hosts.differences import describe_differences
+from narvl_jax.hosts.cluster import Cluster
 
 
 @pytest.fixture
@@ -26,14 +26,18 @@ def port(monkeypatch) -> int:
 def _meet(port: int, count: int, index: int, **changes: Any) -> Any:
   """Returns the names, or the message of the error."""
   settings: dict[str, Any] = {
-    "timeout": 20.0,
-    "compare": describe_differences,
+    "facts": {"version jax": "1"},
     "say": lambda _: None,
     **changes,
   }
-  facts = settings.pop("facts", {"version jax": "1"})
+  cluster = Cluster(
+    f"127.0.0.1:{port}",
+    count,
+    index,
+    start_timeout=settings.pop("timeout", 20.0),
+  )
   try:
-    return rendezvous.meet(f"127.0.0.1:{port}", count, index, facts, **settings)
+    return rendezvous.meet(cluster, **settings)
   except UserError as error:
     return str(error)
 

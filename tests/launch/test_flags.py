@@ -151,7 +151,7 @@ COMMANDS = [
   block
   for block in re.findall(
     r"```sh\n(launch/.*?)```",
-    (ROOT / "launch" / "README.md").read_text("utf-8"),
+    (ROOT / "docs" / "pods.md").read_text("utf-8"),
     re.DOTALL,
   )
   if "NAME.sh" not in block
@@ -159,7 +159,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_readme(command: str, launcher: Launcher):
+def test_commands_of_the_documentation(command: str, launcher: Launcher):
   result = subprocess.run(
     [
       *("bash", "-euc"),

@@ -15,7 +15,7 @@ SHAPE = {"data": 2, "fsdp": 2, "tensor": 2}
 def collectives() -> tuple[Collective, ...]:
   run = runs.setup((2, 2, 2))
   with jax.set_mesh(run.mesh):
-    step = run.step.lower(run.abstract_state, run.batch)
+    step = run.train_step.lower(run.abstract_state, run.batch)
     text = step.compile().as_text()
   return read_program(text).collectives
 

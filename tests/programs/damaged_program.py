@@ -17,11 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from narvl_jax.checkpointing.checksums import device_checksums
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.command_line import cli
-from narvl_jax.hosts import distributed
+from narvl_jax.hosts import cluster
 from narvl_jax.parallel import make_mesh, replicated
 from narvl_jax.reliability import session as hosts
 from narvl_jax.reliability.explain import explain_failure
-from narvl_jax.run.start import first_state
+from narvl_jax.run.start import restore_or_init
 from narvl_jax.state.train_state import TrainState
 from tests.support.saved import make_state
 
@@ -62,7 +62,7 @@ def _run(folder: pathlib.Path, mode: str) -> None:
       for step in (1, 2):
         checkpoints.save(step, state, run={"step": step})
       return
-    read, step, run = first_state(setup, checkpoints, say)
+    read, step, run = restore_or_init(setup, checkpoints, say)
     found, saved = (device_checksums(jax.tree.leaves(x)) for x in (read, state))
     same = np.array_equal(found, saved)
     print(f"RESULT {step} {run['step']} {same}")
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   folder = pathlib.Path(flags.FLAGS.folder)
   with hosts.together(
-    distributed.detect(flags.FLAGS),
+    cluster.detect(flags.FLAGS),
     folder / "logs",
     lambda: {"version jax": jax.__version__},
     lambda error: explain_failure(error, folder),
@@ -86,5 +86,5 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
   flags.DEFINE_string("folder", None, "For the results.")
   flags.DEFINE_string("mode", None, "What to do.")
-  distributed.define_flags()
+  cluster.define_flags()
   cli.run(main)

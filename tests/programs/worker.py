@@ -13,7 +13,7 @@ from absl import flags
 
 from narvl_jax.command_line import cli
 from narvl_jax.errors import UserError
-from narvl_jax.hosts import distributed
+from narvl_jax.hosts import cluster, distributed
 from narvl_jax.parallel import local_rows, shard_batch
 from narvl_jax.reliability import session as hosts
 from narvl_jax.reliability.explain import explain_failure
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
   settings = flags.FLAGS
   folder = pathlib.Path(settings.folder)
   with hosts.together(
-    distributed.detect(settings),
+    cluster.detect(settings),
     folder / "logs",
     lambda: {"version jax": jax.__version__},
     lambda error: explain_failure(error, folder),
@@ -104,5 +104,5 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
   flags.DEFINE_string("folder", None, "For the results.")
   flags.DEFINE_string("mode", None, "What to do.")
-  distributed.define_flags()
+  cluster.define_flags()
   cli.run(main)

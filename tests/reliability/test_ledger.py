@@ -88,8 +88,8 @@ def test_table_ends_in_other_and_total():
   with ledger.stage("step"):
     clock.now = 4.0
   assert ledger.table().splitlines() == [
-    "  import             0.0 s    0.0 %",
-    "  step               3.0 s   75.0 %",
-    "  other              1.0 s   25.0 %",
-    "  total              4.0 s  100.0 %",
+    "  import  0.0 s    0.0 %",
+    "  step    3.0 s   75.0 %",
+    "  other   1.0 s   25.0 %",
+    "  total   4.0 s  100.0 %",
   ]

@@ -10,6 +10,7 @@ from narvl_jax.experiment.config import evaluation_source
 from narvl_jax.experiment.datasets import load_mixture, relative_evaluation
 from narvl_jax.run.announce import describe_source, used_table
 from narvl_jax.run.data_checks import untrained_tasks
+from narvl_jax.run.run import Run
 from tests.support.tiny import tiny_config
 
 
@@ -78,11 +79,10 @@ def test_tasks_without_an_example_are_marked(monkeypatch, capsys):
   }
   monkeypatch.setattr(train_lib, "evaluate_tasks", lambda *a, **k: (report, []))
   monkeypatch.setattr(train_lib, "evaluation_variables", lambda state: {})
-  said: Any = print
   nothing: Any = None
-  metrics, score = train_lib._validate(
-    experiment, mixture, said, lambda: None, nothing, 4
-  )
+  setup: Any = SimpleNamespace(experiment=experiment)
+  run = Run(setup, mixture, nothing, nothing, nothing, say=print)
+  metrics, score = train_lib._validate(run, lambda: None, nothing, 4)
   assert capsys.readouterr().out.splitlines() == [
     "step 4 on validation:",
     "task        examples  accuracy  acc@0.5  mean_iou",
@@ -94,7 +94,7 @@ def test_tasks_without_an_example_are_marked(monkeypatch, capsys):
   # They are written, and count for the best checkpoint, as any other.
   assert metrics["validation/vqa/accuracy"] == 0.04
   assert score == pytest.approx((0.04 + 0.5 + 0.25) / 3)
-  train_lib._validate(experiment, mixture, said, lambda: None, nothing, 5)
+  train_lib._validate(run, lambda: None, nothing, 5)
   assert "not trained" not in capsys.readouterr().out
 
 

@@ -53,9 +53,11 @@ def _count(state: TrainState) -> tuple[int, int]:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_bad_update_changes_nothing_but_the_step(value):
   run = _setup()
-  state, _ = run.step(stand_in.initial_state(run), stand_in.batch(run, 0))
+  state, _ = run.train_step(stand_in.initial_state(run), stand_in.batch(run, 0))
   before = jax.device_get(state)
-  state, metrics = run.step(state, shard_batch(_bad_batch(value), run.mesh))
+  state, metrics = run.train_step(
+    state, shard_batch(_bad_batch(value), run.mesh)
+  )
   after = jax.device_get(state)
   assert metrics["skipped"] == 1
   assert not np.isfinite(metrics["loss"])
@@ -74,7 +76,7 @@ def test_a_bad_update_changes_nothing_but_the_step(value):
   for (path, leaf), other in pairs:
     np.testing.assert_array_equal(leaf, other, err_msg=str(path))
   # And the run can go on.
-  state, metrics = run.step(state, stand_in.batch(run, 2))
+  state, metrics = run.train_step(state, stand_in.batch(run, 2))
   assert metrics["skipped"] == 0
   assert np.isfinite(metrics["loss"])
   assert float(metrics["learning_rate"]) == pytest.approx(0.01 * 48 / 50)
@@ -92,7 +94,7 @@ def test_a_wrong_target_does_not_pass_for_one(key, value):
   batch[key] = batch[key].copy()
   batch[key][5] = value
   state = stand_in.initial_state(run)
-  _, metrics = run.step(state, shard_batch(batch, run.mesh))
+  _, metrics = run.train_step(state, shard_batch(batch, run.mesh))
   assert metrics["skipped"] == 1
   assert np.isnan(metrics["loss"])
 
@@ -190,7 +192,7 @@ def test_bundle_repeats_the_update(tmp_path):
     )
   run = _setup()
   state = stand_in.initial_state(run)
-  _, again = run.step(state, shard_batch(bundle.batch, run.mesh))
+  _, again = run.train_step(state, shard_batch(bundle.batch, run.mesh))
   assert np.isnan(again["loss"])
   for name, values in _bad_batch(math.nan).items():
     np.testing.assert_array_equal(bundle.batch[name], values)

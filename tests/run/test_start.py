@@ -13,11 +13,11 @@ from narvl_jax.checkpointing.chosen import choose_step
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.errors import UserError
 from narvl_jax.run import start
-from narvl_jax.run.loop import EVALUATION_DUE
+from narvl_jax.run.run import EVALUATION_DUE, Run
 from narvl_jax.run.start import (
   chosen_variables,
-  first_state,
   make_up_evaluation,
+  restore_or_init,
 )
 from narvl_jax.run_folder.metrics import MetricsWriter
 from narvl_jax.state.train_state import evaluation_variables
@@ -47,13 +47,13 @@ def _damage(run: pathlib.Path, step: int) -> str:
   return name
 
 
-def _first_state(
+def _restored(
   checkpoints: Checkpoints,
 ) -> tuple[int, dict[str, Any], list[str]]:
   """Returns step, run and what was said; checks the values."""
   said: list[str] = []
   say: Any = said.append
-  state, step, run = first_state(_setup(), checkpoints, say)
+  state, step, run = restore_or_init(_setup(), checkpoints, say)
   assert_equal(jax.device_get(state), jax.device_get(make_state(step)))
   return step, run, said
 
@@ -61,7 +61,7 @@ def _first_state(
 def test_the_newest_is_taken(tmp_path):
   save_run(tmp_path)
   with Checkpoints(tmp_path, keep_last=2) as checkpoints:
-    step, run, said = _first_state(checkpoints)
+    step, run, said = _restored(checkpoints)
     assert checkpoints.set_aside == []
   assert (step, run) == (6, {"position": 6})
   assert said == ["resumed from the checkpoint of step 6"]
@@ -74,7 +74,7 @@ def test_damaged_ones_are_refused_loudly_and_set_aside(tmp_path):
   # Something of an earlier time is in the way.
   (tmp_path / "damaged" / "9").mkdir(parents=True)
   with Checkpoints(tmp_path, keep_last=3) as checkpoints:
-    step, run, said = _first_state(checkpoints)
+    step, run, said = _restored(checkpoints)
     assert (step, run) == (3, {"position": 3})
     assert len(checkpoints.set_aside) == 2
     for told, damaged in zip(said[:2], (9, 6), strict=True):
@@ -109,7 +109,7 @@ def test_without_an_intact_one_nothing_is_moved(tmp_path):
         r" changed.*; step 3: file .*; bring files of theirs back, or train",
       ),
     ):
-      _first_state(checkpoints)
+      _restored(checkpoints)
   assert [x.name for x in tmp_path.iterdir()] == ["checkpoints"]
 
 
@@ -120,7 +120,7 @@ def test_weights_alone_are_no_damage(tmp_path):
       0, {"params": state.params, "batch_stats": state.batch_stats}
     )
     with pytest.raises(UserError, match="holds weights but no state of an opt"):
-      _first_state(checkpoints)
+      _restored(checkpoints)
     assert checkpoints.steps() == [0]
 
 
@@ -143,14 +143,16 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(tmp_path):
     MetricsWriter(tmp_path, 3) as writer,
   ):
     assert checkpoints.best_step == 1
-    state, _, run = first_state(_setup(), checkpoints, say)
-    assert run == stored
+    state, _, found = restore_or_init(_setup(), checkpoints, say)
+    assert found == stored
 
     def evaluate(state: Any, step: int) -> Any:
       assert int(state.step) == step == 3
       return {"validation/vqa/accuracy": 0.9}, 0.9
 
-    make_up_evaluation(evaluate, state, checkpoints, writer, say)
+    guard: Any = None
+    run = Run(_setup(), (), checkpoints, writer, guard, say)
+    make_up_evaluation(run, evaluate, state)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
       {"step": 3, "train/loss": 0.5, "validation/vqa/accuracy": 0.9}

@@ -63,7 +63,7 @@ def test_work_since_the_checkpoint_is_lost(tmp_path):
   }
   assert failures.describe(record) == (
     'failed: MemoryError in phase "step" at step 40; 4m10s of work lost, down'
-    " for 5m00s, went on from step 30"
+    " for 5m00s, resumed from step 30"
   )
 
 
@@ -125,7 +125,7 @@ def test_a_run_that_was_killed_is_known_from_its_lock(tmp_path):
   (record,) = failures.record_restart(tmp_path, step=10, saved=_epoch(60))
   assert failures.describe(record) == (
     "ended without a word: killed, or the machine lost in phase"
-    ' "checkpoint" at step 12; 30s of work lost, down for 15m10s, went on from'
+    ' "checkpoint" at step 12; 30s of work lost, down for 15m10s, resumed from'
     " step 10"
   )
 
@@ -149,7 +149,7 @@ def test_damaged_checkpoints_are_told(tmp_path):
   )
   text = failures.describe(record)
   assert text.startswith("had finished; ")
-  assert text.endswith("went on from step 20; step 30: one bit")
+  assert text.endswith("resumed from step 20; step 30: one bit")
 
 
 def test_a_finished_run_loses_no_more_than_it_worked(tmp_path):
@@ -176,7 +176,7 @@ def test_the_summary_adds_up(tmp_path):
     failures.record_restart(tmp_path, step=step, saved=_epoch(saved))
   lines = failures.summary(tmp_path)
   assert lines[0] == "restarts 2, 5m50s of work lost, down for 10m00s:"
-  assert [line.split("went on from ")[1] for line in lines[1:]] == [
+  assert [line.split("resumed from ")[1] for line in lines[1:]] == [
     "step 30",
     "step 40",
   ]

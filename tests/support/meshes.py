@@ -18,7 +18,7 @@ from jax.tree_util import keystr
 
 from narvl_jax.checkpointing.writing import Checkpoints, restore_target
 from narvl_jax.command_line import cli
-from narvl_jax.hosts import distributed
+from narvl_jax.hosts import cluster
 from narvl_jax.reliability import session as hosts
 from narvl_jax.reliability.explain import explain_failure
 from narvl_jax.state.train_state import TrainState
@@ -144,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   folder = pathlib.Path(flags.FLAGS.folder)
   with hosts.together(
-    distributed.detect(flags.FLAGS),
+    cluster.detect(flags.FLAGS),
     folder / "logs",
     lambda: {"version jax": jax.__version__},
     lambda error: explain_failure(error, folder),
@@ -164,5 +164,5 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_string("folder", None, "For the results.")
-  distributed.define_flags()
+  cluster.define_flags()
   cli.run(main)

@@ -27,7 +27,8 @@ from narvl_jax.reliability.guard import Guard
 from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.run.announce import Announcer
 from narvl_jax.run.batches import batch_opener
-from narvl_jax.run.start import first_state
+from narvl_jax.run.run import Run
+from narvl_jax.run.start import restore_or_init
 from narvl_jax.run_folder.metrics import MetricsWriter
 from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.setup import Setup, build_setup
@@ -99,7 +100,7 @@ def compiled(real: bool = False, devices: int = 2) -> jax.stages.Compiled:
   """Returns the update."""
   run = setup(real, devices)
   with jax.set_mesh(run.mesh):
-    return run.step.lower(run.abstract_state, run.batch).compile()
+    return run.train_step.lower(run.abstract_state, run.batch).compile()
 
 
 class CachedSetup(Setup):
@@ -148,19 +149,10 @@ def train(
   say = Announcer(guard.ledger)
   keep = run.experiment.config.train.keep_last
   with jax.set_mesh(run.mesh), Checkpoints(workdir, keep_last=keep) as saved:
-    state, step, stored = first_state(run, saved, say)
+    state, step, stored = restore_or_init(run, saved, say)
     with MetricsWriter(workdir, step) as writer:
-      state = train_lib._fit(
-        run,
-        state,
-        stored,
-        mixture(),
-        workdir,
-        saved,
-        writer,
-        guard,
-        say,
-      )
+      opened = Run(run, mixture(), saved, writer, guard, say)
+      state = train_lib._train(opened, state, stored)
   return jax.device_get(state)
 
 

@@ -145,7 +145,7 @@ def train(
   state = initial_state(run)
   states, metrics = [jax.device_get(state)], []
   for index in range(steps):
-    state, values = run.step(state, batch(run, index))
+    state, values = run.train_step(state, batch(run, index))
     states.append(jax.device_get(state))
     metrics.append({name: float(x) for name, x in values.items()})
   return states, metrics

@@ -192,14 +192,14 @@ _COMMAND = """
 import sys
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
-from narvl_jax.command_line.json_output import write_json
+from narvl_jax.command_line.json_output import write_report
 from narvl_jax.terminal.text import show
 
 def main(argv):
   if argv[1] == "show":
     show("words")
   elif argv[1] == "json":
-    write_json("-", {"a": 1})
+    write_report("-", {"a": 1})
   elif argv[1] == "late":
     sys.stdout.write("words")
   elif argv[1] == "exit":

@@ -53,7 +53,7 @@ def test_a_start_traces_the_model_once_to_initialise_and_once_to_train(
   setup.init.trace(jax.random.key(0))
   assert len(traces) == 1
   with jax.set_mesh(setup.mesh):
-    setup.step.trace(setup.abstract_state, setup.batch)
+    setup.train_step.trace(setup.abstract_state, setup.batch)
   assert len(traces) == 2
 
 
@@ -146,7 +146,7 @@ def test_shapes_of_a_batch():
       r"=16 is not divisible by 8 device\(s\) x 3 accumulation steps; .* 24",
     ),
     ({"frozen": "embed_token"}, r'is never used: .* mean "embed_tokens"'),
-    ({"optimizer__schedule": "step"}, r'optimizer.schedule="step" is unknown'),
+    ({"optimizer__schedule": "step"}, r'optimizer.schedule: "step" is unknown'),
     ({"optimizer__warmup_steps": 50}, r"warmup_steps=50 .* below train.steps"),
   ],
 )

@@ -82,7 +82,9 @@ def test_a_step_with_a_teacher(folder: pathlib.Path) -> None:
   for name, value in flatten(stored).items():
     np.testing.assert_array_equal(flatten(variables)[name], value)
   with jax.set_mesh(run.mesh):
-    lowered = run.step.lower(teacher.shapes, run.abstract_state, run.batch)
+    lowered = run.train_step.lower(
+      teacher.shapes, run.abstract_state, run.batch
+    )
     compiled = lowered.compile()
   # Arguments, not constants of the program.
   size = compiled.memory_analysis().argument_size_in_bytes
@@ -115,7 +117,7 @@ def test_no_weight_is_no_teacher(folder: pathlib.Path) -> None:
     run = build_setup(experiment, make_mesh(1))
     assert run.teacher is None
     with jax.set_mesh(run.mesh):
-      lowered = run.step.lower(run.abstract_state, run.batch)
+      lowered = run.train_step.lower(run.abstract_state, run.batch)
     programs.append(lowered.as_text())
   assert programs[0] == programs[1]
 

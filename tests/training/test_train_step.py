@@ -87,7 +87,7 @@ def test_step_counts_and_training_helps():
   state = stand_in.initial_state(run)
   losses = []
   for _ in range(30):
-    state, values = run.step(state, stand_in.batch(run, 0))
+    state, values = run.train_step(state, stand_in.batch(run, 0))
     losses.append(float(values["loss"]))
   assert losses[0] == metrics[0]["loss"]
   assert losses[-1] < 0.8 * losses[0]
@@ -112,7 +112,7 @@ def test_micro_batches_count_by_their_rows():
   for settings in ({}, {"train__accumulation_steps": 2}):
     run = stand_in.setup(1, **settings)
     outcomes.append(
-      run.step(stand_in.initial_state(run), shard_batch(rows, run.mesh))
+      run.train_step(stand_in.initial_state(run), shard_batch(rows, run.mesh))
     )
   (whole, metrics), (parts, part_metrics) = outcomes
   assert metrics["examples"] == 10
@@ -163,7 +163,7 @@ def test_moving_averages_with_warmup_take_in_statistics():
 def test_old_state_is_donated():
   run = stand_in.setup(8, **AVERAGED)
   state = stand_in.initial_state(run)
-  new, _ = run.step(state, stand_in.batch(run, 0))
+  new, _ = run.train_step(state, stand_in.batch(run, 0))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
 
@@ -216,7 +216,7 @@ def test_dropout_depends_on_the_step_only():
     state = dataclasses.replace(
       state, step=jax.device_put(np.int32(step), where)
     )
-    return float(run.step(state, stand_in.batch(run, 0))[1]["loss"])
+    return float(run.train_step(state, stand_in.batch(run, 0))[1]["loss"])
 
   assert loss(0) == loss(0)
   assert loss(0) != loss(1)
@@ -237,7 +237,7 @@ def test_rows_that_only_fill_a_batch_do_not_count():
       for name, x in stand_in.host_batch(0).items()
     }
     rows["valid"] = valid
-    state, metrics = run.step(
+    state, metrics = run.train_step(
       stand_in.initial_state(run), shard_batch(rows, run.mesh)
     )
     outcomes.append(jax.device_get((state.params, metrics)))

@@ -26,7 +26,7 @@ from narvl_jax.data.shards.folder import (
   nothing_left_over,
   progress_folder,
 )
-from narvl_jax.data.shards.manifest import Manifest, Shard, write_json
+from narvl_jax.data.shards.manifest import Manifest, Shard
 from narvl_jax.data.shards.writer import (
   PROGRESS,
   BadAccount,
@@ -37,6 +37,7 @@ from narvl_jax.data.shards.writer import (
 from narvl_jax.data.sources import files, open_source, parse_spec
 from narvl_jax.data.sources.content import content_digest
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.files.disk import write_json
 from narvl_jax.terminal.activity import Activity
 from narvl_jax.terminal.progress import doing
 from narvl_jax.terminal.text import show
@@ -194,7 +195,7 @@ def convert(
     ) as missing:
       for number, note in missing:
         account.add(note)
-        write_json(progress / f"{number:05d}.json", note)
+        write_json(progress / f"{number:05d}.json", note, inside=progress)
         notes[number] = note
         shard = note["shard"]
         tell(

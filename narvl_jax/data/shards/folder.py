@@ -18,12 +18,12 @@ from narvl_jax.data.shards.manifest import (
   read_manifest,
   sha256_of,
   verify,
-  write_json,
 )
 from narvl_jax.data.shards.writer import PROGRESS, Job
 from narvl_jax.data.sources import MANIFEST
-from narvl_jax.errors import UserError
+from narvl_jax.errors import UserError, list_few
 from narvl_jax.files import side_files
+from narvl_jax.files.disk import write_json
 
 # Separates the digest of names, sizes and times of files from that of contents.
 CONTENT_MARK = ":"
@@ -56,10 +56,9 @@ def finished_manifest(
     check_settings(folder, had, settings_of(job, origin))
     faults = verify(folder)
     if faults:
-      more = f" (and {len(faults) - 1} more)" if faults[1:] else ""
       raise UserError(
-        f'"{folder}" was complete and is damaged: {faults[0]}{more}; set --to'
-        " to a new folder, or remove the old one"
+        f'"{folder}" was complete and is damaged: {list_few(faults, 1)}; set'
+        " --to to a new folder, or remove the old one"
       )
     return manifest
   suffix = FORMATS[job.format].suffix
@@ -144,7 +143,7 @@ def progress_folder(
       # The settings of the existing shards are unknown.
       for note in progress.glob("[0-9]*.json"):
         note.unlink()
-      write_json(path, settings)
+      write_json(path, settings, inside=progress)
     else:
       check_settings(folder, stored, settings)
     for file in progress.glob("*.tmp"):

@@ -12,8 +12,7 @@ from narvl_jax.data.shards.formats import format_of
 from narvl_jax.data.shards.records import SCHEMA_VERSION
 from narvl_jax.data.sources import MANIFEST
 from narvl_jax.errors import UserError
-from narvl_jax.files.disk import atomically
-from narvl_jax.terminal.text import readable_json
+from narvl_jax.files.disk import write_json
 
 _AGAIN = "; convert the data again with python -m narvl_jax.convert_data"
 
@@ -65,14 +64,7 @@ class Manifest:
     fields = dataclasses.asdict(self)
     if self.labels is None:
       del fields["labels"]
-    write_json(folder / MANIFEST, fields)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a JSON file atomically."""
-  text = readable_json(value, indent=2) + "\n"
-  with atomically(path) as temporary:
-    temporary.write_text(text, encoding="utf-8")
+    write_json(folder / MANIFEST, fields, inside=folder)
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:

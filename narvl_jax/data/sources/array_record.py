@@ -21,7 +21,7 @@ from narvl_jax.data.shards.manifest import (
 )
 from narvl_jax.data.sources import MANIFEST, files
 from narvl_jax.data.sources.base import RecordSource
-from narvl_jax.errors import UserError
+from narvl_jax.errors import UserError, list_few
 
 _SUFFIX = FORMATS["array_record"].suffix
 
@@ -159,9 +159,8 @@ def _check_contents(
     )
   faults = [fault for s in manifest.shards if (fault := quick_fault(folder, s))]
   if faults:
-    more = f" (and {len(faults) - 1} more)" if faults[1:] else ""
     raise UserError(
-      f'array_record: the folder "{folder}" is damaged: {faults[0]}{more};'
+      f'array_record: the folder "{folder}" is damaged: {list_few(faults, 1)};'
       f" see python -m narvl_jax.convert_data {folder} --verify"
     )
   if not manifest.records:
