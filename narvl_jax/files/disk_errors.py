@@ -12,7 +12,7 @@ _DISK_ERRORS = {
   errno.ENOSPC: "make room",
   errno.EDQUOT: "make room, or have the quota raised",
   errno.EROFS: "make it writable again",
-  errno.EIO: "have the disk looked at",
+  errno.EIO: "check the disk",
   errno.ESTALE: "mount it again",
   errno.ENOTCONN: "mount it again",
   errno.EFBIG: "raise the largest size of a file (ulimit -f)",
@@ -124,7 +124,7 @@ def _free_inodes(place: pathlib.Path) -> str | None:
     return None
   if disk.f_files == 0:
     # Some file systems, such as Btrfs, do not count inodes.
-    return "it does not tell how many inodes"
+    return "an unknown number of inodes"
   few = max(_FEW_INODES, disk.f_files // 100)
   return f"only {disk.f_favail:,} inodes" if disk.f_favail <= few else None
 

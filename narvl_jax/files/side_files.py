@@ -103,7 +103,7 @@ def read_lines(
   return [value for value, _ in _split(path, is_valid) if value is not None]
 
 
-def mend_lines(
+def repair_lines(
   path: pathlib.Path, is_valid: Callable[[dict[str, Any]], bool]
 ) -> list[dict[str, Any]]:
   """Returns what `read_lines` does; moves damaged lines to another file.

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.errors import UserError, check_counts, did_you_mean
 from narvl_jax.interop.key_map import TABLE_KEY
 from narvl_jax.interop.settings import (
   IMAGE_POSITIONS_KEY,
@@ -65,13 +65,8 @@ class Options:
       )
     if self.autoregressive:
       self._check_nothing_new()
-    if self.num_queries is not None and self.num_queries < 1:
-      raise UserError(
-        f"--num_queries={self.num_queries} is below 1; nearest valid:"
-        " --num_queries=1"
-      )
-    if self.seed < 0:
-      raise UserError(f"--seed={self.seed} is below 0; nearest valid: --seed=0")
+    check_counts(num_queries=self.num_queries)
+    check_counts(least=0, seed=self.seed)
     if self.blank_row not in BLANK_ROWS:
       raise UserError(
         f'--blank_row="{self.blank_row}" is unknown.'

@@ -73,8 +73,17 @@ def save_official(
   state |= _buckets(config)
   content = {
     "args": None,
-    **_settings(config, settings),
+    "cfg": _settings(config, settings),
     "model": state,
+    **_progress(config),
+  }
+  write_torch(path, content)
+  return made
+
+
+def _progress(config: ModelConfig) -> dict[str, Any]:
+  """Returns the state of a run before its first update."""
+  return {
     "criterion": None,
     "optimizer_history": [
       {
@@ -97,8 +106,6 @@ def save_official(
       },
     },
   }
-  write_torch(path, content)
-  return made
 
 
 def _unused_tensors(
@@ -170,7 +177,7 @@ def _settings(
   cfg["model"] = types.SimpleNamespace(**model)
   cfg.setdefault("task", None)
   cfg.setdefault("criterion", None)
-  return {"cfg": cfg}
+  return cfg
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:

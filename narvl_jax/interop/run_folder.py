@@ -155,7 +155,7 @@ def _count(made: Conversion, name: str, default: int) -> int:
   if type(value) is not int or not 0 <= value <= made.config.vocab_size:
     shown = f"{value:,}" if type(value) is int else type(value).__name__
     raise UserError(
-      f"--from={made.source.path} says {name}={shown}, but its weights have"
+      f"--from={made.source.path} has {name}={shown}, but its weights have"
       f" {made.config.vocab_size:,} ids; set --num_codes and --num_bins"
     )
   return value

@@ -41,7 +41,7 @@ class MetricsWriter:
 
   def _open(self, resumed_step: int) -> None:
     self._path = self._workdir / METRICS_FILE
-    written = side_files.mend_lines(self._path, _is_line)
+    written = side_files.repair_lines(self._path, _is_line)
     lines = [line for line in written if line["step"] <= resumed_step]
     if len(lines) < len(written):
       with atomically(self._path) as temporary:

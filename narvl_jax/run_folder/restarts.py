@@ -108,7 +108,7 @@ def record_restart(
   Raises:
     OSError: the file cannot be written.
   """
-  events = side_files.mend_lines(workdir / RESTARTS_FILE, _is_record)
+  events = side_files.repair_lines(workdir / RESTARTS_FILE, _is_record)
   restarts = [i for i, x in enumerate(events) if x.get("event") == "restart"]
   ends = events[restarts[-1] + 1 :] if restarts else events
   if not ends:

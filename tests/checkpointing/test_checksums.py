@@ -1,4 +1,4 @@
-"""Checksums see every bit, wherever the array lies."""
+"""Checksums depend on every bit, and not on the sharding."""
 
 import functools
 import itertools
@@ -40,13 +40,13 @@ def test_devices_and_host_agree():
     np.int32(-7),
     np.zeros((0, 3), np.float32),
     np.zeros((4, 3), np.float32),
-    # NaNs with a payload, which arithmetic would not keep.
+    # NaNs with a payload, which arithmetic does not preserve.
     np.array([0x7F800001, 0xFFC12345], np.uint32).view(np.float32),
   ]
   found = checksums.device_checksums(arrays)
   expected = [checksums.host_checksum(np.asarray(x)) for x in arrays]
   np.testing.assert_array_equal(found, expected)
-  # Only of an empty array, not of zeros.
+  # Zero is the checksum of an empty array, not of zeros.
   assert [x.tolist() == [0, 0] for x in found[-3:]] == [True, False, False]
   assert len({checksums.text(x) for x in found}) == len(arrays)
 

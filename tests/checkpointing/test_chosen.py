@@ -1,4 +1,4 @@
-"""Reading checkpoints that a run removes meanwhile."""
+"""Reading checkpoints that a training run removes."""
 
 import pathlib
 import shutil
@@ -43,7 +43,7 @@ def test_a_newer_one_is_read_instead(tmp_path, monkeypatch, moment):
   lock = threading.Lock()
 
   def remove() -> None:
-    """As retention does: newer ones are there first."""
+    """Removes the old checkpoint after a newer one exists, as a run does."""
     with lock:
       if old.exists():
         new.rename(old.with_name("9"))
@@ -100,7 +100,7 @@ def test_a_step_that_was_named_is_told_to_be_gone(
 
 
 def test_a_run_that_saves_all_the_time_can_be_read(tmp_path):
-  """A writer with one checkpoint at a time, and readers of all kinds."""
+  """A writer that keeps one checkpoint, and all kinds of readers."""
   save_run(tmp_path, (1,))
   ended = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Several hosts refuse the same damaged checkpoint."""
+"""Several hosts reject the same damaged checkpoint."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint ends where it would have ended."""
+"""A resumed run equals one that was never interrupted."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ from tests.support import small_run
 
 
 class Whole(NamedTuple):
-  """A run of which every checkpoint is kept, and its last state."""
+  """A run that keeps every checkpoint, and its last state."""
 
   real: bool
   workdir: pathlib.Path
@@ -34,7 +34,7 @@ def whole(request, tmp_path_factory) -> Whole:
 
 
 def _metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the lines, without what depends on the clock."""
+  """Returns the lines without values that depend on the clock."""
   text = (workdir / "metrics.jsonl").read_text()
   return [
     {
@@ -54,7 +54,7 @@ def test_the_run_has_all_that_is_to_be_kept(whole):
   assert whole.state.ema is not None
   assert jax.tree.leaves(whole.state.batch_stats)
   lines = _metrics(whole.workdir)
-  # All three sources, in shares that change.
+  # All three sources occur, in varying proportions.
   shares = [
     [line[f"data/{name}/examples"] for name in config.data.train]
     for line in lines
@@ -65,7 +65,7 @@ def test_the_run_has_all_that_is_to_be_kept(whole):
   ]
   assert all(min(counts) > 0 and sum(counts) == 8 for counts in steps)
   assert steps[0] != steps[-1]
-  # And training does something.
+  # Training changes the loss.
   assert lines[-1]["train/loss"] < lines[0]["train/loss"]
 
 
@@ -75,7 +75,7 @@ def test_the_loop_makes_the_updates_one_after_the_other(whole):
 
 
 def _only(whole: Whole, split: int, folder: pathlib.Path) -> None:
-  """Makes a folder of what a run left behind that ended at a step."""
+  """Copies a run as if it had ended at a step."""
   source = whole.workdir / "checkpoints" / str(split)
   shutil.copytree(source, folder / "checkpoints" / str(split))
   shutil.copy(whole.workdir / "metrics.jsonl", folder)
@@ -84,7 +84,7 @@ def _only(whole: Whole, split: int, folder: pathlib.Path) -> None:
 @pytest.mark.parametrize("split", range(1, small_run.STEPS))
 def test_every_split(whole, tmp_path, split):
   _only(whole, split, tmp_path)
-  # Only the last state is saved, which takes longest.
+  # Saving takes longest, so only the last state is saved.
   resumed = small_run.train(
     tmp_path, real=whole.real, train__checkpoint_every=0
   )

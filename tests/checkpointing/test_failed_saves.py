@@ -1,4 +1,4 @@
-"""Saves that fail, and what is left by processes that were killed."""
+"""Failed saves, and files of killed processes."""
 
 import dataclasses
 import errno
@@ -64,16 +64,16 @@ def test_a_failed_save_is_told_at_the_next_step(tmp_path, monkeypatch):
       UserError,
       match=r"the checkpoint of step 6 could not be saved: .*No space left on"
       r" device \([\d,]+ bytes are free .*; make room, and run the same command"
-      # Only its digests are missing.
+      # Only the digests are missing.
       r" again: it resumes from step 6",
     ):
       checkpoints.check_errors()
-    # Told once.
+    # Reported once.
     checkpoints.check_errors()
 
 
 def test_a_file_that_cannot_grow_ends_the_save(tmp_path):
-  # The limit of the process, like a disk that is full, is met in C++.
+  # C++ reaches the limit of the process, as it reaches a full disk.
   rng = np.random.default_rng(0)
   large = {"kernel": jnp.asarray(rng.normal(size=(512, 1024)), jnp.float32)}
   state = dataclasses.replace(make_state(3), params=large)
@@ -117,14 +117,14 @@ def test_a_disk_that_fails_during_a_run(tmp_path, fails, reason):
     names = {path.name for path in (disk / "checkpoints").iterdir()}
     assert "3" in names
     assert "6" not in names
-  # Python would wait at its end for any other thread, here for minutes.
+  # At exit Python would wait minutes for a thread that is no daemon.
   waited_for = {x for x in threading.enumerate() if not x.daemon}
   assert waited_for == {threading.main_thread()}
 
 
 @pytest.fixture
 def _quiet() -> Iterator[None]:
-  """Drops what a failed save leaves; see `explain.quiet_failed_saves`."""
+  """Drops leftovers of a failed save, see `explain.quiet_failed_saves`."""
   yield
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -138,14 +138,14 @@ def _quiet() -> Iterator[None]:
 def test_a_folder_that_vanishes_during_a_save_is_not_made_again(
   tmp_path, monkeypatch, moment, how
 ):
-  """The save is completed where the folder is now, or nowhere."""
+  """The save is completed in the renamed folder, or nowhere."""
   run, other = tmp_path / "run", tmp_path / "other"
 
   def vanish() -> None:
     if not run.exists():
       return
     run.rename(other)
-    # The save that goes on may add to a folder in the moment of its removal.
+    # The save may add a file while the folder is removed.
     while how == "remove" and other.exists():
       shutil.rmtree(other, ignore_errors=True)
 
@@ -180,7 +180,7 @@ def test_a_folder_that_vanishes_during_a_save_is_not_made_again(
     assert not list(tmp_path.iterdir())
     return
   assert [x.name for x in tmp_path.iterdir()] == ["other"]
-  # As if nothing had happened, but for its digests.
+  # Only the digests are missing.
   assert sorted(x.name for x in (other / "checkpoints").iterdir()) == ["3", "6"]
   assert integrity.examine(other / "checkpoints" / "6") is None
 
@@ -238,7 +238,7 @@ def test_what_ended_a_run_is_not_hidden_by_a_failed_save(tmp_path, monkeypatch):
     end(None)
 
 
-# An array that nobody waits for, while Python runs and when it ends.
+# A coroutine is dropped while Python runs, and another at exit.
 _DROPPED = """
 import sys, warnings
 from narvl_jax.reliability.explain import quiet_failed_saves
@@ -256,7 +256,7 @@ warnings.warn("other")
 
 @pytest.mark.parametrize("quiet", ["quiet", "loud"])
 def test_a_failed_save_leaves_no_warnings(quiet):
-  # Not by `subprocess.run`, under which a command that warns is a failure.
+  # Not `subprocess.run`, which the tests patch to fail on warnings.
   with subprocess.Popen(
     [sys.executable, "-c", _DROPPED, quiet], stderr=subprocess.PIPE, text=True
   ) as process:
@@ -278,7 +278,7 @@ def test_nothing_of_a_failed_save_stays_on_a_full_disk(tmp_path, files):
       ),
     ):
       _save(checkpoints, 3, make_state(3))
-    # Threads of the save that were still at work make nothing again.
+    # Threads of the save create nothing again.
     time.sleep(0.5)
     assert disks.files(disk) == set()
     assert [x.name for x in (disk / "checkpoints").iterdir()] == []

@@ -1,4 +1,4 @@
-"""Whatever happens to the files of a checkpoint is noticed and named."""
+"""Every damage to the files of a checkpoint is found and named."""
 
 import contextlib
 import json
@@ -27,19 +27,19 @@ from tests.support.saved import (
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> pathlib.Path:
-  """A checkpoint; tests copy it before they damage it."""
+  """A checkpoint that tests copy before they damage it."""
   return save_run(tmp_path_factory.mktemp("saved"))
 
 
 @pytest.fixture
 def folder(saved, tmp_path) -> pathlib.Path:
-  """The newest checkpoint of a run of its own."""
+  """The newest checkpoint of a copy of the run."""
   shutil.copytree(saved.parent, tmp_path / "checkpoints")
   return tmp_path / "checkpoints" / saved.name
 
 
 def _positions(folder: pathlib.Path, count: int) -> list[tuple[str, int]]:
-  """Returns bits of files, at least one of each."""
+  """Returns bits of files, at least one of each file."""
   rng = np.random.default_rng(7)
   names = files_of(folder)
   chosen = names + list(rng.choice(names, count - len(names)))
@@ -57,7 +57,7 @@ def test_an_intact_one(folder):
 def test_one_flipped_bit_is_caught_at_100_positions(folder):
   target = make_target(make_state(6))
   positions = _positions(folder, 100)
-  # Of data, of formats, of the record and of the digests themselves.
+  # Files of data, of formats, of the record and of the digests.
   assert len({name for name, _ in positions}) > 25
   with Checkpoints(folder.parent.parent, keep_last=2) as checkpoints:
     for name, bit in positions:
@@ -67,7 +67,7 @@ def test_one_flipped_bit_is_caught_at_100_positions(folder):
       ):
         checkpoints.restore(6, target)
       flip_bit(folder / name, bit)
-    # None of them left something behind.
+    # No test left damage behind.
     assert_equal(
       jax.device_get(checkpoints.restore(6, target)),
       jax.device_get(make_state(6)),
@@ -75,7 +75,7 @@ def test_one_flipped_bit_is_caught_at_100_positions(folder):
 
 
 def test_without_digests_no_flipped_bit_changes_a_value(folder):
-  """Of a process that was killed before it wrote them."""
+  """The process was killed before it wrote digests."""
   (folder / "digests.0-of-1.txt").unlink()
   target = make_target(make_state(6))
   expected = jax.device_get(make_state(6))
@@ -89,7 +89,7 @@ def test_without_digests_no_flipped_bit_changes_a_value(folder):
       except DamagedCheckpoint:
         caught += 1
       else:
-        # Of a file without values, or a part of one that is not looked at.
+        # A bit of a file without values, or of a part that is not read.
         assert_equal(jax.device_get(state), expected)
       flip_bit(folder / name, bit)
   assert caught > 10
@@ -119,7 +119,7 @@ def test_file_and_array_are_named(folder):
     assert damage.files == [[name, "was changed"]]
     found |= {name: what for name, what in damage.leaves}
     flip_bit(folder / name, 8 * 100)
-  # Values that have files of their own.
+  # Arrays with their own files.
   assert found.keys() == {
     "params/encoder/kernel",
     "ema/params/encoder/kernel",
@@ -167,7 +167,7 @@ def test_an_empty_file_is_told(folder):
 @pytest.mark.parametrize("how", ["renamed", "copied"])
 def test_a_step_under_another_name_is_told(folder, how, digests):
   if not digests:
-    # Those of a run that was killed before it wrote them.
+    # The digests of a killed run are missing.
     (folder / "digests.0-of-1.txt").unlink()
   other = folder.with_name("9")
   if how == "renamed":
@@ -212,7 +212,7 @@ def test_a_record_is_replaced_and_a_kill_in_between_does_no_harm(
   class KilledError(Exception):
     pass
 
-  # At every file that is written, before and after it.
+  # Before and after each file that is written.
   for kill in range(4):
     count = [0]
 
@@ -271,7 +271,7 @@ def test_hosts_share_the_work_and_agree(folder, monkeypatch):
   values: list[list] = [[], [], []]
 
   def gather(host: int):
-    # What a host says, and in a second round what all have said.
+    # Notes the value of each host.
     return lambda value: (values[host].append(value), [value])[1]
 
   for host in range(3):
@@ -280,7 +280,7 @@ def test_hosts_share_the_work_and_agree(folder, monkeypatch):
     assert len(read) <= len(names) // 3 + 1
   told = [x for said in values for x in said[0][0]]
   assert sorted(name for name, _ in told) == sorted([names[2], names[17]])
-  # One is lost: nothing can be said of files that none lists.
+  # One is lost: files that no other lists cannot be checked.
   (folder / "digests.2-of-3.txt").unlink()
   assert not digests.has_digests(folder)
 
@@ -314,7 +314,7 @@ def test_a_reader_is_told_which_one_is_intact(folder):
 
 
 def test_values_that_were_read_are_compared(folder, monkeypatch):
-  """What went wrong between the disk and the devices."""
+  """Damage between the disk and the devices."""
   target = make_target(make_state(6))
   with Checkpoints(folder.parent.parent, keep_last=2) as checkpoints:
     restore = checkpoints._manager.restore

@@ -1,4 +1,4 @@
-"""The memory that saving and restoring take, in processes of their own."""
+"""Memory of saving and restoring, measured in separate processes."""
 
 import json
 import pathlib
@@ -22,15 +22,15 @@ def _run(folder: pathlib.Path, mode: str) -> Any:
 
 @pytest.mark.slow
 def test_memory_of_saving_and_restoring(tmp_path, monkeypatch):
-  # With one arena what the C library keeps for itself does not hide a leak.
+  # With one arena the cache of the C library does not hide a leak.
   monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
   found = _run(tmp_path, "save")
   assert len(found) == 20
-  # The state is a large part of it, so that a copy of it would be seen.
+  # The state is a large part of it, so that a copy would be visible.
   assert 200 < found[4] < 1000
   assert found[19] < 1.05 * found[4], found
   monkeypatch.delenv("MALLOC_ARENA_MAX")
   restored = _run(tmp_path, "restore")
   assert restored["size"] == pytest.approx(200, abs=1)
-  # Nothing is held twice; what compares it with its checksums is compiled.
+  # No second copy; includes the compiled program of the checksums.
   assert restored["peak"] < 1.3 * restored["size"], restored

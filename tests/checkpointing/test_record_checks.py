@@ -1,4 +1,4 @@
-"""`config.json` is compared with what a checkpoint was trained with."""
+"""`config.json` and vocabulary are compared with the checkpoint."""
 
 import json
 import pathlib
@@ -27,7 +27,7 @@ from tests.evaluation import tiny_run
 
 @pytest.fixture
 def run(tmp_path: pathlib.Path) -> pathlib.Path:
-  """A run whose checkpoint holds its config, as those of `train` do."""
+  """A run whose checkpoint holds its config, as after `train`."""
   run = tiny_run.copy_run(tmp_path / "run")
   folder = run / "checkpoints" / str(tiny_run.STEP)
   config = json.loads((run / "config.json").read_text())
@@ -92,7 +92,7 @@ def test_an_edited_config_is_refused(run, key, value, seen):
 
 
 def test_what_changes_no_answer_is_reported(run, capsys):
-  """Such as where data lie on another machine."""
+  """For example the location of data on another machine."""
   _edit(run, "mesh.fsdp", 2)
   _edit(run, "data.num_workers", 3)
   load_run(run)
@@ -119,7 +119,7 @@ def test_settings_that_came_later_do_not_differ(run):
 
 @pytest.mark.parametrize("key", ["train.steps", "data.image_size"])
 def test_a_run_is_not_resumed_with_another_config(run, key):
-  """Where `config.json` and the command agree, but not the checkpoint."""
+  """`config.json` and the flags agree, but the checkpoint differs."""
   config = from_json(json.loads((run / "config.json").read_text()))
   section, name = key.split(".")
   del config[section][name]

@@ -1,4 +1,4 @@
-"""Whatever takes the place of a checkpoint's file, the one before is used."""
+"""If anything replaces a file of a checkpoint, the previous one is used."""
 
 import pathlib
 import shutil
@@ -22,7 +22,7 @@ RECORD = "record/record.json"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> pathlib.Path:
-  """A run with two checkpoints; tests copy it before they damage it."""
+  """A run with two checkpoints that tests copy before they damage it."""
   folder = tmp_path_factory.mktemp("saved")
   save_run(folder)
   return folder
@@ -30,7 +30,7 @@ def saved(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def run(saved, tmp_path) -> pathlib.Path:
-  """A run of the test's own."""
+  """A copy of the run."""
   shutil.copytree(saved, tmp_path / "run")
   return tmp_path / "run"
 

@@ -1,4 +1,4 @@
-"""Checkpoints of one mesh, restored onto another."""
+"""Checkpoints of one mesh are restored onto another."""
 
 import json
 import pathlib
@@ -23,7 +23,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
-  """What is made on the devices: shapes, and the shapes of their parts."""
+  """Notes the shapes of all arrays that are created, and of their shards."""
   found = []
   make = jax.make_array_from_single_device_arrays
 
@@ -42,7 +42,7 @@ def test_every_mesh_restores_what_any_other_saved(
 ) -> None:
   setup = meshes.make_setup(meshes.SHAPES[after])
   state = meshes.restore(setup, saved / before)
-  # No leaf was on more devices, on its way, than it shall be.
+  # No array was on more devices than its sharding has.
   read = sorted(str((shape, parts)) for shape, parts in made)
   wanted = jax.tree.map(
     lambda leaf, where: str((leaf.shape, {where.shard_shape(leaf.shape)})),
@@ -61,7 +61,7 @@ def test_leaves_of_another_size_are_read_in_parts(
   assert wrong == []
   width = meshes.make_setup(meshes.TOGETHER).experiment.config.model.width
   parts = [parts for shape, parts in made if shape == (6, width)]
-  # Of the parameters and of their averages; fsdp splits the width.
+  # Parameters and averages; fsdp splits the width.
   assert {(6, width // 8)} in parts
   assert {(6, width)} not in parts
 

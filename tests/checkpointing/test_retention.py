@@ -15,7 +15,7 @@ _SCORES = {1: 0.5, 2: 0.9, 3: math.nan, 4: 0.9, 6: None}
   [
     (Retention(last=1, best=0), {6: ["last"]}),
     (Retention(last=9, best=0), {step: ["last"] for step in _STEPS}),
-    # The later one of equals, and none without a score.
+    # The later of two equal scores, and none without a score.
     (Retention(last=1, best=1), {4: ["best"], 6: ["last"]}),
     (
       Retention(last=2, best=9),

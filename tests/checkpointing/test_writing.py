@@ -1,4 +1,4 @@
-"""What is kept, what is read back, and which step a name stands for."""
+"""Saving, retention, restoring, and choosing a step."""
 
 import dataclasses
 import logging
@@ -33,14 +33,14 @@ def _save_all(
   with Checkpoints(folder, keep_last=keep_last) as checkpoints:
     for step, score in scores.items():
       checkpoints.save(step, state, score=score)
-      # As a run would: the next step donates the state.
+      # The next step of a run would donate the state.
     checkpoints.wait()
     return checkpoints.steps()
 
 
 @pytest.fixture
 def warnings() -> Iterator[list[str]]:
-  """Messages that orbax logs at the level of warnings."""
+  """Warnings that Orbax logs."""
   messages: list[str] = []
 
   class Handler(logging.Handler):
@@ -57,16 +57,16 @@ def warnings() -> Iterator[list[str]]:
 @pytest.mark.parametrize(
   ("scores", "kept", "best"),
   [
-    # The last ones, whatever happens.
+    # The last ones are always kept.
     ({1: None, 2: None, 3: None, 4: None}, [3, 4], None),
-    # The best survives those that follow without a score.
+    # The best is kept after later ones without a score.
     ({1: 0.2, 2: 0.7, 3: None, 4: None, 5: None}, [2, 4, 5], 2),
-    # A worse one does not survive.
+    # A worse one is not kept.
     ({1: 0.2, 2: 0.1, 3: 0.9, 4: 0.3, 5: 0.4}, [3, 4, 5], 3),
     # A score of zero is better than none.
     ({1: 0.0, 2: None, 3: None, 4: None}, [1, 3, 4], 1),
     ({1: None, 2: None, 3: None, 4: -1.0}, [3, 4], 4),
-    # The later of two that are equal.
+    # The later of two equal scores.
     ({1: 0.5, 2: 0.5, 3: 0.1, 4: 0.1}, [2, 3, 4], 2),
   ],
 )
@@ -79,7 +79,7 @@ def test_last_and_best_are_kept(tmp_path, warnings, scores, kept, best):
     assert checkpoints.last_step == kept[-1]
     assert choose_step(checkpoints, "best") == (best or kept[-1])
     assert choose_step(checkpoints, "last") == kept[-1]
-  # Orbax tells who checkpoints faster than this disk; nothing else.
+  # Orbax warns only of checkpoints that are faster than this disk.
   assert [x for x in warnings if "previous save" not in x] == []
 
 
@@ -132,7 +132,7 @@ def test_variables_to_evaluate(tmp_path):
     plain, {"params": state.params, "batch_stats": state.batch_stats}
   )
   assert state.ema is not None
-  # Parameters without an average, the frozen ones, stand in for it.
+  # Frozen parameters have no average and are used themselves.
   assert averaged["params"]["encoder"].keys() == {"kernel", "bias"}
   assert_equal(
     averaged["params"]["encoder"]["kernel"],
@@ -151,14 +151,14 @@ def test_saving_compiles_one_program_once(tmp_path):
     if event == "/jax/core/compile/backend_compile_duration":
       compiled.append(duration_secs)
 
-  # Every device could write a part of it.
+  # An array of which every device could write a part.
   params = {"kernel": jnp.ones((8, 24))}
   state = dataclasses.replace(make_state(1, ema=False), params=params)
   state = jax.device_put(state, replicated(make_mesh()))
   jax.monitoring.register_event_duration_secs_listener(listen)
   with Checkpoints(tmp_path, keep_last=1) as checkpoints:
     checkpoints.save(1, state)
-    # That of the checksums.
+    # The program of the checksums.
     assert len(compiled) == 1
     checkpoints.save(2, state)
   assert len(compiled) == 1
@@ -215,7 +215,7 @@ def test_what_stays_is_a_choice(tmp_path):
     checkpoints.wait()
     assert checkpoints.steps() == [1, 2, 3, 6, 7]
     assert checkpoints.best_step == 1
-  # Another choice of a later process takes effect when it saves.
+  # Settings of a later process take effect when it saves.
   with Checkpoints(tmp_path, keep_last=2, keep_best=0) as checkpoints:
     checkpoints.save(8, state)
     checkpoints.wait()
@@ -254,7 +254,7 @@ def test_another_model_is_told_before_anything_is_read(tmp_path):
   )
   wide = jax.ShapeDtypeStruct((24, 33), np.float32, sharding=bias.sharding)
   changed = {"encoder": {"kernel": wide, "bias": bias}}
-  # What is read would be found to be gone.
+  # Reading an array would fail.
   shutil.rmtree(folder / "params" / "ocdbt.process_0")
   with Checkpoints(tmp_path) as checkpoints:
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or gone: one line, nothing half-written."""
+"""Full, read-only and missing disks: one line, no partial file."""
 
 import errno
 import os
@@ -41,7 +41,7 @@ def test_a_disk_that_fails(tmp_path, number, reason, advice):
   assert text is not None
   assert text.startswith(f"{path} cannot be written or read: {reason} (")
   assert f" bytes are free in {tmp_path}); {advice}" in text
-  # A write into an open file does not say which; C++ says it in words.
+  # Writing to an open file names no file; errors of C++ are texts.
   for error in (_error(number), ValueError(f"[tensorstore] {reason}: write")):
     text = disk_errors.explain_disk(error, tmp_path)
     assert text is not None
@@ -101,7 +101,7 @@ def test_a_run_ends_with_code_2_and_one_line(tmp_path):
 
 
 def test_predictions_on_a_full_disk(tmp_path):
-  """A limit that needs no privilege in the place of a full disk."""
+  """The limit of file sizes stands for a full disk; it needs no privilege."""
   path = tmp_path / "predictions" / "test.jsonl"
   reporting.write_predictions(path, [{"old": True}])
   with (
@@ -140,13 +140,13 @@ def test_metrics_on_a_full_disk(tmp_path, capfd):
     _write_metrics(writer, 3)
     fill(run)
     with pytest.raises(OSError, match="No space left") as error:
-      # More than what was set aside for the files so far.
+      # More than the file system has allocated for the files.
       _write_metrics(writer, 1000)
     _, message = describe_failure(error.value, run)
     assert message.startswith(f"error: {run} cannot be written or read: No ")
     assert "(0 bytes are free in" in message
     (run / "filler").unlink()
-    # What could not be written is, once there is room; nothing is in halves.
+    # Lines are written once there is room, and each is complete.
     writer.close()
     for line in (run / "metrics.jsonl").read_text().splitlines():
       assert line.startswith('{"step": ')
@@ -185,7 +185,7 @@ def test_a_disk_that_can_hold_no_more_files(tmp_path):
     )
     assert " bytes are free, but no inode" in text
     assert text.endswith("; remove some, or have the number of inodes raised")
-    # What C++ says has no file.
+    # Errors of C++ name no file.
     text = disk_errors.explain_disk(
       ValueError("open: No space left on device"), run
     )
@@ -199,11 +199,11 @@ def test_a_disk_that_can_hold_no_more_files(tmp_path):
   ("free", "files", "left", "said"),
   [
     (40 << 20, 45, 0, "but no inode"),
-    # Temporary files were removed before anybody looked.
+    # Temporary files were removed before the inodes are counted.
     (40 << 20, 45, 31, "but only 31 inodes"),
     (40 << 20, 10_000, 1, "but only 1 inodes"),
-    (40 << 20, 0, 0, "but it does not tell how many inodes"),
-    # Bytes are what is missing.
+    (40 << 20, 0, 0, "but an unknown number of inodes"),
+    # Bytes are missing, not inodes.
     (40 << 20, 10_000, 5000, None),
     (1 << 19, 45, 31, None),
     (0, 45, 31, None),

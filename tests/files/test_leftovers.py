@@ -1,4 +1,4 @@
-"""What killed processes leave behind is removed; what live ones write stays."""
+"""Temporary files of killed processes are removed, those of live ones kept."""
 
 import os
 import pathlib
@@ -28,7 +28,7 @@ with replacing(pathlib.Path(sys.argv[1])) as part:
 
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch):
-  """Each folder is searched once by a process, here by a test."""
+  """A process searches each folder once; here each test does."""
   monkeypatch.setattr(leftovers, "_searched", set())
 
 
@@ -56,7 +56,7 @@ def test_a_killed_writer_and_a_live_one(tmp_path, monkeypatch):
     left = [x for x in files(tmp_path) if f"-{live.pid}-" in x]
     assert files(tmp_path) == {"results.json", *left}
     assert len(left) == 1
-    # The start of a run looks below the folder, too.
+    # The start of a run also searches below the folder.
     leftovers.remove_below(tmp_path.parent)
     assert files(tmp_path) == {"results.json", *left}
   finally:
@@ -73,7 +73,7 @@ def _age(path: pathlib.Path, hours: float) -> None:
 @pytest.mark.parametrize(
   "name",
   [
-    # Of another machine, and of earlier versions.
+    # Files of another machine, and of earlier versions.
     ".test.jsonl.0123abcd-99-1234-0.tmp",
     ".test.jsonl.4711.tmp",
     "tokenizer.json.4711.part",

@@ -1,4 +1,4 @@
-"""Paths that flags name: one line for whatever is wrong with them."""
+"""Wrong paths in flags are errors of one line."""
 
 import ast
 import errno
@@ -19,7 +19,7 @@ from tests.support.disks import read_only, small_disk
 
 @pytest.fixture
 def given(monkeypatch):
-  """Gives a command flags and arguments."""
+  """Parses flags and arguments of a command."""
 
   def give(*arguments: str) -> None:
     values = flags.FlagValues()
@@ -121,7 +121,7 @@ def test_errors_at_the_paths_of_the_user(given, tmp_path):
   for path, where in (
     (run, ""),
     (run / "vocabulary" / "x", f' at "{run}/vocabulary/x"'),
-    # A folder above that cannot be made.
+    # A parent folder that cannot be created.
     (tmp_path / "a", f' at "{tmp_path}/a"'),
   ):
     wrapped = RuntimeError("wrapped")
@@ -170,12 +170,12 @@ def test_empty_arguments(capsys, monkeypatch):
   assert "an argument is empty" in capsys.readouterr().err
 
 
-# Texts that hold the word, and are no path.
+# Flags with such a word in their help that hold no path.
 _NO_PATHS = {"name", "checkpoint", "config"}
 
 
 def test_every_path_of_a_command_is_known():
-  """Otherwise an empty one would mean the current folder."""
+  """Otherwise an empty path would mean the current folder."""
   found = set()
   for path in (ROOT / "narvl_jax").rglob("*.py"):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""Damage to a side file is set aside; a start never fails on it."""
+"""Damaged side files are set aside; no run fails because of them."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ _MINUTE = "2026-11-30T12:0{}:00.000+00:00"
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-  """These tests write thousands of files, which no machine failure follows."""
+  """Skips fsync: these tests write thousands of files."""
   monkeypatch.setattr(os, "fsync", lambda number: None)
   monkeypatch.setattr(workdir_lib, "environment", lambda: {"command": []})
 
@@ -113,7 +113,7 @@ def _write(run: pathlib.Path) -> None:
   workdir_lib.write_environment(run, 0)
   workdir_lib.write_environment(run, 4)
   lock = RunLock(run)
-  # Of a process that is gone.
+  # Written by a process that has ended.
   lock._contents["process_start"] = "1"
   lock.acquire(lambda line: None)
 
@@ -185,7 +185,7 @@ def test_indexes(tmp_path, start):
   for data in _damages(whole):
     path.write_bytes(data)
     start(tmp_path)
-  # An archive of NumPy, which has its own errors.
+  # An archive of NumPy, which raises its own errors.
   for data in (b"PK\x03\x04", b"\x93NUMPY\x01\x00\xff\xff{" + b"(" * 9999):
     path.write_bytes(data)
     start(tmp_path)
@@ -209,10 +209,10 @@ def test_damaged_lines_are_kept_elsewhere(tmp_path, caplog):
   assert caplog.messages == [
     f"{path} has 3 damaged lines; set aside in metrics.jsonl.damaged"
   ]
-  # Later damage is added.
+  # Later damage is appended.
   with path.open("ab") as file:
     file.write(b"x\n")
-  side_files.mend_lines(path, lambda line: True)
+  side_files.repair_lines(path, lambda line: True)
   assert aside.read_bytes() == b'5\n\xff\n{"step": 8, "lo\nx\n'
 
 
@@ -227,7 +227,7 @@ def test_damaged_lines_are_written_before_they_are_removed(
 
   monkeypatch.setattr(side_files, "atomically", fail)
   with pytest.raises(OSError, match="killed"):
-    side_files.mend_lines(path, lambda line: True)
+    side_files.repair_lines(path, lambda line: True)
   assert path.read_bytes() == b"5\n"
   assert (tmp_path / "restarts.jsonl.damaged").read_bytes() == b"5\n"
 

@@ -1,4 +1,4 @@
-"""Small official state dicts with values of their own for every tensor."""
+"""Small official state dicts with different values in every tensor."""
 
 import pathlib
 from typing import Any
@@ -29,7 +29,7 @@ CONFIG = model_config(
   token_bucket_size=4,
   image_bucket_size=3,
 )
-# Of the vocabulary `words`.
+# Ids of the vocabulary `words`.
 COUNTS: Any = {"num_codes": 2, "num_bins": 4}
 BASE = 50 - 4 - 2 - 6
 State = dict[str, np.ndarray]
@@ -67,7 +67,7 @@ def narvl_state(dtype: Any = np.float32) -> State:
 
 
 def ofa_state(dtype: Any = np.float32) -> State:
-  """Returns weights without queries and blank."""
+  """Returns an OFA: weights without queries and blank."""
   state = narvl_state(dtype)
   del state[QUERY_KEY]
   table = state[TABLE_KEY][:-1]
@@ -86,7 +86,7 @@ def back(made: Any) -> State:
 
 
 def fitting_config() -> Any:
-  """A config whose pictures and prompts the small tables allow."""
+  """A config whose pictures and prompts fit the small tables."""
   config = tiny_config()
   config.model = type(config)(config.model.to_dict())
   for name in config.model:

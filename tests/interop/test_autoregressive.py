@@ -1,4 +1,4 @@
-"""Weights of OFA that stay autoregressive: in, out, and what is refused."""
+"""Weights of OFA that stay autoregressive: import, export, mistakes."""
 
 import json
 import pathlib
@@ -57,7 +57,7 @@ def test_nothing_is_new(ofa: pathlib.Path) -> None:
   assert QUERY_KEY not in got
   for key, value in got.items():
     np.testing.assert_array_equal(value, state[key], strict=True, err_msg=key)
-  # What only image generation reads has no place here, either.
+  # Tensors that only image generation reads are not used here, either.
   assert set(made.unused) == {
     key for key in state if key not in got and not key.endswith("_rp_bucket")
   }
@@ -75,7 +75,7 @@ def test_by_default_it_becomes_a_narvl(ofa: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_every_size(size: str) -> None:
-  """By shapes alone: all is covered, and N D + D parameters are fewer."""
+  """Checks shapes: complete, with N D + D fewer parameters."""
   config = model_config(size, decoder="autoregressive", vocab_size=59457)
   check_coverage(config)
   shapes = official_shapes(config)
@@ -99,7 +99,7 @@ def test_every_size(size: str) -> None:
 
 
 def test_there_and_back(tmp_path: pathlib.Path, ofa: pathlib.Path) -> None:
-  """Bit by bit, in the type of the file, without a vocabulary."""
+  """Exactly, in the dtype of the file, without a vocabulary."""
   there = convert.import_official(
     ofa, tmp_path / "run", options=AS_IT_IS, check=True
   )
@@ -152,7 +152,7 @@ def test_settings_of_an_export(tmp_path: pathlib.Path) -> None:
 def test_settings_are_those_of_the_official_code(
   tmp_path: pathlib.Path, shared_files: pathlib.Path
 ) -> None:
-  """Each that is set here is known there, for both models."""
+  """Every setting that is written is known to the official code."""
   for name, options in (("micro_ar", AS_IT_IS), ("micro_nar", Options())):
     path = shared_files / "fixtures" / f"{name}.lean.pt"
     made = convert_official(path, options)
@@ -161,7 +161,7 @@ def test_settings_are_those_of_the_official_code(
     about = json.loads(path.with_name(f"{name}.json").read_text())
     settings = vars(content["cfg"]["model"])
     official = {key: about["model_args"].get(key, "?") for key in settings}
-    # No type has the trunk of the recording; rates are those of a run.
+    # No type has the recorded trunk; rates depend on the run.
     free = {key for key in settings if "drop_path_rate" in key}
     free.add("resnet_type")
     assert "?" not in official.values()
@@ -176,7 +176,7 @@ def test_settings_are_those_of_the_official_code(
 def test_run_folder(
   tmp_path: pathlib.Path, ofa: pathlib.Path, words: pathlib.Path
 ) -> None:
-  """The config may ask for the decoder; blank is a word but no class."""
+  """The config may select the decoder; the blank is an id but no class."""
   config = fitting_config()
   config.model.decoder = "autoregressive"
   config.model.num_queries = 7

@@ -1,4 +1,4 @@
-"""Official files to variables: names, what is new, and the account."""
+"""Official files to variables: names, new tensors, and the report."""
 
 import json
 import pathlib
@@ -37,8 +37,8 @@ from tests.interop.states import (
 )
 from tests.interop.test_safetensors_file import write as write_safetensors
 
-# What the reference specification says of the five sizes: parameters without
-# queries, and the entries of a state dict of `base`.
+# From the reference specification: parameters of the five sizes without
+# queries.
 PARAMETERS = {
   "tiny": 33_488_592,
   "medium": 92_892_512,
@@ -149,7 +149,7 @@ def test_early_files_get_the_missing_image_positions(
 
 
 def test_positions_are_stretched(tmp_path: pathlib.Path) -> None:
-  """Corners stay, and a smooth table stays the same function."""
+  """Corners are kept, and a smooth table stays the same function."""
   state = narvl_state()
   y, x = np.mgrid[:3, :3]
   plane = (2.0 * y - x)[..., None] + np.arange(12)
@@ -304,7 +304,7 @@ def test_account(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_every_size_is_covered(size: str) -> None:
-  """By shapes alone: each tensor is used once, each variable filled once."""
+  """Checks shapes: each tensor is used once, each variable filled once."""
   config = model_config(size, num_queries=13)
   check_coverage(config)
   shapes = official_shapes(config)

@@ -1,4 +1,4 @@
-"""The command: a run folder out of a file, a file out of a run folder."""
+"""The command: from a file to a run folder, and back."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_run_folder(
 
 
 def test_there_and_back(tmp_path: pathlib.Path, official: pathlib.Path) -> None:
-  """Bit by bit, in the type of the file, without a vocabulary."""
+  """Exactly, in the dtype of the file, without a vocabulary."""
   convert.import_official(official, tmp_path / "run")
   report = convert.export_official(tmp_path / "run", tmp_path / "y.pt")
   model = read_torch(tmp_path / "y.pt")["model"]
@@ -240,6 +240,6 @@ def test_memory(tmp_path: pathlib.Path) -> None:
     peaks.append(int(done.stdout.split()[-1]))
   size = large.stat().st_size
   assert size > 150e6
-  # With the 0.4 GB that any conversion takes, `base` in half precision (0.4 GB)
-  # then stays below 2.5 times its size.
+  # With the 0.4 GB of any conversion, `base` in half precision (0.4 GB) then
+  # stays below 2.5 times its size.
   assert peaks[1] - peaks[0] < 1.5 * size

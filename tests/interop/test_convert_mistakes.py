@@ -1,4 +1,4 @@
-"""Mistakes of who converts: targets, sizes, vocabularies."""
+"""Mistakes in a conversion: targets, sizes, vocabularies."""
 
 import pathlib
 from typing import Any
@@ -71,7 +71,7 @@ def test_targets_that_cannot_be_written(
   def fail(*_: Any, **__: Any) -> None:
     raise FileNotFoundError(2, "No such file or directory")
 
-  # As below /proc, whose permissions promise what it does not keep.
+  # Like /proc, which is not writable despite its permissions.
   with monkeypatch.context() as patch:
     patch.setattr(pathlib.Path, "mkdir", fail)
     message = "^--to=.* cannot be written: No such file or directory; use"

@@ -1,4 +1,4 @@
-"""Files that the official code reads."""
+"""Files for the official code."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Official files in, and the outputs that the official code recorded."""
+"""Converted files reproduce recorded outputs of the official code."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def test_gradients(recorded: Recorded) -> None:
 
 
 def test_half_precision(folder: pathlib.Path, recorded: Recorded) -> None:
-  """Equal but for the rounding of the weights."""
+  """Equal up to the rounding of the weights."""
   config, variables = load_official(folder / "micro_nar.half.lean.pt")
   logits, _ = forward(config, variables, recorded)
   sure = recorded.arrays["greedy_margin"] > 0.1
@@ -82,7 +82,7 @@ def test_half_precision(folder: pathlib.Path, recorded: Recorded) -> None:
 
 
 def test_ofa_as_a_narvl(folder: pathlib.Path) -> None:
-  """The encoder of AR weights gives what the official one gave."""
+  """The encoder of AR weights reproduces the official output."""
   made = convert_official(folder / "micro_ar.lean.pt", Options(num_queries=5))
   recorded = read(folder, "micro_ar", made.config, made.variables)
   _, parts = forward(made.config, made.variables, recorded)
@@ -99,7 +99,7 @@ def test_ofa_as_it_is(folder: pathlib.Path) -> None:
   config, variables = load_official(
     folder / "micro_ar.lean.pt", options=Options(decoder="autoregressive")
   )
-  # What the parameters do not show, and a file does not say.
+  # Settings that neither the shapes nor the file determine.
   assert config == dataclasses.replace(
     autoregressive.CONFIG, dropout=config.dropout
   )

@@ -1,4 +1,4 @@
-"""Small files that ask for much: memory, time, or a wait without end."""
+"""Small files that would use huge memory or time, or block for ever."""
 
 import collections
 import contextlib
@@ -48,7 +48,7 @@ def _archive(
 
 
 def _same_list_twice(levels: int) -> bytes:
-  """A list that holds one list twice, and so on: 2 ** levels values."""
+  """A list that holds one list twice, recursively: 2 ** levels values."""
   twice = b"".join(
     b"](h%ch%ce" % (level, level) + b"q%c" % (level + 1)
     for level in range(levels)
@@ -179,7 +179,7 @@ def test_an_axis_of_one_may_have_any_stride(tmp_path: pathlib.Path) -> None:
 
 
 def _numbered(count: int) -> bytes:
-  """A state dict of tensors of which each has a storage of its own."""
+  """A state dict of tensors with separate storages."""
   out = b"\x80\x02}("
   for i in range(count):
     key = b"X\4\0\0\0%04d" % i
@@ -193,7 +193,7 @@ def _numbered(count: int) -> bytes:
 
 
 def test_entries_that_overlap(tmp_path: pathlib.Path) -> None:
-  """A file of 1 MB that says it holds a hundred storages of 1 MB."""
+  """A file of 1 MB that claims a hundred storages of 1 MB."""
   path = tmp_path / "x.pt"
   with zipfile.ZipFile(path, "w") as archive:
     archive.writestr("x/data.pkl", _numbered(100))
@@ -210,7 +210,7 @@ def test_entries_that_overlap(tmp_path: pathlib.Path) -> None:
 
 
 def test_tensors_that_share_their_bytes(tmp_path: pathlib.Path) -> None:
-  """Each is right by itself; reading all would take a hundred times more."""
+  """Each is valid; reading all would take a hundred times the memory."""
   data = np.arange(1 << 18, dtype=np.float32)
   path = tmp_path / "x.pt"
   write_torch(path, {"model": {f"key{i}": data for i in range(100)}})
@@ -239,7 +239,7 @@ def test_entries_larger_than_what_they_hold(tmp_path: pathlib.Path) -> None:
   path = _archive(tmp_path / "x.pt", {"data.pkl": b"\x80\x02}."})
   whole = bytearray(path.read_bytes())
   at = whole.index(b"PK\1\2")
-  # Of the entry in the list at the end: its sizes.
+  # The sizes in the central directory.
   whole[at + 20 : at + 28] = struct.pack("<II", 10**9, 10**9)
   path.write_bytes(whole)
   with pytest.raises(UserError, match=r"data\.pkl reaches beyond the end"):
@@ -247,7 +247,7 @@ def test_entries_larger_than_what_they_hold(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_sparse_pickle(tmp_path: pathlib.Path) -> None:
-  """6 GB of zeros that take no room on the disk."""
+  """6 GB of zeros that occupy no disk space."""
   path = tmp_path / "x.pt"
   with path.open("wb") as file:
     header = struct.pack("<4s22xHH", b"PK\3\4", len("x/data.pkl"), 0)
@@ -402,12 +402,12 @@ def test_shared_values_stay_shared() -> None:
   assert read["a"] is read["b"][0] is read["b"][1]
 
 
-# Of texts in the syntax of Python 2.
+# The STRING opcode has the escapes of Python 2.
 @pytest.mark.filterwarnings("ignore:invalid escape seq:DeprecationWarning")
 @settings(max_examples=300)
 @given(st.data())
 def test_damaged_pickles_raise_what_is_caught(data: st.DataObject) -> None:
-  """And never anything that is no error, such as an end of the process."""
+  """Never anything else, such as the end of the process."""
   ordered = collections.OrderedDict(a=[1, (2.5, None)], b={"c": "d"})
   pickled = bytearray(pickle.dumps(ordered, data.draw(st.integers(0, 5))))
   for _ in range(data.draw(st.integers(1, 4))):

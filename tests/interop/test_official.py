@@ -1,4 +1,4 @@
-"""Weights of the official code: there and back, and what is refused."""
+"""Weights of the official code: both directions, and mistakes."""
 
 import argparse
 import pathlib
@@ -41,7 +41,7 @@ State = dict[str, np.ndarray]
 
 @pytest.fixture
 def state() -> State:
-  """Every tensor with values of its own; the tied ones are equal."""
+  """Different values in every tensor; the tied ones are equal."""
   rng = np.random.default_rng(0)
   made = {
     key: rng.standard_normal(shape, np.float32)
@@ -204,7 +204,7 @@ def test_tied_tables_that_differ(state: State) -> None:
 def test_another_architecture_is_told_by_its_flags(
   state: State, fields: dict[str, Any]
 ) -> None:
-  """All that differs is named, with the values that the file has."""
+  """Every difference is named, with the values of the file."""
   other = model_config("micro", **(vars(CONFIG) | fields))
   message = refuse(state, "nearest configuration: ", other)
   flags = message.split("nearest configuration: ")[1].split()
@@ -230,7 +230,7 @@ def test_only_the_official_image_encoder() -> None:
 def test_official_files(
   shared_files: pathlib.Path, name: str, dtype: str
 ) -> None:
-  """A whole official state dict loads, unused tables and buffers included."""
+  """A whole official state dict loads, with unused tables and buffers."""
   torch = pytest.importorskip("torch")
   with torch.serialization.safe_globals([argparse.Namespace]):
     file = torch.load(shared_files / "fixtures" / name, weights_only=True)

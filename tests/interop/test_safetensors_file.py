@@ -1,4 +1,4 @@
-"""The safetensors format, written out by hand."""
+"""The safetensors format, written by hand."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ _NAMES = {
 
 
 def write(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-  """Writes a file as the format's description says."""
+  """Writes a file in the documented format."""
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
   data = b""
   for name, value in tensors.items():

@@ -146,7 +146,7 @@ def test_hostile_files_run_nothing(tmp_path: pathlib.Path, name: str) -> None:
     read_torch(path)
   assert "\n" not in str(error.value)
   assert not marker.exists()
-  # The same file does harm where it is believed.
+  # The same file is harmful when it is unpickled.
   if name != "getattr":
     pickle.loads(pickled)
     assert marker.exists()
@@ -155,7 +155,7 @@ def test_hostile_files_run_nothing(tmp_path: pathlib.Path, name: str) -> None:
 def test_a_tensor_cannot_be_turned_to_another_file(
   tmp_path: pathlib.Path,
 ) -> None:
-  """BUILD would else set any attribute, such as the path."""
+  """Otherwise BUILD would set any attribute, such as the path."""
   write_torch(tmp_path / "good.pt", {"a": SHARED})
   with zipfile.ZipFile(tmp_path / "good.pt") as file:
     pickled, data = file.read("good/data.pkl"), file.read("good/data/0")
@@ -224,7 +224,7 @@ def test_tensors_stay_within_their_storage(tmp_path: pathlib.Path) -> None:
   write_torch(tmp_path / "good.pt", {"a": SHARED})
   with zipfile.ZipFile(tmp_path / "good.pt") as file:
     pickled, data = file.read("good/data.pkl"), file.read("good/data/0")
-  # Rows are said to be 300 numbers long.
+  # Claims rows of 300 numbers.
   wide = pickled.replace(b"J\x03\x00\x00\x00t", b"J\x2c\x01\x00\x00t", 1)
   assert wide != pickled
   path = archive(tmp_path / "x.pt", wide, x__data__0=data)
@@ -256,7 +256,7 @@ def test_files_that_are_no_archive(tmp_path: pathlib.Path) -> None:
 
 
 def test_files_without_check_sums(tmp_path: pathlib.Path) -> None:
-  """torch can be told to compute none, and writes 0 instead."""
+  """torch can be configured to write 0 instead."""
   serialization = pytest.importorskip("torch.serialization")
   torch = pytest.importorskip("torch")
   before = serialization.get_crc32_options()

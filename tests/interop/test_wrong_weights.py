@@ -1,4 +1,4 @@
-"""Official files that are damaged, incomplete or of something else."""
+"""Official files that are damaged, incomplete or of another model."""
 
 import pathlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""The rules that give stored parameters other names, or leave them out."""
+"""Rules that rename or drop stored parameters."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def test_the_first_rename_that_matches_a_whole_name_counts() -> None:
   assert rename(STORED, rules) == {
     "params/encoder/layers/ffn/matrix": STORED[0],
     "params/encoder/layers/ffn/bias": STORED[1],
-    # One rule for both collections.
+    # One rule applies to both collections.
     "params/encoder/resnet/bn/scale": STORED[2],
     "batch_stats/encoder/resnet/bn/mean": STORED[3],
   }
@@ -96,7 +96,7 @@ def test_drops_match_whole_names() -> None:
   ):
     dropped(STORED, ("encoder/bm/.*",))
   # A part of a name is not enough.
-  # A module: the rule that takes all of it is another string.
+  # A module is suggested as the regex of its content.
   with pytest.raises(
     UserError, match=r'"encoder/bn" is never used: .* mean "encoder/bn/\.\*"'
   ):

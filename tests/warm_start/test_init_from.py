@@ -1,4 +1,4 @@
-"""Runs that start from the weights of others."""
+"""Runs that start from the weights of another run."""
 
 import pathlib
 import shutil
@@ -105,8 +105,8 @@ def test_another_model_is_told_by_its_leaves(start: pathlib.Path) -> None:
   with pytest.raises(
     UserError,
     match=r"is of another model: encoder/\S+ has 1x\S+ there and 3x\S+ here, .*"
-    r" and \d+ more; set config.model as in .*init_renames=.*or leave it fresh"
-    r" by --config.init_drops='\(\"encoder/.*\)' and so on",
+    r" and \d+ more; set config.model as in .*init_renames=.*or leave them"
+    r" fresh by --config.init_drops='\(\"encoder/.*\)' and so on",
   ):
     check_init_from(setup)
 
@@ -174,7 +174,7 @@ def test_weights_alone_cannot_be_resumed(start: pathlib.Path) -> None:
       checkpoints.restore(0, target)
 
 
-# Tables of as many and fewer rows than that of the student.
+# Tables with as many rows as that of the student, and with fewer.
 @pytest.mark.parametrize("multiple", [128, 1])
 def test_a_student_starts_from_its_teacher(
   tmp_path: pathlib.Path, start: pathlib.Path, multiple: int
@@ -251,7 +251,7 @@ def test_a_twin_must_fit_in_all_else(
   setup.experiment.config.init_from = str(folder)
   with pytest.raises(UserError, match=r"another model: .* and \d+ more; set"):
     check_init_from(setup)
-  # More words than ours; no vocabulary tells of them.
+  # More rows than ours, without a vocabulary.
   folder = tmp_path / "long"
   twin_of(start, folder, model__vocab_multiple=512)
   shutil.rmtree(folder / "vocabulary")

@@ -28,7 +28,7 @@ def start(tmp_path: pathlib.Path) -> pathlib.Path:
   return copy_run(tmp_path / "start")
 
 
-# (data, fsdp, tensor): with the last one leaves are split over all devices.
+# (data, fsdp, tensor); the last one splits arrays over all devices.
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 4, 2)])
 @pytest.mark.parametrize("queries", [5, 12])
 def test_another_number_of_queries(
@@ -124,7 +124,7 @@ def test_another_size_of_pictures(start: pathlib.Path) -> None:
   full = {f"params/encoder/{name}" for name in names}
   stored = stored_in(start)
   grid = stored["params/encoder/embed_image_positions"][1:].reshape(16, 16, -1)
-  # Weights that are no run of this program tell of no pictures.
+  # Converted weights do not record the size of their pictures.
   notes, _, after = started(make_setup(start, **changes))
   assert sorted(notes) == [
     f'init_from="{start}": {what} from a table for 16x16 to one for 6x6'
@@ -150,7 +150,7 @@ def test_another_size_of_pictures(start: pathlib.Path) -> None:
   theirs = stored["params/encoder/image_rel_pos_table"]
   ours = distances[0, positions.image_buckets(6, 4, 6)]
   theirs = theirs[0, positions.image_buckets(4, 4, 16)]
-  # From the first to the last row it is as far as it was.
+  # The first and the last row keep their distance.
   np.testing.assert_allclose(ours[:4, -4:], theirs[:4, -4:], atol=1e-5)
   assert not np.allclose(ours[4:8, :4], theirs[4:8, :4])
   check_others(after, stored, full)

@@ -57,7 +57,7 @@ def test_bins_are_found_by_their_places() -> None:
     theirs, ours, classes=(theirs.size, ours.size), rows=ours.size
   )
   bins = found.rows[ours.bin_start : ours.blank_id] - theirs.bin_start
-  # Ties go to even ones.
+  # Ties are rounded to even.
   assert bins.tolist() == [0, 0, 1, 2, 2, 2, 3, 4, 4]
   assert not found.missing
   assert found.note().endswith(
