@@ -6,6 +6,10 @@ import pathlib
 from narvl_jax.files.disk_errors import errors_of
 
 
+class FolderLostError(Exception):
+  """The folder was renamed or removed while it was written to."""
+
+
 class HeldFolder:
   """An open folder that may be renamed or removed while it is written to.
 
@@ -32,6 +36,11 @@ class HeldFolder:
       return os.path.samestat(os.stat(self._folder), os.fstat(self._number))
     except OSError:
       return False
+
+  def check_in_place(self) -> None:
+    """Raises FolderLostError unless the folder still has its name."""
+    if not self.in_place:
+      raise FolderLostError
 
   def name_files(self, error: BaseException) -> None:
     """Replaces `path` in an error and its causes by the folder's own path."""

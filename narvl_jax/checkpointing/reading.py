@@ -262,6 +262,17 @@ class StoredCheckpoints:
     self.close()
 
 
+def restore_target(abstract: Any, shardings: Any) -> Any:
+  """Adds shardings to the shapes of a tree."""
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    abstract,
+    shardings,
+  )
+
+
 def state_items(state: TrainState) -> dict[str, Any]:
   """Returns the items of a checkpoint that hold the parts of a state."""
   items = {

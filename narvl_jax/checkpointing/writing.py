@@ -20,6 +20,7 @@ from narvl_jax.checkpointing.integrity import Damage
 from narvl_jax.checkpointing.reading import (
   FOLDER,
   StoredCheckpoints,
+  restore_target,
   state_items,
 )
 from narvl_jax.checkpointing.record import (
@@ -204,8 +205,8 @@ class Checkpoints(StoredCheckpoints):
   def _complete(self, step: int) -> None:
     """Waits until a checkpoint is on disk; writes its digests."""
     self._manager.wait_until_finished()
-    if self._held is not None and not self._held.in_place:
-      raise FolderLostError
+    if self._held is not None:
+      self._held.check_in_place()
     hosts = jax.process_count()
     write_digests(self._folder / str(step), jax.process_index(), hosts)
     self._remove_deleted()
@@ -322,10 +323,6 @@ class Checkpoints(StoredCheckpoints):
       self.close()
 
 
-class FolderLostError(Exception):
-  """The folder was renamed or removed while it was written to."""
-
-
 class _Completion(threading.Thread):
   """Completes the save of `step`; `error` is what went wrong, or None."""
 
@@ -350,14 +347,3 @@ def _unused(path: pathlib.Path) -> pathlib.Path:
     number += 1
     target = path.with_name(f"{path.name}.{number}")
   return target
-
-
-def restore_target(abstract: Any, shardings: Any) -> Any:
-  """Adds shardings to the shapes of a tree."""
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=sharding
-    ),
-    abstract,
-    shardings,
-  )

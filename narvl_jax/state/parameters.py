@@ -8,6 +8,7 @@ from typing import Any
 import flax.traverse_util
 
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.state.regex_rules import compiled, raise_unused
 
 Params = Mapping[str, Any]
 
@@ -63,12 +64,7 @@ def parse_rules(rules: Iterable[Any]) -> list[tuple[str, ParameterRule]]:
         ' (".*/bias", {"decay": 0.0})'
       )
     pattern, settings = entry
-    try:
-      re.compile(pattern)
-    except re.error as error:
-      raise UserError(
-        f'optimizer.rules: regex "{pattern}" does not compile: {error}'
-      ) from error
+    compiled("optimizer.rules", pattern)
     for name, value in settings.items():
       if name not in names:
         raise UserError(
@@ -128,10 +124,7 @@ def assign_rules(
       )
   for pattern, _ in parsed:
     if pattern not in used:
-      why = "earlier rules match all its parameters"
-      if not any(re.fullmatch(pattern, path) for path in paths):
-        why = "it matches no parameter." + did_you_mean(pattern, paths)
-      raise UserError(f'optimizer.rules: "{pattern}" is never used: {why}')
+      raise_unused("optimizer.rules", pattern, paths, "parameter")
   return assigned
 
 

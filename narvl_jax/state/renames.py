@@ -6,12 +6,12 @@ paths in another collection.
 """
 
 import collections
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from narvl_jax.errors import UserError
+from narvl_jax.state.regex_rules import compiled, raise_unused
 
 Renames = tuple[tuple[str, str], ...]
 Drops = tuple[str, ...]
@@ -36,7 +36,7 @@ def parse_renames(renames: Iterable[Any]) -> Renames:
         r' here) such as ("encoder/old/(.*)", r"encoder/new/\1")'
       )
     pattern, replacement = entry
-    regex = _compiled("init_renames", pattern)
+    regex = compiled("init_renames", pattern)
     try:
       # The alternative matches the empty text, so the groups are resolved.
       re.sub(f"{pattern}|", replacement, "")
@@ -62,7 +62,7 @@ def parse_drops(drops: Iterable[Any]) -> Drops:
         f"init_drops: {pattern!r} is not the regex of a name such as"
         ' "decoder/query_embed"'
       )
-    _compiled("init_drops", pattern)
+    compiled("init_drops", pattern)
     parsed.append(pattern)
   return tuple(parsed)
 
@@ -102,7 +102,7 @@ def rename(stored: Sequence[str], renames: Renames) -> dict[str, str]:
   names = [split(whole)[1] for whole in stored]
   for pattern, _ in renames:
     if pattern not in used:
-      _raise_unused("init_renames", pattern, names, "stored name")
+      raise_unused("init_renames", pattern, names, "stored name")
   return found
 
 
@@ -123,7 +123,7 @@ def dropped(names: Iterable[str], drops: Drops) -> set[str]:
   for pattern in drops:
     matched = [name for name in by_name if re.fullmatch(pattern, name)]
     if not matched:
-      _raise_unused("init_drops", pattern, by_name, "name there or here")
+      raise_unused("init_drops", pattern, by_name, "name there or here")
     for name in matched:
       found.update(by_name[name])
   return found
@@ -133,37 +133,3 @@ def split(whole: str) -> tuple[str, str]:
   """Splits `params/encoder/...` into collection and name."""
   collection, _, name = whole.partition("/")
   return collection, name
-
-
-def _compiled(key: str, pattern: str) -> re.Pattern[str]:
-  try:
-    return re.compile(pattern)
-  except re.error as error:
-    raise UserError(
-      f'{key}: regex "{pattern}" does not compile: {error}'
-    ) from error
-
-
-def _raise_unused(
-  key: str, pattern: str, names: Iterable[str], what: str
-) -> None:
-  """Raises UserError for a rule without effect."""
-  names = list(names)
-  if any(re.fullmatch(pattern, name) for name in names):
-    why = "earlier rules match all its names"
-  else:
-    why = f"it matches no {what}." + _nearest(pattern, names)
-  raise UserError(f'{key}: "{pattern}" is never used: {why} (--config.{key})')
-
-
-def _nearest(pattern: str, names: Sequence[str]) -> str:
-  """Returns ' Did you mean "x"?' for similar names and modules (`x/.*`)."""
-  parts = [name.split("/") for name in names]
-  modules = {"/".join(x[:n]) for x in parts for n in range(1, len(x))}
-  near = difflib.get_close_matches(
-    pattern.rstrip(".*/"), modules.union(names), n=3, cutoff=0.3
-  )
-  near = [f"{name}/.*" if name in modules else name for name in near]
-  if not near:
-    return ""
-  return " Did you mean " + " or ".join(f'"{x}"' for x in near) + "?"
