@@ -23,8 +23,7 @@ import numpy as np
 import tokenizers
 
 from narvl_jax.data.answer_text import checked_text
-from narvl_jax.data.vocabulary import files as vocabulary_files
-from narvl_jax.data.vocabulary import training as vocabulary_training
+from narvl_jax.data.vocabulary import files, training
 from narvl_jax.errors import UserError
 from narvl_jax.files.disk import write_text
 
@@ -126,9 +125,9 @@ class Vocabulary:
   @classmethod
   def from_official(
     cls,
-    dict_path: vocabulary_files.PathLike,
-    encoder_path: vocabulary_files.PathLike,
-    bpe_path: vocabulary_files.PathLike,
+    dict_path: files.PathLike,
+    encoder_path: files.PathLike,
+    bpe_path: files.PathLike,
     num_codes: int = 8192,
     num_bins: int = 1000,
   ) -> "Vocabulary":
@@ -137,16 +136,14 @@ class Vocabulary:
     Raises:
       UserError: a file is missing or has another content.
     """
-    tokenizer, base = vocabulary_files.read_official(
-      dict_path, encoder_path, bpe_path
-    )
+    tokenizer, base = files.read_official(dict_path, encoder_path, bpe_path)
     return cls(tokenizer, base, num_codes=num_codes, num_bins=num_bins)
 
   @classmethod
   def from_huggingface(
     cls,
-    vocab_path: vocabulary_files.PathLike,
-    merges_path: vocabulary_files.PathLike,
+    vocab_path: files.PathLike,
+    merges_path: files.PathLike,
     num_codes: int = 8192,
     num_bins: int = 1000,
   ) -> "Vocabulary":
@@ -158,7 +155,7 @@ class Vocabulary:
     Raises:
       UserError: a file is missing or has another content.
     """
-    tokenizer, base = vocabulary_files.read_huggingface(vocab_path, merges_path)
+    tokenizer, base = files.read_huggingface(vocab_path, merges_path)
     return cls(tokenizer, base, num_codes=num_codes, num_bins=num_bins)
 
   @classmethod
@@ -186,7 +183,7 @@ class Vocabulary:
       UserError: `size` is too small for the characters in `texts`.
     """
     fixed = len(SPECIALS) + 1 + num_codes + num_bins + 1
-    tokenizer, base, parts = vocabulary_training.train_bpe(
+    tokenizer, base, parts = training.train_bpe(
       texts, budget=size - fixed, fixed=fixed
     )
     own = {token: len(SPECIALS) + i for i, token in enumerate(base)}
@@ -255,12 +252,8 @@ class Vocabulary:
       spaced = end - start > len(word) and ids[0] == self._space_id
       pieces = len(ids) - spaced
       spelled = word.isalpha() and pieces >= len(word) >= 3
-      if (
-        self.unk_id in ids
-        or pieces > len(word)
-        or spelled
-        or (whole and pieces > 1)
-      ):
+      in_pieces = pieces > len(word) or (whole and pieces > 1)
+      if self.unk_id in ids or spelled or in_pieces:
         unknown.append(word)
     return unknown
 
@@ -295,7 +288,7 @@ class Vocabulary:
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-  def save(self, folder: vocabulary_files.PathLike) -> None:
+  def save(self, folder: files.PathLike) -> None:
     """Writes `tokenizer.json` and `vocabulary.json` into `folder`."""
     path = pathlib.Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -307,15 +300,12 @@ class Vocabulary:
       "base": self._base,
       "expansions": self._expansions,
     }
-    texts = {
-      _TOKENIZER_FILE: self._tokenizer.to_str(pretty=True),
-      _SYMBOLS_FILE: json.dumps(content, indent=1, ensure_ascii=False),
-    }
-    for name, text in texts.items():
-      write_text(path / name, text)
+    write_text(path / _TOKENIZER_FILE, self._tokenizer.to_str(pretty=True))
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    write_text(path / _SYMBOLS_FILE, text)
 
   @classmethod
-  def load(cls, folder: vocabulary_files.PathLike) -> "Vocabulary":
+  def load(cls, folder: files.PathLike) -> "Vocabulary":
     """Reads a vocabulary that `save` wrote.
 
     Raises:
@@ -323,8 +313,8 @@ class Vocabulary:
     """
     path = pathlib.Path(folder)
     advice = "bring it back from a copy of the run"
-    content = vocabulary_files.read_json_object(path / _SYMBOLS_FILE, advice)
-    text = vocabulary_files.read_text(path / _TOKENIZER_FILE, advice)
+    content = files.read_json_object(path / _SYMBOLS_FILE, advice)
+    text = files.read_text(path / _TOKENIZER_FILE, advice)
     try:
       vocabulary = cls(
         tokenizers.Tokenizer.from_str(text),
