@@ -92,7 +92,7 @@ def _read_pickle(path: pathlib.Path) -> list[Any]:
       raise
     except Exception as e:  # A damaged pickle can raise nearly anything.
       raise UserError(
-        f'the list of answers "{path}" is refused: {e or "it is damaged"}; it'
+        f'the list of answers "{path}" is rejected: {e or "it is damaged"}; it'
         " must be a pickle of a dict or list of texts, or write it as JSON"
         f" ({_FLAG})"
       ) from e

@@ -84,8 +84,8 @@ def naming(stream: TextIO) -> Iterator[None]:
   except OSError as error:
     name = str(getattr(stream, "name", "the terminal")).strip("<>")
     raise UserError(
-      f"{name} cannot be written: {error.strerror}; send it to a file or a pipe"
-      " that takes it"
+      f"{name} cannot be written: {error.strerror}; redirect it to a"
+      " writable file or pipe"
     ) from error
 
 

@@ -61,7 +61,7 @@ def test_pickles_run_no_code(tmp_path: pathlib.Path) -> None:
   victim = tmp_path / "victim"
   content = pickle.dumps({"yes": _Evil(victim)})
   path = _file(tmp_path, "a.pkl", content)
-  with pytest.raises(UserError, match=r"is refused: it asks for .*pathlib"):
+  with pytest.raises(UserError, match=r"is rejected: it asks for .*pathlib"):
     answers.load_answers(path)
   assert not victim.exists()
   pickle.loads(content)
@@ -80,7 +80,7 @@ def test_pickles_run_no_code(tmp_path: pathlib.Path) -> None:
     ("a.json", '["a", 3]', "entry 2 .* is 3, not a text"),
     ("a.json", '"yes"', "holds a str; it must be a list"),
     ("a.json", "[", "is not JSON"),
-    ("a.pkl", b"", "is refused"),
+    ("a.pkl", b"", "is rejected"),
     ("a.pkl", pickle.dumps(3), "holds a int; it must be a list"),
     ("a.csv", "yes", r'ends in "\.csv"; it must be a \.txt'),
   ],

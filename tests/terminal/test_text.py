@@ -230,8 +230,8 @@ def test_a_stdout_that_is_full_is_told_as_what_it_is(how):
     )
   assert (done.returncode, done.stderr) == (
     2,
-    "error: stdout cannot be written: No space left on device; send it to a"
-    " file or a pipe that takes it\n",
+    "error: stdout cannot be written: No space left on device; redirect it"
+    " to a writable file or pipe\n",
   )
 
 

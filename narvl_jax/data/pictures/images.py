@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from narvl_jax.data.pictures import files
-from narvl_jax.data.pictures.files import MAX_PIXELS as MAX_PIXELS
 from narvl_jax.data.pictures.files import Upright as Upright
 from narvl_jax.data.pictures.files import read_image_file as read_image_file
 from narvl_jax.data.pictures.files import with_orientation as with_orientation

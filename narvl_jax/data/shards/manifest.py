@@ -80,7 +80,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
   except FileNotFoundError as e:
     raise UserError(
       f'"{folder}" has no {MANIFEST}; pass a folder that'
-      " narvl_jax.convert_data wrote to its end"
+      " narvl_jax.convert_data has completed"
     ) from e
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise UserError(f'"{path}" is no manifest ({e!r}){_AGAIN}') from e
