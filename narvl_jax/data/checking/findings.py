@@ -1,4 +1,4 @@
-"""Figures of a data set, added up from what each of its records is like."""
+"""Figures of a data set, accumulated over its records."""
 
 import collections
 import dataclasses
@@ -15,11 +15,11 @@ from narvl_jax.data.checking.picture_facts import PictureFacts
 from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import Task
 
-# Kept of what may be long: bad rows, answers told apart, repeated ids.
+# Most bad rows, different answers and repeated ids that are kept.
 _MAX_BAD_ROWS = 10
 _MAX_ANSWERS = 200_000
 _MAX_REPEATED = 3
-# What differs between messages of one kind.
+# Parts of a message that differ between records: these are cut for counting.
 _VARIABLE = re.compile(
   r"""\([^()]*\)|"[^"]*"|(?<!\w)b?'[^']*'|(?<!\w)\d[\d.,]*"""
 )
@@ -27,16 +27,16 @@ _VARIABLE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What the records are held against.
+  """Limits of a run.
 
   Attributes:
-    image_size: (height, width) in pixels that the model gets.
+    image_size: (height, width) in pixels of the model's input.
     max_text_length: tokens of the prompt with bos and eos.
     max_label_length: labels of the target.
     num_queries: N of the model.
-    max_text_positions: tokens that the model has positions for.
-    max_bad_fraction: share of bad records that stops a run.
-    exif_orientation: how pictures are turned.
+    max_text_positions: tokens for which the model has positions.
+    max_bad_fraction: fraction of bad records that stops a run.
+    exif_orientation: see `data.exif_orientation`.
   """
 
   image_size: tuple[int, int] = (480, 480)
@@ -49,7 +49,7 @@ class Limits:
 
 
 class Finding(NamedTuple):
-  """What one record is like."""
+  """Facts about one record."""
 
   index: int
   id_hash: int = 0
@@ -61,27 +61,27 @@ class Finding(NamedTuple):
   source_cut: bool = False
   target_cut: bool = False
   answer: str | None = None
-  # How the answers of a question were read, and how many there are.
+  # How the answers of a question were read, and their number.
   answers_read: str = ""
   answers: int = 0
   kind: str = ""
   image_size: tuple[int, int] | None = None
   image_bytes: int = 0
   box: tuple[float, ...] | None = None
-  # EXIF tag of an encoded picture; 0 if it was not looked at.
+  # EXIF tag of an encoded picture; 0 if it was not read.
   orientation: int = 0
-  # "this" or "other", if the box fits the picture in one orientation only.
+  # "this" or "other" if the box fits the picture in one orientation only.
   box_fits: str = ""
   facts: PictureFacts | None = None
 
 
 class Collector:
-  """Adds up findings; its size does not depend on the pictures."""
+  """Accumulates findings."""
 
   def __init__(self, task: Task[Any], limits: Limits) -> None:
     self._limits = limits
     self._has_boxes = task.name == "grounding"
-    # Of every record read: for repeated ids.
+    # Hash of the id and index of every record, to find repeated ids.
     self._hashes, self._hashed = array("Q"), array("Q")
     self._bad_rows: list[tuple[int, str, str]] = []
     self._good: list[int] = []
@@ -97,11 +97,11 @@ class Collector:
     self._widths, self._heights = array("L"), array("L")
     self._bytes = array("L")
     self._areas = array("d")
-    # Indices of pictures in which the model sees nothing.
+    # Indices of pictures without visible content.
     self._unseen: dict[str, list[int]] = {"one_color": [], "hidden": []}
 
   def add(self, finding: Finding) -> None:
-    """Takes note of one record."""
+    """Adds the finding of one record."""
     if finding.id_hash:
       self._hashes.append(finding.id_hash)
       self._hashed.append(finding.index)
@@ -159,11 +159,11 @@ class Collector:
   def _add_box(self, box: Sequence[float], size: tuple[int, int]) -> None:
     x0, y0, x1, y1 = box
     self._areas.append((x1 - x0) * (y1 - y0) / (size[0] * size[1]))
-    # A picture of one pixel apart, pixels reach beyond 1.
+    # Boxes in pixels exceed 1, except in a picture of one pixel.
     self._counts["boxes_of_fractions"] += max(box) <= 1 < min(size)
 
   def figures(self, source: Sequence[Record]) -> dict[str, Any]:
-    """Returns what `inspect` reports of the records read."""
+    """Returns the part of `inspect`'s figures that depends on the records."""
     counts = self._counts
     answered = sum(self._answers.values())
     names = (
@@ -201,7 +201,7 @@ class Collector:
     }
 
   def _picture_figures(self, source: Sequence[Record]) -> dict[str, Any]:
-    """Returns figures of orientation tags, and of what cannot be seen."""
+    """Returns figures of orientation tags and invisible content."""
     counts = self._counts
     names = ("tagged", "fit_only_this", "fit_only_other", "bad_other")
     unseen = {
@@ -219,7 +219,7 @@ class Collector:
     }
 
   def _answers_read(self) -> dict[str, dict[str, int]]:
-    """Returns how read -> number of answers -> questions."""
+    """Returns {how read: {number of answers: questions}}."""
     found: dict[str, dict[str, int]] = {}
     for (how, number), count in sorted(self._read.items()):
       found.setdefault(how, {})[str(number)] = count

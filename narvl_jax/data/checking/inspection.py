@@ -1,4 +1,4 @@
-"""Figures of a data set: what a run with given limits would make of it."""
+"""Inspects a data set as a run with given limits would read it."""
 
 import collections
 import concurrent.futures
@@ -26,9 +26,9 @@ from narvl_jax.errors import UserError
 from narvl_jax.terminal import progress
 
 _CHUNK = 64
-# Records that may be read; each costs 16 bytes until the end.
+# Most records that are read; each takes 16 bytes of memory.
 _MAX_READ = 50_000_000
-# Tags from here on swap width and height.
+# EXIF tags of at least this swap width and height.
 _SIDEWAYS = 5
 _WORD_LIMITS = ("max_source_words", "max_target_words")
 
@@ -45,19 +45,18 @@ def inspect(
   """Reads records and returns their figures.
 
   Args:
-    source: the records.
-    task: reads them; with a vocabulary.
-    limits: of the run.
-    max_examples: records that are read whole, evenly spread; 0: all.
-    all_texts: reads the texts of all records, and pictures only of the
-      `max_examples`.
+    source: records.
+    task: task with a vocabulary.
+    limits: limits of the run.
+    max_examples: records to read, evenly spread; 0: all.
+    all_texts: read the texts of all records, and `max_examples` pictures.
     num_threads: threads that read.
 
-  Raises:
-    UserError: there are too many records to read all.
-
   Returns:
-    What JSON can hold; `samples` are indices of good records with a picture.
+    Figures for JSON; `samples` are indices of good records with a picture.
+
+  Raises:
+    UserError: there are too many records.
   """
   total = len(source)
   count = min(total, max_examples) if max_examples else total
@@ -91,7 +90,7 @@ def inspect(
 def _in_threads(
   function: Any, items: Iterator[Any], num_threads: int
 ) -> Iterator[Any]:
-  """Maps in order, with few items at a time in memory."""
+  """Maps in order with few items in memory."""
   with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
     waiting: collections.deque[Any] = collections.deque()
     for item in items:
@@ -103,7 +102,7 @@ def _in_threads(
 
 
 class _Reader:
-  """Indices -> findings."""
+  """Maps indices to findings."""
 
   def __init__(
     self,
@@ -111,7 +110,7 @@ class _Reader:
     task: Task[Any],
     whole: frozenset[int] | None,
   ) -> None:
-    """Reads pictures of `whole` only; None: of all."""
+    """Reads the pictures of `whole` only; None: of all records."""
     self._records = RecordReader(source, task.name)
     self._task, self._whole = task, whole
     settings = dataclasses.asdict(task.settings)
@@ -146,7 +145,7 @@ class _Reader:
     except UserError as error:
       if seen.get("box_fits") != "other":
         raise
-      # It tells that pictures should be turned.
+      # The box is evidence for another orientation.
       return Finding(
         index,
         _hash(record.id),
@@ -165,7 +164,7 @@ class _Reader:
       if isinstance(record.image, bytes):
         facts = examine(record.image)
       else:
-        # As small as possible: only the decoding may fail.
+        # As small as possible, because only decoding may fail.
         images.prepare_image(record.image, (1, 1))
     return Finding(
       index,
@@ -191,7 +190,7 @@ class _Reader:
     return self._whole is None or index in self._whole
 
   def _seen(self, index: int, record: Record) -> dict[str, Any]:
-    """Returns the orientation of a picture file, and how the box fits it."""
+    """Returns the orientation of a picture file, and which one fits the box."""
     image, box = record.image, record.box
     if not isinstance(image, bytes) or not (box or self._is_whole(index)):
       return {}
@@ -228,7 +227,7 @@ def _best(record: Record) -> str | None:
 
 
 def _how_read(record: Record) -> str:
-  """Returns the key of `answers_read` that a question counts for."""
+  """Returns the key of `answers_read` for a question."""
   if record.task != "vqa" or not record.answers:
     return ""
   if record.annotators:

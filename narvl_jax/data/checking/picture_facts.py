@@ -1,4 +1,4 @@
-"""What the model cannot see in a picture, for `narvl_jax.check_data`."""
+"""Finds pictures without visible content, for `narvl_jax.check_data`."""
 
 from typing import Any, NamedTuple
 
@@ -7,24 +7,24 @@ from PIL import Image
 
 from narvl_jax.data.pictures import depth, files
 
-# Difference of colours, of 255, below which people see one colour.
+# Differences of channels, of 255: up to the first, a picture has one color;
+# above the second, an outline is visible.
 _ONE_COLOR = 2
 _VISIBLE = 16
-# Alpha up to which a pixel is transparent, and from which it is opaque.
+# Largest alpha of a transparent pixel, smallest alpha of an opaque one.
 _CLEAR, _OPAQUE = 2, 200
-# Pixels between what is compared across an outline, on either side of its soft
-# edge.
+# Distances in pixels at which both sides of a soft outline are compared.
 _DISTANCES = (2, 4, 8)
 _LONG_SIDE = 1024
 
 
 class PictureFacts(NamedTuple):
-  """What a picture is like once it is decoded.
+  """Facts about a decoded picture.
 
   Attributes:
-    one_color: all of it has one colour, or nearly so.
-    hidden: it has transparent parts, and most of their outline cannot be seen
-      without transparency, such as a black drawing on a transparent ground.
+    one_color: the picture has nearly one color.
+    hidden: most of the outline of transparent parts is invisible without
+      transparency, as in a black drawing on a transparent ground.
   """
 
   one_color: bool
@@ -32,7 +32,7 @@ class PictureFacts(NamedTuple):
 
 
 def examine(data: bytes) -> PictureFacts:
-  """Decodes a picture file as for the model, and looks at it.
+  """Decodes a picture file as for the model.
 
   Raises:
     UserError: the picture is unreadable, truncated, empty or too large.
@@ -59,7 +59,7 @@ def _is_hidden(data: bytes) -> bool:
 
 
 def _outline_is_lost(pixels: np.ndarray) -> bool:
-  """Returns whether colours tell opaque from transparent parts; [H, W, 4]."""
+  """Returns whether most of the outline is invisible; pixels [H, W, 4]."""
   total = visible = 0
   for lines in (pixels, pixels.swapaxes(0, 1)):
     clear, opaque = lines[..., 3] <= _CLEAR, lines[..., 3] >= _OPAQUE

@@ -1,4 +1,4 @@
-"""What `narvl_jax.check_data` says of pictures: lines, warnings and flags."""
+"""The part of `narvl_jax.check_data`'s report about pictures."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from narvl_jax.terminal.text import escape
 
 _FLAG = "--config.data.exif_orientation"
-# Setting -> what is done with the tag, and who sees the picture so.
+# Setting -> how a picture with a tag is read.
 _DONE = {"ignore": "read as stored", "apply": "turned upright"}
 _FITS = {"ignore": "as stored", "apply": "turned upright"}
 _OTHER = {"ignore": "apply", "apply": "ignore"}
@@ -23,11 +23,7 @@ _WARNINGS = {
 
 
 def picture_lines(figures: Mapping[str, Any]) -> list[str]:
-  """Returns sizes, orientation tags and boxes in words.
-
-  Args:
-    figures: of `inspection.inspect`.
-  """
+  """Returns the lines about sizes, orientation tags, warnings and boxes."""
   lines = []
   for name, unit in (("width", "pixels"), ("height", "pixels"), ("bytes", "")):
     spread = figures["pictures"][name]
@@ -37,7 +33,7 @@ def picture_lines(figures: Mapping[str, Any]) -> list[str]:
         f" {spread['median']:,.0f}, max {spread['max']:,.0f} {unit}".rstrip()
       )
   lines += _orientation_lines(figures)
-  lines += [f"warning        {text}" for text in _warnings(figures)]
+  lines += [f"warning        {text}" for text in picture_warnings(figures)]
   area = figures["box_area"]
   if area:
     lines += [
@@ -61,42 +57,39 @@ def _orientation_lines(figures: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def _warnings(figures: Mapping[str, Any], share: float = 0.0) -> list[str]:
+def picture_warnings(
+  figures: Mapping[str, Any], spared: float = 0.0
+) -> list[str]:
+  """Returns sentences about pictures without visible content.
+
+  Args:
+    figures: output of `inspection.inspect`.
+    spared: largest fraction of such pictures without a sentence.
+  """
   pictures = figures["pictures"]
   total = pictures["examined"]
   return [
     f"{found['count']:,} of {total:,} pictures, such as"
     f" {escape(found['example'])}, {text}"
     for key, text in _WARNINGS.items()
-    if (found := pictures[key])["count"] > share * total
+    if (found := pictures[key])["count"] > spared * total
   ]
-
-
-def picture_warnings(figures: Mapping[str, Any], spared: float) -> list[str]:
-  """Returns sentences about pictures in which the model sees nothing.
-
-  Args:
-    figures: of `inspection.inspect`.
-    spared: share of the pictures that may be so without a word.
-  """
-  return _warnings(figures, spared)
 
 
 def orientation_flags(
   figures: Mapping[str, Any], reasons: list[str], spared: float
 ) -> tuple[list[str], int]:
-  """Returns the flag that turns pictures as people saw them.
+  """Returns the flag that turns pictures as their annotators saw them.
 
-  People look at pictures through programs that apply the tag, so that it is
-  applied unless boxes show otherwise.
+  Viewers apply the tag, so the flag recommends it unless boxes contradict.
 
   Args:
-    figures: of `inspection.inspect`.
-    reasons: gets a sentence about the flag, or why none is needed.
-    spared: share of the pictures that may have a tag without a word.
+    figures: output of `inspection.inspect`.
+    reasons: a sentence about the flag is appended.
+    spared: largest fraction of pictures with a tag that needs no flag.
 
   Returns:
-    The flag, if another setting is better, and how many bad records it mends.
+    The flag, if another setting is better, and the bad records that it fixes.
   """
   found = figures["pictures"]["orientation"]
   if found["tagged"] <= spared * found["of"]:

@@ -1,4 +1,4 @@
-"""The report of `narvl_jax.check_data`: text for people, and the verdict."""
+"""The report of `narvl_jax.check_data`, and its verdict."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,9 +7,9 @@ from narvl_jax.data.checking import pictures as check_pictures
 from narvl_jax.terminal.text import brief, escape
 
 GOOD, USABLE, NOT_USABLE = "good", "usable with these flags", "not usable"
-# Share of the records that may miss a limit without a word in the verdict.
+# Largest fraction of records beyond a limit that needs no flag.
 _SPARED = 0.001
-# Share of bad records from which the data are to be mended, not tolerated.
+# Above this fraction of bad records the data is not usable.
 _MAX_BAD = 0.2
 _BAR = 40
 _READ_AS = {
@@ -25,12 +25,12 @@ _BINS = 12
 
 
 class Verdict(NamedTuple):
-  """What to do.
+  """Whether data is usable.
 
   Attributes:
     word: one of `GOOD`, `USABLE`, `NOT_USABLE`.
     reasons: sentences.
-    flags: that mend what can be mended.
+    flags: flags to pass to the run.
   """
 
   word: str
@@ -39,12 +39,12 @@ class Verdict(NamedTuple):
 
 
 def judge(figures: Mapping[str, Any], task: str, *, eos: bool) -> Verdict:
-  """Returns whether a run can use the records, and what to change.
+  """Returns whether a run can use the records, and with which flags.
 
   Args:
-    figures: of `inspection.inspect`.
-    task: of the records.
-    eos: targets end with eos.
+    figures: output of `inspection.inspect`.
+    task: task of the records.
+    eos: whether targets end with eos.
   """
   read, bad = figures["read"], figures["bad"]
   good = read - bad
@@ -52,7 +52,7 @@ def judge(figures: Mapping[str, Any], task: str, *, eos: bool) -> Verdict:
     return Verdict(NOT_USABLE, ["there is no record"], [])
   reasons: list[str] = []
   flags, mended = check_pictures.orientation_flags(figures, reasons, _SPARED)
-  # What the flag mends is no fault of the data.
+  # The flag fixes these.
   bad -= mended
   if not good and not mended:
     return Verdict(
@@ -80,7 +80,7 @@ def judge(figures: Mapping[str, Any], task: str, *, eos: bool) -> Verdict:
       )
       return Verdict(NOT_USABLE, [reason], [])
     reasons.append(f"{unusable:.2%} of the records are bad or have no target")
-    # Rounded up, with room for what was not read.
+    # With room for records that were not read.
     flags.append(f"--config.data.max_bad_fraction={1.2 * unusable + 0.001:.3f}")
   if not figures["with_target"] and good:
     reasons.append("no record has a target: good for prediction only")
@@ -88,11 +88,7 @@ def judge(figures: Mapping[str, Any], task: str, *, eos: bool) -> Verdict:
 
 
 def merge(verdicts: Mapping[str, Verdict]) -> Verdict:
-  """Returns the verdict on several sources that one run reads.
-
-  Args:
-    verdicts: name of the source -> its verdict.
-  """
+  """Returns the verdict on all sources of a run, given those on each."""
   words = {name: verdict.word for name, verdict in verdicts.items()}
   bad = [name for name, word in words.items() if word == NOT_USABLE]
   if bad:
@@ -145,7 +141,7 @@ def _query_flags(
   needed = _fitting(figures["lengths"]["queries"], 1 - _SPARED)
   reasons.append(
     f"{_percent(figures['infeasible'], good)} of the targets need more than"
-    f" {queries} queries and teach nothing"
+    f" {queries} queries and contribute no gradient"
   )
   if eos and needed == queries + 1:
     reasons.append(
@@ -174,12 +170,12 @@ def format_word(heading: str, verdict: Verdict) -> str:
 def format_figures(
   title: str, figures: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> str:
-  """Returns the figures of one source.
+  """Returns the figures of one source as text.
 
   Args:
-    title: what was read.
-    figures: of `inspection.inspect`.
-    settings: of the task.
+    title: first line.
+    figures: output of `inspection.inspect`.
+    settings: settings of the task.
   """
   total, read = figures["records"], figures["read"]
   pictures = figures["pictures_read"]
@@ -251,7 +247,7 @@ def _text_lines(
 
 
 def _answers_read(read: Mapping[str, Mapping[str, int]]) -> list[str]:
-  """Returns how the answers of questions were read, where that is not plain."""
+  """Returns how the answers were read, unless every question has one."""
   if set(read) <= {"one"}:
     return []
   lines = ["", "answers read as"]
@@ -283,13 +279,13 @@ def _cut(
 
 
 def _histogram(lengths: Mapping[str, int], limit: int, name: str) -> list[str]:
-  """Draws bars; a bin ends at the limit, and those beyond are marked."""
+  """Returns lines with bars; bins beyond the limit are marked."""
   if not lengths:
     return ["  none"]
   values = {int(length): count for length, count in lengths.items()}
   low, high = min(values), max(values)
   width = max(1, -(-(high - low + 1) // _BINS))
-  # Shifted so that no bin lies on both sides of the limit.
+  # The limit is the end of a bin.
   start = low - (low - limit - 1) % width
   bins: dict[int, int] = {}
   for value, count in values.items():
@@ -311,7 +307,7 @@ def _histogram(lengths: Mapping[str, int], limit: int, name: str) -> list[str]:
 
 
 def _fitting(lengths: Mapping[str, int], share: float) -> int:
-  """Returns the smallest limit that so large a share of lengths fits."""
+  """Returns the smallest limit that a fraction of the lengths fits."""
   total, seen = sum(lengths.values()), 0
   for length in sorted(map(int, lengths)):
     seen += lengths[str(length)]

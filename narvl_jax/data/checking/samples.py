@@ -1,4 +1,4 @@
-"""Some records drawn as the model gets them, for `narvl_jax.check_data`."""
+"""Draws some records as the model reads them, for `narvl_jax.check_data`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,24 +26,24 @@ def draw_samples(
   good: Sequence[int],
   size: tuple[int, int],
 ) -> Image.Image | None:
-  """Draws some records as the model gets them.
+  """Returns an RGB picture of some records as the model reads them.
 
   Args:
-    name: of the source.
-    source: the records.
-    task: reads them; with a vocabulary.
-    good: indices of records that can be read, of which some are drawn.
-    size: (height, width) in pixels that the model gets.
+    name: name of the source.
+    source: records.
+    task: task with a vocabulary.
+    good: indices of good records.
+    size: (height, width) in pixels of the model's input.
 
   Returns:
-    An RGB picture; None without good records.
+    None without good records.
   """
   chosen = good[:: max(1, len(good) // _SAMPLES)][:_SAMPLES]
   reader = RecordReader(source, name)
   panels = []
   for index in chosen:
     panel = reader.read(index, lambda record: _panel(record, task, size))
-    # Otherwise it changed since it was inspected.
+    # A bad record changed since the inspection.
     if not isinstance(panel, BadRecord):
       panels.append(panel)
   if not panels:
