@@ -11,23 +11,9 @@ import re
 import numpy as np
 
 _BYTES = {
-  "pred": 1,
-  "s4": 0.5,
-  "u4": 0.5,
-  "s8": 1,
-  "u8": 1,
-  "s16": 2,
-  "u16": 2,
-  "f16": 2,
-  "bf16": 2,
-  "s32": 4,
-  "u32": 4,
-  "f32": 4,
-  "s64": 8,
-  "u64": 8,
-  "f64": 8,
-  "c64": 8,
-  "c128": 16,
+  **{f"{kind}{n}": n / 8 for kind in "su" for n in (4, 8, 16, 32, 64)},
+  **{f"f{n}": n / 8 for n in (16, 32, 64)},
+  **{"pred": 1, "bf16": 2, "c64": 8, "c128": 16},
 }
 _SHAPE = re.compile(r"\b(f8\w+|" + "|".join(_BYTES) + r")\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")

@@ -4,22 +4,23 @@ r"""Trains models that differ only in their decoder, and compares them.
       [--data=shapes,easy_vqa] [--seeds=0,1] [--kinds=nar,ar,distilled]
     python -m narvl_jax.benchmarks.twins --table
 
-For each data set and seed: the parallel model (nar); its autoregressive twin
-(ar) with the same config, seed, steps and batches; and the parallel model once
-more, half of its captions those that the twin says of the first --max_examples
-scenes of the training split (distilled).
+The kinds of runs, for each data set and seed:
 
-The last checkpoint of each is read in several ways: nar and distilled greedily,
-greedily within the answers that a task allows, and by beam search within them;
-ar greedily and as the official code does. Which of them counts is decided for
-each task on the validation split, so that the other splits stay out of every
-choice. Pictures of the validation split of easy_vqa are trained on.
+nar: the parallel model.
+ar: its autoregressive twin with the same config, seed, steps and batches.
+distilled: the parallel model; half of its captions are the twin's predictions
+  for the first --max_examples scenes of the training split.
 
-Everything can be killed at any time; the same command goes on. Finished runs
-are not trained again, and each adds one line to --results. RUNS/DATA_KIND_SEED
-may also come from `python -m narvl_jax.train` with the config of the data set
-(`twins_runs.STUDIES`), --config.seed and --config.model.decoder. With --notrain
-only finished runs are read, so that others may still be trained elsewhere.
+The last checkpoint of each run is decoded in several ways: nar and distilled
+greedily, greedily with constraints, and by constrained beam search; ar greedily
+and as the official code does. The decoding of each task is chosen on the
+validation split, whose pictures easy_vqa trains on.
+
+The command can be killed at any time and started again. Finished runs are not
+trained again; each adds one line to --results. RUNS/DATA_KIND_SEED may also
+come from `python -m narvl_jax.train` with the config of the data set
+(`twins_runs.STUDIES`), --config.seed and --config.model.decoder. --notrain
+evaluates only finished runs.
 """
 
 import pathlib
@@ -56,17 +57,16 @@ def run(
   labels: int = 20_000,
   trains: bool = True,
 ) -> None:
-  """Trains and measures what has no line in the results yet.
+  """Trains and evaluates the runs without a line in the results.
 
   Args:
     runs: folder of the run folders.
     results: file with a line for each run.
     studies: name -> data set.
     seeds: of the runs.
-    kinds: some of "nar", "ar" and "distilled"; the twin that a student learns
-      from is trained too.
-    labels: captions that a twin says.
-    trains: whether runs that are not finished are trained.
+    kinds: some of "nar", "ar" and "distilled", which trains its teacher, too.
+    labels: captions that a teacher predicts.
+    trains: whether unfinished runs are trained.
 
   Raises:
     UserError: a folder holds something else, or a file cannot be read.
@@ -77,7 +77,7 @@ def run(
       for kind in kinds:
         if (name, kind, seed) in read_rows(results):
           continue
-        # A student learns captions.
+        # Students are trained on captions.
         if kind == "distilled" and not study.captions:
           continue
         print(f"\n{name}, {kind}, seed {seed}", flush=True)
@@ -121,7 +121,7 @@ def define_flags() -> None:
   flags.DEFINE_list("seeds", ["0", "1"], "Seeds of the runs.")
   flags.DEFINE_list("kinds", list(_KINDS), "What to train.")
   common_flags.max_examples(
-    "Captions that a twin answers.", 20_000, old="labels", lower_bound=1
+    "Captions that a twin predicts.", 20_000, old="labels", lower_bound=1
   )
   flags.DEFINE_bool("train", True, "Train what is not finished.")
   flags.DEFINE_string("results", str(RESULTS), "File with a line a run.")

@@ -1,4 +1,4 @@
-"""What is trained on a data set, where it lies, and how it is measured."""
+"""Configs, run folders and evaluations of twins."""
 
 import dataclasses
 import datetime
@@ -27,9 +27,9 @@ from narvl_jax.prediction.readers import reference_decoding
 from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.train import train
 
-# Records of the training split whose answers are those that VQA allows.
+# Records of the training split whose answers VQA allows.
 _ANSWER_RECORDS = 5000
-# Enough to choose among ways to decode.
+# Examples for the choice of a decoding.
 _CHOICE_EXAMPLES = 1000
 
 
@@ -39,11 +39,11 @@ class Study:
 
   Attributes:
     config: returns a new config of the parallel model.
-    tasks: those that it evaluates.
-    splits: those that are reported.
+    tasks: evaluated tasks.
+    splits: reported splits.
     questions: name of its training data for VQA.
     captions: name of the training data that a twin labels; "": none.
-    max_examples: of each reported split and task; None: all.
+    max_examples: of each reported split and task; all if None.
   """
 
   config: Callable[[], Any]
@@ -70,7 +70,7 @@ def _config(name: str, variant: str = "") -> Any:
 
 
 def _shapes() -> Any:
-  """Returns `shapes.py:long`, of which all is read at the end."""
+  """Returns `shapes.py:long` without evaluations during training."""
   config = _config("shapes", "long")
   config.train.eval_every = 0
   return config
@@ -95,14 +95,14 @@ STUDIES: Mapping[str, Study] = {
 
 @dataclasses.dataclass(frozen=True)
 class Twins:
-  """Where the runs of a study lie, and how they come to be.
+  """The runs of a study.
 
   Attributes:
     name: of the study.
-    study: what is trained.
+    study: the data set.
     runs: folder of the run folders.
-    labels: captions that a twin says.
-    trains: whether runs that are not finished are trained.
+    labels: captions that a teacher predicts.
+    trains: whether unfinished runs are trained.
   """
 
   name: str
@@ -116,24 +116,24 @@ class Twins:
     return self.runs / f"{self.name}_{kind}_{seed}"
 
   def config(self, kind: str, seed: int) -> Any:
-    """Returns the config; that of a student needs the teacher's captions."""
+    """Returns the config; "distilled" needs the teacher's captions."""
     config = self.study.config()
     config.seed = seed
     if kind == "ar":
       config.model.decoder = "autoregressive"
-      # As the loss of its twin does, or short answers would hardly count.
+      # As the loss of its twin; otherwise short answers would hardly count.
       config.loss.average = "examples"
     if kind == "distilled":
       folder = str(self._captions(seed))
-      # The originals keep the variety of scenes, each drawn only once.
+      # Half originals, which keep the variety of scenes.
       _module("common").add_distilled(config, folder, weight=0.5)
     return config
 
   def prepare(self, kind: str, seed: int) -> bool:
-    """Trains a run unless it is finished, and first what it learns from.
+    """Trains a run, and its teacher first, unless they are finished.
 
     Returns:
-      Whether it is finished, which it is in the end if `trains`.
+      Whether the run is finished.
 
     Raises:
       UserError: its folder holds something else.
@@ -146,8 +146,8 @@ class Twins:
         str(self._captions(seed)),
         datasets=[self.study.captions],
         checkpoint="last",
-        # Not the reference's: it forbids to say the same three tokens twice,
-        # which captions of scenes with similar objects do.
+        # The reference forbids repeated trigrams, which captions of scenes
+        # with similar objects contain.
         decoding={"method": "beam", "beam_size": 5},
         max_examples=self.labels,
       )
@@ -161,11 +161,7 @@ class Twins:
     return True
 
   def measure(self, kind: str, seed: int) -> Row:
-    """Reads the last checkpoint of a finished run in all ways.
-
-    Returns:
-      A line of the results, see `twins_table`.
-    """
+    """Returns the row of a finished run: its last checkpoint, all decodings."""
     start = time.monotonic()
     folder = self.folder(kind, seed)
     experiment, variables, step = load_run(folder, "last")
@@ -202,11 +198,11 @@ class Twins:
     }
 
   def _captions(self, seed: int) -> pathlib.Path:
-    # A run keeps the path in its config, wherever it is started.
+    # Absolute, because the config of the run has the path.
     return (self.runs / f"{self.name}_labels_{seed}").resolve()
 
   def _answers(self) -> pathlib.Path:
-    """Writes the answers of the training split, once."""
+    """Returns a file of the training split's answers, written once."""
     path = self.runs / f"{self.name}_answers.txt"
     if not path.exists():
       entry = self.study.config().data.train[self.study.questions]
@@ -222,9 +218,9 @@ class Twins:
 def ways_to_decode(
   experiment: Experiment,
 ) -> Iterator[tuple[str, dict[str, Decoding]]]:
-  """Yields the name of each way and the decoding of every task, cheap first.
+  """Yields (name, task -> decoding), the cheapest first.
 
-  A constraint is heeded where the task allows a set of answers.
+  Only tasks with a set of answers are constrained.
   """
   tasks = experiment.tasks
   yield "greedy", {}
@@ -252,7 +248,7 @@ def _is_finished(folder: pathlib.Path, config: Any) -> bool:
 
 
 def _facts(folder: pathlib.Path, config: Any) -> dict[str, Any]:
-  """Returns how a run was trained."""
+  """Returns date, hardware and length of a run."""
   environment = json.loads(
     (folder / workdir_lib.ENVIRONMENT_FILE).read_text(encoding="utf-8")
   )
@@ -268,7 +264,7 @@ def _facts(folder: pathlib.Path, config: Any) -> dict[str, Any]:
 
 
 def _training_seconds(folder: pathlib.Path, batch_size: int) -> int:
-  """Returns the seconds of all updates, without compiling and evaluations."""
+  """Returns the seconds of all updates, without compilation and evaluation."""
   total, last = 0.0, 0
   with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
     for line in file:

@@ -1,4 +1,4 @@
-"""The results of twins: a file with one JSON object a line, and its table."""
+"""Results of twins: a file with one JSON object per line, and its table."""
 
 import fcntl
 import json
@@ -12,28 +12,28 @@ import numpy as np
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.metrics import metric_names
 
-# What is trained, and its heading.
+# Kind of run -> heading.
 KINDS = {"ar": "AR", "nar": "NAR", "distilled": "NAR distilled"}
-# Whose scores decide between ways to decode.
+# The decoding is chosen on this split.
 CHOICE_SPLIT = "validation"
 _MISSING = "not measured"
 
-# "data", "kind", "seed"; facts of the run; "results": split -> way to decode ->
-# task -> metric -> mean in [0, 1].
+# "data", "kind", "seed"; facts of the run; "results": split -> decoding ->
+# task -> metric -> value in [0, 1].
 Row = dict[str, Any]
 Key = tuple[str, str, int]
 
 
 def key_of(row: Row) -> Key:
-  """Returns data, kind and seed, of which there is one row."""
+  """Returns data, kind and seed, which identify a row."""
   return row["data"], row["kind"], row["seed"]
 
 
 def read_rows(path: pathlib.Path) -> dict[Key, Row]:
-  """Reads the file; a last line that is not complete does not count.
+  """Returns the rows of a file; an incomplete last line is ignored.
 
   Raises:
-    UserError: it cannot be read, or another line is no result.
+    UserError: the file cannot be read, or another line is not a result.
   """
   if not path.exists():
     return {}
@@ -46,10 +46,10 @@ def read_rows(path: pathlib.Path) -> dict[Key, Row]:
 
 
 def append_row(path: pathlib.Path, row: Row) -> None:
-  """Appends a result unless the file has it; several processes may do so.
+  """Appends a result unless the file has it; safe for several processes.
 
   Raises:
-    UserError: the file cannot be written, or a line is no result.
+    UserError: the file cannot be written, or a line is not a result.
   """
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def append_row(path: pathlib.Path, row: Row) -> None:
       content = file.read()
       if key_of(row) in _parse(content.decode(), path):
         return
-      # What a process that was killed has left of a line.
+      # Removes an incomplete line of a killed process.
       file.truncate(content.rfind(b"\n") + 1)
       file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
       file.flush()
@@ -135,10 +135,9 @@ def _line(
 
 
 def best_method(rows: Sequence[Row], task: str) -> str | None:
-  """Returns the way to decode a task that is best on the validation split.
+  """Returns the decoding with the best mean on the validation split.
 
-  The mean over the rows counts; of equal ones the first is taken. None if
-  there are no rows.
+  The first of equal ones is chosen; None if there are no rows.
   """
   if not rows:
     return None
@@ -168,11 +167,10 @@ def _spread(values: Sequence[float], form: str = ".1f") -> str:
 def _notes(
   rows: Mapping[Key, Row], tasks: Mapping[str, Sequence[str]]
 ) -> list[str]:
-  """Says what the figures are and where they come from."""
+  """Returns lines about the figures and the runs."""
   lines = [
-    "Per cent, mean (least..most) over seeds, and how the answers were decoded:"
-    f" as was best on the {CHOICE_SPLIT} split. Differences in points, of pairs"
-    " of equal seed.",
+    "Per cent, mean (least..most) over seeds, and the decoding, chosen on the"
+    f" {CHOICE_SPLIT} split. Differences in points, of pairs of equal seed.",
   ]
   for data in tasks:
     runs = {

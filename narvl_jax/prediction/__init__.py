@@ -1,1 +1,1 @@
-"""Prediction."""
+"""Prediction: requests in, answers out."""

@@ -1,4 +1,4 @@
-"""Gives a trained run the list of answers that constrained VQA allows."""
+"""Replaces the list of answers that constrained VQA allows."""
 
 import dataclasses
 import os
@@ -10,17 +10,15 @@ from narvl_jax.experiment.experiment import Experiment
 def with_answers(
   experiment: Experiment, path: str | os.PathLike[str]
 ) -> Experiment:
-  """Returns an experiment whose VQA allows the answers of a file.
-
-  What is read without a constraint stays the same.
+  """Returns a copy of an experiment whose VQA allows the answers of a file.
 
   Args:
     experiment: is not changed.
-    path: see `narvl_jax.data.answers.load_answers`; it is read when the first
-      constrained answer is.
+    path: see `narvl_jax.data.answers.load_answers`; read at the first
+      constrained decoding.
 
   Raises:
-    UserError: the run does not answer questions.
+    UserError: the run was not trained on VQA.
   """
   task = experiment.tasks.get("vqa")
   if task is None:

@@ -1,4 +1,4 @@
-"""Flags that say how answers are read, for every command that reads some."""
+"""Decoding flags, for all commands that predict."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.prediction.readers import reference_decoding
 
-# --help of a command shows only flags of its own, which these are to be.
+# Shown by --help of the command as its own flags.
 flags.disclaim_key_flags()
 
 _REFERENCE = "reference"
@@ -26,9 +26,9 @@ _SETTINGS = (
   "no_repeat_ngram",
   "normalize",
 )
-# Parallel models have no use for these.
+# Parallel models ignore these.
 _AUTOREGRESSIVE = ("min_length", "max_length", "no_repeat_ngram", "normalize")
-# Setting -> the methods that heed it.
+# Setting -> the methods that use it.
 _HEEDED_BY = {
   "beam_size": ("beam",),
   "num_best": ("beam", "candidates"),
@@ -63,7 +63,7 @@ def define_flags(default: str = "greedy") -> None:
 
 
 def from_flags() -> dict[str, Any]:
-  """Returns what the flags ask for, for `decodings_for`."""
+  """Returns the settings of the flags, for `decodings_for`."""
   values = flags.FLAGS
   given = {name: getattr(values, name) for name in _SETTINGS}
   return {
@@ -73,15 +73,15 @@ def from_flags() -> dict[str, Any]:
 
 
 def decoding_name(settings: Mapping[str, Any] | None, answers: str = "") -> str:
-  """Returns a name for a way to decode; it differs if an answer may differ.
+  """Returns a name of the settings; it differs if an answer may differ.
 
   Args:
-    settings: those of `decodings_for`.
-    answers: file of the answers that VQA allows; "": that of the config.
+    settings: see `decodings_for`.
+    answers: file of the answers that VQA allows; the config's if "".
 
   Returns:
-    The method and each setting that is not its default, such as `greedy` or
-    `beam-constrained-num_best3`; a list of answers is named by its content.
+    The method and the settings that are not defaults, such as `greedy` or
+    `beam-constrained-num_best3`; a digest of the list of answers.
 
   Raises:
     UserError: the file cannot be read.
@@ -91,7 +91,7 @@ def decoding_name(settings: Mapping[str, Any] | None, answers: str = "") -> str:
   parts = [method]
   for name in _SETTINGS:
     value = given.get(name)
-    # The reference has other defaults, which depend on the task.
+    # The defaults of the reference depend on the task.
     default = getattr(Decoding(), name) if method != _REFERENCE else None
     if value in (None, default):
       continue
@@ -112,13 +112,13 @@ def decodings_for(
 
   Args:
     experiment: the run.
-    settings: "method", one of `METHODS` or "reference", and fields of
-      `Decoding` that replace its defaults; None: greedy. What is constrained
-      are the tasks that have a set of answers: all but captions.
+    settings: "method" (one of `METHODS` or "reference") and fields of
+      `Decoding`; greedy if None. "constrained" applies to the tasks with a set
+      of answers, all but captions.
 
   Raises:
-    UserError: an unknown method or setting, a value out of range, or a setting
-      that none of the tasks would heed.
+    UserError: a method, setting or value is unknown or out of range, or no
+      task uses a setting.
   """
   if settings is not None and not isinstance(settings, Mapping):
     raise UserError(
@@ -145,7 +145,7 @@ def _check_heeded(
   given: Mapping[str, Any],
   decodings: Mapping[str, Decoding],
 ) -> None:
-  """Raises UserError for settings that would change nothing."""
+  """Raises UserError for settings without effect."""
   used = {decoding.method for decoding in decodings.values()}
   for name, value in given.items():
     if name in _AUTOREGRESSIVE and not experiment.autoregressive:
@@ -164,14 +164,14 @@ def _check_heeded(
 def check_answers_heeded(
   decodings: Mapping[str, Decoding], answers: str
 ) -> None:
-  """Checks that a list of answers, if there is one, would be heeded.
+  """Checks that a list of answers has an effect.
 
   Args:
-    decodings: of the tasks that will be answered; none: not checked.
-    answers: file of the list; "": none.
+    decodings: of the tasks to predict; not checked if empty.
+    answers: file of the list; none if "".
 
   Raises:
-    UserError: questions are not answered, or with any text.
+    UserError: VQA is not predicted, or not constrained.
   """
   if not answers or not decodings:
     return

@@ -1,4 +1,4 @@
-"""What a request holds that a model cannot know: unknown words, resizing."""
+"""Warnings about requests unlike the training data."""
 
 import dataclasses
 from typing import Any
@@ -9,8 +9,8 @@ from narvl_jax.data.tasks import Task
 from narvl_jax.errors import list_few
 from narvl_jax.experiment.experiment import Experiment
 
-# Pixels of a picture for one of the model, a side, or the reverse; sides of
-# photographs are stretched by up to 16 / 9 in training as well.
+# Ratios of picture and model input per side. Photographs are stretched by up to
+# 16 / 9 in training, too.
 _SCALE = 4.0
 _STRETCH = 2.0
 _SHOWN = 5
@@ -19,13 +19,13 @@ _SHOWN = 5
 def warnings_about(
   experiment: Experiment, record: Record, *, resized: bool = True
 ) -> list[str]:
-  """Returns a sentence about each thing that the model was not trained for.
+  """Returns a sentence about each property the model was not trained for.
 
   Args:
     experiment: the run.
-    record: the request, with its picture.
-    resized: whether the picture is none of the run's own data, so that its
-      size is worth a word.
+    record: the request.
+    resized: whether to check the size of the picture, unless it is from the
+      run's own data.
   """
   found = _unknown_words(experiment, record)
   if resized:
@@ -37,9 +37,9 @@ def _unknown_words(experiment: Experiment, record: Record) -> list[str]:
   task: Task[Any] = experiment.tasks[record.task]
   settings = experiment.config.vocabulary
   vocabulary = experiment.vocabulary
-  # With room left, every word of the texts that it was made from is whole.
+  # A vocabulary that is not full has every word of its texts as one token.
   whole = settings.source == "train" and vocabulary.size < settings.size
-  # What the truth adds is no part of the request.
+  # Without the texts of the truth.
   asked = dataclasses.replace(record, answers={}, box=None)
   unknown = dict.fromkeys(
     word

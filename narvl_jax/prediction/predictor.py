@@ -1,4 +1,4 @@
-"""Answers requests with a trained model, one at a time or by the batch."""
+"""Predicts answers of a trained model to one request or to a data set."""
 
 import functools
 import math
@@ -28,23 +28,23 @@ from narvl_jax.parallel import (
 from narvl_jax.prediction.readers import answer_lengths, make_reader
 
 _BATCH_KEYS = ("image", "text", "image_mask")
-# What travels back from the devices.
+# Fetched from the devices.
 _RESULT_KEYS = ("ids", "lengths", "log_probs")
 _GREEDY = Decoding()
 
 
 class Answer(NamedTuple):
-  """What the model says to one request.
+  """The prediction for one request.
 
   Attributes:
     record: the request.
-    index: position of the record in its source.
+    index: of the record in its source.
     value: text, or a box in pixels of the original image.
     log_prob: natural logarithm of its probability, see the readers in
-      `narvl_jax.decoding`; that of greedy decoding sums over all alignments
-      where repeats are merged.
-    alternatives: the next best answers with their log-probabilities, if the
-      decoding returns more than one.
+      `narvl_jax.decoding`; greedy decoding sums over all alignments if repeats
+      are merged.
+    alternatives: the next best answers with their log-probabilities, if
+      `num_best` exceeds 1.
   """
 
   record: Record
@@ -60,11 +60,11 @@ class Answer(NamedTuple):
 
 
 class Predictor:
-  """A model with its weights, ready to answer.
+  """A model with its weights.
 
-  All predictors of equal models share one compiled step per batch shape. The
-  batch is split over the mesh on which the weights lie, if any. If that spans
-  several hosts, all must ask the same and each gets a part of the answers.
+  Predictors of equal models share one compiled step per batch shape. Batches
+  are split over the mesh of the weights, if any. If it spans several hosts, all
+  hosts must make the same calls, and each receives a part of the answers.
   """
 
   def __init__(
@@ -73,16 +73,15 @@ class Predictor:
     variables: Any,
     decodings: Mapping[str, Decoding] | None = None,
   ) -> None:
-    """Takes the variables of `experiment.model`, unboxed.
+    """Prepares the variables.
 
     Args:
       experiment: the run.
-      variables: its weights.
-      decodings: by task; greedy for those that are not named.
+      variables: of `experiment.model`, unboxed.
+      decodings: by task; the default is greedy.
 
     Raises:
-      UserError: a decoding is for a task that the run does not have, or is
-        none.
+      UserError: a value is not a `Decoding`, or the run has no such task.
     """
     values = decodings.values() if isinstance(decodings, Mapping) else [None]
     if decodings and not all(isinstance(x, Decoding) for x in values):
@@ -102,7 +101,7 @@ class Predictor:
 
   @property
   def variables(self) -> Any:
-    """The weights as the steps take them."""
+    """The weights, prepared for the steps."""
     return self._variables
 
   def steps(self, task_name: str) -> Steps:
@@ -121,11 +120,11 @@ class Predictor:
     return answer_lengths(self._experiment, decoding)
 
   def answer(self, record: Record) -> Answer:
-    """Answers one request.
+    """Predicts one request.
 
     Raises:
       UserError: the run has no such task, the picture is unreadable, or the
-        prompt empty or too long.
+        prompt is empty or too long.
     """
     task = self._task(record.task)
     batcher = pipeline.Batcher(**self._shapes())
@@ -146,11 +145,11 @@ class Predictor:
     before_batch: Callable[[], None] = lambda: None,
     bad_records: pipeline.BadRecords | None = None,
   ) -> Iterator[Answer]:
-    """Answers every good record of a source, in order.
+    """Predicts every good record of a source, in order.
 
-    Several hosts share the records, for what takes time is their preparation:
-    each answers those in the rows of its devices. A host of a group that
-    shares rows answers the same ones as the others of the group.
+    Several hosts share the records, because preparing them takes time. Each
+    host predicts the rows of its devices; hosts that share rows predict the
+    same records.
 
     Args:
       source: records of the task.
@@ -177,7 +176,7 @@ class Predictor:
       name=task_name,
       **self._shapes(),
     )
-    # The device computes one batch while the host reads the one before it.
+    # The device computes one batch while the host decodes the previous one.
     previous = None
     for batch, records in batches:
       before_batch()
@@ -205,14 +204,14 @@ class Predictor:
     }
 
   def _whole(self, batch_size: int) -> int:
-    """Rounds up to what divides over the devices."""
+    """Rounds up so that the batch divides over the devices."""
     parts = 1 if self._mesh is None else data_parallel_size(self._mesh)
     return -(-batch_size // parts) * parts
 
   def _start(
     self, batch: Mapping[str, np.ndarray], task: Task[Any], size: int
   ) -> dict[str, jax.Array]:
-    """Hands a batch, of which this host has a part, to the devices."""
+    """Starts the computation of a batch; this host has a part of its rows."""
     arrays = {key: batch[key] for key in _BATCH_KEYS}
     arrays["merge_repeats"] = np.full(len(batch["index"]), task.merge_repeats)
     if self._mesh is not None:
@@ -223,7 +222,9 @@ class Predictor:
         self._variables, **arrays, lengths=self.lengths(task.name)
       )
     decoded = {key: decoded[key] for key in _RESULT_KEYS}
-    return _split(decoded, self._mesh) if self._shared else decoded
+    if self._mesh is None or not self._shared:
+      return decoded
+    return _splitter(self._mesh)(decoded)
 
   def _finish(
     self,
@@ -232,7 +233,7 @@ class Predictor:
     records: Sequence[Record],
     task: Task[Any],
   ) -> Iterator[Answer]:
-    """Waits for a batch and turns its ids into answers."""
+    """Waits for a batch and converts its ids to answers."""
     host = self._fetch(decoded)
     for row, record in enumerate(records):
       size = images.original_size(record.image)
@@ -247,7 +248,7 @@ class Predictor:
       )
 
   def _fetch(self, decoded: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Waits for the rows of this host."""
+    """Fetches the rows of this host."""
     if not self._shared:
       return jax.device_get(dict(decoded))
     assert self._mesh is not None
@@ -255,21 +256,14 @@ class Predictor:
     return {key: local_values(x, rows) for key, x in decoded.items()}
 
 
-def _split(
-  decoded: Mapping[str, jax.Array], mesh: Mesh | None
-) -> dict[str, jax.Array]:
-  """Splits the answers of a batch over the hosts as the batch is."""
-  assert mesh is not None
-  return _splitter(mesh)(dict(decoded))
-
-
 @functools.lru_cache(maxsize=4)
 def _splitter(mesh: Mesh) -> Any:
+  """Returns a function that splits results over the hosts as the batch is."""
   return jax.jit(lambda arrays: arrays, out_shardings=batch_sharding(mesh))
 
 
 def _mesh_of(variables: Any) -> Mesh | None:
-  """Returns the mesh on which the variables lie, if it has many devices."""
+  """Returns the mesh of the variables if it has several devices."""
   for leaf in jax.tree.leaves(variables):
     placement = getattr(leaf, "sharding", None)
     if isinstance(placement, NamedSharding) and placement.mesh.size > 1:

@@ -1,4 +1,4 @@
-"""Which reader belongs to a task of an experiment and a way to decode."""
+"""Readers for the tasks and decodings of an experiment."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ _REFERENCE = {
 
 
 def reference_decoding(experiment: Experiment, task_name: str) -> Decoding:
-  """Returns the official settings of a task for the model of an experiment."""
+  """Returns the official decoding of a task for the model of a run."""
   if not experiment.autoregressive:
     return Decoding()
   return _REFERENCE[task_name]
@@ -87,10 +87,10 @@ def answer_lengths(experiment: Experiment, decoding: Decoding) -> np.ndarray:
 
 
 def _room(experiment: Experiment, answers: AnswerSet | None) -> int:
-  """Returns the tokens of an answer that there is room for, without eos.
+  """Returns the most tokens of an answer, without eos.
 
   Raises:
-    UserError: that is not enough for any allowed answer.
+    UserError: every allowed answer is longer.
   """
   room = experiment.label_length - 1
   shortest = 0 if answers is None else answers.shortest
@@ -106,10 +106,10 @@ def _room(experiment: Experiment, answers: AnswerSet | None) -> int:
 def _answers(
   experiment: Experiment, task_name: str, decoding: Decoding
 ) -> AnswerSet | None:
-  """Returns what the task allows, if that is to be heeded.
+  """Returns the allowed answers; None for unconstrained decoding.
 
   Raises:
-    UserError: the task allows anything.
+    UserError: the decoding is constrained, but the task allows any text.
   """
   if not decoding.constrained and decoding.method != "candidates":
     return None
@@ -122,7 +122,7 @@ def _answers(
       f"{' --constrained' if decoding.constrained else ''}; leave the task out"
       " or use --decoding=beam"
     )
-  # A label of its own for the parallel decoder, if targets have it.
+  # Targets of the parallel decoder may end with eos as a label.
   ends = task.settings.eos and not experiment.autoregressive
   return AnswerSet(
     task_name,
@@ -134,7 +134,7 @@ def _answers(
 
 
 def _check_beam(decoding: Decoding, classes: Classes) -> None:
-  """Raises UserError for a beam that the vocabulary cannot fill."""
+  """Raises UserError for a beam larger than the vocabulary."""
   most = classes.vocab_size - 1
   if decoding.method == "beam" and decoding.beam_size > most:
     raise UserError(
