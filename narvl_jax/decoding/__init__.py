@@ -1,4 +1,4 @@
-"""Decoding: from what a model says to token ids."""
+"""Decoding: from an encoded batch to token ids, on the device."""
 
 from narvl_jax.decoding.autoregressive_reader import AutoregressiveReader
 from narvl_jax.decoding.classes import Classes

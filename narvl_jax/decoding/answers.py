@@ -1,4 +1,4 @@
-"""What a task allows as answers, in a form that programs can be kept by."""
+"""The answers that a task allows, as a hashable value."""
 
 import dataclasses
 
@@ -10,12 +10,14 @@ from narvl_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class AnswerSet:
-  """A closed list of answers, or a number of free choices; hashable.
+  """A closed list of answers, or a number of free choices.
+
+  It is hashable, so that compiled programs can be cached by it.
 
   Attributes:
-    name: of the task, for messages.
+    name: name of the task, for messages.
     sequences: token ids of every answer; empty if there is no list.
-    tokens: ids of which each of `count` places holds one, without a list.
+    tokens: without a list, the ids that each of `count` places may hold.
     count: number of places.
     then: ids that end every answer, such as eos.
   """
@@ -28,12 +30,12 @@ class AnswerSet:
 
   @property
   def closed(self) -> bool:
-    """Whether all answers can be scored one by one."""
+    """Whether there is a list, so that all answers can be scored."""
     return bool(self.sequences)
 
   @property
   def shortest(self) -> int:
-    """Tokens of the shortest answer, without those that end it."""
+    """Number of tokens of the shortest answer, without `then`."""
     return min(map(len, self.sequences), default=self.count)
 
   def automaton(self) -> Automaton:
@@ -53,7 +55,7 @@ def pad_answers(
   """Returns a closed set as ids int32 [C, L] and lengths int32 [C].
 
   Raises:
-    UserError: it is not closed.
+    UserError: there is no list of answers.
   """
   if not answers.closed:
     raise UserError(

@@ -1,4 +1,4 @@
-"""Reads answers token by token, with a cache of keys and values."""
+"""Decodes an autoregressive model, with a cache of keys and values."""
 
 import dataclasses
 from typing import Any
@@ -27,10 +27,10 @@ class AutoregressiveReader:
 
   Attributes:
     classes: ids with a meaning.
-    decoding: the way to decode; its lengths come with the inputs instead.
+    decoding: the way to decode; lengths are taken from the inputs instead.
     length_limit: room for the tokens of an answer, without eos.
-    prompted: the decoder reads the source before it answers.
-    answers: what is allowed, without eos; None: anything.
+    prompted: whether the prompt of the decoder is the source.
+    answers: allowed answers, without eos; None for all.
     group_size: candidates that are scored at a time.
   """
 
@@ -44,7 +44,7 @@ class AutoregressiveReader:
   def __call__(
     self, model: nn.Module, variables: Any, encoded: Any, inputs: Inputs
   ) -> Decoded:
-    """See `steps.Reader`; also "steps", the decoder passes, int32."""
+    """See `steps.Reader`; also returns "steps", int32, decoder passes."""
     prompt = make_prompt(inputs.text, self.prompted, self.classes.pad_id)
     if self.decoding.method == "candidates":
       return self._candidates(model, variables, encoded, prompt)
@@ -62,7 +62,7 @@ class AutoregressiveReader:
     constraint = tokens = None
     if self.decoding.constrained and self.answers is not None:
       constraint = self.answers.automaton()
-      # No other logits are needed.
+      # Logits of other tokens are not computed.
       tokens = alphabet(constraint, self.classes.eos_id)
     network = _Network(model.config, variables["params"], tokens)
     found = beam_search(
@@ -125,12 +125,12 @@ class AutoregressiveReader:
 
 
 class _Network:
-  """The cached decoder and the vocabulary, as the searches call them."""
+  """The cached decoder in the form that the searches call."""
 
   def __init__(
     self, config: Any, params: Any, tokens: np.ndarray | None
   ) -> None:
-    """Takes the tokens whose logits are wanted; None: all."""
+    """Computes logits of `tokens` only; None for all."""
     self._config = config
     self._params = params["decoder"]
     self._table = params["embed_tokens"]
@@ -146,7 +146,7 @@ class _Network:
       self._table,
       prompt,
       hypotheses=hypotheses,
-      # The last token of the prompt is said before the first new one.
+      # The last token of the prompt is an input of the first step.
       length_limit=limit + 1,
     )
 
@@ -169,6 +169,6 @@ class _Network:
 
 
 def _last(prompt: Prompt) -> jax.Array:
-  """Returns the last tokens of the prompts, int32 [B]."""
+  """Returns the last token of every prompt, int32 [B]."""
   last = jnp.take_along_axis(prompt.ids, prompt.length[:, None] - 1, axis=1)
   return last[:, 0]

@@ -1,5 +1,6 @@
 """Beam search for an autoregressive decoder, in one compiled loop."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,15 +23,15 @@ class _Search(NamedTuple):
 
   Attributes:
     t: int32, decoder passes so far.
-    cache: of the decoder.
-    tokens: int32 [B, K, 1 + G], first token and what was said after it.
-    log_probs: [B, K] of the hypotheses; -inf: the place is empty.
+    cache: cache of the decoder.
+    tokens: int32 [B, K, 1 + G], first token and generated tokens.
+    log_probs: [B, K] of the hypotheses; -inf where there is none.
     states: int32 [B, K], states of the constraint.
     done: bool [B].
     count: int32 [B], number of finished hypotheses.
-    ended_ids: int32 [B, K, G], finished hypotheses in the order of finishing.
+    ended_ids: int32 [B, K, G], hypotheses in the order in which they finished.
     ended_lengths: int32 [B, K], without eos.
-    ended_log_probs: [B, K]; -inf: no such hypothesis.
+    ended_log_probs: [B, K]; -inf where there is none.
   """
 
   t: jax.Array
@@ -67,54 +68,49 @@ def beam_search(
 ) -> dict[str, jax.Array]:
   """Returns the best answers that a beam search finds.
 
-  The rules are those of fairseq. Of all continuations of an example's K
-  hypotheses the 2 K most probable are candidates. Those among the first K that
-  say eos are finished; the best K that do not go on. An example ends with its
-  K-th finished hypothesis, or at `max_length`, where only eos is allowed.
-  Beam size 1 is greedy search. The lowest index wins a tie: of the hypotheses,
-  then of the tokens.
-
-  Constraint and forbidden classes act before the softmax, so that what is
-  left is a distribution of its own; pad, lengths and n-grams act after it.
+  The rules are those of fairseq. The 2 K most probable continuations of an
+  example's K hypotheses are its candidates. Those among the first K that end
+  in eos are finished; the best K that do not end in eos are continued. An
+  example is done with its K-th finished hypothesis, or at `max_length`, where
+  only eos is allowed. Beam size 1 is greedy search. Ties go to the hypothesis,
+  then to the token, of the lowest index.
 
   Args:
-    step: decoder pass; given tokens [B, K] that were said last, t and the
-      cache, returns the logits [B, K, V] of token t and the cache. At t = 0
-      the tokens are `first_tokens`.
-    reorder: returns the cache in which hypothesis k of an example goes on
-      from its hypothesis parents[b, k]. Not called if K is 1.
-    cache: any pytree of arrays; holds the prompt but for its last token, for
-      every one of the K hypotheses.
+    step: decoder pass. It takes the last tokens [B, K], t and the cache, and
+      returns the logits [B, K, V] of token t and the new cache. At t = 0 the
+      last tokens are `first_tokens`.
+    reorder: returns the cache in which hypothesis k of an example continues
+      its hypothesis parents[b, k]. Not called if K is 1.
+    cache: any pytree of arrays. It holds the prompt without its last token, for
+      each of the K hypotheses.
     first_tokens: int32 [B], the last tokens of the prompts, or bos. They count
-      as said where n-grams must not repeat.
-    eos_id: ends an answer.
-    pad_id: fills the tails of `ids`; never said.
+      for `no_repeat_ngram`.
+    eos_id: see `Rules`, also for all arguments that are not explained here.
+    pad_id: also fills the tails of `ids`.
     beam_size: K.
     length_limit: G, room for the tokens of an answer; static.
     num_best: answers to return, at most K.
-    min_length: int32 scalar or [B]; tokens before eos is allowed. Counts as
-      `max_length` if it exceeds that.
-    max_length: int32 scalar or [B]; tokens at most, without eos. None: G, which
-      is also its limit. Under jit both may be traced, so that other lengths
-      compile nothing.
-    no_repeat_ngram: no sequence of so many tokens is said twice; 0 allows all.
-    normalize: rank hypotheses by log-probability over number of tokens, eos
-      included, instead of by log-probability.
-    constraint: only its answers are said; None: any answer. If all of them are
-      longer than `max_length` or shorter than `min_length`, none is found.
-    vocab_size: number of true classes, those after it are padding of the
-      table; None for all V.
-    forbidden: bool [vocab_size], classes that must not be said.
-    alphabet: int32 [U], ascending, given with `vocab_size`: the logits are
-      [B, K, U], of these tokens; no other is said. That of the constraint
-      gives the same answers for less work. None: of all tokens.
+    min_length: int32 scalar or [B], least tokens without eos; lowered to
+      `max_length` if it exceeds that. Like it, it may be traced, so that other
+      lengths compile nothing.
+    max_length: int32 scalar or [B], most tokens without eos, at most G; None
+      for G.
+    no_repeat_ngram: see `Rules`.
+    normalize: rank hypotheses by log-probability divided by the number of
+      tokens, eos included, instead of by log-probability.
+    constraint: if all its answers are longer than `max_length` or shorter than
+      `min_length`, none is found.
+    vocab_size: see `Rules`.
+    forbidden: see `Rules`.
+    alphabet: see `Rules`. That of the constraint gives the same answers for
+      less work.
 
   Returns:
-    ids int32 [B, num_best, G] without eos; lengths int32 [B, num_best];
-    scores float32 [B, num_best], by which they are ranked, best first;
+    ids int32 [B, num_best, G] without eos, best first; lengths int32
+    [B, num_best]; scores float32 [B, num_best], by which they are ranked;
     log_probs float32 [B, num_best], natural, eos included; steps int32 scalar,
-    the number of decoder passes. Where fewer answers than `num_best` are
-    found, the rest have length 0 and score and log-probability -inf.
+    the number of decoder passes. If fewer answers than `num_best` are found,
+    the rest have length 0, and score and log-probability -inf.
 
   Raises:
     UserError: `num_best` exceeds the beam, or the beam the vocabulary.
@@ -141,31 +137,35 @@ def beam_search(
     alphabet=alphabet,
   )
 
-  def decode(search: _Search) -> _Search:
-    said = jax.lax.dynamic_index_in_dim(
-      search.tokens, search.t, axis=2, keepdims=False
-    )
-    logits, cache = step(said, search.t, search.cache)
-    _check_beam(
-      beam_size, num_classes(logits, vocab_size, alphabet), vocab_size
-    )
-    log_probs = rules.log_probs(logits, search.tokens, search.states, search.t)
-    search, parents = _select(log_probs, search, rules)
-    # With one hypothesis the order never changes.
-    cache = cache if beam_size == 1 else reorder(cache, parents)
-    return search._replace(cache=cache)
-
   search = jax.lax.while_loop(
     lambda search: ~jnp.all(search.done),
-    decode,
+    functools.partial(_decode, step=step, reorder=reorder, rules=rules),
     _start(first_tokens, cache, beam_size, length_limit, pad_id),
   )
   return _ranked(search, num_best, normalize)
 
 
-def _check_beam(beam_size: int, classes: int, vocab_size: int | None) -> None:
-  """Pad is a class, but never said."""
-  largest = (classes if vocab_size is None else vocab_size) - 1
+def _decode(
+  search: _Search, *, step: Step, reorder: Reorder, rules: Rules
+) -> _Search:
+  """Runs one decoder pass and selects the hypotheses that continue."""
+  last = jax.lax.dynamic_index_in_dim(
+    search.tokens, search.t, axis=2, keepdims=False
+  )
+  logits, cache = step(last, search.t, search.cache)
+  beam_size = last.shape[1]
+  _check_beam(beam_size, logits, rules)
+  log_probs = rules.log_probs(logits, search.tokens, search.states, search.t)
+  search, parents = _select(log_probs, search, rules)
+  # With one hypothesis the order never changes.
+  cache = cache if beam_size == 1 else reorder(cache, parents)
+  return search._replace(cache=cache)
+
+
+def _check_beam(beam_size: int, logits: jax.Array, rules: Rules) -> None:
+  classes = num_classes(logits, rules.vocab_size, rules.alphabet)
+  # Pad is a class, but never predicted.
+  largest = (rules.vocab_size or classes) - 1
   if beam_size > largest:
     raise UserError(
       f"beam_size={beam_size} exceeds the {largest} tokens that the"
@@ -180,7 +180,7 @@ def _start(
   length_limit: int,
   pad_id: int,
 ) -> _Search:
-  """All hypotheses are equal at first, so that only one of them counts."""
+  """Returns the first state: one hypothesis, since all would be equal."""
   (batch,) = first_tokens.shape
   tokens = jnp.full((batch, beam_size, 1 + length_limit), pad_id, jnp.int32)
   tokens = tokens.at[..., 0].set(first_tokens[:, None])
@@ -202,10 +202,15 @@ def _start(
 def _select(
   log_probs: jax.Array, search: _Search, rules: Rules
 ) -> tuple[_Search, jax.Array]:
-  """Moves on by one token, given its log-probabilities [B, K, V].
+  """Extends the hypotheses by one token.
+
+  Args:
+    log_probs: [B, K, V] of the next token.
+    search: the state.
+    rules: rules of decoding.
 
   Returns:
-    The state, but for its cache, and parents int32 [B, K].
+    The state with its old cache, and parents int32 [B, K].
   """
   beam_size = log_probs.shape[1]
   totals = log_probs + search.log_probs[..., None]
@@ -214,7 +219,7 @@ def _select(
     tokens = jnp.asarray(rules.alphabet)[tokens]
   is_eos = tokens == rules.eos_id
   search = _finish(search, values, parents, is_eos)
-  # Stable, so that candidates stay ordered. At most K of the 2 K say eos, one
+  # Stable, so that candidates stay ordered. At most K of the 2 K are eos, one
   # of each hypothesis, so that K are left.
   order = jnp.argsort(is_eos, axis=1, stable=True)[:, :beam_size]
   values, parents, tokens = (
@@ -225,11 +230,11 @@ def _select(
     states = advance(rules.constraint, states, tokens)
   history = jnp.take_along_axis(search.tokens, parents[..., None], axis=1)
   done = search.done | (search.count >= beam_size)
-  # Nothing comes of hypotheses that are all empty.
+  # Without a hypothesis nothing can follow.
   done |= (search.t >= rules.max_length) | jnp.all(values == -jnp.inf, axis=1)
   return search._replace(
     t=search.t + 1,
-    # Dropped by JAX if there is no room, where all examples are done.
+    # JAX drops an index out of range, which occurs once all examples are done.
     tokens=history.at[..., search.t + 1].set(tokens),
     log_probs=values,
     states=states,
@@ -242,7 +247,7 @@ def _best(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns values, hypotheses and tokens [B, count] of the largest totals."""
   batch, beam_size, classes = totals.shape
-  # The largest of each hypothesis hold the largest of all.
+  # The largest totals are among the largest of each hypothesis.
   each = min(count, classes)
   values, tokens = jax.lax.top_k(totals, each)
   values, places = jax.lax.top_k(values.reshape(batch, -1), count)
@@ -255,15 +260,15 @@ def _best(
 def _finish(
   search: _Search, values: jax.Array, parents: jax.Array, is_eos: jax.Array
 ) -> _Search:
-  """Stores the candidates [B, 2 K] that end; those after the first K do not.
+  """Stores those of the first K candidates [B, 2 K] that end in eos.
 
-  An example that is done gains nothing: it has no room left or no hypothesis.
+  An example that is done does not change: it has no room or no hypothesis.
   """
   batch, beam_size, _ = search.tokens.shape
   values, parents = values[:, :beam_size], parents[:, :beam_size]
   ends = is_eos[:, :beam_size] & (values > -jnp.inf)
   place = search.count[:, None] + jnp.cumsum(ends, axis=1) - 1
-  # Beyond the last place, what is stored is dropped.
+  # Place K is out of range, so that the entry is dropped.
   place = jnp.where(ends, place, beam_size)
   row = jnp.arange(batch)[:, None]
   ids = jnp.take_along_axis(search.tokens, parents[..., None], axis=1)[..., 1:]
@@ -282,7 +287,7 @@ def _finish(
 def _ranked(
   search: _Search, num_best: int, normalize: bool
 ) -> dict[str, jax.Array]:
-  """Returns the finished hypotheses, best first; the first of equals leads."""
+  """Returns the finished hypotheses, best first, ties in order of finishing."""
   scores = search.ended_log_probs
   if normalize:
     scores /= search.ended_lengths + 1

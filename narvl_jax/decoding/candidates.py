@@ -1,4 +1,4 @@
-"""Scores of all answers of a closed set under an autoregressive decoder."""
+"""Scores of a closed set of answers under an autoregressive decoder."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,33 +37,31 @@ def score_candidates(
 ) -> jax.Array:
   """Returns the log-probabilities float32 [B, C] of the candidates.
 
-  It is the sum over an answer's tokens and eos, not divided by their number.
-  Groups of candidates follow one another, so that logits of one group alone
-  are held.
+  A log-probability is the sum over the tokens of an answer and eos, not divided
+  by their number. Groups of candidates are scored one after another, so that
+  only the logits of one group exist at a time.
 
   Args:
-    extend: decoder pass that is told what is said; given the last token of the
-      prompt and a candidate after it, and the cache, returns the logits of
-      what comes after each of them.
-    cache: any pytree of arrays; holds the prompt but for its last token, for
-      every example or every one of C' = group_size candidates.
+    extend: decoder pass with teacher forcing. It takes the last token of the
+      prompt followed by the candidate, and the cache, and returns the logits
+      of the token after each of them.
+    cache: any pytree of arrays. It holds the prompt without its last token, for
+      every example or for each of C' = group_size candidates.
     first_tokens: int32 [B], the last tokens of the prompts, or bos.
-    candidates: int32 [C, L] without eos; what fills the tails is not scored.
+    candidates: int32 [C, L] without eos; padding is not scored.
     lengths: int32 [C].
     eos_id: ends an answer.
-    group_size: candidates that are scored at a time.
-    constraint: only its tokens share the probability at each place, and a
-      candidate that is none of its answers has log-probability -inf. None: all
-      tokens share it.
-    vocab_size: number of true classes, those after it are padding of the
-      table; None for all V.
-    forbidden: bool [vocab_size], classes that must not be said.
-    alphabet: int32 [U], ascending, given with `vocab_size`: the logits are
-      [B, C', L + 1, U], of these tokens. That of the constraint gives the same
-      scores for less work. None: of all tokens.
+    group_size: number of candidates in a group.
+    constraint: the probability at each place is normalised over the tokens that
+      it allows; a candidate that is not among its answers has log-probability
+      -inf. None allows all tokens.
+    vocab_size: see `rules.Rules`.
+    forbidden: see `rules.Rules`.
+    alphabet: see `rules.Rules`. That of the constraint gives the same scores
+      for less work.
 
   Raises:
-    UserError: there are no candidates, or groups of none.
+    UserError: there are no candidates, or the group size is below 1.
   """
   if not len(candidates):
     raise UserError("there are no answers to score; give at least one")
@@ -77,16 +75,16 @@ def score_candidates(
   ends = jnp.pad(jnp.asarray(lengths), (0, spare), mode="edge")
 
   def score(group: tuple[jax.Array, jax.Array]) -> jax.Array:
-    said, ends = group
+    answers, ends = group
     # [C', L + 1], candidate and eos.
-    targets = jnp.pad(said, ((0, 0), (0, 1)))
+    targets = jnp.pad(answers, ((0, 0), (0, 1)))
     places = jnp.arange(targets.shape[1])
     targets = jnp.where(places == ends[:, None], eos_id, targets)
-    logits = extend(_after(first_tokens, said), cache).astype(jnp.float32)
+    logits = extend(_after(first_tokens, answers), cache).astype(jnp.float32)
     classes = num_classes(logits, vocab_size, alphabet)
     allowed = allowed_classes(classes, vocab_size, forbidden)
     if constraint is not None:
-      states = _walk(constraint, said)
+      states = _walk(constraint, answers)
       allowed &= allowed_tokens(constraint, states, classes, eos_id)
     if alphabet is None:
       log_probs = _log_probs(logits, targets, allowed)
@@ -110,36 +108,36 @@ def score_candidates(
   return scores[:, : len(candidates)]
 
 
-def _after(first_tokens: jax.Array, said: jax.Array) -> jax.Array:
-  """Returns int32 [B, C', L + 1], first tokens [B] before said [C', L]."""
-  batch, (count, length) = len(first_tokens), said.shape
+def _after(first_tokens: jax.Array, answers: jax.Array) -> jax.Array:
+  """Returns int32 [B, C', L + 1]: first tokens [B], then `answers` [C', L]."""
+  batch, (count, length) = len(first_tokens), answers.shape
   first = jnp.broadcast_to(first_tokens[:, None, None], (batch, count, 1))
-  said = jnp.broadcast_to(said, (batch, count, length))
-  return jnp.concatenate([first.astype(said.dtype), said], axis=-1)
+  answers = jnp.broadcast_to(answers, (batch, count, length))
+  return jnp.concatenate([first.astype(answers.dtype), answers], axis=-1)
 
 
-def _walk(automaton: Automaton, said: jax.Array) -> jax.Array:
+def _walk(automaton: Automaton, answers: jax.Array) -> jax.Array:
   """Returns the states int32 [C', L + 1] before and after each token."""
 
   def go(states: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     states = advance(automaton, states, tokens)
     return states, states
 
-  start = jnp.full(len(said), START, jnp.int32)
-  _, states = jax.lax.scan(go, start, said.T)
+  start = jnp.full(len(answers), START, jnp.int32)
+  _, states = jax.lax.scan(go, start, answers.T)
   return jnp.concatenate([start[:, None], states.T], axis=1)
 
 
 def _log_probs(
   logits: jax.Array, targets: jax.Array, allowed: jax.Array
 ) -> jax.Array:
-  """Returns log-probabilities [B, C', L + 1] of targets int32 [C', L + 1].
+  """Returns log-probabilities [B, C', L + 1] of the targets.
 
   Args:
     logits: float32 [B, C', L + 1, V].
-    targets: what is scored.
-    allowed: bool [C', L + 1, V] or [V], classes that share the probability; a
-      target that is none of them has -inf.
+    targets: int32 [C', L + 1].
+    allowed: bool [C', L + 1, V] or [V], classes over which to normalise; other
+      targets have log-probability -inf.
   """
   total = normalizer(jnp.where(allowed, logits, -jnp.inf))
   index = jnp.broadcast_to(targets, total.shift.shape)[..., None]
@@ -149,5 +147,5 @@ def _log_probs(
     targets[..., None],
     axis=-1,
   )[..., 0]
-  # Not a number where nothing is allowed.
+  # The log-probability is NaN where nothing is allowed.
   return jnp.where(possible, total.log_probs(values), -jnp.inf)

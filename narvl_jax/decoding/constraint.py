@@ -1,43 +1,20 @@
-"""Which answers are allowed: a finite automaton over tokens, on device."""
+"""Constraints on answers, as finite automata over tokens."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from narvl_jax.errors import UserError
-
-# Every walk begins here.
-START = 0
-
-
-class Automaton(NamedTuple):
-  """A deterministic automaton; its paths to accepting states are answers.
-
-  A trie of answers is one, and so is "exactly four coordinates". It is a list
-  of edges, for a table of states by tokens would not fit for thousands of
-  answers over tens of thousands of tokens.
-
-  Attributes:
-    source: int32 [E] state that an edge leaves.
-    token: int32 [E] token that it takes; no two edges of a state share one.
-    target: int32 [E] state that it enters.
-    accepting: bool [S] states in which an answer may end.
-  """
-
-  source: np.ndarray | jax.Array
-  token: np.ndarray | jax.Array
-  target: np.ndarray | jax.Array
-  accepting: np.ndarray | jax.Array
+from narvl_jax.query_ctc.automaton import START, Automaton
 
 
 def answer_trie(answers: Sequence[Sequence[int]]) -> Automaton:
-  """Returns the automaton that allows just these token sequences.
+  """Returns the automaton that allows exactly these token sequences.
 
   Raises:
-    UserError: there is none, or one is empty.
+    UserError: there is no answer, or one is empty.
   """
   if not answers:
     raise UserError("the constraint allows no answer at all; give at least one")
@@ -69,12 +46,12 @@ def repeated(
   """Returns the automaton of `count` free choices among `tokens`.
 
   Args:
-    tokens: ids, each allowed at each of the places.
+    tokens: ids that are allowed at every place.
     count: number of places.
     then: ids that must follow, such as eos.
 
   Raises:
-    UserError: there are no tokens or places.
+    UserError: there are no tokens or no places.
   """
   if not len(tokens) or count < 1:
     raise UserError(
@@ -89,29 +66,29 @@ def repeated(
 
 
 def alphabet(automaton: Automaton, eos_id: int) -> np.ndarray:
-  """Returns int32 [U], sorted: eos and the tokens that an answer may hold.
+  """Returns eos and the tokens of all answers, int32 [U], ascending.
 
-  Logits of other tokens need not be computed.
+  No logits of other tokens are needed.
   """
   tokens = np.append(np.asarray(automaton.token), eos_id)
   return np.unique(tokens).astype(np.int32)
 
 
 def leaving(automaton: Automaton, states: jax.Array) -> jax.Array:
-  """Returns bool [..., E], the edges that leave states int32 [...]."""
+  """Returns the mask bool [..., E] of edges that leave states [...]."""
   return jnp.asarray(automaton.source) == states[..., None]
 
 
 def allowed_tokens(
   automaton: Automaton, states: jax.Array, vocab_size: int, eos_id: int | None
 ) -> jax.Array:
-  """Returns bool [..., V], the tokens that may follow in states int32 [...].
+  """Returns the mask bool [..., V] of tokens that may follow.
 
   Args:
     automaton: the constraint.
-    states: where the walks stand.
+    states: int32 [...], current states.
     vocab_size: V.
-    eos_id: allowed where an answer may end; None: no token ends an answer.
+    eos_id: allowed where an answer may end; None if no token ends an answer.
   """
   edges = leaving(automaton, states)
   mask = jnp.zeros((*states.shape, vocab_size), bool)
@@ -125,7 +102,7 @@ def allowed_tokens(
 def advance(
   automaton: Automaton, states: jax.Array, tokens: jax.Array
 ) -> jax.Array:
-  """Returns the states after tokens int32 [...]; same state if not allowed."""
+  """Returns states [...] after tokens int32 [...]; unchanged if forbidden."""
   edges = leaving(automaton, states)
   edges &= jnp.asarray(automaton.token) == tokens[..., None]
   # At most one edge is left.

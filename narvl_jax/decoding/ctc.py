@@ -1,17 +1,15 @@
 """Decoding under a constraint from the logits of one decoder pass.
 
-`best_candidate` knows every answer and scores them all, `constrained_greedy`
+`best_candidate` scores every answer of a closed set, `constrained_greedy`
 takes the best path through an automaton, and `prefix_beam` searches for the
-likeliest answers. The decoder runs once for each, whatever the answers'
-length.
+likeliest answers.
 
-All take whole logits: those whose classes are split over devices must be
-gathered first. Where repeats are not merged a query that does not say blank is
-a label of its own, so that "a a" needs no blank between; probabilities are
-then sums over the places of the blanks.
+All take whole logits: logits whose classes are split over devices must be
+gathered first. Where repeats are not merged, every query that does not emit
+blank emits a label of its own: "a a" needs no blank between, and alignments
+differ only in the places of the blanks.
 
-Letters: b batch, n queries, c candidates, l labels, e edges, s states,
-v classes.
+Letters: B batch, N queries, C candidates, L labels, E edges, V classes.
 """
 
 import functools
@@ -21,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from narvl_jax.decoding.constraint import START, Automaton
+from narvl_jax.decoding.classes import masked, never_predicted
 from narvl_jax.decoding.viterbi import best_path
 from narvl_jax.errors import UserError
 from narvl_jax.query_ctc import collapse
-from narvl_jax.query_ctc.automaton import queries_needed
+from narvl_jax.query_ctc.automaton import START, Automaton, queries_needed
 from narvl_jax.query_ctc.log_space import (
   LOG_ZERO,
   NO_ANSWER,
@@ -42,15 +40,15 @@ Merge = bool | jax.Array
 def check_constraint(
   automaton: Automaton, num_queries: int, *, merge_repeats: bool
 ) -> None:
-  """Checks on the host that some answer fits on the queries.
+  """Checks on the host that the queries suffice for some answer.
 
   Raises:
-    UserError: all need more.
+    UserError: all answers need more queries.
   """
   bound = num_queries
-  # What needs more than the bound may be found to have no end at all.
+  # The number for the message is exact only within the bound.
   while (least := _shortest(automaton, merge_repeats, bound)) > bound:
-    # A shortest answer takes no edge twice, and a blank each at most.
+    # A shortest answer uses no edge twice, with at most one blank each.
     if bound > 2 * len(automaton.token):
       raise UserError(
         "the constraint allows no answer at all: no path leads to an end; give"
@@ -67,7 +65,7 @@ def check_constraint(
 
 
 def _shortest(automaton: Automaton, merge: bool, most: int) -> int:
-  """Returns how many queries the shortest answer needs, if at most `most`."""
+  """Returns how many queries the shortest answer needs, exact up to `most`."""
   return int(queries_needed(automaton, merge, most).from_state[START])
 
 
@@ -81,12 +79,12 @@ def masked_log_probs(
 
   Args:
     logits: [B, N, V] of any float dtype.
-    forbidden: [vocab_size] bool, classes that must not be predicted; they are
+    forbidden: bool [vocab_size], classes that must not be predicted; they are
       removed before the softmax.
     vocab_size: number of true classes, None for all V.
   """
-  never = _never(logits.shape[-1], forbidden, vocab_size)
-  return jax.nn.log_softmax(_masked(logits, never), axis=-1)
+  never = never_predicted(logits.shape[-1], forbidden, vocab_size)
+  return jax.nn.log_softmax(masked(logits, never), axis=-1)
 
 
 def prefix_beam(
@@ -132,7 +130,7 @@ def best_candidate(
   forbidden: np.ndarray | None = None,
   vocab_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Scores all answers of a closed set: exact, in one decoder pass.
+  """Scores all answers of a closed set exactly.
 
   Args:
     logits: [B, N, V] of any float dtype.
@@ -145,18 +143,17 @@ def best_candidate(
 
   Returns:
     The best candidate, int32 [B], the first of equals, and the Query-CTC
-    log-probability of each, float32 [B, C]; for one that needs more queries
-    than there are, -1e9 or less, and less than that of any other.
+    log-probability of each, float32 [B, C]. Candidates that need more queries
+    than there are have -1e9 or less, and less than all others.
 
   Raises:
-    UserError: there is no candidate, or one has a label that is no class or
-      is blank.
+    UserError: there is no candidate, or a label is blank or not a class.
   """
   if not candidates.shape[0]:
     raise UserError("there are no candidates to choose from; give at least one")
   size = check_classes(logits.shape[-1], vocab_size, blank_id)
   check_targets(candidates, lengths, size, blank_id)
-  never = _never(logits.shape[-1], forbidden, vocab_size)
+  never = never_predicted(logits.shape[-1], forbidden, vocab_size)
   b = logits.shape[0]
   log_probs = _answer_log_probs(
     logits,
@@ -181,30 +178,30 @@ def constrained_greedy(
   forbidden: np.ndarray | None = None,
   vocab_size: int | None = None,
 ) -> dict[str, jax.Array]:
-  """Takes the likeliest alignment whose answer the constraint allows.
+  """Finds the likeliest alignment whose answer the constraint allows.
 
-  An alignment says a label or blank at every query; the labels it collapses to
-  must lead to an end. That is what greedy decoding does without a constraint.
-  Time grows with the number of edges, not of answers.
+  This is greedy decoding under a constraint: without one, the likeliest
+  alignment is the arg-max of every query. Time grows with the number of edges,
+  not of answers.
 
   Args:
     logits: [B, N, V] of any float dtype.
-    constraint: must hold eos if the targets were trained with it.
+    constraint: must contain eos if the targets were trained with it.
     blank_id: id of the CTC blank.
-    pad_id: id that fills the tail of `ids`; no label of the constraint.
+    pad_id: id that fills the tail of `ids`; not a label of the constraint.
     merge_repeats: bool for all examples or bool [B].
     forbidden: see `masked_log_probs`.
     vocab_size: number of true classes, None for all V.
 
   Returns:
     ids int32 [B, N], lengths int32 [B], `path_log_prob` float32 [B] of the
-    alignment and `log_prob` float32 [B] of the answer, summed over all its
-    alignments. Where no answer is possible the length is 0 and both are -1e9.
+    alignment, and `log_prob` float32 [B] of the answer, summed over all its
+    alignments. If no answer is possible, the length is 0 and both are -1e9.
     NaN in the logits of an example makes both NaN.
 
   Source: Graves 2012, "Supervised Sequence Labelling", section 7.5; Viterbi.
   """
-  never = _never(logits.shape[-1], forbidden, vocab_size)
+  never = never_predicted(logits.shape[-1], forbidden, vocab_size)
   normalizers = _normalizers(logits, never)
   merge = jnp.broadcast_to(jnp.asarray(merge_repeats, bool), logits.shape[:1])
   blank, labels = _gather(logits, constraint, normalizers, never, blank_id)
@@ -236,28 +233,12 @@ def constrained_greedy(
   }
 
 
-def _never(
-  classes: int, forbidden: np.ndarray | None, vocab_size: int | None
-) -> np.ndarray | None:
-  """Returns bool [V], the classes that must not be predicted, if any."""
-  size = classes if vocab_size is None else vocab_size
-  if forbidden is None and size == classes:
-    return None
-  never = np.zeros(size, bool) if forbidden is None else forbidden
-  return np.pad(never, (0, classes - size), constant_values=True)
-
-
-def _masked(logits: jax.Array, never: np.ndarray | None) -> jax.Array:
-  logits = logits.astype(jnp.float32)
-  return logits if never is None else jnp.where(never, LOG_ZERO, logits)
-
-
 def _masked_row(
   logits: jax.Array, query: jax.Array, never: np.ndarray | None
 ) -> jax.Array:
   """Returns the logits [B, V] of one query, out of [B, N, V]."""
   row = jax.lax.dynamic_index_in_dim(logits, query, -2, keepdims=False)
-  return _masked(row, never)
+  return masked(row, never)
 
 
 def _row(
@@ -272,9 +253,9 @@ def _row(
 
 
 def _normalizers(logits: jax.Array, never: np.ndarray | None) -> Normalizer:
-  """Returns those over the allowed classes, [N, B, 1].
+  """Returns normalizers over the allowed classes, [N, B, 1].
 
-  One query at a time, so that no second array of the logits' size exists.
+  One query at a time, so that no second array of the size of the logits exists.
   """
   by_query = jax.lax.map(
     lambda query: normalizer(_masked_row(logits, query, never)),
@@ -309,9 +290,9 @@ def _answer_log_probs(
   blank_id: int,
   merge_repeats: Merge,
 ) -> jax.Array:
-  """Sums the alignments of answers, all of them at once.
+  """Returns the log-probabilities of several answers an example, [B, C].
 
-  `query_ctc_loss` takes one target for each example and always merges.
+  `query_ctc_loss` has one target an example and always merges repeats.
 
   Args:
     logits: [B, N, V].
@@ -321,27 +302,23 @@ def _answer_log_probs(
     never: bool [V].
     blank_id: id of the CTC blank.
     merge_repeats: bool or bool [B].
-
-  Returns:
-    float32 [B, C].
   """
   b, c, size = labels.shape
   merge = jnp.broadcast_to(jnp.asarray(merge_repeats, bool), (b,))
   merge = merge[:, None, None]
-  # A repeated label does not follow its like without a blank between.
+  # Where repeats are merged, equal labels need a blank between them.
   joined = jnp.pad(
     labels[..., 1:] == labels[..., :-1], ((0, 0), (0, 0), (1, 0))
   )
   joined &= merge
 
   def shift(x: jax.Array) -> jax.Array:
-    """From the labels said so far to those before the next one."""
     return x[..., :-1]
 
   def step(
     alphas: tuple[jax.Array, jax.Array], query: jax.Array
   ) -> tuple[tuple[jax.Array, jax.Array], None]:
-    # Both [B, C, L+1]: after l labels, the last query said blank or label l.
+    # Both [B, C, L+1]: after l labels, the last query emitted blank or label l.
     blank, label = alphas
     row = _row(logits, query, normalizers, never)
     gathered = jax.vmap(lambda x, ids: x[ids])(row, labels)
@@ -349,9 +326,9 @@ def _answer_log_probs(
       shift(blank), jnp.where(joined, LOG_ZERO, shift(label))
     )
     again = jnp.where(merge, label[..., 1:], LOG_ZERO)
-    said = jnp.logaddexp(before, again) + gathered
+    emitted = jnp.logaddexp(before, again) + gathered
     blank = jnp.logaddexp(blank, label) + row[:, blank_id, None, None]
-    return (blank, label.at[..., 1:].set(said)), None
+    return (blank, label.at[..., 1:].set(emitted)), None
 
   nothing = jnp.full((b, c, size + 1), LOG_ZERO, jnp.float32)
   start = (nothing.at[..., 0].set(0.0), nothing)

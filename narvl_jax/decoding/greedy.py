@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from narvl_jax.decoding.classes import masked, never_predicted
 from narvl_jax.query_ctc import MeshAxes, collapse, query_ctc_loss
 from narvl_jax.query_ctc.axes import split_of
-from narvl_jax.query_ctc.log_space import LOG_ZERO
 
 _WHOLE = MeshAxes()
 
@@ -23,38 +23,31 @@ def greedy_decode(
 ) -> dict[str, jax.Array]:
   """Returns the greedy answer of every example and its log-probability.
 
-  The probability is that of the answer under the rule by which it is read:
-  where repeats are merged, the sum over all alignments that collapse to the
-  answer (the Query-CTC likelihood); where they are not, every query must say
-  exactly what it said, so it is the product of the arg-max probabilities.
-  Both are taken after the forbidden classes have been removed.
+  Where repeats are merged, the probability of an answer is the sum over all
+  alignments that collapse to it (the Query-CTC likelihood). Where they are not,
+  it is the product of the arg-max probabilities. Both are computed after the
+  forbidden classes have been removed.
 
-  Over a split vocabulary only [B, N] and [B, N, L+1] numbers cross devices,
-  and the answers are the same.
+  With a split vocabulary the answers are the same, and devices exchange only
+  [B, N] and [B, N, L+1] numbers.
 
   Args:
     logits: [B, N, V] float32.
-    merge_repeats: [B] bool, whether equal neighbours are one token.
+    merge_repeats: bool [B], whether equal neighbours are one token.
     blank_id: id of the CTC blank.
     pad_id: id that fills the tail of `ids`; never part of an answer.
-    forbidden: [vocab_size] bool, classes that must not be predicted.
-    vocab_size: number of true classes, those after it are padding of the
-      table; None for all V.
+    forbidden: bool [vocab_size], classes that must not be predicted.
+    vocab_size: number of true classes, None for all V.
     axes: mesh axes that split batch and classes.
 
   Returns:
-    ids [B, N] int32, lengths [B] int32, log_prob [B] float32.
+    ids int32 [B, N], lengths int32 [B], log_prob float32 [B].
 
   Raises:
     UserError: the classes do not divide by their mesh axis.
   """
-  logits = logits.astype(jnp.float32)
-  classes = logits.shape[-1]
-  size = classes if vocab_size is None else vocab_size
-  if forbidden is not None or size < classes:
-    never = np.zeros(size, bool) if forbidden is None else forbidden
-    never = np.pad(never, (0, classes - size), constant_values=True)
-    logits = jnp.where(never, LOG_ZERO, logits)
+  never = never_predicted(logits.shape[-1], forbidden, vocab_size)
+  logits = masked(logits, never)
   token_ids, best_log_probs = _best_classes(logits, axes)
   ids, lengths = collapse(
     token_ids, blank_id=blank_id, pad_id=pad_id, merge_repeats=merge_repeats
@@ -74,14 +67,14 @@ def greedy_decode(
 
 
 def _first(found: jax.Array) -> jax.Array:
-  """Returns the place int32 [...] of the first True of bool [..., V].
+  """Returns the index int32 [...] of the first True in bool [..., V].
 
-  On a CPU `argmax` takes ten times as long: it does not use vectors.
+  On a CPU, `argmax` is not vectorized and takes ten times as long.
   """
   classes = found.shape[-1]
   places = jnp.arange(classes, dtype=jnp.int32)
   first = jnp.min(jnp.where(found, places, classes), axis=-1)
-  # None where the logits are not numbers.
+  # There is none where the logits are NaN.
   return jnp.minimum(first, classes - 1)
 
 

@@ -1,4 +1,4 @@
-"""Reads answers from the one pass of the parallel decoder."""
+"""Decodes a parallel model, in one pass of its decoder."""
 
 import dataclasses
 from typing import Any
@@ -26,9 +26,9 @@ class ParallelReader:
   Attributes:
     classes: ids with a meaning.
     decoding: the way to decode.
-    answers: what is allowed, eos included if targets have it; None: anything.
-    axes: mesh axes that split batch and classes, for greedy decoding; the
-      others gather the logits. They count under `jax.set_mesh`.
+    answers: allowed answers, with eos if targets have it; None for all.
+    axes: mesh axes that split batch and classes under `jax.set_mesh`. Only
+      unconstrained greedy decoding uses them; the others gather the logits.
   """
 
   classes: Classes
@@ -117,10 +117,10 @@ def _states(model: Any, variables: Any, encoded: Any) -> jax.Array:
 def check_queries(
   answers: AnswerSet, num_queries: int, *, merge_repeats: bool
 ) -> None:
-  """Checks that some allowed answer fits on the queries.
+  """Checks that the queries suffice for some allowed answer.
 
   Raises:
-    UserError: none does.
+    UserError: they do not.
   """
   try:
     ctc.check_constraint(

@@ -17,9 +17,9 @@ from narvl_jax.models import (
 def prepare_variables(model: nn.Module, variables: Any) -> Any:
   """Returns the variables in the form that the reader of a model takes.
 
-  Those of the decoder are split by layer. Once, for as a part of the program
-  every call would copy them. The parallel decoder's stay as they are on
-  several devices, where each has a part of them.
+  The decoder's are split by layer, once: inside a jitted program, every call
+  would copy them. Those of a parallel decoder that are sharded over several
+  devices stay stacked.
   """
   params = variables["params"]
   if isinstance(model, Autoregressive):
@@ -33,14 +33,14 @@ def prepare_variables(model: nn.Module, variables: Any) -> Any:
 
 
 def _splits(model: nn.Module, variables: Any) -> bool:
-  """Returns whether a parallel decoder is faster split."""
+  """Returns whether a parallel decoder is faster with split parameters."""
   if not isinstance(model, NARVL) or not split_decoder.pays(model.config):
     return False
   return all(map(_one_device, jax.tree.leaves(variables)))
 
 
 def _one_device(leaf: Any) -> bool:
-  """Returns whether a leaf holds numbers, all on one device."""
+  """Returns whether a leaf is an array on one device, not a tracer."""
   if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
     return len(leaf.sharding.device_set) == 1
   return False

@@ -1,4 +1,4 @@
-"""What an autoregressive decoder may say next."""
+"""Rules for the next token of an autoregressive decoder."""
 
 import dataclasses
 
@@ -11,22 +11,24 @@ from narvl_jax.decoding.constraint import Automaton, allowed_tokens
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """What may be said next.
+  """Tokens that may follow.
 
-  Classes and constraint act before the softmax, so that what is left is a
-  distribution of its own; pad, lengths and n-grams act after it.
+  Constraint and forbidden classes are applied before the softmax: the allowed
+  classes form a distribution of their own. Pad, lengths and n-grams are applied
+  after it.
 
   Attributes:
     eos_id: ends an answer.
-    pad_id: never said.
+    pad_id: never predicted.
     min_length: int32 [B], tokens before eos is allowed.
     max_length: int32 [B], tokens after which only eos is allowed.
-    no_repeat_ngram: no sequence of so many tokens is said twice; 0 allows all.
-    constraint: only its answers are said.
-    vocab_size: number of true classes; None for all.
-    forbidden: bool [vocab_size], classes that are never said.
-    alphabet: int32 [U], tokens that the classes stand for, ascending; no other
-      is ever said. None: each for itself.
+    no_repeat_ngram: no sequence of so many tokens occurs twice; 0 allows all.
+    constraint: allowed answers, None for all.
+    vocab_size: number of true classes, later ones are padding of the table;
+      None for all.
+    forbidden: bool [vocab_size], classes that are never predicted.
+    alphabet: int32 [U], ascending, given with `vocab_size`. The logits are
+      those of these tokens, and no other is predicted. None for all tokens.
   """
 
   eos_id: int
@@ -42,14 +44,13 @@ class Rules:
   def log_probs(
     self, logits: jax.Array, tokens: jax.Array, states: jax.Array, t: jax.Array
   ) -> jax.Array:
-    """Returns float32 [B, K, V], -inf for what must not be said.
+    """Returns float32 [B, K, V], -inf for tokens that must not follow.
 
     Args:
       logits: [B, K, V] of token t.
-      tokens: int32 [B, K, 1 + G], of which 0..t have been said; the first is
-        that from which the decoder starts.
+      tokens: int32 [B, K, 1 + G], first token and t generated ones.
       states: int32 [B, K], states of the constraint.
-      t: int32, number of tokens so far.
+      t: int32, number of generated tokens.
     """
     classes = num_classes(logits, self.vocab_size, self.alphabet)
     allowed = allowed_classes(classes, self.vocab_size, self.forbidden)
@@ -66,17 +67,17 @@ class Rules:
       allowed, later = (x[..., self.alphabet] for x in (allowed, later))
     logits = jnp.where(allowed, logits.astype(jnp.float32), -jnp.inf)
     log_probs = jax.nn.log_softmax(logits)
-    # Not a number where all is forbidden; the comparison is false there.
+    # NaN where all is forbidden; the comparison is false there.
     return jnp.where(later & (log_probs > -jnp.inf), log_probs, -jnp.inf)
 
 
 def num_classes(
   logits: jax.Array, vocab_size: int | None, alphabet: np.ndarray | None
 ) -> int:
-  """Returns V, to which ids refer; with an alphabet the logits hold fewer."""
+  """Returns V, the number of classes; with an alphabet, logits have fewer."""
   if alphabet is None:
     return logits.shape[-1]
-  assert vocab_size is not None, "an alphabet is one of a vocabulary"
+  assert vocab_size is not None, "an alphabet needs vocab_size"
   return vocab_size
 
 
@@ -85,7 +86,7 @@ def allowed_classes(
   vocab_size: int | None,
   forbidden: np.ndarray | jax.Array | None,
 ) -> jax.Array:
-  """Returns bool [V], the classes that are neither padding nor forbidden.
+  """Returns the mask bool [V] of classes neither padding nor forbidden.
 
   Args:
     classes: V, of the padded table.
@@ -100,10 +101,10 @@ def allowed_classes(
 def _repeating(
   tokens: jax.Array, t: jax.Array, size: int, classes: int
 ) -> jax.Array:
-  """Returns bool [B, K, V], tokens that would say an n-gram once more.
+  """Returns the mask bool [B, K, V] of tokens that would repeat an n-gram.
 
   Args:
-    tokens: int32 [B, K, 1 + G], of which 0..t have been said.
+    tokens: int32 [B, K, 1 + G], valid up to index t.
     t: int32.
     size: n, at least 1.
     classes: V.
@@ -112,7 +113,7 @@ def _repeating(
   count = tokens.shape[-1] - size + 1
   if count < 1:
     return mask
-  # The last n-1 tokens are held against those from each place on.
+  # The last n - 1 tokens are compared with those from each place on.
   recent = t - size + 2
   same = jnp.arange(count) + size - 1 <= t
   same = jnp.broadcast_to(same, (*tokens.shape[:2], count))

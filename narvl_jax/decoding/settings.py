@@ -1,4 +1,4 @@
-"""How answers are read from a model."""
+"""Settings of decoding."""
 
 import dataclasses
 import numbers
@@ -10,22 +10,23 @@ METHODS = ("greedy", "beam", "candidates")
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-  """A way to decode; hashable, so that compiled programs can be kept by it.
+  """A way to decode; hashable, so that compiled programs can be cached by it.
+
+  The last four attributes are for autoregressive models only.
 
   Attributes:
     method: "greedy" takes the best token at each place, "beam" searches,
       "candidates" scores every answer of a closed set.
-    constrained: only answers that the task allows: its list of answers, or
-      four coordinates for a box. "candidates" always is.
+    constrained: restrict answers to those that the task allows: its list of
+      answers, or four coordinates for a box. "candidates" always does.
     beam_size: hypotheses that a beam search keeps.
-    num_best: answers that it returns, best first.
-    min_length: autoregressive: tokens before eos is allowed.
-    max_length: autoregressive: tokens at most, eos not counted; 0: as many as
+    num_best: answers to return, best first.
+    min_length: least tokens before eos.
+    max_length: most tokens without eos; 0 for as many as
       `data.max_label_length` leaves room for.
-    no_repeat_ngram: autoregressive: no sequence of so many tokens twice; 0
-      allows all.
-    normalize: autoregressive: hypotheses are ranked by their log-probability
-      divided by the number of their tokens, eos included.
+    no_repeat_ngram: no sequence of so many tokens occurs twice; 0 allows all.
+    normalize: rank hypotheses by log-probability divided by the number of
+      tokens, eos included.
   """
 
   method: str = "greedy"
@@ -38,7 +39,7 @@ class Decoding:
   normalize: bool = True
 
   def __post_init__(self) -> None:
-    """Checks what can be checked without a model."""
+    """Checks the settings; raises UserError."""
     if self.method not in METHODS:
       raise UserError(
         f'the decoding method "{self.method}" is unknown.'

@@ -1,4 +1,4 @@
-"""Compiled programs from a batch to its answers, whatever reads them."""
+"""Compiled programs from a batch to its answers."""
 
 import functools
 from typing import Any, NamedTuple, Protocol
@@ -10,13 +10,13 @@ Decoded = dict[str, jax.Array]
 
 
 class Inputs(NamedTuple):
-  """What a reader may look at beside the encoder's output.
+  """Inputs of a reader besides the encoder's output.
 
   Attributes:
     text: int32 [B, T] source ids, right padded.
     merge_repeats: bool [B], whether equal neighbours are one token.
-    lengths: int32 [2], least and most tokens of an answer; only
-      autoregressive readers heed it. Traced: other lengths compile nothing.
+    lengths: int32 [2], least and most tokens of an answer, for autoregressive
+      readers. They are traced, so that other lengths compile nothing.
   """
 
   text: jax.Array
@@ -25,17 +25,17 @@ class Inputs(NamedTuple):
 
 
 class Reader(Protocol):
-  """Reads answers from an encoded batch; hashable.
+  """Decodes the answers of an encoded batch; hashable.
 
-  Its result has ids int32 [B, M, L], lengths int32 [B, M] and log_probs float32
-  [B, M] of the M best answers, best first, and may have more. Where there are
-  fewer than M answers the rest have length 0.
+  The result has at least ids int32 [B, M, L], lengths int32 [B, M] and
+  log_probs float32 [B, M] of the M best answers, best first. If there are fewer
+  than M answers, the rest have length 0.
   """
 
   def __call__(
     self, model: nn.Module, variables: Any, encoded: Any, inputs: Inputs
   ) -> Decoded:
-    """Decodes; see the class."""
+    """Returns the answers, see the class."""
     ...
 
   def __hash__(self) -> int:
@@ -47,11 +47,11 @@ class Steps(NamedTuple):
   """Jitted functions of a model and a reader.
 
   Attributes:
-    encode: (variables, image [B, H, W, 3], text, image_mask bool [B]) -> what
-      the model's `encode` returns.
-    decode: (variables, encoded, inputs) -> what the reader returns.
+    encode: (variables, image [B, H, W, 3], text, image_mask bool [B]) ->
+      output of the encoder.
+    decode: (variables, encoded, inputs) -> result of the reader.
     predict: (variables, image, text, image_mask, merge_repeats, lengths) ->
-      the same, as one program.
+      result of the reader, in one program.
   """
 
   encode: Any
@@ -65,13 +65,13 @@ def make_steps(
   """Returns the compiled steps of a model.
 
   Equal arguments return the same functions, so that nothing is compiled twice
-  for one batch shape, whoever asks.
+  for one batch shape.
 
   Args:
-    model: with a method `encode`, and whatever the reader calls.
-    reader: from what the model says to answers.
-    rules: for `flax.linen.logical_axis_rules`, which say how the activations
-      are split; they count if the steps are called under `jax.set_mesh`.
+    model: has a method `encode`, and the methods that the reader calls.
+    reader: decodes the answers.
+    rules: for `flax.linen.logical_axis_rules`; they split activations if the
+      steps are called under `jax.set_mesh`.
   """
   cached: Any = _make_steps
   return cached(model, reader, rules)

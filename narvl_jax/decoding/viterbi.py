@@ -1,13 +1,12 @@
 """The best alignment whose labels follow a path of an automaton.
 
-Letters: n queries, e edges, s states.
+Letters: N queries, E edges, S states.
 """
 
 import jax
 import jax.numpy as jnp
 
-from narvl_jax.decoding.constraint import START, Automaton
-from narvl_jax.query_ctc.automaton import as_arrays
+from narvl_jax.query_ctc.automaton import START, Automaton, as_arrays
 from narvl_jax.query_ctc.log_space import LOG_ZERO
 
 
@@ -21,23 +20,23 @@ def best_path(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the best alignment of one example, by Viterbi's algorithm.
 
-  The last query has said blank (S places) or the label of an edge (E places),
-  so that a step takes time in proportion to their number.
+  A node of the search is a state after which the last query emitted blank (S
+  nodes), or an edge whose label it emitted (E nodes).
 
   Args:
     blank_log_probs: float32 [N] of blank.
     edge_log_probs: float32 [N, E] of the label of each edge.
-    constraint: what is allowed.
+    constraint: allowed answers.
     merge_repeats: bool scalar.
     blank_id: id of the CTC blank.
 
   Returns:
-    The class of every query, int32 [N], and their log-probability; that is
-    -inf, and the classes mean nothing, if no alignment is possible.
+    The class of every query, int32 [N], and their log-probability. If no
+    alignment is possible, that is -inf and the classes are arbitrary.
   """
   source, token, target, accepting = as_arrays(constraint)
   edges, states = token.shape[0], accepting.shape[0]
-  # Places are numbered: edges first, then states.
+  # Nodes are numbered: edges first, then states.
   in_blank = edges + jnp.arange(states, dtype=jnp.int32)
   order = jnp.arange(edges, dtype=jnp.int32)
 
@@ -46,7 +45,7 @@ def best_path(
   ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     blank, label = scores
     of_blank, of_label = log_probs
-    (said, said_edge), (before, before_edge) = _entering(
+    (entering, entering_edge), (before, before_edge) = _entering(
       label, constraint, merge_repeats
     )
     again = jnp.where(merge_repeats, label, LOG_ZERO)
@@ -54,9 +53,9 @@ def best_path(
     origins = jnp.stack([in_blank[source], order, before_edge])
     chosen = jnp.argmax(choices, axis=0)[None]
     label_from = jnp.take_along_axis(origins, chosen, axis=0)[0]
-    blank_from = jnp.where(blank >= said, in_blank, said_edge)
+    blank_from = jnp.where(blank >= entering, in_blank, entering_edge)
     scores = (
-      jnp.maximum(blank, said) + of_blank,
+      jnp.maximum(blank, entering) + of_blank,
       jnp.max(choices, axis=0) + of_label,
     )
     return scores, jnp.concatenate([label_from, blank_from])
@@ -89,11 +88,11 @@ def _entering(
   Args:
     label: float32 [E] score of the best path that ends in the edge's label.
     constraint: with E edges and S states.
-    merge: bool scalar: a label does not follow its like at once.
+    merge: bool scalar, whether equal labels need a blank between them.
 
   Returns:
-    Score and edge into each state, [S], and before each edge, [E]; edge E and
-    the score -inf where there is none.
+    Score and edge into each state, [S], and before each edge, [E]; where there
+    is none, edge E and the score -inf.
   """
   source, token, target, accepting = as_arrays(constraint)
   edges = token.shape[0]
@@ -108,7 +107,7 @@ def _entering(
 
   first, first_edge = best(label)
   first_token = token.at[first_edge].get(mode="fill", fill_value=-1)
-  # The best of those with another token.
+  # The best edge with another token.
   is_other = token != first_token[target]
   other, other_edge = best(jnp.where(is_other, label, LOG_ZERO))
   same = merge & (first_token[source] == token)

@@ -1,49 +1,44 @@
-"""How many queries an answer of a constraint still needs."""
+"""Finite automata over labels, and how many queries their answers need."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# More queries than any model has; small enough to be added to.
+# State in which every walk begins.
+START = 0
+# More queries than any model has; sums of a few do not overflow int32.
 UNREACHABLE = 1 << 20
 
 
-class LabelAutomaton(Protocol):
-  """A deterministic automaton over labels, as a list of edges.
+class Automaton(NamedTuple):
+  """A deterministic automaton; its paths to accepting states are answers.
 
-  `narvl_jax.decoding.constraint.Automaton` is one; walks begin in state 0.
+  Examples are a trie of answers, and "exactly four coordinates". It is stored
+  as a list of E edges: a table of states by tokens would be too large for
+  thousands of answers over tens of thousands of tokens.
+
+  Attributes:
+    source: int32 [E] state that an edge leaves.
+    token: int32 [E] its label; the edges that leave a state differ in it.
+    target: int32 [E] state that it enters.
+    accepting: bool [S] states in which an answer may end.
   """
 
-  @property
-  def source(self) -> np.ndarray | jax.Array:
-    """int32 [E] state that an edge leaves."""
-    ...
-
-  @property
-  def token(self) -> np.ndarray | jax.Array:
-    """int32 [E] label that it takes; no two edges of a state share one."""
-    ...
-
-  @property
-  def target(self) -> np.ndarray | jax.Array:
-    """int32 [E] state that it enters."""
-    ...
-
-  @property
-  def accepting(self) -> np.ndarray | jax.Array:
-    """bool [S] states in which an answer may end."""
-    ...
+  source: np.ndarray | jax.Array
+  token: np.ndarray | jax.Array
+  target: np.ndarray | jax.Array
+  accepting: np.ndarray | jax.Array
 
 
 class QueriesNeeded(NamedTuple):
-  """Least number of queries that complete an answer.
+  """Least number of further queries that complete an answer.
 
   Attributes:
-    from_state: int32 [S] if the last query said blank, or none spoke yet.
-    after_edge: int32 [E] if the last query said the label of the edge; a label
-      that follows itself needs a blank between where repeats are merged.
+    from_state: int32 [S], if the last query emitted blank or there was none.
+    after_edge: int32 [E], if the last query emitted the label of the edge.
+      Where repeats are merged, an equal label needs a blank before it.
   """
 
   from_state: jax.Array
@@ -51,15 +46,15 @@ class QueriesNeeded(NamedTuple):
 
 
 def queries_needed(
-  automaton: LabelAutomaton, merge_repeats: Any, num_queries: int
+  automaton: Automaton, merge_repeats: Any, num_queries: int
 ) -> QueriesNeeded:
-  """Returns what the rest of an answer takes, up to a bound.
+  """Returns how many queries the rest of an answer needs.
 
   Args:
     automaton: with E edges and S states.
     merge_repeats: bool scalar.
-    num_queries: the bound; what needs more counts as more, up to
-      `UNREACHABLE`.
+    num_queries: up to this number the result is exact; above it is some larger
+      number, at most `UNREACHABLE`.
   """
   source, token, target, accepting = as_arrays(automaton)
   states = accepting.shape[0]
@@ -68,7 +63,7 @@ def queries_needed(
   never = jnp.full(states, UNREACHABLE, jnp.int32)
 
   def least(values: jax.Array) -> jax.Array:
-    """The least of the edges that leave each state."""
+    """Returns the minimum over the edges that leave each state."""
     return never.at[source].min(values)
 
   def step(_: Any, after: jax.Array) -> jax.Array:
@@ -94,7 +89,7 @@ def queries_needed(
 
 
 def as_arrays(
-  automaton: LabelAutomaton,
+  automaton: Automaton,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Returns source, token, target and accepting on the device."""
   return (

@@ -1,8 +1,8 @@
 """Batch and vocabulary split over the axes of a device mesh.
 
-What is split runs under `jax.shard_map`, one program per device, so that no
-collective appears but those written here. Without a mesh in the context, or
-with axes of size 1, nothing is split and the same code runs as it is.
+Split computations run under `jax.shard_map`, one program per device, so that
+the only collectives are those written here. Without a mesh in the context, or
+with axes of size 1, nothing is split, and the same code runs directly.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from narvl_jax.query_ctc.log_space import Normalizer, zero_if_none
 class MeshAxes:
   """Names of the mesh axes over which logits and table are split.
 
-  They count as far as the mesh of `jax.set_mesh` has them.
+  Names that the mesh of `jax.set_mesh` does not have are ignored.
 
   Attributes:
-    batch: axes that share the examples of [B, N, V].
-    vocab: axis that shares the classes, None for none.
-    width: the one of `batch` that shares the columns of the table [V, D],
+    batch: axes that split the examples of [B, N, V].
+    vocab: axis that splits the classes, None for none.
+    width: the axis of `batch` that splits the columns of the table [V, D],
       None for none. The table is gathered over it, as under fsdp, and its
-      gradient scattered.
+      gradient is scattered.
   """
 
   batch: tuple[str, ...] = ()
@@ -39,13 +39,13 @@ class MeshAxes:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """The axes of `MeshAxes` that split a given array.
+  """The axes of `MeshAxes` that split given arrays.
 
-  The methods besides `run` are for the program of one device.
+  All methods but `run` are called in the program of one device.
 
   Attributes:
-    batch: mesh axes.
-    vocab: mesh axis, None if every device has all classes.
+    batch: mesh axes of the examples.
+    vocab: mesh axis of the classes, None if every device has all classes.
     width: mesh axis of the columns of the table's gradient, None for none.
   """
 
@@ -55,22 +55,22 @@ class Split:
 
   @property
   def rows(self) -> PartitionSpec:
-    """Of an array whose first axis is the batch."""
+    """Spec of an array whose first axis is the batch."""
     return PartitionSpec(self.batch or None)
 
   @property
   def logits(self) -> PartitionSpec:
-    """Of [B, N, V]."""
+    """Spec of [B, N, V]."""
     return PartitionSpec(self.batch or None, None, self.vocab)
 
   @property
   def table(self) -> PartitionSpec:
-    """Of [V, D], with all columns."""
+    """Spec of [V, D], with all columns."""
     return PartitionSpec(self.vocab)
 
   @property
   def table_gradient(self) -> PartitionSpec:
-    """Of the gradient of [V, D]."""
+    """Spec of the gradient of [V, D]."""
     return PartitionSpec(self.vocab, self.width)
 
   def run(
@@ -80,20 +80,20 @@ class Split:
     in_specs: tuple[PartitionSpec, ...],
     out_specs: Any,
   ) -> Any:
-    """Calls a function on the part of every device.
+    """Calls a function on the parts of every device.
 
-    Specs hold for all arrays of an argument.
+    A spec applies to all arrays of its argument.
     """
     if not self.batch and self.vocab is None:
       return function(*args)
-    # Replication over the other axes follows from the collectives; the check
-    # of it knows no loops that start from constants.
+    # Replication over the other axes follows from the collectives. JAX's check
+    # of it does not support loops that start from constants.
     return jax.shard_map(
       function, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )(*args)
 
   def first_class(self, local_classes: int) -> int | jax.Array:
-    """Returns the id of the first class that this device has."""
+    """Returns the id of this device's first class."""
     if self.vocab is None:
       return 0
     return jax.lax.axis_index(self.vocab) * local_classes
@@ -101,7 +101,7 @@ class Split:
   def true_classes(
     self, vocab_size: int, local_classes: int
   ) -> int | jax.Array:
-    """Returns how many of the classes of this device are no padding."""
+    """Returns how many classes of this device are not padding."""
     if self.vocab is None:
       return vocab_size
     if local_classes * jax.lax.axis_size(self.vocab) == vocab_size:
@@ -110,7 +110,7 @@ class Split:
     return jnp.clip(vocab_size - first, 0, local_classes)
 
   def local_ids(self, ids: jax.Array, local_classes: int) -> jax.Array:
-    """Returns class ids as this device counts; `local_classes` if absent."""
+    """Returns class ids relative to this device; `local_classes` if absent."""
     if self.vocab is None:
       return ids
     ids = ids - self.first_class(local_classes)
@@ -118,20 +118,20 @@ class Split:
     return jnp.where(here, ids, local_classes)
 
   def sum_over_classes(self, x: Any) -> Any:
-    """Adds up what the devices found in their classes."""
+    """Sums over the devices that split the classes."""
     return x if self.vocab is None else jax.lax.psum(x, self.vocab)
 
   def sum_over_batch(self, x: jax.Array) -> jax.Array:
-    """Adds up the table's gradient [V, D]; leaves the own columns."""
+    """Sums the table's gradient [V, D]; returns this device's columns."""
     if self.width is not None:
-      # Parts first: XLA for TPUs would sum all columns and then drop most.
+      # Split explicitly: XLA for TPUs would sum all columns and drop most.
       parts = x.reshape(len(x), jax.lax.axis_size(self.width), -1)
       x = jax.lax.psum_scatter(parts.swapaxes(0, 1), self.width)
     rest = tuple(name for name in self.batch if name != self.width)
     return jax.lax.psum(x, rest) if rest else x
 
   def join(self, part: Normalizer) -> Normalizer:
-    """Joins the normalizers over the classes of every device."""
+    """Combines the devices' normalizers to that over all classes."""
     if self.vocab is None:
       return part
     shift = jax.lax.pmax(part.shift, self.vocab)
@@ -144,13 +144,13 @@ def split_of(
 ) -> Split:
   """Returns how the mesh of the context splits [batch_size, N, classes].
 
-  A batch that does not divide by its axes is not split, nor is a width.
+  A batch or a width that does not divide by its axes is not split.
 
   Raises:
     UserError: the classes do not divide by their axis.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  # Inside a shard_map the arrays are parts already.
+  # Inside a shard_map, arrays are already split over the manual axes.
   sizes = {
     name: size
     for name, size in mesh.shape.items()

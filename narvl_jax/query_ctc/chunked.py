@@ -1,10 +1,10 @@
-"""The head that never has the logits: they are made in chunks of classes.
+"""The head for decoder states and table: logits in chunks of classes.
 
-From decoder states [B, N, D] and the vocabulary table [V, D] to the loss and
-the gradients of both. The backward pass computes every chunk again, which
-costs one matrix product more than keeping the logits; in return no array of
-[B, N, V] exists. The rows may be split over a mesh axis; then [B, N],
-[B, N, L+1] and, for the gradient of the states, [B, N, D] numbers cross it.
+No array [B, N, V] exists: every chunk of the logits is computed, reduced and
+dropped, and the backward pass computes it again. That costs one matrix product
+more than storing the logits. The rows of the table may be split over a mesh
+axis. The communication over it is [B, N], [B, N, L+1] and, for the gradient of
+the states, [B, N, D] numbers.
 
 Letters: m = B * N queries of the batch, c classes of a chunk, d width.
 """
@@ -23,12 +23,12 @@ from narvl_jax.query_ctc.log_space import Normalizer, zero_if_none
 
 @dataclasses.dataclass(frozen=True)
 class ChunkedLogits:
-  """Logits that are not computed: states @ table.T, without the product.
+  """The logits states @ table.T, to be computed in chunks.
 
   Attributes:
-    states: [B, N, D], the dtype of the matrix products.
+    states: [B, N, D]; the matrix products have their dtype.
     table: [V, D].
-    chunk_size: at most so many classes at a time.
+    chunk_size: most classes at a time.
   """
 
   states: jax.Array
@@ -43,12 +43,12 @@ class ChunkedLogits:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkedHead:
-  """See `compact.Head`; the inputs are states [B, N, D] and table [V, D].
+  """A `compact.Head` whose inputs are states [B, N, D] and table [V, D].
 
   Attributes:
     vocab_size: number of true classes.
-    chunk_size: classes at a time.
-    split: of batch and classes.
+    chunk_size: most classes at a time.
+    split: how batch and classes are split.
   """
 
   vocab_size: int
@@ -58,7 +58,7 @@ class ChunkedHead:
   def summarize(
     self, inputs: tuple[jax.Array, jax.Array], columns: jax.Array
   ) -> Summary:
-    """Returns what the loss needs to know of the logits."""
+    """See `compact.Head`."""
     split = self.split
 
     def local(
@@ -66,7 +66,7 @@ class ChunkedHead:
     ) -> Summary:
       size = split.true_classes(self.vocab_size, len(table))
       part = _normalizer(states, table, size, self.chunk_size)
-      # The sum of the logits is the product with the sum of the rows.
+      # The sum of the logits is the product of states and summed rows.
       true_row = jnp.arange(len(table))[:, None] < size
       row_sum = jnp.sum(
         jnp.where(true_row, table, 0), axis=0, dtype=jnp.float32
@@ -86,7 +86,7 @@ class ChunkedHead:
     return split.run(
       local,
       states,
-      # The cast before the split: what fsdp gathers is then half as much.
+      # Cast before the split, so that fsdp gathers half as many bytes.
       table.astype(states.dtype),
       columns,
       in_specs=(split.rows, split.table, split.rows),
@@ -103,7 +103,7 @@ class ChunkedHead:
       states: jax.Array, table: jax.Array, gradient: LogitGradient
     ) -> tuple[jax.Array, jax.Array]:
       size = split.true_classes(self.vocab_size, len(table))
-      # They share the products with all others: zero times NaN is NaN.
+      # All examples share the products, and zero times NaN is NaN.
       states = jnp.where(gradient.live[:, None, None], states, 0)
       d_states, d_table = _softmax_gradient(
         states, table, gradient, size, self.chunk_size
@@ -113,7 +113,7 @@ class ChunkedHead:
       d_states -= _product("bnk,bkd->bnd", gradient.taken, rows)
       d_rows = _product("bnk,bnd->bkd", gradient.taken, states)
       d_table = d_table.at[columns].add(-d_rows, mode="drop")
-      # Half precision crosses the mesh as such, like all other gradients.
+      # Gradients are communicated in the compute type, as everywhere.
       d_states = split.sum_over_classes(d_states.astype(states.dtype))
       return d_states, split.sum_over_batch(d_table.astype(states.dtype))
 
@@ -132,7 +132,7 @@ class ChunkedHead:
 def _normalizer(
   states: jax.Array, table: jax.Array, vocab_size: Any, chunk_size: int
 ) -> Normalizer:
-  """Normalizer of the logits [B, N] with a running maximum."""
+  """Returns the normalizer [B, N] of the logits, with a running maximum."""
   b, n, d = states.shape
   flat = states.reshape(b * n, d)
 
@@ -162,7 +162,7 @@ def _softmax_gradient(
   vocab_size: Any,
   chunk_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-  """Gradients of states and table from all but the columns, fp32."""
+  """Returns float32 gradients of states and table, without the columns."""
   b, n, d = states.shape
   flat = states.reshape(b * n, d)
   normalizer = jax.tree.map(lambda x: x.reshape(b * n, 1), gradient.normalizer)
@@ -173,14 +173,14 @@ def _softmax_gradient(
     carry: tuple[jax.Array, jax.Array], rows: jax.Array, mask: Any, first: Any
   ) -> tuple[jax.Array, jax.Array]:
     d_states, d_table = carry
-    # Padding of the table may hold anything: zero times NaN is NaN.
+    # Padding of the table may hold NaN, and zero times NaN is NaN.
     rows = mask(rows.T, 0).T
     z = _product("md,cd->mc", flat, rows)
     g = scale * jnp.exp(normalizer.log_probs(z)) + offset
     g = mask(g, 0.0).astype(flat.dtype)
     d_states += _product("mc,cd->md", g, rows)
     d_rows = _product("mc,md->cd", g, flat)
-    # Added, as the last chunk may overlap the one before.
+    # Added, since the last chunk may overlap the one before.
     d_rows += jax.lax.dynamic_slice_in_dim(d_table, first, len(rows))
     return d_states, jax.lax.dynamic_update_slice_in_dim(
       d_table, d_rows, first, 0
@@ -201,22 +201,23 @@ def _over_chunks(
   vocab_size: Any,
   chunk_size: int,
 ) -> Any:
-  """Runs `add(carry, rows, mask, first)` over the table.
+  """Folds `add(carry, rows, mask, first)` over chunks of the table.
 
   Args:
-    add: takes the rows [C, D] from row `first` on, and a function that puts a
-      number into what does not count of [M, C]; returns the next carry.
-    carry: the first one.
+    add: returns the next carry. It takes the rows [C, D] from row `first` on,
+      and a function mask(x [M, C], fill) that fills the columns of padding and
+      of rows that an earlier chunk had.
+    carry: initial value.
     table: [V, D].
     vocab_size: number of true classes.
-    chunk_size: C is at most this.
+    chunk_size: upper bound of C.
   """
   classes = len(table)
   steps = -(-classes // chunk_size)
   size = -(-classes // steps)
 
   def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
-    # All chunks have one size: the last one starts early enough.
+    # All chunks have the same size, so the last one may start earlier.
     first = jnp.minimum(index * size, classes - size)
     rows = jax.lax.dynamic_slice_in_dim(table, first, size)
 
@@ -232,10 +233,10 @@ def _over_chunks(
 
 
 def _rows_at(table: jax.Array, ids: jax.Array) -> jax.Array:
-  """Returns the rows [B, L+1, D]; zeros for an id beyond the table."""
+  """Returns the rows [B, L+1, D]; zeros for an id outside of the table."""
   return table.at[ids].get(mode="fill", fill_value=0)
 
 
 def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-  """Returns an einsum with float32 sums."""
+  """Returns an einsum that accumulates in float32."""
   return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)

@@ -1,11 +1,9 @@
-"""CTC over a large vocabulary by way of the few classes that matter.
+"""CTC over a large vocabulary, computed on the few classes of the target.
 
-A target of L labels touches L+1 classes: blank and the labels. The alignment
-is solved on their log-probabilities alone; the gradient goes back to all V
-classes in one pass. How the logits are summarized and where the gradient goes
-is left to a head: `dense.py` has the logits, `chunked.py` never does.
-
-Letters: b batch, n queries, l labels, k = L+1 compact classes, v vocabulary.
+A target of L labels has L+1 compact classes: blank and its labels. CTC runs on
+their log-probabilities alone; the gradient of all V classes is then written in
+one pass. A head summarizes the logits and writes the gradient: `dense.py` for
+whole logits, `chunked.py` for logits that are never stored.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -17,13 +15,13 @@ import optax
 from narvl_jax.query_ctc.log_space import LOG_ZERO, Normalizer
 from narvl_jax.query_ctc.targets import feasible, is_target
 
-# The best class of a query weighs at least exp(-12) of what stands for all
-# others; below that, digits would be lost.
+# Scores are shifted such that the best class of a query is not below -12,
+# beside an extra class of score 0. Far below, its digits would be lost.
 _LEAST_BEST = 12.0
 
 
 class Summary(NamedTuple):
-  """All that the loss needs to know of the logits, float32.
+  """Statistics of the logits from which the loss is computed, float32.
 
   Attributes:
     normalizer: [B, N] over the true classes.
@@ -37,21 +35,22 @@ class Summary(NamedTuple):
 
 
 class LogitGradient(NamedTuple):
-  """Gradient with respect to the logits, as it is before it is written out.
+  """Gradient with respect to the logits in compact form.
 
-  That of a true class is scale * softmax + offset, less `taken` at the
-  columns. Only the first of several columns with the same id takes anything.
+  The gradient of a true class is scale * softmax + offset, minus `taken` at
+  the columns. Only the first of several columns with the same id has a nonzero
+  `taken`.
 
   Attributes:
     normalizer: [B, N].
     scale: [B].
     offset: [B].
     columns: int32 [B, L+1] class ids.
-    first: int32 [B, L+1] the first column of equal id.
-    log_probs: [B, N, L+1] of the columns.
+    first: int32 [B, L+1] index of the first column with the same id.
+    log_probs: [B, N, L+1] at the columns.
     taken: [B, N, L+1].
-    live: bool [B], False for an example whose gradient is zero, whatever its
-      logits hold; its numbers above are zero.
+    live: bool [B], False for an example whose gradient is zero whatever its
+      logits hold; all of its other values are then zero.
   """
 
   normalizer: Normalizer
@@ -65,7 +64,7 @@ class LogitGradient(NamedTuple):
 
 
 class Head(Protocol):
-  """Where logits come from; hashable."""
+  """A source of logits; hashable."""
 
   @property
   def vocab_size(self) -> int:
@@ -73,7 +72,7 @@ class Head(Protocol):
     ...
 
   def summarize(self, inputs: Any, columns: jax.Array) -> Summary:
-    """Returns what the loss needs to know, given the columns [B, L+1]."""
+    """Returns the statistics of the logits; columns are int32 [B, L+1]."""
     ...
 
   def pull_back(self, inputs: Any, gradient: LogitGradient) -> Any:
@@ -89,22 +88,22 @@ def _terms(
   label_lengths: jax.Array,
   temper: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """CTC nll and mean log-probability per example, with one joint gradient.
+  """CTC nll and mean log-probability of every example.
 
-  Differentiable once, in reverse, with respect to `inputs` only.
+  Differentiable once, in reverse mode, with respect to `inputs` only.
 
   Args:
-    head: makes logits of the inputs.
+    head: source of the logits.
     blank_id: id of the blank class.
-    inputs: what the head takes.
+    inputs: inputs of the head.
     labels: [B, L] integers, right padded with any id.
     label_lengths: [B] integers.
-    temper: float32 [B], multiplies the log-probabilities.
+    temper: float32 [B], factor of the log-probabilities.
 
   Returns:
-    nll [B] and the mean of the (tempered) log-probabilities over queries and
-    true classes [B]; float32. nll is zero where infeasible; both are NaN for
-    what is no target.
+    The nll, float32 [B], and the mean of the tempered log-probabilities over
+    queries and true classes, float32 [B]. The nll is zero for an infeasible
+    target; both are NaN for an invalid one.
   """
   terms, _ = _forward(head, blank_id, inputs, labels, label_lengths, temper)
   return terms
@@ -119,21 +118,21 @@ def _forward(
   temper: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
   is_good = is_target(labels, label_lengths, head.vocab_size, blank_id)
-  # What is no target must not look like one: the training step stops at NaN.
+  # An invalid target is NaN, which the training step notices.
   temper = jnp.where(is_good, temper, jnp.nan)
   columns, first = class_columns(labels, label_lengths, blank_id)
   normalizer, total, gathered = head.summarize(inputs, columns)
   by_column = jax.tree.map(lambda x: x[:, :, None], normalizer)
-  # Rounded once.
+  # Computed in higher precision and rounded once.
   log_probs = by_column.precise_log_probs(gathered).high
   valid = jnp.arange(labels.shape[1]) < label_lengths[:, None]
-  # Examples do not interact: the gradient of the sum holds each one's own.
+  # Examples are independent: the gradient of their sum is that of each.
   log_likelihoods, pull_back = jax.vjp(
     lambda x: _log_likelihood(x, first, valid),
     temper[:, None, None] * log_probs,
   )
   (occupancy,) = pull_back(jnp.ones_like(log_likelihoods))
-  # The sum over the classes is 1 but for rounding.
+  # Removes the rounding error: the sum over the classes is 1.
   occupancy /= jnp.sum(occupancy, axis=-1, keepdims=True)
   # A target of probability zero has no posterior.
   possible = jnp.isfinite(log_likelihoods)[:, None, None]
@@ -153,9 +152,9 @@ def _backward(
   residuals: tuple[Any, ...],
   cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[Any, None, None, None]:
-  """Returns the gradient: scale * softmax + offset, less the occupancy.
+  """Returns the gradient of the inputs.
 
-  With c = temper and g = the posterior occupancy of a class:
+  With c = temper and the posterior g of a class at a query:
   d nll / dz = c (softmax - g) and d mean / dz = c (1 / V - softmax) / N.
   """
   del blank_id
@@ -164,7 +163,7 @@ def _backward(
   )
   nll_bar, mean_bar = cotangents
   nll_bar = jnp.where(ok, nll_bar, 0.0)
-  # Where nothing is asked for nothing is given, also of numbers that are NaN.
+  # A zero cotangent gives a zero gradient, even where values are NaN.
   live = (nll_bar != 0) | (mean_bar != 0)
 
   def zero_unless_live(x: jax.Array) -> jax.Array:
@@ -193,11 +192,11 @@ def _log_likelihood(
 ) -> jax.Array:
   """Log-likelihood of the target by `optax.ctc_loss`, on the compact classes.
 
-  `optax.ctc_loss` normalises over the classes it is given. Adding that
-  normaliser again accounts for the mass of all other classes, and for tempered
-  log-probabilities, which do not sum to one. Its gradient nearly cancels in the
-  same way; one more class of constant weight 1, which no label uses, keeps the
-  part that cancels as small as the probabilities themselves.
+  `optax.ctc_loss` normalises over the classes that it is given. Adding its
+  normaliser back accounts for the mass of all other classes, and for tempered
+  log-probabilities, which do not sum to one. The gradients of both nearly
+  cancel. An extra class of score 0, which no label uses, keeps the cancelling
+  part as small as the probabilities themselves.
 
   Args:
     log_probs: float32 [B, N, L+1], blank first, at most 0; may be -inf or NaN.
@@ -205,14 +204,13 @@ def _log_likelihood(
     valid: bool [B, L], False for padding.
 
   Returns:
-    float32 [B]; -inf if the target is impossible. As precise as float32
-    resolves sums of that size.
+    float32 [B], to the precision of float32; -inf if the target is impossible.
   """
-  # Finite, as optax multiplies it by zeros; so low that no logit comes near,
-  # and that the 2N + 2 of them that an alignment may add up do not overflow.
+  # Finite, since optax multiplies it by zeros. The 2N + 2 of them that an
+  # alignment may sum must not overflow.
   log_zero = -1e38 / (2 * log_probs.shape[1] + 2)
-  # Where even the best class is unlikely, only differences to it count: float32
-  # resolves them however large the logits are.
+  # Where even the best class is very unlikely, scores are relative to it, so
+  # that float32 resolves their differences whatever the size of the logits.
   best = jnp.max(log_probs, axis=-1, keepdims=True)
   excess = jnp.clip(best + _LEAST_BEST, log_zero, 0.0)
   excess = jax.lax.stop_gradient(excess)
@@ -220,7 +218,7 @@ def _log_likelihood(
   unique = first == jnp.arange(first.shape[1])
   scores = jnp.where(unique[:, None, :], scores, log_zero)
   scores = jnp.pad(scores, ((0, 0), (0, 0), (0, 1)))
-  # optax looks labels up by a product with one-hot rows, which accelerators
+  # optax looks up labels by a product with one-hot rows, which accelerators
   # would round to bfloat16 or TF32.
   with jax.default_matmul_precision("highest"):
     nll = optax.ctc_loss(
@@ -239,15 +237,15 @@ def _log_likelihood(
 def class_columns(
   labels: jax.Array, label_lengths: jax.Array, blank_id: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Vocabulary ids of the compact classes, and the first class of equal id.
+  """Returns the ids of the compact classes, and the first class of equal id.
 
-  Class 0 is blank, class l+1 the label l. Padding becomes blank.
+  Class 0 is blank, class l + 1 is label l, and padding is blank.
 
   Returns:
-    int32 [B, L+1] both.
+    Ids int32 [B, L+1], and indices of compact classes int32 [B, L+1].
   """
   valid = jnp.arange(labels.shape[1]) < label_lengths[:, None]
-  # Negative ids would count from the end; what is no target is NaN anyway.
+  # Negative ids would index from the end; such targets are NaN anyway.
   valid &= labels >= 0
   columns = jnp.pad(
     jnp.where(valid, labels, blank_id).astype(jnp.int32),

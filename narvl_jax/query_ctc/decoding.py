@@ -1,4 +1,4 @@
-"""From the classes that the queries chose to a sequence of labels."""
+"""The CTC map from one class a query to a sequence of labels."""
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ def collapse(
     blank_id: id of the blank class.
     pad_id: dropped like blank, and fills the tail of the result.
     merge_repeats: whether a run of equal ids becomes one; bool for all rows or
-      bool [B]. Tasks whose answers hold equal neighbours without room for a
-      blank between them (boxes) do not merge.
+      bool [B]. Boxes, which have equal neighbours and no queries for blanks
+      between them, do not merge.
 
   Returns:
     Ids [B, N] of the dtype of `token_ids`, left packed, and lengths int32 [B].

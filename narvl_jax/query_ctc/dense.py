@@ -1,8 +1,8 @@
-"""The head that has the logits: summary and gradient of [B, N, V].
+"""The head for whole logits [B, N, V]: their summary and gradient.
 
-No array of the size of the logits exists but the gradient, which XLA may put
-in their place. The classes may be split over a mesh axis; then [B, N] and
-[B, N, L+1] numbers cross it and nothing else.
+The only other array of the size of the logits is the gradient, which XLA may
+write in their place. The classes may be split over a mesh axis. The
+communication over it is [B, N] and [B, N, L+1] numbers.
 """
 
 import dataclasses
@@ -17,30 +17,29 @@ from narvl_jax.query_ctc.axes import Split
 from narvl_jax.query_ctc.compact import LogitGradient, Summary
 from narvl_jax.query_ctc.log_space import Normalizer, normalizer
 
-# A sum of plain exponentials is as exact as one of shifted ones if no term is
-# above exp(_LARGE), so that it is finite, and it is above _SMALL, so that what
-# underflowed does not matter.
+# A sum of exponentials needs no shift if no term is above exp(_LARGE), so that
+# it is finite, and if it is above _SMALL, so that underflow does not matter.
 _LARGE = 60.0
 _SMALL = 1e-20
 
-# Number of true classes: all that come after are padding.
+# Number of true classes; later ones are padding.
 Size = int | jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseHead:
-  """See `compact.Head`; the inputs are logits of any float dtype.
+  """A `compact.Head` whose input is logits [B, N, V] of any float dtype.
 
   Attributes:
     vocab_size: number of true classes.
-    split: of the logits.
+    split: how the logits are split.
   """
 
   vocab_size: int
   split: Split
 
   def summarize(self, inputs: jax.Array, columns: jax.Array) -> Summary:
-    """Returns what the loss needs to know of the logits."""
+    """See `compact.Head`."""
 
     def local(logits: jax.Array, columns: jax.Array) -> Summary:
       classes = logits.shape[-1]
@@ -91,17 +90,17 @@ def _summarize(
   vocab_size: Size,
   reduce: Callable[..., Any] = normalizer,
 ) -> tuple[Any, jax.Array, jax.Array]:
-  """The parts of a `Summary`.
+  """Returns the parts of a `Summary`, float32.
 
   Args:
     logits: [B, N, V].
     columns: int32 [B, L+1], at most V.
     vocab_size: number of true classes.
-    reduce: what to take of fp32 [B, N, V] over `axis`.
+    reduce: reduction of float32 [B, N, V] over `axis`.
 
   Returns:
-    Normalizer (or `reduce`) and sum over the true classes [B, N] and the
-    logits at the columns [B, N, L+1] (any number for column V), fp32.
+    The reduction and the sum over the true classes [B, N], and the logits at
+    the columns [B, N, L+1], arbitrary for column V.
   """
   z = _true_classes(logits, vocab_size, -jnp.inf)
   total = jnp.sum(_true_classes(logits, vocab_size, 0.0), axis=-1)
@@ -112,11 +111,11 @@ def _summarize(
 def _summarize_by_query(
   logits: jax.Array, columns: jax.Array, *, vocab_size: Size
 ) -> tuple[Normalizer, jax.Array, jax.Array]:
-  """`_summarize`, one query at a time.
+  """Like `_summarize`, one query at a time.
 
-  On a CPU the exponentials are stored before they are summed; those of one
-  query stay in the cache. Reading everything inside the loop also lets the
-  gradient take the memory of the logits.
+  A CPU stores the exponentials before it sums them; those of one query fit the
+  cache. Since all reads are inside the loop, the gradient can also reuse the
+  memory of the logits.
   """
 
   def scan(of_query: Callable[[jax.Array], Any]) -> Any:
@@ -133,8 +132,7 @@ def _summarize_by_query(
       lambda row: normalizer(_true_classes(row, vocab_size, -jnp.inf))
     )
 
-  # Finding the maximum first takes as long as all the rest, and is seldom
-  # needed.
+  # The maximum takes as long as all the rest, and is rarely needed.
   mass, total, gathered = scan(
     functools.partial(
       _summarize, columns=columns, vocab_size=vocab_size, reduce=_sum_exp
@@ -146,16 +144,16 @@ def _summarize_by_query(
 
 
 def _sum_exp(z: jax.Array, axis: int) -> jax.Array:
-  """Sum of exp(z); NaN if a term is above exp(_LARGE).
+  """Returns the sum of exp(z), NaN if a term is above exp(_LARGE).
 
-  The select also keeps the exponential in XLA's own parallel loop on a CPU,
-  whose library for sums would be slower.
+  On a CPU the select also keeps the exponential in a loop of XLA, which is
+  faster than the library that XLA calls for sums.
   """
   return jnp.sum(jnp.where(z <= _LARGE, jnp.exp(z), jnp.nan), axis=axis)
 
 
 def _true_classes(x: jax.Array, vocab_size: Size, fill: float) -> jax.Array:
-  """Returns x [..., V] in fp32, with `fill` in the padding of the table."""
+  """Returns x [..., V] in float32, with `fill` in the padding."""
   x = x.astype(jnp.float32)
   if isinstance(vocab_size, int) and vocab_size == x.shape[-1]:
     return x
@@ -165,11 +163,11 @@ def _true_classes(x: jax.Array, vocab_size: Size, fill: float) -> jax.Array:
 def _write_out(
   logits: jax.Array, gradient: LogitGradient, vocab_size: Size
 ) -> jax.Array:
-  """Returns the gradient as an array like the logits.
+  """Returns the gradient with shape and dtype of the logits.
 
   Args:
     logits: [B, N, V].
-    gradient: columns of V are not written.
+    gradient: its compact form; columns V are not written.
     vocab_size: number of true classes.
   """
   scale = gradient.scale[:, None, None]
@@ -178,8 +176,8 @@ def _write_out(
   normalizer = jax.tree.map(lambda x: x[:, :, None], gradient.normalizer)
   grad = scale * jnp.exp(normalizer.log_probs(z)) + offset
   grad = _true_classes(grad, vocab_size, 0.0)
-  # Written over the pass above, not added to it: one rounding, and columns of
-  # equal id all carry the value of the first.
+  # Overwritten, not added: this rounds once. Columns of equal id all have the
+  # value of the first.
   special = scale * jnp.exp(gradient.log_probs) + offset - gradient.taken
   special = jnp.take_along_axis(special, gradient.first[:, None, :], axis=-1)
   return _write(grad.astype(logits.dtype), gradient.columns, special)
@@ -194,9 +192,8 @@ def _write(x: jax.Array, columns: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _as_bits(x: jax.Array) -> jax.Array:
-  """Half-precision floats as integers, to be moved but not computed with.
+  """Returns half-precision floats as integers, for slices and scatters.
 
-  XLA's CPU backend slices and scatters half-precision arrays by way of a
-  float32 copy of the whole.
+  For these, XLA's CPU backend would copy the whole array to float32.
   """
   return x.view(jnp.uint16) if x.dtype.itemsize == 2 else x

@@ -1,4 +1,4 @@
-"""Sums of probabilities that are held as logarithms."""
+"""Sums of probabilities that are stored as logarithms."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The logarithm of zero. No finite number can stand for it: a logit may have
-# any magnitude, and an unlikely alignment is not an impossible one.
+# The logarithm of zero. A finite number would not do: a logit may have any
+# magnitude, and an unlikely alignment is not an impossible one.
 LOG_ZERO = -np.inf
-# What results show in place of a log-probability where there is no answer:
-# finite, so that it can be averaged and written as JSON.
+# Log-probability in results where there is no answer: finite, so that it can be
+# averaged and written as JSON.
 NO_ANSWER = -1e9
 
 
 class Pair(NamedTuple):
-  """A number as the sum of two float32, the second below the first's spacing.
+  """A number as an unevaluated sum of two float32, `low` far below `high`.
 
-  Alignments compete by differences of a few units between sums that may be
-  millions, where one float32 is off by as much. Gradients flow through `high`.
+  Log-likelihoods of alignments may be millions and differ by a few units,
+  which one float32 does not resolve. Gradients flow through `high`.
 
   Attributes:
     high: float32 [...]; may be -inf or NaN.
@@ -33,7 +33,7 @@ class Pair(NamedTuple):
 
   @classmethod
   def of(cls, x: jax.Array) -> Pair:
-    """Returns a pair for one float32."""
+    """Returns the pair of a float32 array."""
     return cls(x, jnp.zeros_like(x))
 
   @classmethod
@@ -49,27 +49,27 @@ class Pair(NamedTuple):
     return Pair.sum(high, low + self.low + other.low)
 
   def map(self, function: Callable[[jax.Array, float], jax.Array]) -> Pair:
-    """Returns function(high, -inf) and function(low, 0).
+    """Applies a function of (array, fill) to both parts.
 
-    The second argument is what stands for the logarithm of zero.
+    The fill is the logarithm of zero: -inf for `high`, 0 for `low`.
     """
     return Pair(function(self.high, LOG_ZERO), function(self.low, 0.0))
 
 
 @jax.custom_jvp
 def log_add(a: Pair, b: Pair) -> Pair:
-  """Returns log(exp(a) + exp(b)), with a gradient for infinite values too.
+  """Returns log(exp(a) + exp(b)).
 
-  The gradient of `jnp.logaddexp` is NaN where both are -inf. The weights of
-  this one sum to 1 however large the values are.
+  Where both are -inf, the gradient of `jnp.logaddexp` is NaN; this one is not.
+  The weights of its gradient sum to 1 whatever the size of the values.
 
   Args:
     a: below +inf; NaN gives NaN.
-    b: the same.
+    b: like a.
   """
   gap = _difference(a, b)
   high = jnp.where(gap >= 0, a.high, b.high)
-  # NaN on either side must not lose a comparison.
+  # A comparison with NaN is false and would drop it.
   high = jnp.where(jnp.isnan(gap), gap, high)
   low = jnp.where(gap >= 0, a.low, b.low)
   return Pair.sum(high, low + jnp.log1p(jnp.exp(-jnp.abs(gap))))
@@ -92,14 +92,13 @@ def _difference(a: Pair, b: Pair) -> jax.Array:
 
 
 class Normalizer(NamedTuple):
-  """A logsumexp over classes in two parts, `shift` + `log_mass`.
+  """A logsumexp over classes as the unevaluated sum `shift` + `log_mass`.
 
-  Their sum would round what matters away where logits are large: of logits
-  that are all 1e30 it is 1e30.
+  For large logits the sum itself would lose `log_mass` to rounding.
 
   Attributes:
     shift: float32 [...], near the largest logit; -inf if there is none.
-    log_mass: float32 [...], logsumexp of the logits less `shift`.
+    log_mass: float32 [...], logsumexp of the logits minus `shift`.
   """
 
   shift: jax.Array
@@ -110,7 +109,7 @@ class Normalizer(NamedTuple):
     return (logits - self.shift) - self.log_mass
 
   def precise_log_probs(self, logits: jax.Array) -> Pair:
-    """Returns the same with the rounding errors of both differences."""
+    """Like `log_probs`, with the rounding errors of both differences."""
     return Pair.sum(logits, -self.shift) + Pair.of(-self.log_mass)
 
 
@@ -125,15 +124,15 @@ def normalizer(logits: jax.Array, axis: int = -1) -> Normalizer:
 
 
 def zero_if_none(shift: jax.Array) -> jax.Array:
-  """Returns a shift that can be subtracted from -inf."""
+  """Returns the shift, 0 for -inf, so that it can be subtracted from -inf."""
   return jnp.where(shift == LOG_ZERO, 0.0, shift)
 
 
 def show_no_answer(scores: jax.Array) -> jax.Array:
   """Returns scores [..., M] with `NO_ANSWER`, or less, in place of -inf.
 
-  The number is below every other score along the last axis, so that the order
-  is kept.
+  The replacement is below all other scores along the last axis, so that it
+  does not change their order.
   """
   finite = jnp.where(jnp.isfinite(scores), scores, 0.0)
   lowest = jnp.minimum(NO_ANSWER, 2.0 * jnp.min(finite, -1, keepdims=True))

@@ -1,12 +1,12 @@
 """Query-CTC: CTC over the N parallel queries of the decoder.
 
-A decoder of N queries gives N distributions over the vocabulary and blank at
-once; the loss is the likelihood of the target over all its alignments with
-the queries. `compact.py` does the arithmetic.
+A decoder of N queries predicts N distributions over the vocabulary and blank
+in one pass. The loss is the negative log-likelihood of the target, summed over
+all its alignments with the queries. `compact.py` computes it.
 
-Instead of logits, both functions take `ChunkedLogits`, that is decoder states
-and vocabulary table, and then never compute [B, N, V] as a whole. With
-`MeshAxes` the vocabulary may be split over the devices of a mesh.
+Both functions also take `ChunkedLogits`, that is decoder states and vocabulary
+table, and then never compute [B, N, V] as a whole. With `MeshAxes` the
+vocabulary may be split over the devices of a mesh.
 """
 
 from typing import Any
@@ -49,39 +49,38 @@ def query_ctc_loss(
   mean log-probability over all queries and classes. The loss is not divided by
   the target length; `query_ctc_objective` does that.
 
-  What happens at the edges, in every variant (whole logits or
-  `ChunkedLogits`, one device or a split vocabulary, any float dtype):
+  Special cases are the same for whole logits and `ChunkedLogits`, one device
+  and a split vocabulary, and all float dtypes:
 
-  * Logits of any finite magnitude give the right loss and gradient, to the
-    precision of float32, as long as the loss is below its largest number
-    (3.4e38); beyond it the loss is +inf.
+  * Logits of any finite magnitude give the right loss to the precision of
+    float32, and +inf if it exceeds 3.4e38. So do gradients, except that where
+    log-probabilities exceed about 1e6 in magnitude, alignments of equal
+    likelihood may get unequal shares of the gradient. (`label_posterior` has
+    no such limit.)
   * An infeasible target (see `feasible`) has zero nll and zero gradient,
-    whatever the logits hold. Only m acts on it.
-  * A target of which a label is no class below `vocab_size`, or blank, or
-    whose length is outside 0..L, makes loss and gradient of its example NaN.
-    Where the values are known before tracing, it is a `UserError`.
+    whatever its logits hold. Only m contributes.
+  * A target is invalid if a label is blank or not below `vocab_size`, or if
+    its length is outside 0..L. It is a `UserError` if its values are known
+    before tracing; otherwise loss and gradient of its example are NaN.
   * A logit of -inf is a class of probability zero. A feasible target that
-    needs it at every alignment has loss +inf and a NaN gradient; with label
+    needs it in every alignment has loss +inf and a NaN gradient. With label
     smoothing, m of the example is -inf.
   * A logit of NaN or +inf, or a query whose logits are all -inf, makes loss
     and gradient of its example NaN, unless the target is infeasible.
-  * Logits of the table's padding (`vocab_size` and above) may hold anything.
+  * Logits from `vocab_size` on may hold anything.
   * B = 0 and L = 0 are allowed; N = 0 is a `UserError`.
 
-  The training step skips an update whose loss or gradient is not finite, or
-  ends the run: `config.bad_numbers`.
-
   Works under `jit`, `vmap` and sharding over the batch. Only first-order
-  reverse-mode differentiation with respect to `logits` is defined; the
-  gradient has the dtype of `logits`, all sums are fp32.
+  reverse-mode differentiation with respect to `logits` is defined. The
+  gradient has the dtype of `logits`; all sums are float32.
 
   Args:
     logits: [B, N, V], unnormalised, any float dtype; or `ChunkedLogits`.
     labels: [B, L] integers, right padded with any id; blank is not a label.
     label_lengths: [B] integers, 0 for an empty target.
     blank_id: id of the blank class.
-    vocab_size: number of true classes; logits at and after it are padding of
-      the table and take no part. None: all V classes are true.
+    vocab_size: number of true classes; later ones are padding of the table
+      and are ignored. None for all V.
     label_smoothing: in [0, 1).
     axes: mesh axes that split batch and classes.
 
@@ -118,31 +117,28 @@ def query_ctc_objective(
   example_mask: jax.Array | None = None,
   axes: MeshAxes = _WHOLE,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Training objective of a batch and what to log about it.
+  """Training objective of a batch, and its metrics.
 
   The nll of an example is divided by its target length (at least 1) and
-  smoothed as in `query_ctc_loss`, which also tells what happens at the edges;
-  the objective is the mean over the examples with `example_mask`. The others
-  add nothing to it or to its gradient, whatever they hold. Infeasible targets
-  have zero nll but stay in the divisor, and are counted.
+  smoothed as in `query_ctc_loss`. The objective is the mean over the examples
+  in `example_mask`; the others contribute nothing to it or to its gradient,
+  whatever they hold. Infeasible targets have zero nll and count in the mean.
 
-  To weight micro-batches in gradient accumulation, multiply the gradient by
-  `metrics["examples"]`, add up, and divide by the summed `examples`.
+  To weight micro-batches in gradient accumulation, sum the gradients times
+  `metrics["examples"]`, and divide by the sum of `examples`.
 
-  `confidence` c of a target acts in one of two ways:
+  `confidence` c of a target acts in one of two ways, and gets no gradient:
 
     weight: c multiplies the loss of the example.
     temper: c multiplies the log-probabilities before the alignments are
-      summed, and they are not renormalised, as the official code does. The
-      value is the official one; the gradient is that of the value, whereas
-      PyTorch's CTC returns another one wherever c is not 1.
-
-  No gradient flows into `confidence`.
+      summed, without renormalising them. The value is that of the official
+      code. The gradient is that of the value; PyTorch's CTC returns a
+      different one wherever c is not 1.
 
   Args:
-    logits: [B, N, V], unnormalised, any float dtype; or `ChunkedLogits`.
-    labels: [B, L] integers, right padded with any id; blank is not a label.
-    label_lengths: [B] integers, 0 for an empty target.
+    logits: as in `query_ctc_loss`; so are the next five arguments.
+    labels: [B, L] integers.
+    label_lengths: [B] integers.
     blank_id: id of the blank class.
     vocab_size: number of true classes, None for all V.
     label_smoothing: in [0, 1).
@@ -153,9 +149,9 @@ def query_ctc_objective(
     axes: mesh axes that split batch and classes.
 
   Returns:
-    The objective (float32 scalar) and a dict without gradient: the float32
-    scalars `loss` (the same), `nll` (the mean over examples of the nll per
-    label, without smoothing and, in mode "weight", without confidence),
+    The objective, a float32 scalar, and a dict without gradient: the float32
+    scalars `loss` (the objective), `nll` (mean of the nll per label, without
+    smoothing and, in mode "weight", without confidence),
     `infeasible_fraction` and `examples` (sum of the mask), and
     `nll_per_example`, float32 [B], the terms of `nll`.
 
@@ -176,16 +172,8 @@ def query_ctc_objective(
   )
   check_smoothing(label_smoothing)
   labels, label_lengths = as_int32(labels), as_int32(label_lengths)
-  if confidence_mode not in CONFIDENCE_MODES:
-    raise UserError(
-      f'unknown confidence mode "{confidence_mode}".'
-      f"{did_you_mean(confidence_mode, CONFIDENCE_MODES)}"
-      " Set --config.loss.confidence"
-    )
   ones = jnp.ones(logits.shape[:1], jnp.float32)
-  confidence = ones if confidence is None else confidence.astype(jnp.float32)
-  temper = confidence if confidence_mode == "temper" else ones
-  weight = confidence if confidence_mode == "weight" else ones
+  weight, temper = _split_confidence(confidence, confidence_mode, ones)
   mask = ones > 0 if example_mask is None else example_mask.astype(bool)
   examples = jnp.sum(mask, dtype=jnp.float32)
 
@@ -209,6 +197,19 @@ def query_ctc_objective(
     "nll_per_example": nll,
   }
   return loss, jax.lax.stop_gradient(metrics)
+
+
+def _split_confidence(
+  confidence: jax.Array | None, mode: str, ones: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns factors [B] of the losses and of the log-probabilities."""
+  if mode not in CONFIDENCE_MODES:
+    raise UserError(
+      f'unknown confidence mode "{mode}".{did_you_mean(mode, CONFIDENCE_MODES)}'
+      " Set --config.loss.confidence"
+    )
+  confidence = ones if confidence is None else confidence.astype(jnp.float32)
+  return (confidence, ones) if mode == "weight" else (ones, confidence)
 
 
 def check_input(
@@ -247,7 +248,7 @@ def check_input(
 def make_head(
   logits: jax.Array | ChunkedLogits, vocab_size: int, axes: MeshAxes
 ) -> tuple[Head, Any]:
-  """Returns the head for logits [B, N, V], and its inputs."""
+  """Returns the head that computes the logits, and its inputs."""
   b, _, v = logits.shape
   if isinstance(logits, ChunkedLogits):
     split = split_of(axes, b, v, width=logits.table.shape[1])
@@ -265,7 +266,7 @@ def _terms(
   vocab_size: int,
   axes: MeshAxes,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns nll and mean log-probability [B]; see `compact.ctc_terms`."""
+  """Returns nll and mean log-probability [B], see `compact.ctc_terms`."""
   head, inputs = make_head(logits, vocab_size, axes)
   return ctc_terms(head, blank_id, inputs, labels, label_lengths, temper)
 

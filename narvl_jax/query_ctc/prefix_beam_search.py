@@ -1,6 +1,6 @@
 """Prefix beam search: the likeliest label sequences, not alignments.
 
-Letters: k hypotheses, n queries, c extensions of a hypothesis, v classes.
+Letters: K hypotheses, N queries, C extensions of a hypothesis, V classes.
 """
 
 import functools
@@ -11,15 +11,14 @@ import jax.numpy as jnp
 
 from narvl_jax.errors import UserError
 from narvl_jax.query_ctc.automaton import (
-  LabelAutomaton,
+  Automaton,
   QueriesNeeded,
   as_arrays,
   queries_needed,
 )
 from narvl_jax.query_ctc.log_space import LOG_ZERO, show_no_answer
 
-# Classes beyond the best 32 of a query hold next to nothing of a trained
-# model's probability.
+# A trained model gives nearly all probability to the best 32 classes.
 _CANDIDATES = 32
 
 
@@ -31,7 +30,7 @@ class _Beam(NamedTuple):
     lengths: int32 [K].
     blank: float32 [K] log-probability of the alignments that end in blank.
     label: float32 [K] of those that end in the last label.
-    state: int32 [K] where the prefix leads in the automaton.
+    state: int32 [K] state of the automaton.
   """
 
   ids: jax.Array
@@ -53,13 +52,13 @@ class _Beam(NamedTuple):
 
 
 class _Extensions(NamedTuple):
-  """What may follow at one query.
+  """Labels that may extend the hypotheses at one query.
 
   Attributes:
     tokens: int32 [C].
     log_probs: float32 [C].
     allowed: bool [K, C].
-    target: int32 [C] state that is entered.
+    target: int32 [C] next state of the automaton.
   """
 
   tokens: jax.Array
@@ -76,49 +75,48 @@ def prefix_beam_search(
   beam_size: int,
   num_best: int = 1,
   merge_repeats: bool | jax.Array = True,
-  constraint: LabelAutomaton | None = None,
+  constraint: Automaton | None = None,
   candidates_per_query: int | None = _CANDIDATES,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns the label sequences of the highest probability.
 
   The probability of a sequence is the sum over its alignments. After every
-  query the `beam_size` likeliest prefixes are kept, and what reaches one and
-  the same prefix in different ways is added up. With a large enough beam, and
-  all candidates, the result is exact; otherwise a score is what the beam kept
-  of the sum, never more than the truth.
+  query the `beam_size` likeliest prefixes are kept, and the probabilities of
+  all ways to the same prefix are summed. With all candidates and a large
+  enough beam the result is exact. Otherwise a score lacks the alignments that
+  the beam dropped, and is a lower bound.
 
-  Where repeats are not merged every query that does not say blank is a label
-  of its own: "a a" needs no blank between, and the sum is over the places of
-  the blanks alone.
+  Where repeats are not merged, every query that does not emit blank emits a
+  label of its own: "a a" needs no blank between, and alignments differ only in
+  the places of the blanks.
 
-  With a constraint, prefixes which cannot be completed with the queries left
-  are dropped, so that even a narrow beam ends in an answer if there is one.
-  eos is a label like any other here: if targets were trained with it, the
-  constraint must hold it.
+  With a constraint, prefixes that the remaining queries cannot complete are
+  dropped, so that even a narrow beam finds an answer if there is one. eos is
+  an ordinary label: if targets were trained with it, the constraint must
+  contain it.
 
-  Works under `jit` and `vmap` for any shapes; the classes must not be split
-  over devices.
+  Works under `jit` and `vmap`; the classes must not be split over devices.
 
   Args:
-    log_probs: float [B, N, V], normalised, of any magnitude. -inf is allowed:
-      what has probability zero is never an answer. NaN in an example makes its
+    log_probs: float [B, N, V], normalised, of any magnitude. Sequences with a
+      log-probability of -inf are never returned. NaN in an example makes its
       scores NaN and its lengths 0.
     blank_id: id of the blank class.
     pad_id: never a label; fills the tail of `ids`.
-    beam_size: prefixes that are kept.
-    num_best: sequences that are returned.
+    beam_size: number of prefixes that are kept.
+    num_best: number of sequences that are returned.
     merge_repeats: bool for all examples or bool [B].
-    constraint: sequences that are allowed; None allows all.
-    candidates_per_query: without a constraint: only so many of the likeliest
-      labels of a query begin a new prefix there, None: all. What lengthens the
-      alignment of a prefix, or leads to one that is kept already, always
-      counts. With a constraint: not used, all that it allows are considered.
+    constraint: allowed sequences, None for all.
+    candidates_per_query: number of likeliest labels of a query that may begin
+      a new prefix there, None for all. Labels that extend an alignment of a
+      prefix, or lead to a prefix in the beam, always count. Ignored with a
+      constraint, which considers all labels that it allows.
 
   Returns:
     ids int32 [B, num_best, N], lengths int32 [B, num_best] and scores float32
-    [B, num_best], natural logarithms, best first. A place for which there is
-    no sequence has length 0 and the score -1e9, or less if the score of a
-    sequence is: it is below all of them.
+    [B, num_best], natural logarithms, best first. If there are fewer
+    sequences, the rest have length 0 and a score of at most -1e9 that is below
+    all others.
 
   Raises:
     UserError: a size is out of range, or there is no query.
@@ -133,7 +131,7 @@ def prefix_beam_search(
       " --config.model.num_queries to at least 1"
     )
   log_probs = log_probs.astype(jnp.float32)
-  # Comparisons with NaN would drop it somewhere in the search.
+  # The search would drop NaN, since comparisons with it are false.
   is_number = ~jnp.any(jnp.isnan(log_probs), axis=(1, 2))
   merge = jnp.broadcast_to(jnp.asarray(merge_repeats, bool), (b,))
   search = functools.partial(
@@ -182,14 +180,14 @@ def _best_labels(
 
   Args:
     log_probs: [B, N, V].
-    count: how many are wanted.
-    excluded: classes that are no labels.
+    count: number of labels.
+    excluded: classes that are not labels.
 
   Returns:
-    Classes int32 and their log-probabilities [B, N, C], and bool [B, N, C],
-    which of them count.
+    Classes int32 [B, N, C], their log-probabilities, and the mask bool
+    [B, N, C] of those that are among the likeliest labels.
   """
-  # Taking more and dropping some spares a copy of all log-probabilities.
+  # Masking a few more results avoids a masked copy of all log-probabilities.
   size = min(count + len(excluded), log_probs.shape[-1])
   values, ids = jax.lax.top_k(log_probs, size)
   labels = jnp.all(ids[..., None] != jnp.asarray(excluded), axis=-1)
@@ -204,18 +202,18 @@ def _search(
   *,
   blank_id: int,
   beam_size: int,
-  constraint: LabelAutomaton | None,
+  constraint: Automaton | None,
 ) -> _Beam:
   """Returns the last beam of one example.
 
   Args:
     log_probs: [N, V].
     merge: bool scalar.
-    best: see `_best_labels`, without the batch; only without a constraint.
-    needed: by the constraint.
+    best: from `_best_labels`, of this example; None with a constraint.
+    needed: queries that the constraint needs; None without one.
     blank_id: id of the blank class.
     beam_size: K.
-    constraint: sequences that are allowed.
+    constraint: allowed sequences.
   """
   n = log_probs.shape[0]
 
@@ -261,17 +259,17 @@ def _advance(
     beam: the beam before it.
     row: float32 [V] log-probabilities of the query.
     extensions: labels that may follow.
-    possible: bool [K], whether a prefix may stay as it is.
+    possible: bool [K], whether a prefix may stay without a new label.
     merge: bool scalar, whether repeats are merged.
     blank_id: id of the blank class.
   """
   k, c = extensions.allowed.shape
   total, last, tokens = beam.total, beam.last, extensions.tokens
-  # A repeat is a new label only after a blank.
+  # Where repeats are merged, an equal label is a new one only after a blank.
   repeats = merge & (last[:, None] == tokens)
   extended = jnp.where(repeats, beam.blank[:, None], total[:, None])
   extended += extensions.log_probs
-  # [K, K]: hypothesis j is hypothesis i and one label more.
+  # An extension that is in the beam adds to that hypothesis instead.
   child = _is_child(beam)
   known = jnp.any(child[:, :, None] & (last[None, :, None] == tokens), axis=1)
   extended = jnp.where(extensions.allowed & ~known, extended, LOG_ZERO)
@@ -301,7 +299,7 @@ def _advance(
 
 
 def _is_child(beam: _Beam) -> jax.Array:
-  """Returns bool [K, K]: [i, j] is true if j is i and one label more."""
+  """Returns bool [K, K], True at [i, j] if j extends i by one label."""
   place = jnp.arange(beam.ids.shape[1])
   equal = beam.ids[:, None] == beam.ids[None, :]
   outside = place >= beam.lengths[:, None, None]
@@ -315,9 +313,9 @@ def _is_child(beam: _Beam) -> jax.Array:
 
 
 def _results(
-  beam: _Beam, num_best: int, pad_id: int, constraint: LabelAutomaton | None
+  beam: _Beam, num_best: int, pad_id: int, constraint: Automaton | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns ids, lengths and scores of the best; beam with batch axis."""
+  """Returns ids, lengths and scores of the best; the beam is batched."""
   scores = beam.total
   if constraint is not None:
     *_, accepting = as_arrays(constraint)

@@ -1,7 +1,4 @@
-"""What logits and targets the loss accepts, and which targets fit.
-
-Letters: b batch, n queries, l labels, v vocabulary.
-"""
+"""Checks of logits and targets, and which targets fit the queries."""
 
 from typing import Any
 
@@ -14,12 +11,12 @@ from narvl_jax.errors import UserError
 
 
 def as_int32(x: Any) -> jax.Array:
-  """Returns integers of any dtype as int32, out of range ones at its ends.
+  """Returns integers of any dtype as int32, clipped to its range.
 
-  JAX converts a Python number to the dtype of the array that it meets: of int8
-  labels, 300 classes would be 44.
+  JAX converts a Python number to the dtype of the array it is compared with:
+  beside int8 labels, 300 classes would become 44.
   """
-  # Without `jax_enable_x64` JAX would cut the bits of 64-bit NumPy arrays.
+  # Without `jax_enable_x64`, JAX would cut bits off 64-bit NumPy arrays.
   library: Any = jnp if isinstance(x, jax.Array) else np
   x = library.asarray(x)
   if not jnp.issubdtype(x.dtype, jnp.integer):
@@ -35,7 +32,7 @@ def as_int32(x: Any) -> jax.Array:
 def feasible(
   labels: jax.Array, label_lengths: jax.Array, num_queries: int
 ) -> jax.Array:
-  """Whether the queries suffice for the labels: N >= L + adjacent repeats.
+  """Whether N queries can emit the labels: N >= length + adjacent repeats.
 
   Args:
     labels: [B, L] integers, right padded.
@@ -57,7 +54,7 @@ def is_target(
   vocab_size: int,
   blank_id: int | None = None,
 ) -> jax.Array:
-  """Whether the labels are classes other than blank, and the length fits.
+  """Whether all labels are classes other than blank, and lengths in 0..L.
 
   Args:
     labels: [B, L] integers, right padded with any id.
@@ -81,7 +78,7 @@ def is_target(
 def check_classes(
   classes: int, vocab_size: int | None, blank_id: int | None = None
 ) -> int:
-  """Returns the number of true classes, at most those of the logits.
+  """Returns the number of true classes.
 
   Raises:
     UserError: `vocab_size` or `blank_id` is out of range.
@@ -98,7 +95,7 @@ def check_classes(
 
 
 def check_smoothing(label_smoothing: float) -> None:
-  """Raises `UserError` for a number outside [0, 1)."""
+  """Raises UserError for a value outside [0, 1)."""
   if not 0.0 <= label_smoothing < 1.0:
     raise UserError(
       f"label smoothing {label_smoothing} is outside [0, 1); set"
@@ -115,16 +112,17 @@ def check_targets(
   example_mask: Any = None,
   confidence: Any = None,
 ) -> None:
-  """Rejects wrong targets, by their values where these are known.
+  """Rejects wrong targets.
 
-  Under a trace only shapes and dtypes are; `is_target` tells the rest.
+  Values are checked only if they are known: under a trace only shapes and
+  dtypes are, and `is_target` checks the values.
 
   Args:
     labels: [B, L] integers.
     label_lengths: [B] integers.
     vocab_size: number of true classes.
     blank_id: id of the blank class, None if there is none.
-    example_mask: [B], False for rows whose values do not count, or None.
+    example_mask: [B], False for rows whose values are not checked, or None.
     confidence: [B] or None.
 
   Raises:
@@ -166,7 +164,7 @@ def check_targets(
 
 
 def _is_known(x: Any) -> bool:
-  """Whether the values are there, and on this host."""
+  """Whether the values are known on this host."""
   if isinstance(x, jax.core.Tracer):
     return False
   return not isinstance(x, jax.Array) or x.is_fully_addressable

@@ -1,10 +1,13 @@
 """Collapse on written-out cases and against plain Python."""
 
+import doctest
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from narvl_jax import query_ctc
 from narvl_jax.query_ctc import collapse
 from tests.query_ctc import reference
 
@@ -54,3 +57,9 @@ def test_merging_by_row_matches_plain_python_inside_jit():
     )
     assert packed[i, : lengths[i]].tolist() == expected
     assert np.all(packed[i, lengths[i] :] == PAD)
+
+
+def test_the_example_of_the_package_runs():
+  found = doctest.testmod(query_ctc)
+  assert found.attempted > 5
+  assert not found.failed

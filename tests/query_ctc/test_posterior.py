@@ -6,6 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from narvl_jax.query_ctc import ChunkedLogits, label_posterior
 from tests.query_ctc import reference
@@ -119,3 +120,16 @@ def test_has_no_gradient() -> None:
     return jnp.sum(posterior**2)
 
   assert not np.any(jax.grad(total)(table))
+
+
+@pytest.mark.parametrize("magnitude", [1e3, 1e6, 1e9])
+def test_equal_alignments_have_equal_shares(magnitude: float) -> None:
+  """All queries are alike, so that alignments of "0 1" with 6 blanks tie."""
+  row = -magnitude * jnp.array([1.2345, 0.777, 0.0, 0.2])
+  posterior = label_posterior(
+    jnp.tile(row, (1, 8, 1)), jnp.array([[0, 1]]), jnp.array([2]), blank_id=3
+  )
+  # Of 28 pairs of queries, 7 - i have the first label at query i.
+  np.testing.assert_allclose(
+    posterior[0, :, 0], np.arange(7, -1, -1) / 28, atol=1e-5
+  )
