@@ -1,4 +1,4 @@
-"""Meshes, logical axis rules and batch placement."""
+"""The device mesh, and the placement of parameters and batches on it."""
 
 from narvl_jax.parallel.batches import (
   local_rows,

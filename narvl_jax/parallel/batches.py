@@ -1,4 +1,4 @@
-"""Batches on several hosts: each makes only the rows that its devices need."""
+"""Batches on several hosts: each creates only the rows of its devices."""
 
 import bisect
 import itertools
@@ -15,15 +15,15 @@ from narvl_jax.parallel.sharding import batch_sharding
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
   """Returns which rows of a global batch the devices of this host need.
 
-  Hosts that share a part of the batch, because the tensor axis runs across
-  them, need the same rows; those of one host need not be neighbours.
+  Hosts need the same rows if the tensor axis runs across them. The rows of a
+  host need not be contiguous.
 
   Args:
     mesh: the device mesh.
-    batch_size: of all hosts together; divides by the data-parallel size.
+    batch_size: rows of all hosts; divisible by the data-parallel size.
 
   Returns:
-    R row numbers in rising order.
+    R row numbers in ascending order.
   """
   shape = (batch_size,)
   indices = batch_sharding(mesh).addressable_devices_indices_map(shape)
@@ -41,12 +41,12 @@ def shard_batch(
   """Places host arrays on the mesh, split along the leading axis.
 
   Args:
-    batch: arrays [R, ...], the rows that `local_rows` names.
+    batch: arrays [R, ...], the rows that `local_rows` returns.
     mesh: the device mesh.
-    batch_size: B of all hosts together; R if None, which fits one host.
+    batch_size: B, rows of all hosts; may be None on a single host.
 
   Returns:
-    Arrays [B, ...]; B must divide by the data-parallel size.
+    Arrays [B, ...]; B must be divisible by the data-parallel size.
   """
   sharding = batch_sharding(mesh)
   if sharding.is_fully_addressable:
@@ -69,7 +69,7 @@ def local_values(array: jax.Array, rows: Sequence[int]) -> np.ndarray:
 
   Args:
     array: [B, ...], split by `batch_sharding`.
-    rows: what `local_rows` returns for it.
+    rows: from `local_rows`.
 
   Returns:
     [R, ...].
@@ -82,7 +82,7 @@ def local_values(array: jax.Array, rows: Sequence[int]) -> np.ndarray:
 
 
 def _positions(rows: Sequence[int], part: slice, batch_size: int) -> slice:
-  """Returns where a run of global rows is among those of this host."""
+  """Returns the position of global rows among those of this host."""
   start, stop, _ = part.indices(batch_size)
   first = bisect.bisect_left(rows, start)
   return slice(first, first + stop - start)

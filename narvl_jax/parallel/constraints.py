@@ -1,4 +1,4 @@
-"""What modules say of their arrays, so that the compiler moves the right ones.
+"""Sharding constraints of the arrays in a module, by logical axis names.
 
 They have no effect unless the program is traced under `jax.set_mesh` and
 `flax.linen.logical_axis_rules(activation_rules(...))`.
@@ -18,14 +18,14 @@ from narvl_jax.parallel.rules import partition_spec, resolve
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Says how an activation is split.
+  """Constrains how an activation is split.
 
-  Without it the compiler may follow the sharding of a weight and gather the
+  Without it, the compiler may follow the sharding of a weight and gather the
   batch.
 
   Args:
     x: an array.
-    *names: logical axis of every dimension, None for one that is whole.
+    *names: logical axis of every dimension, None if it is not split.
   """
   spec = _resolve(names, x.shape)
   if spec is None:
@@ -36,19 +36,19 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def gathered(
   weight: jax.Array, dtype: Any, *names: str | None, scatter: bool = True
 ) -> jax.Array:
-  """Casts a weight to the compute type and gathers it where it is used.
+  """Casts a weight to the compute type, then gathers it over `fsdp`.
 
-  What travels is of that type: the weight on its way here, and its gradient,
-  which is scattered to where the weight is stored.
+  The weight and its gradient are communicated in the compute type. The
+  gradient is scattered to where the weight is stored.
 
   Args:
-    weight: as it is stored, float32.
-    dtype: of the result.
-    *names: logical axes by which it is stored, one for every dimension. The
-      result stays split over `tensor` only.
-    scatter: whether the gradient is summed and scattered at once. False where
-      that would split what is not a product with the batch: lookups, and
-      what is computed of positions alone.
+    weight: float32, as it is stored.
+    dtype: dtype of the result.
+    *names: logical axis of every dimension. The result stays split over
+      `tensor` only.
+    scatter: whether the gradient is summed and scattered in one operation.
+      Set False for weights that are not multiplied with the batch: lookups,
+      and products with positions alone.
   """
   spec = _resolve(names, weight.shape)
   if spec is None:
@@ -66,14 +66,14 @@ def gathered(
 def per_device(x: jax.Array, *names: str | None) -> jax.Array:
   """Repeats an array once for every part of the batch.
 
-  The gradient of what all examples share is summed over the devices as soon
-  as it is computed. With a copy each, the sum waits until here; so an
-  attention bias, which is large, costs no communication, only the small
-  tables that it is made of.
+  The gradient of an array that all examples share is summed over the devices
+  where the array is used. With a copy for each part, it is summed here
+  instead. Large attention biases then need no communication, only the small
+  tables that they are computed from.
 
   Args:
     x: [...].
-    *names: logical axis of every dimension, None for one that is whole.
+    *names: logical axis of every dimension, None if it is not split.
 
   Returns:
     [G, ...]; G is 1 outside of a mesh.
@@ -130,7 +130,7 @@ def _resolve(
   if mesh.empty or not rules or mesh.size == 1:
     return None
   known = {name for name, _ in rules}
-  # Where rules leave a name out, what bears it is not split.
+  # A name without a rule is not split.
   given = tuple(name if name in known else None for name in names)
   spec, _ = resolve(given, shape, mesh.shape, rules)
   return spec

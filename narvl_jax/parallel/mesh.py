@@ -1,8 +1,8 @@
-"""The device mesh: axes `data`, `fsdp` and `tensor`, and slices of a pod.
+"""The device mesh: axes `data`, `fsdp` and `tensor`, and several slices.
 
-`data` repeats the parameters and splits the batch, `fsdp` splits both,
+`data` splits the batch and replicates the parameters, `fsdp` splits both, and
 `tensor` splits heads, feed-forward blocks and vocabulary. Slices are pods that
-only a data-centre network connects: `data` runs across them.
+are connected only by a data-centre network; `data` runs across them.
 """
 
 import itertools
@@ -19,9 +19,9 @@ from jax.sharding import AxisType, Mesh
 from narvl_jax.errors import UserError
 
 AXES: tuple[str, ...] = ("data", "fsdp", "tensor")
-# The axes that share a batch.
+# The axes that split the batch.
 BATCH_AXES: tuple[str, ...] = ("data", "fsdp")
-# The axes over which loss and decoding share the rows and the columns of the
+# The axes over which loss and decoding split the rows and the columns of the
 # vocabulary table.
 VOCAB_AXIS = "tensor"
 WIDTH_AXIS = "fsdp"
@@ -38,23 +38,23 @@ def make_mesh(
   slices: int = -1,
   devices: Sequence[Any] | None = None,
 ) -> Mesh:
-  """Builds the mesh; neighbours in it are neighbours in the network.
+  """Builds the mesh, with neighbours in it close to each other in the network.
 
   Args:
-    data: size of the axis, over all slices; -1 takes what the others leave.
+    data: size of the axis, over all slices; -1 for all remaining devices.
     fsdp: size of the axis, or -1.
     tensor: size of the axis, or -1.
-    slices: number of slices, -1 for what the devices say. CPU devices, which
-      belong to none, are dealt out, so that a program can be tried.
-    devices: those to use, all by default. One process may leave some of its
-      own out.
+    slices: number of slices, -1 for those that the devices report. CPU devices
+      are divided into any number of slices, to try a program.
+    devices: devices to use; all by default. A single process may leave out
+      some of its own.
 
   Returns:
-    A mesh whose axis types are Auto: logical constraints of Flax modules need
-    the compiler to propagate shardings.
+    A mesh with axes of type Auto: logical constraints of Flax modules need the
+    compiler to propagate shardings.
 
   Raises:
-    UserError: the sizes do not fit the devices; names the nearest that do.
+    UserError: the sizes do not fit the devices. It names the nearest that do.
   """
   devices = list(jax.devices() if devices is None else devices)
   hosts = {device.process_index for device in devices}
@@ -85,7 +85,7 @@ def make_mesh(
 def mesh_from_config(
   settings: Any, devices: Sequence[Any] | None = None
 ) -> Mesh:
-  """Builds the mesh that `config.mesh` asks for; see `make_mesh`."""
+  """Builds the mesh of `config.mesh`, see `make_mesh`."""
   return make_mesh(
     settings.data,
     settings.fsdp,
@@ -106,14 +106,14 @@ def resolve_shape(
   """Returns the sizes of the axes with -1 inferred.
 
   Args:
-    data: size of the axis; so are the next two. At most one is -1.
-    fsdp: see `data`.
-    tensor: see `data`.
+    data: size of the axis; at most one of the three is -1.
+    fsdp: size of the axis.
+    tensor: size of the axis.
     device_count: number of devices.
     every_device: whether all of them must be used.
 
   Raises:
-    UserError: no such mesh; names the nearest that there is.
+    UserError: the sizes do not fit. It names the nearest that do.
   """
   asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
   fixed = math.prod(size for size in asked.values() if size != -1)
@@ -143,7 +143,7 @@ def resolve_shape(
 
 
 def shapes_of(device_count: int) -> Iterator[dict[str, int]]:
-  """Yields every mesh shape of so many devices."""
+  """Yields every mesh shape for a number of devices."""
   divisors = [n for n in range(1, device_count + 1) if device_count % n == 0]
   for fsdp, tensor in itertools.product(divisors, divisors):
     if device_count % (fsdp * tensor) == 0:
@@ -156,8 +156,8 @@ def nearest_shape(
 ) -> dict[str, int] | None:
   """Returns the candidate whose sizes differ by the smallest factors.
 
-  `data` counts little, since it changes neither memory nor rules; an axis of
-  -1 may have any size.
+  `data` has a small weight, since it affects neither memory nor rules. An axis
+  of -1 may have any size.
   """
 
   def distance(shape: MeshShape) -> float:
@@ -172,7 +172,7 @@ def nearest_shape(
 
 
 def data_parallel_size(mesh: Mesh) -> int:
-  """Returns the number of parts that a batch is split into."""
+  """Returns the number of parts into which a batch is split."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 

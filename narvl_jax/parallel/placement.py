@@ -1,4 +1,4 @@
-"""Places every parameter by the rules, and checks the result."""
+"""Placement of every parameter by the rules, and checks of the result."""
 
 import dataclasses
 import math
@@ -27,20 +27,19 @@ from narvl_jax.parallel.rules import (
   resolve,
 )
 
-# Share of the parameter bytes that may lie on every device, biases and scales
-# aside.
+# Largest replicated share of the parameter bytes, without biases and scales.
 MAX_REPLICATED = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """Where one parameter lies.
+  """Placement of one parameter.
 
   Attributes:
     path: such as `params/encoder/layers/ffn/fc1_kernel`.
-    shape: of the whole array.
-    names: logical name of every dimension, None for one that has none.
-    spec: mesh axes of every dimension, () for one that is not split.
+    shape: shape of the whole array.
+    names: logical name of every dimension, None if it has none.
+    spec: mesh axes of every dimension, () if it is not split.
     itemsize: bytes of an element.
   """
 
@@ -52,12 +51,12 @@ class Placement:
 
   @property
   def partition_spec(self) -> PartitionSpec:
-    """The same for jax."""
+    """`spec` as a `PartitionSpec`."""
     return partition_spec(self.spec)
 
   @property
   def is_vector(self) -> bool:
-    """Whether it is a bias or a scale, or a stack of these."""
+    """Whether the array is a bias or a scale, or a stack of these."""
     return len([name for name in self.names if name != "layers"]) < 2
 
   @property
@@ -80,21 +79,20 @@ class Placement:
 def place(
   boxed: Any, mesh_shape: MeshShape, rules: Iterable[Any]
 ) -> list[Placement]:
-  """Places every parameter, and checks that this is what one could want.
+  """Places every parameter, and checks the placements.
 
   Args:
     boxed: nested shapes of variables, boxed with `nn.with_logical_partitioning`
-      or not; dimensions without a name are not split.
-    mesh_shape: axis -> size; a mesh's `shape`.
+      or not. Dimensions without a name are not split.
+    mesh_shape: axis -> size, the `shape` of a mesh.
     rules: see `narvl_jax.parallel.rules`.
 
   Returns:
     The placements in the order of the tree.
 
   Raises:
-    UserError: a dimension without a rule, a rule without a dimension, or too
-      much that is not split. Each names the nearest mesh that works, if there
-      is one.
+    UserError: no rule applies to a dimension, a rule is never used, or too
+      many bytes are replicated. It names the nearest mesh that works, if any.
   """
   rules = check_rules(rules)
   try:
@@ -146,7 +144,7 @@ def _place(
 def _check_used(
   rules: tuple[Rule, ...], used: set[int], known: set[str]
 ) -> None:
-  """Checks that every rule has an effect somewhere."""
+  """Checks that every rule applies to some array."""
   names = {*known, *ACTIVATION_AXES}
   for index, (name, axes) in enumerate(rules):
     if index in used or name in ACTIVATION_AXES:
@@ -156,7 +154,7 @@ def _check_used(
         f'mesh.rules: ("{name}", {axes!r}) is never used: no array has such'
         f" an axis.{did_you_mean(name, names)}"
       )
-    # A second choice is there for other meshes.
+    # A second rule for a name may be needed on other meshes.
     if not any(rule[0] == name for rule in rules[:index]):
       raise UserError(
         f'mesh.rules: ("{name}", {axes!r}) is never used: its mesh axis is'
@@ -167,11 +165,11 @@ def _check_used(
 def _check_replicated(
   placements: list[Placement], mesh_shape: MeshShape
 ) -> None:
-  """Checks that what should be split is, but for a small rest."""
+  """Checks that few bytes of the parameters are replicated."""
   if mesh_shape["fsdp"] * mesh_shape["tensor"] == 1:
     return
   parameters = [p for p in placements if p.path.startswith("params/")]
-  # What the rules give to `fsdp` is whole by intention where there is none.
+  # With fsdp=1, arrays that the rules assign to `fsdp` are whole on purpose.
   whole = [
     p
     for p in parameters

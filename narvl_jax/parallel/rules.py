@@ -1,11 +1,11 @@
 """Rules that place parameters: logical axis names to mesh axes.
 
 A rule is a pair (logical axis name, mesh axis or None). Rules are tried from
-the first to the last. A rule applies to a dimension of its name if no earlier
-one has, if its mesh axis is still free in the array, and if the size of the
-mesh axis divides the dimension; so a second rule of a name is what happens
-where the first cannot apply. A dimension that is left without a rule is an
-error: nothing is replicated in silence.
+first to last. A rule applies to a dimension of its name if no earlier rule
+did, if no other dimension of the array uses its mesh axis, and if the size of
+the mesh axis divides the dimension. A later rule of the same name is therefore
+a fallback. A dimension with a name to which no rule applies is an error, so
+that nothing is replicated silently.
 """
 
 import difflib
@@ -32,7 +32,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
   ("heads", "tensor"),
   ("mlp", "tensor"),
   ("embed", "fsdp"),
-  # But where the model width is split already, or fsdp is too wide.
+  # Whole if `embed` uses the axis already, or if the size does not divide.
   ("conv_out", "fsdp"),
   ("conv_out", None),
   ("conv_in", None),
@@ -47,12 +47,12 @@ DEFAULT_RULES: tuple[Rule, ...] = (
   ("act_embed", None),
 )
 
-# Names that the modules give to activations, besides "batch".
+# Names of activations in the modules, besides "batch".
 ACTIVATION_AXES = ("act_heads", "act_mlp", "act_embed")
 
 
 def partition_spec(spec: Iterable[tuple[str, ...]]) -> PartitionSpec:
-  """Returns mesh axes by dimension in the form that jax takes."""
+  """Returns the mesh axes of every dimension as a `PartitionSpec`."""
   return PartitionSpec(
     *(axes if len(axes) > 1 else (axes or (None,))[0] for axes in spec)
   )
@@ -115,13 +115,13 @@ def resolve(
   """Applies the rules to one array.
 
   Args:
-    names: logical name of every dimension, None for one that is not split.
-    shape: of the array.
+    names: logical name of every dimension, None if it is not split.
+    shape: shape of the array.
     mesh_shape: axis -> size.
     rules: see the module.
 
   Returns:
-    The mesh axes of every dimension, and the rules that applied, by position.
+    The mesh axes of every dimension, and the indices of the rules that applied.
 
   Raises:
     NoRuleError: a dimension has a name and no rule applies.
@@ -150,7 +150,7 @@ def _why(
   mesh_shape: MeshShape,
   rules: tuple[Rule, ...],
 ) -> str:
-  """Says why no rule applies to a dimension."""
+  """Explains why no rule applies to a dimension."""
   name = str(names[dim])
   own = [rule for rule in rules if rule[0] == name]
   if not own:

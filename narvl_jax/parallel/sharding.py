@@ -1,4 +1,4 @@
-"""Where arrays live: parameters by rules, batches by their first axis."""
+"""Shardings of parameters and batches, and the table that explains them."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ from narvl_jax.terminal.tables import format_columns
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of an array that every device holds in full."""
+  """Returns the sharding of an array that is whole on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -35,8 +35,8 @@ def fitting_sharding(
   """Returns a sharding without the mesh axes that do not divide a shape.
 
   Args:
-    sharding: of an array with as many dimensions, but of other sizes.
-    shape: of the array to place.
+    sharding: sharding of an array with other sizes.
+    shape: shape of the array to place, with as many dimensions.
   """
   spec: list[tuple[str, ...]] = []
   for size, axes in zip(shape, sharding.spec, strict=False):
@@ -51,7 +51,7 @@ def fitting_sharding(
 def tree_shardings(
   boxed: Any, mesh: Mesh, rules: Iterable[Any] = DEFAULT_RULES
 ) -> Any:
-  """Maps a tree with logical axis names to one of `NamedSharding`s.
+  """Returns the `NamedSharding` of every leaf of a tree.
 
   Args:
     boxed: nested dicts of shapes of variables, boxed with
@@ -59,11 +59,8 @@ def tree_shardings(
     mesh: the device mesh.
     rules: see `narvl_jax.parallel.rules`.
 
-  Returns:
-    The tree of `boxed`, unboxed, with a `NamedSharding` at every leaf.
-
   Raises:
-    UserError: the rules do not fit; see `place`.
+    UserError: the rules do not fit, see `place`.
   """
   return flax.traverse_util.unflatten_dict(
     {
@@ -79,12 +76,12 @@ def sharding_table(
   mesh_shape: MeshShape,
   rules: Iterable[Any],
 ) -> str:
-  """Returns what goes where as text: a line per array, and the sums.
+  """Returns a text with the placement of every array, and sums of bytes.
 
   Args:
-    placements: of all variables.
+    placements: placements of all variables.
     mesh_shape: axis -> size.
-    rules: by which they were placed.
+    rules: the rules of the placements.
   """
   rows = [
     ("array", "shape", "axes", "split over", "a device", "bytes a device")
