@@ -25,7 +25,7 @@ def initializer(
   Equal arguments give the same jitted function, so that `abstract_variables`
   and the initialisation share one trace, which takes a second or more.
   """
-  # Models are frozen dataclasses, hence hashable; their type does not say so.
+  # Models are frozen dataclasses, so they can be keys of the cache.
   key: Any = model
   return _initializer(key, image_size, text_length)
 

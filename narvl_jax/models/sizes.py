@@ -13,23 +13,6 @@ BATCH_NORM_MODES = ("frozen", "batch")
 IMAGE_ENCODERS = ("resnet", "conv")
 DECODERS = ("parallel", "autoregressive")
 
-_COUNTS = (
-  "width",
-  "mlp_width",
-  "num_heads",
-  "encoder_layers",
-  "decoder_layers",
-  "resnet_width",
-  "num_queries",
-  "vocab_size",
-  "vocab_multiple",
-  "max_text_positions",
-  "token_bucket_size",
-  "image_bucket_size",
-  "scan_unroll",
-  "patch_size",
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -131,11 +114,12 @@ class ModelConfig:
 
   def _check_numbers(self) -> None:
     """Raises UserError for a count below 1 or a rate outside [0, 1)."""
-    for name in _COUNTS:
-      if getattr(self, name) < 1:
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.type is int and field.name != "pad_id" and value < 1:
         raise UserError(
-          f"model.{name}={getattr(self, name)} must be at least 1 "
-          f"(--config.model.{name})"
+          f"model.{field.name}={value} must be at least 1 "
+          f"(--config.model.{field.name})"
         )
     for name in ("dropout", "encoder_drop_path", "decoder_drop_path"):
       if not 0 <= getattr(self, name) < 1:

@@ -92,7 +92,7 @@ def decode(
   )
   cross = _cross_bias(config, params["cross_position_bias"], positions, encoded)
   # [b, e, s], transposed once for all layers.
-  turned = encoded.out.astype(dtype).swapaxes(1, 2)
+  transposed = encoded.out.astype(dtype).swapaxes(1, 2)
   tables = params["token_rel_pos_table"].astype(own.dtype)[:, None]
   for i, weights in enumerate(params["layers"]):
     table = token_bias(tables[i], len(queries), config.token_bucket_size)
@@ -100,7 +100,7 @@ def decode(
       {"params": weights["layer"]},
       x,
       own + table,
-      lambda q, memory, w=weights: _attend(q, memory, w, turned, cross),
+      lambda q, memory, w=weights: _attend(q, memory, w, transposed, cross),
       encoded.out.astype(dtype),
     )
   return norm("layer_norm", jnp.asarray(x))
@@ -131,7 +131,7 @@ def _attend(
   q: jax.Array,
   memory: KeyValue,
   weights: Params,
-  turned: jax.Array,
+  transposed: jax.Array,
   bias: jax.Array,
 ) -> jax.Array:
   """Attends from queries [b, n, h, d] to the encoder's outputs.
@@ -140,7 +140,7 @@ def _attend(
     q: scaled queries.
     memory: the outputs [b, s, 1, e] as both keys and values.
     weights: maps of keys and values.
-    turned: the outputs [b, e, s].
+    transposed: the outputs [b, e, s].
     bias: float32 [b, h n, s].
 
   Returns:
@@ -151,7 +151,7 @@ def _attend(
     weights[name].astype(q.dtype) for name in (_KEY, _VALUE, _VALUE_BIAS)
   )
   q = jnp.einsum("bnhd,hde->bhne", q, key).reshape(b, h * n, -1)
-  logits = (q @ turned).astype(jnp.float32) + bias
+  logits = (q @ transposed).astype(jnp.float32) + bias
   attended = jax.nn.softmax(logits).astype(q.dtype) @ memory.value[:, :, 0]
   attended = attended.reshape(b, h, n, -1)
   # The value bias is added once: the weights of a query sum to 1.
