@@ -4,7 +4,8 @@ This file, with one link for each name, is put on the PATH. A program writes
 its arguments to `calls.jsonl` and does what `plan.json` says: a list of rules
 `{"if": TEXT, "times": N, "print": TEXT, "code": N}`, of which the first that
 is not used up and whose text (or texts, "A & B") occurs in the command line
-counts. The line ends with "@HOST".
+counts. The line ends with "@HOST". Training also knows `"hang"`, `"deaf"` and
+`"after"`: the number of started processes that it waits for before it ends.
 """
 
 import json
@@ -51,6 +52,11 @@ def follow_plan() -> dict | None:
   return None
 
 
+def starts() -> int:
+  with open(f"{HERE}/events.jsonl", encoding="utf-8") as file:
+    return file.read().count('"start"')
+
+
 def train() -> None:
   """Trains: by plan ends with a code, hangs, or does not heed TERM."""
   who = HOST
@@ -72,7 +78,7 @@ def train() -> None:
   signal.signal(signal.SIGTERM, on_term)
   record("events.jsonl", [who, "start"])
   print(f"training {who} {rule.get('print', '')}", flush=True)
-  while rule.get("hang"):
+  while rule.get("hang") or starts() < rule.get("after", 0):
     time.sleep(0.02)
   sys.exit(rule.get("code", 0))
 

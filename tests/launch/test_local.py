@@ -87,7 +87,7 @@ def test_mistakes_and_stops_are_not_retried(code: int, launcher: Launcher):
 def test_a_failure_stops_the_others_and_is_reported(launcher: Launcher):
   launcher.plan(
     {"if": "--process_id=0", "hang": True},
-    {"if": "--process_id=1", "code": 3, "print": "out of memory"},
+    {"if": "--process_id=1", "code": 3, "print": "out of memory", "after": 3},
     {"if": "--process_id=2", "hang": True},
   )
   result = launcher.run("local.sh", "--processes=3", "--port=1", "--retries=0")

@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -255,22 +256,25 @@ def test_memory_does_not_depend_on_the_file(path: pathlib.Path) -> None:
   assert {size for _, size in sizes} == {block + 1}
 
 
-def _read_in_process(arguments) -> tuple[int, list[bytes]]:
-  path, barrier = arguments
-  if barrier is not None:
-    barrier.wait(60)
-  rows = RowFile(path)
-  return os.getpid(), list(rows)
+def _set_barrier(barrier: Any) -> None:
+  global _barrier
+  _barrier = barrier
+
+
+def _read_in_process(path: pathlib.Path) -> tuple[int, list[bytes]]:
+  _barrier.wait(60)
+  return os.getpid(), list(RowFile(path))
 
 
 def test_processes_build_at_once(path: pathlib.Path) -> None:
   lines = [b"row %d" % i for i in range(5000)]
   path.write_bytes(b"\n".join(lines))
-  # Not of this process, which has threads.
-  context = multiprocessing.get_context("forkserver")
-  with context.Manager() as manager, context.Pool(3) as pool:
-    barrier = manager.Barrier(3)
-    results = pool.map(_read_in_process, [(path, barrier)] * 3, chunksize=1)
+  # This process has threads, so it must not fork; the socket of a fork server
+  # would limit the length of TMPDIR.
+  context = multiprocessing.get_context("spawn")
+  barrier = context.Barrier(3)
+  with context.Pool(3, _set_barrier, [barrier]) as pool:
+    results = pool.map(_read_in_process, [path] * 3, chunksize=1)
   assert len({pid for pid, _ in results}) == 3
   assert all(rows == lines for _, rows in results)
   assert sorted(os.listdir(path.parent)) == ["rows.tsv", "rows.tsv.rows.idx"]
