@@ -27,7 +27,7 @@ def allowed_next(
 
 
 def log_softmax(logits: np.ndarray, allowed: Collection[int]) -> np.ndarray:
-  """Natural, float32; -inf for what is not allowed."""
+  """Natural logarithms, float32; -inf for tokens that are not allowed."""
   out = np.full(len(logits), -np.inf, np.float32)
   ids = sorted(allowed)
   if ids:
@@ -59,7 +59,7 @@ def slow_beam_search(
 ) -> tuple[list[Hypothesis], int]:
   """Returns the finished hypotheses, best first, and the number of steps.
 
-  `logits_of` gets what was said after `first`.
+  `logits_of` gets the tokens after `first`.
   """
   live: list[tuple[tuple[int, ...], np.float32]] = [((), np.float32(0))]
   finished: list[Hypothesis] = []

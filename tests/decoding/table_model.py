@@ -12,14 +12,14 @@ BATCH, CLASSES, ROWS, EDGES = 4, 8, 97, 24
 
 
 class Model(NamedTuple):
-  """A table of logits; which row counts depends on all that was said.
+  """A table of logits, indexed by a summary of all previous tokens.
 
   Attributes:
     table: float32 [B, ROWS, V].
     factor: int32 [B]; 0: the row depends on the last token and its place
       alone. Without the place, paths of equal steps in another order would tie
       up to rounding.
-    seen: int32 [B, K], summary of what was said; the cache proper.
+    seen: int32 [B, K], summary of the previous tokens; the cache.
   """
 
   table: Any

@@ -82,7 +82,7 @@ def _hypotheses(found, i: int) -> list[Hypothesis]:
 
 
 def _check(setting: Setting, model, rng, answers=None, forbidden=()) -> list:
-  """Compares a batch; returns what the plain search found."""
+  """Compares a batch; returns the results of the plain search."""
   first = rng.choice([BOS, 3, 4], size=BATCH).astype(np.int32)
   least = rng.integers(0, 4, size=BATCH).astype(np.int32)
   most = np.minimum(least + rng.integers(0, 5, size=BATCH), LIMIT)
@@ -138,7 +138,7 @@ def test_equals_plain_search(setting):
   for _ in range(60):
     model = random_model(rng, setting.beam)
     size = setting.vocab_size or CLASSES
-    # Sometimes very little is left to say.
+    # Sometimes very few tokens are left.
     gone = rng.choice(size, rng.integers(0, size - 1), replace=False)
     forbidden = [int(x) for x in gone if x != EOS]
     for hypotheses in _check(setting, model, rng, forbidden=forbidden):
@@ -323,7 +323,7 @@ def test_logits_of_an_alphabet_are_enough():
       whole,
       part,
     )
-    # "7 7 7" says "7 7" twice.
+    # "7 7 7" contains "7 7" twice.
     assert (np.isfinite(part["scores"]).sum(axis=1) == 4).all()
 
 
@@ -381,7 +381,7 @@ def test_other_lengths_compile_nothing_and_each_step_is_one_pass():
   assert not traces
 
 
-def test_mistakes_are_told():
+def test_wrong_sizes_are_rejected():
   with pytest.raises(
     UserError, match=r"beam_size=5 exceeds the 4 tokens .* nearest: 4 \(--beam"
   ):

@@ -208,7 +208,7 @@ def test_one_group_of_logits_is_held_at_a_time():
   assert f"f32[{BATCH},27,{LENGTH + 1},{CLASSES}]" not in text
 
 
-def test_mistakes_are_told():
+def test_wrong_sizes_are_rejected():
   empty = np.zeros((0, 3), np.int32)
   arguments = (_extend, None, jnp.zeros(1, jnp.int32))
   with pytest.raises(UserError, match="no answers to score; give at least one"):

@@ -96,7 +96,7 @@ def test_an_automaton_may_be_an_argument_of_a_program():
   np.testing.assert_array_equal(edges.sum(axis=0), np.ones(7))
 
 
-def test_constraints_that_allow_nothing_are_told():
+def test_empty_constraints_are_rejected():
   with pytest.raises(UserError, match="allows no answer at all; give at least"):
     constraint.answer_trie([])
   with pytest.raises(UserError, match="answer 1 of the constraint has no tok"):

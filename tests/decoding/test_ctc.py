@@ -142,7 +142,7 @@ def test_greedy_is_the_best_alignment(seed: int) -> None:
     )
 
 
-def test_no_label_follows_its_like_from_elsewhere() -> None:
+def test_equal_labels_of_different_edges_need_a_blank() -> None:
   # Two ways lead by 0 into state 1, which 0 leaves again: neither may be
   # followed by that at once.
   automaton = Automaton(
@@ -195,7 +195,7 @@ def test_free_automaton_is_greedy_decoding() -> None:
 @pytest.mark.parametrize("num_queries", [4, 6])
 def test_four_coordinates(num_queries: int) -> None:
   logits = random_logits(3, 6, num_queries, 12)
-  # Left to itself the model would say everything but four coordinates.
+  # Without the constraint the model predicts anything but coordinates.
   logits[..., :6] += 6
   boxes = repeated(range(6, 10), 4)
   found = constrained_greedy(logits, boxes, **IDS, merge_repeats=False)

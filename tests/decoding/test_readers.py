@@ -218,7 +218,7 @@ def test_free_choices_are_no_candidates() -> None:
     pad_answers(free, PAD)
 
 
-def test_eos_ends_the_answers_of_a_model_that_says_it() -> None:
+def test_answers_end_at_eos() -> None:
   answers = AnswerSet("vqa", sequences=((7,), (8, 9)), then=(EOS,))
   ids, lengths = pad_answers(answers, PAD)
   np.testing.assert_array_equal(ids, [[7, EOS, PAD], [8, 9, EOS]])

@@ -93,14 +93,14 @@ class TestOnEightDevices:
     assert np.any(found["ids"][4] == 150) == (not mask)
 
   @pytest.mark.parametrize("shape", MESHES)
-  def test_what_crosses_the_devices_of_the_vocabulary(self, shape):
+  def test_communication_of_a_split_vocabulary(self, shape):
     step, _ = compiled(shape, True)
     program = read_program(step.as_text())
     sizes = dict(zip(MESH_AXES, shape, strict=True))
     b, parts = B // (shape[0] * shape[1]), shape[2]
     shapes = {"all-gather": [], "all-reduce": []}
     for found in program.collectives:
-      # Rows of a batch have nothing to tell one another.
+      # Rows of a batch need no communication.
       assert found.axes(sizes) == ("tensor",)
       shapes[found.kind] += [array.size for array in found.arrays]
     # The best class of every device and its logit.
@@ -114,7 +114,7 @@ class TestOnEightDevices:
 
 # Programs for a TPU are cached, but without one they cannot be read again.
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
-def test_what_crosses_the_chips_of_a_tpu():
+def test_communication_on_tpus():
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed: pip install narvl_jax[aot]")
   step, _ = compiled((2, 1, 4), True, "v5e:2x4")

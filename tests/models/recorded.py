@@ -105,7 +105,7 @@ def compare_outputs(recorded: Recorded, outputs: Outputs) -> None:
 
 
 def compare_gradients(recorded: Recorded, case: str, gradient: State) -> int:
-  """Compares the norms of all and the values of some, whose number it says."""
+  """Compares all norms and some values; returns how many values."""
   arrays = recorded.arrays
   norms = dict(
     zip(arrays[f"{case}/grad_names"], arrays[f"{case}/grad_norms"], strict=True)

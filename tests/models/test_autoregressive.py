@@ -81,7 +81,7 @@ def test_parameters_are_those_of_narvl_but_the_queries() -> None:
   assert set(ours) <= set(theirs)
 
 
-def test_the_config_says_which_model() -> None:
+def test_the_config_selects_the_model() -> None:
   assert type(make_model(CONFIG)) is Autoregressive
   assert type(make_model(small.CONFIG)) is NARVL
 

@@ -1,4 +1,4 @@
-"""Token by token with a cache gives what one pass over all tokens gives."""
+"""Decoding token by token with a cache equals one pass over all tokens."""
 
 import functools
 from typing import Any
@@ -33,7 +33,7 @@ def encoded(variables: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def tokens() -> np.ndarray:
-  """Prompts and what each hypothesis says, [B, K, 5 + NEW] without padding."""
+  """Prompts and generated tokens [B, K, 5 + NEW], without padding."""
   rng = np.random.default_rng(2)
   ids = rng.integers(4, CONFIG.vocab_size, (B, HYPOTHESES, 5 + NEW))
   ids[:, 1:, :5] = ids[:, :1, :5]
@@ -112,14 +112,14 @@ def test_hypotheses_go_on_from_their_parents(
   _, cache = extend(variables, cache, said[..., :3], 0)
   parents = np.array([[1, 0], [1, 1], [0, 0]])
   cache = cached_decoder.reorder(cache, jnp.asarray(parents))
-  # Each says what its parent would have said.
+  # Each continues like its parent.
   last = np.take_along_axis(said[..., 3:], parents[..., None], axis=1)
   states, _ = extend(variables, cache, last, 3)
   moved = np.take_along_axis(expected[:, :, 3], parents[..., None], axis=1)
   np.testing.assert_allclose(states[:, :, 0], moved, atol=1e-5)
 
 
-def test_only_what_is_generated_is_held_per_hypothesis(
+def test_hypotheses_share_prompt_and_memory(
   variables: Any, encoded: Any, tokens: np.ndarray
 ) -> None:
   cache = jax.eval_shape(lambda: start(variables, encoded, tokens))

@@ -49,7 +49,7 @@ def test_remat_gives_the_same_gradient(policy: str) -> None:
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max() + 1e-7)
 
 
-def test_remat_recomputes_what_its_name_says() -> None:
+def test_remat_policies_recompute_more_and_more() -> None:
   none, dots, full = (
     products(change(remat=policy)) for policy in ("none", "dots", "full")
   )
@@ -141,7 +141,7 @@ def program(config: ModelConfig) -> Any:
   return jax.make_jaxpr(lambda v: small.loss(config, v))(small.shapes())
 
 
-def test_a_deeper_model_is_no_longer_program() -> None:
+def test_the_program_does_not_grow_with_depth() -> None:
   lengths = set()
   for depth in (2, 7):
     config = change(encoder_layers=depth, decoder_layers=depth)

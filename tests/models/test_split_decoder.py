@@ -1,4 +1,4 @@
-"""The split parallel decoder says what the scanned one says."""
+"""The split parallel decoder equals the scanned one."""
 
 import dataclasses
 from typing import Any
@@ -59,7 +59,7 @@ def test_states_are_those_of_the_scanned_decoder() -> None:
   assert isinstance(decoder["layers"], tuple)
   found = split_decoder.decode(CONFIG, decoder, encoded)
   np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
-  # What is masked is not seen, what is not masked is.
+  # Masked tokens have no effect; other tokens have one.
   other = encoded._replace(out=encoded.out.at[1, 4:].add(1.0))
   np.testing.assert_array_equal(
     split_decoder.decode(CONFIG, decoder, other)[1], found[1]

@@ -1,4 +1,4 @@
-"""Where the rules put parameters, and what they refuse."""
+"""Placement of parameters by rules, and invalid rules."""
 
 import re
 from typing import Any
@@ -180,7 +180,7 @@ def test_rules_that_do_not_fit(arrays, mesh, rules, message):
     place(_tree(**arrays), mesh, rules)
 
 
-def test_what_belongs_to_fsdp_is_no_accident_without_it():
+def test_fsdp_parameters_may_be_whole_without_fsdp():
   tree = _tree(x=((8, 6), (None, "b")), y=((8,), ("a",)))
   x, _ = place(tree, _mesh(2, 1, 4), RULES[:2])
   assert x.parts(_mesh(2, 1, 4)) == 1
@@ -215,7 +215,7 @@ def test_a_rule_that_is_always_shadowed():
     (("batch", "data"), '"batch" is always split over data and fsdp'),
   ],
 )
-def test_what_is_no_rule(rule, message):
+def test_invalid_rules_are_rejected(rule, message):
   with pytest.raises(UserError, match=message):
     check_rules([rule])
 

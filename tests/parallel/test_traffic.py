@@ -20,7 +20,7 @@ def collectives() -> tuple[Collective, ...]:
   return read_program(text).collectives
 
 
-def test_nothing_is_moved_but_weights_and_sums():
+def test_only_weights_and_sums_are_communicated():
   moved = [
     c for c in collectives() if c.kind not in ("all-gather", "all-reduce")
   ]

@@ -70,7 +70,7 @@ def completes(answers: Sequence[Prefix], merge: bool) -> Allowed:
 
 
 def completes_after_label(answers: Sequence[Prefix], merge: bool) -> Allowed:
-  """As `completes`, for prefixes whose last label was just said."""
+  """Like `completes`, for prefixes whose last query emitted the last label."""
 
   def allowed(prefix: Prefix, left: int, whole: bool) -> bool:
     del whole

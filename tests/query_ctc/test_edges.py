@@ -1,4 +1,4 @@
-"""Logits of any magnitude, targets that are none, and shapes without room."""
+"""Logits of any magnitude, invalid targets, and empty shapes."""
 
 import functools
 from typing import Any
@@ -144,7 +144,7 @@ def test_one_query_alone_is_large():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, "all -inf"])
-def test_what_is_no_number_shows_unless_infeasible(variant: str, bad):
+def test_nan_and_inf_propagate_unless_infeasible(variant: str, bad):
   z = logits_of("normal", 1.0)
   wanted, wanted_gradients = compiled(variant, 0.0)(z)
   if bad == "all -inf":
@@ -205,7 +205,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_is_no_target_is_not_a_number(variant: str):
+def test_an_invalid_target_gives_nan(variant: str):
   z = logits_of("normal", 1.0)
   wanted, _ = compiled(variant, 0.0)(z)
   for smoothing in (0.0, 0.1):
@@ -223,7 +223,7 @@ def test_what_is_no_target_is_not_a_number(variant: str):
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_target_that_is_known_is_refused(case: str):
+def test_an_invalid_known_target_is_rejected(case: str):
   label, length, message = WRONG[case]
   labels, lengths = LABELS.copy(), LENGTHS.copy()
   labels[1, 0], lengths[1] = label, length
@@ -261,7 +261,7 @@ def masked_objective(z, labels, lengths, confidence, mask):
   return loss, metrics, gradient
 
 
-def test_rows_that_fill_the_batch_add_nothing():
+def test_masked_rows_contribute_nothing():
   z, confidence = logits_of("normal", 1.0), np.full(B, 0.5, np.float32)
   mask = np.arange(B) < 4
   wanted, _, wanted_gradient = masked_objective(
@@ -385,7 +385,7 @@ Z = jnp.zeros((2, N, V))
     ),
   ],
 )
-def test_shapes_and_dtypes_are_told_before_tracing(changes, message):
+def test_wrong_shapes_and_dtypes_are_rejected(changes, message):
   labels, lengths = none(2, L)
   arguments = {"logits": Z, "labels": labels, "label_lengths": lengths}
   arguments |= changes

@@ -26,7 +26,7 @@ FEASIBLE = slice(0, 7)
 
 
 def enumerate_posterior(logits: np.ndarray, target: tuple[int, ...]):
-  """Sums over all paths: which place of the target each query says."""
+  """Sums over all paths: the place of the target that each query emits."""
   log_probs = reference.log_softmax(logits)
   visits, total = np.zeros((N, L)), 0.0
   for path in itertools.product(range(V), repeat=N):
@@ -83,7 +83,7 @@ def test_every_label_is_said_and_padding_is_not() -> None:
     assert np.all(posterior[row].sum(0)[: len(target)] >= 1 - 1e-5)
     assert not np.any(posterior[row, :, len(target) :])
   assert np.all(posterior.sum(-1) <= 1 + 1e-5)
-  # No query can say what does not fit.
+  # An infeasible target has no posterior.
   assert not np.any(posterior[-1])
 
 
@@ -97,7 +97,7 @@ def test_no_label_is_impossible() -> None:
   np.testing.assert_allclose(posterior[0, :, 0].sum(), 1, rtol=1e-3)
 
 
-def test_chunks_and_padding_of_the_table_change_nothing() -> None:
+def test_chunks_and_padding_do_not_change_the_result() -> None:
   states, table, labels, lengths = problem()
   padded = jnp.concatenate([table, jnp.full((3, D), 9.0)])
   posterior = label_posterior(

@@ -71,7 +71,7 @@ def test_wide_beam_is_the_sum_over_all_alignments(blank: int) -> None:
     assert_equal(found, row, ranked, 99)
 
 
-def test_pad_is_no_label() -> None:
+def test_pad_is_not_a_label() -> None:
   log_probs = random_log_probs(1, 4, 4, 4)
   found = search(log_probs, blank_id=3, pad_id=1, beam_size=ALL, num_best=ALL)
   for row in range(4):
@@ -179,7 +179,7 @@ def test_zero_probabilities_never_win() -> None:
   assert_equal(found, 1, [], 1)
 
 
-def test_what_does_not_fit_is_no_answer() -> None:
+def test_infeasible_sequences_are_not_answers() -> None:
   log_probs = random_log_probs(7, 2, 3, 5)
   constraint = answer_trie([(0, 0), (2, 2, 3), (0, 2, 0, 2)])
   found = search(

@@ -164,7 +164,7 @@ def check_collectives(text, mesh, batch, classes, width, num_labels):
 @needs_devices
 @pytest.mark.parametrize("chunk", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("shape", MESHES)
-def test_what_crosses_the_devices_of_the_vocabulary(shape, chunk):
+def test_communication_of_a_split_vocabulary(shape, chunk):
   step, mesh = step_on(shape, chunk)
   program = check_collectives(step.as_text(), mesh, B, ROWS, D, L)
   # The logits of the own classes exist as a whole in one of the heads only.
@@ -176,7 +176,7 @@ def test_what_crosses_the_devices_of_the_vocabulary(shape, chunk):
 # Programs for a TPU are cached, but without one they cannot be read again.
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 @pytest.mark.parametrize("chunk", [0, 4096], ids=["dense", "chunked"])
-def test_what_crosses_the_chips_of_a_tpu(chunk):
+def test_communication_on_tpus(chunk):
   """Compiled for 8 chips, at the size of the official vocabulary."""
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed: pip install narvl_jax[aot]")
@@ -213,7 +213,7 @@ def test_vocabulary_must_divide(chunk, tensor, rows, multiple):
     jax.eval_shape(run, *args)
 
 
-def test_axes_split_what_they_divide():
+def test_axes_split_only_sizes_they_divide():
   assert split_of(AXES, 8, 256, D) == Split()
   with abstract_mesh(2, 4, 2):
     assert split_of(AXES, 8, 256, D) == Split(BATCH_AXES, "tensor", "fsdp")
