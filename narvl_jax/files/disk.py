@@ -84,6 +84,17 @@ def write_text(
     temporary.write_text(text, encoding="utf-8")
 
 
+def write_json(
+  path: pathlib.Path,
+  value: Any,
+  *,
+  indent: int | None = 2,
+  inside: pathlib.Path | None = None,
+) -> None:
+  """Writes a JSON file as `write_text` does; see `readable_json`."""
+  write_text(path, readable_json(value, indent=indent) + "\n", inside=inside)
+
+
 def is_stream(path: pathlib.Path) -> bool:
   """Returns whether a path is a device or a pipe, such as /dev/stdout."""
   if path.absolute().parts[:3] == ("/", "dev", "shm"):
@@ -99,14 +110,3 @@ def _sync(path: pathlib.Path) -> None:
     os.fsync(number)
   finally:
     os.close(number)
-
-
-def write_json(
-  path: pathlib.Path,
-  value: Any,
-  *,
-  indent: int | None = 2,
-  inside: pathlib.Path | None = None,
-) -> None:
-  """Writes a JSON file as `write_text` does; see `readable_json`."""
-  write_text(path, readable_json(value, indent=indent) + "\n", inside=inside)

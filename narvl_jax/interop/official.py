@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from narvl_jax.errors import UserError
+from narvl_jax.errors import UserError, list_few
 from narvl_jax.interop.key_map import IGNORED, TABLE_KEY, TIED_KEYS, key_map
 from narvl_jax.interop.settings import settings_of
 from narvl_jax.interop.tensors import State, same
 from narvl_jax.models import ModelConfig, make_model
 
+# Keys that a message names.
+_SHOWN = 4
 _DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 
 
@@ -168,7 +170,7 @@ def _check_state(state: State, config: ModelConfig) -> None:
   if missing:
     raise UserError(
       f"official weights lack {len(missing)} of {len(shapes)} tensors: "
-      f"{_some(missing)}{hint}"
+      f"{list_few(missing, _SHOWN)}{hint}"
     )
   for key, shape in shapes.items():
     if key in state and np.shape(state[key]) != shape:
@@ -179,7 +181,8 @@ def _check_state(state: State, config: ModelConfig) -> None:
   left = [k for k in state if k not in shapes and not IGNORED.fullmatch(k)]
   if left:
     raise UserError(
-      f"official weights hold {len(left)} unknown tensors: {_some(left)}{hint}"
+      f"official weights hold {len(left)} unknown tensors:"
+      f" {list_few(left, _SHOWN)}{hint}"
     )
   for key in TIED_KEYS:
     if key in state and not same(state[key], state[TABLE_KEY]):
@@ -204,11 +207,6 @@ def _weight(state: State, key: str) -> np.ndarray:
       " damaged or its training failed; use another copy or checkpoint"
     )
   return value
-
-
-def _some(keys: Sequence[str]) -> str:
-  """Returns the first few names of a list."""
-  return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
 
 
 def _hint(state: State, config: ModelConfig) -> str:
