@@ -191,14 +191,17 @@ class _Unpickler(_Base):
       raise UnsafePickleError(f"its pickle has over {MAX_OPCODES:,} opcodes")
 
   def _instantiate(self, klass: Any, args: Any) -> None:
-    if not isinstance(klass, StandIn) or not isinstance(args, (tuple, list)):
+    if not isinstance(klass, StandIn):
       raise UnsafePickleError("its pickle calls something that is no function")
     self._spend(len(args) + sum(len(x) for x in args if isinstance(x, list)))
     self.append(klass.build(*args))
 
   def _call(self) -> None:
     arguments = self.stack.pop()
-    self._instantiate(self.stack.pop(), arguments)
+    function = self.stack.pop()
+    if not isinstance(arguments, tuple):
+      raise UnsafePickleError("its pickle calls something without arguments")
+    self._instantiate(function, arguments)
 
   def _call_with_names(self) -> None:
     # No tensor needs keyword arguments.

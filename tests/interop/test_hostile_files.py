@@ -111,6 +111,11 @@ _PICKLES = {
     + b".",
     "opcodes|OrderedDict|damaged",
   ),
+  "list_of_arguments": (
+    b"\x80\x02ccollections\nOrderedDict\n]R.",
+    "calls something without arguments",
+  ),
+  "no_function": (b"\x80\x02N)R.", "something that is no function"),
   "huge_long": (b"\x80\x02" + _HUGE_INT + b".", "integer of 7,"),
   "huge_text_of_int": (b"\x80\x02I" + b"9" * 10**6 + b"\n.", "damaged"),
   "colliding_keys": (_pickle({(2**61 - 1) * i: 0 for i in range(9)}), "large"),
