@@ -75,8 +75,11 @@ class Mixture:
     self._batch_size = batch_size
     self._rows = range(batch_size) if rows is None else list(rows)
     self._orders = [_order(entry, seed) for entry in entries]
-    sizes = _size_factors(entries, temperature)
-    schedules = [_schedule(*pair) for pair in zip(entries, sizes, strict=True)]
+    factors = _size_factors(entries, temperature)
+    schedules = [
+      [(step, x * factor) for step, x in parse_weight(entry.name, entry.weight)]
+      for entry, factor in zip(entries, factors, strict=True)
+    ]
     steps = sorted({step for schedule in schedules for step, _ in schedule})
     self._starts = [step * batch_size for step in steps]
     self._parts = [_parts(schedules, entries, step) for step in steps]
@@ -205,13 +208,6 @@ def _size_factors(
     return [1.0] * len(entries)
   largest = max(len(entry.source) for entry in entries)
   return [(len(e.source) / largest) ** (1 / temperature) for e in entries]
-
-
-def _schedule(
-  entry: MixtureEntry, size_factor: float
-) -> list[tuple[int, float]]:
-  schedule = parse_weight(entry.name, entry.weight)
-  return [(step, value * size_factor) for step, value in schedule]
 
 
 def parse_weight(name: str, weight: Any) -> list[tuple[int, float]]:

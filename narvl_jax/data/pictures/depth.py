@@ -47,7 +47,10 @@ def to_8_bits(picture: Image.Image) -> Image.Image:
 
   starts = range(0, height, rows)
   most = max(_largest_finite(strip(start)) for start in starts)
-  top = np.float32(_top_value(most, is_float=picture.mode == "F"))
+  if picture.mode == "F" and most <= 1:
+    top = np.float32(1)
+  else:
+    top = np.float32(255 if most <= 255 else _WHITE)
   grey = np.empty((height, width), np.uint8)
   for start in starts:
     shares = np.clip(strip(start) / top, 0, 1)
@@ -57,12 +60,6 @@ def to_8_bits(picture: Image.Image) -> Image.Image:
 
 def _largest_finite(values: np.ndarray) -> float:
   return float(values.max(initial=0.0, where=np.isfinite(values)))
-
-
-def _top_value(most: float, *, is_float: bool) -> float:
-  if is_float and most <= 1:
-    return 1.0
-  return 255.0 if most <= 255 else _WHITE
 
 
 def low_byte_tiles(picture: Image.Image) -> list[Any]:

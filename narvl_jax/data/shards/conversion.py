@@ -7,7 +7,6 @@ written last. A repeated command keeps the shards whose notes and hashes match.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -189,10 +188,9 @@ def convert(
     account = BadAccount(job, max_bad_fraction)
     for note in notes.values():
       account.add(note, log=False)
+    write = write or (lambda job, todo, _: write_all(job, todo, num_workers))
     # Closed at once: after a failure no process may continue to write.
-    with contextlib.closing(
-      _missing(job, notes, write or functools.partial(_write_here, num_workers))
-    ) as missing:
+    with contextlib.closing(_missing(job, notes, write)) as missing:
       for number, note in missing:
         account.add(note)
         write_json(progress / f"{number:05d}.json", note, inside=progress)
@@ -226,12 +224,6 @@ def _missing(
       yield number, note
       finished += sizes[number]
       writing.done = finished
-
-
-def _write_here(
-  num_workers: int, job: Job, todo: Sequence[int], _: Activity
-) -> Iterator[tuple[int, dict[str, Any]]]:
-  yield from write_all(job, todo, num_workers)
 
 
 def _manifest(
