@@ -61,11 +61,6 @@ def initialize(
 ) -> None:
   """Connects the processes; call it before anything that touches a device.
 
-  Args:
-    cluster: from `detect`.
-    facts: must be equal on all hosts, see `describe_differences`.
-    say: prints a line.
-
   Raises:
     UserError: on every host, if one is missing or different.
   """

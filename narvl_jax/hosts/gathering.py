@@ -59,13 +59,6 @@ class Gathering:
     secret: str | None,
     say: Callable[[str], None],
   ) -> None:
-    """Starts with process 0 alone.
-
-    Args:
-      own: hello of process 0.
-      secret: shared by all processes; None for no signatures.
-      say: prints a line.
-    """
     self._own = own
     self._count: int = own["num_processes"]
     self._secret = secret
@@ -131,7 +124,7 @@ class Gathering:
   def _describe_refused(self) -> str:
     if not self._refused:
       return ""
-    return f"; refused: {', '.join(self._refused[:4])}"
+    return f"; rejected: {', '.join(self._refused[:4])}"
 
   def _accept(self, listener: socket.socket) -> None:
     try:
@@ -228,7 +221,7 @@ class Gathering:
     text = f"{caller.address}: {why}"
     if text not in self._refused and len(self._refused) < _MAX_REFUSALS:
       self._refused.append(text)
-      self._say(f"refused a connection from {text}")
+      self._say(f"rejected a connection from {text}")
 
   def _forget(self, caller: _Caller) -> None:
     del self._pending[caller.connection]

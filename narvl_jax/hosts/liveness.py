@@ -35,16 +35,6 @@ class Liveness:
     lost_seconds: float,
     stage: Callable[[], str],
   ) -> None:
-    """Starts without a heartbeat.
-
-    Args:
-      client: of jax's coordination service.
-      host: index of this host.
-      count: number of hosts.
-      lost_seconds: without a heartbeat, after which a host is lost; five times
-        as long in stages that may compile.
-      stage: returns the stage of this host.
-    """
     self._client = client
     self._host = host
     self._watched = range(1, count) if host == 0 else range(1)

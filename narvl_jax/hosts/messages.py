@@ -29,13 +29,7 @@ def make_nonce() -> str:
 def encode(
   message: Mapping[str, Any], secret: str | None, *context: str
 ) -> bytes:
-  """Returns a message as a line, signed if there is a secret.
-
-  Args:
-    message: the content.
-    secret: shared by all processes; None for no signature.
-    *context: the kind of message, and the nonces of both ends.
-  """
+  """Returns a message as a line, signed if there is a secret."""
   signed = dict(message)
   if secret is not None:
     signed["mac"] = _mac(message, secret, context)
@@ -87,10 +81,6 @@ def what_is_wrong(hello: Message | None) -> str | None:
 
 def read_line(connection: socket.socket, deadline: float) -> bytes:
   """Returns the next line.
-
-  Args:
-    connection: a connection of which nothing beyond the line was read.
-    deadline: on the clock `time.monotonic`.
 
   Raises:
     OSError: the line is late or too long, or the other end is gone.

@@ -171,7 +171,7 @@ def _ask_once(
     raise OSError("it answers something else")
   if "refused" in answer:
     # Unsigned, but nobody gains by a forgery.
-    why = f"it refused this one: {str(answer['refused'])[:200]}"
+    why = f"it rejected this one: {str(answer['refused'])[:200]}"
     if answer.get("final") is not True:
       raise OSError(why)
     raise UserError(

@@ -216,13 +216,6 @@ class _Tee(io.TextIOBase):
     log: TextIO | None = None,
     open_log: Callable[[], TextIO] | None = None,
   ) -> None:
-    """Keeps the streams.
-
-    Args:
-      terminal: the user's stream.
-      log: receives a copy; None for no copy.
-      open_log: opens a log when the terminal fails.
-    """
     self._terminal = terminal
     self._streams = [terminal] if log is None else [terminal, log]
     self._kept = log is None or getattr(log, "name", "") != os.devnull

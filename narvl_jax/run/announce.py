@@ -28,15 +28,7 @@ class Announcer:
 def describe_source(
   source: Sequence[Any], task: str, name: str, used: int, steps: int
 ) -> str:
-  """Returns the size of a source and how much of it a run uses.
-
-  Args:
-    source: the records.
-    task: name of their task.
-    name: of the entry in `data.train`.
-    used: examples in all steps.
-    steps: number of updates.
-  """
+  """Returns the size of a source and how much of it a run uses."""
   size = "endless" if is_endless(source) else f"{len(source):,} examples"
   text = f"source {name} for {task}: {size}; {steps} steps use {used:,}"
   if is_endless(source):
@@ -47,12 +39,7 @@ def describe_source(
 def used_table(
   mixture: Sequence[MixtureEntry], counters: Mapping[str, float]
 ) -> str:
-  """Returns a table of the examples that training has used of each source.
-
-  Args:
-    mixture: the sources.
-    counters: see `TrainBatches.counters`.
-  """
+  """Returns a table of the examples that training has used of each source."""
   rows = []
   for source, task, _, name in mixture:
     epochs = f"{counters[f'{name}/epochs']:.2f}"

@@ -111,14 +111,7 @@ def what_is_bad(metrics: Mapping[str, float]) -> str:
 def give_up(
   bad: str, policy: str, limit: int, bundle: pathlib.Path
 ) -> UserError:
-  """Returns the error that ends a run.
-
-  Args:
-    bad: such as `the loss is nan at step 7`.
-    policy: `bad_numbers.policy`.
-    limit: `bad_numbers.limit`, which this update exceeds.
-    bundle: folder of the update.
-  """
+  """Returns the error that ends a run."""
   lower = (
     "lower --config.optimizer.learning_rate or lengthen"
     " --config.optimizer.warmup_steps, in another --workdir"
@@ -163,14 +156,6 @@ class BundleWriter:
     mesh: Mesh,
     examples: Callable[[int], Sequence[tuple[str, int]]],
   ) -> None:
-    """Keeps what describes an update.
-
-    Args:
-      workdir: the run folder.
-      config: the resolved config.
-      mesh: the mesh of the batches.
-      examples: see `TrainBatches.examples`.
-    """
     self._folder = pathlib.Path(workdir) / FOLDER
     self._config = config
     self._mesh = mesh

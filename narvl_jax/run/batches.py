@@ -126,15 +126,6 @@ class DeviceBatches:
     names: tuple[str, ...],
     batch_size: int,
   ) -> None:
-    """Starts to prepare batches.
-
-    Args:
-      open_batches: position -> batches of this host from there on.
-      position: of the first batch.
-      mesh: the devices.
-      names: the arrays to copy.
-      batch_size: of all hosts together.
-    """
     self._open_batches = open_batches
     self._mesh = mesh
     self._names = names

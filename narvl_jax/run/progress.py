@@ -27,13 +27,6 @@ class Progress:
     counters: Callable[[int], Mapping[str, float]],
     health: Callable[[], Mapping[str, int]],
   ) -> None:
-    """Prepares the reports.
-
-    Args:
-      run: the open run.
-      counters: position in the data -> `TrainBatches.counters`.
-      health: returns the counts of bad updates.
-    """
     self._config = run.config.train
     self._run = run
     self._ledger = run.guard.ledger

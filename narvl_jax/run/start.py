@@ -45,12 +45,6 @@ def prepare(
 ) -> tuple[Setup, list[MixtureEntry]]:
   """Builds and checks what a run needs, without writing anything.
 
-  Args:
-    config: the resolved config.
-    workdir: the run folder; the vocabulary of an existing run is used.
-    resumes: whether the folder holds a run.
-    say: prints a line.
-
   Returns:
     The setup, and the sources of the training data.
 
@@ -183,12 +177,6 @@ def chosen_variables(
   The best one is chosen by `choose_step`, as in `evaluate` and `predict`.
   Damaged checkpoints are set aside.
 
-  Args:
-    setup: shapes and shardings.
-    state: the last state, which is saved or being saved.
-    checkpoints: those of the run.
-    say: prints a line.
-
   Returns:
     Variables {"params", "batch_stats"} on the mesh, moving averages if the run
     has them; and the step of the checkpoint.
@@ -203,7 +191,7 @@ def chosen_variables(
         target.ema,
       )
     except DamagedCheckpoint as error:
-      say(f"refused: {error}")
+      say(f"rejected: {error}")
       checkpoints.set_aside_damaged({step: error.damage})
       continue
     return variables, step
@@ -238,7 +226,7 @@ def _resume(
       with progress.doing(f"reading the checkpoint of step {step}"):
         state = checkpoints.restore(step, target)
     except DamagedCheckpoint as error:
-      say(f"refused: {error}")
+      say(f"rejected: {error}")
       damages[step] = error.damage
       continue
     if damages:

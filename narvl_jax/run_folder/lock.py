@@ -51,12 +51,6 @@ class RunLock:
   def __init__(
     self, workdir: pathlib.Path, *, stale_seconds: float = _STALE_SECONDS
   ) -> None:
-    """Prepares the lock without taking it.
-
-    Args:
-      workdir: the run folder.
-      stale_seconds: how long to watch a lock of another machine.
-    """
     self._workdir = workdir
     self._path = workdir / LOCK_FILE
     self._stale_seconds = stale_seconds
@@ -82,11 +76,6 @@ class RunLock:
     stage: str = "init",
   ) -> None:
     """Takes the lock.
-
-    Args:
-      say: prints a line.
-      on_dead: called with the lock of a dead run, after taking it over.
-      stage: current stage of the run.
 
     Raises:
       UserError: another run is alive in the folder.

@@ -46,17 +46,7 @@ def record_end(
   since: str | None,
   moment: str | None = None,
 ) -> None:
-  """Appends that a run ends before it is finished; disk errors are ignored.
-
-  Args:
-    workdir: the run folder.
-    how: one line.
-    code: exit code; 0 if the state was saved.
-    stage: the current stage; None if there is none.
-    step: the last update.
-    since: start of the process.
-    moment: time of the end; now by default.
-  """
+  """Appends that a run ends before it is finished; disk errors are ignored."""
   with contextlib.suppress(OSError):
     side_files.append_line(
       workdir / RESTARTS_FILE,

@@ -31,10 +31,5 @@ def forced_input(
 
 
 def predicting_states(states: jax.Array, places: jax.Array) -> jax.Array:
-  """Gathers the decoder states [B, L, D] that predict the labels.
-
-  Args:
-    states: [B, P + L - 1, D].
-    places: int32 [B, L], from `forced_input`.
-  """
+  """Gathers [B, L, D] of the states [B, P + L - 1, D] at places [B, L]."""
   return jnp.take_along_axis(states, places[..., None], axis=1)

@@ -62,13 +62,7 @@ class Teacher:
       return read_weights(checkpoints, self.step, target)
 
   def states(self, variables: Any, batch: Any) -> jax.Array:
-    """Returns the decoder states [B, L, D] that predict the labels.
-
-    Args:
-      variables: from `read`.
-      batch: see `training.train_step.batch_spec`. Its labels may lack the eos
-        that the teacher was trained to predict.
-    """
+    """Returns the decoder states [B, L, D] that predict the labels."""
     tokens, places = forced_input(batch, self.prompted, self.pad_id)
     outputs: Any = self.model.apply(
       variables,
@@ -92,10 +86,6 @@ class Teacher:
 
 def find_teacher(experiment: Experiment, mesh: Mesh) -> Teacher | None:
   """Returns the teacher of a config without reading its weights.
-
-  Args:
-    experiment: the student.
-    mesh: places the teacher by the student's sharding rules.
 
   Returns:
     The teacher; None if there is none or its weight in the loss is 0.

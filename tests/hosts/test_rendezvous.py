@@ -183,7 +183,7 @@ def test_a_malformed_hello_is_refused_and_the_others_are_waited_for(
     assert first.result() == [socket.gethostname()] * 2
     stranger.close()
   (line,) = said
-  assert line.startswith("refused a connection from 127.0.0.1: ")
+  assert line.startswith("rejected a connection from 127.0.0.1: ")
   assert why in line
 
 
@@ -201,7 +201,7 @@ def test_a_hello_without_end(port):
       _send_for_ever(stranger)
     stranger.close()
     assert _meet(port, 2, 1) == first.result()
-  assert said == ["refused a connection from 127.0.0.1: its hello is too long"]
+  assert said == ["rejected a connection from 127.0.0.1: its hello is too long"]
 
 
 def test_who_sends_slowly_holds_nobody(port, monkeypatch):
@@ -244,8 +244,8 @@ def test_silence_is_told_by_its_address(port, monkeypatch):
     answer = first.result()
     stranger.close()
   why = "127.0.0.1: no hello within 0.1 s"
-  assert said == [f"refused a connection from {why}"]
-  assert f"; refused: {why}, or raise --start_timeout" in answer
+  assert said == [f"rejected a connection from {why}"]
+  assert f"; rejected: {why}, or raise --start_timeout" in answer
 
 
 def test_many_strangers_at_once(port, monkeypatch):
@@ -342,7 +342,7 @@ def test_a_stranger_without_the_secret_is_refused(port):
     assert _meet(port, 2, 1, secret=_SECRET) == [socket.gethostname()] * 2
     assert len(first.result()) == 2
   assert said == [
-    "refused a connection from 127.0.0.1: it does not know the"
+    "rejected a connection from 127.0.0.1: it does not know the"
     " NARVL_CLUSTER_SECRET of process 0"
   ]
   assert _SECRET not in "".join(said)

@@ -79,7 +79,7 @@ def test_damaged_ones_are_refused_loudly_and_set_aside(tmp_path):
     assert len(checkpoints.set_aside) == 2
     for told, damaged in zip(said[:2], (9, 6), strict=True):
       assert told.startswith(
-        f"refused: the checkpoint of step {damaged} is damaged: file"
+        f"rejected: the checkpoint of step {damaged} is damaged: file"
         f" {names[damaged]} was changed; array "
       )
     assert said[2].startswith("set aside: step 9: file ")
@@ -202,7 +202,7 @@ def test_a_damaged_best_checkpoint_does_not_keep_a_run_from_its_end(tmp_path):
     state = make_state(6)
     _, step = chosen_variables(_setup(), state, checkpoints, say)
   assert step == 6
-  assert said[0].startswith("refused: the checkpoint of step 3 is damaged: ")
+  assert said[0].startswith("rejected: the checkpoint of step 3 is damaged: ")
   assert (tmp_path / "damaged" / "3").is_dir()
 
 
