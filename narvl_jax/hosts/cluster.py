@@ -35,7 +35,7 @@ class Cluster(NamedTuple):
   process_id: int
   local_device_ids: Sequence[int] | None = None
   start_timeout: int = 300
-  heartbeat_timeout: int = HEARTBEAT_SECONDS
+  heartbeat_timeout: float = HEARTBEAT_SECONDS
   found_by: str = "flags"
 
 

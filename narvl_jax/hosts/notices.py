@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self, TextIO
 
-from narvl_jax.hosts.cluster import HEARTBEAT_SECONDS
+from narvl_jax.hosts.cluster import Cluster
 from narvl_jax.hosts.distributed import HostsLost, host_name
 from narvl_jax.hosts.liveness import Liveness
 from narvl_jax.terminal.text import escape, show
@@ -100,32 +100,28 @@ class Notices:
   def __init__(
     self,
     client: Any,
-    process_id: int,
-    num_processes: int,
+    cluster: Cluster,
     *,
     terminal: TextIO,
     poll_seconds: float = _POLL_SECONDS,
     leave: Callable[[int], Any] = os._exit,
     on_end: Callable[[int, str], Any] = lambda code, message: None,
     explain: Callable[[HostsLost], tuple[int, str]] = lambda e: (1, str(e)),
-    lost_seconds: float = HEARTBEAT_SECONDS,
   ) -> None:
     """Prepares the thread.
 
     Args:
       client: of jax's coordination service.
-      process_id: index of this host.
-      num_processes: number of hosts.
+      cluster: the hosts; the limit of its heartbeats.
       terminal: receives the messages.
       poll_seconds: interval of the polls.
       leave: ends the process with an exit code, whatever other threads do.
       on_end: called with exit code and message before the process ends.
       explain: lost host -> exit code and one line.
-      lost_seconds: see `Liveness`.
     """
     self._client = client
-    self.host = process_id
-    self._count = num_processes
+    self.host = cluster.process_id
+    self._count = cluster.num_processes
     self._terminal = terminal
     self._poll_seconds = poll_seconds
     self._leave = leave
@@ -141,9 +137,11 @@ class Notices:
     self._explain = explain
     self._liveness = Liveness(
       client,
-      process_id,
-      num_processes,
-      lost_seconds=max(lost_seconds, _SHORTEST_LOSS * poll_seconds),
+      self.host,
+      self._count,
+      lost_seconds=max(
+        cluster.heartbeat_timeout, _SHORTEST_LOSS * poll_seconds
+      ),
       stage=lambda: self.stage(),
     )
     self._polls = 0

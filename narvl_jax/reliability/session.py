@@ -62,13 +62,11 @@ def together(
       raise
     with Notices(
       distributed.client(),
-      cluster.process_id,
-      cluster.num_processes,
+      cluster,
       terminal=terminal,
       leave=leave,
       on_end=on_end,
       explain=explain,
-      lost_seconds=cluster.heartbeat_timeout,
     ) as notices:
       stopped = None
       try:

@@ -157,31 +157,18 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
     UserError: the batch does not divide, or a rule of the optimizer is wrong.
   """
   config = experiment.config
-  data, train, optim = config.data, config.train, config.optimizer
+  data, train = config.data, config.train
   check_batch_size(
     train.batch_size, mesh, accumulation_steps=train.accumulation_steps
   )
   image_size = tuple(data.image_size)
   boxed = experiment.abstract_variables()
   paths = list(flatten(meta.unbox(boxed)["params"]))
-  rules = assign_rules(optim.rules, paths)
-  schedule = make_schedule(
-    learning_rate=optim.learning_rate,
-    schedule=optim.schedule,
-    warmup_steps=optim.warmup_steps,
-    steps=train.steps,
+  rules = assign_rules(config.optimizer.rules, paths)
+  schedule, optimizer = _make_optimizer(config, boxed["params"], rules)
+  first_state = make_first_state(
+    optimizer, rules, ema=config.optimizer.ema_decay > 0
   )
-  optimizer = make_optimizer(
-    schedule,
-    rules,
-    weight_decay=optim.weight_decay,
-    b1=optim.b1,
-    b2=optim.b2,
-    eps=optim.eps,
-    clip_norm=optim.clip_norm,
-    matrices=matrix_axes(boxed["params"]) if optim.name == "muon" else None,
-  )
-  first_state = make_first_state(optimizer, rules, ema=optim.ema_decay > 0)
   init = make_init(
     experiment.model,
     first_state,
@@ -220,6 +207,29 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
       compiler_options=_step_options(mesh),
     ),
     teacher=teacher,
+  )
+
+
+def _make_optimizer(
+  config: Any, boxed: Any, rules: dict[str, ParameterRule]
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+  """Returns schedule and optimizer of a config for boxed parameters."""
+  optim = config.optimizer
+  schedule = make_schedule(
+    learning_rate=optim.learning_rate,
+    schedule=optim.schedule,
+    warmup_steps=optim.warmup_steps,
+    steps=config.train.steps,
+  )
+  return schedule, make_optimizer(
+    schedule,
+    rules,
+    weight_decay=optim.weight_decay,
+    b1=optim.b1,
+    b2=optim.b2,
+    eps=optim.eps,
+    clip_norm=optim.clip_norm,
+    matrices=matrix_axes(boxed) if optim.name == "muon" else None,
   )
 
 

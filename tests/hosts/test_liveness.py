@@ -75,12 +75,10 @@ def test_what_it_costs_does_not_grow_with_the_hosts() -> None:
 def _notices(store: Any, host: int, left: list[tuple[int, int]]) -> Any:
   return Notices(
     store,
-    host,
-    2,
+    cluster_lib.Cluster("127.0.0.1:1", 2, host, heartbeat_timeout=0.05),
     terminal=io.StringIO(),
     poll_seconds=0.01,
     leave=lambda code: left.append((host, code)),
-    lost_seconds=0.05,
   )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from narvl_jax.hosts import notices as notices_lib
+from narvl_jax.hosts.cluster import Cluster
 from narvl_jax.hosts.distributed import HostsLost
 from narvl_jax.hosts.notices import Notices, StopAgreement
 
@@ -44,8 +45,7 @@ def _hosts(count: int) -> tuple[Store, list[Any], list[tuple[int, int]]]:
   notices = [
     Notices(
       store,
-      i,
-      count,
+      Cluster("127.0.0.1:1", count, i),
       terminal=io.StringIO(),
       poll_seconds=0.01,
       leave=leaving(i),
