@@ -15,8 +15,6 @@ from narvl_jax.configs.common import (
   train_source,
   update,
 )
-from narvl_jax.data.sources import files
-from narvl_jax.data.sources.rows.files import RowFiles
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.config import Config
 
@@ -74,8 +72,8 @@ class Dataset:
   Attributes:
     name: of the files, the entries and the config.
     task: what it teaches.
-    train_rows: rows of the training file, as far as is known; those of the
-      file count as soon as it is there.
+    train_rows: published number of rows of the training file, replaced by the
+      number in the file when a run starts.
     train: split to train on.
     validation: split that is evaluated after each epoch.
     test: split that is evaluated at the end.
@@ -196,26 +194,18 @@ def official_config(
   update(config, {"train.accumulation_steps": parts})
   if not recipe.warmup:
     update(config, {"optimizer.schedule": "constant"})
+  config.train.epoch_examples = dataset.train_rows
   epochs = int(given.get("epochs", recipe.epochs))
-  rows = count_rows(path, split) or dataset.train_rows
-  _set_lengths(config, rows, epochs, recipe.warmup)
+  _set_lengths(config, epochs, recipe.warmup)
   return config
 
 
-def count_rows(path: str, split: str) -> int:
-  """Returns the rows of the files of a split, 0 if there are none yet."""
-  try:
-    found = files.resolve(path, split, source="ofa_tsv")
-  except UserError:
-    return 0
-  return len(RowFiles(found, ""))
-
-
-def _set_lengths(config: Config, rows: int, epochs: int, warmup: float) -> None:
-  """Sets numbers of updates that follow the batch size when it is changed."""
+def _set_lengths(config: Config, epochs: int, warmup: float) -> None:
+  """Sets numbers of steps that follow from the batch size and the epoch."""
+  rows = config.train.get_ref("epoch_examples")
   batch_size = config.train.get_ref("batch_size")
   # Rounded up: the official code fills the last batch with dummies.
-  per_epoch = (batch_size + (rows - 1)) // batch_size
+  per_epoch = (rows + batch_size - 1) // batch_size
   with config.unlocked():
     config.train.eval_every = per_epoch
     config.train.steps = per_epoch * epochs

@@ -157,7 +157,8 @@ def open_entries(config: Config, name: str, split: str) -> list[CheckedSource]:
   Raises:
     UserError: there is no such entry, or it cannot be opened.
   """
-  validate(config)
+  # Texts that do not fit are part of the report.
+  validate(config, fit=False)
   data = config.data
   known = {f"train.{key}": entry for key, entry in data.train.items()}
   known |= {f"evaluation.{key}": e for key, e in data.evaluation.items()}

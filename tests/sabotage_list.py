@@ -93,7 +93,7 @@ SABOTAGES = (
   ),
   Sabotage(
     "the position in the data is not read",
-    "narvl_jax/train.py",
+    "narvl_jax/run/training_run.py",
     'stored.get("data_position", int(state.step)),',
     "0,",
     "tests/checkpointing/test_exact_resume.py::test_every_split[stand-in-9]",

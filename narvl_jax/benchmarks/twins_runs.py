@@ -24,8 +24,8 @@ from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.files.disk import replacing
 from narvl_jax.prediction.answer_list import with_answers
 from narvl_jax.prediction.readers import reference_decoding
+from narvl_jax.run.training_run import train
 from narvl_jax.run_folder import workdir as workdir_lib
-from narvl_jax.train import train
 
 # Records of the training split whose answers VQA allows.
 _ANSWER_RECORDS = 5000

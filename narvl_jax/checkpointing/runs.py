@@ -17,6 +17,7 @@ from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.experiment.config import Config
 from narvl_jax.experiment.config_checks import check_fit
+from narvl_jax.experiment.datasets import DataSets
 from narvl_jax.experiment.experiment import Experiment, build
 from narvl_jax.experiment.vocabulary import (
   VOCABULARY_FOLDER,
@@ -28,7 +29,11 @@ from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import escape, show
 
 
-def build_in(config: Config, workdir: str | os.PathLike[str]) -> Experiment:
+def build_in(
+  config: Config,
+  workdir: str | os.PathLike[str],
+  datasets: DataSets | None = None,
+) -> Experiment:
   """Builds the experiment of an existing run, or of one that starts here.
 
   An existing run has its own vocabulary, so resuming does not need the files
@@ -37,17 +42,17 @@ def build_in(config: Config, workdir: str | os.PathLike[str]) -> Experiment:
   Args:
     config: validated.
     workdir: the run folder.
+    datasets: of the config, if some are open.
 
   Raises:
     UserError: the vocabulary, or something that the config names, is wrong.
   """
-  check_fit(config)
   folder = pathlib.Path(workdir)
   if workdir_lib.is_run(folder):
     vocabulary = Vocabulary.load(folder / VOCABULARY_FOLDER)
   else:
-    vocabulary = make_vocabulary(config)
-  return build(config, vocabulary)
+    vocabulary = make_vocabulary(config, datasets)
+  return build(config, vocabulary, datasets=datasets)
 
 
 def open_run(workdir: str | os.PathLike[str]) -> Experiment:
@@ -57,7 +62,9 @@ def open_run(workdir: str | os.PathLike[str]) -> Experiment:
     UserError: there is no run, or its files are damaged.
   """
   folder = pathlib.Path(workdir)
-  return build_in(workdir_lib.read_config(folder), folder)
+  config = workdir_lib.read_config(folder)
+  check_fit(config)
+  return build_in(config, folder)
 
 
 def load_run(
@@ -89,6 +96,7 @@ def load_run(
   ) -> tuple[Experiment, dict[str, Any], int]:
     record = checkpoints.read_record(step)
     notes = check_config(folder, config, record)
+    check_fit(config)
     experiment = build_in(config, folder)
     check_vocabulary(folder, experiment.vocabulary.fingerprint, record)
     with progress.doing(f"reading the checkpoint of {folder}"):

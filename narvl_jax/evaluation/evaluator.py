@@ -10,7 +10,6 @@ from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation.reporting import Prediction, Report
 from narvl_jax.evaluation.tally import Tally
-from narvl_jax.experiment.datasets import load_dataset
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.prediction.predictor import Predictor
 from narvl_jax.terminal import progress
@@ -69,7 +68,7 @@ def evaluate_tasks(
     # Rejects a decoding that does not fit before anything is computed.
     predictor.steps(entry.task)
   config: Any = experiment.config
-  opened = {name: load_dataset(config, name, split) for name in entries}
+  opened = {name: experiment.dataset(name, split) for name in entries}
   subsets = {
     name: Subset(source, spread(len(source), max_examples))
     for name, source in opened.items()

@@ -14,7 +14,6 @@ from narvl_jax.data.example import Box, Record
 from narvl_jax.data.pictures import images, rendering
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import reporting
-from narvl_jax.experiment.datasets import load_dataset
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.files import side_files
 from narvl_jax.files.disk import replacing, write_json
@@ -142,7 +141,7 @@ def prediction_panels(
   for prediction in reporting.select_examples(predictions, per_task):
     name = prediction["dataset"]
     if name not in readers:
-      source = load_dataset(experiment.config, name, split)
+      source = experiment.dataset(name, split)
       readers[name] = RecordReader(source, name)
     others = [
       key

@@ -28,8 +28,12 @@ _TRAIN_KEYS = (*_EVALUATION_KEYS, "weight", "split")
 _TEXT_KEYS = ("source", "task", "split")
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, *, fit: bool = True) -> None:
   """Checks all of a config that needs neither data nor devices.
+
+  Args:
+    config: to check.
+    fit: whether images and texts must fit the tables of the model.
 
   Raises:
     UserError: naming the key, the value seen, and the nearest valid one.
@@ -45,6 +49,8 @@ def validate(config: Config) -> None:
   )
   parse_rules(config.optimizer.rules)
   check_rules(config.mesh.rules)
+  if fit:
+    check_fit(config)
 
 
 def _check_tree(config: Any, schema: Config, prefix: str) -> None:

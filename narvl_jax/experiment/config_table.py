@@ -235,6 +235,13 @@ KEYS: dict[str, Setting] = {
     "((regex, {lr, decay, freeze}), ...); the first regex that matches the"
     " path of a parameter is used.",
   ),
+  "train.epoch_examples": Setting(
+    0,
+    "Examples of an epoch in a config whose numbers of steps depend on them;"
+    " counted in data.train when a run starts. 0: they do not.",
+    0,
+    change="resume",
+  ),
   "train.steps": Setting(1000, "Optimizer updates.", 1, change="report"),
   "train.batch_size": Setting(
     128, "Examples of an update, on all devices.", 1, change="report"

@@ -1,7 +1,8 @@
 """Creates an experiment from a config alone."""
 
 from narvl_jax.experiment.config import Config
-from narvl_jax.experiment.config_checks import check_fit, validate
+from narvl_jax.experiment.config_checks import validate
+from narvl_jax.experiment.datasets import DataSets
 from narvl_jax.experiment.experiment import Experiment, build
 from narvl_jax.experiment.vocabulary import (
   make_vocabulary,
@@ -14,14 +15,18 @@ def create(config: Config, *, shapes_only: bool = False) -> Experiment:
 
   Args:
     config: see `narvl_jax.experiment.config.default_config`.
-    shapes_only: without tasks, and with a vocabulary of the right size that is
-      neither read nor trained (a trained one may come out smaller).
+    shapes_only: without tasks, and with a placeholder vocabulary of the right
+      size (a trained one may be smaller).
 
   Raises:
     UserError: the config, or something that it names, is wrong.
   """
   validate(config)
-  # Before a vocabulary is trained.
-  check_fit(config)
+  datasets = DataSets(config)
   make = placeholder_vocabulary if shapes_only else make_vocabulary
-  return build(config, make(config), shapes_only=shapes_only)
+  return build(
+    config,
+    make(config, datasets),
+    datasets=datasets,
+    shapes_only=shapes_only,
+  )

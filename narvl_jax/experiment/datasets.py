@@ -1,6 +1,6 @@
 """Opens the data sets that a config names."""
 
-import math
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +9,30 @@ from narvl_jax.data.example import Record
 from narvl_jax.data.sources import load_source
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.config import Config
+
+
+class DataSets:
+  """The data sets of a config, each of which is opened once, when needed.
+
+  Attributes:
+    config: that names them.
+  """
+
+  def __init__(self, config: Config) -> None:
+    self.config = config
+    self._evaluation: dict[tuple[str, str], Sequence[Record]] = {}
+
+  @functools.cached_property
+  def train(self) -> list[MixtureEntry]:
+    """The sources of `data.train`; see `load_mixture`."""
+    return load_mixture(self.config)
+
+  def evaluation(self, name: str, split: str) -> Sequence[Record]:
+    """Returns a data set of `data.evaluation`; see `load_dataset`."""
+    key = name, split
+    if key not in self._evaluation:
+      self._evaluation[key] = load_dataset(self.config, name, split)
+    return self._evaluation[key]
 
 
 def load_mixture(config: Config) -> list[MixtureEntry]:
@@ -58,14 +82,14 @@ def _load(config: Config, entry: Any, split: str) -> Sequence[Record]:
 
 
 def recipe_hint(name: str, entry: Any) -> str:
-  """Returns how an official recipe names the folder of its files.
+  """Returns how to set the folder of a recipe's files, to append to a flag.
 
   Args:
     name: of the entry.
     entry: of `data.train` or `data.evaluation`.
 
   Returns:
-    What goes behind the flag of a key; "" if the files are not a recipe's.
+    "" if the files are not those of an official recipe.
   """
   path = str(entry.get("options", {}).get("path"))
   if not path.endswith(f"/{name}_{{split}}.tsv"):
@@ -73,23 +97,15 @@ def recipe_hint(name: str, entry: Any) -> str:
   return f", or --config=FILE.py:data=FOLDER for the folder of {name}_*.tsv"
 
 
-def relative_evaluation(config: Config) -> float:
-  """Returns the examples of the final evaluation over those of each before.
+def set_epoch(datasets: DataSets) -> None:
+  """Counts the examples of an epoch where the config's steps depend on them.
 
-  Returns:
-    The ratio; 0.0 for a run that is only evaluated at its end.
+  Sets `train.epoch_examples` unless it is 0. A recipe derives its numbers of
+  steps from this key, so they follow, except those that were set themselves.
+
+  Raises:
+    UserError: a source does not exist.
   """
-  if not config.train.eval_every:
-    return 0.0
-  settings = config.evaluation
-  final, before = (
-    sum(
-      min(len(load_dataset(config, name, split)), limit)
-      for name in config.data.evaluation
-    )
-    for split, limit in (
-      (settings.split, settings.max_examples or math.inf),
-      (config.train.eval_split, config.train.eval_examples),
-    )
-  )
-  return final / before
+  train = datasets.config.train
+  if train.epoch_examples:
+    train.epoch_examples = sum(len(entry.source) for entry in datasets.train)

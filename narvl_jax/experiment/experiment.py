@@ -1,16 +1,18 @@
 """An experiment: config, vocabulary, tasks and model that belong together."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from narvl_jax.data.example import TASKS
+from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.tasks import Task, make_task
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.experiment.config import Config
-from narvl_jax.experiment.config_checks import check_fit
+from narvl_jax.experiment.datasets import DataSets
 from narvl_jax.models import (
   EncoderDecoder,
   ModelConfig,
@@ -31,6 +33,7 @@ class Experiment:
     tasks: name -> task.
     model_config: the resolved architecture.
     model: the network.
+    datasets: opened data sets; None: each use opens them again.
   """
 
   config: Config
@@ -38,6 +41,7 @@ class Experiment:
   tasks: dict[str, Task[Any]]
   model_config: ModelConfig
   model: EncoderDecoder
+  datasets: DataSets | None = None
 
   @property
   def autoregressive(self) -> bool:
@@ -66,6 +70,15 @@ class Experiment:
     prompt = self.config.data.max_text_length - 1 if any(self.prompted) else 1
     return prompt + self.label_length - 1, self.label_length
 
+  def dataset(self, name: str, split: str) -> Sequence[Record]:
+    """Returns a data set of `data.evaluation`.
+
+    Raises:
+      UserError: the config has no such name or split.
+    """
+    datasets = self.datasets or DataSets(self.config)
+    return datasets.evaluation(name, split)
+
   def abstract_variables(self) -> Any:
     """Returns the shapes of the variables, boxed with logical axis names."""
     data = self.config.data
@@ -75,19 +88,23 @@ class Experiment:
 
 
 def build(
-  config: Config, vocabulary: Vocabulary, *, shapes_only: bool = False
+  config: Config,
+  vocabulary: Vocabulary,
+  *,
+  datasets: DataSets | None = None,
+  shapes_only: bool = False,
 ) -> Experiment:
   """Builds an experiment; reads and writes nothing.
 
   Args:
-    config: that was validated.
+    config: validated.
     vocabulary: of the run.
+    datasets: of the config, if some are open.
     shapes_only: without tasks, which need real tokens.
 
   Raises:
     UserError: settings that do not fit together.
   """
-  check_fit(config)
   # An autoregressive model must learn where to stop.
   always = {"eos": True} if is_autoregressive(config) else {}
   tasks = {
@@ -102,6 +119,7 @@ def build(
     tasks=tasks,
     model_config=architecture,
     model=make_model(architecture),
+    datasets=datasets or DataSets(config),
   )
   if experiment.answer_positions is not None:
     check_decoder_length(architecture, experiment.answer_positions[0])
@@ -150,3 +168,26 @@ def compute_dtype(name: str) -> Any:
   if name == "auto":
     name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   return jnp.dtype(name)
+
+
+def relative_evaluation(experiment: Experiment) -> float:
+  """Returns the examples of the final evaluation over those of earlier ones.
+
+  Returns:
+    The ratio; 0.0 for a run that is only evaluated at its end.
+  """
+  config = experiment.config
+  if not config.train.eval_every:
+    return 0.0
+  settings = config.evaluation
+  final, before = (
+    sum(
+      min(len(experiment.dataset(name, split)), limit)
+      for name in config.data.evaluation
+    )
+    for split, limit in (
+      (settings.split, settings.max_examples or math.inf),
+      (config.train.eval_split, config.train.eval_examples),
+    )
+  )
+  return final / before

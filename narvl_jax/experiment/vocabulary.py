@@ -1,15 +1,16 @@
 """The vocabulary of a run: read from files, or trained on its data."""
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from narvl_jax.data.batches.bad_records import BadRecord
+from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.data.sources.subset import Subset
 from narvl_jax.data.tasks import vocabulary_texts
 from narvl_jax.data.vocabulary.vocabulary import OFFICIAL_FIXED_IDS, Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import Config
-from narvl_jax.experiment.datasets import load_mixture
+from narvl_jax.experiment.datasets import DataSets
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.activity import Activity
 
@@ -25,8 +26,14 @@ _FILES = {
 _VOCABULARY_RECORDS = 4000
 
 
-def make_vocabulary(config: Config) -> Vocabulary:
-  """Reads or trains the vocabulary that a config asks for.
+def make_vocabulary(
+  config: Config, datasets: DataSets | None = None
+) -> Vocabulary:
+  """Reads or trains the vocabulary of a config.
+
+  Args:
+    config: validated.
+    datasets: of the config, if some are open.
 
   Raises:
     UserError: its files are missing, or its size is too small.
@@ -35,7 +42,8 @@ def make_vocabulary(config: Config) -> Vocabulary:
   counts = {"num_codes": settings.num_codes, "num_bins": settings.num_bins}
   if settings.source == "train":
     with progress.doing("training the vocabulary", unit="texts") as training:
-      texts = _texts(config, training)
+      entries = (datasets or DataSets(config)).train
+      texts = _texts(config, entries, training)
       return Vocabulary.train(texts, settings.size, **counts)
   check_vocabulary_files(config)
   folder = pathlib.Path(settings.path)
@@ -68,21 +76,25 @@ def check_vocabulary_files(config: Config) -> None:
     )
 
 
-def placeholder_vocabulary(config: Config) -> Vocabulary:
-  """Returns one of the right size, without training it or reading much."""
+def placeholder_vocabulary(
+  config: Config, datasets: DataSets | None = None
+) -> Vocabulary:
+  """Returns a vocabulary of the right size without training it."""
   settings = config.vocabulary
   counts = {"num_codes": settings.num_codes, "num_bins": settings.num_bins}
   if settings.source in ("huggingface", "run"):
     # Only its files tell the size.
-    return make_vocabulary(config)
+    return make_vocabulary(config, datasets)
   size = settings.size
   if settings.source == "official":
     size = OFFICIAL_FIXED_IDS + sum(counts.values())
   return Vocabulary.placeholder(size, **counts)
 
 
-def _texts(config: Config, training: Activity) -> Iterator[str]:
-  for source, task, _, name in load_mixture(config):
+def _texts(
+  config: Config, entries: Sequence[MixtureEntry], training: Activity
+) -> Iterator[str]:
+  for source, task, _, name in entries:
     count = min(len(source), _VOCABULARY_RECORDS)
     # Spread over the source, which may be sorted.
     stride = len(source) // count

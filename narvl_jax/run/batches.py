@@ -4,20 +4,20 @@ import functools
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from narvl_jax.data.batches.entry import MixtureEntry
+from narvl_jax.data.batches.mixture import Mixture
 from narvl_jax.data.batches.pipeline import (
   BadRecords,
   TrainBatches,
-  train_batches,
+  mixture_batches,
 )
-from narvl_jax.parallel import local_rows, shard_batch
+from narvl_jax.parallel import shard_batch
 from narvl_jax.training.setup import Setup
 
 _END = object()
@@ -176,22 +176,18 @@ class DeviceBatches:
 
 
 def batch_opener(
-  setup: Setup, mixture: Sequence[MixtureEntry]
+  setup: Setup, mixture: Mixture
 ) -> Callable[[int], TrainBatches]:
   """Returns the function position -> batches of this host from there on."""
   experiment = setup.experiment
   config = experiment.config
   return functools.partial(
-    train_batches,
+    mixture_batches,
     mixture,
     experiment.tasks,
-    batch_size=config.train.batch_size,
-    seed=config.seed,
-    rows=local_rows(setup.mesh, config.train.batch_size),
     image_size=tuple(config.data.image_size),
     max_text_length=config.data.max_text_length,
     max_label_length=experiment.label_length,
-    temperature=config.data.temperature,
     num_workers=config.data.num_workers,
     num_threads=config.data.num_threads,
     prefetch=config.data.prefetch,

@@ -12,7 +12,7 @@ from narvl_jax.data.tasks.base import required_queries
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.score import check_best_metric
 from narvl_jax.experiment.config import Config
-from narvl_jax.experiment.datasets import load_dataset, recipe_hint
+from narvl_jax.experiment.datasets import DataSets, recipe_hint
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.training.constrained import (
   CONSTRAINED_OFF,
@@ -23,37 +23,45 @@ from narvl_jax.training.constrained import (
 _CHECKED_RECORDS = 64
 
 
-def check_mixture(
-  experiment: Experiment, mixture: Sequence[MixtureEntry]
+def make_mixture(
+  config: Config,
+  entries: Sequence[MixtureEntry],
+  rows: Sequence[int] | None = None,
 ) -> Mixture:
-  """Returns the mixture of the sources.
+  """Returns the mixture of a run.
+
+  Args:
+    config: of the run.
+    entries: the sources of `data.train`.
+    rows: of every batch, those of this host; None: all.
 
   Raises:
     UserError: weights or sources are invalid.
   """
-  config = experiment.config
   return Mixture(
-    mixture,
+    entries,
     batch_size=config.train.batch_size,
     seed=config.seed,
+    rows=rows,
     temperature=config.data.temperature,
   )
 
 
-def check_evaluation(config: Config) -> None:
+def check_evaluation(datasets: DataSets) -> None:
   """Opens the data of the evaluations.
 
   Raises:
     UserError: a source, a split or an option does not exist, or
       `evaluation.best_metric` is not measured.
   """
+  config = datasets.config
   settings = {"evaluation.split": config.evaluation.split}
   if config.train.eval_every:
     settings["train.eval_split"] = config.train.eval_split
   for key, split in settings.items():
     for name in config.data.evaluation:
       try:
-        load_dataset(config, name, split)
+        datasets.evaluation(name, split)
       except UserError as error:
         hint = recipe_hint(name, config.data.evaluation[name])
         raise UserError(
@@ -64,14 +72,12 @@ def check_evaluation(config: Config) -> None:
   check_best_metric(config.evaluation.best_metric, tasks)
 
 
-def untrained_tasks(
-  experiment: Experiment, mixture: Sequence[MixtureEntry], position: int
-) -> list[str]:
+def untrained_tasks(mixture: Mixture, position: int) -> list[str]:
   """Returns the tasks without an example before batch `position`."""
-  used = check_mixture(experiment, mixture).used(position)
   counts: dict[str, int] = {}
-  for (_, task, *_), count in zip(mixture, used, strict=True):
-    counts[task] = counts.get(task, 0) + count
+  used = mixture.used(position)
+  for entry, count in zip(mixture.entries, used, strict=True):
+    counts[entry.task] = counts.get(entry.task, 0) + count
   return [task for task, count in counts.items() if not count]
 
 

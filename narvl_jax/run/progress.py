@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
-from narvl_jax.experiment.datasets import relative_evaluation
+from narvl_jax.experiment.experiment import relative_evaluation
 from narvl_jax.run.eta import Eta
 from narvl_jax.run.run import Run
 from narvl_jax.run_folder.metrics import mean_metrics
@@ -37,7 +37,7 @@ class Progress:
       self._config.steps,
       eval_every=self._config.eval_every,
       checkpoint_every=self._config.checkpoint_every,
-      final_evaluation=relative_evaluation(run.config),
+      final_evaluation=relative_evaluation(run.experiment),
     )
     self._saved = run.checkpoints.progress
     self._bar = Activity("training", self._config.steps, "steps")

@@ -2,11 +2,11 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from narvl_jax.checkpointing.writing import Checkpoints
-from narvl_jax.data.batches.entry import MixtureEntry
+from narvl_jax.data.batches.mixture import Mixture
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.reliability.guard import Guard
 from narvl_jax.run_folder.metrics import MetricsWriter, SilentMetrics
@@ -27,7 +27,7 @@ class Run:
 
   Attributes:
     setup: shapes, shardings and jitted functions.
-    mixture: sources of the training data.
+    mixture: draws the records of every batch.
     checkpoints: saves and restores the state.
     writer: `SilentMetrics` except on the first host.
     guard: lock, signals and time ledger of the process.
@@ -35,7 +35,7 @@ class Run:
   """
 
   setup: Setup
-  mixture: Sequence[MixtureEntry]
+  mixture: Mixture
   checkpoints: Checkpoints
   writer: MetricsWriter | SilentMetrics
   guard: Guard

@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -17,13 +17,12 @@ from narvl_jax.checkpointing.runs import build_in
 from narvl_jax.checkpointing.weights import opened
 from narvl_jax.checkpointing.writing import Checkpoints, restore_target
 from narvl_jax.data.answers import load_answers
-from narvl_jax.data.batches.entry import MixtureEntry
+from narvl_jax.data.batches.mixture import Mixture
 from narvl_jax.errors import UserError
-from narvl_jax.experiment.config_checks import check_fit
-from narvl_jax.experiment.datasets import load_mixture
+from narvl_jax.experiment.datasets import DataSets
 from narvl_jax.experiment.vocabulary import check_vocabulary_files
 from narvl_jax.hosts import distributed
-from narvl_jax.parallel import mesh_from_config
+from narvl_jax.parallel import check_batch_size, local_rows, mesh_from_config
 from narvl_jax.parallel.mesh import describe
 from narvl_jax.run import data_checks as run_data
 from narvl_jax.run.announce import (
@@ -37,45 +36,69 @@ from narvl_jax.run_folder.workdir import save_experiment
 from narvl_jax.state.train_state import TrainState, evaluation_variables
 from narvl_jax.terminal import progress
 from narvl_jax.training.setup import Setup, build_setup
-from narvl_jax.warm_start.init_from import check_init_from, init_from
+from narvl_jax.warm_start.init_from import Plan, init_from, plan_weights
+
+
+class Start(NamedTuple):
+  """Everything that a run needs before its first state.
+
+  Attributes:
+    setup: shapes, shardings and functions.
+    mixture: draws the records of every batch.
+    weights: where the parameters of a new run come from; None: not planned.
+  """
+
+  setup: Setup
+  mixture: Mixture
+  weights: Plan | None
 
 
 def prepare(
-  config: Any, workdir: pathlib.Path, resumes: bool, say: Announcer
-) -> tuple[Setup, list[MixtureEntry]]:
-  """Builds and checks what a run needs, without writing anything.
+  datasets: DataSets, workdir: pathlib.Path, resumes: bool, say: Announcer
+) -> Start:
+  """Builds and checks everything that a run needs; writes nothing.
 
-  Returns:
-    The setup, and the sources of the training data.
+  Args:
+    datasets: of a config that was validated.
+    workdir: the run folder; the vocabulary of a run in it is used.
+    resumes: whether it holds a run.
+    say: prints a line.
 
   Raises:
-    UserError: the config is wrong.
+    UserError: something that the config names is missing or wrong.
   """
-  check_fit(config)
+  config = datasets.config
   mesh = mesh_from_config(config.mesh)
   say(f"mesh {describe(mesh)}")
-  # Missing files are reported before a vocabulary is trained.
+  # Missing files are found before a vocabulary is trained.
   _check_files(config, resumes)
-  mixture = load_mixture(config)
-  run_data.check_evaluation(config)
-  experiment = build_in(config, workdir)
+  entries = datasets.train
+  run_data.check_evaluation(datasets)
+  experiment = build_in(config, workdir, datasets)
   say(
     f"vocabulary {experiment.vocabulary.size} ids,"
     f" tasks {', '.join(experiment.tasks)}"
   )
-  used = run_data.check_mixture(experiment, mixture).used(config.train.steps)
-  for note in run_data.check_targets(experiment, mixture):
+  steps, batch_size = config.train.steps, config.train.batch_size
+  check_batch_size(
+    batch_size, mesh, accumulation_steps=config.train.accumulation_steps
+  )
+  rows = local_rows(mesh, batch_size)
+  mixture = run_data.make_mixture(config, entries, rows)
+  for note in run_data.check_targets(experiment, entries):
     say(f"note: {note}")
-  run_data.check_answers(experiment, mixture)
-  for (source, task, _, name), count in zip(mixture, used, strict=True):
-    say(describe_source(source, task, name, count, config.train.steps))
+  run_data.check_answers(experiment, entries)
+  for entry, count in zip(entries, mixture.used(steps), strict=True):
+    say(describe_source(entry.source, entry.task, entry.name, count, steps))
   with progress.doing("tracing the model"):
     setup = build_setup(experiment, mesh)
+  weights = None
   if config.init_from and not resumes:
-    for note in check_init_from(setup):
+    weights = plan_weights(setup)
+    for note in weights.notes:
       say(f"note: {note}")
   describe_model(setup, say)
-  return setup, mixture
+  return Start(setup, mixture, weights)
 
 
 def _check_files(config: Any, resumes: bool) -> None:
@@ -123,9 +146,18 @@ def open_checkpoints(setup: Setup, workdir: pathlib.Path) -> Checkpoints:
 
 
 def restore_or_init(
-  setup: Setup, checkpoints: Checkpoints, say: Callable[[str], None]
+  setup: Setup,
+  checkpoints: Checkpoints,
+  say: Callable[[str], None],
+  weights: Plan | None = None,
 ) -> tuple[TrainState, int, dict[str, Any]]:
   """Returns the newest intact state of the run, or a fresh one.
+
+  Args:
+    setup: shapes and shardings.
+    checkpoints: those of the run.
+    say: prints a line.
+    weights: plan for a fresh state with `init_from`; None: made if needed.
 
   Returns:
     The state, its step, and `CheckpointRecord.run`.
@@ -142,7 +174,7 @@ def restore_or_init(
     state = jax.block_until_ready(setup.init(jax.random.key(config.seed)))
   if config.init_from:
     with progress.doing(f"reading the weights of {config.init_from}"):
-      state = init_from(setup, state)
+      state = init_from(setup, state, weights or plan_weights(setup))
     say(f"weights from {config.init_from}")
   else:
     say(f"initialised with seed {config.seed}")

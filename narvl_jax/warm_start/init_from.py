@@ -41,7 +41,7 @@ _SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
   """Where the parameters of a run come from.
 
   Attributes:
@@ -57,11 +57,8 @@ class _Plan:
   notes: list[str]
 
 
-def check_init_from(setup: Setup) -> list[str]:
-  """Checks that the weights of `config.init_from` fit; reads only shapes.
-
-  Returns:
-    Sentences about everything that is not copied unchanged.
+def plan_weights(setup: Setup) -> Plan:
+  """Plans how the weights of `config.init_from` fit; reads only shapes.
 
   Raises:
     UserError: the folder holds no weights or those of another model, or a rule
@@ -71,24 +68,23 @@ def check_init_from(setup: Setup) -> list[str]:
     checkpoints,
     step,
   ):
-    return _plan(setup, checkpoints, step).notes
+    return _plan(setup, checkpoints, step)
 
 
-def init_from(setup: Setup, state: TrainState) -> TrainState:
+def init_from(setup: Setup, state: TrainState, plan: Plan) -> TrainState:
   """Replaces the variables of a fresh state by those of `config.init_from`.
 
   The moving averages of the other run are used if it has them. Those of this
   run start from the new parameters.
 
   Raises:
-    UserError: see `check_init_from`.
+    UserError: see `plan_weights`.
   """
   fresh = flatten({"params": state.params, "batch_stats": state.batch_stats})
   with opened(setup.experiment.config.init_from, "init_from") as (
     checkpoints,
     step,
   ):
-    plan = _plan(setup, checkpoints, step)
     tree = flax.traverse_util.unflatten_dict(_targets(setup, plan), sep="/")
     read = flatten(read_weights(checkpoints, step, {"batch_stats": {}, **tree}))
   taken = {name: read[source] for name, source in plan.sources.items()}
@@ -108,7 +104,7 @@ def init_from(setup: Setup, state: TrainState) -> TrainState:
   )
 
 
-def _targets(setup: Setup, plan: _Plan) -> dict[str, jax.ShapeDtypeStruct]:
+def _targets(setup: Setup, plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns shape, dtype and sharding to read every stored array with.
 
   Each has the sharding of our array as far as it divides the stored shape.
@@ -168,8 +164,8 @@ def _shapes(tree: Mapping[str, Any]) -> dict[str, Shape]:
   return {name: tuple(x.shape) for name, x in flatten(tree).items()}
 
 
-def _plan(setup: Setup, checkpoints: Checkpoints, step: int) -> _Plan:
-  """Finds a source for every array; see `check_init_from`."""
+def _plan(setup: Setup, checkpoints: Checkpoints, step: int) -> Plan:
+  """Finds a source for every array; see `plan_weights`."""
   experiment = setup.experiment
   config = experiment.config
   stored = _shapes(checkpoints.shapes(step)["params"])
@@ -207,7 +203,7 @@ def _plan(setup: Setup, checkpoints: Checkpoints, step: int) -> _Plan:
     {name: shape for name, shape in ours.items() if name not in dropped},
   )
   notes += _frozen_notes(setup, ours.keys() - sources.keys())
-  return _Plan(
+  return Plan(
     stored=stored,
     sources=sources,
     fits=fits,

@@ -12,7 +12,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import from_json, to_json
 from narvl_jax.experiment.config_checks import validate
 from narvl_jax.experiment.create import create
-from narvl_jax.experiment.datasets import load_mixture
+from narvl_jax.experiment.datasets import DataSets, load_mixture
 from narvl_jax.run import data_checks as run_data
 from tests.data.sources import tsv_files
 
@@ -53,7 +53,7 @@ def test_builds(path: str, arg: str) -> None:
   mixture = load_mixture(config)
   assert [len(source) for source, *_ in mixture] == [5] * len(tasks)
   assert run_data.check_targets(experiment, mixture) == []
-  run_data.check_evaluation(config)
+  run_data.check_evaluation(DataSets(config))
 
 
 def test_mistakes() -> None:

@@ -23,12 +23,13 @@ import numpy as np
 import pytest
 from absl import logging as absl_logging
 
-from narvl_jax import train as train_lib
+from narvl_jax import train as train_command
 from narvl_jax.checkpointing.record import read_leaf, read_record
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import Config, to_json
 from narvl_jax.reliability import guard as guard_lib
 from narvl_jax.reliability.ledger import Ledger
+from narvl_jax.run import training_run
 from tests.support.terminal import masked
 from tests.support.tiny import tiny_config
 
@@ -66,7 +67,7 @@ class Runner:
     self.evaluations: list[tuple[int, int]] = []
     self.stop_after_evaluation: int | None = None
     self.stop_before_evaluation: int | None = None
-    self._evaluate = train_lib.evaluate_tasks
+    self._evaluate = training_run.evaluate_tasks
     jax.monitoring.register_event_duration_secs_listener(self._count)
 
   def _count(self, event: str, duration_secs: float, **_: Any) -> None:
@@ -94,7 +95,7 @@ def outcomes(tmp_path_factory) -> dict[str, Outcome]:
   """
   runner = Runner()
   patch = pytest.MonkeyPatch()
-  patch.setattr(train_lib, "evaluate_tasks", runner.evaluate)
+  patch.setattr(training_run, "evaluate_tasks", runner.evaluate)
   found = {}
   whole = tmp_path_factory.mktemp("whole") / "run"
   stopped = tmp_path_factory.mktemp("stopped") / "run"
@@ -130,7 +131,7 @@ def _captured(workdir: pathlib.Path, num_workers: int = 0) -> tuple[str, Any]:
   config.data.num_workers = num_workers
   with contextlib.redirect_stdout(output):
     try:
-      report = train_lib.train(config, workdir, ledger=Ledger())
+      report = training_run.train(config, workdir, ledger=Ledger())
     except SystemExit as error:
       report = error.code
   return output.getvalue(), report
@@ -284,10 +285,10 @@ def test_runs_are_quiet(outcomes):
 
 def test_finished_run_is_only_evaluated(outcomes, capsys, monkeypatch):
   run = Runner()
-  monkeypatch.setattr(train_lib, "evaluate_tasks", run.evaluate)
-  monkeypatch.setattr(train_lib, "_fit", None)
+  monkeypatch.setattr(training_run, "evaluate_tasks", run.evaluate)
+  monkeypatch.setattr(training_run, "_fit", None)
   whole = outcomes["whole"]
-  assert train_lib.train(_config(), whole.workdir) == whole.report
+  assert training_run.train(_config(), whole.workdir) == whole.report
   assert (whole.workdir / "metrics.jsonl").read_text() == whole.metrics
   assert "resumed from the checkpoint of step 6" in capsys.readouterr().out
 
@@ -306,15 +307,16 @@ def test_a_folder_that_vanishes_is_not_made_again(
     shutil.rmtree(workdir)
     return run.evaluate(*args, **settings)
 
-  monkeypatch.setattr(train_lib, "evaluate_tasks", evaluate)
+  monkeypatch.setattr(training_run, "evaluate_tasks", evaluate)
   monkeypatch.setattr(guard_lib, "RENEW_SECONDS", 1e6)
   with pytest.raises(UserError, match=r"run is gone, or its lock.json"):
-    train_lib.train(_config(), workdir)
+    training_run.train(_config(), workdir)
   assert not list(tmp_path.iterdir())
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
-  assert train_lib.train(_config(), tmp_path / "run", dry_run=True) is None
+  with guard_lib.Guard(tmp_path / "run", Ledger()) as guard:
+    training_run.print_plan(_config(), tmp_path / "run", guard)
   assert not list(tmp_path.iterdir())
   output = capsys.readouterr().out
   for pattern in (
@@ -333,7 +335,8 @@ def test_sharding_is_explained_without_compiling(tmp_path, capsys):
   config = _config()
   config.mesh.update({"data": 1, "fsdp": 4, "tensor": 2})
   workdir = tmp_path / "run"
-  assert train_lib.train(config, workdir, explain_sharding=True) is None
+  with guard_lib.Guard(workdir, Ledger()) as guard:
+    training_run.print_plan(config, workdir, guard, only_sharding=True)
   assert not list(tmp_path.iterdir())
   output = capsys.readouterr().out
   assert "mesh data=1 fsdp=4 tensor=2\n" in output
@@ -349,7 +352,7 @@ def test_mistake_in_the_data_leaves_no_folder(tmp_path):
   del config.data.train.vqa["weight"]
   config.data.train.vqa.weight = -1.0
   with pytest.raises(UserError, match=r"weight is -1.0; it must be 0 or more"):
-    train_lib.train(config, tmp_path / "run")
+    training_run.train(config, tmp_path / "run")
   assert not list(tmp_path.iterdir())
 
 
@@ -382,10 +385,10 @@ def test_signal_outside_of_the_loop(
   def interrupted(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), number)
 
-  monkeypatch.setattr(train_lib, "train", interrupted)
-  monkeypatch.setattr(train_lib.flags, "FLAGS", Flags(tmp_path))
+  monkeypatch.setattr(training_run, "train_guarded", interrupted)
+  monkeypatch.setattr(train_command.flags, "FLAGS", Flags(tmp_path))
   with pytest.raises(SystemExit) as error:
-    train_lib.main([])
+    train_command.main([])
   # Nothing was lost; but who presses Ctrl-C breaks off what called it.
   assert error.value.code == (0 if name == "SIGTERM" else 130)
   assert capsys.readouterr().err == (
@@ -403,10 +406,10 @@ def test_failure_ends_with_what_to_do(tmp_path, monkeypatch, capsys, saved):
   def fail(*_: Any, **__: Any) -> None:
     raise MemoryError("too much")
 
-  monkeypatch.setattr(train_lib, "train", fail)
-  monkeypatch.setattr(train_lib.flags, "FLAGS", Flags(tmp_path))
+  monkeypatch.setattr(training_run, "train_guarded", fail)
+  monkeypatch.setattr(train_command.flags, "FLAGS", Flags(tmp_path))
   with pytest.raises(SystemExit) as error:
-    train_lib.main([])
+    train_command.main([])
   assert error.value.code == 1
   lines = capsys.readouterr().err.splitlines()
   assert lines[0].startswith("Traceback")
@@ -424,7 +427,7 @@ def test_mistakes_of_the_user_are_left_to_the_command_line(
   def fail(*_: Any, **__: Any) -> None:
     raise UserError("wrong")
 
-  monkeypatch.setattr(train_lib, "train", fail)
-  monkeypatch.setattr(train_lib.flags, "FLAGS", Flags(tmp_path))
+  monkeypatch.setattr(training_run, "train_guarded", fail)
+  monkeypatch.setattr(train_command.flags, "FLAGS", Flags(tmp_path))
   with pytest.raises(UserError, match="wrong"):
-    train_lib.main([])
+    train_command.main([])

@@ -9,7 +9,7 @@ from narvl_jax.data.tasks.base import required_queries
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config_checks import validate
 from narvl_jax.experiment.create import create
-from narvl_jax.experiment.datasets import load_mixture
+from narvl_jax.experiment.datasets import DataSets, load_mixture
 from narvl_jax.models import ModelConfig, model_config
 from narvl_jax.run import data_checks as run_data
 from tests.conftest import ROOT
@@ -59,8 +59,8 @@ def test_records_fit(name: str, variant: str):
   experiment = create(config)
   assert isinstance(experiment.model_config, ModelConfig)
   mixture = load_mixture(config)
-  run_data.check_mixture(experiment, mixture)
-  run_data.check_evaluation(config)
+  run_data.make_mixture(config, mixture)
+  run_data.check_evaluation(DataSets(config))
   for source, task, _, _ in mixture:
     for index in range(RECORDS):
       encoded = experiment.tasks[task].encode(source[index])

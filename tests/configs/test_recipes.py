@@ -15,11 +15,12 @@ from ml_collections.config_flags import config_flags
 from narvl_jax.configs.official import SIZES, Recipe
 from narvl_jax.data.sources import load_source
 from narvl_jax.errors import UserError
-from narvl_jax.experiment.config import to_json
+from narvl_jax.experiment.config import default_config, to_json
 from narvl_jax.experiment.create import create
-from narvl_jax.experiment.datasets import load_mixture
+from narvl_jax.experiment.datasets import DataSets, load_mixture, set_epoch
 from narvl_jax.models import model_config
 from narvl_jax.run import data_checks as run_data
+from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.state.parameters import assign_rules, flatten
 from narvl_jax.training.optimizer import make_schedule
 from tests.conftest import ROOT
@@ -70,6 +71,12 @@ def _module(name: str) -> Any:
 
 def _config(name: str, arg: str = "") -> Any:
   return _module(name).get_config(arg)
+
+
+def _started(config: Any) -> Any:
+  """Returns the config as it is once a run starts."""
+  set_epoch(DataSets(config))
+  return config
 
 
 def _write_data(folder: pathlib.Path, name: str) -> str:
@@ -171,12 +178,15 @@ def test_huge_vqa_keeps_its_rate():
 
 def test_updates_follow_from_the_rows_of_the_file(tmp_path: pathlib.Path):
   data = _write_data(tmp_path, "refcoco")
-  config = _config("refcoco", f"size=tiny,{data}")
+  config = _started(_config("refcoco", f"size=tiny,{data}"))
   # 300 rows are two batches of 128 and one that is not full.
   assert config.train.steps == 50 * 3
   assert config.train.eval_every == 3
   assert config.optimizer.warmup_steps == 9
-  assert _config("refcoco", f"base,epochs=7,{data}").train.steps == 7 * 3
+  config = _started(_config("refcoco", f"base,epochs=7,{data}"))
+  assert config.train.steps == 7 * 3
+  # The default config does not count.
+  assert _started(default_config("vqa")).train.epoch_examples == 0
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -192,7 +202,7 @@ def test_updates_follow_the_batch_size(
     # Where config_flags looks for the keys that are overridden.
     monkeypatch.setattr("sys.argv", ["program", file, flag])
     values(["program", file, flag])
-    return values.config
+    return _started(values.config)
 
   config = with_flag("--config.train.batch_size=64")
   assert (config.train.eval_every, config.train.steps) == (5, 50)
@@ -202,14 +212,33 @@ def test_updates_follow_the_batch_size(
   config = with_flag("--config.optimizer.warmup_steps=4")
   assert (config.train.steps, config.optimizer.warmup_steps) == (30, 4)
   # What a run folder keeps.
-  assert to_json(config)["train"]["steps"] == 30
+  kept = to_json(config)
+  assert kept["train"]["steps"] == 30
+  assert kept["train"]["epoch_examples"] == ROWS
+
+
+def test_a_run_from_before_epochs_were_recorded_resumes(
+  tmp_path: pathlib.Path,
+):
+  data = _write_data(tmp_path, "refcoco")
+  config = _started(_config("refcoco", data))
+  recorded = to_json(config)
+  del recorded["train"]["epoch_examples"]
+  (tmp_path / "run").mkdir()
+  path = tmp_path / "run" / "config.json"
+  path.write_text(json.dumps(recorded))
+  assert workdir_lib.check(path.parent, config)
+  recorded["train"]["steps"] += 1
+  path.write_text(json.dumps(recorded))
+  with pytest.raises(UserError, match=r"another config: train.steps: "):
+    workdir_lib.check(path.parent, config)
 
 
 def test_split_names_another_training_file(tmp_path: pathlib.Path):
   data = _write_data(tmp_path, "caption")
   rows = (tsv_files.row("caption", i) for i in range(129))
   tsv_files.write(tmp_path / "caption_teacher.tsv", rows)
-  config = _config("caption", f"split=teacher,{data}")
+  config = _started(_config("caption", f"split=teacher,{data}"))
   assert config.train.steps == 5 * 2
   assert config.data.train.caption.split == "teacher"
   ((source, _, _, _),) = load_mixture(config)
@@ -226,9 +255,9 @@ def test_a_run_finds_its_files(
   experiment = create(config)
   mixture = load_mixture(config)
   assert [len(entry[0]) for entry in mixture] == [ROWS]
-  run_data.check_mixture(experiment, mixture)
+  run_data.make_mixture(config, mixture)
   assert run_data.check_targets(experiment, mixture) == []
-  run_data.check_evaluation(config)
+  run_data.check_evaluation(DataSets(config))
   (task,) = experiment.tasks.values()
   longest = max(len(task.encode(record).text_ids) for record in mixture[0][0])
   assert longest <= config.data.max_text_length
@@ -245,7 +274,7 @@ def test_missing_files_name_the_folder_that_was_given(tmp_path: pathlib.Path):
   ):
     load_mixture(config)
   with pytest.raises(UserError, match=r"^data\.evaluation\.refcoco .*" + hint):
-    run_data.check_evaluation(config)
+    run_data.check_evaluation(DataSets(config))
 
 
 @pytest.mark.parametrize("name", SPLITS)

@@ -10,6 +10,7 @@ from PIL import Image
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import evaluator, reporting, results
 from narvl_jax.experiment.datasets import load_dataset
+from narvl_jax.experiment.experiment import Experiment
 from tests.evaluation import tiny_run
 from tests.support import disks, replacements
 from tests.terminal.test_text import NASTY
@@ -96,14 +97,18 @@ def test_a_picture_that_is_gone_costs_its_panel_only(
   report, predictions = evaluated
   whole = results.prediction_panels(experiment, "test", predictions)
   monkeypatch.setattr(
-    results, "load_dataset", lambda *name: _Gone(load_dataset(*name), 2)
+    Experiment,
+    "dataset",
+    lambda self, *name: _Gone(load_dataset(self.config, *name), 2),
   )
   with caplog.at_level(logging.WARNING, logger="absl"):
     panels = results.prediction_panels(experiment, "test", predictions)
   assert 0 < len(panels) < len(whole)
   assert "left out of the pictures: record" in caplog.text
   monkeypatch.setattr(
-    results, "load_dataset", lambda *name: _Gone(load_dataset(*name), 0)
+    Experiment,
+    "dataset",
+    lambda self, *name: _Gone(load_dataset(self.config, *name), 0),
   )
   paths = results.write_results(experiment, tmp_path, report, predictions)
   assert [path.suffix for path in paths] == [".json", ".jsonl"]

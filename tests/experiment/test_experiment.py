@@ -21,7 +21,7 @@ from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment import vocabulary as run_vocabulary
 from narvl_jax.experiment.config import Config, default_config, train_source
 from narvl_jax.experiment.create import create
-from narvl_jax.experiment.datasets import load_mixture
+from narvl_jax.experiment.datasets import DataSets, load_mixture
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.run import data_checks as run_data
 from narvl_jax.run_folder import workdir as workdir_lib
@@ -205,29 +205,29 @@ def test_targets_that_are_too_long_are_reported():
 
 def test_what_is_evaluated_later_is_opened_at_once():
   config = tiny_config()
-  run_data.check_evaluation(config)
+  run_data.check_evaluation(DataSets(config))
   config.train.eval_split = "validaton"
   with pytest.raises(
     UserError,
     match=r'data.evaluation.\w+ with train.eval_split="validaton": .*'
     r'Did you mean "validation".*\(--config.train.eval_split\)$',
   ):
-    run_data.check_evaluation(config)
+    run_data.check_evaluation(DataSets(config))
   # Not used then.
   config.train.eval_every = 0
-  run_data.check_evaluation(config)
+  run_data.check_evaluation(DataSets(config))
   config.data.evaluation.vqa.options.image_sise = 48
   with pytest.raises(UserError, match=r'option "image_sise"'):
-    run_data.check_evaluation(config)
+    run_data.check_evaluation(DataSets(config))
 
 
 def test_best_metric_is_of_a_task_that_is_evaluated():
   config = tiny_config()
   config.evaluation.best_metric = "grounding/mean_iou"
-  run_data.check_evaluation(config)
+  run_data.check_evaluation(DataSets(config))
   del config.data.evaluation["grounding"]
   with pytest.raises(UserError, match=r"grounding/mean_iou.* is not measured"):
-    run_data.check_evaluation(config)
+    run_data.check_evaluation(DataSets(config))
 
 
 def test_restored_variables_are_on_one_device():

@@ -10,7 +10,7 @@ from narvl_jax.checkpointing.runs import build_in, load_run
 from narvl_jax.parallel import mesh_from_config
 from narvl_jax.state.parameters import flatten
 from narvl_jax.training.setup import Setup, build_setup
-from narvl_jax.warm_start.init_from import check_init_from, init_from
+from narvl_jax.warm_start.init_from import init_from, plan_weights
 from tests.evaluation.tiny_run import tiny_config
 
 
@@ -48,13 +48,13 @@ def started(setup: Setup) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
 
   Checks the sharding of every leaf.
   """
-  notes = check_init_from(setup)
+  notes = plan_weights(setup).notes
   state = fresh_state(setup)
   before = flatten(
     jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
   )
   with jax.set_mesh(setup.mesh):
-    state = init_from(setup, state)
+    state = init_from(setup, state, plan_weights(setup))
   for x, sharding in zip(
     jax.tree.leaves(state), jax.tree.leaves(setup.shardings), strict=True
   ):

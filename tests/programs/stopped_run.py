@@ -16,11 +16,12 @@ from typing import Any
 
 from absl import flags
 
-from narvl_jax import train as train_lib
+from narvl_jax import train as train_command
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.command_line import cli
 from narvl_jax.hosts.notices import StopAgreement
 from narvl_jax.reliability.ledger import Ledger
+from narvl_jax.run import training_run
 from narvl_jax.run.batches import DeviceBatches
 from narvl_jax.training.setup import Setup
 from tests.support import disks
@@ -127,7 +128,7 @@ def _arrange(phase: str, step: int, event: Callable[[], None]) -> None:
     _before(DeviceBatches, "get", at_call)
   else:
     split = "test" if phase == "final" else "validation"
-    evaluate = train_lib.evaluate_tasks
+    evaluate = training_run.evaluate_tasks
 
     def evaluate_tasks(*args: Any, **kwargs: Any) -> Any:
       if kwargs["split"] == split:
@@ -140,7 +141,7 @@ def _arrange(phase: str, step: int, event: Callable[[], None]) -> None:
         kwargs["before_batch"] = before_batch
       return evaluate(*args, **kwargs)
 
-    train_lib.evaluate_tasks = evaluate_tasks
+    training_run.evaluate_tasks = evaluate_tasks
 
 
 def main(argv: Sequence[str]) -> None:
@@ -152,7 +153,7 @@ def main(argv: Sequence[str]) -> None:
   elif settings.what == "term_and_wait":
     # Evaluation needs no other host; without waiting, this one would finish.
     _arrange(settings.at, settings.step, _wait_for_agreement)
-  train_lib.main(argv)
+  train_command.main(argv)
 
 
 if __name__ == "__main__":
@@ -160,5 +161,5 @@ if __name__ == "__main__":
   flags.DEFINE_enum("what", "term", [*_EVENTS], "What.")
   flags.DEFINE_integer("step", 1, "At which step, batch or call.")
   flags.DEFINE_integer("only_process", None, "To which.")
-  train_lib.define_flags()
+  train_command.define_flags()
   cli.run(main)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from narvl_jax.errors import UserError
+from narvl_jax.experiment.datasets import DataSets
 from narvl_jax.reliability.interrupt import EvaluationStopped, StopRequest
 from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.run.loop import Loop
@@ -126,7 +127,9 @@ class FakeRun:
   def run(self, first: int = 0, stored: dict[str, Any] | None = None) -> Any:
     device = SimpleNamespace(device_kind="NVIDIA H200")
     setup: Any = SimpleNamespace(
-      experiment=SimpleNamespace(config=self.config),
+      experiment=SimpleNamespace(
+        config=self.config, dataset=DataSets(self.config).evaluation
+      ),
       mesh=SimpleNamespace(size=8, devices=np.array([device])),
       step_flops=lambda: 1e6,
     )

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from narvl_jax import train as train_lib
 from narvl_jax.experiment.config import evaluation_source
-from narvl_jax.experiment.datasets import load_mixture, relative_evaluation
+from narvl_jax.experiment.datasets import DataSets, load_mixture
+from narvl_jax.experiment.experiment import relative_evaluation
+from narvl_jax.run import training_run
 from narvl_jax.run.announce import describe_source, used_table
-from narvl_jax.run.data_checks import untrained_tasks
+from narvl_jax.run.data_checks import make_mixture, untrained_tasks
 from narvl_jax.run.run import Run
 from tests.support.tiny import tiny_config
 
@@ -63,9 +64,9 @@ def test_tasks_without_an_example_are_marked(monkeypatch, capsys):
   config.data.train.vqa.weight = ((0, 0.0), (4, 1.0))
   config.evaluation.best_metric = "mean"
   experiment: Any = SimpleNamespace(config=config)
-  mixture = load_mixture(config)
-  assert untrained_tasks(experiment, mixture, 4) == ["vqa"]
-  assert untrained_tasks(experiment, mixture, 5) == []
+  mixture = make_mixture(config, load_mixture(config))
+  assert untrained_tasks(mixture, 4) == ["vqa"]
+  assert untrained_tasks(mixture, 5) == []
 
   report = {
     "split": "validation",
@@ -77,12 +78,14 @@ def test_tasks_without_an_example_are_marked(monkeypatch, capsys):
     "counts": {"vqa": 50, "grounding": 50, "entailment": 50},
     "kinds": {},
   }
-  monkeypatch.setattr(train_lib, "evaluate_tasks", lambda *a, **k: (report, []))
-  monkeypatch.setattr(train_lib, "evaluation_variables", lambda state: {})
+  monkeypatch.setattr(
+    training_run, "evaluate_tasks", lambda *a, **k: (report, [])
+  )
+  monkeypatch.setattr(training_run, "evaluation_variables", lambda state: {})
   nothing: Any = None
   setup: Any = SimpleNamespace(experiment=experiment)
   run = Run(setup, mixture, nothing, nothing, nothing, say=print)
-  metrics, score = train_lib._validate(run, lambda: None, nothing, 4)
+  metrics, score = training_run._validate(run, lambda: None, nothing, 4)
   assert capsys.readouterr().out.splitlines() == [
     "step 4 on validation:",
     "task        examples  accuracy  acc@0.5  mean_iou",
@@ -94,7 +97,7 @@ def test_tasks_without_an_example_are_marked(monkeypatch, capsys):
   # They are written, and count for the best checkpoint, as any other.
   assert metrics["validation/vqa/accuracy"] == 0.04
   assert score == pytest.approx((0.04 + 0.5 + 0.25) / 3)
-  train_lib._validate(run, lambda: None, nothing, 5)
+  training_run._validate(run, lambda: None, nothing, 5)
   assert "not trained" not in capsys.readouterr().out
 
 
@@ -107,4 +110,6 @@ def test_size_of_the_final_evaluation(every, limit, ratio):
   config.evaluation.max_examples = limit
   config.data.evaluation.other = evaluation_source("shapes", "vqa")
   # 4000 scenes each.
-  assert relative_evaluation(config) == ratio
+  data = DataSets(config)
+  experiment: Any = SimpleNamespace(config=config, dataset=data.evaluation)
+  assert relative_evaluation(experiment) == ratio

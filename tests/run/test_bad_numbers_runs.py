@@ -11,7 +11,6 @@ import pytest
 from narvl_jax.data.batches import readers
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import shard_batch
-from narvl_jax.run import data_checks as run_data
 from narvl_jax.run.bad_numbers import load_bundle
 from tests.programs import nan_reader
 from tests.support import small_run
@@ -23,9 +22,7 @@ ROW = 3
 
 @pytest.fixture(autouse=True)
 def _one_bad_record(monkeypatch):
-  mixture = run_data.check_mixture(
-    small_run.setup().experiment, small_run.mixture()
-  )
+  mixture = small_run.mixture()
   draw = mixture[BAD_STEP - 1][ROW]
   # The batches without it are made before.
   small_run.host_batches(small_run.STEPS + 4)

@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 from narvl_jax.checkpointing.chosen import choose_step
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.errors import UserError
+from narvl_jax.experiment.config_checks import validate
+from narvl_jax.experiment.datasets import DataSets
 from narvl_jax.run import start
 from narvl_jax.run.run import EVALUATION_DUE, Run
 from narvl_jax.run.start import (
@@ -246,9 +248,14 @@ def test_what_is_missing_is_found_first(
     where.options = ConfigDict()
     node = where.options
   node[key] = value
+
+  def begin(resumes: bool) -> None:
+    validate(config)
+    start.prepare(DataSets(config), tmp_path / "run", resumes, silent)
+
   with pytest.raises(UserError, match=message):
-    start.prepare(config, tmp_path / "run", False, silent)
+    begin(False)
   if path == "init_from":
     # A resumed run does not need them again.
     with pytest.raises(AssertionError, match="something expensive began"):
-      start.prepare(config, tmp_path / "run", True, silent)
+      begin(True)

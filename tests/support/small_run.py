@@ -16,17 +16,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from narvl_jax import train as train_lib
 from narvl_jax.checkpointing.writing import Checkpoints, restore_target
-from narvl_jax.data.batches.entry import MixtureEntry
+from narvl_jax.data.batches.mixture import Mixture
 from narvl_jax.experiment.config import Config, train_source
 from narvl_jax.experiment.create import create
 from narvl_jax.experiment.datasets import load_mixture
 from narvl_jax.parallel import make_mesh, shard_batch
 from narvl_jax.reliability.guard import Guard
 from narvl_jax.reliability.ledger import Ledger
+from narvl_jax.run import training_run
 from narvl_jax.run.announce import Announcer
 from narvl_jax.run.batches import batch_opener
+from narvl_jax.run.data_checks import make_mixture
 from narvl_jax.run.run import Run
 from narvl_jax.run.start import restore_or_init
 from narvl_jax.run_folder.metrics import MetricsWriter
@@ -90,9 +91,9 @@ def setup(real: bool = False, devices: int = 2) -> Setup:
 
 
 @functools.cache
-def mixture() -> tuple[MixtureEntry, ...]:
-  """Returns the sources of the run."""
-  return tuple(load_mixture(config()))
+def mixture() -> Mixture:
+  """Returns the mixture of the run."""
+  return make_mixture(config(), load_mixture(config()))
 
 
 @functools.cache
@@ -152,7 +153,7 @@ def train(
     state, step, stored = restore_or_init(run, saved, say)
     with MetricsWriter(workdir, step) as writer:
       opened = Run(run, mixture(), saved, writer, guard, say)
-      state = train_lib._train(opened, state, stored)
+      state = training_run._train(opened, state, stored)
   return jax.device_get(state)
 
 

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from narvl_jax import train as train_lib
 from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.checkpointing.writing import Checkpoints, restore_target
 from narvl_jax.errors import UserError
+from narvl_jax.run import training_run
 from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.state.parameters import flatten
-from narvl_jax.warm_start.init_from import check_init_from, init_from
+from narvl_jax.warm_start.init_from import init_from, plan_weights
 from tests.evaluation.tiny_run import STEP, copy_run, tiny_config
 from tests.programs.other_run import fresh_state, make_setup, stored_in
 from tests.support.twin import twin_of
@@ -31,10 +31,10 @@ def test_weights_are_taken_and_the_rest_is_fresh(
   start: pathlib.Path, decay: float
 ) -> None:
   setup = make_setup(start, optimizer__ema_decay=decay)
-  check_init_from(setup)
+  plan_weights(setup)
   with jax.set_mesh(setup.mesh):
     fresh = setup.init(jax.random.key(0))
-    state = init_from(setup, fresh)
+    state = init_from(setup, fresh, plan_weights(setup))
   expected = {
     name.removeprefix("params/"): value
     for name, value in stored_in(start).items()
@@ -69,14 +69,14 @@ def test_moving_averages_are_what_is_taken(
 ) -> None:
   setup = make_setup(start, optimizer__ema_decay=0.9)
   with jax.set_mesh(setup.mesh):
-    state = init_from(setup, setup.init(jax.random.key(0)))
+    state = init_from(setup, setup.init(jax.random.key(0)), plan_weights(setup))
   averages: Any = jax.tree.map(lambda x: x + 1, state.ema)
   second = tmp_path / "second"
   with Checkpoints(second, keep_last=1) as checkpoints:
     checkpoints.save(5, state.replace(ema=averages))  # pyright: ignore
   setup.experiment.config.init_from = str(second)
   with jax.set_mesh(setup.mesh):
-    again = init_from(setup, setup.init(jax.random.key(0)))
+    again = init_from(setup, setup.init(jax.random.key(0)), plan_weights(setup))
   for a, b in zip(
     jax.tree.leaves(again.params), jax.tree.leaves(state.params), strict=True
   ):
@@ -92,9 +92,9 @@ def test_half_precision_becomes_float32(
     checkpoints.save_variables(0, half)
   setup = make_setup(start)
   setup.experiment.config.init_from = str(tmp_path / "half")
-  check_init_from(setup)
+  plan_weights(setup)
   with jax.set_mesh(setup.mesh):
-    state = init_from(setup, setup.init(jax.random.key(0)))
+    state = init_from(setup, setup.init(jax.random.key(0)), plan_weights(setup))
   table = np.asarray(state.params["embed_tokens"])
   expected = np.asarray(half["params"]["embed_tokens"]).astype(np.float32)
   np.testing.assert_array_equal(table, expected, strict=True)
@@ -108,7 +108,7 @@ def test_another_model_is_told_by_its_leaves(start: pathlib.Path) -> None:
     r" and \d+ more; set config.model as in .*init_renames=.*or leave them"
     r" fresh by --config.init_drops='\(\"encoder/.*\)' and so on",
   ):
-    check_init_from(setup)
+    plan_weights(setup)
 
 
 def test_folders_without_weights(
@@ -117,21 +117,21 @@ def test_folders_without_weights(
   setup = make_setup(start)
   setup.experiment.config.init_from = str(tmp_path / "none")
   with pytest.raises(UserError, match='none": there is no such folder'):
-    check_init_from(setup)
+    plan_weights(setup)
   (tmp_path / "none").mkdir()
   with pytest.raises(UserError, match='none" holds no checkpoints; it must'):
-    check_init_from(setup)
+    plan_weights(setup)
   official = tmp_path / "x.pt"
   official.write_bytes(b"")
   setup.experiment.config.init_from = str(official)
   with pytest.raises(
     UserError, match=r"is a file; convert it first: .*convert --from=\S+x.pt"
   ):
-    check_init_from(setup)
+    plan_weights(setup)
   setup.experiment.config.init_from = str(tmp_path / "none")
   (tmp_path / "none" / "checkpoints").mkdir(parents=True)
   with pytest.raises(UserError, match='none" has no checkpoint yet'):
-    check_init_from(setup)
+    plan_weights(setup)
 
 
 def test_damaged_weights_are_not_taken(start: pathlib.Path) -> None:
@@ -149,7 +149,7 @@ def test_damaged_weights_are_not_taken(start: pathlib.Path) -> None:
       rf" {start}/checkpoints/{STEP} away .*\(--config.init_from\)",
     ),
   ):
-    init_from(setup, fresh_state(setup))
+    init_from(setup, fresh_state(setup), plan_weights(setup))
 
 
 def test_nothing_is_written_before_the_check(
@@ -159,7 +159,7 @@ def test_nothing_is_written_before_the_check(
   config.init_from = str(tmp_path / "none")
   config.train.batch_size = 8
   with pytest.raises(UserError, match="there is no such folder"):
-    train_lib.train(config, tmp_path / "run")
+    training_run.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 
@@ -184,7 +184,7 @@ def test_a_student_starts_from_its_teacher(
   setup = make_setup(start, optimizer__ema_decay=0.9)
   setup.experiment.config.init_from = str(folder)
   words = setup.experiment.vocabulary.size - 1
-  assert check_init_from(setup) == [
+  assert plan_weights(setup).notes == [
     f'init_from="{folder}": {note}'
     for note in (
       "it is an autoregressive model: decoder/query_embed stays fresh",
@@ -195,7 +195,7 @@ def test_a_student_starts_from_its_teacher(
   with jax.set_mesh(setup.mesh):
     fresh = setup.init(jax.random.key(0))
     before = flatten(jax.device_get(fresh.params))
-    state = init_from(setup, fresh)
+    state = init_from(setup, fresh, plan_weights(setup))
   got = flatten(jax.device_get(state.params))
   assert set(got) == {*theirs, "decoder/query_embed"} == set(before)
   for name, value in got.items():
@@ -220,7 +220,7 @@ def test_an_autoregressive_model_starts_from_a_parallel_one(
 ) -> None:
   setup = make_setup(start, model__decoder="autoregressive")
   words = setup.experiment.vocabulary.size - 1
-  assert check_init_from(setup) == [
+  assert plan_weights(setup).notes == [
     f'init_from="{start}": {note}'
     for note in (
       "it is a parallel model, whose queries are left out",
@@ -228,7 +228,7 @@ def test_an_autoregressive_model_starts_from_a_parallel_one(
     )
   ]
   with jax.set_mesh(setup.mesh):
-    state = init_from(setup, setup.init(jax.random.key(0)))
+    state = init_from(setup, setup.init(jax.random.key(0)), plan_weights(setup))
   got, theirs = flatten(jax.device_get(state.params)), stored_in(start)
   assert {f"params/{name}" for name in got} == {
     *theirs.keys() - {"params/decoder/query_embed"}
@@ -250,7 +250,7 @@ def test_a_twin_must_fit_in_all_else(
   setup = make_setup(start)
   setup.experiment.config.init_from = str(folder)
   with pytest.raises(UserError, match=r"another model: .* and \d+ more; set"):
-    check_init_from(setup)
+    plan_weights(setup)
   # More rows than ours, without a vocabulary.
   folder = tmp_path / "long"
   twin_of(start, folder, model__vocab_multiple=512)
@@ -260,4 +260,4 @@ def test_a_twin_must_fit_in_all_else(
   workdir_lib.write_config(folder, config)
   setup.experiment.config.init_from = str(folder)
   with pytest.raises(UserError, match=r"embed_tokens has 512x32 there and"):
-    check_init_from(setup)
+    plan_weights(setup)

@@ -12,7 +12,7 @@ from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.models import positions
 from narvl_jax.run_folder import workdir as workdir_lib
-from narvl_jax.warm_start.init_from import check_init_from
+from narvl_jax.warm_start.init_from import plan_weights
 from tests.evaluation.tiny_run import copy_run
 from tests.programs.other_run import (
   check_others,
@@ -78,7 +78,7 @@ def test_renamed_dropped_and_new_parameters(
     match=r"decoder/blocks/mlp/fc1_bias is there only"
     r' \(nearest here: "decoder/layers/ffn/fc1_bias"\), ',
   ):
-    check_init_from(setup)
+    plan_weights(setup)
   config = setup.experiment.config
   config.init_renames = (
     (r"(.*)/blocks/mlp/(.*)", r"\1/layers/ffn/\2"),
@@ -90,7 +90,7 @@ def test_renamed_dropped_and_new_parameters(
     match=r"another model: head/kernel is there only; .*"
     r"""init_drops='\("head/kernel",\)'$""",
   ):
-    check_init_from(setup)
+    plan_weights(setup)
   config.init_drops += ("head/.*",)
   notes, before, after = started(setup)
   assert notes == [
@@ -102,7 +102,7 @@ def test_renamed_dropped_and_new_parameters(
   check_others(after, before, after.keys() - fresh)
   config.init_drops += ("tail/.*",)
   with pytest.raises(UserError, match=r'init_drops: "tail/.*" is never used'):
-    check_init_from(setup)
+    plan_weights(setup)
 
 
 def test_fresh_and_frozen_is_told(start: pathlib.Path) -> None:
@@ -111,7 +111,7 @@ def test_fresh_and_frozen_is_told(start: pathlib.Path) -> None:
     init_drops=("encoder/layer_norm/.*",),
     optimizer__rules=(("encoder/.*", {"freeze": True}), (".*", {})),
   )
-  assert check_init_from(setup)[-1] == (
+  assert plan_weights(setup).notes[-1] == (
     f'init_from="{start}": encoder/layer_norm/bias, encoder/layer_norm/scale'
     " start fresh but are frozen, so they stay random"
     " (--config.optimizer.rules)"
@@ -210,6 +210,6 @@ def test_weights_that_the_vocabulary_beside_them_does_not_fit(
     match=r"vocabulary there has 5\d+ ids, but embed_tokens 128 rows, .*"
     r"""init_drops='\("embed_tokens",\)'""",
   ):
-    check_init_from(setup)
+    plan_weights(setup)
   setup.experiment.config.init_drops = ("embed_tokens",)
-  assert len(check_init_from(setup)) == 1
+  assert len(plan_weights(setup).notes) == 1

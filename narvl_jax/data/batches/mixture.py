@@ -72,6 +72,8 @@ class Mixture:
       raise UserError(
         f"batch size {batch_size} is below 1; set --config.train.batch_size=1"
       )
+    self.entries = entries
+    self.seed = seed
     self._batch_size = batch_size
     self._rows = range(batch_size) if rows is None else list(rows)
     self._orders = [_order(entry, seed) for entry in entries]

@@ -36,32 +36,20 @@ def train_batches(
   *,
   batch_size: int,
   seed: int,
-  image_size: tuple[int, int],
-  max_text_length: int,
-  max_label_length: int,
   rows: Sequence[int] | None = None,
   temperature: float = 0.0,
-  num_workers: int = 0,
-  num_threads: int = 1,
-  prefetch: int = 2,
-  bad_records: BadRecords | None = None,
+  **reading: Any,
 ) -> "TrainBatches":
-  """Returns endless training batches, as described in `data/example.py`.
+  """Mixes sources and returns their batches.
 
   Args:
     entries: sources to mix.
-    position: number of batches that were used or skipped already.
+    position: see `mixture_batches`.
     batch_size: examples of all hosts together.
-    image_size: (height, width) in pixels.
-    max_text_length: T, tokens of the source with bos and eos.
-    max_label_length: L, labels of the target.
+    seed: of the order.
     rows: rows of every global batch to make; all by default.
     temperature: see `Mixture`.
-    num_workers: processes that prepare batches ahead; 0 uses threads only.
-    num_threads: threads, of each process, that prepare batches ahead; 0
-      prepares them on demand.
-    prefetch: batches that each process prepares ahead.
-    bad_records: counts bad records; a new one if None.
+    **reading: see `mixture_batches`.
 
   Raises:
     UserError: the mixture is invalid (at once), or too many records are bad
@@ -75,8 +63,46 @@ def train_batches(
     rows=rows,
     temperature=temperature,
   )
+  return mixture_batches(mixture, tasks, position, **reading)
+
+
+def mixture_batches(
+  mixture: Mixture,
+  tasks: Mapping[str, AnyTask],
+  position: int,
+  *,
+  image_size: tuple[int, int],
+  max_text_length: int,
+  max_label_length: int,
+  num_workers: int = 0,
+  num_threads: int = 1,
+  prefetch: int = 2,
+  bad_records: BadRecords | None = None,
+) -> "TrainBatches":
+  """Returns endless training batches, each a function of (seed, position).
+
+  Args:
+    mixture: draws the records.
+    tasks: name -> task.
+    position: number of batches that were used or skipped already.
+    image_size: (height, width) in pixels.
+    max_text_length: T, tokens of the source with bos and eos.
+    max_label_length: L, labels of the target.
+    num_workers: processes that prepare batches ahead; 0 uses threads only.
+    num_threads: threads, of each process, that prepare batches ahead; 0
+      prepares them on demand.
+    prefetch: batches that each process prepares ahead.
+    bad_records: counts bad records; a new one if None.
+
+  Returns:
+    An iterator of batches as described in `data/example.py`.
+
+  Raises:
+    UserError: too many records are bad (while iterating).
+  """
+  entries = mixture.entries
   batcher = Batcher(image_size, max_text_length, max_label_length)
-  reader = TrainReader(entries, tasks, batcher, seed)
+  reader = TrainReader(entries, tasks, batcher, mixture.seed)
   # Whole batches: grain's cost per element exceeds that of an example.
   batches = grain.MapDataset.source(mixture).map(reader)[position:]
   ahead = batches.to_iter_dataset(_read_options(num_threads, prefetch))
