@@ -116,15 +116,14 @@ def _measure(
   for candidate in candidates.values():  # Imports, page cache, first buffers.
     candidate.run()
     candidate.finish()
-  for i in range(rounds):
-    for name, candidate in list(candidates.items())[:: -1 if i % 2 else 1]:
-      # Work ahead counts in the turn that caused it.
-      cpu_start, start = data_load.cpu_seconds(), time.perf_counter()
-      count = candidate.run()
-      wall[name][i] = (time.perf_counter() - start) / count
-      candidate.finish()
-      spent = data_load.cpu_seconds() - cpu_start
-      cpu[name][i] = max(spent, 1e-9) / count
+  for i, name, candidate in timing.turns(candidates, rounds):
+    # Work ahead counts in the turn that caused it.
+    cpu_start, start = data_load.cpu_seconds(), time.perf_counter()
+    count = candidate.run()
+    wall[name][i] = (time.perf_counter() - start) / count
+    candidate.finish()
+    spent = data_load.cpu_seconds() - cpu_start
+    cpu[name][i] = max(spent, 1e-9) / count
   return {name: (cpu[name], wall[name]) for name in candidates}
 
 

@@ -6,7 +6,7 @@ import pathlib
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 from narvl_jax.terminal.tables import format_columns
 
 Result = TypeVar("Result")
+Candidate = TypeVar("Candidate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +32,18 @@ class Timing:
   cpu_share: float
 
 
+def turns(
+  candidates: Mapping[Any, Candidate], rounds: int
+) -> Iterator[tuple[int, Any, Candidate]]:
+  """Yields (round, name, candidate), every other round in reverse order."""
+  for i in range(rounds):
+    for name, candidate in list(candidates.items())[:: -1 if i % 2 else 1]:
+      yield i, name, candidate
+
+
 def measure(
-  candidates: Mapping[str, Callable[[], Any]], *, rounds: int, calls: int = 3
-) -> dict[str, Timing]:
+  candidates: Mapping[Any, Callable[[], Any]], *, rounds: int, calls: int = 3
+) -> dict[Any, Timing]:
   """Times candidates in turn, so that other load slows all of them alike.
 
   Each round calls every candidate once without measuring, because memory that
@@ -53,14 +63,13 @@ def measure(
     jax.block_until_ready(run())
   wall = {name: np.zeros(rounds) for name in candidates}
   cpu = dict.fromkeys(candidates, 0.0)
-  for i in range(rounds):
-    for name, run in list(candidates.items())[:: -1 if i % 2 else 1]:
+  for i, name, run in turns(candidates, rounds):
+    jax.block_until_ready(run())
+    cpu_start, start = time.process_time(), time.perf_counter()
+    for _ in range(calls):
       jax.block_until_ready(run())
-      cpu_start, start = time.process_time(), time.perf_counter()
-      for _ in range(calls):
-        jax.block_until_ready(run())
-      wall[name][i] = (time.perf_counter() - start) / calls
-      cpu[name] += (time.process_time() - cpu_start) / calls
+    wall[name][i] = (time.perf_counter() - start) / calls
+    cpu[name] += (time.process_time() - cpu_start) / calls
   return {
     name: Timing(wall[name], cpu[name] / max(wall[name].sum(), 1e-9))
     for name in candidates

@@ -150,7 +150,7 @@ def length_curves(
     for name, encoder in encoders.items()
   }
   compiled: dict[Any, Compiled] = {}
-  calls: dict[tuple[str, int], Callable[[], Any]] = {}
+  calls: dict[Any, Callable[[], Any]] = {}
   for label, by_length in programs.items():
     for length, program in by_length.items():
       key = program.network.model, program.reader
@@ -161,16 +161,15 @@ def length_curves(
       calls[label, length] = lambda c=compiled[key], p=program: c.run(
         encoded[p.encoder], batch, p.lengths
       )
-  timings = timing.measure(_named(calls), rounds=rounds, calls=1)
-  curves: dict[str, dict[str, list[float]]] = {}
-  for (label, length), name in zip(calls, timings, strict=True):
-    summary = _summary(timings[name].seconds)
-    curve = curves.setdefault(
-      label, {"lengths": [], "decoder_ms": [], "p95_ms": []}
-    )
-    curve["lengths"].append(length)
-    curve["decoder_ms"].append(summary["median"])
-    curve["p95_ms"].append(summary["p95"])
+  timings = timing.measure(calls, rounds=rounds, calls=1)
+  curves = {}
+  for label, by_length in programs.items():
+    found = [_summary(timings[label, n].seconds) for n in by_length]
+    curves[label] = {
+      "lengths": list(by_length),
+      "decoder_ms": [summary["median"] for summary in found],
+      "p95_ms": [summary["p95"] for summary in found],
+    }
   return curves
 
 
@@ -219,12 +218,6 @@ def compile_decoder(
 
 def _no_reader(*arguments: Any) -> Any:
   raise AssertionError(f"only the encoder is run, not a reader: {arguments}")
-
-
-def _named(
-  calls: Mapping[tuple[str, int], Callable[[], Any]],
-) -> dict[str, Callable[[], Any]]:
-  return {f"{label} {length}": call for (label, length), call in calls.items()}
 
 
 def _timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:

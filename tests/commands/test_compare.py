@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from narvl_jax import compare as compare_lib
-from narvl_jax.checkpointing.restore import restore
+from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.compare import compare
 from narvl_jax.comparison.case import choose_lengths
@@ -167,7 +167,7 @@ def test_lists_of_answers(pair, tmp_path):
 def test_the_best_checkpoints_are_compared(pair, tmp_path, monkeypatch):
   """As evaluate, predict and distill do, also where a later one is there."""
   folder = shutil.copytree(pair["ar"], tmp_path / "ar")
-  _, variables, best = restore(folder)
+  _, variables, best = load_run(folder)
   with Checkpoints(folder, keep_last=2) as checkpoints:
     checkpoints.save_variables(best + 1, variables)
   opened = []
