@@ -78,8 +78,6 @@ def plan(
   Args not listed here are those of `Job`.
 
   Args:
-    spec: see `open_source`.
-    folder: target of the shards.
     task: one of `TASKS`; may be "" if the source knows its task.
     name: of the shards; by default TASK-SPLIT.
     limit: largest number of records to convert; 0 converts all.
