@@ -6,7 +6,7 @@ import itertools
 import re
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -17,9 +17,6 @@ from narvl_jax.data.tasks.settings import Settings as Settings
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 
-# Sources whose ids are kept. Few, as a large data set would fill any cache and
-# encoding is a small part of the work.
-_CACHE_SIZE = 1 << 12
 _LEADING = ",.!?*#:;~"
 _SPACES = re.compile(r"\s{2,}")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -77,7 +74,6 @@ class Task(abc.ABC, Generic[S]):
     self._vocabulary = vocabulary
     self.settings = settings
     self.merge_repeats = settings.merge_repeats
-    self._sources: dict[Any, list[int]] = {}
 
   @property
   def vocabulary(self) -> Vocabulary:
@@ -96,18 +92,12 @@ class Task(abc.ABC, Generic[S]):
       UserError: the prompt is empty, or the record has no usable target.
     """
     vocabulary = self.vocabulary
-    key = self._source_key(record)
-    text_ids = self._sources.get(key)
-    if text_ids is None:
-      text_ids = [vocabulary.bos_id]
-      for text in self.source_texts(record):
-        text_ids += vocabulary.encode(text)
-      text_ids.append(vocabulary.eos_id)
-      if len(self._sources) >= _CACHE_SIZE:
-        self._sources.clear()
-      self._sources[key] = text_ids
+    text_ids = [vocabulary.bos_id]
+    for text in self.source_texts(record):
+      text_ids += vocabulary.encode(text)
+    text_ids.append(vocabulary.eos_id)
     if not with_target:
-      return Encoded(text_ids.copy(), [])
+      return Encoded(text_ids, [])
     label_ids, confidence = self._target(record)
     if self.settings.eos:
       label_ids.append(vocabulary.eos_id)
@@ -116,7 +106,7 @@ class Task(abc.ABC, Generic[S]):
         f'{self.name} record "{record.id}" has an empty target; set'
         f" --config.tasks.{self.name}.eos=True to train on it"
       )
-    return Encoded(text_ids.copy(), label_ids, confidence)
+    return Encoded(text_ids, label_ids, confidence)
 
   @property
   def augments(self) -> bool:
@@ -178,10 +168,6 @@ class Task(abc.ABC, Generic[S]):
     return [list(sequence) for sequence in space.sequences]
 
   @abc.abstractmethod
-  def _source_key(self, record: Record) -> Any:
-    """Returns a hashable value that determines the source."""
-
-  @abc.abstractmethod
   def source_texts(self, record: Record) -> list[str]:
     """Returns the texts whose concatenated ids are the source."""
 
@@ -223,10 +209,6 @@ class Task(abc.ABC, Generic[S]):
         " train on such ones"
       )
     return text
-
-  def __getstate__(self) -> dict[str, Any]:
-    # Worker processes fill their own cache.
-    return {**self.__dict__, "_sources": {}}
 
 
 def limit_words(text: str, max_words: int) -> str:

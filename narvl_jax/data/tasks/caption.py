@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from narvl_jax.data.answer_text import normalize_answer
 from narvl_jax.data.example import Record
@@ -33,9 +32,6 @@ class CaptionTask(augmented.AugmentedTask[CaptionSettings]):
     del original_size
     return base.delete_punctuation(self.vocabulary.decode(ids))
 
-  def _source_key(self, record: Record) -> Any:
-    del record
-
   def source_texts(self, record: Record) -> list[str]:
     """See `Task`."""
     del record
@@ -54,8 +50,3 @@ class CaptionTask(augmented.AugmentedTask[CaptionSettings]):
   def _target_text(self, answer: str) -> str:
     words = base.delete_punctuation(normalize_answer(answer)).split()
     return " ".join(words[: self.settings.max_target_words or None])
-
-
-def clean_reference(caption: str) -> str:
-  """Returns a reference for metrics: without punctuation, on one line."""
-  return base.delete_punctuation(normalize_answer(caption))

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import base
@@ -74,9 +73,6 @@ class EntailmentTask(base.Task[EntailmentSettings]):
     return base.AnswerSpace(
       sequences=tuple(tuple(encode(" " + answer)) for answer in ANSWERS)
     )
-
-  def _source_key(self, record: Record) -> Any:
-    return record.prompt, record.premise
 
   def source_texts(self, record: Record) -> list[str]:
     """See `Task`."""

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -68,9 +67,6 @@ class GroundingTask(base.Task[GroundingSettings]):
     """See `Task`: any four bins."""
     first, count = self.vocabulary.bin_start, self.vocabulary.num_bins
     return base.AnswerSpace(tokens=tuple(range(first, first + count)), count=4)
-
-  def _source_key(self, record: Record) -> Any:
-    return record.prompt
 
   def source_texts(self, record: Record) -> list[str]:
     """See `Task`."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from narvl_jax.data.answer_text import normalize_answer
 from narvl_jax.data.answers import encode_answers, load_answers
@@ -63,9 +62,6 @@ class VqaTask(augmented.AugmentedTask[VqaSettings]):
     texts = dict.fromkeys(map(self._target_text, load_answers(path)))
     encoded = encode_answers(list(texts), self.vocabulary, eos=False)
     return base.AnswerSpace(sequences=tuple(map(tuple, encoded)))
-
-  def _source_key(self, record: Record) -> Any:
-    return record.prompt, record.objects
 
   def source_texts(self, record: Record) -> list[str]:
     """See `Task`."""

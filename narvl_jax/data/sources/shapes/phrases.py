@@ -5,9 +5,6 @@ from collections.abc import Iterable, Sequence
 from narvl_jax.data.sources.shapes import words
 from narvl_jax.data.sources.shapes.scene import SceneObject
 
-# Attributes in the order of a description.
-ORDER = ("size", "texture", "color", "shape")
-
 # Descriptions from short to long.
 SHORTEST_FIRST = (
   ("shape",),
