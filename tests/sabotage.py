@@ -90,7 +90,7 @@ class Outcome(enum.Enum):
 
 
 def copy_tree(root: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies what tests need."""
+  """Copies the parts of the tree that tests need."""
   ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
   for name in _COPIED:
     source = root / name
