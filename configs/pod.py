@@ -19,8 +19,6 @@ Nothing of this was trained. docs/performance.md lists what it needs, found by
 compiling; attention weights that pass through memory are what costs most.
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from narvl_jax.configs import official
@@ -36,30 +34,17 @@ _TASKS = ("caption", "vqa", "grounding", "entailment")
 _IMAGE_SIZE = 480
 
 
+# Size -> learning rate and stochastic depth.
+_VARIANTS = {"base": (5e-5, 0.1), "large": (3e-5, 0.2), "huge": (3e-5, 0.2)}
+
+
 def get_config(arg: str = "base") -> ConfigDict:
   """Returns the config of a variant: "base", "large" or "huge"."""
-  variants: dict[str, dict[str, Any]] = {
-    "base": {
-      "optimizer.learning_rate": 5e-5,
-      "model.encoder_drop_path": 0.1,
-      "model.decoder_drop_path": 0.1,
-    },
-    "large": {
-      "optimizer.learning_rate": 3e-5,
-      "model.encoder_drop_path": 0.2,
-      "model.decoder_drop_path": 0.2,
-    },
-    "huge": {
-      "optimizer.learning_rate": 3e-5,
-      "model.encoder_drop_path": 0.2,
-      "model.decoder_drop_path": 0.2,
-    },
-  }
-  variants[""] = variants["base"]
-  return _pod(arg or "base", choose_variant(arg, variants))
+  size = arg or "base"
+  return _pod(size, *choose_variant(size, _VARIANTS))
 
 
-def _pod(size: str, values: dict[str, Any]) -> ConfigDict:
+def _pod(size: str, learning_rate: float, drop_path: float) -> ConfigDict:
   config = default_config(*_TASKS)
   for task in _TASKS:
     options = {"image_size": _IMAGE_SIZE, "difficulty": "easy"}
@@ -84,7 +69,9 @@ def _pod(size: str, values: dict[str, Any]) -> ConfigDict:
       # Within 16 chips everything is split; beyond that it is repeated.
       "mesh.data": -1,
       "mesh.fsdp": 16,
-      **values,
+      "optimizer.learning_rate": learning_rate,
+      "model.encoder_drop_path": drop_path,
+      "model.decoder_drop_path": drop_path,
     },
   )
   return config

@@ -9,10 +9,10 @@
 | `:long`  | 40 min     | 98.6 | 98.0       | 94.0    | 99.8           |
 | `:full`  | for accelerators, not measured                         |
 
-Per cent on the test split (4000 scenes a task, `:quick` 500), seed 0, jax
-0.10.2, 2026-11-24, two cores of an AMD EPYC, one for `:long`; other work
-shared the cores at times. The times cover everything from start to end.
-`docs/experiments.md` has the experiments that led to these settings.
+Per cent on the test split (4000 scenes a task, `:quick` 500), one run each,
+seed 0, jax 0.10.2, 2026-11-24, two cores of an AMD EPYC (`:long`: one) that
+other work shared at times. The times are from start to end.
+docs/experiments.md describes how the settings were found.
 """
 
 from ml_collections import ConfigDict

@@ -23,7 +23,7 @@ from narvl_jax.reliability import session as hosts
 from narvl_jax.reliability.explain import explain_failure
 from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.setup import Setup
-from narvl_jax.warm_start.init_from import check_init_from, init_from
+from narvl_jax.warm_start.init_from import init_from, plan_weights
 from tests.support import runs
 
 # Name -> (data, fsdp, tensor).
@@ -115,8 +115,9 @@ def start_with_more_queries(folder: pathlib.Path) -> tuple[str, list[str]]:
     TOGETHER, model__num_queries=runs.QUERIES + 2, init_from=str(folder)
   )
   with jax.set_mesh(setup.mesh):
-    (note,) = check_init_from(setup)
-    state = init_from(setup, make_state(setup))
+    plan = plan_weights(setup)
+    (note,) = plan.notes
+    state = init_from(setup, make_state(setup), plan)
 
   def expected(name: str, leaf: Any) -> np.ndarray:
     fresh = values(name, leaf)
