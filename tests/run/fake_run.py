@@ -135,6 +135,7 @@ class FakeRun:
     )
     checkpoints: Any = self.checkpoints
     batches: Any = self.batches
+    mixture: Any = None
     bundles: Any = SimpleNamespace(write=self._write_bundle)
     state: Any = SimpleNamespace(step=first)
     with StopRequest() as stop, MetricsWriter(self.workdir) as writer:
@@ -143,7 +144,7 @@ class FakeRun:
       )
       run = Run(
         setup,
-        (),
+        mixture,
         checkpoints,
         writer,
         guard,

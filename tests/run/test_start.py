@@ -152,8 +152,8 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(tmp_path):
       assert int(state.step) == step == 3
       return {"validation/vqa/accuracy": 0.9}, 0.9
 
-    guard: Any = None
-    run = Run(_setup(), (), checkpoints, writer, guard, say)
+    nothing: Any = None
+    run = Run(_setup(), nothing, checkpoints, writer, nothing, say)
     make_up_evaluation(run, evaluate, state)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
