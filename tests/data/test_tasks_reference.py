@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from narvl_jax.data import tasks
+from narvl_jax.data.answer_text import normalize_answer
 from narvl_jax.data.batches.batching import Batcher
 from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import base, entailment
@@ -118,7 +119,7 @@ def test_caption_as_reference(
     if row["split"] == "train":
       assert encoded.label_ids == row["target"]
     else:
-      cleaned = base.delete_punctuation(row["caption"])
+      cleaned = base.delete_punctuation(normalize_answer(row["caption"]))
       assert " " + cleaned == row["target_text"]
       ids = official.encode(" " + cleaned)
       assert [*ids, official.eos_id] == row["target"]
