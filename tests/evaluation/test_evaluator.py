@@ -50,7 +50,10 @@ def _oracle(scale: float = 30.0, **data: Any) -> Any:
   config: Any = experiment.config.copy_and_resolve_references()
   config.data.update(data)
   model = Oracle(experiment.vocabulary.size, scale)
-  return dataclasses.replace(experiment, config=config, model=model)
+  # Opens its data sets again: `serve` replaces them.
+  return dataclasses.replace(
+    experiment, config=config, model=model, datasets=None
+  )
 
 
 def _identity() -> dict[str, Any]:
