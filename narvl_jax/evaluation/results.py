@@ -55,9 +55,9 @@ def write_results(
 
   The files are `evaluations/NAME.json`, `predictions/NAME.jsonl`,
   `predictions/NAME.png` and, if any answer is wrong,
-  `predictions/NAME-mistakes.png`; see `reporting.file_name`. The evaluation of
-  the best checkpoint with the settings of the config also becomes
-  `evaluation.json`.
+  `predictions/NAME-mistakes.png`, the most confident mistakes of every kind
+  first; see `reporting.file_name`. The evaluation of the best checkpoint with
+  the settings of the config also becomes `evaluation.json`.
 
   Args:
     experiment: of the run; its data sets have the pictures.
@@ -78,10 +78,10 @@ def write_results(
   ]
   title = f"{folder.resolve().name}, {reporting.heading(report)}"
   pages = [(place / f"{name}.png", predictions, title)]
-  wrong = [x for x in predictions if x["correct"] is False]
+  wrong = mistakes(predictions)
   if wrong:
-    mistakes = place / f"{name}-mistakes.png"
-    pages.append((mistakes, wrong, f"{len(wrong)} mistakes of {title}"))
+    headline = f"{len(wrong)} mistakes of {title}, the most confident first"
+    pages.append((place / f"{name}-mistakes.png", wrong, headline))
   make_way(folder)
   for path in (*paths, *(page[0] for page in pages)):
     side_files.make_way(path)
@@ -100,6 +100,18 @@ def write_results(
     paths.append(folder / MAIN_FILE)
     write_json(paths[-1], report, inside=folder)
   return paths
+
+
+def mistakes(
+  predictions: Sequence[reporting.Prediction],
+) -> list[reporting.Prediction]:
+  """Returns the wrong predictions, the most confident ones first.
+
+  The probability of the prediction is known for every decoding, the loss of
+  the truth is not. Confident mistakes show wrong labels and systematic errors.
+  """
+  wrong = [x for x in predictions if x["correct"] is False]
+  return sorted(wrong, key=lambda x: -x["probability"])
 
 
 def _how_to_ask_again(

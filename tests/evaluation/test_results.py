@@ -60,6 +60,37 @@ def test_files_hold_the_report_and_every_prediction(evaluated, tmp_path):
     assert grid.height > 8 * 256
 
 
+def test_mistakes_are_sorted_by_confidence(evaluated, tmp_path, monkeypatch):
+  experiment, _ = tiny_run.tiny_model()
+  report, predictions = evaluated
+  wrong = results.mistakes(predictions)
+  assert len(wrong) == sum(x["correct"] is False for x in predictions) > 12
+  confidence = [x["probability"] for x in wrong]
+  assert confidence == sorted(confidence, reverse=True)
+  drawn = []
+  grid = results.rendering.prediction_grid
+  monkeypatch.setattr(
+    results.rendering,
+    "prediction_grid",
+    lambda panels, **texts: (
+      drawn.append((panels, texts)) or grid(panels, **texts)
+    ),
+  )
+  results.write_results(experiment, tmp_path, report, predictions)
+  (_, (panels, texts)) = drawn
+  assert texts["title"].startswith(f"{len(wrong)} mistakes of ")
+  assert texts["title"].endswith("the most confident first")
+  chosen = reporting.select_examples(wrong, 10)
+  assert [x.title.rpartition("#")[2] for x in panels] == [
+    str(x["index"]) for x in chosen
+  ]
+  # The most confident mistake of a kind is the first of its kind.
+  for task in {x["task"] for x in wrong}:
+    most = next(x for x in wrong if x["task"] == task)
+    first = next(x for x in chosen if x["task"] == task)
+    assert first["probability"] == most["probability"]
+
+
 def test_any_text_of_a_record_can_be_written(evaluated, tmp_path):
   experiment, _ = tiny_run.tiny_model()
   settings, predictions = evaluated
@@ -237,7 +268,7 @@ def test_a_page_of_mistakes_says_how_to_ask_again(
   assert len(whole) == 40
   assert [panel.correct for panel in wrong] == [False] * 4
   assert title.startswith(f"{tmp_path.name}, {split}, step 7, greedy, 48 exa")
-  assert title_of_wrong == f"4 mistakes of {title}"
+  assert title_of_wrong == f"4 mistakes of {title}, the most confident first"
   assert note_of_wrong == note
   expected = f"#N: python -m narvl_jax.predict --workdir={tmp_path}"
   expected += " --task=TASK --example=N"
