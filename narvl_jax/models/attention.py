@@ -189,20 +189,27 @@ class Attention(nn.Module):
     return out + out_bias.astype(cfg.dtype)
 
 
-def attend_to(bias: jax.Array, key_mask: jax.Array | None) -> Attend:
+def attend_to(
+  bias: jax.Array,
+  key_mask: jax.Array | None,
+  record: Callable[[jax.Array], object] = lambda weights: None,
+) -> Attend:
   """Returns softmax attention with an additive bias.
 
   Args:
     bias: additive logits [G, H, Q, K], each shared by B / G consecutive
       examples.
     key_mask: bool [B, K], True where the key is valid; None if all are.
+    record: is called with the weights, float32 [B, H, Q, K].
   """
 
   def attend(q: jax.Array, own: KeyValue) -> jax.Array:
     logits = add_bias(jnp.einsum("bqhd,bkhd->bhqk", q, own.key), bias)
     if key_mask is not None:
       logits = jnp.where(key_mask[:, None, None, :], logits, LOWEST)
-    weights = jax.nn.softmax(logits).astype(own.value.dtype)
+    weights = jax.nn.softmax(logits)
+    record(weights)
+    weights = weights.astype(own.value.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, own.value)
 
   return attend

@@ -35,7 +35,9 @@ class NARVL(EncoderDecoder):
     Returns:
       Logits float32 [B, N, V] and intermediates: "image_features"
       [B, h, w, C], "encoder_out" [B, S, D], "encoder_mask" bool [B, S],
-      "position_embeddings" [S, D], "decoder_out" [B, N, D].
+      "position_embeddings" [S, D], "decoder_out" [B, N, D]. With the mutable
+      collection "intermediates", `cross_attention` returns the weights of the
+      decoder, too.
 
     Raises:
       UserError: picture or text exceeds the position tables.
@@ -46,3 +48,13 @@ class NARVL(EncoderDecoder):
   def decode(self, encoded: EncoderOutput, *, train: bool = False) -> jax.Array:
     """Returns the decoder states [B, N, D], the input of `project`."""
     return self.decoder(encoded, train)
+
+
+def cross_attention(collected: Any) -> jax.Array:
+  """Returns the weights of cross-attention, float32 [layers, B, H, N, S].
+
+  Args:
+    collected: the collection "intermediates" of a call of the model.
+  """
+  (weights,) = collected["decoder"]["layers"]["cross_attention"]
+  return weights

@@ -158,7 +158,12 @@ class DecoderLayer(nn.Module):
       x,
       shared["memory"],
       attend_to(bias, shared["self_mask"]),
-      attend_to(shared["cross_bias"], shared["memory_mask"]),
+      attend_to(
+        shared["cross_bias"],
+        shared["memory_mask"],
+        # Kept only if "intermediates" is mutable; otherwise it is no operation.
+        lambda weights: self.sow("intermediates", "cross_attention", weights),
+      ),
       Branch(cfg, cfg.decoder_drop_path, self.train),
       per_layer["drop_path"],
     )
@@ -233,7 +238,7 @@ def scan_layers(
   in_axes: Any = (0, nn.broadcast)  # Flax annotates it as int only.
   stack = nn.scan(
     layer,
-    variable_axes={"params": 0},
+    variable_axes={"params": 0, "intermediates": 0},
     split_rngs={"params": True, "dropout": True},
     in_axes=in_axes,
     length=depth,

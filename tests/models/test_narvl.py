@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from narvl_jax.models import NARVL, ModelConfig, model_config
+from narvl_jax.models import NARVL, ModelConfig, model_config, transformer
+from narvl_jax.models.narvl import cross_attention
 from narvl_jax.models.sizes import IMAGE_ENCODERS
 from tests.models import small
 from tests.models.small import CONFIG, IMAGE_TOKENS, B, N, T, V
@@ -243,3 +244,59 @@ def test_initial_values_are_those_of_the_reference() -> None:
       assert np.std(value) == pytest.approx(expected, rel=spread), path
       assert abs(np.mean(value)) < expected * spread, path
   assert different > 30
+
+
+def _collected(variables: small.Variables, mutable: Any = False) -> Any:
+  return NARVL(CONFIG).apply(
+    variables, small.image(), small.text(), mutable=mutable
+  )
+
+
+def test_cross_attention_is_the_softmax_of_queries_and_keys(
+  variables: small.Variables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Recomputed in NumPy from the arguments of the attention."""
+  expected = []
+  original = transformer.attend_to
+
+  def softmax(q: Any, key: Any, bias: Any, mask: Any) -> None:
+    logits = np.einsum("bqhd,bkhd->bhqk", q, key) + np.asarray(bias)
+    logits = np.where(np.asarray(mask)[:, None, None], logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    expected.append(weights / weights.sum(-1, keepdims=True))
+
+  def spy(bias: Any, mask: Any, *record: Any) -> Any:
+    attend = original(bias, mask, *record)
+
+    def attended(q: Any, own: Any) -> Any:
+      if record:
+        jax.debug.callback(softmax, q, own.key, bias, mask, ordered=True)
+      return attend(q, own)
+
+    return attended
+
+  monkeypatch.setattr(transformer, "attend_to", spy)
+  _, collected = _collected(variables, ["intermediates"])
+  jax.effects_barrier()
+  found = cross_attention(collected["intermediates"])
+  assert found.shape == (CONFIG.decoder_layers, B, CONFIG.num_heads, N, S)
+  np.testing.assert_allclose(found, np.stack(expected), atol=1e-6)
+
+
+def test_attention_that_is_not_asked_for_is_not_in_the_program(
+  variables: small.Variables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  logits, _ = _collected(variables)
+  (recorded, _), _ = _collected(variables, ["intermediates"])
+  np.testing.assert_array_equal(logits, recorded)
+
+  def program() -> str:
+    return jax.jit(lambda v: _collected(v)).lower(variables).as_text()
+
+  before = program()
+  original = transformer.attend_to
+  monkeypatch.setattr(
+    transformer, "attend_to", lambda bias, mask, *_: original(bias, mask)
+  )
+  assert program() == before
+  assert set(small.shapes(CONFIG)) == {"params"}
