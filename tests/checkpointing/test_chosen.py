@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import pytest
 
-from narvl_jax import checkpoints as command
-from narvl_jax.checkpointing import digests
+from narvl_jax.checkpointing import digests, overview
 from narvl_jax.checkpointing.chosen import read_chosen
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.errors import UserError
@@ -119,8 +118,8 @@ def test_a_run_that_saves_all_the_time_can_be_read(tmp_path):
     for i in range(12):
       wanted = ("best", "last")[i % 2]
       steps.append(_check(read_chosen(tmp_path, wanted, _read)))
-      command.list_checkpoints(tmp_path)
-      command.verify(tmp_path)
+      overview.list_checkpoints(tmp_path)
+      overview.verify(tmp_path)
       try:
         _check(read_chosen(tmp_path, steps[-1], _read))
       except UserError as error:

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from narvl_jax import checkpoints as command
-from narvl_jax.checkpointing import digests, integrity
+from narvl_jax.checkpointing import digests, integrity, overview
 from narvl_jax.checkpointing.record import read_record
 from narvl_jax.checkpointing.record_checks import check_config
 from narvl_jax.checkpointing.runs import build_in, load_run
@@ -84,7 +83,7 @@ def test_an_edited_config_is_refused(run, key, value, seen):
       read()
     assert "\n" not in str(error.value)
   assert not (run / "evaluations").exists()
-  assert command.restore_config(run).splitlines() == [
+  assert overview.restore_config(run).splitlines() == [
     f"kept {run / 'config.json.old'}",
     f"wrote {run / 'config.json'}, as step {tiny_run.STEP} was trained with it",
   ]
@@ -174,7 +173,7 @@ def test_a_damaged_config_tells_how_to_restore_it(run, text, reason):
       rf" again: python -m narvl_jax.checkpoints restore_config {run}$",
     ):
       read()
-  command.restore_config(run)
+  overview.restore_config(run)
   load_run(run)
   assert (run / "config.json.old").read_text() == text
 
@@ -183,14 +182,14 @@ def test_a_lost_config_is_restored(run):
   (run / "config.json").unlink()
   with pytest.raises(UserError, match=r"holds no run: .*; if it was lost, wri"):
     evaluate(run)
-  command.restore_config(run)
+  overview.restore_config(run)
   load_run(run)
 
 
 def test_no_config_in_any_checkpoint(tmp_path):
   run = tiny_run.copy_run(tmp_path / "run")
   with pytest.raises(UserError, match=r"no checkpoint in .* with a config; br"):
-    command.restore_config(run)
+    overview.restore_config(run)
 
 
 def test_the_vocabulary_of_another_run_is_refused(run):

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import pytest
 
-from narvl_jax import checkpoints as command
-from narvl_jax.checkpointing import digests, integrity, record
+from narvl_jax.checkpointing import digests, integrity, overview, record
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.errors import UserError
 from narvl_jax.run.start import restore_or_init
@@ -50,11 +49,11 @@ def test_it_is_named_by_every_look(run, name, kind, capsys):
   assert name in str(damage)
   assert len(str(damage)) < 200
   with pytest.raises(UserError, match=r"1 of 2 looked at .* damaged: check"):
-    command.verify(run)
+    overview.verify(run)
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith("3: intact")
   assert lines[1] == "6: DAMAGED"
-  listed = command.list_checkpoints(run).splitlines()
+  listed = overview.list_checkpoints(run).splitlines()
   assert [x.split()[0] for x in listed[-2:]] == ["3", "6"]
   assert "damaged" in listed[-1]
   assert "damaged" not in listed[-2]

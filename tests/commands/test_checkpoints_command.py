@@ -11,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from narvl_jax import checkpoints as command
+from narvl_jax.checkpointing import overview
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.errors import UserError
 from tests.support.saved import files_of, flip_bit, make_state
@@ -45,7 +46,7 @@ def _damage(run: pathlib.Path, step: int) -> str:
 
 def test_list(run):
   (run / "checkpoints" / "3" / "digests.0-of-1.txt").unlink()
-  head, *rows = command.list_checkpoints(run).splitlines()
+  head, *rows = overview.list_checkpoints(run).splitlines()
   assert re.split(r"  +", head) == [
     *("step", "saved", "size", "score", "kept as", "digests")
   ]
@@ -60,20 +61,20 @@ def test_list(run):
 
 def test_a_damaged_record_is_listed(run):
   flip_bit(run / "checkpoints" / "2" / "record" / "record.json", 99)
-  assert "damaged record" in command.list_checkpoints(run).splitlines()[2]
+  assert "damaged record" in overview.list_checkpoints(run).splitlines()[2]
 
 
 def test_verify(run, capsys):
   (run / "checkpoints" / "2" / "digests.0-of-1.txt").unlink()
-  assert command.verify(run).splitlines() == [
+  assert overview.verify(run).splitlines() == [
     "1: intact (every file)",
     "2: intact (every array; it has no digests)",
     "3: intact (every file)",
   ]
   name = _damage(run, 1)
-  assert command.verify(run, 3) == "3: intact (every file)"
+  assert overview.verify(run, 3) == "3: intact (every file)"
   with pytest.raises(UserError, match=r"1 of 3 .* damaged: checkpoint 1;"):
-    command.verify(run)
+    overview.verify(run)
   printed = capsys.readouterr().out
   assert f"1: DAMAGED\n  file {name} was changed\n  array " in printed
 
@@ -87,14 +88,14 @@ def test_a_damaged_one_ends_the_command_with_code_2(run):
   )
   assert done.returncode == 2
   assert "\n2: intact (every file)\n" in done.stdout
-  assert done.stderr.startswith("error: 1 of 3 looked at in ")
+  assert done.stderr.startswith("error: 1 of 3 read in ")
   assert done.stderr.count("\n") == 1
 
 
 def test_diff(run):
   folder = run / "checkpoints"
-  assert command.diff(folder / "2", folder / "2") == "9 of 9 arrays are equal"
-  lines = command.diff(folder / "1", folder / "3").splitlines()
+  assert overview.diff(folder / "2", folder / "2") == "9 of 9 arrays are equal"
+  lines = overview.diff(folder / "1", folder / "3").splitlines()
   assert re.split(r"  +", lines[0]) == [
     *("array", "shape", "max |a - b|", "|a - b| / |a|")
   ]
@@ -115,9 +116,9 @@ def test_diff_of_other_trees(run, tmp_path_factory):
   params = {"encoder": {"kernel": state.params["encoder"]["kernel"][:2]}}
   with Checkpoints(other, keep_last=1) as checkpoints:
     checkpoints.save_variables(0, {"params": params, "batch_stats": {}})
-  first, second = command._pair([run, other], None)
+  first, second = overview.find_pair([run, other], None)
   assert (first.name, second.name) == ("3", "0")
-  text = command.diff(first, second)
+  text = overview.diff(first, second)
   assert re.search(r"params/encoder/kernel +24x32 \| 2x32 +- +-\n", text)
   assert f"only in {first}: opt_state/0/count\n" in text
   assert "only in " + str(second) not in text
@@ -128,16 +129,22 @@ def test_diff_of_other_trees(run, tmp_path_factory):
   ("call", "message"),
   [
     (
-      lambda run: command.list_checkpoints(run / "no"),
+      lambda run: overview.list_checkpoints(run / "no"),
       r"no holds no ch",
     ),
-    (lambda run: command.verify(run, 7), r'no checkpoint "7" in .* 1, 2, 3'),
-    (lambda run: command._pair([run], ["1"]), r"--checkpoint=1 is not two ch"),
+    (lambda run: overview.verify(run, 7), r'no checkpoint "7" in .* 1, 2, 3'),
     (
-      lambda run: command._pair([run], None),
+      lambda run: overview.find_pair([run], ["1"]),
+      r"--checkpoint=1 is not two ch",
+    ),
+    (
+      lambda run: overview.find_pair([run], None),
       r"diff of one run needs two",
     ),
-    (lambda run: command._pair([run], ["1", "x"]), r'no checkpoint "x" in'),
+    (
+      lambda run: overview.find_pair([run], ["1", "x"]),
+      r'no checkpoint "x" in',
+    ),
     (lambda run: command.main(["", "lst", "."]), r'"lst".* "list"\?'),
   ],
 )
@@ -150,4 +157,4 @@ def test_damaged_ones_are_not_compared(run):
   folder = run / "checkpoints"
   _damage(run, 1)
   with pytest.raises(UserError, match=r"/1 is damaged: file .*another one: -"):
-    command.diff(folder / "1", folder / "2")
+    overview.diff(folder / "1", folder / "2")

@@ -24,7 +24,15 @@ print(json.dumps([*sys.modules]))
 """
 
 
-@pytest.mark.parametrize("command", ["train", "convert_data", "list_answers"])
+@pytest.mark.parametrize(
+  "command",
+  [
+    "train",
+    "checkpoints",
+    "convert_data",
+    "list_answers",
+  ],
+)
 def test_help_imports_nothing_heavy(command: str):
   result = subprocess.run(
     [sys.executable, "-c", _PROGRAM, f"narvl_jax.{command}", "--help"],
