@@ -5,9 +5,8 @@ takes the best path through an automaton, and `prefix_beam` searches for the
 likeliest answers.
 
 All take whole logits: logits whose classes are split over devices must be
-gathered first. Where repeats are not merged, every query that does not emit
-blank emits a label of its own: "a a" needs no blank between, and alignments
-differ only in the places of the blanks.
+gathered first. Log-probabilities of answers are over all alignments, see
+`likelihood`.
 
 Letters: B batch, N queries, C candidates, L labels, E edges, V classes.
 """
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from narvl_jax.decoding.classes import masked, never_predicted
+from narvl_jax.decoding.likelihood import sum_alignments
 from narvl_jax.decoding.viterbi import best_path
 from narvl_jax.errors import UserError
 from narvl_jax.query_ctc import collapse
@@ -92,6 +92,7 @@ def prefix_beam(
   *,
   blank_id: int,
   pad_id: int,
+  merge_repeats: Merge = True,
   forbidden: np.ndarray | None = None,
   vocab_size: int | None = None,
   **options: Any,
@@ -102,22 +103,41 @@ def prefix_beam(
     logits: [B, N, V].
     blank_id: id of the CTC blank.
     pad_id: id that fills the tail of `ids`.
+    merge_repeats: bool for all examples or bool [B].
     forbidden: see `masked_log_probs`.
     vocab_size: number of true classes, None for all V.
-    **options: beam_size, num_best, merge_repeats, constraint,
-      candidates_per_query.
+    **options: beam_size, num_best, constraint, candidates_per_query.
 
   Returns:
     ids int32 [B, num_best, N], lengths int32 [B, num_best] and log_probs
-    float32 [B, num_best], best first.
+    float32 [B, num_best], best first. Scores of the search lack the alignments
+    that left the beam; these log-probabilities are over all alignments.
   """
   ids, lengths, scores = prefix_beam_search(
     masked_log_probs(logits, forbidden=forbidden, vocab_size=vocab_size),
     blank_id=blank_id,
     pad_id=pad_id,
+    merge_repeats=merge_repeats,
     **options,
   )
-  return {"ids": ids, "lengths": lengths, "log_probs": scores}
+  never = never_predicted(logits.shape[-1], forbidden, vocab_size)
+  log_probs = _answer_log_probs(
+    logits,
+    ids,
+    lengths,
+    _normalizers(logits, never),
+    never,
+    blank_id,
+    merge_repeats,
+  )
+  # Where there is no answer, the score is NO_ANSWER or NaN.
+  log_probs = jnp.where(scores > NO_ANSWER, log_probs, scores)
+  order = jnp.argsort(-log_probs, axis=1, stable=True)
+  lengths, log_probs = (
+    jnp.take_along_axis(x, order, axis=1) for x in (lengths, log_probs)
+  )
+  ids = jnp.take_along_axis(ids, order[..., None], axis=1)
+  return {"ids": ids, "lengths": lengths, "log_probs": log_probs}
 
 
 def best_candidate(
@@ -292,8 +312,6 @@ def _answer_log_probs(
 ) -> jax.Array:
   """Returns the log-probabilities of several answers an example, [B, C].
 
-  `query_ctc_loss` has one target an example and always merges repeats.
-
   Args:
     logits: [B, N, V].
     labels: int32 [B, C, L].
@@ -303,35 +321,11 @@ def _answer_log_probs(
     blank_id: id of the CTC blank.
     merge_repeats: bool or bool [B].
   """
-  b, c, size = labels.shape
-  merge = jnp.broadcast_to(jnp.asarray(merge_repeats, bool), (b,))
-  merge = merge[:, None, None]
-  # Where repeats are merged, equal labels need a blank between them.
-  joined = jnp.pad(
-    labels[..., 1:] == labels[..., :-1], ((0, 0), (0, 0), (1, 0))
-  )
-  joined &= merge
 
-  def shift(x: jax.Array) -> jax.Array:
-    return x[..., :-1]
-
-  def step(
-    alphas: tuple[jax.Array, jax.Array], query: jax.Array
-  ) -> tuple[tuple[jax.Array, jax.Array], None]:
-    # Both [B, C, L+1]: after l labels, the last query emitted blank or label l.
-    blank, label = alphas
+  def emissions(query: jax.Array) -> tuple[jax.Array, jax.Array]:
     row = _row(logits, query, normalizers, never)
-    gathered = jax.vmap(lambda x, ids: x[ids])(row, labels)
-    before = jnp.logaddexp(
-      shift(blank), jnp.where(joined, LOG_ZERO, shift(label))
-    )
-    again = jnp.where(merge, label[..., 1:], LOG_ZERO)
-    emitted = jnp.logaddexp(before, again) + gathered
-    blank = jnp.logaddexp(blank, label) + row[:, blank_id, None, None]
-    return (blank, label.at[..., 1:].set(emitted)), None
+    return row[:, blank_id], jax.vmap(lambda x, ids: x[ids])(row, labels)
 
-  nothing = jnp.full((b, c, size + 1), LOG_ZERO, jnp.float32)
-  start = (nothing.at[..., 0].set(0.0), nothing)
-  (blank, label), _ = jax.lax.scan(step, start, jnp.arange(logits.shape[1]))
-  total = jnp.logaddexp(blank, label)
-  return jnp.take_along_axis(total, lengths[..., None], axis=-1)[..., 0]
+  return sum_alignments(
+    emissions, labels, lengths, merge_repeats, logits.shape[1]
+  )

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from narvl_jax.decoding.classes import masked, never_predicted
-from narvl_jax.query_ctc import MeshAxes, collapse, query_ctc_loss
+from narvl_jax.decoding.likelihood import answer_log_prob
+from narvl_jax.query_ctc import MeshAxes, collapse
 from narvl_jax.query_ctc.axes import split_of
 
 _WHOLE = MeshAxes()
@@ -23,10 +24,8 @@ def greedy_decode(
 ) -> dict[str, jax.Array]:
   """Returns the greedy answer of every example and its log-probability.
 
-  Where repeats are merged, the probability of an answer is the sum over all
-  alignments that collapse to it (the Query-CTC likelihood). Where they are not,
-  it is the product of the arg-max probabilities. Both are computed after the
-  forbidden classes have been removed.
+  The probability of an answer is the sum over all alignments that collapse to
+  it, whether repeats are merged or not. Forbidden classes are removed before.
 
   With a split vocabulary the answers are the same, and devices exchange only
   [B, N] and [B, N, L+1] numbers.
@@ -48,16 +47,15 @@ def greedy_decode(
   """
   never = never_predicted(logits.shape[-1], forbidden, vocab_size)
   logits = masked(logits, never)
-  token_ids, best_log_probs = _best_classes(logits, axes)
   ids, lengths = collapse(
-    token_ids, blank_id=blank_id, pad_id=pad_id, merge_repeats=merge_repeats
+    _best_classes(logits, axes),
+    blank_id=blank_id,
+    pad_id=pad_id,
+    merge_repeats=merge_repeats,
   )
-  path_log_prob = jnp.sum(best_log_probs, axis=-1)
-  # The arg-max path collapses to the answer, so the loss is always finite.
-  answer_log_prob = -query_ctc_loss(
-    logits, ids, lengths, blank_id=blank_id, axes=axes
+  log_prob = answer_log_prob(
+    logits, ids, lengths, merge_repeats, blank_id=blank_id, axes=axes
   )
-  log_prob = jnp.where(merge_repeats, answer_log_prob, path_log_prob)
   return {
     "ids": ids,
     "lengths": lengths,
@@ -78,32 +76,21 @@ def _first(found: jax.Array) -> jax.Array:
   return jnp.minimum(first, classes - 1)
 
 
-def _best_classes(
-  logits: jax.Array, axes: MeshAxes
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the arg-max int32 [B, N] and its log-probability [B, N].
-
-  The smallest id wins a tie.
-  """
+def _best_classes(logits: jax.Array, axes: MeshAxes) -> jax.Array:
+  """Returns the arg-max int32 [B, N]; the smallest id wins a tie."""
   split = split_of(axes, logits.shape[0], logits.shape[-1])
 
-  def local(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def local(logits: jax.Array) -> jax.Array:
     largest = jnp.max(logits, axis=-1)
     ids = _first(logits == largest[..., None])
-    if split.vocab is not None:
-      ids += split.first_class(logits.shape[-1])
-      # [devices, B, N]; the first device has the smallest ids.
-      ids, values = jax.lax.all_gather((ids, largest), split.vocab)
-      winner = jnp.argmax(values, axis=0)[None]
-      ids, largest = (
-        jnp.take_along_axis(x, winner, axis=0)[0] for x in (ids, values)
-      )
-    mass = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
-    return ids, -jnp.log(split.sum_over_classes(mass))
+    if split.vocab is None:
+      return ids
+    ids += split.first_class(logits.shape[-1])
+    # [devices, B, N]; the first device has the smallest ids.
+    ids, values = jax.lax.all_gather((ids, largest), split.vocab)
+    winner = jnp.argmax(values, axis=0)[None]
+    return jnp.take_along_axis(ids, winner, axis=0)[0]
 
   return split.run(
-    local,
-    logits,
-    in_specs=(split.logits,),
-    out_specs=(split.rows, split.rows),
+    local, logits, in_specs=(split.logits,), out_specs=split.rows
   )

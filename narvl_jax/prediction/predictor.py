@@ -40,9 +40,8 @@ class Answer(NamedTuple):
     record: the request.
     index: of the record in its source.
     value: text, or a box in pixels of the original image.
-    log_prob: natural logarithm of its probability, see the readers in
-      `narvl_jax.decoding`; greedy decoding sums over all alignments if repeats
-      are merged.
+    log_prob: natural logarithm of its probability, for parallel models over
+      all alignments; see the readers in `narvl_jax.decoding`.
     alternatives: the next best answers with their log-probabilities, if
       `num_best` exceeds 1.
   """

@@ -183,13 +183,27 @@ def test_free_automaton_is_greedy_decoding() -> None:
   )
   np.testing.assert_array_equal(found["ids"], greedy["ids"])
   np.testing.assert_allclose(
-    found["log_prob"][merge], greedy["log_prob"][merge], rtol=1e-5, atol=1e-5
+    found["log_prob"], greedy["log_prob"], rtol=1e-5, atol=1e-5
   )
-  np.testing.assert_allclose(
-    np.exp(found["path_log_prob"])[~merge],
-    np.exp(greedy["log_prob"])[~merge],
-    rtol=1e-5,
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_narrow_beam_reports_the_likelihood_over_all_alignments(
+  merge: bool,
+) -> None:
+  logits = random_logits(9, 8, 5, 4)
+  found = ctc.prefix_beam(
+    jnp.asarray(logits), **IDS, beam_size=2, num_best=2, merge_repeats=merge
   )
+  log_probs = np.asarray(found["log_probs"])
+  assert np.all(np.diff(log_probs, axis=1) <= 0)
+  for row, logits_of_row in enumerate(logits):
+    table = slow_search.all_answers(log_softmax(logits_of_row), BLANK, merge)
+    for place, length in enumerate(found["lengths"][row].tolist()):
+      answer = tuple(found["ids"][row, place, :length].tolist())
+      np.testing.assert_allclose(
+        log_probs[row, place], table[answer], rtol=1e-5, atol=1e-6
+      )
 
 
 @pytest.mark.parametrize("num_queries", [4, 6])

@@ -10,6 +10,7 @@ import pytest
 
 from narvl_jax import decoding
 from narvl_jax.models import NARVL, model_config
+from narvl_jax.query_ctc import query_ctc_loss
 
 PAD, BLANK, CLASSES, QUERIES = 1, 4, 5, 4
 # Not heeded by a parallel decoder.
@@ -40,19 +41,21 @@ def logits() -> np.ndarray:
   return rng.normal(0, 2, (16, QUERIES, CLASSES)).astype(np.float32)
 
 
-def test_merged_answer_has_the_sum_over_all_its_alignments(logits):
+@pytest.mark.parametrize("merge", [True, False])
+def test_answer_has_the_sum_over_all_its_alignments(logits, merge):
+  logits = logits.copy()
   logits[..., PAD] = -30  # An answer holds no pad.
-  decoded = _decode(logits, [True] * len(logits))
+  decoded = _decode(logits, [merge] * len(logits))
   probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   longer = 0
   for i, p in enumerate(probs):
     answer = tuple(decoded["ids"][i, : decoded["lengths"][i]])
-    assert answer == _collapse(tuple(p.argmax(-1)), merge=True)
+    assert answer == _collapse(tuple(p.argmax(-1)), merge)
     assert set(decoded["ids"][i, decoded["lengths"][i] :]) <= {PAD}
     expected = sum(
       np.prod([p[n, c] for n, c in enumerate(path)])
       for path in itertools.product(range(CLASSES), repeat=QUERIES)
-      if _collapse(path, merge=True) == answer
+      if _collapse(path, merge) == answer
     )
     np.testing.assert_allclose(
       np.exp(decoded["log_prob"][i]), expected, rtol=1e-5
@@ -61,15 +64,11 @@ def test_merged_answer_has_the_sum_over_all_its_alignments(logits):
   assert longer > 5  # Some answers have more than one alignment.
 
 
-def test_unmerged_answer_has_the_probability_of_its_only_path(logits):
-  decoded = _decode(logits, [False] * len(logits))
-  probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-  np.testing.assert_allclose(
-    np.exp(decoded["log_prob"]), probs.max(-1).prod(-1), rtol=1e-5
-  )
-  for i, p in enumerate(probs):
-    answer = tuple(decoded["ids"][i, : decoded["lengths"][i]])
-    assert answer == _collapse(tuple(p.argmax(-1)), merge=False)
+def test_merged_answer_has_the_likelihood_of_the_loss(logits):
+  decoded = _decode(logits, [True] * len(logits))
+  answers = map(jnp.asarray, (logits, decoded["ids"], decoded["lengths"]))
+  nll = query_ctc_loss(*answers, blank_id=BLANK)
+  np.testing.assert_allclose(decoded["log_prob"], -nll, rtol=1e-5, atol=1e-6)
 
 
 def test_merging_is_chosen_row_by_row():
