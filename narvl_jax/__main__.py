@@ -19,6 +19,7 @@ from narvl_jax.terminal.text import show
 COMMANDS = (
   "train",
   "evaluate",
+  "significance",
   "predict",
   "checkpoints",
   "check_data",

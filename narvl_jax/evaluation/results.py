@@ -14,15 +14,16 @@ from narvl_jax.data.example import Box, Record
 from narvl_jax.data.pictures import images, rendering
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import reporting
+from narvl_jax.evaluation.saved.files import (
+  EVALUATIONS_FOLDER,
+  MAIN_FILE,
+  PREDICTIONS_FOLDER,
+)
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.files import side_files
 from narvl_jax.files.disk import replacing, write_json
 from narvl_jax.terminal.text import warn
 
-# Evaluation of the best checkpoint with the settings of the config.
-MAIN_FILE = "evaluation.json"
-EVALUATIONS_FOLDER = "evaluations"
-PREDICTIONS_FOLDER = "predictions"
 _PANELS_PER_TASK = 10
 
 

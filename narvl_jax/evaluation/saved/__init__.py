@@ -1,0 +1,1 @@
+"""Uses of stored evaluations that need neither the model nor the pictures."""
