@@ -188,7 +188,7 @@ def test_a_lost_config_is_restored(run):
 
 def test_no_config_in_any_checkpoint(tmp_path):
   run = tiny_run.copy_run(tmp_path / "run")
-  with pytest.raises(UserError, match=r"no checkpoint in .* with a config; br"):
+  with pytest.raises(UserError, match=r"no checkpoint in .* with a config; re"):
     overview.restore_config(run)
 
 

@@ -48,7 +48,7 @@ def test_it_is_named_by_every_look(run, name, kind, capsys):
   assert damage is not None
   assert name in str(damage)
   assert len(str(damage)) < 200
-  with pytest.raises(UserError, match=r"1 of 2 looked at .* damaged: check"):
+  with pytest.raises(UserError, match=r"1 of 2 read .* damaged: check"):
     overview.verify(run)
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith("3: intact")
