@@ -20,6 +20,7 @@ COMMANDS = (
   "train",
   "evaluate",
   "significance",
+  "submission",
   "predict",
   "checkpoints",
   "check_data",
