@@ -9,11 +9,15 @@ if an entry no longer applies.
 """
 
 import ast
+import compileall
 import dataclasses
 import enum
+import json
 import os
 import pathlib
+import py_compile
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +29,18 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The parts of the tree that tests need.
 _COPIED = ("narvl_jax", "tests", "configs", "pyproject.toml")
 _TIMEOUT = 600
+_BY_CONTENT = py_compile.PycInvalidationMode.CHECKED_HASH
+_ENVIRONMENT = {
+  # The bytecode cache does not notice two changes within a second.
+  "PYTHONDONTWRITEBYTECODE": "1",
+  # Plugins of installed packages, among them Hypothesis, load slowly.
+  "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+}
+# What takes long to import. The tests' settings come before jax.
+_MODULES = (
+  *("tests.conftest", "flax.linen", "grain", "hypothesis", "ml_collections"),
+  *("optax", "orbax.checkpoint", "PIL.Image", "rich.console", "tokenizers"),
+)
 # Beginnings of pytest's messages for assertions, NumPy's and `pytest.raises`.
 _ASSERTIONS = ("AssertionError", "assert ", "Failed: DID NOT RAISE")
 
@@ -100,34 +116,60 @@ def copy_tree(root: pathlib.Path, target: pathlib.Path) -> None:
       shutil.copy(source, target / name)
 
 
-def run_tests(root: pathlib.Path, tests: Sequence[str]) -> tuple[Outcome, str]:
-  """Runs tests of a tree in a new process.
+class Runner:
+  """Runs tests of a tree, each time in a process with freshly imported code.
 
-  Returns:
-    The outcome, and the message of the first failure on one line.
+  The processes are forked from one that has imported the libraries.
+
+  Args:
+    root: the tree.
+    modules: names of modules of libraries, or of the tree's tests, to import
+      once.
   """
-  report = root / "report.xml"
-  report.unlink(missing_ok=True)
-  # The bytecode cache does not notice two changes within a second.
-  environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-  command = [
-    *(sys.executable, "-m", "pytest", "-q", "-x", "--slow"),
-    *("-p", "no:cacheprovider", f"--junitxml={report}", *tests),
-  ]
-  try:
-    done = subprocess.run(
-      command,
+
+  def __init__(self, root: pathlib.Path, modules: Sequence[str] = ()) -> None:
+    self._root = root
+    program = pathlib.Path(__file__).parent / "programs" / "fork_pytest.py"
+    self._process = subprocess.Popen(
+      [sys.executable, str(program), str(_TIMEOUT), *modules],
       cwd=root,
-      env=environment,
-      capture_output=True,
+      env=os.environ | _ENVIRONMENT,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
       text=True,
-      timeout=_TIMEOUT,
     )
-  except subprocess.TimeoutExpired:
-    return Outcome.OTHER, f"it took longer than {_TIMEOUT} s"
-  if not report.exists():
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    return Outcome.OTHER, lines[-1] if lines else "pytest ended without a word"
+
+  def __enter__(self) -> "Runner":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._process.communicate()
+
+  def run(self, tests: Sequence[str]) -> tuple[Outcome, str]:
+    """Runs tests of the tree.
+
+    Returns:
+      The outcome, and the message of the first failure on one line.
+    """
+    report = self._root / "report.xml"
+    report.unlink(missing_ok=True)
+    assert self._process.stdin is not None
+    assert self._process.stdout is not None
+    arguments = ["-q", "-x", "--slow", "-p", "no:cacheprovider"]
+    arguments += [f"--junitxml={report}", *tests]
+    print(json.dumps(arguments), file=self._process.stdin, flush=True)
+    code = int(self._process.stdout.readline() or 1)
+    if code == -signal.SIGALRM:
+      return Outcome.OTHER, f"it took longer than {_TIMEOUT} s"
+    if not report.exists():
+      output = self._root / "output.txt"
+      lines = output.read_text().split("\n") if output.exists() else []
+      lines = [line for line in lines if line.strip()]
+      return Outcome.OTHER, lines[-1] if lines else f"pytest ended with {code}"
+    return _outcome(report, code)
+
+
+def _outcome(report: pathlib.Path, code: int) -> tuple[Outcome, str]:
   cases = list(xml.etree.ElementTree.parse(report).getroot().iter("testcase"))
   for case in cases:
     for kind in ("failure", "error", "skipped"):
@@ -138,13 +180,22 @@ def run_tests(root: pathlib.Path, tests: Sequence[str]) -> tuple[Outcome, str]:
       assertion = kind == "failure" and message.startswith(_ASSERTIONS)
       outcome = Outcome.ASSERTION if assertion else Outcome.OTHER
       return outcome, " ".join(f"{case.get('name')}: {message}".split())
-  if done.returncode or not cases:
-    return Outcome.OTHER, f"pytest ended with code {done.returncode}"
+  if code or not cases:
+    return Outcome.OTHER, f"pytest ended with code {code}"
   return Outcome.PASSED, ""
 
 
-def run(root: pathlib.Path, sabotages: Sequence[Sabotage]) -> bool:
+def run(
+  root: pathlib.Path,
+  sabotages: Sequence[Sabotage],
+  modules: Sequence[str] = (),
+) -> bool:
   """Applies each sabotage and prints a table.
+
+  Args:
+    root: the tree, of which a copy is changed.
+    sabotages: what is applied, one at a time.
+    modules: modules that the tests' processes share.
 
   Returns:
     Whether all were detected.
@@ -154,26 +205,35 @@ def run(root: pathlib.Path, sabotages: Sequence[Sabotage]) -> bool:
   with tempfile.TemporaryDirectory(prefix="sabotage") as folder:
     copy = pathlib.Path(folder)
     copy_tree(root, copy)
-    start = time.monotonic()
-    tests = sorted({sabotage.test for sabotage in sabotages})
-    outcome, message = run_tests(copy, tests)
-    _print_row("(none)", start, outcome, message)
-    if outcome is not Outcome.PASSED:
-      return False
-    for sabotage in sabotages:
+    # Files of the bytecode cache that are compared by content, not by time.
+    compileall.compile_dir(copy, quiet=2, invalidation_mode=_BY_CONTENT)
+    with Runner(copy, modules) as runner:
       start = time.monotonic()
-      file = copy / sabotage.file
-      before = file.read_text(encoding="utf-8")
-      try:
-        file.write_text(sabotage.apply(copy), encoding="utf-8")
-        outcome, message = run_tests(copy, [sabotage.test])
-      except (ValueError, SyntaxError) as error:
-        outcome, message = Outcome.OTHER, str(error)
-      finally:
-        file.write_text(before, encoding="utf-8")
-      noticed &= outcome is Outcome.ASSERTION
-      _print_row(sabotage.name, start, outcome, message)
+      tests = sorted({sabotage.test for sabotage in sabotages})
+      outcome, message = runner.run(tests)
+      _print_row("(none)", start, outcome, message)
+      if outcome is not Outcome.PASSED:
+        return False
+      for sabotage in sabotages:
+        start = time.monotonic()
+        outcome, message = _run_sabotaged(copy, sabotage, runner)
+        noticed &= outcome is Outcome.ASSERTION
+        _print_row(sabotage.name, start, outcome, message)
   return noticed
+
+
+def _run_sabotaged(
+  copy: pathlib.Path, sabotage: Sabotage, runner: Runner
+) -> tuple[Outcome, str]:
+  file = copy / sabotage.file
+  before = file.read_text(encoding="utf-8")
+  try:
+    file.write_text(sabotage.apply(copy), encoding="utf-8")
+    return runner.run([sabotage.test])
+  except (ValueError, SyntaxError) as error:
+    return Outcome.OTHER, str(error)
+  finally:
+    file.write_text(before, encoding="utf-8")
 
 
 def _print_row(name: str, start: float, outcome: Outcome, text: str) -> None:
@@ -191,7 +251,7 @@ def main(names: Sequence[str]) -> int:
     print(f"no sabotage named {', '.join(sorted(unknown))}", file=sys.stderr)
     return 2
   chosen = [x for x in SABOTAGES if not names or x.name in names]
-  return 0 if run(ROOT, chosen) else 1
+  return 0 if run(ROOT, chosen, _MODULES) else 1
 
 
 if __name__ == "__main__":

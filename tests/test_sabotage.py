@@ -95,6 +95,22 @@ def test_tests_must_pass_without_sabotage(tree: pathlib.Path) -> None:
   assert not sabotage_lib.run(tree, [make("return x", old="return 3 * x")])
 
 
+@pytest.mark.slow
+def test_a_fault_without_end(
+  tree: pathlib.Path,
+  capsys: pytest.CaptureFixture[str],
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  monkeypatch.setattr(sabotage_lib, "_TIMEOUT", 5)
+  endless = make("__import__('time').sleep(1000)")
+  assert not sabotage_lib.run(tree, [endless, make("return x")])
+  assert [row.split(":")[0] for row in rows(capsys)] == [
+    "passed",
+    "failed otherwise",
+    "failed by an assertion",
+  ]
+
+
 def test_a_test_that_is_gone(tree: pathlib.Path) -> None:
   make("return x").check_test(tree)
   with pytest.raises(ValueError, match=r"there is no test .*::test_triple"):
