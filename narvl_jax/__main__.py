@@ -26,6 +26,7 @@ COMMANDS = (
   "check_data",
   "convert_data",
   "list_answers",
+  "document_frequencies",
   "distill",
   "compare",
   "convert",

@@ -9,21 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from narvl_jax.data.answer_text import checked_text, normalize_answer
-from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
+from narvl_jax.data.batches.bad_records import read_good
 from narvl_jax.data.example import Record
 from narvl_jax.data.renamed import run_renamed
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
-from narvl_jax.terminal import progress
-from narvl_jax.terminal.text import warn
 
 # The setting that names the file of a list.
 ANSWERS_SETTING = "--config.tasks.vqa.answers"
 _FLAG = f"{ANSWERS_SETTING}, or --answers"
 # Tasks whose answers may form a closed list that depends on the data.
 _TASKS = ("vqa",)
-# Only procedural sources exceed this.
-_MOST_RECORDS = 10**8
 
 
 def load_answers(path: str | os.PathLike[str]) -> list[str]:
@@ -179,31 +175,14 @@ def collect_answers(
       " entailment and grounding are known, captions are free; nearest:"
       f" --task={_TASKS[0]}"
     )
-  if not max_examples and len(source) > _MOST_RECORDS:
-    raise UserError(
-      f"the source makes {len(source):,} records, too many to read; set"
-      " --max_examples, for example to 100000"
-    )
   counts: collections.Counter[str] = collections.Counter()
-  number = min(len(source), max_examples or len(source))
-  reader = RecordReader(source, task, number)
-  bad: list[BadRecord] = []
-  with progress.doing("collecting answers", number, "records") as collecting:
-    for index in range(number):
-      answers = reader.read(index, _answers)
-      if isinstance(answers, BadRecord):
-        bad.append(answers)
-      else:
-        counts.update(answers)
-      collecting.advance()
-  if bad:
-    warn(
-      f"{len(bad):,} of the {number:,} records are bad and were passed over,"
-      f" such as {bad[0].what}"
-    )
+  for answers in read_good(
+    source, task, _answers, "collecting answers", max_examples
+  ):
+    counts.update(answers)
   if not counts:
     raise UserError(
-      f"none of the {number:,} records has an answer; choose a split whose"
+      f"none of the {len(source):,} records has an answer; choose a split whose"
       " truth is known (--split)"
     )
   return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -8,13 +8,14 @@ it a bad record, which is counted and left out. All code that reads records uses
 import collections
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from narvl_jax.data import sources
 from narvl_jax.data.example import Record
 from narvl_jax.data.record_checks import checked_record
 from narvl_jax.errors import UserError
+from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import warn
 
 # Errors that damaged data raises. Others may be defects of the code.
@@ -26,6 +27,8 @@ _SHORT_OF_MEMORY = 3
 # Characters that are kept at either end of a long reason, and of an id.
 _REASON_PART = 200
 _ID_PART = 100
+# Only procedural sources exceed this.
+_MOST_RECORDS = 10**8
 
 T = TypeVar("T")
 
@@ -189,6 +192,50 @@ def _text_of(record: Any, name: str, default: T) -> str | T:
   """Returns a text field of what a source returned, which may be anything."""
   value = getattr(record, name, None)
   return value if isinstance(value, str) else default
+
+
+def read_good(
+  source: Sequence[Record],
+  name: str,
+  use: Callable[[Record], T],
+  doing: str,
+  max_examples: int = 0,
+) -> Iterator[T]:
+  """Reads a source from its first record on, with progress.
+
+  Bad records are skipped, with one warning at the end.
+
+  Args:
+    source: the records.
+    name: of the source, for messages.
+    use: makes what is yielded of a record.
+    doing: what the records are read for, such as "collecting answers".
+    max_examples: number of records to read; 0 reads all.
+
+  Raises:
+    UserError: the source is endless.
+  """
+  if not max_examples and len(source) > _MOST_RECORDS:
+    raise UserError(
+      f"the source makes {len(source):,} records, too many to read; set"
+      " --max_examples, for example to 100000"
+    )
+  number = min(len(source), max_examples or len(source))
+  reader = RecordReader(source, name, number)
+  bad: list[BadRecord] = []
+  with progress.doing(doing, number, "records") as activity:
+    for index in range(number):
+      found = reader.read(index, use)
+      if isinstance(found, BadRecord):
+        bad.append(found)
+      else:
+        yield found
+      activity.advance()
+  if bad:
+    warn(
+      f"{len(bad):,} of the {number:,} records are bad and were passed over,"
+      f" such as {bad[0].what}"
+    )
 
 
 class BadRecords:

@@ -9,7 +9,7 @@ import pytest
 
 from narvl_jax.errors import UserError
 from narvl_jax.submission import submission
-from tests.evaluation.predictions import prediction, store
+from tests.evaluation.saved.predictions import prediction, store
 
 
 def _store(run: pathlib.Path, predictions, **changes) -> pathlib.Path:

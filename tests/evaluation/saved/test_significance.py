@@ -13,7 +13,7 @@ from narvl_jax.evaluation.saved import paired
 from narvl_jax.metrics import bootstrap
 from narvl_jax.metrics.captions import simple_cider
 from narvl_jax.significance import significance
-from tests.evaluation.predictions import prediction, store
+from tests.evaluation.saved.predictions import prediction, store
 
 
 def _scored(scores, **changes):
