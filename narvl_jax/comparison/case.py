@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from narvl_jax.comparison.latency import Batch, Network, TimedDecoder
+from narvl_jax.comparison.options import LENGTHS
 from narvl_jax.comparison.uncached import UncachedReader
 from narvl_jax.comparison.ways import AR, BASELINE, NAR, UNCACHED, Way
 from narvl_jax.decoding import (
@@ -80,10 +81,6 @@ def program_of(
     )
     network = network._replace(variables=model.variables)
   return TimedDecoder(network, model.encoder, reader, lengths)
-
-
-# Tokens of an answer, as far as a model has positions for them.
-LENGTHS = (1, 2, 4, 8, 16, 20)
 
 
 def choose_lengths(case: Case, lengths: Sequence[int] | None) -> list[int]:

@@ -6,14 +6,19 @@ import shutil
 
 import pytest
 
-from narvl_jax import compare as compare_lib
 from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.checkpointing.writing import Checkpoints
-from narvl_jax.compare import compare
+from narvl_jax.comparison import comparison
 from narvl_jax.comparison.case import choose_lengths
+from narvl_jax.comparison.options import Options
 from narvl_jax.comparison.runs import make_case, open_runs
 from narvl_jax.errors import UserError
 from tests.comparison import tiny_pair
+
+
+def compare(*args, **kwargs):
+  return comparison.compare(Options(*args, **kwargs))
+
 
 WAYS = ("ar-greedy", "ar-uncached", "nar-constrained")
 
@@ -176,7 +181,7 @@ def test_the_best_checkpoints_are_compared(pair, tmp_path, monkeypatch):
     opened.append(open_runs(*args))
     raise UserError("enough")
 
-  monkeypatch.setattr(compare_lib.runs, "open_runs", spy)
+  monkeypatch.setattr(comparison.runs, "open_runs", spy)
   for arguments in ({}, {"checkpoint": "last"}):
     with pytest.raises(UserError, match="enough"):
       compare(pair["nar"], str(folder), **arguments)

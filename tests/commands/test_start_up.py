@@ -29,6 +29,7 @@ print(json.dumps([*sys.modules]))
   [
     "train",
     "checkpoints",
+    "compare",
     "convert_data",
     "list_answers",
   ],

@@ -6,7 +6,8 @@ import pathlib
 import pytest
 from PIL import Image
 
-from narvl_jax.compare import compare
+from narvl_jax.comparison.comparison import compare
+from narvl_jax.comparison.options import Options
 from narvl_jax.comparison.plot import draw_lengths
 from narvl_jax.errors import UserError
 
@@ -30,5 +31,5 @@ def test_without_matplotlib_nothing_is_measured(
 ) -> None:
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match=r"matplotlib.*\[plots\].*--lengths="):
-    compare(size="micro", to=str(tmp_path / "new"))
+    compare(Options(size="micro", to=str(tmp_path / "new")))
   assert not (tmp_path / "new").exists()

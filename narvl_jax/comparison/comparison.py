@@ -1,0 +1,202 @@
+"""Measures quality and latency of every way to decode."""
+
+import contextlib
+import datetime
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+
+from narvl_jax.benchmarks import timing
+from narvl_jax.comparison import latency, random_weights, report, runs
+from narvl_jax.comparison.case import Case, choose_lengths, length_programs
+from narvl_jax.comparison.options import Options
+from narvl_jax.comparison.plot import check_can_draw, draw_lengths
+from narvl_jax.comparison.ways import NAR, UNCACHED
+from narvl_jax.files.disk import write_json
+from narvl_jax.terminal import progress
+from narvl_jax.terminal.text import show
+
+JSON_FILE, PLOT_FILE = "comparison.json", "latency.png"
+
+
+def compare(options: Options) -> dict[str, Any]:
+  """Measures, prints tables and writes the results.
+
+  Returns:
+    The content of `comparison.json`.
+
+  Raises:
+    UserError: the runs cannot be compared, or do not have what the options
+      name.
+  """
+  if options.draws:
+    check_can_draw()
+  comparison = _Comparison(options)
+  comparison.measure()
+  show(report.format_report(comparison.result))
+  for path in comparison.write():
+    show(f"wrote {path}")
+  return comparison.result
+
+
+class _Comparison:
+  """A comparison and what has been measured so far.
+
+  Attributes:
+    result: the content of `comparison.json`.
+  """
+
+  def __init__(self, options: Options) -> None:
+    self._options = options
+    self._runs: dict[str, runs.Run] = {}
+    if not options.size:
+      self._runs = runs.open_runs(
+        options.nar, options.ar, options.checkpoint, options.answers
+      )
+    self._cases = self._prepare_cases()
+    self._start = time.monotonic()
+    self.result = self._header()
+
+  def measure(self) -> None:
+    """Measures the tasks, one after the other."""
+    for task, make_case in self._cases.items():
+      with self._stage(task, "models and pictures"):
+        case = make_case()
+      entry = _entry(case)
+      self.result["tasks"][task] = entry
+      self.result["dtype"] = entry["facts"]["dtype"]
+      lengths = []
+      if self._options.measure_latency and "lengths" not in self.result:
+        # Raises for a length that does not fit, before the measurements.
+        lengths = choose_lengths(case, self._options.lengths)
+      if self._options.scores_answers:
+        self._add_quality(entry, case)
+      if self._options.measure_latency:
+        self._add_latency(entry, case)
+        # A later failure does not lose these measurements.
+        self.write()
+      if lengths:
+        self._add_curves(case, lengths)
+
+  def write(self) -> list[pathlib.Path]:
+    """Writes the results so far and returns the files."""
+    if self._options.to is None:
+      return []
+    folder = pathlib.Path(self._options.to)
+    files = [folder / JSON_FILE]
+    write_json(files[0], self.result)
+    if "lengths" in self.result:
+      files.append(folder / PLOT_FILE)
+      draw_lengths(files[1], self.result["lengths"])
+    return files
+
+  @contextlib.contextmanager
+  def _stage(self, task: str, what: str) -> Iterator[None]:
+    """Shows what is under way: compiling and searching take minutes."""
+    seconds = time.monotonic() - self._start
+    show(f"[{seconds:7.1f}s] {task}: {what}")
+    with progress.doing(f"{task}: {what}"):
+      yield
+
+  def _prepare_cases(self) -> dict[str, Callable[[], Case]]:
+    """Returns task -> what makes its case; one at a time saves memory."""
+    chosen = self._options
+    settings: dict[str, Any] = {
+      "beam_size": chosen.beam_size,
+      "wanted": chosen.ways,
+      "uncached": chosen.uncached,
+    }
+    if not chosen.size:
+      return {
+        task: lambda t=task: runs.make_case(
+          self._runs, t, chosen.split, **settings
+        )
+        for task in runs.common_tasks(self._runs, chosen.tasks)
+      }
+    loads = random_weights.workloads(chosen.tasks, chosen.image_size)
+    return {
+      task: lambda t=task, w=load: random_weights.make_case(
+        chosen.size, t, w, **settings
+      )
+      for task, load in loads.items()
+    }
+
+  def _header(self) -> dict[str, Any]:
+    models = {kind: run.describe() for kind, run in self._runs.items()}
+    random = {"both": {"size": self._options.size, "weights": "random"}}
+    now = datetime.datetime.now(datetime.UTC)
+    return {
+      "date": now.isoformat(timespec="seconds"),
+      "environment": {
+        **timing.environment(),
+        "devices": jax.device_count(),
+        "flax": flax.__version__,
+        "numpy": np.__version__,
+      },
+      "dtype": "",
+      "models": models or random,
+      "latency": self._options.measure_latency,
+      "batch_sizes": list(self._options.batch_sizes),
+      "rounds": self._options.rounds,
+      "tasks": {},
+    }
+
+  def _add_quality(self, entry: dict[str, Any], case: Case) -> None:
+    for way in case.ways:
+      # Without a cache the answers are the same.
+      if way.decoding is not None and way.label != UNCACHED:
+        with self._stage(case.task, f"answers of {way.label}"):
+          entry["ways"][way.label]["quality"] = runs.quality(
+            self._runs[way.model],
+            case.task,
+            way,
+            self._options.split,
+            self._options.max_examples or None,
+          )
+
+  def _add_latency(self, entry: dict[str, Any], case: Case) -> None:
+    rounds = self._options.rounds
+    for size in self._options.batch_sizes:
+      with self._stage(case.task, f"times at batch {size}, {rounds} rounds"):
+        times = latency.measure(
+          case.encoders,
+          case.programs,
+          case.batches(size, rounds),
+          rounds=rounds,
+        )
+      for label, measured in times.items():
+        way = entry["ways"][label]
+        way.setdefault("latency", {})[str(size)] = measured
+
+  def _add_curves(self, case: Case, lengths: list[int]) -> None:
+    with self._stage(case.task, "times by length of the answer"):
+      curves = latency.length_curves(
+        case.encoders,
+        length_programs(case, lengths, self._options.beam_size),
+        case.batches(1, 1)[0],
+        rounds=self._options.rounds,
+      )
+    self.result["lengths"] = {
+      "task": case.task,
+      "batch": 1,
+      "queries": case.facts["queries"],
+      "curves": curves,
+    }
+
+
+def _entry(case: Case) -> dict[str, Any]:
+  ways: dict[str, Any] = {}
+  for way in case.ways:
+    ways[way.label] = (
+      {"not_applicable": way.reason}
+      if way.decoding is None
+      else {"decoding": dict(vars(way.decoding))}
+    )
+  model: Any = case.models[NAR].network.model
+  dtype = np.dtype(model.config.dtype).name
+  return {"facts": {**case.facts, "dtype": dtype}, "ways": ways}

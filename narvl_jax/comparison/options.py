@@ -1,0 +1,120 @@
+"""Options of a comparison."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from narvl_jax.errors import UserError, check_counts, check_lists
+from narvl_jax.files.paths import check_folder
+
+# Default numbers of tokens of an answer, as far as a model has positions.
+LENGTHS = (1, 2, 4, 8, 16, 20)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Options of a comparison.
+
+  Attributes:
+    nar: run folder of a parallel model.
+    ar: run folder of an autoregressive model.
+    size: named size; random weights are compared instead of the runs.
+    tasks: all that the runs share by default.
+    split: split of the data sets.
+    max_examples: most examples of each data set; all if None or 0.
+    checkpoint: "best", "last" or a step.
+    image_size: pixels a side, for `size`; those of the task if None.
+    batch_sizes: batch sizes at which latency is measured.
+    rounds: how often each program is timed.
+    lengths: tokens of an answer at which decoders are timed; may be empty;
+      `LENGTHS` if None.
+    beam_size: beam size of both models.
+    ways: labels such as "AR beam"; all by default.
+    answers: file of the answers that VQA allows; those of the runs' configs if
+      "".
+    uncached: also time greedy search without a cache.
+    measure_quality: score the answers; ignored with `size`.
+    measure_latency: time encoders and decoders.
+    to: folder for the results; they are only printed if None.
+
+  Raises:
+    UserError: a value is out of range, or two exclude each other.
+  """
+
+  nar: str = ""
+  ar: str = ""
+  size: str = ""
+  tasks: Sequence[str] = ()
+  split: str = "test"
+  max_examples: int | None = None
+  checkpoint: str | int = "best"
+  image_size: int | None = None
+  batch_sizes: Sequence[int] = (1, 8)
+  rounds: int = 10
+  lengths: Sequence[int] | None = None
+  beam_size: int = 5
+  ways: Sequence[str] = ()
+  answers: str = ""
+  uncached: bool = False
+  measure_quality: bool = True
+  measure_latency: bool = True
+  to: str | None = None
+
+  def __post_init__(self) -> None:
+    """Checks the values."""
+    self._check_models()
+    check_lists(
+      tasks=self.tasks,
+      ways=self.ways,
+      lengths=self.lengths,
+      batch_sizes=self.batch_sizes,
+    )
+    self._check_files()
+    check_counts(least=0, max_examples=self.max_examples)
+    check_counts(rounds=self.rounds, beam_size=self.beam_size)
+    check_counts(batch_size=min(self.batch_sizes, default=None))
+    check_counts(lengths=min(self.lengths or (), default=None))
+
+  @property
+  def scores_answers(self) -> bool:
+    """Whether quality is measured: random weights have none."""
+    return self.measure_quality and not self.size
+
+  @property
+  def draws(self) -> bool:
+    """Whether the plot of the lengths is drawn."""
+    no_lengths = self.lengths is not None and not self.lengths
+    return self.to is not None and self.measure_latency and not no_lengths
+
+  def _check_models(self) -> None:
+    if self.size and (self.nar or self.ar):
+      raise UserError(
+        f"--size={self.size} has random weights and needs no runs; drop --size,"
+        " or --nar and --ar"
+      )
+    if not self.size:
+      for flag in ("nar", "ar"):
+        if not getattr(self, flag):
+          raise UserError(f"--{flag}=RUN is missing (or use --size=base)")
+      if self.image_size is not None:
+        raise UserError(
+          f"--image_size={self.image_size} is for --size; runs have their own"
+        )
+    if not (self.measure_latency or self.scores_answers):
+      raise UserError(
+        "nothing is left to measure; drop --no_latency"
+        + ("" if self.size else " or --no_quality")
+      )
+
+  def _check_files(self) -> None:
+    if self.size and self.answers:
+      raise UserError(
+        f"--answers={self.answers} is for --nar and --ar; --size={self.size}"
+        " has answers of its own"
+      )
+    if self.to is not None and os.path.isfile(self.to):
+      raise UserError(
+        f"--to={self.to} is a file; give a folder for the results"
+      )
+    if self.to is not None:
+      check_folder("--to", self.to)
