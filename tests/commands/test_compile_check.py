@@ -13,6 +13,7 @@ import pytest
 
 from narvl_jax import compile_check
 from narvl_jax.ahead_of_time import compile as aot
+from narvl_jax.ahead_of_time import report
 from narvl_jax.ahead_of_time.hlo import Array
 from narvl_jax.ahead_of_time.program import Collective, Program, read_program
 from narvl_jax.ahead_of_time.topology import CHIPS, Topology
@@ -223,7 +224,7 @@ def test_step_that_does_not_fit(monkeypatch: pytest.MonkeyPatch):
     " exceeds available HBM (15.75G).",
   )
   check = aot.check_train_step(_fsdp_config(), _cpu_topology())
-  found = compile_check.summary(check, "tiny")
+  found = report.summary(check, "tiny")
   assert found["fits"] is False
   memory = found["bytes_per_chip"]
   assert memory["total"] == 20 * 2**30
@@ -233,7 +234,7 @@ def test_step_that_does_not_fit(monkeypatch: pytest.MonkeyPatch):
   assert found["collectives"] == {}
   assert found["flops_per_chip"]["compiler"] is None
   assert found["estimated_seconds"] == {"compute": None, "communication": None}
-  text = compile_check.report(check)
+  text = report.format_report(check)
   assert "DOES NOT FIT   by 4.25 GiB; try --config.model.remat=full or" in text
   # 8 rows a device took 20 GiB: 5 of them take less than 15.75 GiB.
   assert "--config.train.batch_size=40" in text
@@ -261,22 +262,35 @@ def test_other_failures_of_the_compiler_pass(monkeypatch: pytest.MonkeyPatch):
     aot.check_train_step(_fsdp_config(), _cpu_topology())
 
 
+class _Values(SimpleNamespace):
+  """Values of the flags."""
+
+  def __getitem__(self, name: str) -> Any:
+    return getattr(self, name)
+
+
 def test_exit_code_of_what_does_not_fit(
   monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ):
   _failing(
     monkeypatch, "RESOURCE_EXHAUSTED: (20.00G) exceeds available HBM (15.75G)"
   )
-  monkeypatch.setattr(compile_check, "get_topology", lambda *_: _cpu_topology())
-  values = SimpleNamespace(
+  monkeypatch.setattr(report, "get_topology", lambda *_: _cpu_topology())
+  values = _Values(
+    config=_fsdp_config(),
     json=str(tmp_path / "x.json"),
     topology="v5e:2x4",
     num_slices=1,
     hlo=None,
     predict=True,
   )
+  monkeypatch.setattr(compile_check.flags, "FLAGS", values)
+  monkeypatch.setattr(
+    compile_check.config_flags, "get_config_filename", lambda _: "tiny"
+  )
+  monkeypatch.setattr(jax.config, "update", lambda *_: None)
   with pytest.raises(SystemExit) as stopped:
-    compile_check.run(values, _fsdp_config(), "tiny")
+    compile_check.main([])
   assert stopped.value.code == compile_check.DOES_NOT_FIT_CODE == 3
   assert json.loads((tmp_path / "x.json").read_text())["fits"] is False
 
@@ -318,7 +332,7 @@ def test_seconds_of_several_slices():
   assert two.communication_seconds == pytest.approx(
     6000 / 200e9 + 1000 / (25e9 / 8)
   )
-  assert "25 Gbit/s of a chip between slices" in compile_check.report(two)
+  assert "25 Gbit/s of a chip between slices" in report.format_report(two)
 
 
 def test_seconds_without_a_published_bandwidth():
@@ -326,7 +340,7 @@ def test_seconds_without_a_published_bandwidth():
   assert check.communication_seconds is None
   assert (
     "unknown: no published bandwidth between slices"
-    in compile_check.report(check)
+    in report.format_report(check)
   )
 
 

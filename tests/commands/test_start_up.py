@@ -30,6 +30,7 @@ print(json.dumps([*sys.modules]))
     "train",
     "checkpoints",
     "compare",
+    "compile_check",
     "convert_data",
     "list_answers",
   ],
