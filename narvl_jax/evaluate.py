@@ -3,7 +3,13 @@
 python -m narvl_jax.evaluate --workdir=runs/shapes [--split=test]
     [--checkpoint=best|last|STEP] [--max_examples=N] [--batch_size=B]
     [--decoding=greedy|beam|candidates|reference] [--constrained]
-    [--answers=answers.txt] [--tasks=vqa,grounding]
+    [--answers=answers.txt] [--tasks=vqa,grounding] [--metrics=cheap|all]
+    [--cider_df=FILE]
+
+`--metrics=all` adds BLEU, METEOR, ROUGE-L, CIDEr and SPICE of captions. They
+need pycocoevalcap and Java, whose start takes seconds, so that "cheap" is the
+default. `--cider_df` names the document frequencies of another corpus for
+CIDEr; docs/evaluation.md explains every figure.
 
 Prints a table and writes evaluations/NAME.json, predictions/NAME.jsonl and
 predictions/NAME.png into the run folder. NAME is SPLIT-STEP-DECODING, followed
@@ -12,6 +18,7 @@ With the run's own settings and its best checkpoint, evaluation.json is
 replaced as well.
 """
 
+import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -23,9 +30,17 @@ from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_report
-from narvl_jax.errors import check_counts, check_lists
+from narvl_jax.errors import (
+  UserError,
+  check_counts,
+  check_lists,
+  did_you_mean,
+)
 from narvl_jax.evaluation import evaluator, reporting, results
+from narvl_jax.evaluation.metric import METRIC_SETS, Options
 from narvl_jax.files.paths import check_folder
+from narvl_jax.metrics import tokenizers
+from narvl_jax.metrics.cider import DocumentFrequencies
 from narvl_jax.prediction import decoding_flags
 from narvl_jax.prediction.answer_list import with_answers
 from narvl_jax.terminal.text import show
@@ -42,6 +57,8 @@ def evaluate(
   decoding: Mapping[str, Any] | None = None,
   answers: str = "",
   tasks: Sequence[str] | None = None,
+  metrics: str = "cheap",
+  cider_df: str = "",
 ) -> reporting.Report:
   """Evaluates a checkpoint, prints the table and writes the results.
 
@@ -57,6 +74,9 @@ def evaluate(
     answers: file of the answers that constrained VQA allows, see
       `narvl_jax.data.answers`; that of the config if "".
     tasks: whose data sets are answered; None: all.
+    metrics: "cheap", or "all" with those that start Java.
+    cider_df: file of document frequencies for CIDEr; those of the evaluated
+      references if "".
 
   Returns:
     The report, see `evaluator.evaluate_tasks`.
@@ -66,6 +86,7 @@ def evaluate(
       answers that would not be heeded.
   """
   check_lists(tasks=tasks)
+  options = _options(metrics, cider_df)
   check_counts(batch_size=batch_size)
   check_counts(least=0, max_examples=max_examples)
   experiment, variables, step = load_run(workdir, checkpoint)
@@ -93,7 +114,9 @@ def evaluate(
     decodings=decodings,
     decoding_name=name,
     tasks=tasks,
+    options=options,
   )
+  report |= {"metrics": metrics, "cider_df": cider_df}
   seconds = time.monotonic() - start
   # First: stdout may be closed or full, and what was computed must be kept.
   paths = results.write_results(
@@ -104,6 +127,26 @@ def evaluate(
   for path in paths:
     show(f"wrote {path}")
   return report
+
+
+def _options(metrics: str, cider_df: str) -> Options:
+  if metrics not in METRIC_SETS:
+    raise UserError(
+      f'--metrics="{metrics}" is unknown.{did_you_mean(metrics, METRIC_SETS)}'
+    )
+  options = Options(metrics, intervals=True)
+  if not cider_df:
+    return options
+  frequencies = DocumentFrequencies.load(cider_df)
+  if frequencies.tokenizer == "ptb":
+    why = tokenizers.why_no_ptb() if metrics == "all" else "add --metrics=all"
+    if why:
+      raise UserError(
+        f'--cider_df="{cider_df}" counts words of the tokenizer ptb, which only'
+        f" the figure cider of --metrics=all uses; {why}, or count words of the"
+        " tokenizer simple"
+      )
+  return dataclasses.replace(options, frequencies=frequencies)
 
 
 def define_flags() -> None:
@@ -119,6 +162,18 @@ def define_flags() -> None:
   common_flags.batch_size("Batch size; evaluation.batch_size by default.")
   common_flags.max_bad_fraction("; data.max_bad_fraction by default")
   common_flags.answers()
+  flags.DEFINE_enum(
+    "metrics",
+    "cheap",
+    METRIC_SETS,
+    "Whether to compute the figures of captions that start Java, too.",
+  )
+  flags.DEFINE_string(
+    "cider_df",
+    "",
+    "File of document frequencies for CIDEr; those of the evaluated references"
+    " by default.",
+  )
   decoding_flags.define_flags()
   common_flags.json()
   flags.mark_flag_as_required("workdir")
@@ -139,6 +194,8 @@ def main(argv: Sequence[str]) -> None:
     decoding=decoding_flags.from_flags(),
     answers=settings.answers,
     tasks=settings.tasks,
+    metrics=settings.metrics,
+    cider_df=settings.cider_df,
   )
   write_report(settings.json, report)
 

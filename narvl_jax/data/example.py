@@ -44,10 +44,14 @@ class Record:
     premise: entailment only: caption of the picture, may be empty.
     objects: VQA only: names of detected objects; None omits the object prompt.
     kind: sub-category for reports, such as "count" or "attribute".
+    question_type: VQA only: first words of the question by the annotations of
+      VQA v2, such as "what color is the".
     score: log-probability of the target if it is the answer of a teacher;
       otherwise None.
     annotators: VQA only: number of people whose answers determine the scores,
       see `answer_text.annotator_scores`; 0 if the scores were given directly.
+    people: VQA only: the answers of these people as they gave them, for the
+      official accuracy; empty if unknown.
   """
 
   id: str
@@ -59,8 +63,10 @@ class Record:
   premise: str = ""
   objects: tuple[str, ...] | None = None
   kind: str = ""
+  question_type: str = ""
   score: float | None = None
   annotators: int = 0
+  people: tuple[str, ...] = ()
 
   def __eq__(self, other: object) -> bool:
     # The generated method fails on the truth value of compared arrays.

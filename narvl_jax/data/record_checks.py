@@ -17,7 +17,7 @@ from narvl_jax.data.answer_text import LONGEST_ANSWER
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.errors import UserError
 
-_TEXTS = ("id", "prompt", "premise", "kind")
+_TEXTS = ("id", "prompt", "premise", "kind", "question_type")
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 120
 
@@ -49,10 +49,15 @@ def checked_record(record: Any) -> Record:
   _check_answers(record.answers)
   if record.score is not None and not _is_finite(record.score):
     raise _wrong("score", record.score, "a finite number or None")
-  people = record.annotators
-  if not _is_number(people, numbers.Integral) or people < 0:
-    raise _wrong("annotators", people, "an integer of at least 0")
+  number = record.annotators
+  if not _is_number(number, numbers.Integral) or number < 0:
+    raise _wrong("annotators", number, "an integer of at least 0")
   changes: dict[str, Any] = {}
+  people = _as_tuple(record.people)
+  if people is None or not all(isinstance(text, str) for text in people):
+    raise _wrong("people", record.people, "a list of texts")
+  if people is not record.people:
+    changes["people"] = people
   if record.box is not None:
     box = _as_tuple(record.box)
     if box is None or len(box) != 4 or not all(map(_is_finite, box)):

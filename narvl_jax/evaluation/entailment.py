@@ -1,8 +1,13 @@
-"""Metric of visual entailment."""
+"""Metrics of visual entailment."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from narvl_jax.data.answer_text import normalize_answer, normalized_answers
 from narvl_jax.data.example import Record
-from narvl_jax.evaluation.metric import MeanMetric
+from narvl_jax.data.tasks.entailment import ANSWERS
+from narvl_jax.evaluation.metric import MeanMetric, Metric
+from narvl_jax.metrics import classes
 
 
 class EntailmentAccuracy(MeanMetric):
@@ -18,3 +23,39 @@ class EntailmentAccuracy(MeanMetric):
     if not answers:
       return None
     return {"accuracy": float(normalize_answer(prediction) in answers)}
+
+
+class EntailmentTable(Metric):
+  """Confusion matrix; precision, recall and F1 of each label."""
+
+  names = ()
+  of_groups = False
+
+  def measure(self, example: Record, prediction: str) -> list[str] | None:
+    """Returns the answer and the true label."""
+    truth = next(iter(normalized_answers(example.answers)), "")
+    return [normalize_answer(prediction), truth] if truth in ANSWERS else None
+
+  def reduce(self, measured: Sequence[Any]) -> dict[str, float]:
+    """Returns nothing: see `details`."""
+    del measured
+    return {}
+
+  def details(self, measured: Sequence[Any]) -> dict[str, Any]:
+    """Returns {"confusion": classes, counts, per_class}.
+
+    Rows of the counts are true labels, columns the answers; the last column
+    counts answers that are no label. A division by zero is None.
+    """
+    answers, truths = zip(*measured, strict=True)
+    table = classes.confusion(answers, truths, ANSWERS)
+    return {
+      "confusion": {
+        "classes": list(table.classes),
+        "counts": table.counts.tolist(),
+        "per_class": {
+          label: {k: None if x != x else x for k, x in figures.items()}
+          for label, figures in table.per_class().items()
+        },
+      }
+    }

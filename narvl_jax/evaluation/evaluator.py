@@ -8,6 +8,7 @@ from narvl_jax.data.batches.bad_records import BadRecords
 from narvl_jax.data.sources.subset import Subset, spread
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.evaluation.metric import CHEAP, Options
 from narvl_jax.evaluation.reporting import Prediction, Report
 from narvl_jax.evaluation.tally import Tally
 from narvl_jax.experiment.experiment import Experiment
@@ -28,6 +29,7 @@ def evaluate_tasks(
   decoding_name: str = "greedy",
   tasks: Sequence[str] | None = None,
   before_batch: Callable[[], None] = lambda: None,
+  options: Options = CHEAP,
 ) -> tuple[Report, list[Prediction]]:
   """Predicts every example of `config.data.evaluation` and scores it.
 
@@ -48,15 +50,20 @@ def evaluate_tasks(
     tasks: evaluated tasks; all if None.
     before_batch: called before each batch, equally often on all hosts; an
       exception that it raises ends the evaluation.
+    options: which figures are computed; `config.evaluation.vqa_rule` replaces
+      the rule.
 
   Returns:
     The report and one prediction per example (see `tally.describe`). The
     report has split, step, `decoding_name`, `decoding` (task -> settings),
     `max_examples`, `only_tasks` (None if all were evaluated), examples,
-    `tasks` (task -> metric -> value in [0, 1]), `counts` (task -> examples),
-    `kinds` (task -> kind -> metrics and examples) and `datasets` (name ->
-    task, metrics and examples). Records without ground truth count as
-    examples and have no score; bad records are not counted.
+    `tasks` (task -> metric -> value in [0, 1], CIDEr to 10), `counts` (task ->
+    examples), `kinds`, `question_types` and `sizes` (task -> group -> metrics
+    and examples) and `datasets` (name -> task, metrics, examples and, if the
+    config names it, `partition`). With ground truth for them it has
+    `confusion`, `pope` and `unavailable`, with `options.intervals` also
+    `intervals` (task -> metric -> [low, high]). Records without ground truth
+    count as examples and have no score; bad records are not counted.
 
   Raises:
     UserError: a data set, the split or a task is unknown, a decoding does not
@@ -75,9 +82,10 @@ def evaluate_tasks(
   }
   total = sum(map(len, subsets.values()))
   size = batch_size or config.evaluation.batch_size
+  options = dataclasses.replace(options, vqa_rule=config.evaluation.vqa_rule)
   with progress.doing(f"evaluating {split}", total, "examples") as activity:
     tally = _predict(
-      predictor, config.data, subsets, activity, size, before_batch
+      predictor, config.data, subsets, activity, size, before_batch, options
     ).of_all_hosts()
   tally.check(total)
   every = _tasks_of(config.data.evaluation)
@@ -102,9 +110,10 @@ def _predict(
   activity: Activity,
   batch_size: int,
   before_batch: Callable[[], None],
+  options: Options,
 ) -> Tally:
   """Predicts the examples of this host; `data` is `config.data`."""
-  tally, first = Tally(), 0
+  tally, first = Tally(options), 0
   for name, subset in subsets.items():
     task = data.evaluation[name].task
     bad_records = BadRecords(data.max_bad_fraction)

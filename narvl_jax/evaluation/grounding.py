@@ -1,11 +1,13 @@
-"""Metrics of grounding: Acc@0.5 and the mean IoU."""
+"""Metrics of grounding: Acc@0.5, Acc@0.75 and the mean IoU."""
 
 import math
 
 from narvl_jax.data.example import Box, Record
 from narvl_jax.evaluation.metric import MeanMetric
 
-_THRESHOLD = 0.5
+_THRESHOLDS = {"acc@0.5": 0.5, "acc@0.75": 0.75}
+# Area in square pixels below which a box has a size (COCO).
+SIZES = {"small": 32**2, "medium": 96**2, "large": math.inf}
 
 
 def box_iou(predicted: Box, target: Box) -> float:
@@ -37,19 +39,26 @@ def _area(box: Box) -> float:
   return (box[2] - box[0]) * (box[3] - box[1])
 
 
+def size_of(box: Box) -> str:
+  """Returns the size class of COCO of a true box: a key of `SIZES`."""
+  area = _area(box)
+  return next((x for x, limit in SIZES.items() if area < limit), "large")
+
+
 class BoxOverlap(MeanMetric):
   """Overlap of a box with the true one, in pixels of the original image.
 
   Boxes keep their full precision. A prediction without a box is all zero.
   """
 
-  names = ("acc@0.5", "mean_iou")
+  names = (*_THRESHOLDS, "mean_iou")
 
   def measure(
     self, example: Record, prediction: Box
   ) -> dict[str, float] | None:
-    """Returns whether the IoU reaches 0.5, and the IoU."""
+    """Returns whether the IoU reaches each threshold, and the IoU."""
     if example.box is None:
       return None
     iou = box_iou(prediction, example.box)
-    return {"acc@0.5": float(iou >= _THRESHOLD), "mean_iou": iou}
+    hits = {name: float(iou >= x) for name, x in _THRESHOLDS.items()}
+    return {**hits, "mean_iou": iou}

@@ -19,7 +19,8 @@ A new metric is a subclass in this folder and an entry in `metrics.METRICS`:
 
 A metric that is a mean over examples subclasses `MeanMetric` instead, and
 `measure` returns {name: score}. Its scores are also stored with each
-prediction.
+prediction, and it has confidence intervals. Another metric has them if it
+returns `statistics` of its examples.
 
 Examples have a position: their number among all examples of the evaluation.
 On several hosts each host measures its own examples, and `merge` unites them
@@ -28,12 +29,38 @@ not depend on the number of hosts, not even by rounding.
 """
 
 import abc
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from narvl_jax.data.example import Box, Record
+from narvl_jax.metrics import bootstrap
+from narvl_jax.metrics.cider import DocumentFrequencies
+
+METRIC_SETS = ("cheap", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What an evaluation computes beyond the metrics of training.
+
+  Attributes:
+    metrics: one of `METRIC_SETS`; "all" adds those that start Java.
+    intervals: whether to compute confidence intervals.
+    vqa_rule: one of `narvl_jax.metrics.vqa.RULES`.
+    frequencies: for CIDEr, of another corpus than the evaluated references.
+  """
+
+  metrics: str = "cheap"
+  intervals: bool = False
+  vqa_rule: str = "vqa_v2"
+  frequencies: DocumentFrequencies | None = None
+
+
+# Those of evaluations in training.
+CHEAP = Options()
 
 
 class Metric(abc.ABC):
@@ -42,12 +69,16 @@ class Metric(abc.ABC):
   Attributes:
     names: keys of the result. The first name of a task's first metric is the
       main metric of the task.
+    of_groups: whether it is computed for each kind and data set, too.
+    options: of the evaluation.
     measured: position of an example -> what `measure` returned.
   """
 
   names: tuple[str, ...]
+  of_groups = True
 
-  def __init__(self) -> None:
+  def __init__(self, options: Options = CHEAP) -> None:
+    self.options = options
     self.measured: dict[int, Any] = {}
 
   @abc.abstractmethod
@@ -70,6 +101,30 @@ class Metric(abc.ABC):
     Args:
       measured: of at least one example, in order of position, without None.
     """
+
+  def statistics(
+    self, measured: Sequence[Any]
+  ) -> dict[str, tuple[np.ndarray, bootstrap.Figure]]:
+    """Returns what confidence intervals are made of; see `bootstrap`.
+
+    Args:
+      measured: see `reduce`.
+
+    Returns:
+      Name -> statistics of each example, [examples, k], and the figure of their
+      sums. Names without statistics have no interval.
+    """
+    del measured
+    return {}
+
+  def details(self, measured: Sequence[Any]) -> dict[str, Any]:
+    """Returns results that are no numbers: key of the report -> JSON value.
+
+    Args:
+      measured: see `reduce`.
+    """
+    del measured
+    return {}
 
   def update(
     self, example: Record, prediction: str | Box, position: int
@@ -98,9 +153,30 @@ class Metric(abc.ABC):
     Returns:
       A value for each of `names`; empty if no example has ground truth.
     """
+    known = self.known(positions)
+    return self.reduce(list(known.values())) if known else {}
+
+  def known(self, positions: Iterable[int] | None = None) -> dict[int, Any]:
+    """Returns what was measured of examples with ground truth, in order."""
     chosen = sorted(self.measured if positions is None else positions)
-    known = [x for i in chosen if (x := self.measured[i]) is not None]
-    return self.reduce(known) if known else {}
+    return {i: x for i in chosen if (x := self.measured[i]) is not None}
+
+  def intervals(
+    self, pictures: Mapping[int, str]
+  ) -> dict[str, tuple[float, float]]:
+    """Returns the 95 % confidence interval of each name with statistics.
+
+    Args:
+      pictures: position of each example -> identity of its picture. Pictures
+        are drawn with all of their examples.
+    """
+    known = self.known()
+    if not known:
+      return {}
+    found = bootstrap.intervals(
+      self.statistics(list(known.values())), [pictures[i] for i in known]
+    )
+    return {name: (x.low, x.high) for name, x in found.items()}
 
   def _add(self, measured: dict[int, Any]) -> None:
     twice = sorted(self.measured.keys() & measured.keys())
@@ -119,5 +195,17 @@ class MeanMetric(Metric):
     """Returns the mean of each score."""
     return {
       name: float(np.mean([scores[name] for scores in measured]))
+      for name in self.names
+    }
+
+  def statistics(
+    self, measured: Sequence[Any]
+  ) -> dict[str, tuple[np.ndarray, bootstrap.Figure]]:
+    """Returns the scores and their counts."""
+    return {
+      name: (
+        bootstrap.with_counts([scores[name] for scores in measured]),
+        bootstrap.mean,
+      )
       for name in self.names
     }

@@ -20,8 +20,13 @@ def format_table(
   *,
   kinds: bool = True,
 ) -> str:
-  """Returns the heading and the table of `format_metrics`."""
-  return f"{heading(report)}\n\n{format_metrics(report, notes, kinds=kinds)}"
+  """Returns the heading and the tables of a report."""
+  parts = [heading(report), format_metrics(report, notes, kinds=kinds)]
+  for task, table in report.get("confusion", {}).items():
+    parts.append(_format_confusion(task, table))
+  for task, subsets in report.get("pope", {}).items():
+    parts.append(_format_pope(task, subsets))
+  return "\n\n".join(parts)
 
 
 def heading(report: Report) -> str:
@@ -62,34 +67,82 @@ def format_metrics(
   kinds: bool = True,
   indent: str = "",
 ) -> str:
-  """Returns a table with a row per task and question kind, in percent.
+  """Returns a table with a row per task, question kind and size of boxes.
+
+  Values are in percent, with half of the confidence interval where the report
+  has intervals. CIDEr, which is no share, is printed times 100.
 
   Args:
     report: of `evaluate_tasks`.
     notes: task -> remark at the end of its row.
-    kinds: whether question kinds have rows.
+    kinds: whether question kinds and sizes have rows.
     indent: begins every line.
   """
   rows = []
   for task, metrics in report["tasks"].items():
-    rows.append((task, report["counts"][task], metrics))
-    for kind, entry in report["kinds"].get(task, {}).items() if kinds else ():
-      rest = {k: v for k, v in entry.items() if k != "examples"}
-      rows.append((f"  {brief(kind)}", entry["examples"], rest))
-  names = list(dict.fromkeys(name for *_, found in rows for name in found))
+    tail = (notes or {}).get(task) if metrics else "no ground truth"
+    tails = [tail, *_why_unavailable(report.get("unavailable", {}).get(task))]
+    bounds = report.get("intervals", {}).get(task, {})
+    rows.append((task, report["counts"][task], metrics, bounds, tails))
+    if not kinds:
+      continue
+    for key in ("kinds", "sizes"):
+      for group, entry in report.get(key, {}).get(task, {}).items():
+        rest = {k: v for k, v in entry.items() if k != "examples"}
+        rows.append((f"  {brief(group)}", entry["examples"], rest, {}, []))
+  names = list(dict.fromkeys(name for row in rows for name in row[2]))
   cells = [("task", "examples", *names)]
-  for label, count, metrics in rows:
+  for label, count, metrics, bounds, _ in rows:
     shown = [
-      f"{100 * metrics[name]:.1f} %" if name in metrics else ""
+      _format_value(name, metrics[name], bounds.get(name))
+      if name in metrics
+      else ""
       for name in names
     ]
     cells.append((label, str(count), *shown))
-  found = [
-    (notes or {}).get(label) if metrics else "no ground truth"
-    for label, _, metrics in rows
-  ]
-  tails = [f"({note})" if note else "" for note in found]
-  return format_columns(cells, indent=indent, notes=tails)
+  found = ["; ".join(filter(None, tails)) for *_, tails in rows]
+  shown = [f"({note})" if note else "" for note in found]
+  return format_columns(cells, indent=indent, notes=shown)
+
+
+def _format_value(
+  name: str, value: float, bounds: Sequence[float] | None
+) -> str:
+  text = f"{100 * value:.1f}"
+  if bounds:
+    text += f" ± {50 * (bounds[1] - bounds[0]):.1f}"
+  return text if name.startswith("cider") else f"{text} %"
+
+
+def _why_unavailable(reasons: Mapping[str, str] | None) -> list[str]:
+  """Returns a note for each reason for which figures are unavailable."""
+  names: dict[str, list[str]] = {}
+  for name, reason in (reasons or {}).items():
+    names.setdefault(reason, []).append(name)
+  return [f"{', '.join(x)} unavailable: {why}" for why, x in names.items()]
+
+
+def _format_confusion(task: str, table: Mapping[str, Any]) -> str:
+  labels, figures = table["classes"], ("precision", "recall", "f1")
+  cells = [[f"{task}: truth", *labels, "other", *figures]]
+  for label, counts in zip(labels, table["counts"], strict=True):
+    of_label = table["per_class"][label]
+    shown = (_percent(of_label[name]) for name in figures)
+    cells.append([label, *map(str, counts), *shown])
+  return format_columns(cells)
+
+
+def _format_pope(task: str, subsets: Mapping[str, Any]) -> str:
+  names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+  cells = [[f"{task}: POPE", "examples", *names]]
+  for subset, figures in subsets.items():
+    shown = (_percent(figures[name]) for name in names)
+    cells.append([subset, str(figures["examples"]), *shown])
+  return format_columns(cells)
+
+
+def _percent(value: float | None) -> str:
+  return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def write_predictions(

@@ -1,32 +1,42 @@
 """Predictions and metrics of an evaluation, on one host or several."""
 
 import collections
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from narvl_jax.data.example import Box, Record
-from narvl_jax.evaluation.metric import MeanMetric, Metric
-from narvl_jax.evaluation.metrics import METRICS
+from narvl_jax.evaluation.grounding import SIZES, size_of
+from narvl_jax.evaluation.metric import CHEAP, MeanMetric, Metric, Options
+from narvl_jax.evaluation.metrics import METRICS, make_metrics
 from narvl_jax.evaluation.reporting import Prediction, Report
 from narvl_jax.hosts import distributed
 from narvl_jax.prediction.predictor import Answer
+
+# Key of the report -> key of the predictions by which it groups a task.
+_GROUPS = {"kinds": "kind", "question_types": "question_type", "sizes": "size"}
 
 
 class Tally:
   """What has been evaluated so far.
 
   Attributes:
+    options: of the evaluation.
     predictions: position of an example in the evaluation -> its prediction.
     bad: positions of bad records, which have no prediction.
+    pictures: position -> identity of the picture, for intervals only.
     metrics: task -> its metrics.
   """
 
-  def __init__(self) -> None:
+  def __init__(self, options: Options = CHEAP) -> None:
+    self.options = options
+    self.pictures: dict[int, str] = {}
     self.predictions: dict[int, Prediction] = {}
     self.bad: set[int] = set()
     self.metrics: Mapping[str, list[Metric]] = {
-      task: [metric() for metric in metrics]
-      for task, metrics in METRICS.items()
+      task: make_metrics(task, options) for task in METRICS
     }
 
   def update(
@@ -41,6 +51,8 @@ class Tally:
       index: of the record in the data set.
     """
     scores = {}
+    if self.options.intervals:
+      self.pictures[position] = _identity(answer.record.image)
     for metric in self.metrics[answer.record.task]:
       metric.update(answer.record, answer.value, position)
       if isinstance(metric, MeanMetric):
@@ -61,6 +73,7 @@ class Tally:
     united = self.predictions | {i: other.predictions[i] for i in new}
     self.predictions = dict(sorted(united.items()))
     self.bad |= other.bad
+    self.pictures |= other.pictures
     for task, metrics in self.metrics.items():
       for metric, theirs in zip(metrics, other.metrics[task], strict=True):
         theirs.measured = {i: x for i, x in theirs.measured.items() if i in new}
@@ -71,9 +84,9 @@ class Tally:
     parts = distributed.gather_json(self._to_json())
     if len(parts) == 1:
       return self
-    whole = Tally()
+    whole = Tally(self.options)
     for part in parts:
-      whole.merge(_from_json(part))
+      whole.merge(_from_json(part, self.options))
     return whole
 
   def check(self, total: int) -> None:
@@ -101,19 +114,15 @@ class Tally:
     """Returns the counts and results that `evaluate_tasks` describes."""
     tasks = self._group(self.predictions, "task")
     datasets = self._group(self.predictions, "dataset")
-    return {
+    report: Report = {
       "split": split,
       "step": step,
       "examples": len(self.predictions),
-      "tasks": {task: self._results(task, of) for task, of in tasks.items()},
+      "tasks": {task: self._results(task) for task in tasks},
       "counts": {task: len(of) for task, of in tasks.items()},
-      "kinds": {
-        task: {
-          kind: self._results(task, members) | {"examples": len(members)}
-          for kind, members in sorted(self._group(of, "kind").items())
-          if kind
-        }
-        for task, of in tasks.items()
+      **{
+        name: {task: self._groups(task, of, key) for task, of in tasks.items()}
+        for name, key in _GROUPS.items()
       },
       "datasets": {
         name: {"task": task, "examples": len(of)} | self._results(task, of)
@@ -121,17 +130,49 @@ class Tally:
         for task in [self.predictions[of[0]]["task"]]
       },
     }
+    for task in tasks:
+      for metric in self.metrics[task]:
+        known = metric.known()
+        found = metric.details(list(known.values())) if known else {}
+        for name, value in found.items():
+          report.setdefault(name, {})[task] = value
+    if self.options.intervals:
+      report["intervals"] = {task: self._intervals(task) for task in tasks}
+    return report
+
+  def _intervals(self, task: str) -> dict[str, list[float]]:
+    return {
+      name: [*bounds]
+      for metric in self.metrics[task]
+      for name, bounds in metric.intervals(self.pictures).items()
+    }
+
+  def _groups(
+    self, task: str, positions: list[int], key: str
+  ) -> dict[str, dict[str, Any]]:
+    """Returns the results of each group that has a name."""
+    groups = self._group(positions, key)
+    groups.pop("", None)
+    order = {size: i for i, size in enumerate(SIZES)} if key == "size" else {}
+    return {
+      name: self._results(task, groups[name]) | {"examples": len(groups[name])}
+      for name in sorted(groups, key=lambda name: (order.get(name, 0), name))
+    }
 
   def _group(self, positions: Iterable[int], key: str) -> dict[str, list[int]]:
     groups = collections.defaultdict(list)
     for position in positions:
-      groups[self.predictions[position][key]].append(position)
+      groups[self.predictions[position].get(key, "")].append(position)
     return dict(groups)
 
-  def _results(self, task: str, positions: Iterable[int]) -> dict[str, float]:
+  def _results(
+    self, task: str, positions: list[int] | None = None
+  ) -> dict[str, float]:
+    """Returns the results of a group of examples; of the whole task if None."""
     found = {}
     for metric in self.metrics[task]:
-      found |= metric.result(positions)
+      if positions is None or metric.of_groups:
+        found |= metric.result(positions)
     return found
 
   def _to_json(self) -> list[Any]:
@@ -140,13 +181,20 @@ class Tally:
       task: [list(metric.measured.items()) for metric in metrics]
       for task, metrics in self.metrics.items()
     }
-    return [list(self.predictions.items()), list(self.bad), measured]
+    pictures = list(self.pictures.items())
+    return [list(self.predictions.items()), list(self.bad), pictures, measured]
 
 
-def _from_json(values: list[Any]) -> Tally:
-  tally = Tally()
-  predictions, bad, measured = values
+def _identity(image: bytes | np.ndarray) -> str:
+  data = image if isinstance(image, bytes) else image.tobytes()
+  return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _from_json(values: list[Any], options: Options) -> Tally:
+  tally = Tally(options)
+  predictions, bad, pictures, measured = values
   tally.predictions, tally.bad = dict(predictions), set(bad)
+  tally.pictures = dict(pictures)
   for task, metrics in tally.metrics.items():
     for metric, pairs in zip(metrics, measured[task], strict=True):
       metric.measured = dict(pairs)
@@ -160,13 +208,19 @@ def describe(
 
   `scores` are the example's metrics, None without ground truth; `correct` is
   whether the main metric is at least one half. `target` is the best answer or
-  the box, `answers` are all valid answers with their scores.
+  the box, `answers` are all valid answers with their scores. `question_type`
+  and the `size` of the true box are left out where they are unknown.
   """
   record = answer.record
+  groups = {
+    "question_type": record.question_type,
+    "size": size_of(record.box) if record.box else "",
+  }
   return {
     "id": record.id,
     "task": record.task,
     "kind": record.kind,
+    **{key: group for key, group in groups.items() if group},
     "prompt": record.prompt,
     "prediction": _plain(answer.value),
     "target": _plain(_target(record)),

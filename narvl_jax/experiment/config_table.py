@@ -6,6 +6,7 @@ settings may change all come from `KEYS`.
 
 from narvl_jax.data.pictures.files import EXIF_ORIENTATIONS
 from narvl_jax.experiment.setting import Change, Setting
+from narvl_jax.metrics.vqa import RULES
 from narvl_jax.models import SIZES
 from narvl_jax.models.sizes import (
   BATCH_NORM_MODES,
@@ -307,6 +308,13 @@ KEYS: dict[str, Setting] = {
     "mean",
     "Decides which checkpoint is best: the mean of the tasks' main scores, or"
     " TASK/METRIC.",
+    change="report",
+  ),
+  "evaluation.vqa_rule": Setting(
+    "vqa_v2",
+    "How vqa_accuracy compares an answer with those of people: by the rule of"
+    " VQA v2, OK-VQA or A-OKVQA.",
+    choices=tuple(RULES),
     change="report",
   ),
   "watchdog.start": _seconds(3600.0, "in reading, connecting and restoring"),

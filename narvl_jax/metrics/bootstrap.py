@@ -9,7 +9,7 @@ Percentile method: B. Efron, R. Tibshirani, An Introduction to the Bootstrap,
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,10 +66,51 @@ def interval(
   Raises:
     ValueError: there are no examples.
   """
-  sums = _grouped(statistics, groups)
-  value = float(figure(sums.sum(0)))
-  low, high = _percentiles(_drawn(sums, figure, draws, seed), level)
-  return Interval(value, low, high)
+  (found,) = intervals(
+    {"": (statistics, figure)}, groups, level=level, draws=draws, seed=seed
+  ).values()
+  return found
+
+
+def intervals(
+  figures: Mapping[str, tuple[np.ndarray, Figure]],
+  groups: Sequence[Hashable],
+  *,
+  level: float = 0.95,
+  draws: int = DRAWS,
+  seed: int = _SEED,
+) -> dict[str, Interval]:
+  """Returns the intervals of several figures of the same examples.
+
+  They share their draws, which are most of the work.
+
+  Args:
+    figures: name -> statistics and figure; see `interval`, as the others.
+    groups: see `interval`.
+    level: see `interval`.
+    draws: see `interval`.
+    seed: see `interval`.
+
+  Raises:
+    ValueError: there are no examples.
+  """
+  columns = [np.asarray(x, np.float64) for x, _ in figures.values()]
+  if not columns:
+    return {}
+  ends = np.cumsum([x.shape[1] for x in columns])[:-1]
+
+  def compute(sums: np.ndarray) -> np.ndarray:
+    parts = np.split(sums, ends, -1)
+    pairs = zip(figures.values(), parts, strict=True)
+    return np.stack([figure(part) for (_, figure), part in pairs], -1)
+
+  sums = _grouped(np.concatenate(columns, -1), groups)
+  values = compute(sums.sum(0))
+  drawn = _drawn(sums, compute, draws, seed)
+  return {
+    name: Interval(float(values[i]), *_percentiles(drawn[:, i], level))
+    for i, name in enumerate(figures)
+  }
 
 
 @dataclasses.dataclass(frozen=True)

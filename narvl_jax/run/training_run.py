@@ -10,6 +10,7 @@ import jax
 
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation.evaluator import evaluate_tasks
+from narvl_jax.evaluation.metric import Options
 from narvl_jax.evaluation.reporting import format_metrics, format_table
 from narvl_jax.evaluation.results import make_way, write_results
 from narvl_jax.evaluation.score import flat_metrics, score_of
@@ -278,6 +279,7 @@ def _final_evaluation(
     max_examples=limit or None,
     step=step,
     before_batch=run.guard.ledger.progress,
+    options=Options(intervals=True),
   )
   untrained = untrained_tasks(run.mixture, step)
   show(format_table(report, dict.fromkeys(untrained, "not trained")))

@@ -12,6 +12,7 @@ from narvl_jax import evaluate as evaluate_lib
 from narvl_jax.data.sources.shapes import ShapesSource
 from narvl_jax.errors import UserError
 from narvl_jax.evaluate import evaluate
+from narvl_jax.metrics.cider import DocumentFrequencies
 from tests.evaluation import tiny_run
 
 
@@ -38,9 +39,9 @@ def test_evaluation_json_has_the_published_schema(workdir, capsys):
   assert written["examples"] == 32
   assert written["decoding"]["vqa"]["method"] == "greedy"
   assert {task: list(x) for task, x in written["tasks"].items()} == {
-    "caption": ["exact_match", "token_f1"],
+    "caption": ["exact_match", "token_f1", "cider@simple"],
     "entailment": ["accuracy"],
-    "grounding": ["acc@0.5", "mean_iou"],
+    "grounding": ["acc@0.5", "acc@0.75", "mean_iou"],
     "vqa": ["accuracy"],
   }
   name = f"test-{tiny_run.STEP}-greedy-max8"
@@ -52,6 +53,10 @@ def test_evaluation_json_has_the_published_schema(workdir, capsys):
   assert f"test, step {tiny_run.STEP}, greedy, 32 examples, at most 8" in output
   assert "grounding" in output
   assert "wrote " in output
+  assert " ± " in output
+  assert "entailment: truth" in output
+  assert written["intervals"].keys() == written["tasks"].keys()
+  assert (written["metrics"], written["cider_df"]) == ("cheap", "")
 
 
 def test_split_is_chosen_by_flag(workdir):
@@ -122,6 +127,8 @@ def test_answers_of_a_file(workdir, tmp_path):
     ({"max_examples": -1}, r"--max_examples=-1 .* --max_examples=0$"),
     ({"tasks": ["vqaa"]}, r'no task "vqaa".*Did you mean "vqa"'),
     ({"batch_size": -1}, r"--batch_size=-1 .* --batch_size=1"),
+    ({"metrics": "al"}, r'--metrics="al" is unknown.*Did you mean "all"'),
+    ({"cider_df": "no.tsv"}, r'"no.tsv": No such file'),
     ({"tasks": "vqa,caption"}, r"one text; give .* tasks=\['vqa', 'caption'\]"),
     ({"answers": "a.txt"}, r'="a.txt" changes nothing.*add --constrained'),
     (
@@ -135,6 +142,18 @@ def test_wrong_arguments_write_nothing(workdir, arguments, message):
     evaluate(workdir, **arguments)
   assert not (workdir / "evaluation.json").exists()
   assert not (workdir / "predictions").exists()
+
+
+def test_frequencies_must_count_words_of_a_computed_figure(workdir, tmp_path):
+  path = tmp_path / "df.tsv"
+  DocumentFrequencies(9, {"red": 2}, "ptb").save(path)
+  with pytest.raises(UserError, match=r"tokenizer ptb.*add --metrics=all"):
+    evaluate(workdir, cider_df=str(path))
+  DocumentFrequencies(9, {"red": 2}, "simple").save(path)
+  report = evaluate(
+    workdir, cider_df=str(path), max_examples=2, tasks=["caption"]
+  )
+  assert report["cider_df"] == str(path)
 
 
 def test_folder_without_a_run(tmp_path):

@@ -18,6 +18,7 @@ from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import evaluator
 from narvl_jax.evaluation import tally as tally_lib
+from narvl_jax.evaluation.metric import Options
 from narvl_jax.evaluation.tally import Tally
 from narvl_jax.experiment import datasets
 from narvl_jax.experiment.datasets import load_dataset
@@ -155,12 +156,15 @@ def test_report_of_known_answers(serve, batch_size):
   )
   assert asked == [("shapes", "held_out")] * 4
   tasks = report.pop("tasks")
-  assert list(tasks["caption"]) == ["exact_match", "token_f1"]
-  assert list(tasks["grounding"]) == ["acc@0.5", "mean_iou"]
+  assert list(tasks["caption"]) == ["exact_match", "token_f1", "cider@simple"]
+  assert list(tasks["grounding"]) == ["acc@0.5", "acc@0.75", "mean_iou"]
+  assert 0 < tasks["caption"].pop("cider@simple") < 10
   assert tasks["caption"] == {"exact_match": 0.5, "token_f1": 0.75}
   assert tasks["vqa"] == pytest.approx({"accuracy": 2.3 / 4})
   assert tasks["entailment"] == {"accuracy": 0.5}
-  assert tasks["grounding"] == pytest.approx({"acc@0.5": 0.5, "mean_iou": 0.5})
+  assert tasks["grounding"] == pytest.approx(
+    {"acc@0.5": 0.5, "acc@0.75": 0.5, "mean_iou": 0.5}
+  )
   assert report.pop("counts") == {
     "caption": 2,
     "entailment": 2,
@@ -176,6 +180,12 @@ def test_report_of_known_answers(serve, batch_size):
     "examples": 2,
     "accuracy": 0.5,
   }
+  assert not any(report.pop("question_types").values())
+  sizes = {task: list(x) for task, x in report.pop("sizes").items() if x}
+  assert sizes == {"grounding": ["medium"]}
+  counts = report.pop("confusion")["entailment"]["counts"]
+  assert counts == [[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+  assert report.pop("pope", {}) == {}
   assert report.pop("decoding").keys() == tasks.keys()
   assert report == {
     "split": "held_out",
@@ -298,9 +308,24 @@ def test_unknown_split_and_data_set():
     load_dataset(experiment.config, "vqq", "test")
 
 
+def test_intervals_are_there_when_asked_for(serve):
+  serve(_known_records())
+  options = Options(intervals=True)
+  report, _ = evaluator.evaluate_tasks(
+    _oracle(), _identity(), split="test", batch_size=4, options=options
+  )
+  intervals = report["intervals"]
+  for task, metrics in report["tasks"].items():
+    assert list(intervals[task]) == list(metrics)
+    for name, value in metrics.items():
+      low, high = intervals[task][name]
+      assert low <= value <= high
+  assert intervals["entailment"]["accuracy"] == [0.0, 1.0]
+
+
 def _tally(positions: Iterable[int]) -> Tally:
   """A host that predicted examples 0 to 4 of "b" and 5 to 7 of "a"."""
-  tally = Tally()
+  tally = Tally(Options(intervals=True))
   for position in positions:
     name, index = ("b", position) if position < 5 else ("a", position - 5)
     record = _record(

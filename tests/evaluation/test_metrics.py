@@ -7,12 +7,14 @@ import pytest
 
 from narvl_jax.data.example import Record
 from narvl_jax.evaluation import grounding
-from narvl_jax.evaluation.caption import CaptionMatch
-from narvl_jax.evaluation.entailment import EntailmentAccuracy
+from narvl_jax.evaluation.caption import CaptionMatch, SimpleCider
+from narvl_jax.evaluation.entailment import EntailmentAccuracy, EntailmentTable
 from narvl_jax.evaluation.grounding import BoxOverlap
-from narvl_jax.evaluation.metric import MeanMetric, Metric
-from narvl_jax.evaluation.metrics import METRICS, metric_names
-from narvl_jax.evaluation.vqa import VqaAccuracy
+from narvl_jax.evaluation.metric import CHEAP, MeanMetric, Metric, Options
+from narvl_jax.evaluation.metrics import METRICS, make_metrics, metric_names
+from narvl_jax.evaluation.vqa import PeopleAccuracy, PopeSubsets, VqaAccuracy
+from narvl_jax.metrics import captions
+from narvl_jax.metrics.cider import DocumentFrequencies
 
 
 def _record(task: str, **fields) -> Record:
@@ -110,9 +112,14 @@ def test_an_iou_of_exactly_one_half_counts(side, start):
   target = (start, start, start + side, start + side)
   half = (start, start, start + side / 2, start + side)
   record = _record("grounding", box=target)
-  assert BoxOverlap().measure(record, half) == {"acc@0.5": 1.0, "mean_iou": 0.5}
+  assert BoxOverlap().measure(record, half) == {
+    "acc@0.5": 1.0,
+    "acc@0.75": 0.0,
+    "mean_iou": 0.5,
+  }
   assert BoxOverlap().measure(record, target) == {
     "acc@0.5": 1.0,
+    "acc@0.75": 1.0,
     "mean_iou": 1.0,
   }
   less = (start, start, start + side * 0.4999, start + side)
@@ -241,9 +248,138 @@ def test_an_example_counts_once():
     one.merge(other)
 
 
+@pytest.mark.parametrize(
+  ("width", "size"),
+  [(31, "small"), (32, "medium"), (95, "medium"), (96, "large")],
+)
+def test_sizes_of_boxes_are_those_of_coco(width, size):
+  assert grounding.size_of((1.0, 2.0, 1.0 + width, 2.0 + width)) == size
+
+
+def test_simple_cider_is_that_of_all_captions():
+  texts = [
+    ("a red dog runs", {"A red dog runs.": 1.0, "a dog runs fast": 1.0}),
+    ("a cat", {"two birds fly over a house": 1.0}),
+  ]
+  metric = SimpleCider()
+  for i, (prediction, answers) in enumerate(texts):
+    metric.update(_record("caption", answers=answers), prediction, i)
+  metric.update(_record("caption"), "unknown", 2)
+  expected = captions.simple_cider(
+    [prediction for prediction, _ in texts], [[*x] for _, x in texts]
+  )
+  assert expected.value is not None
+  assert expected.value > 1
+  assert metric.result() == {"cider@simple": expected.value}
+  ((low, high),) = metric.intervals({0: "a", 1: "b", 2: "c"}).values()
+  assert low < expected.value < high
+  # Of a group: its own documents.
+  assert metric.result([2]) == {}
+
+
+def test_cider_takes_the_frequencies_of_its_tokenizer():
+  def value(tokenizer: str) -> float:
+    table = DocumentFrequencies(100, {"a": 90, "dog": 2}, tokenizer)
+    metric = SimpleCider(Options(frequencies=table))
+    metric.update(_record("caption", answers={"a dog": 1.0}), "a cat", 0)
+    return metric.result()["cider@simple"]
+
+  # The only document has every word: without a corpus no word counts.
+  assert value("ptb") == 0
+  assert value("simple") == value("") > 0
+
+
+def test_unavailable_figures_have_a_reason_and_no_value(monkeypatch):
+  figures = [
+    captions.CaptionFigure("bleu_1", 0.5, statistics=np.ones((1, 2))),
+    captions.CaptionFigure("spice", reason="no jar"),
+  ]
+  monkeypatch.setattr(captions, "coco_figures", lambda *_: figures)
+  (*_, metric) = make_metrics("caption", Options("all"))
+  metric.update(_record("caption", answers={"a": 1.0}), "a", 0)
+  assert metric.result() == {"bleu_1": 0.5}
+  assert metric.details([*metric.known().values()]) == {
+    "unavailable": {"spice": "no jar"}
+  }
+  assert list(metric.intervals({0: "a"})) == ["bleu_1"]
+  assert len(make_metrics("caption", CHEAP)) == len(METRICS["caption"])
+
+
+@pytest.mark.parametrize(
+  ("rule", "accuracy"), [("vqa_v2", 0.9), ("ok_vqa", 0.9), ("a_okvqa", 2 / 3)]
+)
+def test_vqa_accuracy_follows_the_rule_of_the_setting(rule, accuracy):
+  people = ("Yes.", "yes", "yes", "no", *["maybe"] * 6)
+  record = _record("vqa", answers={"yes": 0.3}, people=people)
+  metric = PeopleAccuracy(Options(vqa_rule=rule))
+  assert metric.measure(record, "yes") == {
+    "vqa_accuracy": pytest.approx(accuracy)
+  }
+  assert metric.measure(_record("vqa", answers={"yes": 1.0}), "yes") is None
+
+
+def test_pope_has_figures_of_each_subset():
+  metric = PopeSubsets()
+  rows = [
+    ("random", "yes", "yes"),
+    ("random", "no, there is not", "yes"),
+    ("adversarial", "yes", "no"),
+    ("colour", "yes", "no"),
+    ("popular", "red", "red"),
+  ]
+  for i, (kind, prediction, truth) in enumerate(rows):
+    record = _record("vqa", kind=kind, answers={truth: 1.0})
+    metric.update(record, prediction, i)
+  found = metric.details([*metric.known().values()])["pope"]
+  assert list(found) == ["random", "adversarial"]
+  assert found["random"] == {
+    "examples": 2,
+    "accuracy": 0.5,
+    "precision": 1.0,
+    "recall": 0.5,
+    "f1": pytest.approx(2 / 3),
+    "yes_ratio": 0.5,
+  }
+  # No question of the subset has the answer yes.
+  assert found["adversarial"]["recall"] is None
+  assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_entailment_has_a_confusion_matrix():
+  metric = EntailmentTable()
+  pairs = [("yes", "yes"), ("no", "yes"), ("dunno", "maybe"), ("no", "no")]
+  for i, (prediction, truth) in enumerate(pairs):
+    metric.update(_record("entailment", answers={truth: 1}), prediction, i)
+  table = metric.details([*metric.known().values()])["confusion"]
+  assert table["classes"] == ["yes", "no", "maybe"]
+  assert table["counts"] == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
+  assert table["per_class"]["yes"] == {
+    "precision": 1.0,
+    "recall": 0.5,
+    "f1": pytest.approx(2 / 3),
+    "examples": 2,
+  }
+  assert table["per_class"]["maybe"]["precision"] is None
+
+
+def test_intervals_draw_pictures_with_all_their_examples():
+  metric = VqaAccuracy()
+  for i in range(40):
+    record = _record("vqa", answers={"a": 1.0} if i % 2 else {"b": 1.0})
+    metric.update(record, "a", i)
+  ((low, high),) = metric.intervals({i: str(i) for i in range(40)}).values()
+  assert 0.25 < low < 0.5 < high < 0.75
+  # Equal halves: pairs of examples of one picture never differ.
+  paired = metric.intervals({i: str(i // 2) for i in range(40)})
+  assert paired == {"accuracy": (0.5, 0.5)}
+
+
 EXAMPLES = {
   "caption": (_record("caption", answers={"a red dog": 1.0}), "a dog"),
-  "vqa": (_record("vqa", answers={"red": 0.3, "blue": 1.0}), "red"),
+  "vqa": (
+    _record("vqa", answers={"red": 0.3, "blue": 1.0}, people=("red",)),
+    "red",
+  ),
   "grounding": (_record("grounding", box=(0, 0, 3, 3)), (0.0, 0.0, 2.0, 3.0)),
   "entailment": (_record("entailment", answers={"no": 1.0}), "maybe"),
 }

@@ -41,6 +41,57 @@ def test_table_has_a_line_per_task_and_kind():
   ]
 
 
+def test_intervals_sizes_cider_and_unavailable_figures_are_shown():
+  report = {
+    **REPORT,
+    "tasks": {
+      "caption": {"cider": 1.395, "bleu_4": 0.25},
+      "grounding": {"acc@0.5": 0.5},
+    },
+    "kinds": {},
+    "sizes": {"grounding": {"small": {"acc@0.5": 0.25, "examples": 4}}},
+    "intervals": {"caption": {"cider": [1.3, 1.5]}},
+    "unavailable": {"caption": {"meteor": "no Java", "spice": "no Java"}},
+  }
+  assert reporting.format_metrics(report).splitlines() == [
+    "task       examples         cider  bleu_4  acc@0.5",
+    "-" * 50,
+    "caption           1  139.5 ± 10.0  25.0 %"
+    "  (meteor, spice unavailable: no Java)",
+    "grounding         8                         50.0 %",
+    "  small           4                         25.0 %",
+  ]
+
+
+def test_small_tables_follow_the_large_one():
+  figures = dict.fromkeys(("accuracy", "precision", "recall", "f1"), 0.5)
+  report = {
+    **REPORT,
+    "confusion": {
+      "entailment": {
+        "classes": ["yes", "no"],
+        "counts": [[3, 1, 0], [0, 2, 5]],
+        "per_class": {
+          "yes": {"precision": 1.0, "recall": 0.75, "f1": 0.5},
+          "no": {"precision": None, "recall": 0.25, "f1": 0.5},
+        },
+      }
+    },
+    "pope": {"vqa": {"random": figures | {"yes_ratio": None, "examples": 9}}},
+  }
+  assert reporting.format_table(report).splitlines()[9:] == [
+    "",
+    "entailment: truth  yes  no  other  precision  recall      f1",
+    "-" * 60,
+    "yes                  3   1      0    100.0 %  75.0 %  50.0 %",
+    "no                   0   2      5          -  25.0 %  50.0 %",
+    "",
+    "vqa: POPE  examples  accuracy  precision  recall      f1  yes_ratio",
+    "-" * 67,
+    "random            9    50.0 %     50.0 %  50.0 %  50.0 %          -",
+  ]
+
+
 def test_notes_stand_behind_the_row_of_their_task():
   notes = {"vqa": "not trained yet", "caption": "not trained yet"}
   rows = reporting.format_metrics(REPORT, notes, kinds=False).splitlines()

@@ -12,7 +12,7 @@ _MASKS = (
   (r"[\d.]+ ex/s", "N ex/s"),
   (r"  data wait \d+ %", ""),
   # Padding depends on the number of digits.
-  (r" +\d+\.\d %", "  N %"),
+  (r" +\d+\.\d( ± \d+\.\d)? %", "  N %"),
   (r" +\d+\.\d s\b", " N s"),
 )
 # A checkpoint is written while training continues.

@@ -44,7 +44,11 @@ def relabel(record: Record, label: Label, task: Task[Any]) -> Record | None:
   if isinstance(label.value, str):
     if not label.value.strip():
       return None
-    changes: dict[str, Any] = {"answers": {label.value: 1.0}, "annotators": 0}
+    changes: dict[str, Any] = {
+      "answers": {label.value: 1.0},
+      "annotators": 0,
+      "people": (),
+    }
   else:
     changes = {"box": tuple(label.value)}
   new = dataclasses.replace(record, score=label.score, **changes)

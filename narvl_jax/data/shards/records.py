@@ -15,6 +15,8 @@ Schema 1: one MessagePack map a record, with the fields of `Record` by name:
 | kind       | str                                                         |
 | score      | float: log-probability of a teacher's answer                |
 | annotators | int: people whose answers determine the scores              |
+| people     | array of str: the answers of these people                   |
+| question_type | str                                                      |
 
 Fields with their default value are left out, except `id`, `task` and `image`.
 Numbers are 64-bit floats.
@@ -33,7 +35,7 @@ from narvl_jax.data.record_checks import checked_record
 from narvl_jax.errors import UserError
 
 SCHEMA_VERSION = 1
-_TEXTS = ("id", "task", "prompt", "premise", "kind")
+_TEXTS = ("id", "task", "prompt", "premise", "kind", "question_type")
 
 
 def serialize(record: Record) -> bytes:
@@ -51,7 +53,9 @@ def serialize(record: Record) -> bytes:
     "box": None if record.box is None else [float(c) for c in record.box],
     "premise": record.premise,
     "kind": record.kind,
+    "question_type": record.question_type,
     "annotators": record.annotators,
+    "people": list(record.people),
   }
   kept = {key: value for key, value in fields.items() if value}
   kept["id"] = record.id
@@ -88,6 +92,7 @@ def deserialize(data: bytes) -> Record:
       objects=fields.get("objects"),
       score=fields.get("score"),
       annotators=fields.get("annotators", 0),
+      people=fields.get("people", ()),
     )
   except Exception as e:  # Damaged bytes raise errors of many types.
     raise UserError(

@@ -57,7 +57,7 @@ def scored_answers(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
 
 
 def listed_answers(answers: Sequence[Any]) -> dict[str, Any]:
-  """Returns the fields `answers` and `annotators` for a list of answers.
+  """Returns `answers`, `annotators` and `people` for a list of answers.
 
   A list with repeats has one answer of each annotator and is scored as such. In
   a list without repeats every answer has score 1.
@@ -69,7 +69,11 @@ def listed_answers(answers: Sequence[Any]) -> dict[str, Any]:
   given = [text for text in texts if text]
   if len(texts) < len(answers) or len(set(given)) == len(given):
     return {"answers": scored_answers((answer, 1) for answer in answers)}
-  return {"answers": annotator_scores(texts), "annotators": len(texts)}
+  return {
+    "answers": annotator_scores(texts),
+    "annotators": len(texts),
+    "people": tuple(answers),
+  }
 
 
 def captions(references: Iterable[Any]) -> dict[str, float]:
