@@ -22,6 +22,7 @@ COMMANDS = (
   "significance",
   "submission",
   "predict",
+  "inspect",
   "checkpoints",
   "check_data",
   "convert_data",
