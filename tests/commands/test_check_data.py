@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from narvl_jax import check_data as check
+from narvl_jax import check_data as command
 from narvl_jax.configs.common import evaluation_source, train_source
 from narvl_jax.data.checking import report as check_report
 from narvl_jax.data.checking import samples as check_samples
@@ -21,6 +21,7 @@ from narvl_jax.data.example import Record
 from narvl_jax.data.tasks import vocabulary_texts
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
+from narvl_jax.experiment import data_check
 from narvl_jax.experiment.config import default_config
 from tests.data.number_source import ListSource, make_tasks
 
@@ -154,9 +155,9 @@ def test_mistakes_in_the_command(
       key, _, value = argument[2:].partition("=")
       values[key] = value
   flags = _Flags(values)
-  monkeypatch.setattr(check.flags, "FLAGS", flags)
+  monkeypatch.setattr(command.flags, "FLAGS", flags)
   with pytest.raises(UserError, match=message):
-    check.main(["check", *spec])
+    command.main(["check", *spec])
   assert not list(tmp_path.iterdir())
 
 
@@ -194,7 +195,7 @@ def _config() -> Any:
   ],
 )
 def test_entries_of_a_config(name: str, expected: list[str]) -> None:
-  entries = check.open_entries(_config(), name, "")
+  entries = data_check.open_entries(_config(), name, "")
   assert [entry.name for entry in entries] == expected
   tasks = {"quiz": "vqa", "boxes": "grounding"}
   for entry in entries:
@@ -205,37 +206,39 @@ def test_entries_of_a_config(name: str, expected: list[str]) -> None:
 
 def test_unknown_entry() -> None:
   with pytest.raises(UserError, match=r'no data "train.qiz".*"train.quiz"'):
-    check.open_entries(_config(), "train.qiz", "")
+    data_check.open_entries(_config(), "train.qiz", "")
 
 
 def test_limits_are_those_of_the_config() -> None:
   config = _config()
   config.data.max_text_length = 33
   config.model.num_queries = 11
-  (entry,) = check.open_entries(config, "boxes", "")
+  (entry,) = data_check.open_entries(config, "boxes", "")
   texts = vocabulary_texts("grounding", {}, [entry.source[i] for i in range(9)])
   vocabulary = Vocabulary.train(texts, 400, num_bins=64)
-  figures, _, _ = check.check(entry, vocabulary, max_examples=5)
+  figures, _, _ = data_check.check(entry, vocabulary, max_examples=5)
   limits = figures["limits"]
   assert (limits["max_text_length"], limits["num_queries"]) == (33, 11)
-  figures, _, _ = check.check(entry, vocabulary, max_examples=5, num_queries=4)
+  figures, _, _ = data_check.check(
+    entry, vocabulary, max_examples=5, num_queries=4
+  )
   assert figures["limits"]["num_queries"] == 4
   assert figures["infeasible"] == 5
 
 
 def test_vocabularies(tmp_path: pathlib.Path) -> None:
-  entry = check.open_spec("shapes", "vqa", "")
+  entry = data_check.open_spec("shapes", "vqa", "")
   entry = dataclasses.replace(entry, source=[entry.source[i] for i in range(9)])
-  learnt, how = check.find_vocabulary("", None, [entry])
+  learnt, how = data_check.find_vocabulary("", None, [entry])
   assert "learnt from these texts" in how
   assert learnt.unk_id not in learnt.encode(" what color")
   learnt.save(tmp_path)
-  loaded, how = check.find_vocabulary(str(tmp_path), None, [entry])
+  loaded, how = data_check.find_vocabulary(str(tmp_path), None, [entry])
   assert how == str(tmp_path)
   assert loaded.fingerprint == learnt.fingerprint
 
 
 def test_official_vocabulary(shared_files: pathlib.Path) -> None:
   folder = shared_files / "bpe"
-  vocabulary, _ = check.find_vocabulary(str(folder), None, [])
+  vocabulary, _ = data_check.find_vocabulary(str(folder), None, [])
   assert vocabulary.size == 59458

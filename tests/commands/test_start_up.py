@@ -29,6 +29,7 @@ print(json.dumps([*sys.modules]))
   [
     "train",
     "checkpoints",
+    "check_data",
     "compare",
     "compile_check",
     "convert_data",

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from narvl_jax import check_data as check
 from narvl_jax.data.checking import inspection
 from narvl_jax.data.checking import report as check_report
 from narvl_jax.data.checking.picture_facts import examine
 from narvl_jax.data.example import Record
 from narvl_jax.data.pictures.files import with_orientation
 from narvl_jax.errors import UserError
+from narvl_jax.experiment import data_check
 from tests.data.converting import convert
 from tests.data.number_source import ListSource, make_tasks
 from tests.data.pictures import samples
@@ -270,14 +270,14 @@ def test_command(
   path.write_text((json.dumps(row) + "\n") * 5)
   vocabulary = make_tasks()["grounding"].vocabulary
   convert(tmp_path / "out", str(path), split="train", exif_orientation="apply")
-  entry = check.open_spec(str(tmp_path / "out"), "", "")
-  figures, verdict, _ = check.check(entry, vocabulary)
+  entry = data_check.open_spec(str(tmp_path / "out"), "", "")
+  figures, verdict, _ = data_check.check(entry, vocabulary)
   assert figures["limits"]["exif_orientation"] == "apply"
   assert verdict.word == check_report.GOOD
   words = []
   for setting in ("ignore", "apply"):
-    entry = check.open_spec(str(path), "grounding", "", setting)
-    figures, verdict, _ = check.check(entry, vocabulary)
+    entry = data_check.open_spec(str(path), "grounding", "", setting)
+    figures, verdict, _ = data_check.check(entry, vocabulary)
     assert figures["limits"]["exif_orientation"] == setting
     words.append((verdict.word, figures["bad"]))
   assert words == [(check_report.USABLE, 5), (check_report.GOOD, 0)]
