@@ -12,11 +12,17 @@ import jax
 import numpy as np
 
 from narvl_jax.benchmarks import timing
-from narvl_jax.comparison import latency, random_weights, report, runs
+from narvl_jax.comparison import (
+  latency,
+  quality,
+  random_weights,
+  report,
+  runs,
+)
 from narvl_jax.comparison.case import Case, choose_lengths, length_programs
 from narvl_jax.comparison.options import Options
 from narvl_jax.comparison.plot import check_can_draw, draw_lengths
-from narvl_jax.comparison.ways import NAR, UNCACHED
+from narvl_jax.comparison.ways import NAR
 from narvl_jax.files.disk import write_json
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import show
@@ -147,17 +153,15 @@ class _Comparison:
     }
 
   def _add_quality(self, entry: dict[str, Any], case: Case) -> None:
-    for way in case.ways:
-      # Without a cache the answers are the same.
-      if way.decoding is not None and way.label != UNCACHED:
-        with self._stage(case.task, f"answers of {way.label}"):
-          entry["ways"][way.label]["quality"] = runs.quality(
-            self._runs[way.model],
-            case.task,
-            way,
-            self._options.split,
-            self._options.max_examples or None,
-          )
+    scores = quality.measure(
+      case,
+      self._runs,
+      self._options.split,
+      self._options.max_examples or None,
+      lambda what: self._stage(case.task, what),
+    )
+    for label, found in scores.items():
+      entry["ways"][label]["quality"] = found
 
   def _add_latency(self, entry: dict[str, Any], case: Case) -> None:
     rounds = self._options.rounds

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from narvl_jax.benchmarks.timing import format_megabytes, format_values
+from narvl_jax.comparison.ways import BASELINE
 from narvl_jax.terminal.tables import format_columns
 
 _HEADING = (
   "",
   "quality",
+  f"minus {BASELINE}",
   "encoder ms",
   "decoder ms (p95)",
   "whole ms (p95)",
@@ -22,7 +24,8 @@ _HEADING = (
 def format_report(report: Mapping[str, Any]) -> str:
   """Returns a table for each task and batch size.
 
-  "decoder x" and "whole x" are times over those of `BASELINE`.
+  "decoder x" and "whole x" are times over those of `BASELINE`. The interval of
+  a difference is that of 95 % by a paired bootstrap.
   """
   facts = {**report["environment"], "dtype": report["dtype"]}
   parts = [
@@ -54,7 +57,7 @@ def _table(entry: Mapping[str, Any], size: int | None) -> str:
       rows.append((label, "n/a", *("",) * (len(_HEADING) - 2)))
       continue
     times = way.get("latency", {}).get(str(size))
-    rows.append((label, _quality(way), *_times(times)))
+    rows.append((label, _quality(way), _difference(way), *_times(times)))
   return format_columns(rows)
 
 
@@ -66,9 +69,19 @@ def _quality(way: Mapping[str, Any]) -> str:
   return f"{name} {100 * value:.1f} %"
 
 
+def _difference(way: Mapping[str, Any]) -> str:
+  """Returns the difference of the main metric with its interval, in points."""
+  found = way.get("quality", {}).get("difference")
+  if not found:
+    return "-"
+  main = next(iter(found.values()))
+  value, low, high = (100 * main[key] for key in ("difference", "low", "high"))
+  return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
 def _times(times: Mapping[str, Any] | None) -> tuple[str, ...]:
   if times is None:
-    return ("-",) * (len(_HEADING) - 2)
+    return ("-",) * (len(_HEADING) - 3)
   return (
     f"{times['encoder_ms']['median']:.1f}",
     *(

@@ -1,4 +1,4 @@
-"""Comparison of two trained runs: checks, batches, quality."""
+"""Comparison of two trained runs: checks and batches."""
 
 import dataclasses
 import pathlib
@@ -11,12 +11,11 @@ import numpy as np
 from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.comparison.case import Case, Model, program_of
 from narvl_jax.comparison.latency import Batch
-from narvl_jax.comparison.ways import AR, NAR, Way, choose, ways_of
+from narvl_jax.comparison.ways import AR, NAR, choose, ways_of
 from narvl_jax.data.batches import pipeline
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources.subset import spread
 from narvl_jax.errors import UserError, did_you_mean
-from narvl_jax.evaluation import evaluator
 from narvl_jax.experiment.config import to_json
 from narvl_jax.experiment.datasets import load_dataset
 from narvl_jax.experiment.experiment import Experiment
@@ -283,31 +282,3 @@ def _batch(run: Run, name: str, records: Sequence[Record]) -> Batch:
     batcher.write(batch, row, record, task, target="none")
   arrays = {key: batch[key] for key in ("image", "text", "image_mask")}
   return {**arrays, "merge_repeats": np.full(len(records), task.merge_repeats)}
-
-
-def quality(
-  run: Run,
-  task: str,
-  way: Way,
-  split: str,
-  max_examples: int | None,
-) -> dict[str, Any]:
-  """Returns "metrics" of a decoding, the main one first, and "examples".
-
-  Raises:
-    UserError: no such split, or too many records are bad.
-  """
-  assert way.decoding is not None
-  report, _ = evaluator.evaluate_tasks(
-    run.experiment,
-    run.variables,
-    split=split,
-    max_examples=max_examples,
-    step=run.step,
-    decodings={task: way.decoding},
-    tasks=[task],
-  )
-  return {
-    "metrics": report["tasks"].get(task, {}),
-    "examples": report["counts"].get(task, 0),
-  }

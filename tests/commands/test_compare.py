@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -72,6 +73,14 @@ def test_runs_are_compared(pair, tmp_path, capsys):
     if label != "AR uncached":
       assert way["quality"]["examples"] == 2
       assert list(way["quality"]["metrics"]) == ["accuracy"]
+      main = way["quality"]["metrics"]["accuracy"]
+      assert ("difference" in way["quality"]) == (label != "NAR greedy")
+      if label != "NAR greedy":
+        found = way["quality"]["difference"]["accuracy"]
+        assert (found["first"], found["examples"]) == (main, 2)
+        assert found["difference"] == found["first"] - found["second"]
+        baseline = ways["NAR greedy"]["quality"]["metrics"]["accuracy"]
+        assert found["second"] == baseline
   passes = {k: way["latency"]["2"]["passes"] for k, way in ways.items()}
   assert passes["NAR greedy"] == passes["NAR constrained"] == 1
   # The same answers, found without a cache.
@@ -87,6 +96,7 @@ def test_runs_are_compared(pair, tmp_path, capsys):
   assert all(curve["lengths"] == [3] for curve in curves.values())
   out = capsys.readouterr().out
   assert "NAR constrained" in out
+  assert re.search(r"minus NAR greedy .*\n-+\nAR greedy .* [+-][\d.]+ \[", out)
   # It takes minutes, and says at what.
   for what in ("answers of AR greedy", "times at batch 2, 2 rounds"):
     assert f"s] entailment: {what}\n" in out
