@@ -23,6 +23,7 @@ COMMANDS = (
   "submission",
   "predict",
   "inspect",
+  "calibrate",
   "checkpoints",
   "check_data",
   "convert_data",

@@ -43,7 +43,8 @@ from narvl_jax.metrics import tokenizers
 from narvl_jax.metrics.cider import DocumentFrequencies
 from narvl_jax.prediction import decoding_flags
 from narvl_jax.prediction.answer_list import with_answers
-from narvl_jax.terminal.text import show
+from narvl_jax.prediction.calibration import read_temperatures
+from narvl_jax.terminal.text import show, warn
 
 
 def evaluate(
@@ -103,6 +104,9 @@ def evaluate(
   )
   check_folder("--workdir", workdir)
   name = decoding_flags.decoding_name(decoding, answers)
+  temperatures, note = read_temperatures(workdir, step, name)
+  if note:
+    warn(note)
   start = time.monotonic()
   report, predictions = evaluator.evaluate_tasks(
     experiment,
@@ -113,6 +117,7 @@ def evaluate(
     step=step,
     decodings=decodings,
     decoding_name=name,
+    temperatures=temperatures,
     tasks=tasks,
     options=options,
   )

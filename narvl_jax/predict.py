@@ -8,6 +8,7 @@ picture, and writes the picture with the box (--overlay=FILE.png). Captions
 need no prompt. `--example=INDEX` instead of `--image` takes picture and prompt
 from the run's own test data, saves the picture, and prints the truth, too.
 `--json` prints one JSON object; `--decoding=beam --num_best=3` more answers.
+`--min_probability=0.8` gives no answer that is less likely to be right.
 """
 
 import os
@@ -26,10 +27,12 @@ from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_report
 from narvl_jax.data.example import Record
 from narvl_jax.data.pictures import rendering
+from narvl_jax.errors import UserError
 from narvl_jax.evaluation import outcomes, results
 from narvl_jax.files.paths import check_file
 from narvl_jax.prediction import decoding_flags, foreign_input
 from narvl_jax.prediction.answer_list import with_answers
+from narvl_jax.prediction.calibration import read_temperatures
 from narvl_jax.prediction.predictor import Answer, Predictor
 from narvl_jax.prediction.request import Request
 from narvl_jax.run_folder import workdir as workdir_lib
@@ -51,6 +54,7 @@ def predict(
   checkpoint: str | int = "best",
   decoding: Mapping[str, Any] | None = None,
   answers: str = "",
+  min_probability: float | None = None,
 ) -> outcomes.Outcome:
   """Predicts the answer to one request.
 
@@ -68,16 +72,27 @@ def predict(
     decoding: see `decoding_flags.decodings_for`.
     answers: file of the answers that constrained VQA allows; the config's if
       "".
+    min_probability: in [0, 1]; an answer that is less likely to be right is
+      withheld.
 
   Returns:
     step, task, image (path), prompt, answer (text; grounding: box in pixels of
-    the picture, None without a box), probability; with `num_best` above 1 also
-    alternatives (answer and probability, best first); with `example` also
-    truth; for grounding also overlay (path); warnings (one sentence each).
+    the picture, None without a box), probability (calibrated if the run has a
+    fitting calibration.json; then also raw_probability); for parallel models
+    query_entropy (nats) and for boxes probability_iou50; with `num_best` above
+    1 also alternatives (answer and raw probability, best first); with `example`
+    also truth; for grounding also overlay (path); with `min_probability` also
+    it, confidence, and abstained, in which case answer is None; warnings (one
+    sentence each).
 
   Raises:
     UserError: run, picture, task or text is wrong or missing.
   """
+  if min_probability is not None and not 0 <= min_probability <= 1:
+    raise UserError(
+      f"--min_probability={min_probability:g} is not in [0, 1]; nearest:"
+      f" --min_probability={min(max(min_probability, 0), 1)}"
+    )
   request = Request(task, image, example, dataset, split, prompt, premise)
   request.check()
   # Mistakes are reported before the weights are read.
@@ -94,8 +109,13 @@ def predict(
     experiment = with_answers(experiment, answers)
   decodings = decoding_flags.decodings_for(experiment, decoding)
   decoding_flags.check_answers_heeded({name: decodings[name]}, answers)
+  temperatures, note = read_temperatures(
+    workdir, step, decoding_flags.decoding_name(decoding, answers)
+  )
   with progress.doing("compiling the model and answering"):
-    answer = Predictor(experiment, variables, decodings).answer(record)
+    answer = Predictor(experiment, variables, decodings, temperatures).answer(
+      record
+    )
 
   if image is None:
     path = folder / f"example_{name}_{example}.png"
@@ -112,9 +132,12 @@ def predict(
   if name == "grounding":
     target = overlay or folder / f"overlay_{path.stem}.png"
     outcome["overlay"] = str(_write_overlay(pathlib.Path(target), answer))
+  if min_probability is not None:
+    outcomes.withhold(outcome, answer, min_probability)
   outcome["warnings"] = foreign_input.warnings_about(
     experiment, record, resized=image is not None
   )
+  outcome["warnings"] += [note] if note else []
   return outcome
 
 
@@ -126,7 +149,7 @@ def _write_overlay(path: pathlib.Path, answer: Answer) -> pathlib.Path:
     _pixels(record),
     box if any(box) else None,
     target_box=record.box,
-    caption=f"{record.prompt}: {shown} ({100 * answer.probability:.0f} %)",
+    caption=f"{record.prompt}: {shown} ({100 * answer.confidence:.0f} %)",
   )
   return results.write_image(path, picture)
 
@@ -157,6 +180,9 @@ def define_flags() -> None:
     "premise", None, "Entailment: a caption that is known to be true."
   )
   flags.DEFINE_string("overlay", None, "Grounding: PNG file to write.")
+  flags.DEFINE_float(
+    "min_probability", None, "Withhold an answer that is less likely right."
+  )
   common_flags.json()
   decoding_flags.define_flags()
   common_flags.answers()
@@ -181,6 +207,7 @@ def main(argv: Sequence[str]) -> None:
     checkpoint=settings.checkpoint,
     decoding=decoding_flags.from_flags(),
     answers=settings.answers,
+    min_probability=settings.min_probability,
   )
   for text in outcome["warnings"]:
     show(f"warning: {escape(text)}", file=sys.stderr)

@@ -20,6 +20,7 @@ class Classes:
     blank_id: CTC blank; None for an autoregressive model.
     forbidden: bool [vocab_size] as bytes, classes that answers must not hold;
       None if there are none, as the official checkpoints expect.
+    bins: id of the first coordinate bin and their number; None without boxes.
   """
 
   vocab_size: int
@@ -27,6 +28,7 @@ class Classes:
   eos_id: int
   blank_id: int | None = None
   forbidden: bytes | None = None
+  bins: tuple[int, int] | None = None
 
   @classmethod
   def of(
@@ -37,12 +39,13 @@ class Classes:
     eos_id: int = 2,
     blank_id: int | None = None,
     forbidden: np.ndarray | None = None,
+    bins: tuple[int, int] | None = None,
   ) -> "Classes":
     """Packs the mask of forbidden classes, cut off at `vocab_size`."""
     packed = None
     if forbidden is not None:
       packed = np.asarray(forbidden[:vocab_size], bool).tobytes()
-    return cls(vocab_size, pad_id, eos_id, blank_id, packed)
+    return cls(vocab_size, pad_id, eos_id, blank_id, packed, bins)
 
   def mask(self) -> np.ndarray | None:
     """Returns the forbidden classes, bool [vocab_size]."""

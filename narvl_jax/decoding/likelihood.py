@@ -1,10 +1,11 @@
-"""The CTC likelihood of given answers, summed over all of their alignments.
+"""Probabilities of a parallel model's answers, queries and coordinates.
 
-Unlike the Query-CTC loss, this scores several answers of an example, and
-repeats need not be merged. There, every query that does not emit blank emits a
+The CTC likelihood of an answer is the sum over all of its alignments. Unlike
+the Query-CTC loss, it is computed for several answers of an example, and
+repeats need not be merged: then, every query that does not emit blank emits a
 label of its own, and alignments differ only in the places of the blanks.
 
-Letters: B batch, N queries, C answers, L labels, V classes.
+Letters: B batch, N queries, C answers, L labels, K bins, V classes.
 """
 
 from collections.abc import Callable
@@ -13,9 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from narvl_jax.query_ctc import MeshAxes
+from narvl_jax.query_ctc.axes import split_of
 from narvl_jax.query_ctc.compact import class_columns
-from narvl_jax.query_ctc.log_space import LOG_ZERO
+from narvl_jax.query_ctc.log_space import LOG_ZERO, normalizer
 from narvl_jax.query_ctc.loss import make_head
+
+# A trained model gives nearly all probability to the likeliest 32 bins.
+_BINS = 32
 
 # Query int32 -> log-probabilities of blank [B] and of the labels [B, C, L].
 Emissions = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
@@ -109,3 +114,86 @@ def label_log_probs(
   summary = head.summarize(inputs, columns)
   own = jax.tree.map(lambda x: x[..., None], summary.normalizer)
   return own.log_probs(summary.gathered)
+
+
+def query_entropy(logits: jax.Array, axes: MeshAxes) -> jax.Array:
+  """Returns the entropy of every query in nats, float32 [B, N].
+
+  Args:
+    logits: [B, N, V] float32, -inf for classes that are never predicted.
+    axes: mesh axes that split batch and classes.
+  """
+  split = split_of(axes, logits.shape[0], logits.shape[-1])
+
+  def local(logits: jax.Array) -> jax.Array:
+    whole = split.join(normalizer(logits))
+    whole = jax.tree.map(lambda x: x[..., None], whole)
+    log_probs = whole.log_probs(logits)
+    impossible = log_probs == LOG_ZERO
+    terms = jnp.where(impossible, 0.0, jnp.exp(log_probs) * log_probs)
+    return -split.sum_over_classes(jnp.sum(terms, axis=-1))
+
+  return split.run(
+    local, logits, in_specs=(split.logits,), out_specs=split.rows
+  )
+
+
+def coordinate_distributions(
+  logits: jax.Array,
+  ids: jax.Array,
+  lengths: jax.Array,
+  merge_repeats: jax.Array,
+  *,
+  blank_id: int,
+  bins: tuple[int, int],
+  axes: MeshAxes,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the likeliest bins of the four coordinates of a box.
+
+  The distribution of a coordinate is that of the query which emits it in the
+  likeliest alignment, renormalised over the bins. Of several queries that emit
+  it, the most confident one counts.
+
+  Args:
+    logits: see `query_entropy`.
+    ids: int32 [B, L], answers; those without four bins give arbitrary results.
+    lengths: int32 [B].
+    merge_repeats: bool [B].
+    blank_id: id of the CTC blank.
+    bins: id of the first bin, and their number.
+    axes: mesh axes that split batch and classes.
+
+  Returns:
+    Bins counted from 0, int32 [B, 4, K], and their probabilities, float32
+    [B, 4, K], likeliest first; K is at most 32.
+  """
+  first, count = bins
+  columns, _ = class_columns(ids, lengths, blank_id)
+  emitted = label_log_probs(logits, columns, axes)
+
+  def best(emitted: jax.Array) -> jax.Array:
+    return jnp.sum(
+      sum_alignments(
+        lambda query: (emitted[:, query, 0], emitted[:, query, None, 1:]),
+        ids[:, None],
+        lengths[:, None],
+        merge_repeats,
+        logits.shape[1],
+        add=jnp.maximum,
+      )
+    )
+
+  # The gradient of the best alignment's score is that alignment.
+  used = jax.grad(best)(emitted)[..., 1:] > 0
+  queries = jnp.argmax(jnp.where(used, emitted[..., 1:], LOG_ZERO), axis=1)
+  valid = jnp.arange(ids.shape[1]) < lengths[:, None]
+  is_bin = valid & (ids >= first) & (ids < first + count)
+  places = jnp.argsort(~is_bin, axis=1, stable=True)[:, :4]
+  chosen = jnp.take_along_axis(queries, places, axis=1)
+  rows = jnp.take_along_axis(logits, chosen[..., None], axis=1)
+  every = jnp.broadcast_to(
+    jnp.arange(first, first + count, dtype=jnp.int32), (len(ids), count)
+  )
+  probs = jax.nn.softmax(label_log_probs(rows, every, axes), axis=-1)
+  values, found = jax.lax.top_k(probs, min(_BINS, count))
+  return found.astype(jnp.int32), values

@@ -9,9 +9,13 @@ import jax.numpy as jnp
 
 from narvl_jax.decoding import ctc
 from narvl_jax.decoding.answers import AnswerSet, pad_answers
-from narvl_jax.decoding.classes import Classes
+from narvl_jax.decoding.classes import Classes, masked, never_predicted
 from narvl_jax.decoding.constraint import Automaton
 from narvl_jax.decoding.greedy import greedy_decode
+from narvl_jax.decoding.likelihood import (
+  coordinate_distributions,
+  query_entropy,
+)
 from narvl_jax.decoding.settings import Decoding
 from narvl_jax.decoding.steps import Decoded, Inputs
 from narvl_jax.errors import UserError
@@ -39,10 +43,14 @@ class ParallelReader:
   def __call__(
     self, model: nn.Module, variables: Any, encoded: Any, inputs: Inputs
   ) -> Decoded:
-    """See `steps.Reader`."""
+    """See `steps.Reader`; `_details` lists what else is returned."""
     logits = project(
       _states(model, variables, encoded), variables["params"]["embed_tokens"]
     )
+    found = self._answers(logits, inputs)
+    return {**found, **self._details(logits, found, inputs)}
+
+  def _answers(self, logits: jax.Array, inputs: Inputs) -> Decoded:
     if self.decoding.method == "candidates":
       return self._candidates(logits, inputs)
     if self.decoding.method == "beam":
@@ -91,6 +99,33 @@ class ParallelReader:
       "lengths": jnp.asarray(lengths)[places],
       "log_probs": values,
     }
+
+  def _details(
+    self, logits: jax.Array, found: Decoded, inputs: Inputs
+  ) -> Decoded:
+    """Returns the distributions behind the answers, see `likelihood`.
+
+    They are query_entropy float32 [B, N] and, if there are bins, of the best
+    answer coordinate_bins int32 [B, 4, K] and coordinate_probs [B, 4, K].
+    """
+    forbidden, size = self.classes.mask(), self.classes.vocab_size
+    logits = masked(logits, never_predicted(logits.shape[-1], forbidden, size))
+    details = {"query_entropy": query_entropy(logits, self.axes)}
+    blank_id, bins = self.classes.blank_id, self.classes.bins
+    if bins is None or blank_id is None:
+      return details
+    details["coordinate_bins"], details["coordinate_probs"] = (
+      coordinate_distributions(
+        logits,
+        found["ids"][:, 0],
+        found["lengths"][:, 0],
+        inputs.merge_repeats,
+        blank_id=blank_id,
+        bins=bins,
+        axes=self.axes,
+      )
+    )
+    return details
 
   def _constraint(self) -> Automaton | None:
     if not self.decoding.constrained or self.answers is None:

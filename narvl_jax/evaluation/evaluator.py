@@ -27,6 +27,7 @@ def evaluate_tasks(
   step: int | None = None,
   decodings: Mapping[str, Decoding] | None = None,
   decoding_name: str = "greedy",
+  temperatures: Mapping[str, float] | None = None,
   tasks: Sequence[str] | None = None,
   before_batch: Callable[[], None] = lambda: None,
   options: Options = CHEAP,
@@ -47,6 +48,7 @@ def evaluate_tasks(
     step: training step of `variables`, for the report.
     decodings: by task; the default is greedy.
     decoding_name: name of `decodings` in the report.
+    temperatures: by task, see `prediction.calibration`.
     tasks: evaluated tasks; all if None.
     before_batch: called before each batch, equally often on all hosts; an
       exception that it raises ends the evaluation.
@@ -70,7 +72,7 @@ def evaluate_tasks(
       fit its task, or too many records are bad.
   """
   entries = _entries(experiment, tasks)
-  predictor = Predictor(experiment, variables, decodings)
+  predictor = Predictor(experiment, variables, decodings, temperatures)
   for entry in entries.values():
     # Rejects a decoding that does not fit before anything is computed.
     predictor.steps(entry.task)

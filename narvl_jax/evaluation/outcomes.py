@@ -19,12 +19,23 @@ def format_outcome(outcome: Outcome) -> str:
       shown = f"{format_box(answer)} (x0, y0, x1, y1 in pixels)"
   else:
     shown = reporting.format_answer(answer)
+  if outcome.get("abstained"):
+    shown = (
+      f"withheld: right with probability {100 * outcome['confidence']:.1f} %,"
+      f" below --min_probability={outcome['min_probability']:g}"
+    )
   rows = [
     ("image", outcome["image"]),
     ("prompt", outcome["prompt"]),
     ("box" if grounded else outcome["task"], shown),
     ("probability", f"{100 * outcome['probability']:.1f} %"),
   ]
+  for key, label in (
+    ("raw_probability", "raw"),
+    ("probability_iou50", "IoU >= 0.5"),
+  ):
+    if key in outcome:
+      rows.append((label, f"{100 * outcome[key]:.1f} %"))
   for other in outcome.get("alternatives", ()):
     value = other["answer"]
     text = format_box(value) if grounded else reporting.format_answer(value)
@@ -37,6 +48,16 @@ def format_outcome(outcome: Outcome) -> str:
   return "\n".join(f"{key + ':':<13}{value}" for key, value in rows if value)
 
 
+def withhold(outcome: Outcome, answer: Answer, min_probability: float) -> None:
+  """Removes an answer whose confidence is below a threshold in [0, 1]."""
+  outcome["min_probability"] = min_probability
+  outcome["confidence"] = answer.confidence
+  outcome["abstained"] = answer.confidence < min_probability
+  if outcome["abstained"]:
+    outcome["answer"] = None
+    outcome.pop("alternatives", None)
+
+
 def plain_answer(answer: Answer) -> Outcome:
   """Returns answer, probability and truth (if known) as JSON can hold them."""
   described = tally.describe(answer)
@@ -44,8 +65,10 @@ def plain_answer(answer: Answer) -> Outcome:
   no_box = answer.record.task == "grounding" and not any(answer.value)
   plain = {
     "answer": None if no_box else described["prediction"],
-    "probability": answer.probability,
+    **tally.probabilities(answer),
   }
+  if answer.query_entropy:
+    plain["query_entropy"] = list(answer.query_entropy)
   if answer.alternatives:
     plain["alternatives"] = [
       {

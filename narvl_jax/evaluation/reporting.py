@@ -165,6 +165,13 @@ def format_answer(answer: str | Sequence[float] | None) -> str:
   return ", ".join(f"{x:.0f}" for x in answer)
 
 
+def confidence(prediction: Prediction) -> float:
+  """Returns the probability that an answer is right, see `Answer`."""
+  if "raw_probability" in prediction:
+    return prediction["probability"]
+  return prediction.get("probability_iou50", prediction["probability"])
+
+
 def select_examples(
   predictions: Sequence[Prediction], per_task: int
 ) -> list[Prediction]:

@@ -112,7 +112,7 @@ def mistakes(
   the truth is not. Confident mistakes show wrong labels and systematic errors.
   """
   wrong = [x for x in predictions if x["correct"] is False]
-  return sorted(wrong, key=lambda x: -x["probability"])
+  return sorted(wrong, key=lambda x: -reporting.confidence(x))
 
 
 def _how_to_ask_again(
@@ -206,7 +206,7 @@ def make_panel(
     image=images.prepare_image(image, (height, width)),
     title=prediction["task"] + kind + number,
     prompt=prediction["prompt"],
-    prediction=f"{answer} ({100 * prediction['probability']:.0f} %)"
+    prediction=f"{answer} ({100 * reporting.confidence(prediction):.0f} %)"
     + ("" if iou is None else f", IoU {iou:.2f}"),
     target=None if target is None else reporting.format_answer(target),
     correct=prediction["correct"],

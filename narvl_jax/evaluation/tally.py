@@ -209,7 +209,9 @@ def describe(
   `scores` are the example's metrics, None without ground truth; `correct` is
   whether the main metric is at least one half. `target` is the best answer or
   the box, `answers` are all valid answers with their scores. `question_type`
-  and the `size` of the true box are left out where they are unknown.
+  and the `size` of the true box are left out where they are unknown. Only
+  calibrated answers have `raw_probability`, and only boxes
+  `probability_iou50`; see `predictor.Answer`.
   """
   record = answer.record
   groups = {
@@ -224,11 +226,21 @@ def describe(
     "prompt": record.prompt,
     "prediction": _plain(answer.value),
     "target": _plain(_target(record)),
-    "probability": answer.probability,
+    **probabilities(answer),
     "correct": next(iter(scores.values())) >= 0.5 if scores else None,
     "scores": scores,
     "answers": {k: float(v) for k, v in record.answers.items()},
   }
+
+
+def probabilities(answer: Answer) -> dict[str, float]:
+  """Returns the probabilities of an answer that are known."""
+  found = {"probability": answer.probability}
+  if answer.temperature is not None:
+    found["raw_probability"] = answer.raw_probability
+  if answer.probability_iou50 is not None:
+    found["probability_iou50"] = answer.probability_iou50
+  return found
 
 
 def _target(record: Record) -> str | Box | None:

@@ -17,6 +17,7 @@ from narvl_jax.data.tasks import Task
 from narvl_jax.decoding import Decoding, Steps, make_steps, prepare_variables
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.experiment import Experiment
+from narvl_jax.metrics.calibration import apply_temperature
 from narvl_jax.parallel import (
   activation_rules,
   batch_sharding,
@@ -25,11 +26,14 @@ from narvl_jax.parallel import (
   local_values,
   shard_batch,
 )
+from narvl_jax.prediction.box_confidence import probability_of_overlap
 from narvl_jax.prediction.readers import answer_lengths, make_reader
 
 _BATCH_KEYS = ("image", "text", "image_mask")
 # Fetched from the devices.
 _RESULT_KEYS = ("ids", "lengths", "log_probs")
+# Of parallel models.
+_DETAIL_KEYS = ("query_entropy", "coordinate_bins", "coordinate_probs")
 _GREEDY = Decoding()
 
 
@@ -44,6 +48,12 @@ class Answer(NamedTuple):
       all alignments; see the readers in `narvl_jax.decoding`.
     alternatives: the next best answers with their log-probabilities, if
       `num_best` exceeds 1.
+    query_entropy: of the distribution of each query in nats, [N]; () for
+      autoregressive models.
+    probability_iou50: probability that the box has an intersection over union
+      of at least 0.5 with the true one; see `box_confidence`. None for other
+      tasks and for autoregressive models.
+    temperature: see `calibrate`; None without calibration.
   """
 
   record: Record
@@ -51,11 +61,34 @@ class Answer(NamedTuple):
   value: str | Box
   log_prob: float
   alternatives: tuple[tuple[str | Box, float], ...] = ()
+  query_entropy: tuple[float, ...] = ()
+  probability_iou50: float | None = None
+  temperature: float | None = None
+
+  @property
+  def raw_probability(self) -> float:
+    """Probability of exactly this answer, not calibrated."""
+    return math.exp(self.log_prob)
 
   @property
   def probability(self) -> float:
-    """Probability of the answer."""
-    return math.exp(self.log_prob)
+    """Calibrated confidence; without calibration `raw_probability`."""
+    if self.temperature is None:
+      return self.raw_probability
+    return self.confidence
+
+  @property
+  def confidence(self) -> float:
+    """Probability that the answer is right, calibrated if possible.
+
+    A box is right if it overlaps the true one by 0.5.
+    """
+    right = self.probability_iou50
+    if right is None:
+      right = self.raw_probability
+    if self.temperature is None:
+      return right
+    return float(apply_temperature(right, self.temperature))
 
 
 class Predictor:
@@ -71,6 +104,7 @@ class Predictor:
     experiment: Experiment,
     variables: Any,
     decodings: Mapping[str, Decoding] | None = None,
+    temperatures: Mapping[str, float] | None = None,
   ) -> None:
     """Prepares the variables.
 
@@ -78,6 +112,7 @@ class Predictor:
       experiment: the run.
       variables: of `experiment.model`, unboxed.
       decodings: by task; the default is greedy.
+      temperatures: by task, see `calibration`; others are not calibrated.
 
     Raises:
       UserError: a value is not a `Decoding`, or the run has no such task.
@@ -95,6 +130,7 @@ class Predictor:
     self._variables = prepare_variables(experiment.model, variables)
     self._mesh = _mesh_of(variables)
     self._decodings = dict(decodings or {})
+    self._temperatures = dict(temperatures or {})
     self._rules = activation_rules(self._config.mesh.rules)
     self._shared = self._mesh is not None and jax.process_count() > 1
 
@@ -220,7 +256,8 @@ class Predictor:
       decoded = self.steps(task.name).predict(
         self._variables, **arrays, lengths=self.lengths(task.name)
       )
-    decoded = {key: decoded[key] for key in _RESULT_KEYS}
+    keys = *_RESULT_KEYS, *(key for key in _DETAIL_KEYS if key in decoded)
+    decoded = {key: decoded[key] for key in keys}
     if self._mesh is None or not self._shared:
       return decoded
     return _splitter(self._mesh)(decoded)
@@ -242,9 +279,31 @@ class Predictor:
           *(host[key][row] for key in _RESULT_KEYS), strict=True
         )
       ]
+      details = {key: host[key][row] for key in _DETAIL_KEYS if key in host}
       yield Answer(
-        record, int(batch["index"][row]), *ranked[0], tuple(ranked[1:])
+        record,
+        int(batch["index"][row]),
+        *ranked[0],
+        tuple(ranked[1:]),
+        tuple(map(float, details.get("query_entropy", ()))),
+        self._overlap(task, host["ids"][row, 0], details),
+        self._temperatures.get(task.name),
       )
+
+  def _overlap(
+    self, task: Task[Any], ids: np.ndarray, details: Mapping[str, np.ndarray]
+  ) -> float | None:
+    """Returns `probability_iou50` of an answer; 0 without a complete box."""
+    if task.name != "grounding" or "coordinate_bins" not in details:
+      return None
+    vocabulary = self._experiment.vocabulary
+    bins = ids - vocabulary.bin_start
+    box = bins[(bins >= 0) & (bins < vocabulary.num_bins)]
+    if len(box) != 4:
+      return 0.0
+    return probability_of_overlap(
+      details["coordinate_bins"], details["coordinate_probs"], box
+    )
 
   def _fetch(self, decoded: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Fetches the rows of this host."""

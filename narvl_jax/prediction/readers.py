@@ -50,12 +50,14 @@ def make_reader(
   """
   vocabulary, config = experiment.vocabulary, experiment.config
   masked = config.evaluation.mask_specials
+  bins = vocabulary.bin_start, vocabulary.num_bins
   classes = Classes.of(
     experiment.model_config.vocab_size,
     pad_id=vocabulary.pad_id,
     eos_id=vocabulary.eos_id,
     blank_id=None if experiment.autoregressive else vocabulary.blank_id,
     forbidden=vocabulary.forbidden if masked else None,
+    bins=bins if "grounding" in experiment.tasks else None,
   )
   answers = _answers(experiment, task_name, decoding)
   _check_beam(decoding, classes)

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 COMMANDS = (
   *("train", "evaluate", "predict", "distill", "convert", "compare"),
-  *("compile_check", "checkpoints", "check_data", "convert_data"),
+  *("calibrate", "compile_check", "checkpoints", "check_data", "convert_data"),
   *("list_answers", "benchmarks.data", "benchmarks.checkpoints"),
   *("benchmarks.loss_head", "benchmarks.query_ctc", "benchmarks.twins"),
   *("significance", "submission", "document_frequencies"),

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,10 @@ def test_answer_to_a_question_about_a_photo(workdir, photo):
   outcome = predict(workdir, task="vqa", image=photo, prompt=QUESTION)
   assert list(outcome) == [
     *("step", "task", "image", "prompt", "answer", "probability"),
-    "warnings",
+    *("query_entropy", "warnings"),
   ]
+  assert len(outcome["query_entropy"]) == tiny_run.MODEL["num_queries"]
+  assert all(0 <= x <= np.log(500) for x in outcome["query_entropy"])
   # 90 x 60 pixels are near enough to 32 x 32, and all words were learned.
   assert outcome["warnings"] == []
   assert outcome["step"] == tiny_run.STEP
@@ -201,9 +204,14 @@ def test_box_is_in_pixels_of_the_photo(workdir, photo, monkeypatch, tmp_path):
   experiment, _ = tiny_run.tiny_model()
   vocabulary = experiment.vocabulary
   ids = [vocabulary.bin_start + k for k in (0, 3, 15, 9)]
-  # What the model says is fixed; everything around it is real.
+  # Three of four coordinates are certain; one time in four y1 is 15, which
+  # leaves an IoU of one half.
+  bins = np.array([[[[0, 1], [3, 1], [15, 1], [9, 15]]]])
+  probs = np.array([[[1, 0], [1, 0], [1, 0], [0.75, 0.25]]])
+  sharp = {"coordinate_bins": bins[0], "coordinate_probs": probs}
+  # What the model predicts is fixed; everything around it is real.
   monkeypatch.setattr(
-    predict_lib.Predictor, "_start", lambda *_: _decoded(ids, 0.25)
+    predict_lib.Predictor, "_start", lambda *_: _decoded(ids, 0.25, sharp)
   )
   overlay = tmp_path / "new" / "box.png"
   outcome = predict(
@@ -225,6 +233,8 @@ def test_box_is_in_pixels_of_the_photo(workdir, photo, monkeypatch, tmp_path):
   text = outcomes.format_outcome(outcome)
   assert "box:         0.0, 12.0, 90.0, 36.0 (x0, y0, x1, y1" in text
   assert "probability: 25.0 %" in text
+  assert "IoU >= 0.5:  100.0 %" in text
+  assert outcome["probability_iou50"] == 1
 
 
 def test_incomplete_box_is_no_box(workdir, photo, monkeypatch):
@@ -241,8 +251,11 @@ def test_incomplete_box_is_no_box(workdir, photo, monkeypatch):
   assert "no complete box" in outcomes.format_outcome(outcome)
 
 
-def _decoded(ids: list[int], probability: float) -> dict[str, np.ndarray]:
+def _decoded(
+  ids: list[int], probability: float, details: Mapping[str, np.ndarray] = {}
+) -> dict[str, np.ndarray]:
   return {
+    **details,
     "ids": np.array([[ids]]),
     "lengths": np.array([[len(ids)]]),
     "log_probs": np.log([[probability]]),

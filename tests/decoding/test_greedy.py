@@ -204,6 +204,7 @@ def test_decoding_runs_inside_the_jitted_step():
     "ids": ((2, 1, QUERIES), jnp.int32),
     "lengths": ((2, 1), jnp.int32),
     "log_probs": ((2, 1), jnp.float32),
+    "query_entropy": ((2, QUERIES), jnp.float32),
   }
 
 

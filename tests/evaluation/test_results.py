@@ -65,7 +65,7 @@ def test_mistakes_are_sorted_by_confidence(evaluated, tmp_path, monkeypatch):
   report, predictions = evaluated
   wrong = results.mistakes(predictions)
   assert len(wrong) == sum(x["correct"] is False for x in predictions) > 12
-  confidence = [x["probability"] for x in wrong]
+  confidence = [reporting.confidence(x) for x in wrong]
   assert confidence == sorted(confidence, reverse=True)
   drawn = []
   grid = results.rendering.prediction_grid
