@@ -25,6 +25,7 @@ from narvl_jax.files import side_files
 from narvl_jax.files.paths import check_folder
 from narvl_jax.prediction import decoding_flags
 from narvl_jax.prediction.calibration import Calibration
+from narvl_jax.prediction.decodings import decoding_name, decodings_for
 from narvl_jax.terminal.text import show
 
 _PLOT = "calibration.png"
@@ -47,7 +48,7 @@ def calibrate(
     checkpoint: "best", "last" or a step.
     max_examples: at most this many of every data set; None for all.
     batch_size: `config.evaluation.batch_size` if None.
-    decoding: see `decoding_flags.decodings_for`.
+    decoding: see `decodings.decodings_for`.
 
   Raises:
     UserError: no such run, checkpoint or split, or no example has ground truth.
@@ -55,7 +56,7 @@ def calibrate(
   check_counts(batch_size=batch_size, max_examples=max_examples)
   experiment, variables, step = load_run(workdir, checkpoint)
   check_folder("--workdir", workdir)
-  name = decoding_flags.decoding_name(decoding)
+  name = decoding_name(decoding)
   _, predictions = evaluator.evaluate_tasks(
     experiment,
     variables,
@@ -63,7 +64,7 @@ def calibrate(
     max_examples=max_examples,
     batch_size=batch_size,
     step=step,
-    decodings=decoding_flags.decodings_for(experiment, decoding),
+    decodings=decodings_for(experiment, decoding),
     decoding_name=name,
   )
   measured = calibrating.by_task(predictions)

@@ -44,6 +44,11 @@ from narvl_jax.metrics.cider import DocumentFrequencies
 from narvl_jax.prediction import decoding_flags
 from narvl_jax.prediction.answer_list import with_answers
 from narvl_jax.prediction.calibration import read_temperatures
+from narvl_jax.prediction.decodings import (
+  check_answers_heeded,
+  decoding_name,
+  decodings_for,
+)
 from narvl_jax.terminal.text import show, warn
 
 
@@ -71,7 +76,7 @@ def evaluate(
       `config.evaluation.max_examples` if None.
     batch_size: `config.evaluation.batch_size` if None.
     max_bad_fraction: of the records; `config.data.max_bad_fraction` if None.
-    decoding: see `decoding_flags.decodings_for`.
+    decoding: see `decodings.decodings_for`.
     answers: file of the answers that constrained VQA allows, see
       `narvl_jax.data.answers`; that of the config if "".
     tasks: whose data sets are answered; None: all.
@@ -98,12 +103,12 @@ def evaluate(
     experiment = with_answers(experiment, answers)
   if max_examples is None:
     max_examples = settings.max_examples
-  decodings = decoding_flags.decodings_for(experiment, decoding)
-  decoding_flags.check_answers_heeded(
+  decodings = decodings_for(experiment, decoding)
+  check_answers_heeded(
     {k: v for k, v in decodings.items() if not tasks or k in tasks}, answers
   )
   check_folder("--workdir", workdir)
-  name = decoding_flags.decoding_name(decoding, answers)
+  name = decoding_name(decoding, answers)
   temperatures, note = read_temperatures(workdir, step, name)
   if note:
     warn(note)

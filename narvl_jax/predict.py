@@ -33,6 +33,11 @@ from narvl_jax.files.paths import check_file
 from narvl_jax.prediction import decoding_flags, foreign_input
 from narvl_jax.prediction.answer_list import with_answers
 from narvl_jax.prediction.calibration import read_temperatures
+from narvl_jax.prediction.decodings import (
+  check_answers_heeded,
+  decoding_name,
+  decodings_for,
+)
 from narvl_jax.prediction.predictor import Answer, Predictor
 from narvl_jax.prediction.request import Request
 from narvl_jax.run_folder import workdir as workdir_lib
@@ -69,7 +74,7 @@ def predict(
     premise: likewise.
     overlay: grounding only: PNG to write; by default in the run folder.
     checkpoint: "best", "last" or a step.
-    decoding: see `decoding_flags.decodings_for`.
+    decoding: see `decodings.decodings_for`.
     answers: file of the answers that constrained VQA allows; the config's if
       "".
     min_probability: in [0, 1]; an answer that is less likely to be right is
@@ -107,10 +112,10 @@ def predict(
   experiment, variables, step = load_run(workdir, checkpoint)
   if answers:
     experiment = with_answers(experiment, answers)
-  decodings = decoding_flags.decodings_for(experiment, decoding)
-  decoding_flags.check_answers_heeded({name: decodings[name]}, answers)
+  decodings = decodings_for(experiment, decoding)
+  check_answers_heeded({name: decodings[name]}, answers)
   temperatures, note = read_temperatures(
-    workdir, step, decoding_flags.decoding_name(decoding, answers)
+    workdir, step, decoding_name(decoding, answers)
   )
   with progress.doing("compiling the model and answering"):
     answer = Predictor(experiment, variables, decodings, temperatures).answer(

@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
       cluster = cluster_lib.detect(settings)
       if cluster is not None:
         workdir_lib.check_folder(workdir)
-      logs = None if only_prints else workdir / hosts.LOG_FOLDER
+      logs = None if only_prints else workdir / cluster_lib.LOG_FOLDER
       with (
         hosts.outliving_terminal(logs if cluster is None else None),
         hosts.together(

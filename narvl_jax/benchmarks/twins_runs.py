@@ -17,8 +17,8 @@ from narvl_jax.data.answers import collect_answers
 from narvl_jax.data.example import TASKS
 from narvl_jax.data.sources import load_source
 from narvl_jax.decoding import Decoding
-from narvl_jax.distill import distill
 from narvl_jax.errors import UserError
+from narvl_jax.evaluation import distillation
 from narvl_jax.evaluation.evaluator import evaluate_tasks
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.files.disk import replacing
@@ -141,7 +141,7 @@ class Twins:
     if kind == "distilled":
       if not self.prepare("ar", seed):
         return False
-      distill(
+      options = distillation.Options(
         str(self.folder("ar", seed)),
         str(self._captions(seed)),
         datasets=[self.study.captions],
@@ -151,6 +151,7 @@ class Twins:
         decoding={"method": "beam", "beam_size": 5},
         max_examples=self.labels,
       )
+      distillation.distill(options)
     folder, config = self.folder(kind, seed), self.config(kind, seed)
     if _is_finished(folder, config):
       return True

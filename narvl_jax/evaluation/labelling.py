@@ -24,7 +24,7 @@ from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.hosts import distributed
 from narvl_jax.parallel import make_mesh, replicated
-from narvl_jax.prediction.decoding_flags import (
+from narvl_jax.prediction.decodings import (
   check_answers_heeded,
   decodings_for,
 )
@@ -62,7 +62,7 @@ class Labeller:
     Args:
       workdir: run folder.
       checkpoint: "best", "last" or a step.
-      decoding: see `decoding_flags.decodings_for`.
+      decoding: see `decodings.decodings_for`.
       answers: file of the answers that VQA allows; the config's if "".
       batch_size: over all devices; `config.evaluation.batch_size` if None.
 

@@ -12,6 +12,8 @@ from narvl_jax.hosts.slurm import expand_nodes
 # --help of a command lists these flags as its own.
 flags.disclaim_key_flags()
 
+# Folder of the output of each process, within the folder of the run.
+LOG_FOLDER = "logs"
 HEARTBEAT_SECONDS = 60
 _MODES = ("auto", "on", "off")
 _FLAGS = ("coordinator_address", "num_processes", "process_id")

@@ -17,7 +17,7 @@ class Calibration:
 
   Attributes:
     step: checkpoint to which it belongs.
-    decoding: name of the decoding, see `decoding_flags.decoding_name`.
+    decoding: name of the decoding, see `decodings.decoding_name`.
     split: data on which it was fitted.
     tasks: task -> temperature, examples, ece_before, ece_after (expected
       calibration errors in [0, 1]) and thresholds (wanted accuracy -> None if

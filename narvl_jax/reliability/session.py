@@ -22,8 +22,6 @@ from narvl_jax.reliability import interrupt
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import escape, show
 
-LOG_FOLDER = "logs"
-
 
 @contextlib.contextmanager
 def together(

@@ -17,9 +17,9 @@ from narvl_jax.data.shards import writer as shard_writer
 from narvl_jax.data.shards.distilled import DistilledSet
 from narvl_jax.data.sources import load_source, open_source
 from narvl_jax.data.sources.subset import Subset
-from narvl_jax.distill import distill
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import labelling
+from narvl_jax.evaluation.distillation import Options, distill
 from narvl_jax.prediction.predictor import Predictor
 from tests.evaluation import tiny_run
 from tests.support.processes import start_together
@@ -29,7 +29,7 @@ SIZES: dict[str, Any] = {"max_examples": 20, "shard_size": 8}
 
 def label(to: pathlib.Path, **options: Any) -> list[DistilledSet]:
   options = {"datasets": ["vqa"], **SIZES, **options}
-  return distill(str(tiny_run.tiny_run()), str(to), **options)
+  return distill(Options(str(tiny_run.tiny_run()), str(to), **options))
 
 
 def records_of(found: DistilledSet) -> list[Any]:

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from narvl_jax.distill import distill
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import labelling
+from narvl_jax.evaluation.distillation import Options, distill
 from tests.commands.test_distill import SIZES, label
 from tests.evaluation import tiny_run
 
@@ -84,7 +84,7 @@ def test_wrong_arguments_write_nothing(tmp_path, options, message):
 
 def test_teachers_that_cannot_answer(tmp_path):
   with pytest.raises(UserError, match=r"--teacher=.*nowhere holds no run"):
-    distill(str(tmp_path / "nowhere"), str(tmp_path / "out"))
+    distill(Options(str(tmp_path / "nowhere"), str(tmp_path / "out")))
   run = tiny_run.copy_run(tmp_path / "run")
   config = json.loads((run / "config.json").read_text())
   for section in (config["tasks"], *map(config["data"].get, DATA)):
@@ -93,12 +93,16 @@ def test_teachers_that_cannot_answer(tmp_path):
   with pytest.raises(
     UserError, match=r'not trained on the task "vqa"\. Valid: caption'
   ):
-    distill(str(run), str(tmp_path / "out"), spec="shapes", task="vqa", **SIZES)
+    distill(
+      Options(
+        str(run), str(tmp_path / "out"), spec="shapes", task="vqa", **SIZES
+      )
+    )
   with pytest.raises(UserError, match=r'--answers="a.txt" is for vqa, on'):
-    distill(str(run), str(tmp_path / "out"), answers="a.txt")
+    distill(Options(str(run), str(tmp_path / "out"), answers="a.txt"))
   shutil.rmtree(run / "checkpoints")
   with pytest.raises(UserError, match="no checkpoint yet"):
-    distill(str(run), str(tmp_path / "out"))
+    distill(Options(str(run), str(tmp_path / "out")))
 
 
 def test_the_allowed_answers_are_part_of_the_settings(tmp_path):

@@ -31,6 +31,7 @@ print(json.dumps([*sys.modules]))
     "checkpoints",
     "check_data",
     "compare",
+    "distill",
     "compile_check",
     "convert_data",
     "list_answers",

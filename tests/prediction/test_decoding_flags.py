@@ -11,11 +11,12 @@ import pytest
 from narvl_jax.data.example import TASKS
 from narvl_jax.decoding import Decoding, ParallelReader
 from narvl_jax.decoding.autoregressive_reader import AutoregressiveReader
+from narvl_jax.decoding.settings import METHODS
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.experiment import resolve_model_config
 from narvl_jax.models import make_model
 from narvl_jax.prediction.answer_list import with_answers
-from narvl_jax.prediction.decoding_flags import (
+from narvl_jax.prediction.decodings import (
   check_answers_heeded,
   decoding_name,
   decodings_for,
@@ -151,6 +152,7 @@ def test_help_of_a_command_names_the_flags(command: str) -> None:
   )
   for flag in ("decoding=", "[no]constrained", "beam_size=", "num_best="):
     assert f"\n  --{flag}" in result.stdout
+  assert f"{', '.join(METHODS)}, or reference" in result.stdout
   assert ("\n  --num_processes=" in result.stdout) == (command == "distill")
 
 
