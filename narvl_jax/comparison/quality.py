@@ -8,6 +8,7 @@ from narvl_jax.comparison.case import Case
 from narvl_jax.comparison.runs import Run
 from narvl_jax.comparison.ways import BASELINE, UNCACHED, Way
 from narvl_jax.evaluation import evaluator
+from narvl_jax.evaluation.metric import Options
 from narvl_jax.evaluation.reporting import Prediction
 from narvl_jax.evaluation.saved import paired
 
@@ -64,6 +65,8 @@ def _evaluate(
     step=run.step,
     decodings={task: way.decoding},
     tasks=[task],
+    # The predictions then name their pictures.
+    options=Options(intervals=True),
   )
   entry = {
     "metrics": report["tasks"].get(task, {}),

@@ -26,13 +26,11 @@ class Tally:
     options: of the evaluation.
     predictions: position of an example in the evaluation -> its prediction.
     bad: positions of bad records, which have no prediction.
-    pictures: position -> identity of the picture, for intervals only.
     metrics: task -> its metrics.
   """
 
   def __init__(self, options: Options = CHEAP) -> None:
     self.options = options
-    self.pictures: dict[int, str] = {}
     self.predictions: dict[int, Prediction] = {}
     self.bad: set[int] = set()
     self.metrics: Mapping[str, list[Metric]] = {
@@ -51,8 +49,6 @@ class Tally:
       index: of the record in the data set.
     """
     scores = {}
-    if self.options.intervals:
-      self.pictures[position] = _identity(answer.record.image)
     for metric in self.metrics[answer.record.task]:
       metric.update(answer.record, answer.value, position)
       if isinstance(metric, MeanMetric):
@@ -62,6 +58,9 @@ class Tally:
       "dataset": dataset,
       "index": index,
     }
+    if self.options.intervals:
+      identity = _identity(answer.record.image)
+      self.predictions[position]["image"] = identity
 
   def merge(self, other: "Tally") -> None:
     """Adds what another host evaluated.
@@ -73,7 +72,6 @@ class Tally:
     united = self.predictions | {i: other.predictions[i] for i in new}
     self.predictions = dict(sorted(united.items()))
     self.bad |= other.bad
-    self.pictures |= other.pictures
     for task, metrics in self.metrics.items():
       for metric, theirs in zip(metrics, other.metrics[task], strict=True):
         theirs.measured = {i: x for i, x in theirs.measured.items() if i in new}
@@ -141,10 +139,11 @@ class Tally:
     return report
 
   def _intervals(self, task: str) -> dict[str, list[float]]:
+    pictures = {i: x["image"] for i, x in self.predictions.items()}
     return {
       name: [*bounds]
       for metric in self.metrics[task]
-      for name, bounds in metric.intervals(self.pictures).items()
+      for name, bounds in metric.intervals(pictures).items()
     }
 
   def _groups(
@@ -181,8 +180,7 @@ class Tally:
       task: [list(metric.measured.items()) for metric in metrics]
       for task, metrics in self.metrics.items()
     }
-    pictures = list(self.pictures.items())
-    return [list(self.predictions.items()), list(self.bad), pictures, measured]
+    return [list(self.predictions.items()), list(self.bad), measured]
 
 
 def _identity(image: bytes | np.ndarray) -> str:
@@ -192,9 +190,8 @@ def _identity(image: bytes | np.ndarray) -> str:
 
 def _from_json(values: list[Any], options: Options) -> Tally:
   tally = Tally(options)
-  predictions, bad, pictures, measured = values
+  predictions, bad, measured = values
   tally.predictions, tally.bad = dict(predictions), set(bad)
-  tally.pictures = dict(pictures)
   for task, metrics in tally.metrics.items():
     for metric, pairs in zip(metrics, measured[task], strict=True):
       metric.measured = dict(pairs)

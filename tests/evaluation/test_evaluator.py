@@ -311,7 +311,7 @@ def test_unknown_split_and_data_set():
 def test_intervals_are_there_when_asked_for(serve):
   serve(_known_records())
   options = Options(intervals=True)
-  report, _ = evaluator.evaluate_tasks(
+  report, predictions = evaluator.evaluate_tasks(
     _oracle(), _identity(), split="test", batch_size=4, options=options
   )
   intervals = report["intervals"]
@@ -321,6 +321,8 @@ def test_intervals_are_there_when_asked_for(serve):
       low, high = intervals[task][name]
       assert low <= value <= high
   assert intervals["entailment"]["accuracy"] == [0.0, 1.0]
+  # What is drawn is known to the predictions as well.
+  assert all(len(x["image"]) == 16 for x in predictions)
 
 
 def _tally(positions: Iterable[int]) -> Tally:
@@ -363,6 +365,13 @@ def test_every_example_is_counted():
   tally.check(4)
   with pytest.raises(RuntimeError, match=r"1 of 5 examples .* as number 4"):
     tally.check(5)
+  # Of two hosts, one example on both and one on none.
+  whole = Tally(tally.options)
+  for positions in ((0, 2), (2, 3)):
+    whole.merge(_tally(positions))
+  assert whole.report(split="test", step=1)["counts"] == {"vqa": 3}
+  with pytest.raises(RuntimeError, match=r"1 of 4 examples .* as number 1"):
+    whole.check(4)
   del tally.metrics["vqa"][0].measured[3]
   with pytest.raises(RuntimeError, match=r"VqaAccuracy has 2 .* 3 predictions"):
     tally.check(4)

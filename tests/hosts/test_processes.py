@@ -90,6 +90,9 @@ def test_hosts_exchange_values(tmp_path):
       {"host": 1, "text": "x" * 10},
     ]
     assert result["devices"] == 8
+    # Each example once, also the one that both hosts evaluated.
+    error = "1 of 6 examples were evaluated by no host, such as number 5"
+    assert result["counts"] == [{"vqa": 5}, error]
     # data=2 runs over the hosts: each has half of the batch.
     assert result["rows"] == list(range(4 * i, 4 * i + 4))
     weights = np.arange(1, 9)[:, None]

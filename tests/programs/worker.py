@@ -12,9 +12,12 @@ import numpy as np
 from absl import flags
 
 from narvl_jax.command_line import cli
+from narvl_jax.data.example import Record
 from narvl_jax.errors import UserError
+from narvl_jax.evaluation.tally import Tally
 from narvl_jax.hosts import cluster, distributed
 from narvl_jax.parallel import local_rows, shard_batch
+from narvl_jax.prediction.predictor import Answer
 from narvl_jax.reliability import session as hosts
 from narvl_jax.reliability.explain import explain_failure
 from tests.support import runs
@@ -41,6 +44,27 @@ def losses(shape: tuple[int, int, int], steps: int) -> list[float]:
   return found
 
 
+def _counts(index: int, count: int) -> tuple[dict[str, int], str]:
+  """Counts examples on all hosts; the first one is on each of them.
+
+  Returns:
+    The counts of the report, and the error if one more example is expected.
+  """
+  tally, total = Tally(), 5
+  for position in {0, *range(index, total, count)}:
+    image = np.full((4, 4, 3), position, np.uint8)
+    record = Record(str(position), "vqa", image, answers={"red": 1.0})
+    answer = Answer(record, position, "red", 0.0)
+    tally.update(answer, position, dataset="vqa", index=position)
+  whole = tally.of_all_hosts()
+  whole.check(total)
+  try:
+    whole.check(total + 1)
+  except RuntimeError as error:
+    return whole.report(split="test", step=1)["counts"], str(error)
+  return {}, ""
+
+
 def _exchange(folder: pathlib.Path) -> None:
   """Tests barriers, gathered values and the placement of rows."""
   index = jax.process_index()
@@ -51,6 +75,7 @@ def _exchange(folder: pathlib.Path) -> None:
   whole = np.arange(16).reshape(8, 2)
   array = shard_batch({"x": whole[rows]}, mesh, 8)["x"]
   total = jax.jit(lambda x: (x * np.arange(1, 9)[:, None]).sum())(array)
+  counts = _counts(index, jax.process_count())
   missing = ""
   # Process 1 arrives too late.
   time.sleep(2.0 * index)
@@ -63,6 +88,7 @@ def _exchange(folder: pathlib.Path) -> None:
     "rows": rows,
     "devices": jax.device_count(),
     "total": int(total),
+    "counts": counts,
     "missing": missing,
   }
   print("printed by python", flush=True)

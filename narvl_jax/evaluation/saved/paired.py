@@ -142,8 +142,8 @@ def _entry(
 
 def _groups(predictions: Sequence[Prediction]) -> tuple[int | None, list[Any]]:
   """Returns the number of pictures, and the picture of each example."""
-  groups = [(x["dataset"], x.get("image")) for x in predictions]
-  if not all(image for _, image in groups):
+  groups = [x.get("image") for x in predictions]
+  if not all(groups):
     return None, list(range(len(predictions)))
   return len(set(groups)), groups
 
