@@ -78,6 +78,8 @@ class Dataset:
     validation: split that is evaluated after each epoch.
     test: split that is evaluated at the end.
     test_columns: of the splits that are evaluated; empty for the usual ones.
+    partition: name of the way in which papers split the data, if there are
+      several.
   """
 
   name: str
@@ -87,6 +89,7 @@ class Dataset:
   validation: str = "val"
   test: str = "test"
   test_columns: str = ""
+  partition: str = ""
 
 
 def parse_arguments(arg: str, name: str) -> dict[str, str]:
@@ -164,7 +167,11 @@ def official_config(
   )
   options = {"columns": dataset.test_columns} if dataset.test_columns else {}
   config.data.evaluation[dataset.name] = evaluation_source(
-    "ofa_tsv", dataset.task, path=path, **options
+    "ofa_tsv",
+    dataset.task,
+    partition=dataset.partition,
+    path=path,
+    **options,
   )
   update(
     config,

@@ -33,7 +33,9 @@ OFA (val): tiny 80.20, medium 85.34, base 88.48, large 90.05, huge 92.04
 from narvl_jax.configs.official import Dataset, Recipe, official_config
 from narvl_jax.experiment.config import Config
 
-DATASET = Dataset("refcoco", "grounding", train_rows=120_624, test="testA")
+DATASET = Dataset(
+  "refcoco", "grounding", train_rows=120_624, test="testA", partition="unc"
+)
 
 RECIPES = {
   "tiny": Recipe(5e-5, epochs=50, drop_path=0.1),

@@ -33,7 +33,7 @@ from narvl_jax.configs.official import Dataset, Recipe, official_config
 from narvl_jax.configs.refcoco import SETTINGS
 from narvl_jax.experiment.config import Config
 
-DATASET = Dataset("refcocog", "grounding", train_rows=80_512)
+DATASET = Dataset("refcocog", "grounding", train_rows=80_512, partition="umd")
 
 RECIPES = {
   "tiny": Recipe(3e-5, epochs=50, drop_path=0.1),

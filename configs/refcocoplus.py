@@ -31,7 +31,9 @@ from narvl_jax.configs.official import Dataset, Recipe, official_config
 from narvl_jax.configs.refcoco import SETTINGS
 from narvl_jax.experiment.config import Config
 
-DATASET = Dataset("refcocoplus", "grounding", train_rows=120_191, test="testA")
+DATASET = Dataset(
+  "refcocoplus", "grounding", train_rows=120_191, test="testA", partition="unc"
+)
 
 RECIPES = {
   "tiny": Recipe(5e-5, epochs=50, drop_path=0.1),

@@ -4,12 +4,13 @@ python -m narvl_jax.evaluate --workdir=runs/shapes [--split=test]
     [--checkpoint=best|last|STEP] [--max_examples=N] [--batch_size=B]
     [--decoding=greedy|beam|candidates|reference] [--constrained]
     [--answers=answers.txt] [--tasks=vqa,grounding] [--metrics=cheap|all]
-    [--cider_df=FILE]
+    [--cider_df=FILE] [--annotations=FILE]
 
 `--metrics=all` adds BLEU, METEOR, ROUGE-L, CIDEr and SPICE of captions. They
 need pycocoevalcap and Java, whose start takes seconds, so that "cheap" is the
 default. `--cider_df` names the document frequencies of another corpus for
-CIDEr; docs/evaluation.md explains every figure.
+CIDEr. `--annotations` names the official annotations of the one evaluated data
+set. docs/evaluation.md explains every figure.
 
 Prints a table and writes evaluations/NAME.json, predictions/NAME.jsonl and
 predictions/NAME.png into the run folder. NAME is SPLIT-STEP-DECODING, followed
@@ -65,6 +66,7 @@ def evaluate(
   tasks: Sequence[str] | None = None,
   metrics: str = "cheap",
   cider_df: str = "",
+  annotations: str = "",
 ) -> reporting.Report:
   """Evaluates a checkpoint, prints the table and writes the results.
 
@@ -83,6 +85,9 @@ def evaluate(
     metrics: "cheap", or "all" with those that start Java.
     cider_df: file of document frequencies for CIDEr; those of the evaluated
       references if "".
+    annotations: file of the official annotations of the one data set that
+      `tasks` leaves, see `narvl_jax.data.sources.annotations`; those of the
+      config if "".
 
   Returns:
     The report, see `evaluator.evaluate_tasks`.
@@ -99,6 +104,8 @@ def evaluate(
   settings: Any = experiment.config.evaluation
   if max_bad_fraction is not None:
     experiment.config.data.max_bad_fraction = max_bad_fraction
+  if annotations:
+    _set_annotations(experiment.config, tasks, annotations)
   if answers:
     experiment = with_answers(experiment, answers)
   if max_examples is None:
@@ -159,6 +166,20 @@ def _options(metrics: str, cider_df: str) -> Options:
   return dataclasses.replace(options, frequencies=frequencies)
 
 
+def _set_annotations(
+  config: Any, tasks: Sequence[str] | None, annotations: str
+) -> None:
+  entries = config.data.evaluation
+  chosen = [k for k, x in entries.items() if not tasks or x.task in tasks]
+  if len(chosen) != 1:
+    raise UserError(
+      f'--annotations="{annotations}" is for one data set, but'
+      f" {' and '.join(chosen) or 'none'} would be evaluated; choose its task"
+      " by --tasks, or train with --config.data.evaluation.NAME.annotations"
+    )
+  entries[chosen[0]].annotations = annotations
+
+
 def define_flags() -> None:
   """Defines the flags of the command."""
   common_flags.workdir()
@@ -184,6 +205,12 @@ def define_flags() -> None:
     "File of document frequencies for CIDEr; those of the evaluated references"
     " by default.",
   )
+  flags.DEFINE_string(
+    "annotations",
+    "",
+    "File of the official annotations of the evaluated data set; those of the"
+    " config by default.",
+  )
   decoding_flags.define_flags()
   common_flags.json()
   flags.mark_flag_as_required("workdir")
@@ -206,6 +233,7 @@ def main(argv: Sequence[str]) -> None:
     tasks=settings.tasks,
     metrics=settings.metrics,
     cider_df=settings.cider_df,
+    annotations=settings.annotations,
   )
   write_report(settings.json, report)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from narvl_jax.data.batches.bad_records import BadRecords
+from narvl_jax.data.sources.annotations import AnnotatedSource
 from narvl_jax.data.sources.subset import Subset, spread
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError, did_you_mean
@@ -69,7 +70,7 @@ def evaluate_tasks(
 
   Raises:
     UserError: a data set, the split or a task is unknown, a decoding does not
-      fit its task, or too many records are bad.
+      fit its task, too many records are bad, or one has no annotation.
   """
   entries = _entries(experiment, tasks)
   predictor = Predictor(experiment, variables, decodings, temperatures)
@@ -82,6 +83,9 @@ def evaluate_tasks(
     name: Subset(source, spread(len(source), max_examples))
     for name, source in opened.items()
   }
+  for name, source in opened.items():
+    if isinstance(source, AnnotatedSource):
+      source.check(subsets[name].indices)
   total = sum(map(len, subsets.values()))
   size = batch_size or config.evaluation.batch_size
   options = dataclasses.replace(options, vqa_rule=config.evaluation.vqa_rule)
@@ -93,6 +97,9 @@ def evaluate_tasks(
   every = _tasks_of(config.data.evaluation)
   evaluated = _tasks_of(entries)
   report = tally.report(split=split, step=step)
+  for name, entry in report["datasets"].items():
+    if partition := entries[name].get("partition", ""):
+      entry["partition"] = partition
   report |= {
     "decoding_name": decoding_name,
     "decoding": {

@@ -10,6 +10,8 @@ from narvl_jax.experiment.config_table import KEYS
 
 # A ConfigDict, whose keys no type checker knows.
 Config: TypeAlias = Any
+# Optional texts of an entry of `data.evaluation`.
+_TEXTS = {"annotations": "", "partition": ""}
 
 
 def default_config(*tasks: str) -> Config:
@@ -68,9 +70,33 @@ def train_source(
   )
 
 
-def evaluation_source(source: str, task: str, **options: Any) -> Config:
-  """Returns an entry of `data.evaluation`; see `train_source`."""
-  return ConfigDict({"source": source, "task": task, "options": options})
+def evaluation_source(
+  source: str,
+  task: str,
+  *,
+  annotations: str = "",
+  partition: str = "",
+  **options: Any,
+) -> Config:
+  """Returns an entry of `data.evaluation`.
+
+  Args:
+    source: see `train_source`.
+    task: see `train_source`.
+    annotations: file of official annotations, see `sources.annotations`;
+      `{split}` in its name stands for the split.
+    partition: name of the way in which papers split the data, for reports.
+    **options: see `train_source`.
+  """
+  return ConfigDict(
+    {
+      "source": source,
+      "task": task,
+      "annotations": annotations,
+      "partition": partition,
+      "options": options,
+    }
+  )
 
 
 def to_json(config: Any) -> Any:
@@ -99,6 +125,10 @@ def from_json(values: dict[str, Any]) -> Config:
         section[key] = _tuples(value)
 
   fill(config, values)
+  for name, entry in config.data.evaluation.items():
+    # Entries of earlier versions lack some keys.
+    if isinstance(entry, ConfigDict):
+      config.data.evaluation[name] = ConfigDict({**_TEXTS, **entry})
   return config
 
 

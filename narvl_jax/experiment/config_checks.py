@@ -23,9 +23,10 @@ from narvl_jax.parallel.rules import check_rules
 from narvl_jax.state.parameters import parse_rules
 from narvl_jax.state.renames import parse_drops, parse_renames
 
-_EVALUATION_KEYS = ("source", "task", "options")
-_TRAIN_KEYS = (*_EVALUATION_KEYS, "weight", "split")
-_TEXT_KEYS = ("source", "task", "split")
+_SOURCE_KEYS = ("source", "task", "options")
+_EVALUATION_KEYS = (*_SOURCE_KEYS, "annotations", "partition")
+_TRAIN_KEYS = (*_SOURCE_KEYS, "weight", "split")
+_TEXT_KEYS = ("source", "task", "split", "annotations", "partition")
 
 
 def validate(config: Config, *, fit: bool = True) -> None:

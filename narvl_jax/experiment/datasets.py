@@ -7,6 +7,7 @@ from typing import Any
 from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources import load_source
+from narvl_jax.data.sources.annotations import AnnotatedSource
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.config import Config
 
@@ -57,7 +58,7 @@ def load_mixture(config: Config) -> list[MixtureEntry]:
 
 
 def load_dataset(config: Any, name: str, split: str) -> Sequence[Record]:
-  """Opens a data set of `config.data.evaluation`.
+  """Opens a data set of `config.data.evaluation`, with its annotations.
 
   Raises:
     UserError: if it has no such name or split.
@@ -67,7 +68,13 @@ def load_dataset(config: Any, name: str, split: str) -> Sequence[Record]:
     raise UserError(
       f'data.evaluation has no "{name}".{did_you_mean(name, entries.keys())}'
     )
-  return _load(config, entries[name], split)
+  entry = entries[name]
+  source = _load(config, entry, split)
+  path = entry.get("annotations", "")
+  if not path:
+    return source
+  path = path.replace("{split}", split)
+  return AnnotatedSource(source, path, task=entry.task, split=split, name=name)
 
 
 def _load(config: Config, entry: Any, split: str) -> Sequence[Record]:

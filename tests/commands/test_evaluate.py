@@ -12,6 +12,7 @@ from narvl_jax import evaluate as evaluate_lib
 from narvl_jax.data.sources.shapes import ShapesSource
 from narvl_jax.errors import UserError
 from narvl_jax.evaluate import evaluate
+from narvl_jax.experiment.datasets import load_dataset
 from narvl_jax.metrics.cider import DocumentFrequencies
 from tests.evaluation import tiny_run
 
@@ -154,6 +155,40 @@ def test_frequencies_must_count_words_of_a_computed_figure(workdir, tmp_path):
     workdir, cider_df=str(path), max_examples=2, tasks=["caption"]
   )
   assert report["cider_df"] == str(path)
+
+
+def test_annotations_make_figures_of_papers(workdir, tmp_path):
+  path = tmp_path / "annotations.json"
+  source = load_dataset(tiny_run.tiny_config(), "vqa", "test")
+  entries = [
+    {
+      "question_id": source[i].id,
+      "question_type": "what" if i else "how many",
+      "answer_type": "other",
+      "answers": [{"answer": "red"}] * 10,
+    }
+    for i in range(3)
+  ]
+  path.write_text(json.dumps({"annotations": entries}))
+  with pytest.raises(UserError, match=r"for one data set, but .*vqa.*--tasks"):
+    evaluate(workdir, annotations=str(path))
+  with pytest.raises(UserError, match=r"of 6 records have no annotation"):
+    evaluate(workdir, annotations=str(path), tasks=["vqa"], max_examples=6)
+  entries[1:] = [
+    {**entries[1], "question_id": source[i].id} for i in range(1, len(source))
+  ]
+  path.write_text(json.dumps({"annotations": entries}))
+  report = evaluate(
+    workdir, annotations=str(path), tasks=["vqa"], max_examples=6
+  )
+  assert list(report["tasks"]["vqa"]) == ["accuracy", "vqa_accuracy"]
+  assert list(report["kinds"]["vqa"]) == ["other"]
+  groups = report["question_types"]["vqa"]
+  assert {k: x["examples"] for k, x in groups.items()} == {
+    "how many": 1,
+    "what": 5,
+  }
+  assert list(report["intervals"]["vqa"]) == ["accuracy", "vqa_accuracy"]
 
 
 def test_folder_without_a_run(tmp_path):

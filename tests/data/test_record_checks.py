@@ -28,6 +28,8 @@ WRONG: list[tuple[str, Any]] = [
   *(("objects", x) for x in ("abc", 5, {"a": 1}, [5], ["a", None], [["a"]])),
   *(("score", x) for x in (NAN, INF, "1", [1], True)),
   *(("annotators", x) for x in (-5, 1.5, "3", True, [1], None)),
+  *(("people", x) for x in (5, "yes", [5], ["a", None], None)),
+  *(("question_type", x) for x in (5, ["a"], None)),
   *(("box", x) for x in ("abcd", 5, {"a": 1}, [1, 2, 3], [1, 2, 3, NAN])),
   *(
     ("box", x) for x in ([0, 0, INF, 1], ["1", "2", "3", "4"], [1, 2, 3, True])

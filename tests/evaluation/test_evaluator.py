@@ -308,6 +308,17 @@ def test_unknown_split_and_data_set():
     load_dataset(experiment.config, "vqq", "test")
 
 
+def test_the_partition_of_a_data_set_is_reported(serve):
+  serve(_known_records())
+  experiment = _oracle()
+  experiment.config.data.evaluation.grounding.partition = "umd"
+  report, _ = evaluator.evaluate_tasks(
+    experiment, _identity(), split="test", batch_size=4
+  )
+  assert report["datasets"]["grounding"]["partition"] == "umd"
+  assert "partition" not in report["datasets"]["vqa"]
+
+
 def test_intervals_are_there_when_asked_for(serve):
   serve(_known_records())
   options = Options(intervals=True)

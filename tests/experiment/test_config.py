@@ -342,5 +342,27 @@ def test_sources():
   assert entry.to_dict() == {
     "source": "shapes",
     "task": "vqa",
+    "annotations": "",
+    "partition": "",
     "options": {"image_size": 32},
   }
+
+
+def test_entries_of_earlier_versions_get_the_new_keys():
+  config = default_config("vqa")
+  config.data.train.x = train_source("shapes", "vqa")
+  config.data.evaluation.x = evaluation_source("shapes", "vqa", image_size=32)
+  old = to_json(config)
+  for key in ("annotations", "partition"):
+    del old["data"]["evaluation"]["x"][key]
+  assert to_json(from_json(old)) == to_json(config)
+
+
+@pytest.mark.parametrize("key", ["annotations", "partition"])
+def test_texts_of_an_evaluation_entry(key):
+  config = default_config("vqa")
+  config.data.train.x = train_source("shapes", "vqa")
+  config.data.evaluation.x = evaluation_source("shapes", "vqa")
+  config.data.evaluation.x = {**config.data.evaluation.x, key: 5}
+  with pytest.raises(UserError, match=rf"x\.{key}=5 is not a text"):
+    validate(config)
