@@ -1,5 +1,6 @@
 """Caption figures against pycocoevalcap, and where parts of it are missing."""
 
+import os
 import random
 import re
 from typing import Any
@@ -41,8 +42,40 @@ def pictures():
   return predictions, references
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_meteor():
+  """All METEOR of this file uses one Java process, which starts slowly.
+
+  Returns the options for Java at each request for one.
+  """
+  if _NO_PTB:
+    yield []
+    return
+  from pycocoevalcap.meteor import meteor as package
+
+  started: list[Any] = []
+  options = []
+  meteor_class = package.Meteor
+
+  def shared():
+    options.append(os.environ.get("JAVA_TOOL_OPTIONS", ""))
+    if not started:
+      with meteor.utf8_java():
+        started.append(meteor_class())
+    return started[0]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(package, "Meteor", shared)
+    yield options
+  for process in (each.meteor_p for each in started):
+    process.stdin.close()
+    process.wait()
+    process.stdout.close()
+    process.stderr.close()
+
+
 @pytest.fixture(scope="module")
-def official(pictures):
+def official(pictures, one_meteor):
   from pycocoevalcap.bleu.bleu import Bleu
   from pycocoevalcap.cider.cider import Cider
   from pycocoevalcap.meteor.meteor import Meteor
@@ -57,19 +90,11 @@ def official(pictures):
   )
   tokens = {i: [x.replace("|||", "") for x in predicted[i]] for i in predicted}
   clean = {i: [x.replace("|||", "") for x in expected[i]] for i in expected}
-  meteor_process: Any = Meteor()
   figures = {
-    "meteor": meteor_process.compute_score(clean, tokens),
+    "meteor": Meteor().compute_score(clean, tokens),
     "rouge_l": Rouge().compute_score(expected, predicted),
     "cider": Cider().compute_score(expected, predicted),
   }
-  meteor_process.meteor_p.stdin.close()
-  meteor_process.meteor_p.wait()
-  for stream in (
-    meteor_process.meteor_p.stdout,
-    meteor_process.meteor_p.stderr,
-  ):
-    stream.close()
   values, scores = Bleu(4).compute_score(expected, predicted, verbose=0)
   for n in range(4):
     figures[f"bleu_{n + 1}"] = values[n], scores[n]
@@ -108,11 +133,12 @@ def test_captions_keep_their_pictures():
 
 
 @needs_ptb
-def test_meteor_survives_any_caption():
+def test_meteor_survives_any_caption(one_meteor):
   found = meteor.statistics(
     ["", "|||", "a ||| b", "dog", ""],
     [["dog"], ["|||"], ["a b"], [""], [""]],
   )
+  assert "-Dfile.encoding=UTF-8" in one_meteor[-1]
   scores = meteor.score(found)
   assert scores.shape == (5,)
   assert scores[2] == pytest.approx(1)
