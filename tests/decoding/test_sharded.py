@@ -12,6 +12,11 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from narvl_jax.ahead_of_time.program import read_program
 from narvl_jax.ahead_of_time.topology import get_topology
 from narvl_jax.decoding import greedy_decode
+from narvl_jax.decoding.classes import never_predicted
+from narvl_jax.decoding.likelihood import (
+  coordinate_distributions,
+  query_entropy,
+)
 from narvl_jax.errors import UserError
 from narvl_jax.parallel import AXES as MESH_AXES
 from narvl_jax.parallel import BATCH_AXES, VOCAB_AXIS, make_mesh
@@ -91,6 +96,49 @@ class TestOnEightDevices:
     assert found["ids"][0, :3].tolist() == [40, 31, 2]
     assert found["lengths"][1] == 0
     assert np.any(found["ids"][4] == 150) == (not mask)
+
+  @pytest.mark.parametrize("shape", MESHES)
+  def test_same_distributions_as_on_one_device(self, shape):
+    """Of queries and coordinates; bins lie on several devices."""
+    mesh = make_mesh(*shape)
+    logits, merge, forbidden = problem()
+    never = never_predicted(ROWS, forbidden, CLASSES)
+    logits = np.where(never, -np.inf, logits).astype(np.float32)
+    logits[:, :4, 20:100] += 20
+
+    def describe(logits, merge, axes):
+      found = greedy_decode(
+        logits, merge, blank_id=BLANK, pad_id=PAD, axes=axes
+      )
+      boxes = coordinate_distributions(
+        logits,
+        found["ids"],
+        found["lengths"],
+        merge,
+        blank_id=BLANK,
+        bins=(20, 80),
+        axes=axes,
+      )
+      return query_entropy(logits, axes), *boxes
+
+    specs = (
+      PartitionSpec(BATCH_AXES, None, VOCAB_AXIS),
+      PartitionSpec(BATCH_AXES),
+    )
+    places = [NamedSharding(mesh, spec) for spec in specs]
+    with jax.set_mesh(mesh):
+      found = jax.jit(functools.partial(describe, axes=AXES))(
+        *jax.device_put((logits, merge), tuple(places))
+      )
+    whole = jax.jit(functools.partial(describe, axes=MeshAxes()))
+    expected = whole(jnp.asarray(logits), jnp.asarray(merge))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[2], expected[2], rtol=1e-4, atol=1e-6)
+    likely = np.asarray(expected[2]) > 1e-3
+    np.testing.assert_array_equal(
+      np.asarray(found[1])[likely], np.asarray(expected[1])[likely]
+    )
+    assert likely.any()
 
   @pytest.mark.parametrize("shape", MESHES)
   def test_communication_of_a_split_vocabulary(self, shape):
