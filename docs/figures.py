@@ -4,10 +4,14 @@
     python docs/figures.py [--workdir=runs/shapes]
 
 Without a run folder only the diagram is drawn. With one, the first examples of
-its test split and the answers of its best checkpoint become predictions.png.
+its test split and the answers of its best checkpoint become predictions.png,
+and Chromium, if it is installed, draws the top of its report as report.png.
 """
 
 import pathlib
+import shutil
+import subprocess
+import tempfile
 import textwrap
 from collections.abc import Sequence
 
@@ -17,6 +21,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from narvl_jax.predict import predict
+from narvl_jax.report import report
 
 IMAGES = pathlib.Path(__file__).parent / "images"
 _INK, _FAINT = "#1f2933", "#9aa5b1"
@@ -34,6 +39,9 @@ _TASKS = {
 }
 _EXAMPLES = 2
 
+# Of the picture of a report, in pixels.
+_REPORT_SIZE = (1280, 1240)
+
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Trained run, for the picture of predictions."
 )
@@ -49,6 +57,9 @@ def main(argv: Sequence[str]) -> None:
   if _WORKDIR.value:
     _predictions(IMAGES / "predictions.png", _WORKDIR.value)
     print(f"wrote {IMAGES / 'predictions.png'}")
+    if browser := shutil.which("chromium"):
+      _report(IMAGES / "report.png", _WORKDIR.value, browser)
+      print(f"wrote {IMAGES / 'report.png'}")
 
 
 def _predictions(path: pathlib.Path, workdir: str) -> None:
@@ -107,6 +118,23 @@ def _draw_box(axes: plt.Axes, box: Sequence[float]) -> None:
       linewidth=2.5,
     )
   )
+
+
+def _report(path: pathlib.Path, workdir: str, browser: str) -> None:
+  """Draws the top of the page that `narvl_jax.report` writes about a run."""
+  width, height = _REPORT_SIZE
+  with tempfile.TemporaryDirectory() as folder:
+    page = report(workdir, pathlib.Path(folder) / "report.html")
+    options = (
+      *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+      f"--user-data-dir={folder}/profile",
+      f"--window-size={width},{height}",
+      f"--screenshot={path.resolve()}",
+    )
+    subprocess.run([browser, *options, page.as_uri()], check=True)
+  with Image.open(path) as drawn:
+    small = drawn.convert("RGB").quantize(128)
+  small.save(path, optimize=True)
 
 
 def _one_pass(path: pathlib.Path) -> None:

@@ -23,6 +23,7 @@ COMMANDS = (
   "submission",
   "predict",
   "inspect",
+  "report",
   "calibrate",
   "checkpoints",
   "check_data",

@@ -42,7 +42,10 @@ td { overflow-wrap: anywhere; max-width: 36rem; }
 img { max-width: 100%; }
 .pixels { image-rendering: pixelated; }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; } figcaption { font-weight: 600; font-size: .9rem; }
+figure { margin: 0; max-width: 380px; } .legend { font-size: .8rem; }
+.key { display: inline-block; margin-right: .8rem; white-space: nowrap; }
+h3, .task { font-size: 1rem; font-weight: 600; margin: 1rem 0 .3rem; }
+figcaption { font-weight: 600; font-size: .9rem; }
 svg text { fill: var(--ink); font-size: 11px; }
 svg .axis { stroke: var(--line); }
 """

@@ -22,7 +22,7 @@ from narvl_jax.reliability.explain import (
 )
 from narvl_jax.reliability.interrupt import StopRequest
 from narvl_jax.reliability.ledger import Ledger
-from narvl_jax.run_folder import restarts
+from narvl_jax.run_folder import restarts, times
 from narvl_jax.run_folder.lock import RENEW_SECONDS, LockLost, RunLock
 from narvl_jax.run_folder.workdir import is_run
 from narvl_jax.terminal.text import show
@@ -86,7 +86,7 @@ class Guard:
     if error is not None and not isinstance(error, SystemExit):
       self.end(*describe_failure(error, self._workdir))
     elif (lock := self._lock) is not None:
-      lock.release()
+      self._release(lock)
     # The exit code is decided; a launcher's SIGTERM must not change it.
     self.stop.close(ignore=error is not None and self._leave is not None)
 
@@ -186,6 +186,12 @@ class Guard:
       step=status.step,
       since=self._since,
     )
+    self._release(lock)
+
+  def _release(self, lock: RunLock) -> None:
+    """Records the time, unless the folder holds no run yet, and unlocks it."""
+    if is_run(self._workdir):
+      times.record(self._workdir, self.ledger.seconds())
     lock.release()
 
   def check_folder(self) -> None:

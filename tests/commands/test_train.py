@@ -30,6 +30,7 @@ from narvl_jax.experiment.config import Config, to_json
 from narvl_jax.reliability import guard as guard_lib
 from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.run import training_run
+from narvl_jax.run_folder import times
 from tests.support.terminal import masked
 from tests.support.tiny import tiny_config
 
@@ -169,8 +170,10 @@ def test_run_folder(outcomes):
   assert {path.name for path in folder.iterdir()} == {
     *("checkpoints", "config.json", "environment.json", "evaluation.json"),
     *("evaluations", "metrics.jsonl", "predictions", "sharding.txt"),
-    *("tensorboard", "vocabulary"),
+    *("tensorboard", "time.jsonl", "vocabulary"),
   }
+  (spent,) = times.history(folder)
+  assert {"init", "step", "evaluation"} <= spent["seconds"].keys()
   assert json.loads((folder / "config.json").read_text()) == to_json(_config())
   report = json.loads((folder / "evaluation.json").read_text())
   assert report == outcomes["whole"].report

@@ -4,7 +4,7 @@ import html.parser
 
 HOSTILE = '<script>alert(1)</script>"&\x1b[31m'
 
-_VOID = {"meta", "img", "br", "line", "path", "rect", "polyline", "circle"}
+_VOID = {"meta", "img", "br"}
 _REFERENCES = ("src", "href", "xlink:href", "action", "data", "srcset")
 
 

@@ -1,0 +1,99 @@
+"""Tables of an evaluation and of a calibration, for the page of a run."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from narvl_jax.evaluation import reporting
+from narvl_jax.inspection import markup
+from narvl_jax.inspection.markup import Markup, element
+
+# Groups of examples that reports may have, and their names on the page.
+_GROUPS = ("kinds", "question_types", "sizes")
+
+
+def evaluation(report: Mapping[str, Any]) -> Markup:
+  """Returns heading, figures and confusion matrices of a report.
+
+  Args:
+    report: of `evaluate_tasks`, of this or an earlier version.
+  """
+  parts: list[object] = [element("p", reporting.heading(dict(report)))]
+  for task, figures in report["tasks"].items():
+    parts.append(element("p", task, class_="task"))
+    parts.append(_figures(report, task, figures))
+  for task, table in report.get("confusion", {}).items():
+    parts.append(element("p", f"{task}: truth in rows, answers in columns"))
+    parts.append(_confusion(table))
+  return markup.join(parts)
+
+
+def _figures(
+  report: Mapping[str, Any], task: str, figures: Mapping[str, float]
+) -> Markup:
+  bounds = report.get("intervals", {}).get(task, {})
+  rows = [("all", report["counts"][task], figures, bounds)]
+  for key in _GROUPS:
+    for name, entry in report.get(key, {}).get(task, {}).items():
+      rows.append((name, entry["examples"], entry, {}))
+  names = [name for name in figures if name != "examples"]
+  table = markup.table(
+    (
+      (label, count, *(_figure(x, of.get(x), known.get(x)) for x in names))
+      for label, count, of, known in rows
+    ),
+    ("", "examples", *names),
+  )
+  reasons = report.get("unavailable", {}).get(task, {})
+  notes = (
+    element("p", f"{name}: unavailable ({why})", class_="faint")
+    for name, why in reasons.items()
+  )
+  note = () if figures else (markup.missing("no ground truth"),)
+  return markup.join([table, *notes, *note])
+
+
+def _figure(
+  name: str, value: float | None, bounds: Sequence[float] | None
+) -> str:
+  """Returns a figure in percent, with its interval; CIDEr is no share."""
+  if value is None:
+    return ""
+  text = f"{100 * value:.1f}" + ("" if name.startswith("cider") else " %")
+  if bounds:
+    text += f" [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
+  return text
+
+
+def _confusion(table: Mapping[str, Any]) -> Markup:
+  labels = table["classes"]
+  counts = table["counts"]
+  most = max((max(row) for row in counts), default=0) or 1
+  rows = [element("tr", *(element("th", x) for x in ("", *labels, "other")))]
+  for label, row in zip(labels, counts, strict=True):
+    cells = (
+      element(
+        "td",
+        count,
+        style=f"background: rgba(var(--mark), {0.6 * count / most:.2f})",
+      )
+      for count in row
+    )
+    rows.append(element("tr", element("th", label), *cells))
+  return element("table", *rows, class_="cells")
+
+
+def calibration(values: Mapping[str, Any]) -> Markup:
+  """Returns a table with a row for each number of a calibration."""
+  return markup.table(_flat(values), ("", "value"))
+
+
+def _flat(
+  values: Mapping[str, Any], prefix: str = ""
+) -> Iterable[tuple[str, str]]:
+  for name, value in values.items():
+    if isinstance(value, Mapping):
+      yield from _flat(value, f"{prefix}{name} / ")
+    elif isinstance(value, float):
+      yield f"{prefix}{name}", f"{value:.4g}"
+    else:
+      yield f"{prefix}{name}", str(value)
