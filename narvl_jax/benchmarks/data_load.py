@@ -89,7 +89,7 @@ def config_load(config: Any) -> Load:
   from narvl_jax.experiment import vocabulary as run_vocabulary
   from narvl_jax.experiment.config_checks import validate
 
-  validate(config)
+  validate(config, fit=False)
   vocabulary = run_vocabulary.make_vocabulary(config)
   tasks = {
     name: make_task(name, vocabulary, dict(settings))

@@ -194,7 +194,7 @@ def write_run(
     UserError: config and weights do not match, or the folder cannot be
       written.
   """
-  validate(config)
+  validate(config, fit=False)
   if vocabulary is not None:
     architecture = experiment_lib.resolve_model_config(config, vocabulary)
     _check_same(architecture, made.config)

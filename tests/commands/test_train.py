@@ -289,7 +289,7 @@ def test_runs_are_quiet(outcomes):
 def test_finished_run_is_only_evaluated(outcomes, capsys, monkeypatch):
   run = Runner()
   monkeypatch.setattr(training_run, "evaluate_tasks", run.evaluate)
-  monkeypatch.setattr(training_run, "_fit", None)
+  monkeypatch.setattr(training_run, "_train", None)
   whole = outcomes["whole"]
   assert training_run.train(_config(), whole.workdir) == whole.report
   assert (whole.workdir / "metrics.jsonl").read_text() == whole.metrics
@@ -323,8 +323,8 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
   assert not list(tmp_path.iterdir())
   output = capsys.readouterr().out
   for pattern in (
-    r"batch:\n  image +8x48x48x3 uint8\n",
-    r"  labels +8x6 int32\n",
+    r"batch:\n  image +8x48x48x3 +uint8\n",
+    r"  labels +8x6 +int32\n",
     r"  parameter +shape +count +lr +decay\n",
     r"params/embed_tokens +\d+x32 +vocab,embed +tensor,fsdp ",
     r"whole training state: [\d,]+ bytes a device\n",

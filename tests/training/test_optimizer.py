@@ -158,7 +158,7 @@ class TestSchedules:
   def test_unknown_schedule(self):
     with pytest.raises(
       UserError,
-      match=r'optimizer.schedule="cosin" .*"cosine".*--config.optimizer.sched',
+      match=r'optimizer.schedule: "cosin" .*"cosine".*--config.optimizer.sched',
     ):
       _values("cosin", 0, 5)
 

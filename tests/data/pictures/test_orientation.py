@@ -176,7 +176,7 @@ def test_sources(tmp_path: pathlib.Path, kind: str, name: str) -> None:
     with pytest.raises(UserError, match="outside its picture of 40 x 24"):
       task.encode(record)
   config.data.exif_orientation = "apply"
-  validate(config)
+  validate(config, fit=False)
   for source in sources():
     for copied in (source, pickle.loads(pickle.dumps(source))):
       record = copied[0]
@@ -320,4 +320,4 @@ def test_configs() -> None:
   config.data.evaluation.x = evaluation_source("shapes", "vqa")
   message = r'data.exif_orientation: "aply" is unknown. Did you mean "apply"'
   with pytest.raises(UserError, match=message):
-    validate(config)
+    validate(config, fit=False)
