@@ -134,11 +134,11 @@ def predict(
     "prompt": record.prompt,
     **outcomes.plain_answer(answer),
   }
-  if name == "grounding":
-    target = overlay or folder / f"overlay_{path.stem}.png"
-    outcome["overlay"] = str(_write_overlay(pathlib.Path(target), answer))
   if min_probability is not None:
     outcomes.withhold(outcome, answer, min_probability)
+  if name == "grounding" and not outcome.get("abstained"):
+    target = overlay or folder / f"overlay_{path.stem}.png"
+    outcome["overlay"] = str(_write_overlay(pathlib.Path(target), answer))
   outcome["warnings"] = foreign_input.warnings_about(
     experiment, record, resized=image is not None
   )

@@ -346,4 +346,20 @@ SABOTAGES = (
     "tests/reliability/test_session.py"
     "::test_a_single_process_outlives_the_reader_of_its_output",
   ),
+  Sabotage(
+    "the probability of an answer is that of its best alignment",
+    "narvl_jax/decoding/likelihood.py",
+    "add: Callable[[jax.Array, jax.Array], jax.Array] = jnp.logaddexp,",
+    "add: Callable[[jax.Array, jax.Array], jax.Array] = jnp.maximum,",
+    "tests/decoding/test_greedy.py"
+    "::test_answer_has_the_sum_over_all_its_alignments",
+  ),
+  Sabotage(
+    "the probability of overlap uses another IoU than 0.5",
+    "narvl_jax/prediction/box_confidence.py",
+    "good = 3 * np.outer(common_x, common_y) >= both",
+    "good = 2 * np.outer(common_x, common_y) >= both",
+    "tests/prediction/test_box_confidence.py"
+    "::test_equals_the_sum_over_all_boxes",
+  ),
 )

@@ -90,6 +90,10 @@ def test_an_answer_below_the_threshold_is_withheld(tmp_path):
   text = outcomes.format_outcome(outcome)
   assert "vqa:         withheld: right with probability " in text
   assert "%, below --min_probability=1\n" in text
+  # Neither does a picture show it.
+  box = predict(workdir, task="grounding", example=3, min_probability=1.0)
+  assert "overlay" not in box
+  assert not list((workdir / "predictions").glob("overlay*"))
   with pytest.raises(
     UserError, match=r"=1\.5 is not in \[0, 1\]; nearest:.*=1"
   ):
