@@ -119,7 +119,7 @@ class Difference(Interval):
 
   Attributes:
     p_value: two-sided; how probable a difference as large is if the systems
-      are equal, at least 1 / (draws + 1).
+      are equal, at least 2 / (draws + 1).
   """
 
   p_value: float
