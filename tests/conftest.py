@@ -65,7 +65,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-  del config
+  # pytest-xdist distributes files in our order, not by their number of tests.
+  config.option.loadscopereorder = False
   # As in `cli.run`: tracing is most of what tests do.
   gc.set_threshold(100_000, 20, 100)
   # grain reads absl flags in its workers.
@@ -76,6 +77,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(
   config: pytest.Config, items: list[pytest.Item]
 ) -> None:
+  # Files with slow tests take longest: none of them is left for one process
+  # while the others have nothing to do.
+  slow = {item.path for item in items if "slow" in item.keywords}
+  items.sort(key=lambda item: item.path not in slow)
   if config.getoption("--slow"):
     return
   skip = pytest.mark.skip(reason="slow: run with --slow")
