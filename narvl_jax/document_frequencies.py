@@ -75,9 +75,10 @@ def document_frequencies(
     f"{found.documents:,} pictures, {len(texts):,} captions,"
     f" {len(found.counts):,} n-grams of 1 to 4 words ({name} tokenizer) in {to}"
   )
+  setting = "--metrics=all " if name == "ptb" else ""
   show(
     "CIDEr-D weights n-grams by how rare they are in this corpus if evaluate"
-    f" gets the file: --cider_df={to}"
+    f" gets the file: {setting}--cider_df={to}"
   )
   return found
 

@@ -89,6 +89,7 @@ def test_the_tokenizer(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(tokenizers, "why_no_ptb", lambda: "")
   monkeypatch.setattr(tokenizers, "ptb", tokenizers.simple)
   assert document_frequencies(path, to).tokenizer == "ptb"
+  assert f"--metrics=all --cider_df={to}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
