@@ -13,12 +13,12 @@ from narvl_jax.files.regular import MAX_TEXT_BYTES, read_regular
 from narvl_jax.inspection import evaluations, markup
 from narvl_jax.inspection.charts import line_chart
 from narvl_jax.inspection.markup import Markup, element
+from narvl_jax.prediction import calibration
 from narvl_jax.run_folder import restarts, times, workdir
 from narvl_jax.run_folder.metrics import METRICS_FILE
 from narvl_jax.terminal.activity import format_duration
 from narvl_jax.terminal.text import brief
 
-CALIBRATION_FILE = "calibration.json"
 _SLOWEST = 5
 _LONGEST_VALUE = 200
 # Curves of training besides the loss: key of metrics.jsonl -> title.
@@ -186,7 +186,7 @@ def _evaluation(folder: pathlib.Path) -> Markup:
 
 
 def _calibration(folder: pathlib.Path) -> Markup:
-  values = _read(folder, CALIBRATION_FILE, "the probabilities are not adjusted")
+  values = _read(folder, calibration.FILE, "the probabilities are not adjusted")
   parts: list[object] = [evaluations.calibration(values)]
   for path in sorted(folder.glob("calibration*.png")):
     parts.append(markup.png(read_regular(path, MAX_TEXT_BYTES), path.stem))
