@@ -22,7 +22,7 @@ COMMANDS = (
   *("calibrate", "compile_check", "checkpoints", "check_data", "convert_data"),
   *("list_answers", "benchmarks.data", "benchmarks.checkpoints"),
   *("benchmarks.loss_head", "benchmarks.query_ctc", "benchmarks.twins"),
-  *("significance", "submission", "document_frequencies"),
+  *("significance", "submission", "document_frequencies", "inspect", "report"),
 )
 # Old name -> new name, by command.
 _RENAMED = {
