@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from narvl_jax.interop.adapt import BLANK_ROWS
+
 _HEAVY = (
   "jax",
   "flax",
@@ -33,6 +35,7 @@ print(json.dumps([*sys.modules]))
     "compare",
     "distill",
     "compile_check",
+    "convert",
     "convert_data",
     "list_answers",
   ],
@@ -47,3 +50,14 @@ def test_help_imports_nothing_heavy(command: str):
   assert "Flags:" in result.stdout
   imported = json.loads(result.stdout.splitlines()[-1])
   assert not set(_HEAVY) & set(imported)
+
+
+def test_help_of_convert_lists_every_blank_row():
+  result = subprocess.run(
+    [sys.executable, "-m", "narvl_jax.convert", "--help"],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  first, second, last = BLANK_ROWS
+  assert f"{first}, {second} or {last}" in result.stdout

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from narvl_jax import convert
 from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.errors import UserError
 from narvl_jax.interop import (
@@ -19,6 +18,7 @@ from narvl_jax.interop import (
   load_official,
   official_shapes,
   save_official,
+  transfer,
   variables_from_official,
 )
 from narvl_jax.interop.export import _unused_tensors
@@ -100,14 +100,14 @@ def test_every_size(size: str) -> None:
 
 def test_there_and_back(tmp_path: pathlib.Path, ofa: pathlib.Path) -> None:
   """Exactly, in the dtype of the file, without a vocabulary."""
-  there = convert.import_official(
+  there = transfer.import_official(
     ofa, tmp_path / "run", options=AS_IT_IS, check=True
   )
-  text = convert.format_import(there, tmp_path / "run")
+  text = transfer.format_import(there, tmp_path / "run")
   assert "model      micro, autoregressive, 49 ids" in text
   # As many as the fixed request has tokens.
   assert len(there["check"]["best ids"]) == 12
-  back = convert.export_official(tmp_path / "run", tmp_path / "y.pt")
+  back = transfer.export_official(tmp_path / "run", tmp_path / "y.pt")
   content = read_torch(tmp_path / "y.pt")
   state = ofa_state(np.float16)
   for key, value in state.items():
@@ -181,7 +181,7 @@ def test_run_folder(
   config.model.decoder = "autoregressive"
   config.model.num_queries = 7
   config.data.max_text_length = 8
-  convert.import_official(
+  transfer.import_official(
     ofa, tmp_path / "run", vocabulary=words, config=config, **COUNTS
   )
   experiment, variables, _ = load_run(tmp_path / "run")
@@ -203,7 +203,7 @@ def test_vocabulary_that_does_not_fit(
   with pytest.raises(
     UserError, match="has 50 ids with 2 codes and 5 bins, the weights have 49"
   ):
-    convert.import_official(
+    transfer.import_official(
       ofa,
       tmp_path / "run",
       options=AS_IT_IS,
@@ -256,7 +256,7 @@ def test_config_and_flag_that_differ(
     match=r"--decoder=autoregressive, but --config has model.decoder=parallel;"
     r" .* or set --config.model.decoder=autoregressive$",
   ):
-    convert.import_official(
+    transfer.import_official(
       ofa, tmp_path / "run", options=AS_IT_IS, config=config
     )
 

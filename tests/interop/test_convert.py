@@ -17,7 +17,7 @@ from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
-from narvl_jax.interop import official_from_variables
+from narvl_jax.interop import official_from_variables, transfer
 from narvl_jax.interop.run_folder import read_run
 from narvl_jax.interop.torch_file import read_torch
 from narvl_jax.interop.torch_write import write_torch
@@ -35,7 +35,7 @@ def test_run_folder(
   tmp_path: pathlib.Path, official: pathlib.Path, words: pathlib.Path
 ) -> None:
   run = tmp_path / "run"
-  report = convert.import_official(
+  report = transfer.import_official(
     official, run, vocabulary=words, config=fitting_config(), **COUNTS
   )
   assert json.loads((run / "report.json").read_text()) == json.loads(
@@ -56,8 +56,8 @@ def test_run_folder(
 
 def test_there_and_back(tmp_path: pathlib.Path, official: pathlib.Path) -> None:
   """Exactly, in the dtype of the file, without a vocabulary."""
-  convert.import_official(official, tmp_path / "run")
-  report = convert.export_official(tmp_path / "run", tmp_path / "y.pt")
+  transfer.import_official(official, tmp_path / "run")
+  report = transfer.export_official(tmp_path / "run", tmp_path / "y.pt")
   model = read_torch(tmp_path / "y.pt")["model"]
   for key, value in narvl_state(np.float16).items():
     np.testing.assert_array_equal(
@@ -65,14 +65,14 @@ def test_there_and_back(tmp_path: pathlib.Path, official: pathlib.Path) -> None:
     )
   assert report["step"] == 0
   with pytest.raises(UserError, match=r"y.pt exists; name a new file"):
-    convert.export_official(tmp_path / "run", tmp_path / "y.pt")
+    transfer.export_official(tmp_path / "run", tmp_path / "y.pt")
 
 
 def test_side_file_of_the_weights_that_a_run_began_with(
   tmp_path: pathlib.Path, official: pathlib.Path, words: pathlib.Path
 ) -> None:
   first, run = tmp_path / "first", tmp_path / "run"
-  convert.import_official(
+  transfer.import_official(
     official, first, vocabulary=words, config=fitting_config(), **COUNTS
   )
   experiment, variables, _ = load_run(first)
@@ -80,7 +80,7 @@ def test_side_file_of_the_weights_that_a_run_began_with(
   save_experiment(run, experiment)
   with Checkpoints(run, keep_last=1) as checkpoints:
     checkpoints.save_variables(3, variables)
-  report = convert.export_official(run, tmp_path / "y.pt")
+  report = transfer.export_official(run, tmp_path / "y.pt")
   assert report["step"] == 3
   key = "decoder.embed_image_positions.weight"
   assert key not in report["made"]
@@ -93,17 +93,17 @@ def test_side_file_of_the_weights_that_a_run_began_with(
 def test_check_is_the_same_there_and_back(
   tmp_path: pathlib.Path, official: pathlib.Path
 ) -> None:
-  there = convert.import_official(official, tmp_path / "run", check=True)
-  back = convert.export_official(
+  there = transfer.import_official(official, tmp_path / "run", check=True)
+  back = transfer.export_official(
     tmp_path / "run", tmp_path / "y.pt", check=True
   )
   assert back["check"] == there["check"]
-  text = convert.format_forward(there["check"])
+  text = transfer.format_forward(there["check"])
   assert len(text.splitlines()) == 5
   state = narvl_state(np.float16)
   state["decoder.query_embed.weight"] *= np.float16(1.5)
   write_torch(official, {"model": state})
-  other = convert.import_official(official, tmp_path / "other", check=True)
+  other = transfer.import_official(official, tmp_path / "other", check=True)
   assert other["check"]["encoder_out"] == there["check"]["encoder_out"]
   assert other["check"]["logits"] != there["check"]["logits"]
 
@@ -112,8 +112,8 @@ def test_text_of_a_report(
   tmp_path: pathlib.Path,
 ) -> None:
   write_torch(tmp_path / "x.pt", {"model": ofa_state()})
-  report = convert.import_official(tmp_path / "x.pt", tmp_path / "run")
-  text = convert.format_import(report, tmp_path / "run")
+  report = transfer.import_official(tmp_path / "x.pt", tmp_path / "run")
+  text = transfer.format_import(report, tmp_path / "run")
   assert "OFA weights (official names, model, float32)" in text
   assert "query_embed.weight: new -> [20, 12], 20 new queries" in text
   assert "embed_tokens.weight: [49, 12] -> [50, 12], last row is the" in text
@@ -127,7 +127,7 @@ def test_counts_and_vocabulary_beside_the_weights(
   model = types.SimpleNamespace(code_dict_size=2, num_bins=4)
   content = {"model": narvl_state(), "cfg": {"model": model}}
   write_torch(words / "x.pt", content)
-  convert.import_official(words / "x.pt", tmp_path / "run")
+  transfer.import_official(words / "x.pt", tmp_path / "run")
   assert Vocabulary.load(tmp_path / "run" / "vocabulary").num_codes == 2
 
 
@@ -207,8 +207,8 @@ def test_memory(tmp_path: pathlib.Path) -> None:
   """A larger file adds little more than its size to the peak."""
   script = textwrap.dedent("""
     import resource, sys
-    from narvl_jax import convert
-    convert.import_official(sys.argv[1], sys.argv[2])
+    from narvl_jax.interop import transfer
+    transfer.import_official(sys.argv[1], sys.argv[2])
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
   """)
   state = narvl_state()

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from narvl_jax import convert
 from narvl_jax.errors import UserError
-from narvl_jax.interop import Options
+from narvl_jax.interop import Options, transfer
 from tests.interop.states import COUNTS, fitting_config
 
 
@@ -18,13 +17,13 @@ def test_vocabulary_that_does_not_fit(
   with pytest.raises(
     UserError, match="has 51 ids with 2 codes and 5 bins, the weights have 50"
   ):
-    convert.import_official(
+    transfer.import_official(
       official, run, vocabulary=words, num_codes=2, num_bins=5
     )
   with pytest.raises(UserError, match=r"holds neither dict.txt, .* nor vocab"):
-    convert.import_official(official, run, vocabulary=tmp_path)
+    transfer.import_official(official, run, vocabulary=tmp_path)
   with pytest.raises(UserError, match=r"^--vocabulary=\S+none: there is no su"):
-    convert.import_official(official, run, vocabulary=tmp_path / "none")
+    transfer.import_official(official, run, vocabulary=tmp_path / "none")
   for name, text, message in (
     ("encoder.json", "{", r"encoder.json is not JSON.*set --vocabulary$"),
     ("encoder.json", '{"<s>": 1}', r"vocab.json and no .*set --vocabulary=FOL"),
@@ -33,10 +32,10 @@ def test_vocabulary_that_does_not_fit(
     before = (words / name).read_text()
     (words / name).write_text(text)
     with pytest.raises(UserError, match=message):
-      convert.import_official(official, run, vocabulary=words, **COUNTS)
+      transfer.import_official(official, run, vocabulary=words, **COUNTS)
     (words / name).write_text(before)
   with pytest.raises(UserError, match=r"num_bins is -1; .* set --num_bins$"):
-    convert.import_official(
+    transfer.import_official(
       official, run, vocabulary=words, num_codes=2, num_bins=-1
     )
   assert not run.exists()
@@ -46,11 +45,11 @@ def test_target_that_is_not_empty(
   tmp_path: pathlib.Path, official: pathlib.Path
 ) -> None:
   with pytest.raises(UserError, match="is not empty; use a folder that is new"):
-    convert.import_official(official, tmp_path)
+    transfer.import_official(official, tmp_path)
   with pytest.raises(UserError, match=r"^--to=\S+ is a file, not a folder"):
-    convert.import_official(official, official)
+    transfer.import_official(official, official)
   with pytest.raises(UserError, match=r"^--to=\S+/y is below \S+x.pt, a file"):
-    convert.import_official(official, official / "y")
+    transfer.import_official(official, official / "y")
 
 
 def test_targets_that_cannot_be_written(
@@ -59,13 +58,13 @@ def test_targets_that_cannot_be_written(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   run = tmp_path / "run"
-  convert.import_official(official, run)
+  transfer.import_official(official, run)
   with pytest.raises(UserError, match=r"^--to=\S+/y.pt: \S+x.pt is a file"):
-    convert.export_official(run, official / "y.pt")
+    transfer.export_official(run, official / "y.pt")
   link = tmp_path / "link.pt"
   link.symlink_to(tmp_path / "nowhere")
   with pytest.raises(UserError, match=r"link.pt exists; name a new file"):
-    convert.export_official(run, link)
+    transfer.export_official(run, link)
   before = set(tmp_path.iterdir())
 
   def fail(*_: Any, **__: Any) -> None:
@@ -76,9 +75,9 @@ def test_targets_that_cannot_be_written(
     patch.setattr(pathlib.Path, "mkdir", fail)
     message = "^--to=.* cannot be written: No such file or directory; use"
     with pytest.raises(UserError, match=message):
-      convert.export_official(run, tmp_path / "y.pt")
+      transfer.export_official(run, tmp_path / "y.pt")
     with pytest.raises(UserError, match=message):
-      convert.import_official(official, tmp_path / "new")
+      transfer.import_official(official, tmp_path / "new")
   assert set(tmp_path.iterdir()) == before
 
 
@@ -92,7 +91,7 @@ def test_config_of_another_size(
     match=r"--config is of size tiny \(D=256\), but --from=\S+x.pt of size"
     r" micro \(D=12\); set --config.model.size=micro",
   ):
-    convert.import_official(official, tmp_path / "run", config=config)
+    transfer.import_official(official, tmp_path / "run", config=config)
   assert not (tmp_path / "run").exists()
 
 
@@ -105,11 +104,11 @@ def test_queries_of_config_and_flag(
     UserError,
     match=r"--num_queries=5, but --config has model.num_queries=6; leave",
   ):
-    convert.import_official(
+    transfer.import_official(
       official, tmp_path / "a", config=config, options=Options(num_queries=5)
     )
   for name, options in (("a", None), ("b", Options(num_queries=6))):
-    report = convert.import_official(
+    report = transfer.import_official(
       official, tmp_path / name, config=config, options=options
     )
     assert report["model"]["num_queries"] == 6
@@ -125,9 +124,9 @@ def test_nothing_is_left_of_a_failure(
   def fail(*_: Any) -> None:
     raise OSError("disk full")
 
-  monkeypatch.setattr(convert.run_folder, "write_torch", fail)
+  monkeypatch.setattr(transfer.run_folder, "write_torch", fail)
   with pytest.raises(OSError, match="disk full"):
-    convert.import_official(official, tmp_path / "run")
+    transfer.import_official(official, tmp_path / "run")
   assert set(tmp_path.iterdir()) == before
 
 
@@ -135,5 +134,5 @@ def test_runs_that_are_none(
   tmp_path: pathlib.Path, official: pathlib.Path
 ) -> None:
   with pytest.raises(UserError, match=r"is no run: .* --to=FOLDER"):
-    convert.export_official(official, tmp_path / "y.pt")
+    transfer.export_official(official, tmp_path / "y.pt")
   assert not (tmp_path / "y.pt").exists()

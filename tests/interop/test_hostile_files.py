@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from narvl_jax import convert
 from narvl_jax.errors import UserError
+from narvl_jax.interop import transfer
 from narvl_jax.interop.pickle_data import (
   MAX_OPCODES,
   Inert,
@@ -168,7 +168,7 @@ def test_pickles_end_in_one_line(tmp_path: pathlib.Path, name: str) -> None:
   files = {"data.pkl": pickled, "data/0": bytes(16)}
   path = _archive(tmp_path / "x.pt", files)
   with pytest.raises(UserError, match=message) as error:
-    convert.import_official(path, tmp_path / "run")
+    transfer.import_official(path, tmp_path / "run")
   text = str(error.value)
   assert text.startswith(f"--from={path}")
   assert "\n" not in text
@@ -308,7 +308,7 @@ def test_no_regular_file(
 ) -> None:
   path = _special(tmp_path / f"x{suffix}", kind)
   with pytest.raises(UserError, match="is a pipe or a device, not a regular"):
-    convert.import_official(path, tmp_path / "run")
+    transfer.import_official(path, tmp_path / "run")
   assert list(tmp_path.iterdir()) == [path]
 
 
@@ -327,10 +327,10 @@ def test_counts_of_ids_in_the_settings(
   content = {"model": narvl_state(np.float16), "cfg": {"model": model}}
   write_torch(tmp_path / "x.pt", content)
   if value is None:
-    convert.import_official(tmp_path / "x.pt", tmp_path / "run")
+    transfer.import_official(tmp_path / "x.pt", tmp_path / "run")
     return
   with pytest.raises(UserError, match=r"num_bins=.*; set --num_codes and"):
-    convert.import_official(tmp_path / "x.pt", tmp_path / "run")
+    transfer.import_official(tmp_path / "x.pt", tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 
