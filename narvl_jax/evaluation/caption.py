@@ -67,7 +67,7 @@ class _CorpusFigures(Metric):
     """Returns the caption and its references."""
     if not example.answers:
       return None
-    return [prediction, list(example.answers)]
+    return [prediction, list(example.people or example.answers)]
 
   def reduce(self, measured: Sequence[Any]) -> dict[str, float]:
     """Returns the figures that are available."""

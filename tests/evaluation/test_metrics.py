@@ -1,5 +1,6 @@
 """The metrics of each task, and how examples of several hosts are combined."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -275,6 +276,17 @@ def test_simple_cider_is_that_of_all_captions():
   assert low < expected.value < high
   # Of a group: its own documents.
   assert metric.result([2]) == {}
+
+
+def test_equal_references_count_as_often_as_they_were_written():
+  people = ("a dog", "a dog", "a cat")
+  answers = {"a dog": 1.0, "a cat": 1.0}
+  metric = SimpleCider()
+  record = dataclasses.replace(
+    _record("caption", answers=answers), people=people
+  )
+  metric.update(record, "a cat", 0)
+  assert metric.measured[0] == ["a cat", [*people]]
 
 
 def test_cider_takes_the_frequencies_of_its_tokenizer():

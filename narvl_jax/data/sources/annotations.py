@@ -42,7 +42,11 @@ def load_annotations(path: str | os.PathLike[str], task: str) -> Annotations:
   """
   if task == "caption":
     return {
-      str(picture): {"answers": fields.captions(captions)}
+      str(picture): {
+        "answers": fields.captions(captions),
+        # Equal captions of one picture count as often as they were written.
+        "people": tuple(captions),
+      }
       for picture, captions in coco_captions(path).items()
     }
   if task != "vqa":

@@ -88,12 +88,14 @@ def test_captions_get_the_references_of_their_picture(tmp_path):
     "annotations": [
       {"image_id": 9, "id": 1, "caption": "A dog. "},
       {"image_id": 9, "id": 2, "caption": "the dog"},
+      {"image_id": 9, "id": 3, "caption": "the dog"},
     ]
   }
   path = _write(tmp_path / "captions.json", content)
   row = _record("9", "caption", answers={"old": 1.0})
   (record,) = _annotated(path, [row], "caption")
   assert record.answers == {"A dog.": 1.0, "the dog": 1.0}
+  assert [x.strip() for x in record.people] == ["A dog.", "the dog", "the dog"]
 
 
 def test_ids_without_annotation_are_rejected_before_any_prediction(tmp_path):
