@@ -103,6 +103,7 @@ class TestOnEightDevices:
     mesh = make_mesh(*shape)
     logits, merge, forbidden = problem()
     never = never_predicted(ROWS, forbidden, CLASSES)
+    assert never is not None
     logits = np.where(never, -np.inf, logits).astype(np.float32)
     logits[:, :4, 20:100] += 20
 
