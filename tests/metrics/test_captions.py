@@ -1,6 +1,7 @@
 """Caption figures against pycocoevalcap, and where parts of it are missing."""
 
 import os
+import importlib.util
 import random
 import re
 from typing import Any
@@ -145,6 +146,10 @@ def test_meteor_survives_any_caption(one_meteor):
   np.testing.assert_array_equal(scores[[0, 3, 4]], 0)
 
 
+@pytest.mark.skipif(
+  importlib.util.find_spec("pycocoevalcap") is None,
+  reason="pycocoevalcap is not installed",
+)
 def test_without_java(monkeypatch):
   monkeypatch.setenv("PATH", "")
   monkeypatch.delenv("JAVA_HOME", raising=False)
