@@ -1,7 +1,7 @@
 """Caption figures against pycocoevalcap, and where parts of it are missing."""
 
-import os
 import importlib.util
+import os
 import random
 import re
 from typing import Any
