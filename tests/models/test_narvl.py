@@ -252,6 +252,10 @@ def _collected(variables: small.Variables, mutable: Any = False) -> Any:
   )
 
 
+@pytest.mark.skipif(
+  jax.__version_info__ >= (0, 11),
+  reason="flax's scan rejects callbacks with this version of jax",
+)
 def test_cross_attention_is_the_softmax_of_queries_and_keys(
   variables: small.Variables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
