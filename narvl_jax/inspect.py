@@ -89,21 +89,7 @@ def define_flags() -> None:
   common_flags.workdir()
   common_flags.checkpoint()
   common_flags.to("Folder for inspection.png and inspection.html.")
-  flags.DEFINE_string("image", None, "Picture file, JPEG or PNG.")
-  flags.DEFINE_integer(
-    "example", None, "Instead of --image: index of a record of the test data."
-  )
-  flags.DEFINE_string(
-    "dataset",
-    "",
-    "Of --example: entry of data.evaluation; by default the task's first one.",
-  )
-  common_flags.split("Of --example: split; evaluation.split by default.")
-  flags.DEFINE_string("task", None, "One of the run's tasks.")
-  flags.DEFINE_string("prompt", None, "Question, expression or hypothesis.")
-  flags.DEFINE_string(
-    "premise", None, "Entailment: a caption that is known to be true."
-  )
+  common_flags.request()
   flags.DEFINE_string(
     "target", "", "Answer whose alignment is shown; the truth by default."
   )

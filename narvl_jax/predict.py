@@ -169,21 +169,7 @@ def define_flags() -> None:
   """Defines the flags of the command."""
   common_flags.workdir()
   common_flags.checkpoint()
-  flags.DEFINE_string("image", None, "Picture file, JPEG or PNG.")
-  flags.DEFINE_integer(
-    "example", None, "Instead of --image: index of a record of the test data."
-  )
-  flags.DEFINE_string(
-    "dataset",
-    "",
-    "Of --example: entry of data.evaluation; by default the task's first one.",
-  )
-  common_flags.split("Of --example: split; evaluation.split by default.")
-  flags.DEFINE_string("task", None, "One of the run's tasks.")
-  flags.DEFINE_string("prompt", None, "Question, expression or hypothesis.")
-  flags.DEFINE_string(
-    "premise", None, "Entailment: a caption that is known to be true."
-  )
+  common_flags.request()
   flags.DEFINE_string("overlay", None, "Grounding: PNG file to write.")
   flags.DEFINE_float(
     "min_probability", None, "Withhold an answer that is less likely right."

@@ -47,6 +47,25 @@ def split(text: str, default: str | None = "") -> None:
   flags.DEFINE_string("split", default, text)
 
 
+def request() -> None:
+  """Defines the flags of one request: a picture or a record, and a prompt."""
+  flags.DEFINE_string("image", None, "Picture file, JPEG or PNG.")
+  flags.DEFINE_integer(
+    "example", None, "Instead of --image: index of a record of the test data."
+  )
+  flags.DEFINE_string(
+    "dataset",
+    "",
+    "Of --example: entry of data.evaluation; by default the task's first one.",
+  )
+  split("Of --example: split; evaluation.split by default.")
+  flags.DEFINE_string("task", None, "One of the run's tasks.")
+  flags.DEFINE_string("prompt", None, "Question, expression or hypothesis.")
+  flags.DEFINE_string(
+    "premise", None, "Entailment: a caption that is known to be true."
+  )
+
+
 def max_examples(
   text: str,
   default: int | None = None,

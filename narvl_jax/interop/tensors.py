@@ -1,5 +1,6 @@
 """Tensors in a file, read one at a time."""
 
+import abc
 import dataclasses
 import math
 import os
@@ -29,7 +30,7 @@ class StoredBytes:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tensor:
+class Tensor(abc.ABC):
   """A tensor in a file; `np.asarray` reads it and caches nothing.
 
   Attributes:
@@ -45,9 +46,9 @@ class Tensor:
   entry: StoredBytes | None
 
   @property
+  @abc.abstractmethod
   def identity(self) -> Hashable:
     """Equal for tensors of the same bytes."""
-    raise NotImplementedError
 
   @property
   def nbytes(self) -> int:
@@ -71,8 +72,9 @@ class Tensor:
       ) from error
     return value if dtype is None else value.astype(dtype, copy=False)
 
+  @abc.abstractmethod
   def _read(self) -> np.ndarray:
-    raise NotImplementedError
+    """Reads the values from the file."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
