@@ -28,7 +28,7 @@ from narvl_jax.hosts import distributed
 from narvl_jax.state.train_state import TrainState, averaged_variables
 
 FOLDER = "checkpoints"
-# One fails only if a checkpoint vanishes between its listing and its look-up.
+# Attempts to list a folder that a training run changes at the same time.
 _OPENING_ATTEMPTS = 5
 
 
@@ -61,10 +61,17 @@ class StoredCheckpoints:
     return self._orbax.open_manager(self._folder)
 
   def _open_patiently(self) -> Any:
-    """Opens the folder, which a training run may change at the same time."""
+    """Opens the folder, which a training run may change at the same time.
+
+    Orbax's listing may name a checkpoint that is removed before it is looked
+    up, or miss all of them, see `record.stored_steps`.
+    """
     for _ in range(_OPENING_ATTEMPTS - 1):
       with contextlib.suppress(FileNotFoundError):
-        return self._open()
+        manager = self._open()
+        if manager.all_steps() or not record_lib.stored_steps(self._folder):
+          return manager
+        manager.close()
     return self._open()
 
   @property

@@ -23,6 +23,8 @@ FILE = "record.json"
 ITEMS = ("params", "optimizer", "ema")
 # Neither "007" nor "²" is the name of a step.
 _STEP = re.compile(r"0|[1-9][0-9]*")
+# Times that a folder without checkpoints is listed.
+_LISTINGS = 5
 
 
 class ArrayRecord(NamedTuple):
@@ -73,9 +75,16 @@ class RenamedCheckpoint(BrokenRecord):
 
 
 def stored_steps(folder: pathlib.Path) -> list[int]:
-  """Returns the steps of the checkpoints in a folder, in order."""
-  names = (path.name for path in folder.glob("*"))
-  return sorted(int(name) for name in names if _STEP.fullmatch(name))
+  """Returns the steps of the checkpoints in a folder, in order.
+
+  A listing is no snapshot: while a run replaces its only checkpoint, it may
+  miss both the old one and the new one. An empty listing is thus repeated.
+  """
+  for _ in range(_LISTINGS):
+    names = [path.name for path in folder.glob("*")]
+    if steps := sorted(int(name) for name in names if _STEP.fullmatch(name)):
+      return steps
+  return []
 
 
 def name_leaves(items: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import pytest
 
-from narvl_jax.checkpointing import digests, overview
+from narvl_jax.checkpointing import digests, orbax_manager, overview
 from narvl_jax.checkpointing.chosen import read_chosen
 from narvl_jax.checkpointing.reading import RemovedCheckpoint
+from narvl_jax.checkpointing.record import stored_steps
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.errors import UserError
 from tests.support.saved import (
@@ -102,6 +103,35 @@ def test_a_step_that_was_named_is_told_to_be_gone(
     match=r"step 3 was removed from .* while it was read, .*=best or last$",
   ):
     read_chosen(tmp_path, 3, read)
+
+
+def test_a_listing_that_misses_the_only_checkpoint_is_repeated(
+  tmp_path, monkeypatch
+):
+  """As when a run replaces its only checkpoint during the listing."""
+  folder = save_run(tmp_path, (3,)).parent
+  missed = iter([True])
+  real_glob = pathlib.Path.glob
+
+  def glob(path: pathlib.Path, *args: Any) -> Any:
+    if path == folder and next(missed, False):
+      return iter(())
+    return real_glob(path, *args)
+
+  monkeypatch.setattr(pathlib.Path, "glob", glob)
+  assert stored_steps(folder) == [3]
+
+  missed = iter([True])
+  real_open = orbax_manager.open_manager
+
+  def open_manager(*args: Any, **kwargs: Any) -> Any:
+    manager = real_open(*args, **kwargs)
+    if next(missed, False):
+      monkeypatch.setattr(manager, "all_steps", list)
+    return manager
+
+  monkeypatch.setattr(orbax_manager, "open_manager", open_manager)
+  assert _check(read_chosen(tmp_path, "last", _read)) == 3
 
 
 def test_a_run_that_saves_all_the_time_can_be_read(tmp_path):
