@@ -56,9 +56,7 @@ def read_chosen(
   looked up again.
 
   Args:
-    workdir: the run folder.
     wanted: "best", "last" or a step, see `choose_step`.
-    read: reads a checkpoint.
 
   Raises:
     UserError: the run has no such checkpoint, or it was removed.

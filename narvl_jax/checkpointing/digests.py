@@ -54,7 +54,6 @@ def write_digests(folder: pathlib.Path, host: int = 0, hosts: int = 1) -> None:
 
   Args:
     folder: of the checkpoint, named after the step.
-    host: index of this host.
     hosts: number of hosts; all must call this.
   """
   found = {

@@ -83,9 +83,6 @@ def examine(
   Hosts share the work and return the same result.
 
   Args:
-    folder: of the checkpoint.
-    host: index of this host.
-    hosts: number of hosts.
     gather: returns the values of all hosts, on each host.
   """
   digests = read_digests(folder)
@@ -125,8 +122,6 @@ def compare_leaves(
   """Returns the arrays whose checksums differ from those in the record.
 
   Args:
-    record: of the checkpoint.
-    names: of arrays.
     found: their checksums, uint32 [len(names), 2].
   """
   return [

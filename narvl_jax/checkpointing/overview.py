@@ -66,7 +66,6 @@ def verify(workdir: pathlib.Path, step: str | int | None = None) -> str:
   """Compares checkpoints with the digests of what was written.
 
   Args:
-    workdir: folder of the run.
     step: the checkpoint to read, "best" or "last"; all if None.
 
   Returns:
@@ -107,10 +106,6 @@ def verify(workdir: pathlib.Path, step: str | int | None = None) -> str:
 
 def diff(first: pathlib.Path, second: pathlib.Path) -> str:
   """Compares the arrays of two checkpoints.
-
-  Args:
-    first: folder of a checkpoint.
-    second: folder of the other one.
 
   Returns:
     A table of the arrays that differ, and the number of equal ones.

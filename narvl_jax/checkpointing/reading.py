@@ -145,7 +145,6 @@ class StoredCheckpoints:
     """Reads a whole state.
 
     Args:
-      step: one of `steps()`.
       target: shapes, dtypes and shardings (`jax.ShapeDtypeStruct`).
 
     Raises:
@@ -176,7 +175,6 @@ class StoredCheckpoints:
     """Reads the variables to evaluate, converted to the dtypes of the target.
 
     Args:
-      step: one of `steps()`.
       target: shapes of {"params", "batch_stats"}.
       ema: shapes of {"params", "batch_stats"} of the moving averages, which
         then take precedence, or None.

@@ -31,7 +31,6 @@ class ArrayRecord(NamedTuple):
   """One array of a checkpoint.
 
   Attributes:
-    shape: of the array.
     dtype: such as "float32".
     checksum: see `checksums`.
   """

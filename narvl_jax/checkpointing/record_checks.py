@@ -33,7 +33,6 @@ def check_config(
   Settings that a resumed run may change (`setting.Change`) are ignored.
 
   Args:
-    workdir: the run folder.
     config: read from its `config.json`.
     record: of the checkpoint; without a config nothing is compared.
     resumes: whether training continues; then all other settings must be equal.
@@ -127,7 +126,6 @@ def check_arrays(
   """Compares the arrays of a checkpoint with those that a model needs.
 
   Args:
-    record: of the checkpoint.
     wanted: name -> shape and dtype; items without any wanted array are
       ignored.
     workdir: the run folder, for the message.

@@ -28,12 +28,7 @@ class Retention:
   def reasons(
     self, steps: Iterable[int], scores: Mapping[int, float | None]
   ) -> dict[int, list[str]]:
-    """Returns why each step is kept; an empty list if it is not.
-
-    Args:
-      steps: all steps on disk.
-      scores: step -> score.
-    """
+    """Returns why each step is kept; an empty list if it is not."""
     steps = sorted(steps)
     last = steps[-self.last :]
     best = ranked(steps, scores)[: self.best]

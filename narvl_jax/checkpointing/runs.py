@@ -41,7 +41,6 @@ def build_in(
 
   Args:
     config: validated.
-    workdir: the run folder.
     datasets: of the config, if some are open.
 
   Raises:
@@ -76,7 +75,6 @@ def load_run(
   """Loads a trained experiment.
 
   Args:
-    workdir: the run folder.
     checkpoint: "best" (by the evaluations during training), "last", or a
       step.
     sharding: of every variable; None: the first device.

@@ -65,8 +65,6 @@ def read_weights(
   """Reads the weights of a checkpoint; the moving averages if it has them.
 
   Args:
-    checkpoints: of the folder.
-    step: one of its steps.
     target: shapes, dtypes and shardings of {"params", "batch_stats"}.
   """
   ema = checkpoints.shapes(step).get("ema")

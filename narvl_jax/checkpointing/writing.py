@@ -67,7 +67,6 @@ class Checkpoints(StoredCheckpoints):
     """Opens the folder.
 
     Args:
-      workdir: the run folder.
       keep_last: number of newest checkpoints to keep; None opens the folder
         for reading only.
       keep_best: number of checkpoints with the highest scores to keep.
@@ -141,7 +140,6 @@ class Checkpoints(StoredCheckpoints):
     """Writes weights only, which can be evaluated but not resumed from.
 
     Args:
-      step: the name of the checkpoint.
       variables: {"params", "batch_stats"} of arrays.
     """
     self._save(step, {"params": dict(variables)}, None, None)

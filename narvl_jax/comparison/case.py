@@ -48,7 +48,6 @@ class Case:
   """A task of the comparison.
 
   Attributes:
-    task: its name.
     models: "AR" and "NAR".
     ways: all decodings, including those that do not apply.
     programs: label -> program of each that applies.

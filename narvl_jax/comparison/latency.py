@@ -35,9 +35,7 @@ class TimedDecoder(NamedTuple):
   """A decoder to time.
 
   Attributes:
-    network: the model.
     encoder: name of its encoder.
-    reader: reads answers.
     lengths: least and most tokens of an answer, int32 [2].
   """
 
@@ -73,7 +71,6 @@ def measure(
   Everything runs once before, and every result is waited for.
 
   Args:
-    encoders: by name.
     programs: by label; `BASELINE` is one of them.
     batches: image [B, H, W, 3], text [B, T], image_mask [B] and merge_repeats
       [B]; all of one shape.

@@ -20,7 +20,6 @@ class Options:
     ar: run folder of an autoregressive model.
     size: named size; random weights are compared instead of the runs.
     tasks: all that the runs share by default.
-    split: split of the data sets.
     max_examples: most examples of each data set; all if None or 0.
     checkpoint: "best", "last" or a step.
     image_size: pixels a side, for `size`; those of the task if None.
@@ -28,7 +27,6 @@ class Options:
     rounds: how often each program is timed.
     lengths: tokens of an answer at which decoders are timed; may be empty;
       `LENGTHS` if None.
-    beam_size: beam size of both models.
     ways: labels such as "AR beam"; all by default.
     answers: file of the answers that VQA allows; those of the runs' configs if
       "".

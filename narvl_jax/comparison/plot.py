@@ -25,7 +25,6 @@ def draw_lengths(path: pathlib.Path, lengths: Mapping[str, Any]) -> None:
   """Writes a PNG of the curves, with a band up to the 95th percentile.
 
   Args:
-    path: of the picture.
     lengths: "task", "batch" and "curves": label -> "lengths", "decoder_ms"
       and "p95_ms". Curves whose number of queries grows are dashed.
 

@@ -23,9 +23,7 @@ def measure(
   """Evaluates all decodings of a task on the same examples.
 
   Args:
-    case: the task and its decodings.
     opened: the runs, by the model of a decoding.
-    split: of the data sets.
     max_examples: at most this many of every data set; all if None.
     stage: makes the context of each evaluation.
 

@@ -38,10 +38,6 @@ class Run:
 
   Attributes:
     flag: "nar" or "ar".
-    workdir: its folder.
-    experiment: model, vocabulary and tasks.
-    variables: weights.
-    step: of the checkpoint.
   """
 
   flag: str
@@ -70,8 +66,6 @@ def open_runs(
   """Returns the runs "NAR" and "AR".
 
   Args:
-    nar: run folder of the parallel model.
-    ar: run folder of the autoregressive model.
     checkpoint: "best", "last" or a step.
     answers: file of the answers that VQA allows; those of the configs if "".
 

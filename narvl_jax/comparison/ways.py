@@ -19,7 +19,6 @@ class Way:
 
   Attributes:
     model: "AR" or "NAR".
-    name: of the decoding.
     decoding: None if the task does not allow it.
     reason: why it is None.
   """

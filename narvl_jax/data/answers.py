@@ -158,7 +158,6 @@ def collect_answers(
 
   Args:
     source: records; bad ones are skipped with a warning.
-    task: of the records.
     max_examples: number of records to read, from the first; 0 reads all.
 
   Returns:

@@ -18,7 +18,6 @@ class AnswerSet:
     name: name of the task, for messages.
     sequences: token ids of every answer; empty if there is no list.
     tokens: without a list, the ids that each of `count` places may hold.
-    count: number of places.
     then: ids that end every answer, such as eos.
   """
 

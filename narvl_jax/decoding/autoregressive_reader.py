@@ -26,7 +26,6 @@ class AutoregressiveReader:
   The variables must be those that `prepare_variables` returns.
 
   Attributes:
-    classes: ids with a meaning.
     decoding: the way to decode; lengths are taken from the inputs instead.
     length_limit: room for the tokens of an answer, without eos.
     prompted: whether the prompt of the decoder is the source.

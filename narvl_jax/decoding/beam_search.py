@@ -95,13 +95,10 @@ def beam_search(
       lengths compile nothing.
     max_length: int32 scalar or [B], most tokens without eos, at most G; None
       for G.
-    no_repeat_ngram: see `Rules`.
     normalize: rank hypotheses by log-probability divided by the number of
       tokens, eos included, instead of by log-probability.
     constraint: if all its answers are longer than `max_length` or shorter than
       `min_length`, none is found.
-    vocab_size: see `Rules`.
-    forbidden: see `Rules`.
     alphabet: see `Rules`. That of the constraint gives the same answers for
       less work.
 
@@ -206,8 +203,6 @@ def _select(
 
   Args:
     log_probs: [B, K, V] of the next token.
-    search: the state.
-    rules: rules of decoding.
 
   Returns:
     The state with its old cache, and parents int32 [B, K].

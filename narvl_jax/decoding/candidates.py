@@ -51,7 +51,6 @@ def score_candidates(
     candidates: int32 [C, L] without eos; padding is not scored.
     lengths: int32 [C].
     eos_id: ends an answer.
-    group_size: number of candidates in a group.
     constraint: the probability at each place is normalised over the tokens that
       it allows; a candidate that is not among its answers has log-probability
       -inf. None allows all tokens.

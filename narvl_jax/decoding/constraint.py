@@ -47,7 +47,6 @@ def repeated(
 
   Args:
     tokens: ids that are allowed at every place.
-    count: number of places.
     then: ids that must follow, such as eos.
 
   Raises:
@@ -85,7 +84,6 @@ def allowed_tokens(
   """Returns the mask bool [..., V] of tokens that may follow.
 
   Args:
-    automaton: the constraint.
     states: int32 [...], current states.
     vocab_size: V.
     eos_id: allowed where an answer may end; None if no token ends an answer.

@@ -28,8 +28,6 @@ class ParallelReader:
   """Greedy decoding, prefix beam search, or scores of all candidates.
 
   Attributes:
-    classes: ids with a meaning.
-    decoding: the way to decode.
     answers: allowed answers, with eos if targets have it; None for all.
     axes: mesh axes that split batch and classes under `jax.set_mesh`. Only
       unconstrained greedy decoding uses them; the others gather the logits.

@@ -69,7 +69,6 @@ def make_steps(
 
   Args:
     model: has a method `encode`, and the methods that the reader calls.
-    reader: decodes the answers.
     rules: for `flax.linen.logical_axis_rules`; they split activations if the
       steps are called under `jax.set_mesh`.
   """

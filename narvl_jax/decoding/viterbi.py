@@ -26,7 +26,6 @@ def best_path(
   Args:
     blank_log_probs: float32 [N] of blank.
     edge_log_probs: float32 [N, E] of the label of each edge.
-    constraint: allowed answers.
     merge_repeats: bool scalar.
     blank_id: id of the CTC blank.
 
@@ -87,7 +86,6 @@ def _entering(
 
   Args:
     label: float32 [E] score of the best path that ends in the edge's label.
-    constraint: with E edges and S states.
     merge: bool scalar, whether equal labels need a blank between them.
 
   Returns:

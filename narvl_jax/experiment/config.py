@@ -20,9 +20,6 @@ def default_config(*tasks: str) -> Config:
   A leaf under `model` that is None keeps the value of the named size. A config
   file fills `data.train` and `data.evaluation` with `train_source` and
   `evaluation_source`.
-
-  Args:
-    *tasks: names of the tasks of the run.
   """
   config: Config = ConfigDict()
   for name, row in KEYS.items():
@@ -51,11 +48,9 @@ def train_source(
 
   Args:
     source: name of the source, such as "shapes".
-    task: one of `config.tasks`.
     weight: share of the examples, relative to the other entries; or
       ((0, weight), (step, weight), ...) for a share that changes. The flag of
       the weight accepts both forms.
-    split: split of the source.
     **options: passed to the source.
   """
   return ConfigDict(
@@ -81,12 +76,9 @@ def evaluation_source(
   """Returns an entry of `data.evaluation`.
 
   Args:
-    source: see `train_source`.
-    task: see `train_source`.
     annotations: file of official annotations, see `sources.annotations`;
       `{split}` in its name stands for the split.
     partition: name of the way in which papers split the data, for reports.
-    **options: see `train_source`.
   """
   return ConfigDict(
     {

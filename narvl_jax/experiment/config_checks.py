@@ -33,7 +33,6 @@ def validate(config: Config, *, fit: bool = True) -> None:
   """Checks all of a config that needs neither data nor devices.
 
   Args:
-    config: to check.
     fit: whether images and texts must fit the tables of the model.
 
   Raises:

@@ -36,7 +36,6 @@ class Options:
     num_queries: N of the model; that of the config if None.
     max_examples: records whose pictures are read, too; all if 0.
     all_texts: read the texts of all records.
-    num_threads: threads that read.
     png: picture of examples to draw; none if "".
   """
 
@@ -53,8 +52,6 @@ class CheckedSource:
 
   Attributes:
     name: name in the report and in file names.
-    source: the records.
-    task: name of their task.
     config: config with the limits and the settings of the task.
   """
 
@@ -74,9 +71,7 @@ def check(
   """Checks one source.
 
   Args:
-    entry: the source to check.
     vocabulary: vocabulary that determines lengths in tokens.
-    num_queries: N of the model; that of the config if None.
     **options: see `inspection.inspect`.
 
   Returns:
@@ -121,7 +116,6 @@ def open_spec(
   Args:
     spec: see `sources.open_source`.
     task: task of the records; may be empty if the source knows it.
-    split: split to read.
     exif_orientation: see `data.exif_orientation`.
 
   Raises:
@@ -144,7 +138,6 @@ def open_entries(config: Config, name: str, split: str) -> list[CheckedSource]:
   """Opens entries of a config.
 
   Args:
-    config: the config.
     name: name of an entry, "train." or "evaluation." may precede it; all
       entries if empty.
     split: split to read; by default that of the entry.

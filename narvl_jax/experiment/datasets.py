@@ -13,11 +13,7 @@ from narvl_jax.experiment.config import Config
 
 
 class DataSets:
-  """The data sets of a config, each of which is opened once, when needed.
-
-  Attributes:
-    config: that names them.
-  """
+  """The data sets of a config, each of which is opened once, when needed."""
 
   def __init__(self, config: Config) -> None:
     self.config = config
@@ -92,7 +88,6 @@ def recipe_hint(name: str, entry: Any) -> str:
   """Returns how to set the folder of a recipe's files, to append to a flag.
 
   Args:
-    name: of the entry.
     entry: of `data.train` or `data.evaluation`.
 
   Returns:

@@ -28,11 +28,7 @@ class Experiment:
   """What training, evaluation and prediction share.
 
   Attributes:
-    config: every setting.
-    vocabulary: text to ids and back.
-    tasks: name -> task.
     model_config: the resolved architecture.
-    model: the network.
     datasets: opened data sets; None: each use opens them again.
   """
 
@@ -98,7 +94,6 @@ def build(
 
   Args:
     config: validated.
-    vocabulary: of the run.
     datasets: of the config, if some are open.
     shapes_only: without tasks, which need real tokens.
 

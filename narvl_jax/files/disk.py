@@ -53,7 +53,6 @@ def replacing(
   """Calls `atomically` in a folder that is created if needed.
 
   Args:
-    path: of the file.
     inside: an ancestor that is not created again if it has vanished, such as
       the run folder.
 

@@ -91,7 +91,6 @@ def reason_of(number: int, path: pathlib.Path | None = None) -> str:
   """Returns the text of an errno, with the free space and an advice.
 
   Args:
-    number: the errno.
     path: the file that could not be written or read, if known.
   """
   text = os.strerror(number)

@@ -43,7 +43,6 @@ def check_possible(flag: str, value: str) -> None:
 
   Args:
     flag: its name in messages, such as `--to`.
-    value: the path.
 
   Raises:
     UserError: a name in it is too long, or its links form a cycle.

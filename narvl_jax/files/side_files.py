@@ -68,7 +68,6 @@ def read_object(
   """Reads the JSON object in a file; sets a damaged file aside.
 
   Args:
-    path: the file.
     is_valid: whether an object has the expected content.
 
   Returns:

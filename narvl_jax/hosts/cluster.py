@@ -24,7 +24,6 @@ class Cluster(NamedTuple):
 
   Attributes:
     coordinator_address: HOST:PORT of process 0.
-    num_processes: number of processes.
     process_id: index of this one.
     local_device_ids: devices of this machine that it uses; None for all.
     start_timeout: seconds to wait for the others.

@@ -16,7 +16,6 @@ def describe_differences(
   Args:
     facts: fact -> value, by host. A name such as `config seed` is a group and
       a member of it.
-    names: host names.
 
   Returns:
     One line such as `host 3 (name): config differs: seed 1, the others 0`,

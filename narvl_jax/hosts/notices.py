@@ -113,7 +113,6 @@ class Notices:
     Args:
       client: of jax's coordination service.
       cluster: the hosts; the limit of its heartbeats.
-      terminal: receives the messages.
       poll_seconds: interval of the polls.
       leave: ends the process with an exit code, whatever other threads do.
       on_end: called with exit code and message before the process ends.

@@ -41,9 +41,7 @@ def meet(
   """Waits for all processes and compares their facts.
 
   Args:
-    cluster: the processes.
     facts: facts of this process that must be equal in all.
-    say: prints a line.
     secret: shared by all processes, which prove it to each other; None accepts
       any connection.
 

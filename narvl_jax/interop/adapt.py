@@ -128,9 +128,7 @@ class Adaptation:
   """A tensor that the file lacks or has in another shape.
 
   Attributes:
-    key: official key.
     before: shape in the file, None if it is missing.
-    after: new shape.
     how: how it was filled, for the report.
   """
 
@@ -147,7 +145,6 @@ def adapt(
 
   Args:
     state: official key -> tensor; not modified.
-    options: of the conversion.
 
   Returns:
     The new state dict, its changes, and whether the file is of OFA.

@@ -28,10 +28,8 @@ class Conversion:
   """Converted weights.
 
   Attributes:
-    source: the file.
     size: named size of the model.
     overrides: fields of `ModelConfig` that differ from that size.
-    config: the architecture.
     variables: {"params", "batch_stats"} of NumPy arrays.
     unused: official tensors that only an official file needs.
     report: JSON values, see `report.json` in docs/weights.md.
@@ -57,7 +55,6 @@ def convert_official(
 
   Args:
     path: an official file or a Hugging Face folder, see `open_source`.
-    options: of the conversion.
     ema: read the moving averages.
     dtype: of the variables; None keeps float16, bfloat16 and float32.
 

@@ -47,7 +47,6 @@ def save_official(
   """Writes an official checkpoint of NARVL or OFA; torch is not needed.
 
   Args:
-    path: the file.
     config: the architecture; the decoder selects NARVL or OFA.
     variables: {"params", "batch_stats"} of arrays, unboxed; dtypes are kept.
     unused: official tensors that only image generation reads; those that are

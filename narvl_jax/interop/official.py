@@ -33,7 +33,6 @@ def variables_from_official(
   Args:
     state: official key -> float array, or a tensor of a file, read once.
     config: of NARVL or, autoregressive, OFA; `image_encoder="resnet"`.
-    dtype: of the variables.
 
   Returns:
     {"params", "batch_stats"}: nested dicts of NumPy arrays, unboxed.
@@ -69,7 +68,6 @@ def official_from_variables(
 
   Args:
     variables: {"params"} and optionally {"batch_stats"}, unboxed.
-    config: of the model.
 
   Returns:
     Official key -> array of the same dtype and type (NumPy, JAX).

@@ -82,7 +82,6 @@ def read_pickle(
   """Returns the value that a pickle describes.
 
   Args:
-    data: the pickle.
     find: (module, name) -> a `StandIn`, or a value that cannot be called.
     persistent: persistent id -> value.
 

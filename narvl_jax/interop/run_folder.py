@@ -91,7 +91,6 @@ def find_vocabulary(
   """Reads the vocabulary of converted weights.
 
   Args:
-    made: the weights.
     folder: of the official or the Hugging Face files; None looks beside the
       weights.
     num_codes: image codes; None: as in the settings of the file, or 8192.
@@ -184,7 +183,6 @@ def write_run(
 
   Args:
     folder: new or empty.
-    made: the weights.
     config: of the run, with the model of the weights.
     vocabulary: of the weights; without it runs can start from the folder
       (`config.init_from`), but nothing can evaluate it.

@@ -25,7 +25,6 @@ class SourceFile:
   """A state dict in a file.
 
   Attributes:
-    path: the file.
     state: key in the file -> tensor.
     settings: "cfg" and "args" of fairseq, None without them.
   """

@@ -34,8 +34,6 @@ class Tensor(abc.ABC):
   """A tensor in a file; `np.asarray` reads it and caches nothing.
 
   Attributes:
-    path: the file.
-    shape: of the tensor.
     dtype: of the tensor, little endian.
     entry: the bytes that contain it, if the file has a checksum of them.
   """

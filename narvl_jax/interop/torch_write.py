@@ -30,7 +30,6 @@ def write_torch(path: PathLike, content: Mapping[str, Any]) -> None:
   """Writes a file for `torch.load`, atomically.
 
   Args:
-    path: the file.
     content: dicts, lists, tuples, str, int, float, bool, None,
       `types.SimpleNamespace` (becomes an `argparse.Namespace`), arrays and
       `Tensor`s. An array that appears twice is written once and stays shared.

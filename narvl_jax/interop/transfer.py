@@ -116,7 +116,6 @@ def export_official(
 
   Args:
     source: folder of a run or of converted weights.
-    target: the new file.
     checkpoint: "best", "last" or a step.
     check: run a fixed request and report the results.
 
@@ -208,7 +207,6 @@ def forward(
   """Runs the fixed request in float32.
 
   Args:
-    config: the architecture.
     variables: {"params", "batch_stats"}.
 
   Returns:

@@ -93,9 +93,7 @@ def _terms(
   Differentiable once, in reverse mode, with respect to `inputs` only.
 
   Args:
-    head: source of the logits.
     blank_id: id of the blank class.
-    inputs: inputs of the head.
     labels: [B, L] integers, right padded with any id.
     label_lengths: [B] integers.
     temper: float32 [B], factor of the log-probabilities.

@@ -137,11 +137,6 @@ def query_ctc_objective(
 
   Args:
     logits: as in `query_ctc_loss`; so are the next five arguments.
-    labels: [B, L] integers.
-    label_lengths: [B] integers.
-    blank_id: id of the blank class.
-    vocab_size: number of true classes, None for all V.
-    label_smoothing: in [0, 1).
     confidence: [B] in (0, 1], None for 1.
     confidence_mode: one of `CONFIDENCE_MODES`.
     example_mask: [B] bool, False for rows that only fill the batch; None for

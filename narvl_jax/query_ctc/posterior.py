@@ -31,11 +31,6 @@ def label_posterior(
 
   Args:
     logits: as in `query_ctc_loss`; so are the other arguments.
-    labels: [B, L] integers.
-    label_lengths: [B] integers.
-    blank_id: id of the blank class.
-    vocab_size: number of true classes, None for all V.
-    axes: mesh axes that split batch and classes.
 
   Returns:
     float32 [B, N, L] without gradient, also with `jax_enable_x64`. Zero for

@@ -213,7 +213,6 @@ def _search(
     needed: queries that the constraint needs; None without one.
     blank_id: id of the blank class.
     beam_size: K.
-    constraint: allowed sequences.
   """
   n = log_probs.shape[0]
 

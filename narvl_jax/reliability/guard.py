@@ -35,7 +35,6 @@ class Guard:
   """Guards a run from the start of its process to the end.
 
   Attributes:
-    ledger: time of the run.
     stop: Ctrl-C and SIGTERM.
     busy: returns whether a checkpoint is being written; set by the caller.
   """
@@ -50,8 +49,6 @@ class Guard:
     """Prepares the guard.
 
     Args:
-      workdir: the run folder.
-      ledger: time of the run.
       leave: ends the process with an exit code, whatever its threads do; None
         leaves that to the main thread, as in a notebook.
     """
@@ -134,7 +131,6 @@ class Guard:
 
     Args:
       step: the step that is resumed.
-      say: prints a line.
       saved: Unix time of its checkpoint; by default that of its folder.
       damaged: damage of newer checkpoints, a line each.
     """

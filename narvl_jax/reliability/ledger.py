@@ -42,7 +42,6 @@ class Ledger:
 
     Args:
       start: start of the process on `clock`; the time since then is "import".
-      clock: returns seconds.
     """
     self._clock = clock
     now = clock()

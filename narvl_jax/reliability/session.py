@@ -39,7 +39,6 @@ def together(
     log_folder: for `host_000.log` and so on; None keeps no logs.
     facts: returns what must be equal on all hosts.
     explain: exception -> exit code and one line.
-    say: prints a line.
     on_end: see `Notices`.
 
   Yields:

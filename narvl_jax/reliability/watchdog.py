@@ -27,7 +27,6 @@ class Hang(NamedTuple):
 
   Attributes:
     stage: name in the ledger.
-    step: the last update.
     seconds: since the last progress.
     name: of the budget, a key of `config.watchdog`.
     budget: in seconds.
@@ -67,12 +66,10 @@ class Watchdog:
     """Prepares the thread.
 
     Args:
-      ledger: the run's ledger.
       budgets: `config.watchdog`: phase -> seconds, 0 for no limit.
       on_hang: called in the thread; if it returns, watching continues.
       on_look: called at every check.
       look_seconds: between two checks.
-      clock: returns seconds.
     """
     self._ledger = ledger
     self._budgets = dict(budgets)

@@ -55,8 +55,6 @@ class Health:
       spike; 0 counts none.
     skipped_updates: number of updates left out.
     rollbacks: number of returns to a checkpoint.
-    loss_spikes: number of spikes.
-    losses: the last finite losses.
   """
 
   spike_factor: float
@@ -179,7 +177,6 @@ class BundleWriter:
       position: of its batch in the data.
       batch: arrays [B, ...] on the devices.
       metrics: of the update; may be NaN.
-      checkpoint: step of the last checkpoint.
 
     Returns:
       The folder.

@@ -38,7 +38,6 @@ class DevicePrefetcher:
 
     Args:
       batches: host batches, arrays [R, ...] of the rows of this host.
-      mesh: the devices.
       names: the arrays to copy.
       depth: number of batches that wait on the devices.
       batch_size: of all hosts together; None for that of `batches`.

@@ -31,8 +31,6 @@ def make_mixture(
   """Returns the mixture of a run.
 
   Args:
-    config: of the run.
-    entries: the sources of `data.train`.
     rows: of every batch, those of this host; None: all.
 
   Raises:

@@ -27,7 +27,6 @@ class Eta:
   until the second one.
 
   Attributes:
-    steps: number of updates.
     eval_every: steps between evaluations; 0 for none.
     checkpoint_every: steps between checkpoints, in addition to those of the
       evaluations; 0 for none.

@@ -41,15 +41,11 @@ class Loop:
   """Trains, evaluates and saves until the last step or a stop request.
 
   Attributes:
-    run: the open run.
-    train_step: the compiled update.
     batches: batches on the devices, starting with the next one.
     evaluate: called every `train.eval_every` steps and after the last step;
       raises `EvaluationStopped` on a stop request.
     restore: returns the newest state (or a fresh one), its step and what was
       stored with it.
-    bundles: writes bad updates to disk.
-    health: counts of bad updates and loss spikes.
   """
 
   run: Run

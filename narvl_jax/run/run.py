@@ -26,12 +26,8 @@ class Run:
   """A run whose folder is open.
 
   Attributes:
-    setup: shapes, shardings and jitted functions.
-    mixture: draws the records of every batch.
-    checkpoints: saves and restores the state.
     writer: `SilentMetrics` except on the first host.
     guard: lock, signals and time ledger of the process.
-    say: prints a line.
   """
 
   setup: Setup

@@ -43,8 +43,6 @@ class Start(NamedTuple):
   """Everything that a run needs before its first state.
 
   Attributes:
-    setup: shapes, shardings and functions.
-    mixture: draws the records of every batch.
     weights: where the parameters of a new run come from; None: not planned.
   """
 
@@ -62,7 +60,6 @@ def prepare(
     datasets: of a config that was validated.
     workdir: the run folder; the vocabulary of a run in it is used.
     resumes: whether it holds a run.
-    say: prints a line.
 
   Raises:
     UserError: something that the config names is missing or wrong.
@@ -154,9 +151,6 @@ def restore_or_init(
   """Returns the newest intact state of the run, or a fresh one.
 
   Args:
-    setup: shapes and shardings.
-    checkpoints: those of the run.
-    say: prints a line.
     weights: plan for a fresh state with `init_from`; None: made if needed.
 
   Returns:

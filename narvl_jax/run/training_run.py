@@ -51,7 +51,6 @@ def train(
 
   Args:
     config: see `narvl_jax.experiment.config.default_config`.
-    workdir: the run folder.
     ledger: of the time since the start of the process.
 
   Returns:
@@ -96,9 +95,6 @@ def print_plan(
   """Prints what is known of a run before it trains; writes nothing.
 
   Args:
-    config: of the run.
-    workdir: the run folder.
-    guard: of the process.
     only_sharding: print only where every parameter lies.
 
   Raises:

@@ -85,7 +85,6 @@ def record_restart(
   """Appends a record for every end since the last restart.
 
   Args:
-    workdir: the run folder.
     step: the step that is resumed; 0 for the start.
     saved: Unix time of its checkpoint; None if there is none.
     damaged: damage of newer checkpoints, a line each.

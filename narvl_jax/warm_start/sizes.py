@@ -52,8 +52,6 @@ class Origin:
 
   Attributes:
     path: as the user wrote it.
-    config: of its run, None if there is none.
-    vocabulary: of its run, None if it has none.
     trained: whether it was trained by this program, not converted.
     parallel: whether its weights have queries.
   """
@@ -109,13 +107,6 @@ def find_fit(
   ours: Shape,
 ) -> Fit | None:
   """Returns how a stored array becomes ours.
-
-  Args:
-    experiment: of this run.
-    origin: of the stored array.
-    name: of our array.
-    theirs: shape of the stored array.
-    ours: shape of our array.
 
   Returns:
     None if it is copied unchanged, or if nothing fits these shapes.

@@ -49,8 +49,6 @@ def match_tokens(
   """Finds tokens in another vocabulary by name, and bins by position.
 
   Args:
-    theirs: vocabulary of the other run.
-    ours: of this run.
     classes: number of classes there and here; the last id, the blank, is no
       class of an autoregressive model.
     rows: of our table, with padding.

@@ -49,10 +49,7 @@ class BadRecord:
 
   Attributes:
     name: of the entry or data set.
-    index: of the record in its source.
-    total: number of records of the source.
     place: location, such as "vqa.tsv row 17".
-    reason: what is wrong.
     record_id: None if the record could not be read.
     kind: "" if the record could not be read.
   """
@@ -94,8 +91,6 @@ class RecordReader:
     """Wraps a source.
 
     Args:
-      source: records with random access.
-      name: of the entry or data set, in messages.
       total: number of records that are used; all of the source by default.
       among: indices of these records; the first `total` by default.
     """
@@ -112,7 +107,6 @@ class RecordReader:
     """Returns `use(source[index])`, or a `BadRecord` if that fails.
 
     Args:
-      index: of the record.
       use: processes a record. It may be called with other records of the
         source as well, to distinguish a defect of the code from bad data.
 
@@ -206,8 +200,6 @@ def read_good(
   Bad records are skipped, with one warning at the end.
 
   Args:
-    source: the records.
-    name: of the source, for messages.
     use: makes what is yielded of a record.
     doing: what the records are read for, such as "collecting answers".
     max_examples: number of records to read; 0 reads all.

@@ -22,8 +22,6 @@ class Prepared(NamedTuple):
     image: uint8 [H, W, 3].
     text: token ids of the source.
     labels: token ids of the target.
-    confidence: weight of the target.
-    task: name of the task.
     index: position of the record in its source.
   """
 
@@ -73,7 +71,6 @@ class Batcher:
     "valid" (bool) is False until a record is written into the row.
 
     Args:
-      rows: number of examples.
       into: arrays of `layout(rows)` to use. Their pictures are left as they
         are. None makes new arrays.
     """
@@ -101,9 +98,6 @@ class Batcher:
     """Augments, tokenises and decodes one record.
 
     Args:
-      record: the record.
-      task: its task.
-      index: position of the record in its source.
       target: "required", "optional" (left out if the record has no target or
         one that is too long) or "none".
       rng: draws the random changes that the task's settings ask for; None

@@ -11,7 +11,6 @@ class MixtureEntry(NamedTuple):
 
   Attributes:
     source: `Record`s with random access.
-    task: name of the task that reads them.
     weight: share relative to the other entries; or [(from_step, weight), ...]
       from step 0 for a share that changes during training.
     name: unique in the mixture; the order of the records depends on it.

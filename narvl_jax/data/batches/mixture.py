@@ -25,8 +25,6 @@ class Draw(NamedTuple):
   """One row of a batch.
 
   Attributes:
-    entry: number of the entry.
-    index: of the record in the entry's source.
     position: number of records of the entry before it, over all epochs.
   """
 
@@ -57,9 +55,7 @@ class Mixture:
     """Builds the mixture.
 
     Args:
-      entries: at least one.
       batch_size: examples of all hosts together.
-      seed: of the order.
       rows: rows of every global batch that this host makes; all by default.
       temperature: T multiplies every weight by (number of records) ** (1 / T).
         At 1 shares are proportional to the sizes of the sources; larger values

@@ -43,12 +43,8 @@ def train_batches(
   """Mixes sources and returns their batches.
 
   Args:
-    entries: sources to mix.
-    position: see `mixture_batches`.
     batch_size: examples of all hosts together.
-    seed: of the order.
     rows: rows of every global batch to make; all by default.
-    temperature: see `Mixture`.
     **reading: see `mixture_batches`.
 
   Raises:
@@ -82,8 +78,6 @@ def mixture_batches(
   """Returns endless training batches, each a function of (seed, position).
 
   Args:
-    mixture: draws the records.
-    tasks: name -> task.
     position: number of batches that were used or skipped already.
     image_size: (height, width) in pixels.
     max_text_length: T, tokens of the source with bos and eos.
@@ -212,8 +206,6 @@ def eval_batches(
   or too long, since predictions need none.
 
   Args:
-    source: records with random access.
-    task: task of the records.
     batch_size: examples of all hosts together.
     image_size: (height, width) in pixels.
     max_text_length: T.
@@ -222,8 +214,6 @@ def eval_batches(
     rows: rows of every global batch to make; all by default.
     num_threads: threads that prepare batches ahead; 0 prepares them on demand.
     prefetch: batches that are prepared ahead.
-    bad_records: counts bad records; a new one if None.
-    name: of the source in messages.
 
   Raises:
     UserError: the source is empty or too many of its records are bad.

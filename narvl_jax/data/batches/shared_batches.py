@@ -44,7 +44,6 @@ class Segments:
   """The main process's side: creates segments and copies batches out of them.
 
   Attributes:
-    layout: of the batches.
     names: of the segments, a list for each worker.
   """
 

@@ -31,7 +31,6 @@ def in_processes(
 
   Args:
     dataset: a grain IterDataset that can be pickled.
-    num_workers: number of processes.
     buffered: elements that each process prepares ahead; at least 1.
     segments: shared memory, which the workers find with `own_segments`.
   """

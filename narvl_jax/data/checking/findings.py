@@ -33,10 +33,8 @@ class Limits:
     image_size: (height, width) in pixels of the model's input.
     max_text_length: tokens of the prompt with bos and eos.
     max_label_length: labels of the target.
-    num_queries: N of the model.
     max_text_positions: tokens for which the model has positions.
     max_bad_fraction: fraction of bad records that stops a run.
-    exif_orientation: see `data.exif_orientation`.
   """
 
   image_size: tuple[int, int] = (480, 480)

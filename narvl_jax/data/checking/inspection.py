@@ -45,12 +45,9 @@ def inspect(
   """Reads records and returns their figures.
 
   Args:
-    source: records.
     task: task with a vocabulary.
-    limits: limits of the run.
     max_examples: records to read, evenly spread; 0: all.
     all_texts: read the texts of all records, and `max_examples` pictures.
-    num_threads: threads that read.
 
   Returns:
     Figures for JSON; `samples` are indices of good records with a picture.

@@ -22,7 +22,6 @@ class PictureFacts(NamedTuple):
   """Facts about a decoded picture.
 
   Attributes:
-    one_color: the picture has nearly one color.
     hidden: most of the outline of transparent parts is invisible without
       transparency, as in a black drawing on a transparent ground.
   """

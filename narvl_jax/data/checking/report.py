@@ -29,8 +29,6 @@ class Verdict(NamedTuple):
 
   Attributes:
     word: one of `GOOD`, `USABLE`, `NOT_USABLE`.
-    reasons: sentences.
-    flags: flags to pass to the run.
   """
 
   word: str
@@ -43,7 +41,6 @@ def judge(figures: Mapping[str, Any], task: str, *, eos: bool) -> Verdict:
 
   Args:
     figures: output of `inspection.inspect`.
-    task: task of the records.
     eos: whether targets end with eos.
   """
   read, bad = figures["read"], figures["bad"]
@@ -173,9 +170,7 @@ def format_figures(
   """Returns the figures of one source as text.
 
   Args:
-    title: first line.
     figures: output of `inspection.inspect`.
-    settings: settings of the task.
   """
   total, read = figures["records"], figures["read"]
   pictures = figures["pictures_read"]

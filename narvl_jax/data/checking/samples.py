@@ -29,9 +29,6 @@ def draw_samples(
   """Returns an RGB picture of some records as the model reads them.
 
   Args:
-    name: name of the source.
-    source: records.
-    task: task with a vocabulary.
     good: indices of good records.
     size: (height, width) in pixels of the model's input.
 

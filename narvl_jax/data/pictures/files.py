@@ -160,7 +160,6 @@ def orientation(picture: Image.Image, data: bytes) -> int:
 
   Args:
     picture: from `open_picture`.
-    data: bytes of the same picture.
 
   Returns:
     1 (upright, also if the tag is missing or damaged) to 8.

@@ -58,8 +58,6 @@ class Panel:
   Attributes:
     image: uint8 [H, W, 3].
     title: first line, such as "vqa / count #17".
-    prompt: may be empty.
-    prediction: answer as text.
     target: truth as text; None if unknown.
     correct: shown as a word and a colour; None shows neither.
     predicted_box: in pixels of `image`.
@@ -114,10 +112,6 @@ def prediction_grid(
 
   Args:
     panels: cells in reading order, at least one.
-    title: headline, such as the run and the split.
-    note: text below the title.
-    columns: cells in a row.
-    words: labels of the answers and boxes.
 
   Returns:
     An RGB picture.
@@ -168,7 +162,6 @@ def box_overlay(
     image: uint8 [H, W, 3].
     predicted_box: in pixels of `image`.
     target_box: in pixels of `image`.
-    caption: text below the picture.
 
   Returns:
     An RGB picture.

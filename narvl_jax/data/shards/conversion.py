@@ -163,7 +163,6 @@ def convert(
   Args:
     num_workers: number of processes; 0 works in this one.
     max_bad_fraction: share of the records that may be bad and left out.
-    tell: prints a line for each shard.
     write: writes shards instead of `write_all`.
 
   Raises:

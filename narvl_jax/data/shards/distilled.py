@@ -75,7 +75,6 @@ class Labelled(RecordSource):
     """Combines a source with labels.
 
     Args:
-      source: records with the original targets.
       labels: index in the source -> label, of all records that could be read.
       task: of the teacher.
       batcher: of the teacher; its error explains why a record has no label.
@@ -144,11 +143,7 @@ class DistilledSet:
 
   Attributes:
     name: of the teacher's entry.
-    task: one of `TASKS`.
-    split: such as "train".
     source: name of the source that reads the data set.
-    options: of this source.
-    manifest: of its folder.
   """
 
   name: str

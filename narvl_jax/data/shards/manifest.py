@@ -34,16 +34,12 @@ class Manifest:
   Attributes:
     schema_version: of the records; see `records`.
     name: the shards are NAME-00000-of-00012.array_record.
-    task: one of `TASKS`.
-    split: such as "train".
     source: what was converted: spec, options, fingerprint, length; of
       distilled data also teacher, checkpoint_step, vocabulary (its
       fingerprint), decoding and format.
     image: how pictures are stored: {"encoding": "original"}, or "jpeg" with
       size and quality.
-    records: number of records of all shards.
     bad_records: index, place, id and reason of each record that was left out.
-    shards: the files in order.
     labels: sums over the records of distilled data; see
       `distilled.Labelled.counts`.
   """

@@ -37,16 +37,10 @@ class Job:
 
   Attributes:
     spec: source to convert; see `open_source`.
-    task: one of `TASKS`.
     split: such as "train"; "" is the source's default.
-    options: of the source.
-    folder: target of the shards.
     name: the shards are NAME-00000-of-00012.array_record.
-    count: number of records to read.
-    num_shards: number of files.
     image_size: side of square JPEG pictures; 0 keeps the original bytes.
     quality: of these JPEG pictures, 1 to 100.
-    format: of the files, one of `formats.FORMATS`.
     exif_orientation: "ignore" or "apply"; see `RecordSource`.
   """
 

@@ -38,8 +38,6 @@ def load_source(
 
   Args:
     name: one of `SOURCES`.
-    task: one of `TASKS` that the source supports.
-    split: such as "train", "validation" or "test".
     seed: used by procedural sources only.
     exif_orientation: "ignore" or "apply"; see `RecordSource`.
     **options: keyword arguments of the source's class.

@@ -33,7 +33,6 @@ def load_annotations(path: str | os.PathLike[str], task: str) -> Annotations:
   """Reads a file of annotations.
 
   Args:
-    path: of the file.
     task: "vqa" or "caption".
 
   Raises:
@@ -111,10 +110,6 @@ class AnnotatedSource(RecordSource):
     """Reads the annotations.
 
     Args:
-      source: of the records.
-      path: file of the annotations.
-      task: of the records.
-      split: of the records.
       name: entry of `data.evaluation`, for messages.
 
     Raises:
@@ -142,9 +137,6 @@ class AnnotatedSource(RecordSource):
 
   def check(self, indices: Sequence[int]) -> None:
     """Checks that records have annotations; reads each of them once.
-
-    Args:
-      indices: of the records.
 
     Raises:
       UserError: some have none.

@@ -49,7 +49,6 @@ class ArrayRecordSource(RecordSource):
     Args:
       task: task of the manifest; "" accepts any.
       split: split of the manifest; "" accepts any.
-      seed: has no effect.
       path: folders instead of files; see `files.resolve`.
 
     Raises:

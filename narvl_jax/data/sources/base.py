@@ -17,8 +17,6 @@ class RecordSource(Sequence[Record], abc.ABC):
   place. Several threads may read a source, and it can be pickled.
 
   Attributes:
-    task: one of `TASKS`.
-    split: such as "train".
     exif_orientation: one of `EXIF_ORIENTATIONS`; applies to every picture.
   """
 

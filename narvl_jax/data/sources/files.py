@@ -26,8 +26,6 @@ def resolve(path: PathOption, split: str, *, source: str) -> list[pathlib.Path]:
     path: a file, several, or a mapping from splits to these. `{split}` in a
       name becomes the split. A glob pattern means all files that match it,
       sorted by name.
-    split: such as "train".
-    source: name of the source, for messages.
 
   Returns:
     At least one file; all of them exist.

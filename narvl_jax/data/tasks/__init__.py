@@ -33,7 +33,6 @@ def make_task(
   """Returns a task.
 
   Args:
-    name: one of `TASKS`.
     vocabulary: vocabulary of the run; without one only `texts` may be called.
     settings: settings that differ from `default_settings(name)`.
 
@@ -68,9 +67,6 @@ def vocabulary_texts(
   """Yields every text of the good `records` that the task encodes.
 
   Args:
-    name: name of the task.
-    settings: settings of the task.
-    records: records with random access.
     on_bad: is called with each bad record.
   """
   task = make_task(name, None, settings)

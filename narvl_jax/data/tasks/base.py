@@ -59,10 +59,7 @@ class Task(abc.ABC, Generic[S]):
   """Turns records into ids and ids into answers.
 
   Attributes:
-    name: one of `TASKS`.
     open_ended: any text is an answer; `answer_space` returns None.
-    settings: settings of the task.
-    merge_repeats: see `Settings`.
   """
 
   name: ClassVar[str]
@@ -85,7 +82,6 @@ class Task(abc.ABC, Generic[S]):
     """Returns the ids of a record.
 
     Args:
-      record: a record of this task.
       with_target: False ignores the truth and returns no `label_ids`.
 
     Raises:
@@ -119,7 +115,6 @@ class Task(abc.ABC, Generic[S]):
     """Returns a randomly changed record for training.
 
     Args:
-      record: a record of this task.
       rng: source of all randomness; not used unless `augments`.
 
     Returns:
@@ -250,10 +245,6 @@ def check_num_queries(
   samples: Mapping[str, Sequence[Encoded]], num_queries: int
 ) -> None:
   """Checks that some target of each task fits the number of queries.
-
-  Args:
-    samples: some encoded records of each task.
-    num_queries: number of queries of the model.
 
   Raises:
     UserError: even the shortest target of a task needs more queries.

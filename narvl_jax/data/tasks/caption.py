@@ -13,7 +13,6 @@ class CaptionSettings(augmented.AugmentedSettings):
   """Settings of captioning.
 
   Attributes:
-    prompt: prompt of every picture.
     max_target_words: longer targets are cut; 0: no limit.
   """
 

@@ -61,8 +61,6 @@ def _read_dictionary(
   Args:
     path: `dict.txt` of lines "SYMBOL COUNT". Symbols are ids of `encoder`;
       other names (the fillers) are kept.
-    encoder: token -> id.
-    encoder_path: path of `encoder`, for messages.
 
   Raises:
     UserError: the file cannot be read, is cut off or has another content.

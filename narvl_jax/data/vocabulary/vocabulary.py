@@ -71,8 +71,6 @@ class Vocabulary:
       tokenizer: byte-level BPE; its ids are internal.
       base: tokens with an id, in the order of ids. A name that is no token of
         `tokenizer` is an unused filler.
-      num_codes: number of image codes.
-      num_bins: number of coordinate bins.
       expansions: ids of a token that is not in `base`. A token without either
         becomes unk.
     """
@@ -176,8 +174,6 @@ class Vocabulary:
     Args:
       texts: texts with their leading space, as tasks encode them.
       size: largest number of all ids; fewer if there are fewer words.
-      num_codes: number of image codes.
-      num_bins: number of coordinate bins.
 
     Raises:
       UserError: `size` is too small for the characters in `texts`.
@@ -239,7 +235,6 @@ class Vocabulary:
     and words of three or more letters that are spelled letter by letter.
 
     Args:
-      text: a text as tasks encode it.
       whole: also return all other words of several tokens, for a vocabulary
         that was trained on whole words.
     """

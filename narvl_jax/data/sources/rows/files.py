@@ -36,7 +36,6 @@ class RowFile(Sequence[bytes]):
   A byte order mark and empty last rows are left out.
 
   Attributes:
-    path: path of the file.
     notes: oddities: byte order mark, mixed ends of rows, no newline at the
       end, empty last rows. They are also logged once as a warning.
   """

@@ -49,8 +49,6 @@ class Index(NamedTuple):
 
   Attributes:
     starts: int64 [rows + 1].
-    notes: oddities of the file.
-    content: digest of the file.
   """
 
   starts: np.ndarray
@@ -67,8 +65,6 @@ def open_index(fd: int, path: pathlib.Path, index_dir: str = "") -> Index:
   """Reads the index of an open file, or builds it.
 
   Args:
-    fd: descriptor of the file.
-    path: path of the file.
     index_dir: folder of the index; by default that of the file or, if it is
       not writable, `$XDG_CACHE_HOME/narvl_jax`.
 

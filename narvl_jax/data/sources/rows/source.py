@@ -12,11 +12,7 @@ from narvl_jax.errors import UserError, did_you_mean
 
 
 class RowSource(RecordSource):
-  """Records that are rows of files; a subclass reads one row.
-
-  Attributes:
-    rows: the rows of all files.
-  """
+  """Records that are rows of files; a subclass reads one row."""
 
   name = ""
 
@@ -32,9 +28,7 @@ class RowSource(RecordSource):
     """Opens the files.
 
     Args:
-      task: one of `TASKS`.
       split: replaces `{split}` in `path`.
-      seed: has no effect.
       path: see `files.resolve`.
       index_dir: folder of the index of rows; see `rows.index.open_index`.
 

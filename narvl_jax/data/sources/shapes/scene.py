@@ -60,10 +60,7 @@ class Level:
 
   Attributes:
     image_size: side of the square picture in pixels.
-    max_objects: largest number of objects.
-    textures: textures in use.
     sides: relations in use, keys of `words.SIDES`.
-    overlap: whether objects may cover each other.
     small: whole-pixel sides of small objects.
     large: likewise of large ones.
     gap: smallest distance of two objects' centres along x.

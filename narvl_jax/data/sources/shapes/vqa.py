@@ -75,10 +75,7 @@ def with_count(
   """Returns `total` objects, and the value that `number` of them share.
 
   Args:
-    draws: random numbers of the record.
     attribute: "color" or "shape".
-    number: number of objects with the value.
-    total: number of all objects.
   """
   focus = draws.focus()
   value = getattr(focus, attribute)

@@ -139,9 +139,7 @@ def make_selector(
 
   Args:
     features: `tfds.features.FeaturesDict` of a data set.
-    path: path of the feature, such as "objects/bbox".
     each: path of the sequence whose elements are the records, or "".
-    field: field of `Record`, for messages.
 
   Raises:
     UserError: there is no such feature or sequence, or its type cannot be

@@ -25,7 +25,6 @@ def record_ends(
 
   Args:
     key: identifies the data set, its files and the sequence that is counted.
-    count: number of examples.
     index_dir: folder of the cache; "" is `$XDG_CACHE_HOME/narvl_jax`.
     records_of: example number -> its number of records.
   """

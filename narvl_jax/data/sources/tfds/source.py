@@ -61,9 +61,7 @@ class TfdsSource(RecordSource):
     """Opens the data set; the seed has no effect.
 
     Args:
-      task: one of `TASKS`.
       split: such as "train", "train[:50%]" or "train+restval".
-      seed: has no effect.
       name: NAME, NAME/CONFIG, NAME:VERSION, or a folder of a data set.
       data_dir: folder of all data sets; "" is the default of TFDS.
       fields: field of `Record` -> path of a feature; extends the layout of a
