@@ -59,7 +59,6 @@ class Options:
   to: str | None = None
 
   def __post_init__(self) -> None:
-    """Checks the values."""
     self._check_models()
     check_lists(
       tasks=self.tasks,

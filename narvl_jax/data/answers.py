@@ -188,7 +188,6 @@ def collect_answers(
 
 
 def _answers(record: Record) -> set[str]:
-  """Returns the non-empty answers of a record."""
   answers = {normalize_answer(checked_text(x)) for x in record.answers}
   return answers - {""}
 

@@ -39,7 +39,6 @@ class Decoding:
   normalize: bool = True
 
   def __post_init__(self) -> None:
-    """Checks the settings; raises UserError."""
     if self.method not in METHODS:
       raise UserError(
         f'the decoding method "{self.method}" is unknown.'

@@ -57,7 +57,6 @@ class Options:
   seed: int = 0
 
   def __post_init__(self) -> None:
-    """Checks the values."""
     if self.decoder is not None and self.decoder not in DECODERS:
       raise UserError(
         f'--decoder="{self.decoder}" is unknown.'

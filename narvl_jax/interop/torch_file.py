@@ -164,7 +164,6 @@ class _Reader:
     return value
 
   def _bytes(self, name: str, most: int) -> bytes:
-    """Returns the bytes of an entry."""
     entry = self._entry(name)
     if entry.size > most:
       raise UnsafePickleError(f"{name} has {entry.size:,} bytes")

@@ -223,7 +223,6 @@ def _write(
 
 
 def _dropout_key(seed: int, step: int) -> dict[str, Any]:
-  """Returns the random key of an update."""
   key = jax.random.fold_in(jax.random.key(seed), step - 1)
   data = np.asarray(jax.random.key_data(key)).tolist()
   return {"seed": seed, "folded_in": step - 1, "data": data}

@@ -235,7 +235,6 @@ def parse_weight(name: str, weight: Any) -> list[tuple[int, float]]:
 
 
 def _is_phase(pair: Any) -> bool:
-  """Returns whether a value is a step and a weight."""
   return (
     isinstance(pair, (tuple, list))
     and len(pair) == 2

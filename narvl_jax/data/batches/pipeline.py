@@ -128,7 +128,6 @@ class TrainBatches(Iterator[Batch]):
     bad_records: BadRecords,
     segments: Segments | None = None,
   ) -> None:
-    """Wraps the iterator of grain."""
     self._batches = batches
     self._segments = segments
     self._mixture = mixture

@@ -88,7 +88,6 @@ class WorkerSegments:
   """A worker's side: takes free segments and fills them."""
 
   def __init__(self, names: list[str], layout: Layout) -> None:
-    """Opens the segments of this worker."""
     self._segments = {x: shared_memory.SharedMemory(x) for x in names}
     self._layout = layout
     self._lock = threading.Lock()

@@ -276,7 +276,6 @@ class BadAccount:
   """Counts bad records, logs the first ones, and raises if too many."""
 
   def __init__(self, job: Job, max_bad_fraction: float) -> None:
-    """Sets the share of the job's records that may be bad."""
     self._job = job
     self._limit = max_bad_fraction
     self._bad = 0
