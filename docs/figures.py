@@ -21,6 +21,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from narvl_jax.predict import predict
+from narvl_jax.prediction.request import Request
 from narvl_jax.report import report
 
 IMAGES = pathlib.Path(__file__).parent / "images"
@@ -85,7 +86,7 @@ def _predictions(path: pathlib.Path, workdir: str) -> None:
 def _draw_prediction(
   axes: plt.Axes, workdir: str, task: str, index: int
 ) -> None:
-  found = predict(workdir, task=task, example=index)
+  found = predict(workdir, Request(task=task, example=index))
   with Image.open(found["image"]) as image:
     axes.imshow(image.convert("RGB"), interpolation="nearest")
   axes.set_xticks([])

@@ -16,16 +16,13 @@ from typing import Any
 
 from absl import flags
 
-from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.errors import UserError, check_counts
-from narvl_jax.evaluation import calibrating, evaluator, results
 from narvl_jax.files import side_files
 from narvl_jax.files.paths import check_folder
 from narvl_jax.prediction import decoding_flags
 from narvl_jax.prediction.calibration import Calibration
-from narvl_jax.prediction.decodings import decoding_name, decodings_for
 from narvl_jax.terminal.text import show
 
 _PLOT = "calibration.png"
@@ -53,6 +50,11 @@ def calibrate(
   Raises:
     UserError: no such run, checkpoint or split, or no example has ground truth.
   """
+  # Imported here, so that --help is fast.
+  from narvl_jax.checkpointing.runs import load_run
+  from narvl_jax.evaluation import calibrating, evaluator, results
+  from narvl_jax.prediction.decodings import decoding_name, decodings_for
+
   check_counts(batch_size=batch_size, max_examples=max_examples)
   experiment, variables, step = load_run(workdir, checkpoint)
   check_folder("--workdir", workdir)

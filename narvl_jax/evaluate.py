@@ -27,7 +27,6 @@ from typing import Any
 
 from absl import flags
 
-from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_report
@@ -37,41 +36,20 @@ from narvl_jax.errors import (
   check_lists,
   did_you_mean,
 )
-from narvl_jax.evaluation import evaluator, reporting, results
-from narvl_jax.evaluation.metric import METRIC_SETS, Options
+from narvl_jax.evaluation import metric, reporting
 from narvl_jax.files.paths import check_folder
 from narvl_jax.metrics import tokenizers
 from narvl_jax.metrics.cider import DocumentFrequencies
 from narvl_jax.prediction import decoding_flags
-from narvl_jax.prediction.answer_list import with_answers
 from narvl_jax.prediction.calibration import read_temperatures
-from narvl_jax.prediction.decodings import (
-  check_answers_heeded,
-  decoding_name,
-  decodings_for,
-)
 from narvl_jax.terminal.text import show, warn
 
 
-def evaluate(
-  workdir: str | os.PathLike[str],
-  *,
-  split: str | None = None,
-  checkpoint: str | int = "best",
-  max_examples: int | None = None,
-  batch_size: int | None = None,
-  max_bad_fraction: float | None = None,
-  decoding: Mapping[str, Any] | None = None,
-  answers: str = "",
-  tasks: Sequence[str] | None = None,
-  metrics: str = "cheap",
-  cider_df: str = "",
-  annotations: str = "",
-) -> reporting.Report:
-  """Evaluates a checkpoint, prints the table and writes the results.
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What is evaluated, and how.
 
-  Args:
-    workdir: run folder.
+  Attributes:
     split: of the data sets; `config.evaluation.split` if None.
     checkpoint: "best", "last" or a step.
     max_examples: at most this many of every data set, 0: all;
@@ -88,6 +66,30 @@ def evaluate(
     annotations: file of the official annotations of the one data set that
       `tasks` leaves, see `narvl_jax.data.sources.annotations`; those of the
       config if "".
+  """
+
+  split: str | None = None
+  checkpoint: str | int = "best"
+  max_examples: int | None = None
+  batch_size: int | None = None
+  max_bad_fraction: float | None = None
+  decoding: Mapping[str, Any] | None = None
+  answers: str = ""
+  tasks: Sequence[str] | None = None
+  metrics: str = "cheap"
+  cider_df: str = ""
+  annotations: str = ""
+
+  def __post_init__(self) -> None:
+    check_lists(tasks=self.tasks)
+    check_counts(batch_size=self.batch_size)
+    check_counts(least=0, max_examples=self.max_examples)
+
+
+def evaluate(
+  workdir: str | os.PathLike[str], options: Options = Options()
+) -> reporting.Report:
+  """Evaluates a checkpoint, prints the table and writes the results.
 
   Returns:
     The report, see `evaluator.evaluate_tasks`.
@@ -96,26 +98,31 @@ def evaluate(
     UserError: no such run, checkpoint or split, or a number out of range; or
       answers that would not be heeded.
   """
-  check_lists(tasks=tasks)
-  options = _options(metrics, cider_df)
-  check_counts(batch_size=batch_size)
-  check_counts(least=0, max_examples=max_examples)
-  experiment, variables, step = load_run(workdir, checkpoint)
+  # Imported here, so that --help is fast.
+  from narvl_jax.checkpointing.runs import load_run
+  from narvl_jax.evaluation import evaluator, results
+  from narvl_jax.prediction import decodings as decodings_lib
+  from narvl_jax.prediction.answer_list import with_answers
+
+  metric_options = _metric_options(options.metrics, options.cider_df)
+  experiment, variables, step = load_run(workdir, options.checkpoint)
   settings: Any = experiment.config.evaluation
-  if max_bad_fraction is not None:
-    experiment.config.data.max_bad_fraction = max_bad_fraction
-  if annotations:
-    _set_annotations(experiment.config, tasks, annotations)
-  if answers:
-    experiment = with_answers(experiment, answers)
+  if options.max_bad_fraction is not None:
+    experiment.config.data.max_bad_fraction = options.max_bad_fraction
+  if options.annotations:
+    _set_annotations(experiment.config, options.tasks, options.annotations)
+  if options.answers:
+    experiment = with_answers(experiment, options.answers)
+  max_examples = options.max_examples
   if max_examples is None:
     max_examples = settings.max_examples
-  decodings = decodings_for(experiment, decoding)
-  check_answers_heeded(
-    {k: v for k, v in decodings.items() if not tasks or k in tasks}, answers
+  decodings = decodings_lib.decodings_for(experiment, options.decoding)
+  tasks = options.tasks or decodings
+  decodings_lib.check_answers_heeded(
+    {k: v for k, v in decodings.items() if k in tasks}, options.answers
   )
   check_folder("--workdir", workdir)
-  name = decoding_name(decoding, answers)
+  name = decodings_lib.decoding_name(options.decoding, options.answers)
   temperatures, note = read_temperatures(workdir, step, name)
   if note:
     warn(note)
@@ -123,21 +130,25 @@ def evaluate(
   report, predictions = evaluator.evaluate_tasks(
     experiment,
     variables,
-    split=settings.split if split is None else split,
+    split=settings.split if options.split is None else options.split,
     max_examples=max_examples or None,
-    batch_size=batch_size,
+    batch_size=options.batch_size,
     step=step,
     decodings=decodings,
     decoding_name=name,
     temperatures=temperatures,
-    tasks=tasks,
-    options=options,
+    tasks=options.tasks,
+    options=metric_options,
   )
-  report |= {"metrics": metrics, "cider_df": cider_df}
+  report |= {"metrics": options.metrics, "cider_df": options.cider_df}
   seconds = time.monotonic() - start
   # First: stdout may be closed or full, and what was computed must be kept.
   paths = results.write_results(
-    experiment, workdir, report, predictions, best=checkpoint == "best"
+    experiment,
+    workdir,
+    report,
+    predictions,
+    best=options.checkpoint == "best",
   )
   show(reporting.format_table(report))
   show(f"\n{report['examples'] / seconds:.3g} examples/s, {seconds:.1f} s")
@@ -146,12 +157,11 @@ def evaluate(
   return report
 
 
-def _options(metrics: str, cider_df: str) -> Options:
-  if metrics not in METRIC_SETS:
-    raise UserError(
-      f'--metrics="{metrics}" is unknown.{did_you_mean(metrics, METRIC_SETS)}'
-    )
-  options = Options(metrics, intervals=True)
+def _metric_options(metrics: str, cider_df: str) -> metric.Options:
+  if metrics not in metric.METRIC_SETS:
+    hint = did_you_mean(metrics, metric.METRIC_SETS)
+    raise UserError(f'--metrics="{metrics}" is unknown.{hint}')
+  options = metric.Options(metrics, intervals=True)
   if not cider_df:
     return options
   frequencies = DocumentFrequencies.load(cider_df)
@@ -196,7 +206,7 @@ def define_flags() -> None:
   flags.DEFINE_enum(
     "metrics",
     "cheap",
-    METRIC_SETS,
+    metric.METRIC_SETS,
     "Whether to compute the figures of captions that start Java, too.",
   )
   flags.DEFINE_string(
@@ -221,8 +231,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   settings = flags.FLAGS
   check_json_path(settings.json)
-  report = evaluate(
-    settings.workdir,
+  options = Options(
     split=settings.split,
     checkpoint=settings.checkpoint,
     max_examples=settings.max_examples,
@@ -235,7 +244,7 @@ def main(argv: Sequence[str]) -> None:
     cider_df=settings.cider_df,
     annotations=settings.annotations,
   )
-  write_report(settings.json, report)
+  write_report(settings.json, evaluate(settings.workdir, options))
 
 
 if __name__ == "__main__":

@@ -18,17 +18,11 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
-from narvl_jax.evaluation import results
 from narvl_jax.files.disk import write_text
 from narvl_jax.files.paths import check_folder
-from narvl_jax.inspection.page import trace_page
-from narvl_jax.inspection.picture import answer_text, draw
-from narvl_jax.inspection.trace import trace_request
 from narvl_jax.prediction.request import Request
-from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import escape, show
 
@@ -58,6 +52,14 @@ def inspect(
   Raises:
     UserError: run, request or target is wrong, or the run is autoregressive.
   """
+  # Imported here, so that --help is fast.
+  from narvl_jax.checkpointing.runs import load_run
+  from narvl_jax.evaluation import results
+  from narvl_jax.inspection.page import trace_page
+  from narvl_jax.inspection.picture import answer_text, draw
+  from narvl_jax.inspection.trace import trace_request
+  from narvl_jax.run_folder import workdir as workdir_lib
+
   request.check()
   check_folder("--to", to)
   folder, workdir = pathlib.Path(to), pathlib.Path(workdir)
@@ -102,15 +104,7 @@ def main(argv: Sequence[str]) -> None:
   settings = flags.FLAGS
   inspect(
     settings.workdir,
-    Request(
-      settings.task,
-      settings.image,
-      settings.example,
-      settings.dataset,
-      settings.split,
-      settings.prompt,
-      settings.premise,
-    ),
+    Request.from_flags(),
     settings.to,
     target=settings.target,
     checkpoint=settings.checkpoint,

@@ -11,67 +11,32 @@ from the run's own test data, saves the picture, and prints the truth, too.
 `--min_probability=0.8` gives no answer that is less likely to be right.
 """
 
+import dataclasses
 import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from absl import flags
-from PIL import Image
 
-from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_report
-from narvl_jax.data.example import Record
-from narvl_jax.data.pictures import rendering
 from narvl_jax.errors import UserError
-from narvl_jax.evaluation import outcomes, results
 from narvl_jax.files.paths import check_file
-from narvl_jax.prediction import decoding_flags, foreign_input
-from narvl_jax.prediction.answer_list import with_answers
+from narvl_jax.prediction import decoding_flags
 from narvl_jax.prediction.calibration import read_temperatures
-from narvl_jax.prediction.decodings import (
-  check_answers_heeded,
-  decoding_name,
-  decodings_for,
-)
-from narvl_jax.prediction.predictor import Answer, Predictor
 from narvl_jax.prediction.request import Request
-from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import escape, show
 
 
-def predict(
-  workdir: str | os.PathLike[str],
-  *,
-  task: str | None = None,
-  image: str | os.PathLike[str] | None = None,
-  example: int | None = None,
-  dataset: str = "",
-  split: str = "",
-  prompt: str | None = None,
-  premise: str | None = None,
-  overlay: str | os.PathLike[str] | None = None,
-  checkpoint: str | int = "best",
-  decoding: Mapping[str, Any] | None = None,
-  answers: str = "",
-  min_probability: float | None = None,
-) -> outcomes.Outcome:
-  """Predicts the answer to one request.
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a request is answered.
 
-  Args:
-    workdir: run folder.
-    task: see `prediction.request.Request`.
-    image: likewise; exactly one of `image` and `example` is given.
-    example: likewise.
-    dataset: likewise.
-    split: likewise.
-    prompt: likewise.
-    premise: likewise.
+  Attributes:
     overlay: grounding only: PNG to write; by default in the run folder.
     checkpoint: "best", "last" or a step.
     decoding: see `decodings.decodings_for`.
@@ -79,6 +44,29 @@ def predict(
       "".
     min_probability: in [0, 1]; an answer that is less likely to be right is
       withheld.
+  """
+
+  overlay: str | os.PathLike[str] | None = None
+  checkpoint: str | int = "best"
+  decoding: Mapping[str, Any] | None = None
+  answers: str = ""
+  min_probability: float | None = None
+
+  def __post_init__(self) -> None:
+    least = self.min_probability
+    if least is not None and not 0 <= least <= 1:
+      raise UserError(
+        f"--min_probability={least:g} is not in [0, 1]; nearest:"
+        f" --min_probability={min(max(least, 0), 1)}"
+      )
+
+
+def predict(
+  workdir: str | os.PathLike[str],
+  request: Request,
+  options: Options = Options(),
+) -> dict[str, Any]:
+  """Predicts the answer to one request.
 
   Returns:
     step, task, image (path), prompt, answer (text; grounding: box in pixels of
@@ -93,76 +81,59 @@ def predict(
   Raises:
     UserError: run, picture, task or text is wrong or missing.
   """
-  if min_probability is not None and not 0 <= min_probability <= 1:
-    raise UserError(
-      f"--min_probability={min_probability:g} is not in [0, 1]; nearest:"
-      f" --min_probability={min(max(min_probability, 0), 1)}"
-    )
-  request = Request(task, image, example, dataset, split, prompt, premise)
+  # Imported here, so that --help is fast.
+  from narvl_jax.checkpointing.runs import load_run
+  from narvl_jax.evaluation import outcomes, results
+  from narvl_jax.prediction import decodings as decodings_lib
+  from narvl_jax.prediction.answer_list import with_answers
+  from narvl_jax.prediction.foreign_input import warnings_about
+  from narvl_jax.prediction.predictor import Predictor
+  from narvl_jax.run_folder import workdir as workdir_lib
+
   request.check()
   # Mistakes are reported before the weights are read.
-  if overlay is not None:
-    check_file("--overlay", overlay)
+  if options.overlay is not None:
+    check_file("--overlay", options.overlay)
   workdir = pathlib.Path(workdir)
   folder = workdir / results.PREDICTIONS_FOLDER
   config = workdir_lib.read_config(workdir)
   results.make_way(workdir)
   record = request.read(config)
   name = record.task
-  experiment, variables, step = load_run(workdir, checkpoint)
-  if answers:
-    experiment = with_answers(experiment, answers)
-  decodings = decodings_for(experiment, decoding)
-  check_answers_heeded({name: decodings[name]}, answers)
-  temperatures, note = read_temperatures(
-    workdir, step, decoding_name(decoding, answers)
-  )
+  experiment, variables, step = load_run(workdir, options.checkpoint)
+  if options.answers:
+    experiment = with_answers(experiment, options.answers)
+  decodings = decodings_lib.decodings_for(experiment, options.decoding)
+  decodings_lib.check_answers_heeded({name: decodings[name]}, options.answers)
+  decoding_name = decodings_lib.decoding_name(options.decoding, options.answers)
+  temperatures, note = read_temperatures(workdir, step, decoding_name)
   with progress.doing("compiling the model and answering"):
     answer = Predictor(experiment, variables, decodings, temperatures).answer(
       record
     )
-
-  if image is None:
-    path = folder / f"example_{name}_{example}.png"
-    results.write_image(path, Image.fromarray(_pixels(record)))
+  if request.image is None:
+    path = folder / f"example_{name}_{request.example}.png"
+    results.write_image(path, outcomes.picture(record))
   else:
-    path = pathlib.Path(image)
-  outcome: outcomes.Outcome = {
+    path = pathlib.Path(request.image)
+  outcome = {
     "step": step,
     "task": name,
     "image": str(path),
     "prompt": record.prompt,
     **outcomes.plain_answer(answer),
   }
-  if min_probability is not None:
-    outcomes.withhold(outcome, answer, min_probability)
+  if options.min_probability is not None:
+    outcomes.withhold(outcome, answer, options.min_probability)
   if name == "grounding" and not outcome.get("abstained"):
-    target = overlay or folder / f"overlay_{path.stem}.png"
-    outcome["overlay"] = str(_write_overlay(pathlib.Path(target), answer))
-  outcome["warnings"] = foreign_input.warnings_about(
-    experiment, record, resized=image is not None
+    target = options.overlay or folder / f"overlay_{path.stem}.png"
+    results.write_image(target, outcomes.overlay(answer))
+    outcome["overlay"] = str(target)
+  outcome["warnings"] = warnings_about(
+    experiment, record, resized=request.image is not None
   )
   outcome["warnings"] += [note] if note else []
   return outcome
-
-
-def _write_overlay(path: pathlib.Path, answer: Answer) -> pathlib.Path:
-  assert not isinstance(answer.value, str)
-  record, box = answer.record, answer.value
-  shown = outcomes.format_box(box) if any(box) else "no box"
-  picture = rendering.box_overlay(
-    _pixels(record),
-    box if any(box) else None,
-    target_box=record.box,
-    caption=f"{record.prompt}: {shown} ({100 * answer.confidence:.0f} %)",
-  )
-  return results.write_image(path, picture)
-
-
-def _pixels(record: Record) -> np.ndarray:
-  """Returns the picture of a record that is known to be decoded."""
-  assert isinstance(record.image, np.ndarray)
-  return record.image
 
 
 def define_flags() -> None:
@@ -183,27 +154,23 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   """Entry point."""
   del argv
+  # Imported here, so that --help is fast.
+  from narvl_jax.evaluation.outcomes import format_outcome
+
   settings = flags.FLAGS
   check_json_path(settings.json)
-  outcome = predict(
-    settings.workdir,
-    task=settings.task,
-    image=settings.image,
-    example=settings.example,
-    dataset=settings.dataset,
-    split=settings.split,
-    prompt=settings.prompt,
-    premise=settings.premise,
+  options = Options(
     overlay=settings.overlay,
     checkpoint=settings.checkpoint,
     decoding=decoding_flags.from_flags(),
     answers=settings.answers,
     min_probability=settings.min_probability,
   )
+  outcome = predict(settings.workdir, Request.from_flags(), options)
   for text in outcome["warnings"]:
     show(f"warning: {escape(text)}", file=sys.stderr)
   if settings.json != common_flags.STDOUT:
-    show(outcomes.format_outcome(outcome))
+    show(format_outcome(outcome))
   write_report(settings.json, outcome, indent=None)
 
 

@@ -19,8 +19,6 @@ from narvl_jax.command_line import flags as common_flags
 from narvl_jax.errors import UserError
 from narvl_jax.files.disk import write_text
 from narvl_jax.files.paths import check_file
-from narvl_jax.inspection.run_page import run_page
-from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.terminal.text import show
 
 _FILE = "report.html"
@@ -41,6 +39,10 @@ def report(
   Raises:
     UserError: the folder holds no run, or the file cannot be written.
   """
+  # Imported here, so that --help is fast.
+  from narvl_jax.inspection.run_page import run_page
+  from narvl_jax.run_folder import workdir as workdir_lib
+
   folder = pathlib.Path(workdir)
   if not workdir_lib.is_run(folder):
     raise UserError(

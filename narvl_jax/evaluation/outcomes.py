@@ -4,6 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from narvl_jax.data.example import Record
+from narvl_jax.data.pictures import rendering
 from narvl_jax.evaluation import reporting, tally
 from narvl_jax.prediction.predictor import Answer
 
@@ -80,6 +85,26 @@ def plain_answer(answer: Answer) -> Outcome:
   if described["target"] is not None:
     plain["truth"] = described["target"]
   return plain
+
+
+def overlay(answer: Answer) -> Image.Image:
+  """Returns the picture of a grounded expression with its box."""
+  assert isinstance(answer.record.image, np.ndarray)
+  assert not isinstance(answer.value, str)
+  record, box = answer.record, answer.value
+  shown = format_box(box) if any(box) else "no box"
+  return rendering.box_overlay(
+    answer.record.image,
+    box if any(box) else None,
+    target_box=record.box,
+    caption=f"{record.prompt}: {shown} ({100 * answer.confidence:.0f} %)",
+  )
+
+
+def picture(record: Record) -> Image.Image:
+  """Returns the picture of a record that has been decoded."""
+  assert isinstance(record.image, np.ndarray)
+  return Image.fromarray(record.image)
 
 
 def format_box(box: Sequence[float]) -> str:

@@ -4,16 +4,16 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from absl import flags
 
 from narvl_jax.data.answer_text import checked_text
 from narvl_jax.data.example import Record
 from narvl_jax.data.pictures import images
 from narvl_jax.data.record_checks import checked_record
 from narvl_jax.errors import UserError, did_you_mean
-from narvl_jax.experiment.datasets import load_dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,12 @@ class Request:
   split: str = ""
   prompt: str | None = None
   premise: str | None = None
+
+  @classmethod
+  def from_flags(cls) -> Self:
+    """Returns the request of the flags, see `command_line.flags.request`."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(**{name: getattr(flags.FLAGS, name) for name in names})
 
   def check(self) -> None:
     """Raises UserError unless there is either a file or a record."""
@@ -114,6 +120,9 @@ def _load_example(
   config: Any, task: str, index: int, dataset: str, split: str
 ) -> Record:
   """Returns a record of the evaluation data with its picture decoded."""
+  # Imported here, so that --help of the commands is fast.
+  from narvl_jax.experiment.datasets import load_dataset
+
   split = split or config.evaluation.split
   names = [k for k, v in config.data.evaluation.items() if v.task == task]
   if dataset and dataset not in names:

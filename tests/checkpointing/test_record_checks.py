@@ -15,11 +15,13 @@ from narvl_jax.checkpointing.weights import opened
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
+from narvl_jax.evaluate import Options as EvaluateOptions
 from narvl_jax.evaluate import evaluate
 from narvl_jax.evaluation.labelling import Labeller
 from narvl_jax.experiment.config import from_json
 from narvl_jax.interop.run_folder import read_run
 from narvl_jax.predict import predict
+from narvl_jax.prediction.request import Request
 from narvl_jax.run.start import restore_or_init
 from tests.evaluation import tiny_run
 
@@ -47,7 +49,7 @@ def _edit(run: pathlib.Path, key: str, value: Any) -> None:
 
 
 def test_the_same_config_is_used_without_a_word(run, capsys):
-  assert predict(run, task="vqa", example=0)["step"] == tiny_run.STEP
+  assert predict(run, Request(task="vqa", example=0))["step"] == tiny_run.STEP
   assert capsys.readouterr().err == ""
 
 
@@ -72,8 +74,8 @@ def test_an_edited_config_is_refused(run, key, value, seen):
     rf" narvl_jax.checkpoints restore_config {run}"
   )
   for read in (
-    lambda: predict(run, task="vqa", example=0),
-    lambda: evaluate(run, max_examples=2),
+    lambda: predict(run, Request(task="vqa", example=0)),
+    lambda: evaluate(run, EvaluateOptions(max_examples=2)),
     lambda: load_run(run, tiny_run.STEP),
     lambda: Labeller(run),
     lambda: read_run(run),
@@ -163,7 +165,7 @@ def test_a_run_is_not_resumed_with_another_config(run, key):
 def test_a_damaged_config_tells_how_to_restore_it(run, text, reason):
   (run / "config.json").write_text(text)
   for read in (
-    lambda: predict(run, task="vqa", example=0),
+    lambda: predict(run, Request(task="vqa", example=0)),
     lambda: evaluate(run),
     lambda: opened(str(run), "init_from").__enter__(),
   ):

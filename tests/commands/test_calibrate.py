@@ -11,11 +11,14 @@ from PIL import Image
 
 from narvl_jax.calibrate import calibrate
 from narvl_jax.errors import UserError
+from narvl_jax.evaluate import Options as EvaluateOptions
 from narvl_jax.evaluate import evaluate
 from narvl_jax.evaluation import outcomes
 from narvl_jax.metrics.calibration import apply_temperature
+from narvl_jax.predict import Options as PredictOptions
 from narvl_jax.predict import predict
 from narvl_jax.prediction.calibration import Calibration, read_temperatures
+from narvl_jax.prediction.request import Request
 from tests.evaluation import tiny_run
 
 TASKS = {"caption", "vqa", "grounding", "entailment"}
@@ -53,21 +56,21 @@ def test_files_of_the_command(workdir):
 def test_predict_and_evaluate_apply_the_temperatures(tmp_path):
   workdir = tiny_run.copy_run(tmp_path / "run")
   request = {"task": "vqa", "example": 3}
-  before = predict(workdir, **request)
+  before = predict(workdir, Request(**request))
   assert "raw_probability" not in before
   _with_temperatures(workdir, 3.0)
-  after = predict(workdir, **request)
+  after = predict(workdir, Request(**request))
   assert after["raw_probability"] == before["probability"]
   assert after["probability"] == pytest.approx(
     float(apply_temperature(before["probability"], 3.0))
   )
   assert after["warnings"] == before["warnings"]
   assert "raw:         " in outcomes.format_outcome(after)
-  box = predict(workdir, task="grounding", example=3)
+  box = predict(workdir, Request(task="grounding", example=3))
   assert box["probability"] == pytest.approx(
     float(apply_temperature(box["probability_iou50"], 3.0))
   )
-  evaluate(workdir, max_examples=4, tasks=["vqa", "grounding"])
+  evaluate(workdir, EvaluateOptions(max_examples=4, tasks=["vqa", "grounding"]))
   (path,) = (workdir / "predictions").glob("*.jsonl")
   for line in path.read_text().splitlines():
     found = json.loads(line)
@@ -81,23 +84,31 @@ def test_predict_and_evaluate_apply_the_temperatures(tmp_path):
 def test_an_answer_below_the_threshold_is_withheld(tmp_path):
   workdir = tiny_run.copy_run(tmp_path / "run")
   request = {"task": "vqa", "example": 3}
-  given = predict(workdir, **request, min_probability=0.0)
+  given = predict(
+    workdir, Request(**request), PredictOptions(min_probability=0.0)
+  )
   assert not given["abstained"]
   assert isinstance(given["answer"], str)
-  outcome = predict(workdir, **request, min_probability=1.0)
+  outcome = predict(
+    workdir, Request(**request), PredictOptions(min_probability=1.0)
+  )
   assert outcome["abstained"]
   assert outcome["answer"] is None
   text = outcomes.format_outcome(outcome)
   assert "vqa:         withheld: right with probability " in text
   assert "%, below --min_probability=1\n" in text
   # Neither does a picture show it.
-  box = predict(workdir, task="grounding", example=3, min_probability=1.0)
+  box = predict(
+    workdir,
+    Request(task="grounding", example=3),
+    PredictOptions(min_probability=1.0),
+  )
   assert "overlay" not in box
   assert not list((workdir / "predictions").glob("overlay*"))
   with pytest.raises(
     UserError, match=r"=1\.5 is not in \[0, 1\]; nearest:.*=1"
   ):
-    predict(workdir, **request, min_probability=1.5)
+    predict(workdir, Request(**request), PredictOptions(min_probability=1.5))
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from narvl_jax import evaluate as evaluate_lib
 from narvl_jax.data.sources.shapes import ShapesSource
 from narvl_jax.errors import UserError
-from narvl_jax.evaluate import evaluate
+from narvl_jax.evaluate import Options, evaluate
+from narvl_jax.evaluation import evaluator
 from narvl_jax.experiment.datasets import load_dataset
 from narvl_jax.metrics.cider import DocumentFrequencies
 from tests.evaluation import tiny_run
@@ -62,7 +62,8 @@ def test_evaluation_json_has_the_published_schema(workdir, capsys):
 
 def test_split_is_chosen_by_flag(workdir):
   report = evaluate(
-    workdir, split="held_out", checkpoint="last", max_examples=3, batch_size=5
+    workdir,
+    Options(split="held_out", checkpoint="last", max_examples=3, batch_size=5),
   )
   assert report["split"] == "held_out"
   assert report["examples"] == 12
@@ -73,10 +74,14 @@ def test_split_is_chosen_by_flag(workdir):
 def test_an_evaluation_keeps_the_results_of_others(workdir):
   _limit(workdir, 3)
   main = evaluate(workdir)
-  evaluate(workdir, max_examples=2)
-  evaluate(workdir, tasks=["vqa"])
-  evaluate(workdir, checkpoint=tiny_run.STEP, decoding={"constrained": False})
-  evaluate(workdir, tasks=["grounding"], decoding={"constrained": True})
+  evaluate(workdir, Options(max_examples=2))
+  evaluate(workdir, Options(tasks=["vqa"]))
+  evaluate(
+    workdir, Options(checkpoint=tiny_run.STEP, decoding={"constrained": False})
+  )
+  evaluate(
+    workdir, Options(tasks=["grounding"], decoding={"constrained": True})
+  )
   assert json.loads((workdir / "evaluation.json").read_text()) == main
   names = {path.stem for path in (workdir / "evaluations").iterdir()}
   assert names == {
@@ -95,8 +100,8 @@ def test_bad_records_may_be_allowed_by_flag(workdir, monkeypatch):
 
   monkeypatch.setattr(ShapesSource, "_read", damaged)
   with pytest.raises(UserError, match=r"\(evaluate: --max_bad_fraction\)"):
-    evaluate(workdir, max_examples=4)
-  report = evaluate(workdir, max_examples=4, max_bad_fraction=0.5)
+    evaluate(workdir, Options(max_examples=4))
+  report = evaluate(workdir, Options(max_examples=4, max_bad_fraction=0.5))
   assert report["examples"] == 12
 
 
@@ -105,10 +110,12 @@ def test_answers_of_a_file(workdir, tmp_path):
   answers.write_text("yes\nred\n")
   evaluate(
     workdir,
-    max_examples=4,
-    answers=str(answers),
-    decoding={"constrained": True},
-    tasks=["vqa"],
+    Options(
+      max_examples=4,
+      answers=str(answers),
+      decoding={"constrained": True},
+      tasks=["vqa"],
+    ),
   )
   (path,) = (workdir / "predictions").glob(
     f"test-{tiny_run.STEP}-greedy-constrained-answers_????????-max4-vqa.jsonl"
@@ -140,7 +147,7 @@ def test_answers_of_a_file(workdir, tmp_path):
 )
 def test_wrong_arguments_write_nothing(workdir, arguments, message):
   with pytest.raises(UserError, match=message):
-    evaluate(workdir, **arguments)
+    evaluate(workdir, Options(**arguments))
   assert not (workdir / "evaluation.json").exists()
   assert not (workdir / "predictions").exists()
 
@@ -149,10 +156,10 @@ def test_frequencies_must_count_words_of_a_computed_figure(workdir, tmp_path):
   path = tmp_path / "df.tsv"
   DocumentFrequencies(9, {"red": 2}, "ptb").save(path)
   with pytest.raises(UserError, match=r"tokenizer ptb.*add --metrics=all"):
-    evaluate(workdir, cider_df=str(path))
+    evaluate(workdir, Options(cider_df=str(path)))
   DocumentFrequencies(9, {"red": 2}, "simple").save(path)
   report = evaluate(
-    workdir, cider_df=str(path), max_examples=2, tasks=["caption"]
+    workdir, Options(cider_df=str(path), max_examples=2, tasks=["caption"])
   )
   assert report["cider_df"] == str(path)
 
@@ -171,15 +178,17 @@ def test_annotations_make_figures_of_papers(workdir, tmp_path):
   ]
   path.write_text(json.dumps({"annotations": entries}))
   with pytest.raises(UserError, match=r"for one data set, but .*vqa.*--tasks"):
-    evaluate(workdir, annotations=str(path))
+    evaluate(workdir, Options(annotations=str(path)))
   with pytest.raises(UserError, match=r"of 6 records have no annotation"):
-    evaluate(workdir, annotations=str(path), tasks=["vqa"], max_examples=6)
+    evaluate(
+      workdir, Options(annotations=str(path), tasks=["vqa"], max_examples=6)
+    )
   entries[1:] = [
     {**entries[1], "question_id": source[i].id} for i in range(1, len(source))
   ]
   path.write_text(json.dumps({"annotations": entries}))
   report = evaluate(
-    workdir, annotations=str(path), tasks=["vqa"], max_examples=6
+    workdir, Options(annotations=str(path), tasks=["vqa"], max_examples=6)
   )
   assert list(report["tasks"]["vqa"]) == ["accuracy", "vqa_accuracy"]
   assert list(report["kinds"]["vqa"]) == ["other"]
@@ -235,9 +244,9 @@ def test_a_limit_of_0_is_all_whatever_the_config_says(
     raise KeyboardInterrupt
 
   _limit(workdir, 9)
-  monkeypatch.setattr(evaluate_lib.evaluator, "evaluate_tasks", reached)
+  monkeypatch.setattr(evaluator, "evaluate_tasks", reached)
   with pytest.raises(KeyboardInterrupt):
-    evaluate(workdir, max_examples=given)
+    evaluate(workdir, Options(max_examples=given))
 
 
 def test_command_prints_the_report_as_json_alone(workdir):

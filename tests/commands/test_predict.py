@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from narvl_jax import predict as predict_lib
 from narvl_jax.data.example import Record
 from narvl_jax.errors import UserError
 from narvl_jax.evaluation import evaluator, outcomes
 from narvl_jax.experiment.datasets import load_dataset
-from narvl_jax.predict import predict
+from narvl_jax.predict import Options, predict
 from narvl_jax.prediction import foreign_input
 from narvl_jax.prediction import request as request_lib
+from narvl_jax.prediction.predictor import Predictor
+from narvl_jax.prediction.request import Request
+from narvl_jax.run_folder import workdir as workdir_lib
 from tests.evaluation import tiny_run
 
 QUESTION = "what color is the circle?"
@@ -45,7 +47,7 @@ def _noise(shape: tuple[int, ...]) -> Image.Image:
 
 
 def test_answer_to_a_question_about_a_photo(workdir, photo):
-  outcome = predict(workdir, task="vqa", image=photo, prompt=QUESTION)
+  outcome = predict(workdir, Request(task="vqa", image=photo, prompt=QUESTION))
   assert list(outcome) == [
     *("step", "task", "image", "prompt", "answer", "probability"),
     *("query_entropy", "warnings"),
@@ -66,7 +68,7 @@ def test_a_text_that_has_no_tokens(workdir, photo, flag):
   texts: Any = {"prompt": QUESTION, flag: "two\udcff"}
   message = rf"--{flag}: the text has half of a surrogate pair, .udcff, as its"
   with pytest.raises(UserError, match=message):
-    predict(workdir, task="entailment", image=photo, **texts)
+    predict(workdir, Request(task="entailment", image=photo, **texts))
 
 
 @pytest.mark.parametrize("setting", ["ignore", "apply"])
@@ -74,7 +76,7 @@ def test_orientation_is_that_of_the_run(workdir, photo, monkeypatch, setting):
   exif = Image.Exif()
   exif[0x0112] = 6
   _noise((60, 90, 3)).save(photo, exif=exif)
-  read_config = predict_lib.workdir_lib.read_config
+  read_config = workdir_lib.read_config
 
   def changed(folder):
     config = read_config(folder)
@@ -86,10 +88,10 @@ def test_orientation_is_that_of_the_run(workdir, photo, monkeypatch, setting):
     raise UserError("enough")
 
   sizes = []
-  monkeypatch.setattr(predict_lib.workdir_lib, "read_config", changed)
+  monkeypatch.setattr(workdir_lib, "read_config", changed)
   monkeypatch.setattr(request_lib, "_check_texts", stop)
   with pytest.raises(UserError, match="enough"):
-    predict(workdir, task="vqa", image=photo, prompt=QUESTION)
+    predict(workdir, Request(task="vqa", image=photo, prompt=QUESTION))
   assert sizes == [(90, 60) if setting == "apply" else (60, 90)]
 
 
@@ -102,7 +104,7 @@ def test_examples_get_the_answer_of_the_evaluation(workdir, task):
   expected = next(
     p for p in predictions if p["task"] == task and p["index"] == 500
   )
-  outcome = predict(workdir, task=task, example=500)
+  outcome = predict(workdir, Request(task=task, example=500))
   answer = expected["prediction"]
   if task == "grounding" and not any(answer):
     answer = None
@@ -116,7 +118,9 @@ def test_examples_get_the_answer_of_the_evaluation(workdir, task):
   source = load_dataset(experiment.config, task, "test")
   np.testing.assert_array_equal(Image.open(saved), source[500].image)
   # The saved picture is an input like any other.
-  again = predict(workdir, task=task, image=saved, prompt=outcome["prompt"])
+  again = predict(
+    workdir, Request(task=task, image=saved, prompt=outcome["prompt"])
+  )
   assert again["answer"] == outcome["answer"]
   assert "truth" not in again
 
@@ -168,21 +172,21 @@ def test_resizing_that_matters_is_named(size, parts):
 def test_examples_of_other_splits_and_data_sets(workdir):
   experiment, _ = tiny_run.tiny_model()
   source = load_dataset(experiment.config, "vqa", "validation")
-  outcome = predict(workdir, task="vqa", example=4, split="validation")
+  outcome = predict(workdir, Request(task="vqa", example=4, split="validation"))
   assert outcome["prompt"] == source[4].prompt
   again = predict(
-    workdir, task="vqa", example=4, split="validation", dataset="vqa"
+    workdir, Request(task="vqa", example=4, split="validation", dataset="vqa")
   )
   assert again["answer"] == outcome["answer"]
   with pytest.raises(
     UserError,
     match=r'no "caption" for the task vqa\. Valid: vqa\. \(--dataset\)',
   ):
-    predict(workdir, task="vqa", example=4, dataset="caption")
+    predict(workdir, Request(task="vqa", example=4, dataset="caption"))
 
 
 def test_another_prompt_for_an_example_has_no_known_truth(workdir):
-  outcome = predict(workdir, task="vqa", example=0, prompt=QUESTION)
+  outcome = predict(workdir, Request(task="vqa", example=0, prompt=QUESTION))
   assert outcome["prompt"] == QUESTION
   assert "truth" not in outcome
 
@@ -191,10 +195,9 @@ def test_premise_changes_the_request(workdir):
   def ask(premise):
     return predict(
       workdir,
-      task="entailment",
-      example=3,
-      prompt="it is red",
-      premise=premise,
+      Request(
+        task="entailment", example=3, prompt="it is red", premise=premise
+      ),
     )["probability"]
 
   assert ask("a red circle and a blue square") != ask(None)
@@ -211,15 +214,13 @@ def test_box_is_in_pixels_of_the_photo(workdir, photo, monkeypatch, tmp_path):
   sharp = {"coordinate_bins": bins[0], "coordinate_probs": probs}
   # What the model predicts is fixed; everything around it is real.
   monkeypatch.setattr(
-    predict_lib.Predictor, "_start", lambda *_: _decoded(ids, 0.25, sharp)
+    Predictor, "_start", lambda *_: _decoded(ids, 0.25, sharp)
   )
   overlay = tmp_path / "new" / "box.png"
   outcome = predict(
     workdir,
-    task="grounding",
-    image=photo,
-    prompt="the red circle",
-    overlay=overlay,
+    Request(task="grounding", image=photo, prompt="the red circle"),
+    Options(overlay=overlay),
   )
   # 90 x 60 pixels, 16 bins.
   np.testing.assert_allclose(outcome["answer"], [0, 12, 90, 36], rtol=1e-6)
@@ -240,10 +241,10 @@ def test_box_is_in_pixels_of_the_photo(workdir, photo, monkeypatch, tmp_path):
 def test_incomplete_box_is_no_box(workdir, photo, monkeypatch):
   experiment, _ = tiny_run.tiny_model()
   ids = [experiment.vocabulary.bin_start] * 3
-  monkeypatch.setattr(
-    predict_lib.Predictor, "_start", lambda *_: _decoded(ids, 0.5)
+  monkeypatch.setattr(Predictor, "_start", lambda *_: _decoded(ids, 0.5))
+  outcome = predict(
+    workdir, Request(task="grounding", image=photo, prompt="circle")
   )
-  outcome = predict(workdir, task="grounding", image=photo, prompt="circle")
   assert outcome["answer"] is None
   overlay = workdir / "predictions" / "overlay_photo.png"
   assert outcome["overlay"] == str(overlay)
@@ -275,10 +276,10 @@ def _decoded(
 )
 def test_unusual_pictures_are_read(workdir, tmp_path, name, picture):
   picture.save(tmp_path / name)
-  outcome = predict(workdir, task="caption", image=tmp_path / name)
+  outcome = predict(workdir, Request(task="caption", image=tmp_path / name))
   assert isinstance(outcome["answer"], str)
   outcome = predict(
-    workdir, task="grounding", image=tmp_path / name, prompt="it"
+    workdir, Request(task="grounding", image=tmp_path / name, prompt="it")
   )
   assert pathlib.Path(outcome["overlay"]).exists()
 
@@ -305,21 +306,23 @@ def test_unreadable_pictures(workdir, tmp_path, data, message):
   path = tmp_path / "bad.jpg"
   path.write_bytes(data)
   with pytest.raises(UserError, match=message):
-    predict(workdir, task="vqa", image=path, prompt=QUESTION)
+    predict(workdir, Request(task="vqa", image=path, prompt=QUESTION))
 
 
 def test_huge_picture(workdir, tmp_path):
   path = tmp_path / "huge.png"
   Image.new("1", (8950, 9000)).save(path)
   with pytest.raises(UserError, match=r"8950 x 9000 pixels; the limit is"):
-    predict(workdir, task="caption", image=path)
+    predict(workdir, Request(task="caption", image=path))
 
 
 def test_missing_picture(workdir, tmp_path):
   with pytest.raises(UserError, match=r'cannot read the image ".*none.jpg"'):
-    predict(workdir, task="vqa", image=tmp_path / "none.jpg", prompt=QUESTION)
+    predict(
+      workdir, Request(task="vqa", image=tmp_path / "none.jpg", prompt=QUESTION)
+    )
   with pytest.raises(UserError, match=r"cannot read the image .*directory"):
-    predict(workdir, task="vqa", image=tmp_path, prompt=QUESTION)
+    predict(workdir, Request(task="vqa", image=tmp_path, prompt=QUESTION))
 
 
 @pytest.mark.parametrize(
@@ -358,32 +361,33 @@ def test_missing_picture(workdir, tmp_path):
       {"example": 0, "task": "entailment", "premise": "so " * 90},
       r"--premise has 90 words, the run reads at most 80",
     ),
-    (
-      {"example": 0, "task": "vqa", "checkpoint": "9"},
-      r'no checkpoint "9"; this run has 7',
-    ),
   ],
 )
 def test_wrong_arguments(workdir, arguments, message):
   with pytest.raises(UserError, match=message) as error:
-    predict(workdir, **arguments)
+    predict(workdir, Request(**arguments))
   assert "\n" not in str(error.value)
+
+
+def test_an_unknown_checkpoint_is_named(workdir):
+  with pytest.raises(UserError, match=r'no checkpoint "9"; this run has 7'):
+    predict(workdir, Request("vqa", example=0), Options(checkpoint="9"))
 
 
 def test_missing_run_and_missing_checkpoint(workdir, photo, tmp_path):
   request = {"task": "vqa", "image": photo, "prompt": QUESTION}
   with pytest.raises(UserError, match=r"nowhere holds no run"):
-    predict(tmp_path / "nowhere", **request)
+    predict(tmp_path / "nowhere", Request(**request))
   fresh = shutil.copytree(workdir, tmp_path / "fresh")
   shutil.rmtree(fresh / "checkpoints")
   with pytest.raises(UserError, match=r"no checkpoint yet"):
-    predict(fresh, **request)
+    predict(fresh, Request(**request))
 
 
 def test_answers_that_would_not_be_heeded(workdir, photo):
   request = {"task": "vqa", "image": photo, "prompt": QUESTION}
   with pytest.raises(UserError, match=r'"a.txt" changes nothing.*--constrain'):
-    predict(workdir, answers="a.txt", **request)
+    predict(workdir, Request(**request), Options(answers="a.txt"))
 
 
 def test_the_only_task_need_not_be_named():
@@ -432,7 +436,7 @@ def test_command_prints_json(workdir, photo):
   )
   assert result.returncode == 0, result.stderr
   outcome = json.loads(result.stdout)
-  expected = predict(workdir, task="vqa", image=photo, prompt=QUESTION)
+  expected = predict(workdir, Request(task="vqa", image=photo, prompt=QUESTION))
   assert outcome["answer"] == expected["answer"]
 
 
