@@ -102,7 +102,8 @@ def test_python_blocks_compile_and_their_imports_exist(page: pathlib.Path):
       if isinstance(node, ast.ImportFrom):
         module = importlib.import_module(str(node.module))
         for alias in node.names:
-          assert hasattr(module, alias.name), (node.module, alias.name)
+          if not hasattr(module, alias.name):
+            importlib.import_module(f"{node.module}.{alias.name}")
 
 
 def test_the_model_of_the_readme_runs():
