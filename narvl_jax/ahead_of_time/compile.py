@@ -10,7 +10,12 @@ import jax
 
 from narvl_jax.ahead_of_time.program import Program, read_program
 from narvl_jax.ahead_of_time.topology import Topology
-from narvl_jax.decoding import Decoding, make_steps, prepare_variables
+from narvl_jax.decoding import (
+  Decoding,
+  cast_parameters,
+  make_steps,
+  prepare_variables,
+)
 from narvl_jax.experiment.create import create
 from narvl_jax.parallel import (
   activation_rules,
@@ -186,6 +191,7 @@ def _compile_predict_step(setup: Setup) -> jax.stages.Compiled:
     prepared = prepare_variables(experiment.model, variables)
     return steps.predict(prepared, **batch)
 
+  variables = cast_parameters(model.config, variables)
   with jax.set_mesh(mesh):
     return jax.jit(predict).lower(variables, batch).compile()
 
