@@ -13,6 +13,7 @@ from narvl_jax.benchmarks.data_files import write_vqa_tsv
 from narvl_jax.data.batches import pipeline
 from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
 from narvl_jax.data.batches.entry import MixtureEntry
+from narvl_jax.data.batches.mixture import Mixture
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources import load_source
 from narvl_jax.data.sources.ofa_tsv import OfaTsvSource
@@ -52,14 +53,12 @@ class Load:
   ) -> pipeline.TrainBatches:
     """Opens the batches of a training run."""
     return pipeline.train_batches(
-      self.entries,
+      Mixture(self.entries, batch_size=self.batch_size, seed=0),
       self.tasks,
-      batch_size=self.batch_size,
-      seed=0,
-      position=0,
-      image_size=self.image_size,
-      max_text_length=self.max_text_length,
-      max_label_length=self.max_label_length,
+      0,
+      pipeline.Batcher(
+        self.image_size, self.max_text_length, self.max_label_length
+      ),
       num_workers=num_workers,
       num_threads=threads,
       prefetch=prefetch,

@@ -12,7 +12,6 @@ from narvl_jax.checkpointing.runs import load_run
 from narvl_jax.comparison.case import Case, Model, program_of
 from narvl_jax.comparison.latency import Batch
 from narvl_jax.comparison.ways import AR, NAR, choose, ways_of
-from narvl_jax.data.batches import pipeline
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources.subset import spread
 from narvl_jax.errors import UserError, did_you_mean
@@ -266,11 +265,7 @@ def _batches(
 
 
 def _batch(run: Run, name: str, records: Sequence[Record]) -> Batch:
-  experiment: Any = run.experiment
-  data, task = experiment.config.data, experiment.tasks[name]
-  batcher = pipeline.Batcher(
-    tuple(data.image_size), data.max_text_length, experiment.label_length
-  )
+  task, batcher = run.experiment.tasks[name], run.experiment.batcher
   batch = batcher.empty(len(records))
   for row, record in enumerate(records):
     batcher.write(batch, row, record, task, target="none")

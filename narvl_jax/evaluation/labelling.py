@@ -15,7 +15,6 @@ from narvl_jax.checkpointing.chosen import read_chosen
 from narvl_jax.checkpointing.record_checks import check_config
 from narvl_jax.checkpointing.runs import build_in, load_run
 from narvl_jax.checkpointing.writing import Checkpoints
-from narvl_jax.data.batches.pipeline import Batcher
 from narvl_jax.data.example import Record
 from narvl_jax.data.shards.distilled import Label, Labelled
 from narvl_jax.data.shards.writer import Job, write_shard
@@ -229,12 +228,8 @@ def _write(
   labels: Mapping[int, Label],
 ) -> dict[str, Any]:
   """Writes a shard; returns its note, or {"error": message}."""
-  data = experiment.config.data
-  batcher = Batcher(
-    tuple(data.image_size), data.max_text_length, data.max_label_length
-  )
   task = experiment.tasks[job.task]
-  labelled = Labelled(source, labels, task, batcher)
+  labelled = Labelled(source, labels, task, experiment.batcher)
   try:
     note = write_shard(labelled, job, number)
   except UserError as error:

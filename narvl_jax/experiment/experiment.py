@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from narvl_jax.data.batches.batching import Batcher
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.tasks import Task, make_task
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
@@ -48,6 +49,14 @@ class Experiment:
   def label_length(self) -> int:
     """Labels of a target at most, those of an autoregressive one with eos."""
     return label_length(self.config)
+
+  @property
+  def batcher(self) -> Batcher:
+    """Writes records into arrays of the shapes that the config sets."""
+    data = self.config.data
+    return Batcher(
+      tuple(data.image_size), data.max_text_length, self.label_length
+    )
 
   @property
   def prompted(self) -> tuple[bool, ...]:

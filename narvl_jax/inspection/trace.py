@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from narvl_jax.data.batches.batching import Batcher
 from narvl_jax.data.example import Box, Record
 from narvl_jax.data.pictures import images
 from narvl_jax.data.tasks import Task
@@ -126,10 +125,7 @@ def _forward(
 ) -> Any:
   """Returns the results of `_program` for one request."""
   task = experiment.tasks[record.task]
-  data: Any = experiment.config.data
-  batcher = Batcher(
-    tuple(data.image_size), data.max_text_length, experiment.label_length
-  )
+  batcher = experiment.batcher
   batch = batcher.empty(1)
   batcher.put(batch, 0, batcher.prepare(record, task, target="none"))
   # The cache of `functools` hides the parameters' types.

@@ -162,7 +162,7 @@ class Predictor:
         prompt is empty or too long.
     """
     task = self._task(record.task)
-    batcher = pipeline.Batcher(**self._shapes())
+    batcher = self._experiment.batcher
     batch = batcher.empty(self._whole(1))
     example = batcher.prepare(record, task, target="none")
     for row in range(len(batch["index"])):
@@ -203,13 +203,13 @@ class Predictor:
     batches = pipeline.eval_batches(
       source,
       task,
+      self._experiment.batcher,
       batch_size=size,
       rows=None if self._mesh is None else local_rows(self._mesh, size),
       num_threads=data.num_threads,
       prefetch=data.prefetch,
       bad_records=bad_records or pipeline.BadRecords(data.max_bad_fraction),
       name=task_name,
-      **self._shapes(),
     )
     # The device computes one batch while the host decodes the previous one.
     previous = None
@@ -229,14 +229,6 @@ class Predictor:
         f'the run has no task "{name}".{did_you_mean(name, list(tasks))}'
       )
     return tasks[name]
-
-  def _shapes(self) -> dict[str, Any]:
-    data = self._config.data
-    return {
-      "image_size": tuple(data.image_size),
-      "max_text_length": data.max_text_length,
-      "max_label_length": self._experiment.label_length,
-    }
 
   def _whole(self, batch_size: int) -> int:
     """Rounds up so that the batch divides over the devices."""

@@ -15,7 +15,7 @@ from narvl_jax.data.batches.mixture import Mixture
 from narvl_jax.data.batches.pipeline import (
   BadRecords,
   TrainBatches,
-  mixture_batches,
+  train_batches,
 )
 from narvl_jax.parallel import shard_batch
 from narvl_jax.training.setup import Setup
@@ -181,12 +181,10 @@ def batch_opener(
   experiment = setup.experiment
   config = experiment.config
   return functools.partial(
-    mixture_batches,
+    train_batches,
     mixture,
     experiment.tasks,
-    image_size=tuple(config.data.image_size),
-    max_text_length=config.data.max_text_length,
-    max_label_length=experiment.label_length,
+    batcher=experiment.batcher,
     num_workers=config.data.num_workers,
     num_threads=config.data.num_threads,
     prefetch=config.data.prefetch,

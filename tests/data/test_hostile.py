@@ -25,6 +25,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.terminal.text import escape
 from tests.data import hostile
 from tests.data.sources import tsv_files
+from tests.support.batches import eval_batches, train_batches
 
 _SHAPES: dict[str, Any] = {
   "image_size": (12, 16),
@@ -71,7 +72,7 @@ def test_every_reader_survives(
   assert all(f"{path} row " in row["place"] for row in figures["bad_rows"])
   json.dumps(figures)
   bad = pipeline.BadRecords(1.0)
-  batches = pipeline.train_batches(
+  batches = train_batches(
     [MixtureEntry(source, task, 1.0, "mine")],
     model_tasks,
     batch_size=len(source),
@@ -86,7 +87,7 @@ def test_every_reader_survives(
   assert set(range(40)) <= used
   assert not unread & used
   assert bad.count >= len(unread)
-  evaluated = pipeline.eval_batches(
+  evaluated = eval_batches(
     source,
     model_tasks[task],
     batch_size=64,
@@ -122,7 +123,7 @@ def test_a_file_of_one_known_fault_is_no_defect(
   path.write_bytes(b"\n".join([row] * 30) + b"\n")
   source = _open(path, "vqa")
   task = tasks.make_task("vqa", Vocabulary.train([" two"], 300, num_bins=16))
-  batches = pipeline.train_batches(
+  batches = train_batches(
     [MixtureEntry(source, "vqa", 1.0, "mine")],
     {"vqa": task},
     batch_size=4,

@@ -21,55 +21,19 @@ from narvl_jax.data.batches.bad_records import BadRecords as BadRecords
 from narvl_jax.data.batches.bad_records import RecordReader
 from narvl_jax.data.batches.batching import AnyTask, Batch
 from narvl_jax.data.batches.batching import Batcher as Batcher
-from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.data.batches.mixture import Mixture
 from narvl_jax.data.batches.readers import EvalReader, TrainReader
 from narvl_jax.data.batches.shared_batches import Segments, SharedBatch
 from narvl_jax.data.example import Record
-from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.errors import UserError
 
 
 def train_batches(
-  entries: Sequence[MixtureEntry],
-  tasks: Mapping[str, AnyTask],
-  position: int,
-  *,
-  batch_size: int,
-  seed: int,
-  rows: Sequence[int] | None = None,
-  temperature: float = 0.0,
-  **reading: Any,
-) -> "TrainBatches":
-  """Mixes sources and returns their batches.
-
-  Args:
-    batch_size: examples of all hosts together.
-    rows: rows of every global batch to make; all by default.
-    **reading: see `mixture_batches`.
-
-  Raises:
-    UserError: the mixture is invalid (at once), or too many records are bad
-      (while iterating).
-  """
-  _check_entries(entries, tasks)
-  mixture = Mixture(
-    entries,
-    batch_size=batch_size,
-    seed=seed,
-    rows=rows,
-    temperature=temperature,
-  )
-  return mixture_batches(mixture, tasks, position, **reading)
-
-
-def mixture_batches(
   mixture: Mixture,
   tasks: Mapping[str, AnyTask],
   position: int,
+  batcher: Batcher,
   *,
-  image_size: tuple[int, int],
-  max_text_length: int,
-  max_label_length: int,
   num_workers: int = 0,
   num_threads: int = 1,
   prefetch: int = 2,
@@ -79,9 +43,6 @@ def mixture_batches(
 
   Args:
     position: number of batches that were used or skipped already.
-    image_size: (height, width) in pixels.
-    max_text_length: T, tokens of the source with bos and eos.
-    max_label_length: L, labels of the target.
     num_workers: processes that prepare batches ahead; 0 uses threads only.
     num_threads: threads, of each process, that prepare batches ahead; 0
       prepares them on demand.
@@ -94,9 +55,7 @@ def mixture_batches(
   Raises:
     UserError: too many records are bad (while iterating).
   """
-  entries = mixture.entries
-  batcher = Batcher(image_size, max_text_length, max_label_length)
-  reader = TrainReader(entries, tasks, batcher, mixture.seed)
+  reader = TrainReader(mixture.entries, tasks, batcher, mixture.seed)
   # Whole batches: grain's cost per element exceeds that of an example.
   batches = grain.MapDataset.source(mixture).map(reader)[position:]
   ahead = batches.to_iter_dataset(_read_options(num_threads, prefetch))
@@ -108,7 +67,7 @@ def mixture_batches(
     segments = Segments(num_workers, count, batcher.layout(len(mixture[0])))
     ahead = workers.in_processes(ahead, num_workers, prefetch, segments)
   bad_records = bad_records or BadRecords()
-  return TrainBatches(iter(ahead), mixture, entries, bad_records, segments)
+  return TrainBatches(iter(ahead), mixture, bad_records, segments)
 
 
 class TrainBatches(Iterator[Batch]):
@@ -124,14 +83,13 @@ class TrainBatches(Iterator[Batch]):
     self,
     batches: Any,
     mixture: Mixture,
-    entries: Sequence[MixtureEntry],
     bad_records: BadRecords,
     segments: Segments | None = None,
   ) -> None:
     self._batches = batches
     self._segments = segments
     self._mixture = mixture
-    self._sizes = {entry.name: len(entry.source) for entry in entries}
+    self._sizes = {entry.name: len(entry.source) for entry in mixture.entries}
     self.bad_records = bad_records
 
   def __iter__(self) -> Self:
@@ -185,11 +143,9 @@ class TrainBatches(Iterator[Batch]):
 def eval_batches(
   source: Sequence[Record],
   task: AnyTask,
+  batcher: Batcher,
   *,
   batch_size: int,
-  image_size: tuple[int, int],
-  max_text_length: int,
-  max_label_length: int,
   limit: int | None = None,
   rows: Sequence[int] | None = None,
   num_threads: int = 1,
@@ -206,9 +162,6 @@ def eval_batches(
 
   Args:
     batch_size: examples of all hosts together.
-    image_size: (height, width) in pixels.
-    max_text_length: T.
-    max_label_length: L.
     limit: largest number of records to read; None reads all.
     rows: rows of every global batch to make; all by default.
     num_threads: threads that prepare batches ahead; 0 prepares them on demand.
@@ -226,31 +179,12 @@ def eval_batches(
   reader = EvalReader(
     RecordReader(source, name, total),
     task,
-    Batcher(image_size, max_text_length, max_label_length),
+    batcher,
     range(batch_size) if rows is None else rows,
     bad_records or BadRecords(),
   )
   batches = grain.MapDataset.range(total).batch(batch_size, batch_fn=reader)
   yield from batches.to_iter_dataset(_read_options(num_threads, prefetch))
-
-
-def _check_entries(
-  entries: Sequence[MixtureEntry], tasks: Mapping[str, AnyTask]
-) -> None:
-  if not entries:
-    raise UserError("there is no training data; set --config.data.train")
-  names = [entry.name for entry in entries]
-  for entry in entries:
-    if entry.task not in tasks:
-      raise UserError(
-        f'--config.data.train.{entry.name}.task is "{entry.task}".'
-        f"{did_you_mean(entry.task, tasks)}"
-      )
-    if names.count(entry.name) > 1:
-      raise UserError(
-        f'two entries of --config.data.train are named "{entry.name}";'
-        " rename one"
-      )
 
 
 def _read_options(num_threads: int, prefetch: int) -> grain.ReadOptions:

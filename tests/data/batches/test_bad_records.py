@@ -22,6 +22,7 @@ from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.run import data_checks as run_data
 from tests.data.number_source import H, L, NumberSource, T, W, make_tasks
+from tests.support.batches import eval_batches, train_batches
 
 # Of every kind that reading, decoding, augmenting or tokenising may raise.
 ERRORS = (
@@ -72,7 +73,7 @@ def _settings(**changes: Any) -> dict[str, Any]:
 
 
 def _train(model_tasks: Any, source: Any, **changes: Any) -> Any:
-  return pipeline.train_batches(
+  return train_batches(
     [MixtureEntry(source, "vqa", 1.0, "x")],
     model_tasks,
     seed=0,
@@ -250,7 +251,7 @@ def test_evaluation_tells_a_defect_on_every_host(
   model_tasks: dict[str, Any], rows: list[int]
 ) -> None:
   faults = dict.fromkeys(range(50), RuntimeError("a defect of ours"))
-  batches = pipeline.eval_batches(
+  batches = eval_batches(
     _source(50, faults),
     model_tasks["vqa"],
     rows=rows,
@@ -263,7 +264,7 @@ def test_evaluation_tells_a_defect_on_every_host(
 def test_evaluation_leaves_them_out(model_tasks: dict[str, Any]) -> None:
   faults = _spread_faults()
   bad = pipeline.BadRecords(0.9)
-  batches = pipeline.eval_batches(
+  batches = eval_batches(
     _source(60, faults),
     model_tasks["vqa"],
     bad_records=bad,

@@ -8,6 +8,7 @@ from narvl_jax.data.batches import pipeline
 from narvl_jax.data.example import Record
 from narvl_jax.errors import UserError
 from tests.data.number_source import H, L, NumberSource, T, W, make_tasks
+from tests.support.batches import eval_batches
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def _evaluate(
     **changes,
   }
   task = model_tasks[source.task]
-  return list(pipeline.eval_batches(source, task, **settings))
+  return list(eval_batches(source, task, **settings))
 
 
 @pytest.mark.parametrize("count", [1, 4, 11, 12])

@@ -12,6 +12,7 @@ from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
 from tests.data.number_source import H, L, NumberSource, T, W, make_tasks
+from tests.support.batches import train_batches
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def _train(
     "num_threads": 0,
     **changes,
   }
-  return pipeline.train_batches(
+  return train_batches(
     _entries() if entries is None else entries, model_tasks, **settings
   )
 
@@ -276,14 +277,3 @@ def test_predict_needs_no_target(model_tasks: dict[str, Any]) -> None:
   batcher.write(batch, 0, record, model_tasks["vqa"], target="none")
   assert batch["label_length"][0] == 0
   assert (batch["text"][0] != 1).sum() > 3
-
-
-def test_bad_mixtures(model_tasks: dict[str, Any]) -> None:
-  with pytest.raises(UserError, match="no training data"):
-    _train(model_tasks, [])
-  wrong = [MixtureEntry(NumberSource("vqa", 5), "vqaa", 1.0, "x")]
-  with pytest.raises(UserError, match=r'x.task is "vqaa". Did you mean "vqa"'):
-    _train(model_tasks, wrong)
-  twice = [MixtureEntry(NumberSource("vqa", 5), "vqa", 1.0, "x")] * 2
-  with pytest.raises(UserError, match=r'two entries .* are named "x"'):
-    _train(model_tasks, twice)

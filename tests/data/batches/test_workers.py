@@ -14,6 +14,7 @@ from narvl_jax.data.batches import pipeline, shared_batches
 from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.errors import UserError
 from tests.data.number_source import H, L, NumberSource, T, W, make_tasks
+from tests.support.batches import train_batches
 
 STEPS = 50
 BATCH = 12
@@ -41,7 +42,7 @@ def _start(
       NumberSource("grounding", 280), "grounding", ((0, 1.0), (20, 2)), "boxes"
     ),
   ]
-  return pipeline.train_batches(
+  return train_batches(
     entries,
     model_tasks,
     batch_size=BATCH,
@@ -186,7 +187,7 @@ def test_too_many_bad_records_stop_workers(model_tasks: dict[str, Any]) -> None:
     (0.01, r"2 of 150 records of x are bad, more than 1.00%"),
     (1.0, r"100 records of x in a row are bad, up to record \d+ .*Mend the"),
   ):
-    batches = pipeline.train_batches(
+    batches = train_batches(
       entries, model_tasks, bad_records=pipeline.BadRecords(limit), **settings
     )
     with pytest.raises(UserError, match=message):

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from narvl_jax.configs.own_data import get_config
-from narvl_jax.data.batches import pipeline
 from narvl_jax.data.checking import samples as check_samples
 from narvl_jax.data.example import Record
 from narvl_jax.data.pictures import images
@@ -32,6 +31,7 @@ from narvl_jax.prediction.request import read_picture
 from tests.data.converting import convert
 from tests.data.number_source import make_tasks
 from tests.data.pictures import samples
+from tests.support.batches import eval_batches
 
 PIXELS = samples.smooth(40, 24)
 # Largest difference that JPEG makes.
@@ -186,7 +186,7 @@ def test_sources(tmp_path: pathlib.Path, kind: str, name: str) -> None:
       box: Any = task.decode(encoded.label_ids[:-1], (24, 40))
       np.testing.assert_allclose(box, BOX, atol=40 / 15)
   shapes = {"image_size": (40, 24), "max_text_length": 24}
-  batches = pipeline.eval_batches(
+  batches = eval_batches(
     sources()[1], task, batch_size=1, max_label_length=9, **shapes
   )
   batch, _ = next(batches)

@@ -19,6 +19,7 @@ from narvl_jax.data.sources import load_source, locate, open_source
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from tests.data.sources import tsv_files
+from tests.support.batches import train_batches
 
 IMAGE = tsv_files.picture(0)
 
@@ -199,7 +200,7 @@ BAD: dict[str, tuple[Any, str]] = {
 def _batches(records: Any, task: str, bad: pipeline.BadRecords) -> Any:
   texts = tasks.vocabulary_texts(task, {}, records[:3])
   vocabulary = Vocabulary.train(list(texts) * 2, 300, num_bins=16)
-  return pipeline.train_batches(
+  return train_batches(
     [MixtureEntry(records, task, 1.0, "mine")],
     {task: tasks.make_task(task, vocabulary)},
     batch_size=5,

@@ -23,6 +23,7 @@ from narvl_jax.data.sources import load_source, locate, ofa_tsv, open_source
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from tests.data.sources import tsv_files
+from tests.support.batches import train_batches
 
 
 def source(
@@ -304,7 +305,7 @@ def _batches(
 ) -> Any:
   texts = tasks.vocabulary_texts(task, {}, records[:5])
   vocabulary = Vocabulary.train(list(texts) * 2, 300, num_bins=16)
-  return pipeline.train_batches(
+  return train_batches(
     [MixtureEntry(records, task, 1.0, "mine")],
     {task: tasks.make_task(task, vocabulary)},
     batch_size=7,
