@@ -1,6 +1,5 @@
 """Folders of ArrayRecord shards that `narvl_jax.convert_data` wrote."""
 
-import bisect
 import dataclasses
 import hashlib
 import itertools
@@ -20,7 +19,7 @@ from narvl_jax.data.shards.manifest import (
   read_manifest,
 )
 from narvl_jax.data.sources import MANIFEST, files
-from narvl_jax.data.sources.base import RecordSource
+from narvl_jax.data.sources.base import RecordSource, find_part
 from narvl_jax.errors import UserError, list_few
 
 _SUFFIX = FORMATS["array_record"].suffix
@@ -106,9 +105,8 @@ class ArrayRecordSource(RecordSource):
 
   def _place(self, number: int) -> str:
     """Returns "SHARD record N", counted from 0."""
-    shard = bisect.bisect_right(self._ends, number)
-    first = self._ends[shard - 1] if shard else 0
-    return f"{self._names[shard]} record {number - first}"
+    shard, record = find_part(self._ends, number)
+    return f"{self._names[shard]} record {record}"
 
   def fingerprint(self) -> str:
     """Returns a hash of the shards' checksums."""

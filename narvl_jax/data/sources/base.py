@@ -1,6 +1,7 @@
 """The base class of sources: random access to records."""
 
 import abc
+import bisect
 import dataclasses
 import operator
 from collections.abc import Sequence
@@ -49,9 +50,23 @@ class RecordSource(Sequence[Record], abc.ABC):
     return f"record {number}"
 
   def _number(self, index: Any) -> int:
-    number = operator.index(index)
-    if number < 0:
-      number += len(self)
-    if not 0 <= number < len(self):
-      raise IndexError(f"there is no record {index} of {len(self)}")
-    return number
+    return checked_index(index, len(self), "record")
+
+
+def checked_index(index: Any, count: int, what: str) -> int:
+  """Returns an index in [0, count); negative ones count from the end."""
+  number = operator.index(index)
+  if number < 0:
+    number += count
+  if not 0 <= number < count:
+    raise IndexError(f"there is no {what} {index} of {count}")
+  return number
+
+
+def find_part(ends: Any, number: int) -> tuple[int, int]:
+  """Returns the part that item `number` is in, and its number there.
+
+  `ends` are the cumulated lengths of the parts, ascending.
+  """
+  part = bisect.bisect_right(ends, number)
+  return part, number - (int(ends[part - 1]) if part else 0)

@@ -66,6 +66,12 @@ def with_home(name: str) -> pathlib.Path:
   )
 
 
+def cache_folder() -> pathlib.Path:
+  """Returns the folder of this user's cached indices."""
+  cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return with_home(cache) / "narvl_jax"
+
+
 def check_uncompressed(name: str) -> None:
   """Raises `UserError` for the name of a compressed file."""
   path = pathlib.Path(name)

@@ -4,9 +4,7 @@ Only the positions of the rows are kept (`index.py`). A pickled object opens its
 files again in the other process.
 """
 
-import bisect
 import itertools
-import operator
 import os
 import pathlib
 import stat
@@ -17,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from narvl_jax.data.sources.base import checked_index, find_part
 from narvl_jax.data.sources.content import content_digest
 from narvl_jax.data.sources.rows import index as row_index
 from narvl_jax.errors import UserError
@@ -69,17 +68,15 @@ class RowFile(Sequence[bytes]):
     return len(self._starts()) - 1
 
   def __getitem__(self, index: Any) -> Any:
-    """Returns a row, or a list of them for a slice.
+    """Returns a row.
 
     Raises:
       IndexError: there is no such row.
       UserError: the file changed since it was opened, or the row is too long
         or holds NUL bytes.
     """
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
     starts = self._starts()
-    number = _row_number(index, len(starts) - 1)
+    number = checked_index(index, len(starts) - 1, "row")
     start = int(starts[number])
     length = int(starts[number + 1]) - 1 - start
     if length > MAX_ROW_BYTES:
@@ -188,16 +185,13 @@ class RowFiles(Sequence[bytes]):
     return self._ends[-1]
 
   def __getitem__(self, index: Any) -> Any:
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
     file, row = self.find(index)
     return file[row]
 
   def find(self, index: int) -> tuple[RowFile, int]:
     """Returns the file of a row and the row's index in it."""
-    number = _row_number(index, len(self))
-    file = bisect.bisect_right(self._ends, number)
-    return self.files[file], number - (self._ends[file - 1] if file else 0)
+    file, row = find_part(self._ends, checked_index(index, len(self), "row"))
+    return self.files[file], row
 
   def locate(self, index: int) -> str:
     """Returns a row's place, such as "vqa.tsv row 17", counted from 1."""
@@ -209,15 +203,6 @@ class RowFiles(Sequence[bytes]):
     for file in self.files:
       for note in file.notes:
         yield f"{file.path}: {note}"
-
-
-def _row_number(index: Any, count: int) -> int:
-  number = operator.index(index)
-  if number < 0:
-    number += count
-  if not 0 <= number < count:
-    raise IndexError(f"there is no row {index} of {count}")
-  return number
 
 
 def text(field: bytes, name: str) -> str:

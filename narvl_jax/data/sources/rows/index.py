@@ -9,21 +9,19 @@ Layout, little-endian: a header (`_HEADER`), then rows + 1 int64 `starts`. Row i
 is the bytes [starts[i], starts[i + 1] - 1) of the file, without its newline.
 """
 
-import concurrent.futures
 import hashlib
 import os
 import pathlib
 import struct
 import tempfile
-import threading
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
 from narvl_jax.data.sources.content import DIGEST_BYTES, content_digest
-from narvl_jax.data.sources.files import with_home
+from narvl_jax.data.sources.files import cache_folder, with_home
 from narvl_jax.errors import UserError
 from narvl_jax.files import side_files
 from narvl_jax.files.disk import atomically
@@ -31,7 +29,7 @@ from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import warn
 
 SUFFIX = ".rows.idx"
-BLOCK_BYTES = 1 << 24
+BLOCK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _MAGIC = b"NARVLROW"
 _VERSION = 2
@@ -40,8 +38,6 @@ _FIELDS = struct.Struct(f"<8s9q{DIGEST_BYTES}s")
 _HEADER = struct.Struct(f"{_FIELDS.format}I")
 # An index of more starts is memory-mapped.
 _MAX_LOADED = 1 << 22
-# A block with rows shorter than this, in bytes, is searched by NumPy.
-_SHORT_ROW = 2048
 
 
 class Index(NamedTuple):
@@ -91,8 +87,7 @@ def open_index(fd: int, path: pathlib.Path, index_dir: str = "") -> Index:
     " every process; set options.index_dir to a folder that is writable"
   )
   with tempfile.TemporaryFile() as file:
-    header = _build(fd, path, file, BLOCK_BYTES)
-    return _read(file, header)
+    return _read(file, _build(fd, path, file))
 
 
 def _places(path: pathlib.Path, index_dir: str) -> list[pathlib.Path]:
@@ -102,9 +97,7 @@ def _places(path: pathlib.Path, index_dir: str) -> list[pathlib.Path]:
   name = f"{path.name}.{digest}{SUFFIX}"
   if index_dir:
     return [with_home(index_dir) / name]
-  cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  folder = with_home(cache) / "narvl_jax"
-  return [absolute.with_name(absolute.name + SUFFIX), folder / name]
+  return [absolute.with_name(absolute.name + SUFFIX), cache_folder() / name]
 
 
 class _Header(NamedTuple):
@@ -185,15 +178,13 @@ def _build_at(place: pathlib.Path, fd: int, path: pathlib.Path) -> Index:
   place.parent.mkdir(parents=True, exist_ok=True)
   side_files.make_way(place)
   with atomically(place) as temporary, open(temporary, "w+b") as file:
-    header = _build(fd, path, file, BLOCK_BYTES)
+    header = _build(fd, path, file)
     # Others may share the folder.
     os.fchmod(file.fileno(), os.fstat(fd).st_mode & 0o666 | 0o600)
     return _read(file, header)
 
 
-def _build(
-  fd: int, path: pathlib.Path, out: IO[bytes], block_bytes: int
-) -> _Header:
+def _build(fd: int, path: pathlib.Path, out: IO[bytes]) -> _Header:
   """Writes header and starts with memory that does not grow with the file."""
   status = os.fstat(fd)
   size = status.st_size
@@ -203,11 +194,11 @@ def _build(
   crlf = newlines = 0
   text = f"finding the rows of {path.name}"
   with progress.doing(text, size, "bytes") as finding:
-    for starts, returns in _scan(fd, size, block_bytes):
+    for starts, returns, got in _scan(fd):
       out.write(starts.astype("<i8", copy=False).tobytes())
       newlines += len(starts)
       crlf += returns
-      finding.done = min(finding.done + block_bytes, size)
+      finding.advance(got)
   no_newline = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
   if no_newline:
     # Position of the row after a newline that is missing.
@@ -250,45 +241,16 @@ def _without_blank(fd: int, starts_fd: int, rows: int) -> int:
   return rows
 
 
-def _scan(
-  fd: int, size: int, block_bytes: int
-) -> Iterator[tuple[np.ndarray, int]]:
-  """Yields (int64 starts after newlines, number of CRLFs) of each block."""
-  local = threading.local()
-
-  def scan(first: int) -> tuple[np.ndarray, int]:
-    # One byte in front: CR and LF may lie in different blocks.
-    begin = max(first - 1, 0)
-    wanted = min(block_bytes, size - first) + first - begin
-    if not hasattr(local, "block"):
-      # Reused memory causes no page faults.
-      local.block = bytearray(block_bytes + 1)
-    block = local.block
-    with memoryview(block) as view:
-      got = 0
-      while got < wanted:
-        more = os.preadv(fd, [view[got:wanted]], begin + got)
-        if not more:
-          break  # The file was cut; the caller notices.
-        got += more
-    ends = _newlines(block, first - begin, got)
-    data = np.frombuffer(block, np.uint8, got)
-    before = data[ends[ends > 0] - 1]
-    return ends + (begin + 1), int(np.count_nonzero(before == ord("\r")))
-
-  workers = min(8, 2 * len(os.sched_getaffinity(0)))
-  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    yield from pool.map(scan, range(0, size, block_bytes))
-
-
-def _newlines(block: Any, begin: int, end: int) -> np.ndarray:
-  """Returns the positions of newlines in `block[begin:end]`, int64."""
-  found = []
-  position = block.find(b"\n", begin, end)
-  while position >= 0:
-    found.append(position)
-    if len(found) > end // _SHORT_ROW:
-      data = np.frombuffer(block, np.uint8, end)
-      return begin + np.flatnonzero(data[begin:] == ord("\n"))
-    position = block.find(b"\n", position + 1, end)
-  return np.asarray(found, np.int64)
+def _scan(fd: int) -> Iterator[tuple[np.ndarray, int, int]]:
+  """Yields (int64 starts after newlines, number of CRLFs, bytes) of blocks."""
+  block = bytearray(BLOCK_BYTES)
+  first = last = 0
+  with open(fd, "rb", closefd=False) as file:
+    file.seek(0)
+    while got := file.readinto(block):
+      data = np.frombuffer(block, np.uint8, got)
+      ends = np.flatnonzero(data == ord("\n"))
+      # CR and LF may lie in different blocks.
+      before = np.where(ends > 0, data[ends - 1], last)
+      yield ends + (first + 1), int((before == ord("\r")).sum()), got
+      first, last = first + got, data[-1]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from narvl_jax.data.sources.files import with_home
+from narvl_jax.data.sources.files import cache_folder, with_home
 from narvl_jax.files import side_files
 from narvl_jax.files.disk import atomically
 
@@ -28,8 +28,7 @@ def record_ends(
     index_dir: folder of the cache; "" is `$XDG_CACHE_HOME/narvl_jax`.
     records_of: example number -> its number of records.
   """
-  cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  folder = with_home(index_dir or os.path.join(cache, "narvl_jax"))
+  folder = with_home(index_dir) if index_dir else cache_folder()
   name = hashlib.sha256(key.encode()).hexdigest()[:32]
   path = folder / f"tfds-{name}.npy"
   ends = _load(path, count)

@@ -7,7 +7,6 @@ from fields of `Record` to its features; docs/data.md lists the fields.
       "image": "image", "prompt": "question", "target": "answers"})
 """
 
-import bisect
 import collections
 import hashlib
 import json
@@ -21,7 +20,7 @@ from narvl_jax.data.answer_text import normalize_answer
 from narvl_jax.data.example import TASKS, Box, Record
 from narvl_jax.data.pictures import images
 from narvl_jax.data.sources import fields as checked
-from narvl_jax.data.sources.base import RecordSource
+from narvl_jax.data.sources.base import RecordSource, find_part
 from narvl_jax.data.sources.tfds import index as tfds_index
 from narvl_jax.data.sources.tfds import prepared as tfds_prepared
 from narvl_jax.data.sources.tfds.fields import (
@@ -153,11 +152,7 @@ class TfdsSource(RecordSource):
 
   def _find(self, number: int) -> tuple[int, int]:
     """Returns the number of the example, and of the record in it."""
-    if self._ends is None:
-      return number, 0
-    example = bisect.bisect_right(self._ends, number)
-    first = int(self._ends[example - 1]) if example else 0
-    return example, number - first
+    return (number, 0) if self._ends is None else find_part(self._ends, number)
 
   def _example(self, number: int) -> Any:
     try:

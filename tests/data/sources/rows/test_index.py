@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import shutil
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -237,23 +238,18 @@ def test_sparse_file_of_many_gigabytes(path: pathlib.Path) -> None:
 
 
 def test_memory_does_not_depend_on_the_file(path: pathlib.Path) -> None:
-  """Blocks are searched in place: no more than one a thread is held."""
+  """Blocks are searched one at a time, in one buffer."""
   block = 1 << 16
   path.write_bytes(b"x" * (40 * block) + b"\n")
-  sizes = []
-  find = row_index._newlines
-
-  def spy(data, begin, end):
-    sizes.append((id(data), len(data)))
-    return find(data, begin, end)
-
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(row_index, "_newlines", spy)
     patch.setattr(row_index, "BLOCK_BYTES", block)
-    assert len(RowFile(path)) == 1
-  assert len(sizes) == 41
-  assert len({buffer for buffer, _ in sizes}) <= 8
-  assert {size for _, size in sizes} == {block + 1}
+    tracemalloc.start()
+    try:
+      index = row_index._scan(os.open(path, os.O_RDONLY))
+      assert sum(len(starts) for starts, *_ in index) == 1
+      assert tracemalloc.get_traced_memory()[1] < 8 * block
+    finally:
+      tracemalloc.stop()
 
 
 def _set_barrier(barrier: Any) -> None:
