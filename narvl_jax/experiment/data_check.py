@@ -13,6 +13,7 @@ from narvl_jax.data.checking.samples import draw_samples
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources.subset import Subset, spread
 from narvl_jax.data.tasks import Task, make_task, vocabulary_texts
+from narvl_jax.data.vocabulary import files
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.config import Config, default_config
@@ -216,14 +217,9 @@ def find_vocabulary(
 def _read_vocabulary(folder: pathlib.Path) -> Vocabulary:
   if (folder / "vocabulary.json").exists():
     return Vocabulary.load(folder)
-  if (folder / "vocab.json").exists():
-    return Vocabulary.from_huggingface(
-      folder / "vocab.json", folder / "merges.txt"
-    )
-  if (folder / "dict.txt").exists():
-    return Vocabulary.from_official(
-      folder / "dict.txt", folder / "encoder.json", folder / "vocab.bpe"
-    )
+  for source, names in files.NAMES.items():
+    if (folder / names[0]).exists():
+      return Vocabulary.from_files(source, [folder / name for name in names])
   raise UserError(
     f'"{folder}" holds no vocabulary: neither dict.txt (official), nor'
     " vocab.json (Hugging Face), nor vocabulary.json (a run's folder"

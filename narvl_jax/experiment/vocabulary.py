@@ -7,6 +7,7 @@ from narvl_jax.data.batches.bad_records import BadRecord
 from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.data.sources.subset import Subset
 from narvl_jax.data.tasks import vocabulary_texts
+from narvl_jax.data.vocabulary import files
 from narvl_jax.data.vocabulary.vocabulary import OFFICIAL_FIXED_IDS, Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import Config
@@ -19,8 +20,7 @@ VOCABULARY_FOLDER = "vocabulary"
 _FILES = {
   "train": (),
   "run": (VOCABULARY_FOLDER,),
-  "official": ("dict.txt", "encoder.json", "vocab.bpe"),
-  "huggingface": ("vocab.json", "merges.txt"),
+  **files.NAMES,
 }
 # Records of each source that a trained vocabulary has seen.
 _VOCABULARY_RECORDS = 4000
@@ -47,12 +47,10 @@ def make_vocabulary(
       return Vocabulary.train(texts, settings.size, **counts)
   check_vocabulary_files(config)
   folder = pathlib.Path(settings.path)
-  files = [folder / name for name in _FILES[settings.source]]
+  paths = [folder / name for name in _FILES[settings.source]]
   if settings.source == "run":
-    return Vocabulary.load(*files)
-  if settings.source == "official":
-    return Vocabulary.from_official(*files, **counts)
-  return Vocabulary.from_huggingface(*files, **counts)
+    return Vocabulary.load(*paths)
+  return Vocabulary.from_files(settings.source, paths, **counts)
 
 
 def check_vocabulary_files(config: Config) -> None:

@@ -11,6 +11,7 @@ import jax
 from narvl_jax.checkpointing.chosen import read_chosen
 from narvl_jax.checkpointing.record_checks import check_config
 from narvl_jax.checkpointing.writing import FOLDER, Checkpoints
+from narvl_jax.data.vocabulary import files
 from narvl_jax.data.vocabulary.files import read_json_object
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
@@ -30,8 +31,6 @@ from narvl_jax.run_folder import workdir as workdir_lib
 
 REPORT_FILE = "report.json"
 SIDE_FILE = "official_unused.pt"
-_OFFICIAL_FILES = ("dict.txt", "encoder.json", "vocab.bpe")
-_HUGGING_FACE_FILES = ("vocab.json", "merges.txt")
 _NUM_CODES, _NUM_BINS = 8192, 1000
 # Field of the section `vocabulary` -> flag of `convert`.
 _VOCABULARY_FLAGS = {
@@ -108,27 +107,21 @@ def find_vocabulary(
     "num_bins": num_bins or _count(made, "num_bins", _NUM_BINS),
   }
   place = pathlib.Path(folder or made.source.path.parent)
-  kind = None
   if folder is not None and not place.is_dir():
     raise UserError(f"--vocabulary={folder}: there is no such folder")
+  paths = {
+    source: [place / name for name in names]
+    for source, names in files.NAMES.items()
+    if all((place / name).is_file() for name in names)
+  }
+  kind = next(iter(paths), None)
+  if kind is None and folder is None:
+    return None, {"source": "official", "path": "", **counts}
+  if kind is None:
+    known = " nor ".join(", ".join(names) for names in files.NAMES.values())
+    raise UserError(f"--vocabulary={folder} holds neither {known}")
   with _flags_of_convert():
-    if all((place / name).is_file() for name in _OFFICIAL_FILES):
-      kind = "official"
-      files = [place / name for name in _OFFICIAL_FILES]
-      vocabulary = Vocabulary.from_official(
-        files[0], files[1], files[2], **counts
-      )
-    elif all((place / name).is_file() for name in _HUGGING_FACE_FILES):
-      kind = "huggingface"
-      files = [place / name for name in _HUGGING_FACE_FILES]
-      vocabulary = Vocabulary.from_huggingface(files[0], files[1], **counts)
-    elif folder is None:
-      return None, {"source": "official", "path": "", **counts}
-    else:
-      raise UserError(
-        f"--vocabulary={folder} holds neither {', '.join(_OFFICIAL_FILES)} nor"
-        f" {', '.join(_HUGGING_FACE_FILES)}"
-      )
+    vocabulary = Vocabulary.from_files(kind, paths[kind], **counts)
   # OFA predicts no blank.
   blank = 1 if made.config.decoder == "parallel" else 0
   found, size = vocabulary.size - 1 + blank, made.config.vocab_size

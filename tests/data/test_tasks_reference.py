@@ -24,9 +24,8 @@ SIZE = (200, 100)
 @pytest.fixture(scope="module")
 def official(shared_files: pathlib.Path) -> Vocabulary:
   folder = shared_files / "bpe"
-  return Vocabulary.from_official(
-    folder / "dict.txt", folder / "encoder.json", folder / "vocab.bpe"
-  )
+  names = ("dict.txt", "encoder.json", "vocab.bpe")
+  return Vocabulary.from_files("official", [folder / name for name in names])
 
 
 @pytest.fixture(scope="module")

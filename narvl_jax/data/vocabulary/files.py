@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tokenizers
@@ -28,7 +28,7 @@ _RESERVED = re.compile(r"<(s|pad|/s|unk|mask|(code|bin)_\d+|<BLANK>)>")
 def read_official(
   dict_path: PathLike, encoder_path: PathLike, bpe_path: PathLike
 ) -> tuple[tokenizers.Tokenizer, list[str]]:
-  """Returns tokenizer and base tokens; see `Vocabulary.from_official`."""
+  """Returns tokenizer and base tokens of the reference's files."""
   encoder = _read_token_ids(encoder_path)
   base = _read_dictionary(dict_path, encoder, encoder_path)
   return _byte_level_bpe(encoder, bpe_path), base
@@ -37,7 +37,11 @@ def read_official(
 def read_huggingface(
   vocab_path: PathLike, merges_path: PathLike
 ) -> tuple[tokenizers.Tokenizer, list[str]]:
-  """Returns tokenizer and base tokens; see `Vocabulary.from_huggingface`."""
+  """Returns tokenizer and base tokens of a byte-level BPE tokenizer.
+
+  Base tokens keep the order of `vocab.json`, without the specials, codes and
+  bins in it.
+  """
   vocab = _read_token_ids(vocab_path)
   base = [
     token
@@ -51,6 +55,17 @@ def read_huggingface(
     if not _FILLER.fullmatch(token)
   }
   return _byte_level_bpe(tokens, merges_path), base
+
+
+# Source of a vocabulary -> its files, and the function that reads them.
+NAMES = {
+  "official": ("dict.txt", "encoder.json", "vocab.bpe"),
+  "huggingface": ("vocab.json", "merges.txt"),
+}
+READERS: dict[str, Callable[..., tuple[tokenizers.Tokenizer, list[str]]]] = {
+  "official": read_official,
+  "huggingface": read_huggingface,
+}
 
 
 def _read_dictionary(

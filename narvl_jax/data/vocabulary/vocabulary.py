@@ -65,7 +65,7 @@ class Vocabulary:
     num_bins: int,
     expansions: Mapping[str, Sequence[int]] | None = None,
   ) -> None:
-    """Builds the table of ids; see also `from_*`, `train` and `load`.
+    """Builds the table of ids; see also `from_files`, `train` and `load`.
 
     Args:
       tokenizer: byte-level BPE; its ids are internal.
@@ -121,39 +121,23 @@ class Vocabulary:
     self._cache: dict[str, list[int]] = {}
 
   @classmethod
-  def from_official(
+  def from_files(
     cls,
-    dict_path: files.PathLike,
-    encoder_path: files.PathLike,
-    bpe_path: files.PathLike,
+    source: str,
+    paths: Sequence[files.PathLike],
     num_codes: int = 8192,
     num_bins: int = 1000,
   ) -> "Vocabulary":
-    """Reads `dict.txt`, `encoder.json` and `vocab.bpe` of the reference.
+    """Reads the files of a tokenizer.
+
+    Args:
+      source: "official" (the reference), or "huggingface" (any byte-level BPE).
+      paths: its files, in the order of `files.NAMES`.
 
     Raises:
       UserError: a file is missing or has another content.
     """
-    tokenizer, base = files.read_official(dict_path, encoder_path, bpe_path)
-    return cls(tokenizer, base, num_codes=num_codes, num_bins=num_bins)
-
-  @classmethod
-  def from_huggingface(
-    cls,
-    vocab_path: files.PathLike,
-    merges_path: files.PathLike,
-    num_codes: int = 8192,
-    num_bins: int = 1000,
-  ) -> "Vocabulary":
-    """Reads `vocab.json` and `merges.txt` of a byte-level BPE tokenizer.
-
-    Base symbols keep the order of `vocab.json`, without the specials, codes and
-    bins in it.
-
-    Raises:
-      UserError: a file is missing or has another content.
-    """
-    tokenizer, base = files.read_huggingface(vocab_path, merges_path)
+    tokenizer, base = files.READERS[source](*paths)
     return cls(tokenizer, base, num_codes=num_codes, num_bins=num_bins)
 
   @classmethod

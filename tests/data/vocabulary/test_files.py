@@ -36,8 +36,8 @@ def reference(shared_files: pathlib.Path) -> dict:
 def _official(
   folder: pathlib.Path, num_codes: int = 8192, num_bins: int = 1000
 ) -> Vocabulary:
-  dictionary, encoder, bpe = (folder / name for name in _NAMES)
-  return Vocabulary.from_official(dictionary, encoder, bpe, num_codes, num_bins)
+  paths = [folder / name for name in _NAMES]
+  return Vocabulary.from_files("official", paths, num_codes, num_bins)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,8 @@ def test_reduced_dictionary(
   monkeypatch.setattr(files, "warn", said.append)
   bpe = shared_files / "bpe"
   small = shared_files / "fixtures" / "micro_bpe" / "dict.txt"
-  vocabulary = Vocabulary.from_official(
-    small, bpe / "encoder.json", bpe / "vocab.bpe", 16, 50
-  )
+  paths = (small, bpe / "encoder.json", bpe / "vocab.bpe")
+  vocabulary = Vocabulary.from_files("official", paths, 16, 50)
   assert (vocabulary.size, vocabulary.blank_id) == (253, 252)
   # BPE knows the word, the dictionary does not.
   assert vocabulary.encode(" skateboards") == [vocabulary.unk_id] * 2
@@ -144,7 +143,7 @@ def test_huggingface_pair_equals_official(
   vocab = tmp_path / "vocab.json"
   vocab.write_text(json.dumps(dict(sorted(ids.items()))))
   merges = shared_files / "bpe" / "vocab.bpe"
-  pair = Vocabulary.from_huggingface(vocab, merges)
+  pair = Vocabulary.from_files("huggingface", (vocab, merges))
   assert pair.fingerprint == official.fingerprint
   assert (pair.size, pair.blank_id) == (official.size, official.blank_id)
   np.testing.assert_array_equal(pair.forbidden, official.forbidden)
@@ -194,9 +193,8 @@ def test_made_files_are_good(tmp_path: pathlib.Path) -> None:
   _made_files(tmp_path)
   size = 4 + 456 + 1 + 2 + 3 + 1
   assert _official(tmp_path, 2, 3).size == size
-  pair = Vocabulary.from_huggingface(
-    tmp_path / "vocab.json", tmp_path / "vocab.bpe", 2, 3
-  )
+  paths = (tmp_path / "vocab.json", tmp_path / "vocab.bpe")
+  pair = Vocabulary.from_files("huggingface", paths, 2, 3)
   assert pair.size == size
   assert pair.fingerprint == _official(tmp_path, 2, 3).fingerprint
 
@@ -280,8 +278,8 @@ def test_bad_huggingface_files(
   _made_files(tmp_path)
   damage(tmp_path)
   with pytest.raises(UserError, match=message):
-    Vocabulary.from_huggingface(
-      tmp_path / "vocab.json", tmp_path / "vocab.bpe", 2, 3
+    Vocabulary.from_files(
+      "huggingface", (tmp_path / "vocab.json", tmp_path / "vocab.bpe"), 2, 3
     )
 
 

@@ -37,9 +37,8 @@ def trained() -> Vocabulary:
 
 def _official(shared: pathlib.Path) -> Vocabulary:
   folder = shared / "bpe"
-  return Vocabulary.from_official(
-    folder / "dict.txt", folder / "encoder.json", folder / "vocab.bpe"
-  )
+  names = ("dict.txt", "encoder.json", "vocab.bpe")
+  return Vocabulary.from_files("official", [folder / name for name in names])
 
 
 @pytest.mark.parametrize(
