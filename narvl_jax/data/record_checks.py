@@ -19,7 +19,14 @@ from narvl_jax.errors import UserError
 
 _TEXTS = ("id", "prompt", "premise", "kind", "question_type")
 _short = reprlib.Repr()
+_short.maxlevel = 3
+_short.maxlist = _short.maxtuple = _short.maxdict = 8
 _short.maxstring = _short.maxother = _short.maxlong = 120
+
+
+def quoted(value: object) -> str:
+  """Returns the `repr` of a value, cut where it is long or deep."""
+  return _short.repr(value)
 
 
 def checked_record(record: Any) -> Record:
@@ -34,7 +41,7 @@ def checked_record(record: Any) -> Record:
   """
   if not isinstance(record, Record):
     raise UserError(
-      f"the source returned {_short.repr(record)}; it must return a Record"
+      f"the source returned {quoted(record)}; it must return a Record"
     )
   for name in _TEXTS:
     value = getattr(record, name)
@@ -80,18 +87,18 @@ def _check_answers(answers: Any) -> None:
   for answer, score in answers.items():
     if not isinstance(answer, str):
       raise UserError(
-        f'the field "answers" has the answer {_short.repr(answer)}; it must be'
+        f'the field "answers" has the answer {quoted(answer)}; it must be'
         " a text"
       )
     if len(answer) > LONGEST_ANSWER:
       raise UserError(
         f"an answer has {len(answer):,} characters, the limit is"
-        f" {LONGEST_ANSWER:,}: {_short.repr(answer)}"
+        f" {LONGEST_ANSWER:,}: {quoted(answer)}"
       )
     # Score 0 is allowed for answers that are not the target.
     if not _is_finite(score) or not 0 <= score <= 1:
       raise UserError(
-        f"the answer {_short.repr(answer)} has the score {_short.repr(score)};"
+        f"the answer {quoted(answer)} has the score {quoted(score)};"
         " it must be above 0 and at most 1"
       )
 
@@ -121,6 +128,4 @@ def _is_finite(value: Any) -> bool:
 
 
 def _wrong(name: str, value: Any, what: str) -> UserError:
-  return UserError(
-    f'the field "{name}" is {_short.repr(value)}; it must be {what}'
-  )
+  return UserError(f'the field "{name}" is {quoted(value)}; it must be {what}')

@@ -232,9 +232,10 @@ class Collector:
     for value in repeated[:_MAX_REPEATED]:
       rows = np.flatnonzero(hashes == value)[:_MAX_REPEATED]
       indices = [self._hashed[row] for row in rows]
+      found = reader.read(indices[0], lambda record: record.id)
       examples.append(
         {
-          "id": _id_of(reader.read(indices[0], lambda record: record.id)),
+          "id": "?" if isinstance(found, BadRecord) else found,
           "places": [sources.locate(source, index) for index in indices],
         }
       )
@@ -250,13 +251,5 @@ def _spread(values: "array[Any]") -> dict[str, float] | None:
   if not len(values):
     return None
   found = np.asarray(values)
-  middle = float(np.median(found))
-  return {
-    "min": found.min().item(),
-    "median": middle,
-    "max": found.max().item(),
-  }
-
-
-def _id_of(found: str | BadRecord) -> str:
-  return "?" if isinstance(found, BadRecord) else found
+  low, high = found.min().item(), found.max().item()
+  return {"min": low, "median": float(np.median(found)), "max": high}

@@ -46,7 +46,8 @@ def to_8_bits(picture: Image.Image) -> Image.Image:
     return np.nan_to_num(values, nan=0.0, posinf=np.inf, neginf=0.0)
 
   starts = range(0, height, rows)
-  most = max(_largest_finite(strip(start)) for start in starts)
+  strips = map(strip, starts)
+  most = max(x.max(initial=0.0, where=np.isfinite(x)) for x in strips)
   if picture.mode == "F" and most <= 1:
     top = np.float32(1)
   else:
@@ -56,10 +57,6 @@ def to_8_bits(picture: Image.Image) -> Image.Image:
     shares = np.clip(strip(start) / top, 0, 1)
     grey[start : start + rows] = np.rint(shares * np.float32(255))
   return Image.fromarray(grey)
-
-
-def _largest_finite(values: np.ndarray) -> float:
-  return float(values.max(initial=0.0, where=np.isfinite(values)))
 
 
 def low_byte_tiles(picture: Image.Image) -> list[Any]:

@@ -103,7 +103,12 @@ def plan(
   if count < 1:
     raise UserError(f'"{spec}" has no record; check --split')
   num_shards = shards or math.ceil(count / shard_size)
-  _check_shards(num_shards, count, size_flags)
+  most = min(count, 99999)
+  if num_shards > most:
+    raise UserError(
+      f"{num_shards} shards for {count} records are too many; there may be"
+      f" {most}: change {size_flags}"
+    )
   kept = [c if c.isalnum() or c in "-_." else "_" for c in found_split]
   job = Job(
     spec, task, split, options, folder, name or f"{task}-{''.join(kept)}",
@@ -116,15 +121,6 @@ def plan(
     "fingerprint": _fingerprint(source, spec, options, found_split),
   }
   return job, {"split": found_split, "source": origin}
-
-
-def _check_shards(num_shards: int, count: int, size_flags: str) -> None:
-  most = min(count, 99999)
-  if num_shards > most:
-    raise UserError(
-      f"{num_shards} shards for {count} records are too many; there may be"
-      f" {most}: change {size_flags}"
-    )
 
 
 def _fingerprint(
@@ -227,6 +223,7 @@ def _manifest(
   job: Job, origin: dict[str, Any], notes: Sequence[dict[str, Any]]
 ) -> Manifest:
   shards = [Shard(**note["shard"]) for note in notes]
+  counts = [note["labels"] for note in notes if "labels" in note]
   return Manifest(
     schema_version=records.SCHEMA_VERSION,
     name=job.name,
@@ -237,15 +234,10 @@ def _manifest(
     records=sum(shard.records for shard in shards),
     bad_records=[bad for note in notes for bad in note["bad"]],
     shards=shards,
-    labels=_summed([note["labels"] for note in notes if "labels" in note]),
+    labels={k: sum(count[k] for count in counts) for k in counts[0]}
+    if counts
+    else None,
   )
-
-
-def _summed(counts: Sequence[dict[str, float]]) -> dict[str, float] | None:
-  """Returns the sum of each count; None without counts."""
-  if not counts:
-    return None
-  return {key: sum(count[key] for count in counts) for key in counts[0]}
 
 
 @contextlib.contextmanager

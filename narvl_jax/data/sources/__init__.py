@@ -52,14 +52,17 @@ def load_source(
     )
   module, attribute = SOURCES[name]
   source = getattr(importlib.import_module(module), attribute)
-  known = set(inspect.signature(source).parameters) - {"task", "split", "seed"}
+  parameters = set(inspect.signature(source).parameters)
+  known = parameters - {"task", "split", "seed"}
   for option in options:
     if option not in known:
       raise UserError(
         f'{name}: unknown option "{option}".{did_you_mean(option, known)} '
         "Set data.train.NAME.options."
       )
-  opened = source(task=task, split=split, seed=seed, **options)
+  if "seed" in parameters:
+    options["seed"] = seed
+  opened = source(task=task, split=split, **options)
   opened.exif_orientation = exif_orientation
   return opened
 

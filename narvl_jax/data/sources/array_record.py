@@ -40,7 +40,6 @@ class ArrayRecordSource(RecordSource):
     *,
     task: str,
     split: str,
-    seed: int = 0,
     path: files.PathOption = None,
   ) -> None:
     """Compares sizes and counts of the shards with the manifest.
@@ -54,7 +53,6 @@ class ArrayRecordSource(RecordSource):
       UserError: there is no such folder, a shard is missing or damaged, or
         the folder holds another task or split.
     """
-    del seed
     manifests = files.resolve(
       _manifest_names(path), split, source="array_record"
     )

@@ -31,15 +31,14 @@ class EasyVQASource(RecordSource):
   """
 
   def __init__(
-    self, *, task: str, split: str, seed: int = 0, full_train: bool = False
+    self, *, task: str, split: str, full_train: bool = False
   ) -> None:
-    """Reads the questions; the seed has no effect.
+    """Reads the questions.
 
     Raises:
       UserError: the task is not vqa, the split is unknown, `full_train` is set
         for another split than train, or the package is not installed.
     """
-    del seed
     if task != "vqa":
       raise UserError(
         f'easy_vqa has questions only, not task "{task}". '

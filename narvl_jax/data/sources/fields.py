@@ -1,24 +1,14 @@
 """Checked fields of a user's files: scores, labels, boxes, captions."""
 
 import math
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from narvl_jax.data.answer_text import annotator_scores, normalize_answer
 from narvl_jax.data.example import Box
+from narvl_jax.data.record_checks import quoted as quoted
 from narvl_jax.data.tasks.entailment import ANSWER_OF_LABEL, ANSWERS
 from narvl_jax.errors import UserError, did_you_mean
-
-_short = reprlib.Repr()
-_short.maxlevel = 3
-_short.maxlist = _short.maxtuple = _short.maxdict = 8
-_short.maxstring = _short.maxother = _short.maxlong = 120
-
-
-def quoted(value: object) -> str:
-  """Returns the `repr` of a value, cut where it is long or deep."""
-  return _short.repr(value)
 
 
 def scored_answers(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:

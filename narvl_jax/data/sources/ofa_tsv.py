@@ -47,7 +47,6 @@ class OfaTsvSource(RowSource):
     *,
     task: str,
     split: str,
-    seed: int = 0,
     path: files.PathOption = None,
     columns: str | Sequence[int] = "",
     index_dir: str = "",
@@ -60,9 +59,7 @@ class OfaTsvSource(RowSource):
     Raises:
       UserError: an option is wrong, or a file cannot be read.
     """
-    super().__init__(
-      task=task, split=split, seed=seed, path=path, index_dir=index_dir
-    )
+    super().__init__(task=task, split=split, path=path, index_dir=index_dir)
     self.columns = _parse_columns(columns, task)
     self.num_columns = self._count_columns()
 

@@ -21,7 +21,6 @@ class RowSource(RecordSource):
     *,
     task: str,
     split: str,
-    seed: int = 0,
     path: files.PathOption = None,
     index_dir: str = "",
   ) -> None:
@@ -36,7 +35,6 @@ class RowSource(RecordSource):
       UserError: there is no such task, a file cannot be read, or no row has
         the task.
     """
-    del seed
     if task not in TASKS:
       raise UserError(
         f'{self.name}: there is no task "{task}".{did_you_mean(task, TASKS)}'

@@ -47,7 +47,6 @@ class TfdsSource(RecordSource):
     *,
     task: str,
     split: str,
-    seed: int = 0,
     name: str = "",
     data_dir: str = "",
     fields: Mapping[str, str] | None = None,
@@ -57,7 +56,7 @@ class TfdsSource(RecordSource):
     soft_scores: bool = False,
     index_dir: str = "",
   ) -> None:
-    """Opens the data set; the seed has no effect.
+    """Opens the data set.
 
     Args:
       split: such as "train", "train[:50%]" or "train+restval".
@@ -77,7 +76,7 @@ class TfdsSource(RecordSource):
     """
     fields, labels = dict(fields or {}), dict(labels or {})
     self._options: dict[str, Any] = {
-      "task": task, "split": split, "seed": seed, "name": name,
+      "task": task, "split": split, "name": name,
       "data_dir": data_dir, "fields": fields, "each": each,
       "box_format": box_format, "labels": labels, "soft_scores": soft_scores,
       "index_dir": index_dir,
