@@ -60,7 +60,8 @@ def open_manager(
       Orbax itself raises only after waiting for the other hosts.
   """
   _split_only_large_arrays()
-  _wait_with_timeouts()
+  # Barriers with a timeout instead of collectives that hang.
+  flags.FLAGS["experimental_orbax_use_distributed_barrier"].value = True
   _silence_errors()
   _let_writers_end()
   arrays = functools.partial(_ArrayHandler, note_error)
@@ -132,12 +133,6 @@ class SaveArrays(ocp.args.StandardSave):
 @ocp.args.register_with_handler(_ArrayHandler, for_restore=True)
 class RestoreArrays(ocp.args.StandardRestore):
   """A tree of `jax.ShapeDtypeStruct` with shardings to read."""
-
-
-def _wait_with_timeouts() -> None:
-  """Selects barriers with a timeout instead of collectives that hang."""
-  name = "experimental_orbax_use_distributed_barrier"
-  flags.FLAGS[name].value = True
 
 
 @functools.cache

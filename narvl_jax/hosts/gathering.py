@@ -83,14 +83,15 @@ class Gathering:
     self._selector.register(listener, selectors.EVENT_READ)
     deadline = time.monotonic() + timeout
     spoken = time.monotonic()
-    while missing := self._missing() or self._drop_those_gone():
+    while missing := self._missing() or self._drop_gone():
       now = time.monotonic()
       if now > deadline:
+        refused = "; rejected: " if self._refused else ""
+        refused += ", ".join(self._refused[:4])
         raise UserError(
           f"{_processes(missing)} did not come within {timeout:g} s, of"
           f" {self._count}: check that it was started and reaches the"
-          f" coordinator (the list above){self._describe_refused()}, or raise"
-          " --start_timeout"
+          f" coordinator (the list above){refused}, or raise --start_timeout"
         )
       if now > spoken + _PROGRESS_SECONDS:
         spoken = now
@@ -102,7 +103,7 @@ class Gathering:
         elif (caller := self._pending.get(key.fileobj)) is not None:  # pyright: ignore
           self._hear(caller)
         else:
-          self._drop_member(key.fileobj)
+          self._drop_gone(key.fileobj)
     self._selector.unregister(listener)
 
   def answer(self, value: Mapping[str, Any]) -> None:
@@ -120,11 +121,6 @@ class Gathering:
 
   def _missing(self) -> list[int]:
     return [i for i in range(1, self._count) if i not in self._members]
-
-  def _describe_refused(self) -> str:
-    if not self._refused:
-      return ""
-    return f"; rejected: {', '.join(self._refused[:4])}"
 
   def _accept(self, listener: socket.socket) -> None:
     try:
@@ -233,17 +229,15 @@ class Gathering:
       if now > caller.since + _HELLO_SECONDS:
         self._refuse(caller, f"no hello within {_HELLO_SECONDS:g} s")
 
-  def _drop_those_gone(self) -> list[int]:
-    """Removes processes that ended after their hello; returns the missing."""
-    for number in list(self._members):
-      self._drop_if_gone(number)
-    return self._missing()
+  def _drop_gone(self, connection: Any = None) -> list[int]:
+    """Removes processes that ended or sent data after their hello.
 
-  def _drop_member(self, connection: Any) -> None:
-    """Removes a process that ended or sent data after its hello."""
+    Looks at one connection only, if given; returns the missing processes.
+    """
     for number, member in list(self._members.items()):
-      if member.connection is connection:
+      if connection in (None, member.connection):
         self._drop_if_gone(number)
+    return self._missing()
 
   def _drop_if_gone(self, number: int) -> None:
     connection = self._members[number].connection

@@ -233,7 +233,8 @@ class Notices:
       self._publish(f"left/{self.host}", "")
       deadline = time.monotonic() + farewell
       while time.monotonic() < deadline:
-        if self._number_of("left") == self._count:
+        left = self._client.key_value_dir_get(f"{_PREFIX}/left")
+        if len(left) == self._count:
           break
         time.sleep(self._poll_seconds / 5)
       if self.host == 0:
@@ -294,9 +295,6 @@ class Notices:
         file=self._terminal,
       )
     self._leave(1)
-
-  def _number_of(self, kind: str) -> int:
-    return len(self._client.key_value_dir_get(f"{_PREFIX}/{kind}"))
 
   def _publish(self, key: str, value: str) -> None:
     if key in self._published:
