@@ -63,13 +63,10 @@ def list_checkpoints(workdir: pathlib.Path) -> str:
 
 
 def verify(workdir: pathlib.Path, step: str | int | None = None) -> str:
-  """Compares checkpoints with the digests of what was written.
+  """Compares checkpoints with what was written; returns a line for each.
 
   Args:
     step: the checkpoint to read, "best" or "last"; all if None.
-
-  Returns:
-    One line for each checkpoint.
 
   Raises:
     UserError: checkpoints are damaged; their files and arrays are printed.
@@ -105,10 +102,7 @@ def verify(workdir: pathlib.Path, step: str | int | None = None) -> str:
 
 
 def diff(first: pathlib.Path, second: pathlib.Path) -> str:
-  """Compares the arrays of two checkpoints.
-
-  Returns:
-    A table of the arrays that differ, and the number of equal ones.
+  """Returns a table of the arrays of two checkpoints that differ.
 
   Raises:
     UserError: one of them cannot be read.
@@ -139,10 +133,7 @@ def diff(first: pathlib.Path, second: pathlib.Path) -> str:
 
 
 def restore_config(workdir: pathlib.Path) -> str:
-  """Restores the config of a run from its newest intact checkpoint.
-
-  Returns:
-    One line for each file.
+  """Restores a run's config from a checkpoint; returns a line for each file.
 
   Raises:
     UserError: no checkpoint is intact and holds a config.

@@ -93,10 +93,7 @@ def check_vocabulary(
 def restore_config(
   workdir: pathlib.Path, record: CheckpointRecord
 ) -> list[str]:
-  """Writes `config.json` from a record; renames the old one to `.old`.
-
-  Returns:
-    A line for each file.
+  """Writes `config.json` from a record; returns a line for each file.
 
   Raises:
     UserError: the record holds no config, or a file cannot be written.

@@ -31,10 +31,7 @@ JSON_FILE, PLOT_FILE = "comparison.json", "latency.png"
 
 
 def compare(options: Options) -> dict[str, Any]:
-  """Measures, prints tables and writes the results.
-
-  Returns:
-    The content of `comparison.json`.
+  """Measures, prints tables, writes and returns `comparison.json`.
 
   Raises:
     UserError: the runs cannot be compared, or do not have what the options

@@ -23,15 +23,12 @@ _TASKS = ("vqa",)
 
 
 def load_answers(path: str | os.PathLike[str]) -> list[str]:
-  """Reads a list of answers.
+  """Returns the normalised answers of a list, in the order of the file.
 
   Args:
     path: a text file with an answer per line; a JSON list, or an object whose
       keys are the answers; or the reference's `trainval_ans2label.pkl`, a
       pickle of such an object. Code in a pickle is never run.
-
-  Returns:
-    Normalised answers in the order of the file.
 
   Raises:
     UserError: the file cannot be read, or has an empty or a repeated entry.
@@ -154,15 +151,11 @@ def encode_answers(
 def collect_answers(
   source: Sequence[Record], task: str, *, max_examples: int = 0
 ) -> dict[str, int]:
-  """Counts the records in which each answer is valid.
+  """Returns answer -> records in which it is valid, the most frequent first.
 
   Args:
     source: records; bad ones are skipped with a warning.
     max_examples: number of records to read, from the first; 0 reads all.
-
-  Returns:
-    Answer -> count, the most frequent first, equally frequent ones in
-    alphabetical order.
 
   Raises:
     UserError: the answers of the task do not form a list, there are none, or

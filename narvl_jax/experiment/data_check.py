@@ -69,14 +69,11 @@ def check(
   num_queries: int | None = None,
   **options: Any,
 ) -> tuple[dict[str, Any], check_report.Verdict, Task[Any]]:
-  """Checks one source.
+  """Checks a source; returns figures, verdict, and the task that read it.
 
   Args:
     vocabulary: vocabulary that determines lengths in tokens.
     **options: see `inspection.inspect`.
-
-  Returns:
-    The figures, the verdict, and the task that read the records.
   """
   settings = dict(entry.config.tasks[entry.task])
   task = make_task(entry.task, vocabulary, settings)
@@ -230,11 +227,7 @@ def _read_vocabulary(folder: pathlib.Path) -> Vocabulary:
 def check_entries(
   entries: Sequence[CheckedSource], vocabulary: Vocabulary, options: Options
 ) -> tuple[dict[str, Any], check_report.Verdict]:
-  """Checks sources, prints their reports and draws examples.
-
-  Returns:
-    Name of the source -> figures and verdict, and the verdict on all.
-  """
+  """Checks sources; returns figures and verdict by name, and one on all."""
   several = len(entries) > 1
   report, verdicts = {}, {}
   for entry in entries:

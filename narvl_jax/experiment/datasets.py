@@ -85,13 +85,10 @@ def _load(config: Config, entry: Any, split: str) -> Sequence[Record]:
 
 
 def recipe_hint(name: str, entry: Any) -> str:
-  """Returns how to set the folder of a recipe's files, to append to a flag.
+  """Returns how to set the folder of an official recipe's files, otherwise "".
 
   Args:
     entry: of `data.train` or `data.evaluation`.
-
-  Returns:
-    "" if the files are not those of an official recipe.
   """
   path = str(entry.get("options", {}).get("path"))
   if not path.endswith(f"/{name}_{{split}}.tsv"):

@@ -175,11 +175,7 @@ def compute_dtype(name: str) -> Any:
 
 
 def relative_evaluation(experiment: Experiment) -> float:
-  """Returns the examples of the final evaluation over those of earlier ones.
-
-  Returns:
-    The ratio; 0.0 for a run that is only evaluated at its end.
-  """
+  """Returns the examples of the final evaluation over earlier ones, or 0."""
   config = experiment.config
   if not config.train.eval_every:
     return 0.0

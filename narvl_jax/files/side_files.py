@@ -65,13 +65,10 @@ def read_object(
   path: pathlib.Path,
   is_valid: Callable[[dict[str, Any]], bool] = lambda value: True,
 ) -> dict[str, Any] | None:
-  """Reads the JSON object in a file; sets a damaged file aside.
+  """Returns the JSON object in a file; None without one. Sets damage aside.
 
   Args:
     is_valid: whether an object has the expected content.
-
-  Returns:
-    None if the file is missing or damaged.
 
   Raises:
     OSError: the file cannot be read or moved.

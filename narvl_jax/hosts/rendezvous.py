@@ -38,15 +38,12 @@ def meet(
   say: Callable[[str], None],
   secret: str | None = None,
 ) -> list[str]:
-  """Waits for all processes and compares their facts.
+  """Waits for all processes, compares their facts; returns the host names.
 
   Args:
     facts: facts of this process that must be equal in all.
     secret: shared by all processes, which prove it to each other; None accepts
       any connection.
-
-  Returns:
-    The host names by process.
 
   Raises:
     UserError: in every process, if one is missing, present twice or different.

@@ -44,7 +44,7 @@ def save_official(
   unused: State | None = None,
   settings: Mapping[str, Any] | None = None,
 ) -> list[str]:
-  """Writes an official checkpoint of NARVL or OFA; torch is not needed.
+  """Writes an official checkpoint; returns the keys that `unused` lacks.
 
   Args:
     config: the architecture; the decoder selects NARVL or OFA.
@@ -52,9 +52,6 @@ def save_official(
     unused: official tensors that only image generation reads; those that are
       missing or of another shape become zeros and ones.
     settings: "args" and "cfg" of the file that the weights came from.
-
-  Returns:
-    The keys that `unused` lacks.
 
   Raises:
     UserError: the architecture has parts that the official code lacks.

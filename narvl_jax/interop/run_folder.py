@@ -282,13 +282,10 @@ def read_run(
 
 
 def read_side(folder: PathLike) -> tuple[State, dict[str, Any]]:
-  """Reads what an official file needs beside the weights of a run.
+  """Returns unused tensors and settings of an official file, empty if unknown.
 
   It is in the folder of the converted weights that the run, or one of its
   ancestors, started from.
-
-  Returns:
-    Unused tensors and settings, both empty if there are none.
   """
   path = pathlib.Path(folder)
   for _ in range(_MAX_ANCESTORS):

@@ -43,7 +43,7 @@ def import_official(
   config: Any = None,
   check: bool = False,
 ) -> dict[str, Any]:
-  """Writes official weights as a run folder.
+  """Writes official weights as a run folder; returns its `report.json`.
 
   Args:
     source: file or Hugging Face folder.
@@ -58,9 +58,6 @@ def import_official(
       model size must be that of the weights; its decoder and number of queries
       are used; other settings that the weights determine are overwritten.
     check: run a fixed request and report the results.
-
-  Returns:
-    The content of `report.json`.
 
   Raises:
     UserError: the file, an option or the folder is wrong; nothing is written.

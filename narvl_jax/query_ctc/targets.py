@@ -32,15 +32,12 @@ def as_int32(x: Any) -> jax.Array:
 def feasible(
   labels: jax.Array, label_lengths: jax.Array, num_queries: int
 ) -> jax.Array:
-  """Whether N queries can emit the labels: N >= length + adjacent repeats.
+  """bool [B]: N queries suffice, N >= length + adjacent repeats.
 
   Args:
     labels: [B, L] integers, right padded.
     label_lengths: [B] integers.
     num_queries: N.
-
-  Returns:
-    bool [B].
   """
   labels, label_lengths = as_int32(labels), as_int32(label_lengths)
   inside = jnp.arange(1, labels.shape[1]) < label_lengths[:, None]
@@ -54,16 +51,13 @@ def is_target(
   vocab_size: int,
   blank_id: int | None = None,
 ) -> jax.Array:
-  """Whether all labels are classes other than blank, and lengths in 0..L.
+  """bool [B]: all labels are classes other than blank, and lengths in 0..L.
 
   Args:
     labels: [B, L] integers, right padded with any id.
     label_lengths: [B] integers.
     vocab_size: number of true classes.
     blank_id: id of the blank class, None if there is none.
-
-  Returns:
-    bool [B].
   """
   labels, label_lengths = as_int32(labels), as_int32(label_lengths)
   width = labels.shape[1]

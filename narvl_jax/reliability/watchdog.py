@@ -134,11 +134,7 @@ class Watchdog:
 
 
 def write_stacks(workdir: pathlib.Path, host: int, why: str) -> str:
-  """Writes the stacks of all threads, after the line `why`.
-
-  Returns:
-    The path of the file; "stderr" if none can be written.
-  """
+  """Writes the stacks of all threads; returns the file, otherwise "stderr"."""
   moment = datetime.datetime.now(datetime.UTC)
   name = f"host_{host:03d}_{moment:%Y%m%dT%H%M%S}.txt"
   path = workdir / STACKS_FOLDER / name

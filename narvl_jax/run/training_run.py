@@ -47,14 +47,11 @@ from narvl_jax.warm_start.init_from import Plan
 def train(
   config: Any, workdir: pathlib.Path, *, ledger: Ledger | None = None
 ) -> dict[str, Any]:
-  """Trains a new run, or resumes the one in the folder, and evaluates it.
+  """Trains or resumes a run; returns the report of its final evaluation.
 
   Args:
     config: see `narvl_jax.experiment.config.default_config`.
     ledger: of the time since the start of the process.
-
-  Returns:
-    The report of the final evaluation.
 
   Raises:
     UserError: the config is wrong, or the folder holds another run, or one

@@ -106,10 +106,7 @@ def find_fit(
   theirs: Shape,
   ours: Shape,
 ) -> Fit | None:
-  """Returns how a stored array becomes ours.
-
-  Returns:
-    None if it is copied unchanged, or if nothing fits these shapes.
+  """Returns how a stored array becomes ours; None if unchanged or impossible.
 
   Raises:
     UserError: the vocabulary there does not belong to the weights.

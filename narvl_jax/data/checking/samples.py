@@ -26,14 +26,11 @@ def draw_samples(
   good: Sequence[int],
   size: tuple[int, int],
 ) -> Image.Image | None:
-  """Returns an RGB picture of some records as the model reads them.
+  """Draws (RGB) some good records as the model reads them; None without any.
 
   Args:
     good: indices of good records.
     size: (height, width) in pixels of the model's input.
-
-  Returns:
-    None without good records.
   """
   chosen = good[:: max(1, len(good) // _SAMPLES)][:_SAMPLES]
   reader = RecordReader(source, name)

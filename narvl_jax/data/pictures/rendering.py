@@ -108,13 +108,10 @@ def prediction_grid(
   columns: int = 5,
   words: Words = _WORDS,
 ) -> Image.Image:
-  """Draws panels side by side below a title, and a legend if there are boxes.
+  """Draws (RGB) panels below a title, and a legend if there are boxes.
 
   Args:
     panels: cells in reading order, at least one.
-
-  Returns:
-    An RGB picture.
   """
   font = ImageFont.load_default(_FONT_SIZE)
   columns = min(columns, len(panels))
@@ -154,7 +151,7 @@ def box_overlay(
   target_box: Box | None = None,
   caption: str = "",
 ) -> Image.Image:
-  """Draws a predicted box, and the true one if known, into a picture.
+  """Draws (RGB) a predicted box, and the true one if known, into a picture.
 
   Small pictures are enlarged and huge ones reduced to a size for viewing.
 
@@ -162,9 +159,6 @@ def box_overlay(
     image: uint8 [H, W, 3].
     predicted_box: in pixels of `image`.
     target_box: in pixels of `image`.
-
-  Returns:
-    An RGB picture.
   """
   font = ImageFont.load_default(_FONT_SIZE)
   picture = Image.fromarray(image)

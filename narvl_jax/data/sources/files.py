@@ -20,15 +20,12 @@ PathOption = str | Sequence[str] | Mapping[str, Any] | None
 
 
 def resolve(path: PathOption, split: str, *, source: str) -> list[pathlib.Path]:
-  """Returns the files of a split.
+  """Returns the files of a split, at least one; all of them exist.
 
   Args:
     path: a file, several, or a mapping from splits to these. `{split}` in a
       name becomes the split. A glob pattern means all files that match it,
       sorted by name.
-
-  Returns:
-    At least one file; all of them exist.
 
   Raises:
     UserError: there is no such file, or the mapping lacks the split.

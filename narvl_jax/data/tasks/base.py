@@ -112,13 +112,10 @@ class Task(abc.ABC, Generic[S]):
   def augment(
     self, record: Record, rng: np.random.Generator
   ) -> tuple[Record, Change | None]:
-    """Returns a randomly changed record for training.
+    """Returns a randomly changed record, and the change of its picture.
 
     Args:
       rng: source of all randomness; not used unless `augments`.
-
-    Returns:
-      The record with new texts and box, and the change to apply to its picture.
 
     Raises:
       UserError: the record lacks what the change needs.

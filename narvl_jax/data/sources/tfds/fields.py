@@ -62,14 +62,11 @@ class Selector:
     raise UserError("the lengths of nested features do not fit together")
 
   def select(self, example: Mapping[str, Any], place: Sequence[int]) -> Any:
-    """Returns the value of one record: an item, or a list of items.
+    """Returns the value or list of values of one record; None if absent.
 
     Args:
       example: output of `Parser`.
       place: indices into the sequences whose elements are the records.
-
-    Returns:
-      None if the example lacks the value.
 
     Raises:
       UserError: the feature has fewer elements than others.
