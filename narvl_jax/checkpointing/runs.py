@@ -55,11 +55,7 @@ def build_in(
 
 
 def open_run(workdir: str | os.PathLike[str]) -> Experiment:
-  """Returns the experiment of a run, without its weights.
-
-  Raises:
-    UserError: there is no run, or its files are damaged.
-  """
+  """Returns the experiment of a run, without its weights."""
   folder = pathlib.Path(workdir)
   config = workdir_lib.read_config(folder)
   check_fit(config)
@@ -82,9 +78,6 @@ def load_run(
   Returns:
     The experiment, its variables (moving averages if the run has them), and
     the step of the checkpoint.
-
-  Raises:
-    UserError: there is no run or no such checkpoint.
   """
   folder = pathlib.Path(workdir)
   config = workdir_lib.read_config(folder)

@@ -294,11 +294,7 @@ class Checkpoints(StoredCheckpoints):
     self._manager = self._open()
 
   def wait(self) -> None:
-    """Blocks until everything saved is on disk.
-
-    Raises:
-      UserError: it cannot be written; see `check_errors`.
-    """
+    """Blocks until everything saved is on disk."""
     self.check_errors()
     while self._completion is not None:
       self._completion.join(1.0)

@@ -38,11 +38,7 @@ class AnswerSet:
     return min(map(len, self.sequences), default=self.count)
 
   def automaton(self) -> Automaton:
-    """Returns the constraint.
-
-    Raises:
-      UserError: it allows nothing.
-    """
+    """Returns the constraint."""
     if self.closed:
       return answer_trie([(*answer, *self.then) for answer in self.sequences])
     return repeated(self.tokens, self.count, self.then)
@@ -51,11 +47,7 @@ class AnswerSet:
 def pad_answers(
   answers: AnswerSet, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns a closed set as ids int32 [C, L] and lengths int32 [C].
-
-  Raises:
-    UserError: there is no list of answers.
-  """
+  """Returns a closed set as ids int32 [C, L] and lengths int32 [C]."""
   if not answers.closed:
     raise UserError(
       f"{answers.name} has no list of answers to choose from, so"

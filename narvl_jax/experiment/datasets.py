@@ -33,11 +33,7 @@ class DataSets:
 
 
 def load_mixture(config: Config) -> list[MixtureEntry]:
-  """Opens the sources of `data.train`.
-
-  Raises:
-    UserError: a source, a split or an option does not exist.
-  """
+  """Opens the sources of `data.train`."""
   mixture = []
   for name, entry in config.data.train.items():
     try:
@@ -54,11 +50,7 @@ def load_mixture(config: Config) -> list[MixtureEntry]:
 
 
 def load_dataset(config: Any, name: str, split: str) -> Sequence[Record]:
-  """Opens a data set of `config.data.evaluation`, with its annotations.
-
-  Raises:
-    UserError: if it has no such name or split.
-  """
+  """Opens a data set of `config.data.evaluation`, with its annotations."""
   entries = config.data.evaluation
   if name not in entries:
     raise UserError(
@@ -101,9 +93,6 @@ def set_epoch(datasets: DataSets) -> None:
 
   Sets `train.epoch_examples` unless it is 0. A recipe derives its numbers of
   steps from this key, so they follow, except those that were set themselves.
-
-  Raises:
-    UserError: a source does not exist.
   """
   train = datasets.config.train
   if train.epoch_examples:

@@ -76,11 +76,7 @@ class Experiment:
     return prompt + self.label_length - 1, self.label_length
 
   def dataset(self, name: str, split: str) -> Sequence[Record]:
-    """Returns a data set of `data.evaluation`.
-
-    Raises:
-      UserError: the config has no such name or split.
-    """
+    """Returns a data set of `data.evaluation`."""
     datasets = self.datasets or DataSets(self.config)
     return datasets.evaluation(name, split)
 
@@ -105,9 +101,6 @@ def build(
     config: validated.
     datasets: of the config, if some are open.
     shapes_only: without tasks, which need real tokens.
-
-  Raises:
-    UserError: settings that do not fit together.
   """
   # An autoregressive model must learn where to stop.
   always = {"eos": True} if is_autoregressive(config) else {}
@@ -147,11 +140,7 @@ def label_length(config: Config) -> int:
 
 
 def resolve_model_config(config: Config, vocabulary: Vocabulary) -> ModelConfig:
-  """Returns the architecture: the named size and what the config overrides.
-
-  Raises:
-    UserError: settings that do not fit together.
-  """
+  """Returns the architecture: the named size and what the config overrides."""
   overrides = {
     name: value
     for name, value in config.model.items()

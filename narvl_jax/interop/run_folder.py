@@ -244,9 +244,6 @@ def read_run(
   Returns:
     The architecture, {"params", "batch_stats"} (moving averages if the run
     has them), and the step.
-
-  Raises:
-    UserError: there is no such run or checkpoint.
   """
   path = pathlib.Path(folder)
   if not (path / FOLDER).is_dir():

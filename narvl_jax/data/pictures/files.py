@@ -175,11 +175,7 @@ def orientation(picture: Image.Image, data: bytes) -> int:
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
-  """Returns (width, height) of a picture as `decode` returns it.
-
-  Raises:
-    UserError: see `open_picture`.
-  """
+  """Returns (width, height) of a picture as `decode` returns it."""
   picture = open_picture(data)
   width, height = stored_size(picture)
   if isinstance(data, Upright) and orientation(picture, data) >= 5:

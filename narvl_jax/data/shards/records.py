@@ -108,11 +108,7 @@ def deserialize(data: bytes) -> Record:
 
 
 def encoded_image(image: bytes | np.ndarray) -> bytes:
-  """Returns an encoded picture unchanged and an array as PNG.
-
-  Raises:
-    UserError: the image is empty or invalid.
-  """
+  """Returns an encoded picture unchanged and an array as PNG."""
   if isinstance(image, bytes):
     if not image:
       raise UserError("the image is empty: 0 bytes")

@@ -111,9 +111,6 @@ class AnnotatedSource(RecordSource):
 
     Args:
       name: entry of `data.evaluation`, for messages.
-
-    Raises:
-      UserError: see `load_annotations`.
     """
     self.task, self.split = task, split
     self._source, self._path, self._name = source, path, name
@@ -136,11 +133,7 @@ class AnnotatedSource(RecordSource):
     return sources.locate(self._source, number)
 
   def check(self, indices: Sequence[int]) -> None:
-    """Checks that records have annotations; reads each of them once.
-
-    Raises:
-      UserError: some have none.
-    """
+    """Checks that records have annotations; reads each of them once."""
     new = [i for i in indices if i not in self._checked]
     missing = []
     with progress.doing("finding annotations", len(new), "records") as activity:

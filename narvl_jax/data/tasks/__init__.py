@@ -50,11 +50,7 @@ def default_settings(name: str) -> dict[str, Any]:
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:
-  """Checks the settings of a task without a vocabulary or files.
-
-  Raises:
-    UserError: the name, a setting's name or a value is wrong.
-  """
+  """Checks the settings of a task without a vocabulary or files."""
   parse_settings(name, _task_class(name).settings_class, settings)
 
 

@@ -117,11 +117,7 @@ def _read_dictionary(
 def _byte_level_bpe(
   vocab: Mapping[str, int], merges_path: PathLike
 ) -> tokenizers.Tokenizer:
-  """Returns GPT-2's tokenizer with `vocab` and the merges of a file.
-
-  Raises:
-    UserError: the file cannot be read or does not fit `vocab`.
-  """
+  """Returns GPT-2's tokenizer with `vocab` and the merges of a file."""
   merges = []
   for number, line in enumerate(read_text(merges_path).split("\n"), 1):
     if not line or line.startswith("#version"):
@@ -159,11 +155,7 @@ def _check_complete(
 
 
 def _read_token_ids(path: PathLike) -> dict[str, int]:
-  """Returns token -> id of an `encoder.json` or `vocab.json`.
-
-  Raises:
-    UserError: the file cannot be read or has another content.
-  """
+  """Returns token -> id of an `encoder.json` or `vocab.json`."""
   content = read_json_object(path)
   for token, index in content.items():
     if type(index) is not int:

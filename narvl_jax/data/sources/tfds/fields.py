@@ -237,11 +237,7 @@ def text(value: Any) -> str:
 
 
 def texts(value: Any) -> list[str]:
-  """Returns the texts of a value or of a list of values.
-
-  Raises:
-    UserError: one is not in UTF-8.
-  """
+  """Returns the texts of a value or of a list of values."""
   items = value if isinstance(value, list) else [value]
   try:
     return [
