@@ -9,20 +9,14 @@ import jax
 from flax.linen import meta
 
 from narvl_jax.checkpointing.chosen import read_chosen
-from narvl_jax.checkpointing.record_checks import (
-  check_config,
-  check_vocabulary,
-)
+from narvl_jax.checkpointing.record_checks import check_config, check_vocabulary
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.experiment.config import Config
 from narvl_jax.experiment.config_checks import check_fit
 from narvl_jax.experiment.datasets import DataSets
 from narvl_jax.experiment.experiment import Experiment, build
-from narvl_jax.experiment.vocabulary import (
-  VOCABULARY_FOLDER,
-  make_vocabulary,
-)
+from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER, make_vocabulary
 from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.state.parameters import assign_rules, flatten, split_frozen
 from narvl_jax.terminal import progress

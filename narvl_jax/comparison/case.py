@@ -11,11 +11,7 @@ from narvl_jax.comparison.latency import Batch, Network, TimedDecoder
 from narvl_jax.comparison.options import LENGTHS
 from narvl_jax.comparison.uncached import UncachedReader
 from narvl_jax.comparison.ways import AR, BASELINE, NAR, UNCACHED, Way
-from narvl_jax.decoding import (
-  AutoregressiveReader,
-  Decoding,
-  prepare_variables,
-)
+from narvl_jax.decoding import AutoregressiveReader, Decoding, prepare_variables
 from narvl_jax.decoding.steps import Reader
 from narvl_jax.errors import UserError
 from narvl_jax.models import make_model
@@ -157,8 +153,5 @@ def with_queries(network: Network, count: int) -> Network:
   decoder = {**params["decoder"], "query_embed": jax.numpy.asarray(queries)}
   return network._replace(
     model=make_model(dataclasses.replace(model.config, num_queries=count)),
-    variables={
-      **network.variables,
-      "params": {**params, "decoder": decoder},
-    },
+    variables={**network.variables, "params": {**params, "decoder": decoder}},
   )

@@ -12,13 +12,7 @@ import jax
 import numpy as np
 
 from narvl_jax.benchmarks import timing
-from narvl_jax.comparison import (
-  latency,
-  quality,
-  random_weights,
-  report,
-  runs,
-)
+from narvl_jax.comparison import latency, quality, random_weights, report, runs
 from narvl_jax.comparison.case import Case, choose_lengths, length_programs
 from narvl_jax.comparison.options import Options
 from narvl_jax.comparison.plot import check_can_draw, draw_lengths

@@ -195,8 +195,7 @@ def _weights(boxed: Any, like: Any = None) -> Any:
     name: shared[name]
     if name in shared and name != "decoder"
     else jax.tree.map(
-      lambda leaf: jnp.asarray(np.resize(numbers, leaf.shape), leaf.dtype),
-      tree,
+      lambda leaf: jnp.asarray(np.resize(numbers, leaf.shape), leaf.dtype), tree
     )
     for name, tree in shapes["params"].items()
   }

@@ -233,13 +233,7 @@ def constrained_greedy(
     classes, blank_id=blank_id, pad_id=pad_id, merge_repeats=merge
   )
   log_prob = _answer_log_probs(
-    logits,
-    ids[:, None],
-    lengths[:, None],
-    normalizers,
-    never,
-    blank_id,
-    merge,
+    logits, ids[:, None], lengths[:, None], normalizers, never, blank_id, merge
   )[:, 0]
   return {
     "ids": ids,

@@ -70,10 +70,7 @@ class ParallelReader:
       )
     else:
       best = ctc.constrained_greedy(
-        logits,
-        constraint,
-        merge_repeats=inputs.merge_repeats,
-        **self._ids(),
+        logits, constraint, merge_repeats=inputs.merge_repeats, **self._ids()
       )
     return {
       "ids": best["ids"][:, None],

@@ -82,9 +82,7 @@ def num_classes(
 
 
 def allowed_classes(
-  classes: int,
-  vocab_size: int | None,
-  forbidden: np.ndarray | jax.Array | None,
+  classes: int, vocab_size: int | None, forbidden: np.ndarray | jax.Array | None
 ) -> jax.Array:
   """Returns the mask bool [V] of classes neither padding nor forbidden.
 

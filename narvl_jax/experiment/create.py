@@ -25,8 +25,5 @@ def create(config: Config, *, shapes_only: bool = False) -> Experiment:
   datasets = DataSets(config)
   make = placeholder_vocabulary if shapes_only else make_vocabulary
   return build(
-    config,
-    make(config, datasets),
-    datasets=datasets,
-    shapes_only=shapes_only,
+    config, make(config, datasets), datasets=datasets, shapes_only=shapes_only
   )

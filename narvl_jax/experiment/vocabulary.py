@@ -17,11 +17,7 @@ from narvl_jax.terminal.activity import Activity
 
 VOCABULARY_FOLDER = "vocabulary"
 # Source -> the files that it reads in the folder `path`.
-_FILES = {
-  "train": (),
-  "run": (VOCABULARY_FOLDER,),
-  **files.NAMES,
-}
+_FILES = {"train": (), "run": (VOCABULARY_FOLDER,), **files.NAMES}
 # Records of each source that a trained vocabulary has seen.
 _VOCABULARY_RECORDS = 4000
 

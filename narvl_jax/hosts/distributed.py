@@ -55,9 +55,7 @@ def explain_lost(error: BaseException) -> str | None:
 
 
 def initialize(
-  cluster: Cluster,
-  facts: Mapping[str, str],
-  say: Callable[[str], None] = print,
+  cluster: Cluster, facts: Mapping[str, str], say: Callable[[str], None] = print
 ) -> None:
   """Connects the processes; call it before anything that touches a device.
 

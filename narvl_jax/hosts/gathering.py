@@ -54,10 +54,7 @@ class Gathering:
   """
 
   def __init__(
-    self,
-    own: Message,
-    secret: str | None,
-    say: Callable[[str], None],
+    self, own: Message, secret: str | None, say: Callable[[str], None]
   ) -> None:
     self._own = own
     self._count: int = own["num_processes"]

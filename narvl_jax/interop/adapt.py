@@ -21,11 +21,7 @@ from narvl_jax.interop.settings import (
 )
 from narvl_jax.interop.tensors import Tensor
 from narvl_jax.models import positions
-from narvl_jax.models.resizing import (
-  Grid,
-  resize_distances,
-  resize_positions,
-)
+from narvl_jax.models.resizing import Grid, resize_distances, resize_positions
 from narvl_jax.models.sizes import DECODERS
 
 BLANK_ROWS = ("noise", "mean", "unk")

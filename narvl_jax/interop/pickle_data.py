@@ -75,9 +75,7 @@ class StandIn:
 
 
 def read_pickle(
-  data: bytes,
-  find: Callable[[str, str], Any],
-  persistent: Callable[[Any], Any],
+  data: bytes, find: Callable[[str, str], Any], persistent: Callable[[Any], Any]
 ) -> Any:
   """Returns the value that a pickle describes.
 

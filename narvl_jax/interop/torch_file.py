@@ -82,10 +82,7 @@ def read_torch(path: PathLike) -> Any:
   """
   check_regular(path)
   try:
-    with (
-      _CappedFile(io.FileIO(path)) as file,
-      zipfile.ZipFile(file) as archive,
-    ):
+    with _CappedFile(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
       return _Reader(path, file, archive.infolist()).read()
   except zipfile.BadZipFile as error:
     raise UserError(

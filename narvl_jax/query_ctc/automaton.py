@@ -76,9 +76,7 @@ def queries_needed(
     winner_token = token.at[winner[target]].get(mode="fill", fill_value=-1)
     repeats = (winner_token == token) & merge_repeats
     onward = jnp.where(
-      repeats,
-      jnp.minimum(first[target] + 1, second[target]),
-      first[target],
+      repeats, jnp.minimum(first[target] + 1, second[target]), first[target]
     )
     return jnp.where(accepting[target], 0, jnp.minimum(onward, UNREACHABLE))
 

@@ -72,10 +72,7 @@ class ChunkedHead:
         jnp.where(true_row, table, 0), axis=0, dtype=jnp.float32
       )
       total = jnp.einsum(
-        "bnd,d->bn",
-        states.astype(jnp.float32),
-        row_sum,
-        precision="highest",
+        "bnd,d->bn", states.astype(jnp.float32), row_sum, precision="highest"
       )
       rows = _rows_at(table, split.local_ids(columns, len(table)))
       gathered = _product("bnd,bkd->bnk", states, rows)

@@ -60,10 +60,7 @@ class StopRequest:
   """
 
   def __init__(
-    self,
-    notices: Notices | None = None,
-    *,
-    patience: float = _PATIENCE_SECONDS,
+    self, notices: Notices | None = None, *, patience: float = _PATIENCE_SECONDS
   ) -> None:
     """Starts outside of the loop.
 

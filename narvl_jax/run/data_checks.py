@@ -14,10 +14,7 @@ from narvl_jax.evaluation.score import check_best_metric
 from narvl_jax.experiment.config import Config
 from narvl_jax.experiment.datasets import DataSets, recipe_hint
 from narvl_jax.experiment.experiment import Experiment
-from narvl_jax.training.constrained import (
-  CONSTRAINED_OFF,
-  allowed_answers,
-)
+from narvl_jax.training.constrained import CONSTRAINED_OFF, allowed_answers
 
 # Records of each source whose targets are checked.
 _CHECKED_RECORDS = 64

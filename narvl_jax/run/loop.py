@@ -11,12 +11,7 @@ import jax
 
 from narvl_jax.data.batches.mixture import share_changes
 from narvl_jax.reliability.interrupt import EvaluationStopped
-from narvl_jax.run.bad_numbers import (
-  BundleWriter,
-  Health,
-  give_up,
-  what_is_bad,
-)
+from narvl_jax.run.bad_numbers import BundleWriter, Health, give_up, what_is_bad
 from narvl_jax.run.batches import DeviceBatches
 from narvl_jax.run.progress import Progress
 from narvl_jax.run.run import EVALUATION_DUE, Evaluate, Run

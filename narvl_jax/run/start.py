@@ -9,10 +9,7 @@ import jax
 from narvl_jax.checkpointing.chosen import choose_step
 from narvl_jax.checkpointing.integrity import DamagedCheckpoint
 from narvl_jax.checkpointing.record import CheckpointRecord
-from narvl_jax.checkpointing.record_checks import (
-  check_config,
-  check_vocabulary,
-)
+from narvl_jax.checkpointing.record_checks import check_config, check_vocabulary
 from narvl_jax.checkpointing.runs import build_in
 from narvl_jax.checkpointing.weights import opened
 from narvl_jax.checkpointing.writing import Checkpoints, restore_target
@@ -25,11 +22,7 @@ from narvl_jax.hosts import distributed
 from narvl_jax.parallel import check_batch_size, local_rows, mesh_from_config
 from narvl_jax.parallel.mesh import describe
 from narvl_jax.run import data_checks as run_data
-from narvl_jax.run.announce import (
-  Announcer,
-  describe_model,
-  describe_source,
-)
+from narvl_jax.run.announce import Announcer, describe_model, describe_source
 from narvl_jax.run.run import EVALUATION_DUE, Evaluate, Run
 from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.run_folder.workdir import save_experiment

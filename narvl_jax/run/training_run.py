@@ -150,10 +150,7 @@ def _run(
       if distributed.is_first():
         if resumes:
           guard.record_restart(
-            step,
-            say,
-            saved=stored.get("time"),
-            damaged=checkpoints.set_aside,
+            step, say, saved=stored.get("time"), damaged=checkpoints.set_aside
           )
         workdir_lib.write_environment(workdir, step)
         writer = stack.enter_context(MetricsWriter(workdir, step))

@@ -153,9 +153,7 @@ def _encode(line: Mapping[str, Any]) -> bytes:
   return json.dumps(line).encode() + b"\n"
 
 
-def mean_metrics(
-  steps: Iterable[Mapping[str, jax.Array]],
-) -> dict[str, float]:
+def mean_metrics(steps: Iterable[Mapping[str, jax.Array]]) -> dict[str, float]:
   """Averages the metrics of several steps.
 
   NaN values of `nll/TASK` (no example in the batch) and skipped updates do not

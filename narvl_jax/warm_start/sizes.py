@@ -96,11 +96,7 @@ def read_origin(path: str, *, parallel: bool) -> Origin:
 
 
 def find_fit(
-  experiment: Experiment,
-  origin: Origin,
-  name: str,
-  theirs: Shape,
-  ours: Shape,
+  experiment: Experiment, origin: Origin, name: str, theirs: Shape, ours: Shape
 ) -> Fit | None:
   """Returns how a stored array becomes ours; None if unchanged or impossible.
 

@@ -40,11 +40,7 @@ class Matches:
 
 
 def match_tokens(
-  theirs: Vocabulary,
-  ours: Vocabulary,
-  *,
-  classes: tuple[int, int],
-  rows: int,
+  theirs: Vocabulary, ours: Vocabulary, *, classes: tuple[int, int], rows: int
 ) -> Matches:
   """Finds tokens in another vocabulary by name, and bins by position.
 

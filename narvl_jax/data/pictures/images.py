@@ -63,9 +63,7 @@ def orientation(image: bytes | np.ndarray) -> int:
 
 
 def prepare_image(
-  image: bytes | np.ndarray,
-  size: tuple[int, int],
-  change: Change | None = None,
+  image: bytes | np.ndarray, size: tuple[int, int], change: Change | None = None
 ) -> np.ndarray:
   """Returns a picture as uint8 [height, width, 3].
 

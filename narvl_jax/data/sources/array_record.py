@@ -36,11 +36,7 @@ class ArrayRecordSource(RecordSource):
   """
 
   def __init__(
-    self,
-    *,
-    task: str,
-    split: str,
-    path: files.PathOption = None,
+    self, *, task: str, split: str, path: files.PathOption = None
   ) -> None:
     """Compares sizes and counts of the shards with the manifest.
 

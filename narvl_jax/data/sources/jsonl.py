@@ -18,16 +18,7 @@ from narvl_jax.data.sources.rows.files import RowFile, text
 from narvl_jax.data.sources.rows.source import RowSource
 from narvl_jax.errors import UserError, did_you_mean
 
-KEYS = (
-  "image",
-  "task",
-  "prompt",
-  "target",
-  "id",
-  "premise",
-  "objects",
-  "kind",
-)
+KEYS = ("image", "task", "prompt", "target", "id", "premise", "objects", "kind")
 # The task of a row that names none or cannot be read. Every source of the file
 # has such rows, so that a bad one is reported.
 _ANY = ""

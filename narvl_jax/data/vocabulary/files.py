@@ -137,9 +137,7 @@ def _byte_level_bpe(
 
 
 def _check_complete(
-  vocab: Mapping[str, int],
-  merges: list[tuple[str, ...]],
-  merges_path: PathLike,
+  vocab: Mapping[str, int], merges: list[tuple[str, ...]], merges_path: PathLike
 ) -> None:
   """Raises `UserError` if merges are missing, which would split words."""
   made = {left + right for left, right in merges}

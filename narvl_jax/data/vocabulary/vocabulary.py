@@ -142,11 +142,7 @@ class Vocabulary:
 
   @classmethod
   def train(
-    cls,
-    texts: Iterable[str],
-    size: int,
-    num_codes: int = 0,
-    num_bins: int = 64,
+    cls, texts: Iterable[str], size: int, num_codes: int = 0, num_bins: int = 64
   ) -> "Vocabulary":
     """Learns byte-level BPE in which frequent words are whole tokens.
 

@@ -5,12 +5,7 @@ in the order of the centres along x, joined by " and ". "solid" is left out.
 """
 
 from narvl_jax.data.sources.shapes.layout import place
-from narvl_jax.data.sources.shapes.scene import (
-  Draft,
-  Draws,
-  SceneObject,
-  draft,
-)
+from narvl_jax.data.sources.shapes.scene import Draft, Draws, SceneObject, draft
 
 KINDS = ("1 object", "2 objects", "3 objects", "4 objects", "5 objects")
 

@@ -8,12 +8,7 @@ frequent, and neither the words nor the screen alone predict them.
 
 from narvl_jax.data.sources.shapes import phrases, words
 from narvl_jax.data.sources.shapes.layout import place
-from narvl_jax.data.sources.shapes.scene import (
-  Draft,
-  Draws,
-  SceneObject,
-  draft,
-)
+from narvl_jax.data.sources.shapes.scene import Draft, Draws, SceneObject, draft
 from narvl_jax.data.sources.shapes.vqa import (
   absent_combination,
   several,

@@ -29,12 +29,7 @@ from collections.abc import Callable
 from narvl_jax.data.sources.shapes import phrases, words
 from narvl_jax.data.sources.shapes.layout import place
 from narvl_jax.data.sources.shapes.phrases import describe
-from narvl_jax.data.sources.shapes.scene import (
-  Draft,
-  Draws,
-  SceneObject,
-  draft,
-)
+from narvl_jax.data.sources.shapes.scene import Draft, Draws, SceneObject, draft
 
 KINDS = ("count", "attribute", "existence", "comparison", "relation")
 
