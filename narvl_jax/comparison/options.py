@@ -15,25 +15,7 @@ LENGTHS = (1, 2, 4, 8, 16, 20)
 class Options:
   """Options of a comparison.
 
-  Attributes:
-    nar: run folder of a parallel model.
-    ar: run folder of an autoregressive model.
-    size: named size; random weights are compared instead of the runs.
-    tasks: all that the runs share by default.
-    max_examples: most examples of each data set; all if None or 0.
-    checkpoint: "best", "last" or a step.
-    image_size: pixels a side, for `size`; those of the task if None.
-    batch_sizes: batch sizes at which latency is measured.
-    rounds: how often each program is timed.
-    lengths: tokens of an answer at which decoders are timed; may be empty;
-      `LENGTHS` if None.
-    ways: labels such as "AR beam"; all by default.
-    answers: file of the answers that VQA allows; those of the runs' configs if
-      "".
-    uncached: also time greedy search without a cache.
-    measure_quality: score the answers; ignored with `size`.
-    measure_latency: time encoders and decoders.
-    to: folder for the results; they are only printed if None.
+  They are the flags of `narvl_jax.compare`, whose help explains them.
 
   Raises:
     UserError: a value is out of range, or two exclude each other.

@@ -14,10 +14,10 @@ from narvl_jax.errors import UserError
 from narvl_jax.interop.adapt import Adaptation, Options, adapt
 from narvl_jax.interop.key_map import IGNORED, TABLE_KEY, TIED_KEYS, key_map
 from narvl_jax.interop.names import Renamed, official_names
-from narvl_jax.interop.official import variables_from_official
+from narvl_jax.interop.official import untied, variables_from_official
 from narvl_jax.interop.settings import settings_of, size_of
 from narvl_jax.interop.source_file import SourceFile, file_hash, open_source
-from narvl_jax.interop.tensors import PathLike, Tensor, same
+from narvl_jax.interop.tensors import PathLike, Tensor
 from narvl_jax.models import ModelConfig, model_config
 
 _KEPT_DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)
@@ -65,9 +65,7 @@ def convert_official(
   source = open_source(path, ema=ema)
   with _naming(source.path):
     renamed = official_names(source.state)
-    state = dict(renamed.state)
-    _check_tied(state)
-    state, changes, of_ofa = adapt(state, options)
+    state, changes, of_ofa = adapt(untied(renamed.state), options)
     settings = settings_of(state)
     size, overrides = size_of(settings)
     config = model_config(size, **settings)
@@ -127,21 +125,6 @@ def _naming(path: PathLike) -> Iterator[None]:
 def _is_unused(key: str) -> bool:
   """Returns whether only an official file needs a tensor."""
   return bool(IGNORED.fullmatch(key)) and not key.endswith("_rp_bucket")
-
-
-def _check_tied(state: dict[str, Tensor | np.ndarray]) -> None:
-  """Keeps the tied table under one key, before it changes."""
-  for key in TIED_KEYS:
-    if key in state:
-      state.setdefault(TABLE_KEY, state[key])
-  if TABLE_KEY not in state:
-    return  # `adapt` rejects it.
-  for key in TIED_KEYS:
-    tied = state.pop(key, None)
-    if tied is not None and not same(tied, state[TABLE_KEY]):
-      raise UserError(
-        f"--from: {key} differs from {TABLE_KEY}; the model ties them"
-      )
 
 
 def _common_dtype(tensors: Iterable[Tensor | np.ndarray]) -> Any:

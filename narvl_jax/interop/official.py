@@ -42,6 +42,7 @@ def variables_from_official(
       value is not finite, or the tied tables differ.
   """
   leaves = key_map(config)
+  state = untied(state)
   _check_state(state, config)
   flat = {}
   for leaf in leaves:
@@ -171,7 +172,7 @@ def _check_state(state: State, config: ModelConfig) -> None:
       f"{list_few(missing, _SHOWN)}{hint}"
     )
   for key, shape in shapes.items():
-    if key in state and np.shape(state[key]) != shape:
+    if key not in TIED_KEYS and np.shape(state[key]) != shape:
       raise UserError(
         f"official weight {key} has shape {list(np.shape(state[key]))}, the "
         f"configuration makes {list(shape)}{hint}"
@@ -182,11 +183,18 @@ def _check_state(state: State, config: ModelConfig) -> None:
       f"official weights hold {len(left)} unknown tensors:"
       f" {list_few(left, _SHOWN)}{hint}"
     )
+
+
+def untied(state: State) -> dict[str, Any]:
+  """Returns a state dict with the tied table under `TABLE_KEY` only."""
+  state = dict(state)
   for key in TIED_KEYS:
-    if key in state and not same(state[key], state[TABLE_KEY]):
+    tied = state.pop(key, None)
+    if tied is not None and not same(tied, state.setdefault(TABLE_KEY, tied)):
       raise UserError(
         f"official weight {key} differs from {TABLE_KEY}; the model ties them"
       )
+  return state
 
 
 def _weight(state: State, key: str) -> np.ndarray:

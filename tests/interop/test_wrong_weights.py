@@ -68,7 +68,9 @@ def test_what_is_left_over_missing_or_untied(tmp_path: pathlib.Path) -> None:
     convert_official(path)
   state = narvl_state()
   save(path, state | {TIED_KEYS[1]: state[TABLE_KEY] + 1})
-  with pytest.raises(UserError, match=f"x.pt: {TIED_KEYS[1]} differs from"):
+  with pytest.raises(
+    UserError, match=f"x.pt: official weight {TIED_KEYS[1]} differs from"
+  ):
     convert_official(path)
   save(path, {"a": np.zeros(3)})
   with pytest.raises(
