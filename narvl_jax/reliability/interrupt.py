@@ -62,12 +62,7 @@ class StopRequest:
   def __init__(
     self, notices: Notices | None = None, *, patience: float = _PATIENCE_SECONDS
   ) -> None:
-    """Starts outside of the loop.
-
-    Args:
-      notices: see above; may be set later.
-      patience: seconds for the main thread to end by itself.
-    """
+    """Starts outside of the loop; `notices` may be set later."""
     self.notices = notices
     self.busy: Callable[[], bool] = lambda: False
     self.leave: Callable[[KeyboardInterrupt], Any] = lambda error: os._exit(

@@ -146,7 +146,6 @@ def eval_batches(
   batcher: Batcher,
   *,
   batch_size: int,
-  limit: int | None = None,
   rows: Sequence[int] | None = None,
   num_threads: int = 1,
   prefetch: int = 2,
@@ -162,7 +161,6 @@ def eval_batches(
 
   Args:
     batch_size: examples of all hosts together.
-    limit: largest number of records to read; None reads all.
     rows: rows of every global batch to make; all by default.
     num_threads: threads that prepare batches ahead; 0 prepares them on demand.
     prefetch: batches that are prepared ahead.
@@ -170,20 +168,21 @@ def eval_batches(
   Raises:
     UserError: the source is empty or too many of its records are bad.
   """
-  total = len(source) if limit is None else min(limit, len(source))
-  if total < 1:
+  if not len(source):
     raise UserError(
       f'there is no record to evaluate in "{name}"; check the split and'
       " --config.train.eval_examples"
     )
   reader = EvalReader(
-    RecordReader(source, name, total),
+    RecordReader(source, name),
     task,
     batcher,
     range(batch_size) if rows is None else rows,
     bad_records or BadRecords(),
   )
-  batches = grain.MapDataset.range(total).batch(batch_size, batch_fn=reader)
+  batches = grain.MapDataset.range(len(source)).batch(
+    batch_size, batch_fn=reader
+  )
   yield from batches.to_iter_dataset(_read_options(num_threads, prefetch))
 
 
