@@ -7,10 +7,7 @@ written last. A repeated command keeps the shards whose notes and hashes match.
 """
 
 import contextlib
-import hashlib
-import json
 import math
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -19,7 +16,6 @@ from typing import Any
 from narvl_jax.data.example import TASKS
 from narvl_jax.data.shards import records
 from narvl_jax.data.shards.folder import (
-  CONTENT_MARK,
   finished_manifest,
   kept_notes,
   nothing_left_over,
@@ -33,8 +29,7 @@ from narvl_jax.data.shards.writer import (
   write_all,
   write_error,
 )
-from narvl_jax.data.sources import files, open_source, parse_spec
-from narvl_jax.data.sources.content import content_digest
+from narvl_jax.data.sources import open_source
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.files.disk import write_json
 from narvl_jax.terminal.activity import Activity
@@ -118,31 +113,10 @@ def plan(
     "spec": spec,
     "options": options,
     "records": count,
-    "fingerprint": _fingerprint(source, spec, options, found_split),
+    # "" for records that are in no file.
+    "fingerprint": getattr(source, "fingerprint", str)(),
   }
   return job, {"split": found_split, "source": origin}
-
-
-def _fingerprint(
-  source: Any, spec: str, options: dict[str, Any], split: str
-) -> str:
-  """Returns a text that changes with the files of the input."""
-  own = getattr(source, "fingerprint", None)
-  if own is not None:
-    return own()
-  source_name, found = parse_spec(spec)
-  path = {**found, **options}.get("path")
-  if path is None:
-    return ""
-  stats = []
-  contents = hashlib.sha256()
-  for file in files.resolve(path, split, source=source_name):
-    with open(file, "rb") as opened:
-      status = os.fstat(opened.fileno())
-      contents.update(content_digest(opened.fileno(), status.st_size))
-    stats.append((file.name, status.st_size, status.st_mtime_ns))
-  before = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-  return f"{before}{CONTENT_MARK}{contents.hexdigest()}"
 
 
 def convert(

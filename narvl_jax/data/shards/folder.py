@@ -21,12 +21,10 @@ from narvl_jax.data.shards.manifest import (
 )
 from narvl_jax.data.shards.writer import PROGRESS, Job
 from narvl_jax.data.sources import MANIFEST
+from narvl_jax.data.sources.content import CONTENT_MARK
 from narvl_jax.errors import UserError, list_few
 from narvl_jax.files import side_files
 from narvl_jax.files.disk import write_json
-
-# Separates the digest of names, sizes and times of files from that of contents.
-CONTENT_MARK = ":"
 
 
 def settings_of(job: Job, origin: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,9 @@ DIGEST_BYTES = 16
 WHOLE_BYTES = 1 << 24
 SAMPLES = 64
 SAMPLE_BYTES = 1 << 16
+# In a fingerprint, separates the digest of names, sizes and times of files from
+# that of contents.
+CONTENT_MARK = ":"
 
 
 def content_digest(fd: int, size: int) -> bytes:

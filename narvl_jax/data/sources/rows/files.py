@@ -96,6 +96,12 @@ class RowFile(Sequence[bytes]):
       )
     return row[:-1] if row.endswith(b"\r") else row
 
+  def identify(self) -> tuple[tuple[str, int, int], bytes]:
+    """Returns (name, size, mtime in ns), and the digest of the content."""
+    assert self._identity is not None
+    assert self._content is not None
+    return (self.path.name, *self._identity[:2]), self._content
+
   def contains(self, word: bytes) -> bool:
     """Returns whether a word occurs in the file, without splitting rows."""
     self._starts()

@@ -1,12 +1,15 @@
 """The base class of sources whose records are rows of text files."""
 
 import abc
+import hashlib
+import json
 
 import numpy as np
 
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.sources import files
 from narvl_jax.data.sources.base import RecordSource
+from narvl_jax.data.sources.content import CONTENT_MARK
 from narvl_jax.data.sources.rows.files import RowFile, RowFiles
 from narvl_jax.errors import UserError, did_you_mean
 
@@ -59,6 +62,13 @@ class RowSource(RecordSource):
   def notes(self) -> list[str]:
     """Returns oddities of the files, such as mixed ends of rows."""
     return list(self.rows.notes())
+
+  def fingerprint(self) -> str:
+    """Returns a text that changes with the files."""
+    facts, contents = zip(*(x.identify() for x in self.rows.files), strict=True)
+    before = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    after = hashlib.sha256(b"".join(contents)).hexdigest()
+    return f"{before}{CONTENT_MARK}{after}"
 
   def _select_rows(self) -> np.ndarray | None:
     """Returns the numbers of the rows that are records; None: all rows."""
