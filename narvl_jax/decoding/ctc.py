@@ -8,6 +8,11 @@ All take whole logits: logits whose classes are split over devices must be
 gathered first. Log-probabilities of answers are over all alignments, see
 `likelihood`.
 
+They share arguments: logits [B, N, V] of any float dtype; `merge_repeats`, bool
+for all examples or bool [B]; `forbidden`, bool [vocab_size] of classes that are
+removed before the softmax; `vocab_size`, the number of true classes, None for
+all V; `pad_id`, which fills the tails of ids.
+
 Letters: B batch, N queries, C candidates, L labels, E edges, V classes.
 """
 
@@ -71,14 +76,7 @@ def masked_log_probs(
   forbidden: np.ndarray | None = None,
   vocab_size: int | None = None,
 ) -> jax.Array:
-  """Returns float32 [B, N, V] log-probabilities over the allowed classes.
-
-  Args:
-    logits: [B, N, V] of any float dtype.
-    forbidden: bool [vocab_size], classes that must not be predicted; they are
-      removed before the softmax.
-    vocab_size: number of true classes, None for all V.
-  """
+  """Returns float32 [B, N, V] log-probabilities over the allowed classes."""
   never = never_predicted(logits.shape[-1], forbidden, vocab_size)
   return jax.nn.log_softmax(masked(logits, never), axis=-1)
 
@@ -96,12 +94,6 @@ def prefix_beam(
   """Searches for the likeliest answers; see `prefix_beam_search`.
 
   Args:
-    logits: [B, N, V].
-    blank_id: id of the CTC blank.
-    pad_id: id that fills the tail of `ids`.
-    merge_repeats: bool for all examples or bool [B].
-    forbidden: see `masked_log_probs`.
-    vocab_size: number of true classes, None for all V.
     **options: beam_size, num_best, constraint, candidates_per_query.
 
   Returns:
@@ -149,13 +141,8 @@ def best_candidate(
   """Scores all answers of a closed set exactly.
 
   Args:
-    logits: [B, N, V] of any float dtype.
     candidates: int32 [C, L] labels, right padded with any id.
     lengths: int32 [C], each at least 1.
-    blank_id: id of the CTC blank.
-    merge_repeats: bool for all examples or bool [B].
-    forbidden: see `masked_log_probs`.
-    vocab_size: number of true classes, None for all V.
 
   Returns:
     The best candidate, int32 [B], the first of equals, and the Query-CTC
@@ -201,13 +188,8 @@ def constrained_greedy(
   not of answers.
 
   Args:
-    logits: [B, N, V] of any float dtype.
     constraint: must contain eos if the targets were trained with it.
-    blank_id: id of the CTC blank.
     pad_id: id that fills the tail of `ids`; not a label of the constraint.
-    merge_repeats: bool for all examples or bool [B].
-    forbidden: see `masked_log_probs`.
-    vocab_size: number of true classes, None for all V.
 
   Returns:
     ids int32 [B, N], lengths int32 [B], `path_log_prob` float32 [B] of the
@@ -308,7 +290,6 @@ def _answer_log_probs(
     lengths: int32 [B, C].
     normalizers: [N, B, 1].
     never: bool [V].
-    blank_id: id of the CTC blank.
     merge_repeats: bool or bool [B].
   """
 

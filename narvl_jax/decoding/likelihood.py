@@ -5,6 +5,8 @@ the Query-CTC loss, it is computed for several answers of an example, and
 repeats need not be merged: then, every query that does not emit blank emits a
 label of its own, and alignments differ only in the places of the blanks.
 
+`axes` are the mesh axes that split batch and classes.
+
 Letters: B batch, N queries, C answers, L labels, K bins, V classes.
 """
 
@@ -91,8 +93,6 @@ def answer_log_prob(
     ids: int32 [B, L], right padded with any id.
     lengths: int32 [B].
     merge_repeats: bool [B].
-    blank_id: id of the CTC blank.
-    axes: mesh axes that split batch and classes.
   """
   emitted = label_log_probs(
     logits, class_columns(ids, lengths, blank_id)[0], axes
@@ -159,9 +159,7 @@ def coordinate_distributions(
     ids: int32 [B, L], answers; those without four bins give arbitrary results.
     lengths: int32 [B].
     merge_repeats: bool [B].
-    blank_id: id of the CTC blank.
     bins: id of the first bin, and their number.
-    axes: mesh axes that split batch and classes.
 
   Returns:
     Bins counted from 0, int32 [B, 4, K], and their probabilities, float32

@@ -27,7 +27,6 @@ def best_path(
     blank_log_probs: float32 [N] of blank.
     edge_log_probs: float32 [N, E] of the label of each edge.
     merge_repeats: bool scalar.
-    blank_id: id of the CTC blank.
 
   Returns:
     The class of every query, int32 [N], and their log-probability. If no

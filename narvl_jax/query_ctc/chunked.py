@@ -47,7 +47,6 @@ class ChunkedHead:
 
   Attributes:
     vocab_size: number of true classes.
-    chunk_size: most classes at a time.
     split: how batch and classes are split.
   """
 
@@ -206,7 +205,6 @@ def _over_chunks(
       of rows that an earlier chunk had.
     carry: initial value.
     table: [V, D].
-    vocab_size: number of true classes.
     chunk_size: upper bound of C.
   """
   classes = len(table)

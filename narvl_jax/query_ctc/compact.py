@@ -93,7 +93,6 @@ def _terms(
   Differentiable once, in reverse mode, with respect to `inputs` only.
 
   Args:
-    blank_id: id of the blank class.
     labels: [B, L] integers, right padded with any id.
     label_lengths: [B] integers.
     temper: float32 [B], factor of the log-probabilities.

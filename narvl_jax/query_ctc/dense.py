@@ -31,7 +31,6 @@ class DenseHead:
   """A `compact.Head` whose input is logits [B, N, V] of any float dtype.
 
   Attributes:
-    vocab_size: number of true classes.
     split: how the logits are split.
   """
 
@@ -95,7 +94,6 @@ def _summarize(
   Args:
     logits: [B, N, V].
     columns: int32 [B, L+1], at most V.
-    vocab_size: number of true classes.
     reduce: reduction of float32 [B, N, V] over `axis`.
 
   Returns:
@@ -168,7 +166,6 @@ def _write_out(
   Args:
     logits: [B, N, V].
     gradient: its compact form; columns V are not written.
-    vocab_size: number of true classes.
   """
   scale = gradient.scale[:, None, None]
   offset = gradient.offset[:, None, None]

@@ -211,7 +211,6 @@ def _search(
     merge: bool scalar.
     best: from `_best_labels`, of this example; None with a constraint.
     needed: queries that the constraint needs; None without one.
-    blank_id: id of the blank class.
     beam_size: K.
   """
   n = log_probs.shape[0]
@@ -260,7 +259,6 @@ def _advance(
     extensions: labels that may follow.
     possible: bool [K], whether a prefix may stay without a new label.
     merge: bool scalar, whether repeats are merged.
-    blank_id: id of the blank class.
   """
   k, c = extensions.allowed.shape
   total, last, tokens = beam.total, beam.last, extensions.tokens

@@ -56,7 +56,6 @@ def is_target(
   Args:
     labels: [B, L] integers, right padded with any id.
     label_lengths: [B] integers.
-    vocab_size: number of true classes.
     blank_id: id of the blank class, None if there is none.
   """
   labels, label_lengths = as_int32(labels), as_int32(label_lengths)
@@ -110,7 +109,6 @@ def check_targets(
   Args:
     labels: [B, L] integers.
     label_lengths: [B] integers.
-    vocab_size: number of true classes.
     blank_id: id of the blank class, None if there is none.
     example_mask: [B], False for rows whose values are not checked, or None.
     confidence: [B] or None.
