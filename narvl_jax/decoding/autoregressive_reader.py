@@ -11,7 +11,7 @@ import numpy as np
 from narvl_jax.decoding.answers import AnswerSet, pad_answers
 from narvl_jax.decoding.beam_search import beam_search
 from narvl_jax.decoding.candidates import score_candidates
-from narvl_jax.decoding.classes import Classes
+from narvl_jax.decoding.classes import Classes, masked, never_predicted
 from narvl_jax.decoding.constraint import alphabet
 from narvl_jax.decoding.settings import Decoding
 from narvl_jax.decoding.steps import Decoded, Inputs
@@ -46,8 +46,37 @@ class AutoregressiveReader:
     """See `steps.Reader`; also returns "steps", int32, decoder passes."""
     prompt = make_prompt(inputs.text, self.prompted, self.classes.pad_id)
     if self.decoding.method == "candidates":
-      return self._candidates(model, variables, encoded, prompt)
-    return self._search(model, variables, encoded, prompt, inputs.lengths)
+      found = self._candidates(model, variables, encoded, prompt)
+    else:
+      found = self._search(model, variables, encoded, prompt, inputs.lengths)
+    if inputs.target is not None:
+      found["target_log_prob"] = self._target_log_prob(
+        model, variables, encoded, prompt, *inputs.target
+      )
+    return found
+
+  def _target_log_prob(
+    self,
+    model: Any,
+    variables: Any,
+    encoded: Any,
+    prompt: Prompt,
+    labels: jax.Array,
+    lengths: jax.Array,
+  ) -> jax.Array:
+    """Returns the log-probabilities of labels with eos, by teacher forcing."""
+    network = _Network(model.config, variables["params"], None)
+    cache = network.start(encoded, prompt, 1, labels.shape[1] - 1)
+    inputs = jnp.concatenate([_last(prompt)[:, None], labels[:, :-1]], axis=1)
+    logits = network.extend(inputs[:, None], cache)[:, 0]
+    never = never_predicted(
+      logits.shape[-1], self.classes.mask(), self.classes.vocab_size
+    )
+    log_probs = jnp.take_along_axis(
+      jax.nn.log_softmax(masked(logits, never)), labels[..., None], axis=-1
+    )[..., 0]
+    inside = jnp.arange(labels.shape[1]) < lengths[:, None]
+    return jnp.sum(jnp.where(inside, log_probs, 0.0), axis=1)
 
   def _search(
     self,

@@ -13,6 +13,7 @@ from narvl_jax.decoding.classes import Classes, masked, never_predicted
 from narvl_jax.decoding.constraint import Automaton
 from narvl_jax.decoding.greedy import greedy_decode
 from narvl_jax.decoding.likelihood import (
+  answer_log_prob,
   coordinate_distributions,
   query_entropy,
 )
@@ -107,6 +108,14 @@ class ParallelReader:
     logits = masked(logits, never_predicted(logits.shape[-1], forbidden, size))
     details = {"query_entropy": query_entropy(logits, self.axes)}
     blank_id, bins = self.classes.blank_id, self.classes.bins
+    if inputs.target is not None and blank_id is not None:
+      details["target_log_prob"] = answer_log_prob(
+        logits,
+        *inputs.target,
+        inputs.merge_repeats,
+        blank_id=blank_id,
+        axes=self.axes,
+      )
     if bins is None or blank_id is None:
       return details
     details["coordinate_bins"], details["coordinate_probs"] = (

@@ -56,9 +56,9 @@ def write_results(
 
   The files are `evaluations/NAME.json`, `predictions/NAME.jsonl`,
   `predictions/NAME.png` and, if any answer is wrong,
-  `predictions/NAME-mistakes.png`, the most confident mistakes of every kind
-  first; see `reporting.file_name`. The evaluation of the best checkpoint with
-  the settings of the config also becomes `evaluation.json`.
+  `predictions/NAME-mistakes.png`, the mistakes with the largest loss of every
+  kind first; see `reporting.file_name`. The evaluation of the best checkpoint
+  with the settings of the config also becomes `evaluation.json`.
 
   Args:
     experiment: of the run; its data sets have the pictures.
@@ -81,7 +81,7 @@ def write_results(
   pages = [(place / f"{name}.png", predictions, title)]
   wrong = mistakes(predictions)
   if wrong:
-    headline = f"{len(wrong)} mistakes of {title}, the most confident first"
+    headline = f"{len(wrong)} mistakes of {title}, the largest loss first"
     pages.append((place / f"{name}-mistakes.png", wrong, headline))
   make_way(folder)
   for path in (*paths, *(page[0] for page in pages)):
@@ -106,13 +106,15 @@ def write_results(
 def mistakes(
   predictions: Sequence[reporting.Prediction],
 ) -> list[reporting.Prediction]:
-  """Returns the wrong predictions, the most confident ones first.
+  """Returns the wrong predictions, those with the largest loss first.
 
-  The probability of the prediction is known for every decoding, the loss of
-  the truth is not. Confident mistakes show wrong labels and systematic errors.
+  The loss is that of the true answer. Large ones show wrong labels and
+  systematic errors. Mistakes without a loss follow, the most confident first.
   """
   wrong = [x for x in predictions if x["correct"] is False]
-  return sorted(wrong, key=lambda x: -reporting.confidence(x))
+  return sorted(
+    wrong, key=lambda x: (-x.get("loss", -1.0), -reporting.confidence(x))
+  )
 
 
 def _how_to_ask_again(
@@ -201,6 +203,7 @@ def make_panel(
   kind = f" / {prediction['kind']}" if prediction["kind"] else ""
   number = f" {place}#{prediction['index']}" if "index" in prediction else ""
   iou = (prediction.get("scores") or {}).get("mean_iou")
+  loss = f", loss {prediction['loss']:.3g}" if "loss" in prediction else ""
   width, height = images.original_size(image)
   return rendering.Panel(
     image=images.prepare_image(image, (height, width)),
@@ -208,7 +211,7 @@ def make_panel(
     prompt=prediction["prompt"],
     prediction=f"{answer} ({100 * reporting.confidence(prediction):.0f} %)"
     + ("" if iou is None else f", IoU {iou:.2f}"),
-    target=None if target is None else reporting.format_answer(target),
+    target=None if target is None else reporting.format_answer(target) + loss,
     correct=prediction["correct"],
     predicted_box=box if box and any(box) else None,
     target_box=as_box(target) if grounded and target is not None else None,

@@ -208,7 +208,8 @@ def describe(
   the box, `answers` are all valid answers with their scores. `question_type`
   and the `size` of the true box are left out where they are unknown. Only
   calibrated answers have `raw_probability`, and only boxes
-  `probability_iou50`; see `predictor.Answer`.
+  `probability_iou50`; `loss` is that of the truth, which may be unknown. See
+  `predictor.Answer`.
   """
   record = answer.record
   groups = {
@@ -224,6 +225,7 @@ def describe(
     "prediction": _plain(answer.value),
     "target": _plain(_target(record)),
     **probabilities(answer),
+    **({} if answer.loss is None else {"loss": answer.loss}),
     "correct": next(iter(scores.values())) >= 0.5 if scores else None,
     "scores": scores,
     "answers": {k: float(v) for k, v in record.answers.items()},

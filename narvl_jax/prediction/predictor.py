@@ -30,10 +30,16 @@ from narvl_jax.prediction.box_confidence import probability_of_overlap
 from narvl_jax.prediction.readers import answer_lengths, make_reader
 
 _BATCH_KEYS = ("image", "text", "image_mask")
+_TARGET_KEYS = ("labels", "label_length")
 # Fetched from the devices.
 _RESULT_KEYS = ("ids", "lengths", "log_probs")
-# Of parallel models.
-_DETAIL_KEYS = ("query_entropy", "coordinate_bins", "coordinate_probs")
+# All but the first are of parallel models.
+_DETAIL_KEYS = (
+  *("target_log_prob", "query_entropy"),
+  *("coordinate_bins", "coordinate_probs"),
+)
+# Stands for the infinite loss of an answer that the model cannot give.
+_IMPOSSIBLE = 1e9
 _GREEDY = Decoding()
 
 
@@ -54,6 +60,8 @@ class Answer(NamedTuple):
       of at least 0.5 with the true one; see `box_confidence`. None for other
       tasks and for autoregressive models.
     temperature: see `calibrate`; None without calibration.
+    loss: negative log-probability of the true answer, 1e9 if it is impossible;
+      None without a known truth that fits `data.max_label_length`.
   """
 
   record: Record
@@ -64,6 +72,7 @@ class Answer(NamedTuple):
   query_entropy: tuple[float, ...] = ()
   probability_iou50: float | None = None
   temperature: float | None = None
+  loss: float | None = None
 
   @property
   def raw_probability(self) -> float:
@@ -133,6 +142,10 @@ class Predictor:
     self._temperatures = dict(temperatures or {})
     self._rules = activation_rules(self._config.mesh.rules)
     self._shared = self._mesh is not None and jax.process_count() > 1
+    # One row of each device: CPUs compute rows one by one as fast as together,
+    # and the results then do not depend on the batch. Accelerators would wait.
+    on_cpu = jax.default_backend() == "cpu"
+    self._rows_at_once = self._whole(1) if on_cpu else 0
 
   @property
   def variables(self) -> Any:
@@ -147,7 +160,9 @@ class Predictor:
     """
     decoding = self._decodings.get(task_name, _GREEDY)
     reader = make_reader(self._experiment, task_name, decoding)
-    return make_steps(self._experiment.model, reader, self._rules)
+    return make_steps(
+      self._experiment.model, reader, self._rules, self._rows_at_once
+    )
 
   def lengths(self, task_name: str) -> np.ndarray:
     """Returns least and most tokens of an answer, int32 [2]."""
@@ -164,7 +179,7 @@ class Predictor:
     task = self._task(record.task)
     batcher = self._experiment.batcher
     batch = batcher.empty(self._whole(1))
-    example = batcher.prepare(record, task, target="none")
+    example = batcher.prepare(record, task, target="optional")
     for row in range(len(batch["index"])):
       batcher.put(batch, row, example)
     size = len(batch["index"])
@@ -239,14 +254,18 @@ class Predictor:
     self, batch: Mapping[str, np.ndarray], task: Task[Any], size: int
   ) -> dict[str, jax.Array]:
     """Starts the computation of a batch; this host has a part of its rows."""
-    arrays = {key: batch[key] for key in _BATCH_KEYS}
+    arrays = {key: batch[key] for key in (*_BATCH_KEYS, *_TARGET_KEYS)}
     arrays["merge_repeats"] = np.full(len(batch["index"]), task.merge_repeats)
     if self._mesh is not None:
       arrays = shard_batch(arrays, self._mesh, size)
+    target = tuple(arrays.pop(key) for key in _TARGET_KEYS)
     context = jax.set_mesh(self._mesh) if self._mesh else nullcontext()
     with context:
       decoded = self.steps(task.name).predict(
-        self._variables, **arrays, lengths=self.lengths(task.name)
+        self._variables,
+        **arrays,
+        lengths=self.lengths(task.name),
+        target=target,
       )
     keys = *_RESULT_KEYS, *(key for key in _DETAIL_KEYS if key in decoded)
     decoded = {key: decoded[key] for key in keys}
@@ -280,6 +299,7 @@ class Predictor:
         tuple(map(float, details.get("query_entropy", ()))),
         self._overlap(task, host["ids"][row, 0], details),
         self._temperatures.get(task.name),
+        _loss(details, int(batch["label_length"][row])),
       )
 
   def _overlap(
@@ -304,6 +324,13 @@ class Predictor:
     assert self._mesh is not None
     rows = local_rows(self._mesh, len(decoded["ids"]))
     return {key: local_values(x, rows) for key, x in decoded.items()}
+
+
+def _loss(details: Mapping[str, np.ndarray], labels: int) -> float | None:
+  """Returns the loss of a target of so many labels; 0 is no target."""
+  if not labels or "target_log_prob" not in details:
+    return None
+  return min(-float(details["target_log_prob"]), _IMPOSSIBLE)
 
 
 @functools.lru_cache(maxsize=4)

@@ -60,13 +60,16 @@ def test_files_hold_the_report_and_every_prediction(evaluated, tmp_path):
     assert grid.height > 8 * 256
 
 
-def test_mistakes_are_sorted_by_confidence(evaluated, tmp_path, monkeypatch):
+def test_mistakes_are_sorted_by_the_loss_of_the_truth(
+  evaluated, tmp_path, monkeypatch
+):
   experiment, _ = tiny_run.tiny_model()
   report, predictions = evaluated
   wrong = results.mistakes(predictions)
   assert len(wrong) == sum(x["correct"] is False for x in predictions) > 12
-  confidence = [reporting.confidence(x) for x in wrong]
-  assert confidence == sorted(confidence, reverse=True)
+  losses = [x["loss"] for x in wrong]
+  assert losses == sorted(losses, reverse=True)
+  assert len(set(losses)) > 12
   drawn = []
   grid = results.rendering.prediction_grid
   monkeypatch.setattr(
@@ -79,12 +82,14 @@ def test_mistakes_are_sorted_by_confidence(evaluated, tmp_path, monkeypatch):
   results.write_results(experiment, tmp_path, report, predictions)
   (_, (panels, texts)) = drawn
   assert texts["title"].startswith(f"{len(wrong)} mistakes of ")
-  assert texts["title"].endswith("the most confident first")
+  assert texts["title"].endswith("the largest loss first")
   chosen = reporting.select_examples(wrong, 10)
   assert [x.title.rpartition("#")[2] for x in panels] == [
     str(x["index"]) for x in chosen
   ]
-  # The most confident mistake of a kind is the first of its kind.
+  for panel, prediction in zip(panels, chosen, strict=True):
+    assert f", loss {prediction['loss']:.3g}" in panel.target
+  # The largest loss of a kind is the first of its kind.
   for task in {x["task"] for x in wrong}:
     most = next(x for x in wrong if x["task"] == task)
     first = next(x for x in chosen if x["task"] == task)
@@ -268,7 +273,7 @@ def test_a_page_of_mistakes_says_how_to_ask_again(
   assert len(whole) == 40
   assert [panel.correct for panel in wrong] == [False] * 4
   assert title.startswith(f"{tmp_path.name}, {split}, step 7, greedy, 48 exa")
-  assert title_of_wrong == f"4 mistakes of {title}, the most confident first"
+  assert title_of_wrong == f"4 mistakes of {title}, the largest loss first"
   assert note_of_wrong == note
   expected = f"#N: python -m narvl_jax.predict --workdir={tmp_path}"
   expected += " --task=TASK --example=N"
