@@ -17,6 +17,9 @@ def choose_step(checkpoints: Checkpoints, wanted: str | int) -> int:
   """Returns the step that "best", "last" or a number stands for.
 
   "best" is the last one while no checkpoint has a score.
+
+  Raises:
+    UserError: the run has no such checkpoint.
   """
   steps = checkpoints.steps()
   if not steps:

@@ -30,7 +30,11 @@ from narvl_jax.terminal.text import show
 
 
 def list_checkpoints(workdir: pathlib.Path) -> str:
-  """Returns a table of the checkpoints of a run."""
+  """Returns a table of the checkpoints of a run.
+
+  Raises:
+    UserError: the run has no checkpoint.
+  """
   folder = _folder(workdir)
   records = {step: _record(folder, step) for step in stored_steps(folder)}
   known = [x for x in records.values() if isinstance(x, CheckpointRecord)]
@@ -98,7 +102,11 @@ def verify(workdir: pathlib.Path, step: str | int | None = None) -> str:
 
 
 def diff(first: pathlib.Path, second: pathlib.Path) -> str:
-  """Returns a table of the arrays of two checkpoints that differ."""
+  """Returns a table of the arrays of two checkpoints that differ.
+
+  Raises:
+    UserError: one of them cannot be read.
+  """
   with progress.doing("reading both checkpoints"):
     records = [_intact(place) for place in (first, second)]
   ours, theirs = (record.leaves for record in records)
@@ -235,7 +243,11 @@ def _step(folder: pathlib.Path, step: str | int) -> int:
 def find_pair(
   workdirs: Sequence[pathlib.Path], steps: Sequence[str] | None
 ) -> list[pathlib.Path]:
-  """Returns the folders of the two checkpoints to compare."""
+  """Returns the folders of the two checkpoints to compare.
+
+  Raises:
+    UserError: not two checkpoints, or one that does not exist.
+  """
   if steps is not None and len(steps) != 2:
     raise UserError(
       f"--checkpoint={','.join(steps)} is not two checkpoints, such as"

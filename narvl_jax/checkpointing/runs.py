@@ -49,7 +49,11 @@ def build_in(
 
 
 def open_run(workdir: str | os.PathLike[str]) -> Experiment:
-  """Returns the experiment of a run, without its weights."""
+  """Returns the experiment of a run, without its weights.
+
+  Raises:
+    UserError: there is no run, or its files are damaged.
+  """
   folder = pathlib.Path(workdir)
   config = workdir_lib.read_config(folder)
   check_fit(config)
@@ -72,6 +76,9 @@ def load_run(
   Returns:
     The experiment, its variables (moving averages if the run has them), and
     the step of the checkpoint.
+
+  Raises:
+    UserError: there is no run or no such checkpoint.
   """
   folder = pathlib.Path(workdir)
   config = workdir_lib.read_config(folder)

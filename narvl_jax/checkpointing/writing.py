@@ -294,7 +294,11 @@ class Checkpoints(StoredCheckpoints):
     self._manager = self._open()
 
   def wait(self) -> None:
-    """Blocks until everything saved is on disk."""
+    """Blocks until everything saved is on disk.
+
+    Raises:
+      UserError: it cannot be written; see `check_errors`.
+    """
     self.check_errors()
     while self._completion is not None:
       self._completion.join(1.0)

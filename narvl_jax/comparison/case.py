@@ -84,6 +84,9 @@ def choose_lengths(case: Case, lengths: Sequence[int] | None) -> list[int]:
   Args:
     case: its autoregressive model must have positions for them.
     lengths: those of `LENGTHS` that fit if None.
+
+  Raises:
+    UserError: an answer is longer than the position tables.
   """
   reader = case.programs[f"{AR} greedy"].reader
   assert isinstance(reader, AutoregressiveReader)

@@ -27,6 +27,9 @@ def draw_lengths(path: pathlib.Path, lengths: Mapping[str, Any]) -> None:
   Args:
     lengths: "task", "batch" and "curves": label -> "lengths", "decoder_ms"
       and "p95_ms". Curves whose number of queries grows are dashed.
+
+  Raises:
+    UserError: the file cannot be written.
   """
   # Here, because matplotlib is optional; the backend opens no window.
   from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -243,7 +243,11 @@ def _batches(
   size: int,
   count: int,
 ) -> list[Batch]:
-  """Returns batches of records spread over a source."""
+  """Returns batches of records spread over a source.
+
+  Raises:
+    UserError: the prompts of the runs differ.
+  """
   indices = np.resize(spread(len(records), size * count), size * count)
   batches = []
   for rows in indices.reshape(count, size):

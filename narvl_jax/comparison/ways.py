@@ -87,6 +87,9 @@ def choose(ways: Sequence[Way], wanted: Sequence[str]) -> list[Way]:
   """Returns the wanted decodings, such as "AR beam" or "ar-beam-5".
 
   Greedy decoding of both models is always included.
+
+  Raises:
+    UserError: there is no such decoding.
   """
   if not wanted:
     return list(ways)

@@ -38,7 +38,11 @@ class AnswerSet:
     return min(map(len, self.sequences), default=self.count)
 
   def automaton(self) -> Automaton:
-    """Returns the constraint."""
+    """Returns the constraint.
+
+    Raises:
+      UserError: it allows nothing.
+    """
     if self.closed:
       return answer_trie([(*answer, *self.then) for answer in self.sequences])
     return repeated(self.tokens, self.count, self.then)
@@ -47,7 +51,11 @@ class AnswerSet:
 def pad_answers(
   answers: AnswerSet, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns a closed set as ids int32 [C, L] and lengths int32 [C]."""
+  """Returns a closed set as ids int32 [C, L] and lengths int32 [C].
+
+  Raises:
+    UserError: there is no list of answers.
+  """
   if not answers.closed:
     raise UserError(
       f"{answers.name} has no list of answers to choose from, so"

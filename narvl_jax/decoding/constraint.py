@@ -11,7 +11,11 @@ from narvl_jax.query_ctc.automaton import START, Automaton
 
 
 def answer_trie(answers: Sequence[Sequence[int]]) -> Automaton:
-  """Returns the automaton that allows exactly these token sequences."""
+  """Returns the automaton that allows exactly these token sequences.
+
+  Raises:
+    UserError: there is no answer, or one is empty.
+  """
   if not answers:
     raise UserError("the constraint allows no answer at all; give at least one")
   children: list[dict[int, int]] = [{}]
@@ -44,6 +48,9 @@ def repeated(
   Args:
     tokens: ids that are allowed at every place.
     then: ids that must follow, such as eos.
+
+  Raises:
+    UserError: there are no tokens or no places.
   """
   if not len(tokens) or count < 1:
     raise UserError(

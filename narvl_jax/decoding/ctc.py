@@ -45,7 +45,11 @@ Merge = bool | jax.Array
 def check_constraint(
   automaton: Automaton, num_queries: int, *, merge_repeats: bool
 ) -> None:
-  """Checks on the host that the queries suffice for some answer."""
+  """Checks on the host that the queries suffice for some answer.
+
+  Raises:
+    UserError: all answers need more queries.
+  """
   bound = num_queries
   # The number for the message is exact only within the bound.
   while (least := _shortest(automaton, merge_repeats, bound)) > bound:

@@ -156,7 +156,11 @@ def _states(model: Any, variables: Any, encoded: Any) -> jax.Array:
 def check_queries(
   answers: AnswerSet, num_queries: int, *, merge_repeats: bool
 ) -> None:
-  """Checks that the queries suffice for some allowed answer."""
+  """Checks that the queries suffice for some allowed answer.
+
+  Raises:
+    UserError: they do not.
+  """
   try:
     ctc.check_constraint(
       answers.automaton(), num_queries, merge_repeats=merge_repeats

@@ -97,6 +97,9 @@ def check_stored(
       have.
     schema: section of the default config; None: all of it.
     prefix: of the section's keys.
+
+  Raises:
+    UserError: naming the key and the value.
   """
   schema = default_config() if schema is None else schema
   for key, value in values.items():
@@ -222,6 +225,9 @@ def check_fit(config: Config) -> None:
 
   Args:
     config: one that `validate` accepts.
+
+  Raises:
+    UserError: naming the setting to change, and the nearest valid value.
   """
   model = _model(config)
   check_image_size(model, *config.data.image_size)

@@ -139,6 +139,9 @@ def open_entries(config: Config, name: str, split: str) -> list[CheckedSource]:
     name: name of an entry, "train." or "evaluation." may precede it; all
       entries if empty.
     split: split to read; by default that of the entry.
+
+  Raises:
+    UserError: there is no such entry, or it cannot be opened.
   """
   # The report covers texts that do not fit.
   validate(config, fit=False)
@@ -177,6 +180,9 @@ def find_vocabulary(
     config: config that describes the vocabulary if there is no folder; if
       None, a vocabulary is learnt.
     entries: sources to learn from.
+
+  Raises:
+    UserError: files of the vocabulary are missing or damaged.
   """
   if folder:
     return _read_vocabulary(pathlib.Path(folder)), folder

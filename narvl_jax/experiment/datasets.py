@@ -33,7 +33,11 @@ class DataSets:
 
 
 def load_mixture(config: Config) -> list[MixtureEntry]:
-  """Opens the sources of `data.train`."""
+  """Opens the sources of `data.train`.
+
+  Raises:
+    UserError: a source, a split or an option does not exist.
+  """
   mixture = []
   for name, entry in config.data.train.items():
     try:
@@ -50,7 +54,11 @@ def load_mixture(config: Config) -> list[MixtureEntry]:
 
 
 def load_dataset(config: Any, name: str, split: str) -> Sequence[Record]:
-  """Opens a data set of `config.data.evaluation`, with its annotations."""
+  """Opens a data set of `config.data.evaluation`, with its annotations.
+
+  Raises:
+    UserError: if it has no such name or split.
+  """
   entries = config.data.evaluation
   if name not in entries:
     raise UserError(
@@ -93,6 +101,9 @@ def set_epoch(datasets: DataSets) -> None:
 
   Sets `train.epoch_examples` unless it is 0. A recipe derives its numbers of
   steps from this key, so they follow, except those that were set themselves.
+
+  Raises:
+    UserError: a source does not exist.
   """
   train = datasets.config.train
   if train.epoch_examples:

@@ -76,7 +76,11 @@ class Experiment:
     return prompt + self.label_length - 1, self.label_length
 
   def dataset(self, name: str, split: str) -> Sequence[Record]:
-    """Returns a data set of `data.evaluation`."""
+    """Returns a data set of `data.evaluation`.
+
+    Raises:
+      UserError: the config has no such name or split.
+    """
     datasets = self.datasets or DataSets(self.config)
     return datasets.evaluation(name, split)
 
@@ -101,6 +105,9 @@ def build(
     config: validated.
     datasets: of the config, if some are open.
     shapes_only: without tasks, which need real tokens.
+
+  Raises:
+    UserError: settings that do not fit together.
   """
   # An autoregressive model must learn where to stop.
   always = {"eos": True} if is_autoregressive(config) else {}
@@ -140,7 +147,11 @@ def label_length(config: Config) -> int:
 
 
 def resolve_model_config(config: Config, vocabulary: Vocabulary) -> ModelConfig:
-  """Returns the architecture: the named size and what the config overrides."""
+  """Returns the architecture: the named size and what the config overrides.
+
+  Raises:
+    UserError: settings that do not fit together.
+  """
   overrides = {
     name: value
     for name, value in config.model.items()

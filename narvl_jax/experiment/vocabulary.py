@@ -30,6 +30,9 @@ def make_vocabulary(
   Args:
     config: validated.
     datasets: of the config, if some are open.
+
+  Raises:
+    UserError: its files are missing, or its size is too small.
   """
   settings = config.vocabulary
   counts = {"num_codes": settings.num_codes, "num_bins": settings.num_bins}

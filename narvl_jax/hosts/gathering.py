@@ -156,7 +156,11 @@ class Gathering:
       self._take(caller, decode(bytes(line)))
 
   def _take(self, caller: _Caller, hello: Message | None) -> None:
-    """Accepts or rejects a caller."""
+    """Accepts or rejects a caller.
+
+    Raises:
+      UserError: it belongs to this run but does not match.
+    """
     wrong = what_is_wrong(hello)
     if wrong or hello is None:
       self._refuse(caller, wrong or "")

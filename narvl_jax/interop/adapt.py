@@ -95,7 +95,11 @@ class Options:
 
 
 def with_config(options: Options, config: Any) -> Options:
-  """Returns options completed by the config of a run."""
+  """Returns options completed by the config of a run.
+
+  Raises:
+    UserError: the two contradict each other.
+  """
   options = _merge(options, "decoder", config.model.decoder)
   if options.autoregressive:
     return options  # It has no queries.

@@ -97,6 +97,9 @@ def load_official(
 
   Returns:
     The architecture, and {"params", "batch_stats"} of float32 NumPy arrays.
+
+  Raises:
+    UserError: a tensor has no place, or one is missing.
   """
   made = convert_official(path, options, ema=ema, dtype=np.float32)
   return made.config, made.variables

@@ -244,6 +244,9 @@ def read_run(
   Returns:
     The architecture, {"params", "batch_stats"} (moving averages if the run
     has them), and the step.
+
+  Raises:
+    UserError: there is no such run or checkpoint.
   """
   path = pathlib.Path(folder)
   if not (path / FOLDER).is_dir():

@@ -148,6 +148,9 @@ def check_bytes(tensors: Mapping[str, Tensor]) -> None:
 
   Args:
     tensors: name -> tensor; shared bytes are read once.
+
+  Raises:
+    UserError: a tensor is damaged.
   """
   checked: set[StoredBytes] = set()
   for name, tensor in tensors.items():

@@ -215,7 +215,11 @@ def check_input(
   vocab_size: int | None,
   **per_example: jax.Array | None,
 ) -> int:
-  """Returns the number of true classes."""
+  """Returns the number of true classes.
+
+  Raises:
+    UserError: see `query_ctc_loss`.
+  """
   shape = logits.shape
   if len(shape) != 3 or labels.ndim != 2 or shape[0] != len(labels):
     raise UserError(

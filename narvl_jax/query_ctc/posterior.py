@@ -37,6 +37,9 @@ def label_posterior(
     padding, and for an infeasible target (see `feasible`) whatever its logits
     hold. NaN where the loss is not finite (see `query_ctc_loss`).
 
+  Raises:
+    UserError: see `query_ctc_loss`.
+
   Source: Graves et al. 2006, section 4.1, the products of forward and backward
   variables over the likelihood.
   """

@@ -71,7 +71,11 @@ def is_target(
 def check_classes(
   classes: int, vocab_size: int | None, blank_id: int | None = None
 ) -> int:
-  """Returns the number of true classes."""
+  """Returns the number of true classes.
+
+  Raises:
+    UserError: `vocab_size` or `blank_id` is out of range.
+  """
   size = classes if vocab_size is None else vocab_size
   if not 0 < size <= classes:
     raise UserError(

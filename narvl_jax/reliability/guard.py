@@ -266,6 +266,9 @@ def check_unchanged(resumes: bool, workdir: pathlib.Path) -> None:
   Args:
     resumes: whether the folder held a run when its config was compared.
     workdir: the run folder, locked by this run.
+
+  Raises:
+    UserError: the answer has changed.
   """
   if is_run(workdir) != resumes:
     raise UserError(

@@ -29,6 +29,9 @@ def make_mixture(
 
   Args:
     rows: of every batch, those of this host; None: all.
+
+  Raises:
+    UserError: weights or sources are invalid.
   """
   return Mixture(
     entries,
@@ -118,7 +121,11 @@ def check_targets(
 def check_answers(
   experiment: Experiment, mixture: Sequence[MixtureEntry]
 ) -> None:
-  """Checks the first targets of each source against the answer list."""
+  """Checks the first targets of each source against the answer list.
+
+  Raises:
+    UserError: one is not in the list.
+  """
   if not experiment.config.loss.constrained:
     return
   eos = experiment.vocabulary.eos_id

@@ -93,6 +93,9 @@ def print_plan(
 
   Args:
     only_sharding: print only where every parameter lies.
+
+  Raises:
+    UserError: see `train`.
   """
   say = Announcer(guard.ledger)
   with guard.ledger.stage("init"):

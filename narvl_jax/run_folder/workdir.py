@@ -141,7 +141,11 @@ def write_sharding(workdir: pathlib.Path, table: str) -> None:
 
 
 def read_config(workdir: pathlib.Path) -> Any:
-  """Returns the config of a run."""
+  """Returns the config of a run.
+
+  Raises:
+    UserError: the folder holds no run.
+  """
   if not is_run(workdir):
     raise UserError(
       f"--workdir={workdir} holds no run: there is no {CONFIG_FILE}"

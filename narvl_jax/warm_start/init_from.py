@@ -76,6 +76,9 @@ def init_from(setup: Setup, state: TrainState, plan: Plan) -> TrainState:
 
   The moving averages of the other run are used if it has them. Those of this
   run start from the new parameters.
+
+  Raises:
+    UserError: see `plan_weights`.
   """
   fresh = flatten({"params": state.params, "batch_stats": state.batch_stats})
   with opened(setup.experiment.config.init_from, "init_from") as (

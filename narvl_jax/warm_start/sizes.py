@@ -82,7 +82,11 @@ class Fit:
 
 
 def read_origin(path: str, *, parallel: bool) -> Origin:
-  """Describes the folder of a run or of converted weights."""
+  """Describes the folder of a run or of converted weights.
+
+  Raises:
+    UserError: its config or its vocabulary is damaged.
+  """
   folder = pathlib.Path(path)
   words = folder / VOCABULARY_FOLDER
   is_run = workdir_lib.is_run(folder)

@@ -116,7 +116,11 @@ class Batcher:
   def write(
     self, batch: Batch, row: int, record: Record, task: AnyTask, **options: Any
   ) -> None:
-    """Prepares a record and writes it into a row; a bad one raises before."""
+    """Prepares a record and writes it into a row; writes nothing if it is bad.
+
+    Raises:
+      UserError: the record is bad.
+    """
     self.put(batch, row, self.prepare(record, task, **options))
 
   def put(self, batch: Batch, row: int, example: Prepared) -> None:

@@ -209,7 +209,11 @@ def _size_factors(
 
 
 def parse_weight(name: str, weight: Any) -> list[tuple[int, float]]:
-  """Returns the weight of an entry as [(from_step, weight), ...]."""
+  """Returns the weight of an entry as [(from_step, weight), ...].
+
+  Raises:
+    UserError: the weight is neither, negative or not finite.
+  """
   flag = f"--config.data.train.{name}.weight"
   if _is_number(weight):
     weight = ((0, weight),)

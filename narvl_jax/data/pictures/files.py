@@ -175,7 +175,11 @@ def orientation(picture: Image.Image, data: bytes) -> int:
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
-  """Returns (width, height) of a picture as `decode` returns it."""
+  """Returns (width, height) of a picture as `decode` returns it.
+
+  Raises:
+    UserError: see `open_picture`.
+  """
   picture = open_picture(data)
   width, height = stored_size(picture)
   if isinstance(data, Upright) and orientation(picture, data) >= 5:

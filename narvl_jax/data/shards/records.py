@@ -108,7 +108,11 @@ def deserialize(data: bytes) -> Record:
 
 
 def encoded_image(image: bytes | np.ndarray) -> bytes:
-  """Returns an encoded picture unchanged and an array as PNG."""
+  """Returns an encoded picture unchanged and an array as PNG.
+
+  Raises:
+    UserError: the image is empty or invalid.
+  """
   if isinstance(image, bytes):
     if not image:
       raise UserError("the image is empty: 0 bytes")

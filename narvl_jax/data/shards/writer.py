@@ -282,7 +282,11 @@ class BadAccount:
     self._logged = 0
 
   def add(self, note: dict[str, Any], *, log: bool = True) -> None:
-    """Counts the bad records of a shard, given its note."""
+    """Counts the bad records of a shard, given its note.
+
+    Raises:
+      UserError: too many records are bad.
+    """
     self._bad += len(note["bad"])
     for bad in note["bad"] if log else ():
       self._logged += 1

@@ -41,6 +41,9 @@ def load_source(
     seed: used by procedural sources only.
     exif_orientation: "ignore" or "apply"; see `RecordSource`.
     **options: keyword arguments of the source's class.
+
+  Raises:
+    UserError: unknown source, task, split or option.
   """
   if name not in SOURCES:
     raise UserError(
@@ -71,6 +74,9 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     spec: a file `*.tsv` (OFA) or `*.jsonl`, a folder of ArrayRecord shards,
       `tfds:NAME`, or the name of a source. A path may contain `{split}` and
       glob patterns.
+
+  Raises:
+    UserError: `spec` is none of these.
   """
   if spec.startswith("tfds:"):
     return "tfds", {"name": spec.removeprefix("tfds:")}

@@ -111,6 +111,9 @@ class AnnotatedSource(RecordSource):
 
     Args:
       name: entry of `data.evaluation`, for messages.
+
+    Raises:
+      UserError: see `load_annotations`.
     """
     self.task, self.split = task, split
     self._source, self._path, self._name = source, path, name
@@ -133,7 +136,11 @@ class AnnotatedSource(RecordSource):
     return sources.locate(self._source, number)
 
   def check(self, indices: Sequence[int]) -> None:
-    """Checks that records have annotations; reads each of them once."""
+    """Checks that records have annotations; reads each of them once.
+
+    Raises:
+      UserError: some have none.
+    """
     new = [i for i in indices if i not in self._checked]
     missing = []
     with progress.doing("finding annotations", len(new), "records") as activity:

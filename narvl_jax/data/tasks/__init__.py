@@ -50,7 +50,11 @@ def default_settings(name: str) -> dict[str, Any]:
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:
-  """Checks the settings of a task without a vocabulary or files."""
+  """Checks the settings of a task without a vocabulary or files.
+
+  Raises:
+    UserError: the name, a setting's name or a value is wrong.
+  """
   parse_settings(name, _task_class(name).settings_class, settings)
 
 

@@ -150,6 +150,9 @@ class Task(abc.ABC, Generic[S]):
     """Returns the ids without eos of every allowed answer.
 
     None for free texts and boxes.
+
+    Raises:
+      UserError: see `answer_space`.
     """
     space = self.answer_space()
     if space is None or not space.sequences:

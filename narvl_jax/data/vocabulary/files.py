@@ -117,7 +117,11 @@ def _read_dictionary(
 def _byte_level_bpe(
   vocab: Mapping[str, int], merges_path: PathLike
 ) -> tokenizers.Tokenizer:
-  """Returns GPT-2's tokenizer with `vocab` and the merges of a file."""
+  """Returns GPT-2's tokenizer with `vocab` and the merges of a file.
+
+  Raises:
+    UserError: the file cannot be read or does not fit `vocab`.
+  """
   merges = []
   for number, line in enumerate(read_text(merges_path).split("\n"), 1):
     if not line or line.startswith("#version"):
@@ -153,7 +157,11 @@ def _check_complete(
 
 
 def _read_token_ids(path: PathLike) -> dict[str, int]:
-  """Returns token -> id of an `encoder.json` or `vocab.json`."""
+  """Returns token -> id of an `encoder.json` or `vocab.json`.
+
+  Raises:
+    UserError: the file cannot be read or has another content.
+  """
   content = read_json_object(path)
   for token, index in content.items():
     if type(index) is not int:

@@ -190,7 +190,11 @@ class Vocabulary:
     return cls(tokenizer, base, num_codes=num_codes, num_bins=num_bins)
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of `text`, without bos and eos."""
+    """Returns the ids of `text`, without bos and eos.
+
+    Raises:
+      UserError: see `checked_text`.
+    """
     ids = self._cache.get(text)
     if ids is None:
       table = self._ids_of_token

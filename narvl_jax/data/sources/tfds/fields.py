@@ -237,7 +237,11 @@ def text(value: Any) -> str:
 
 
 def texts(value: Any) -> list[str]:
-  """Returns the texts of a value or of a list of values."""
+  """Returns the texts of a value or of a list of values.
+
+  Raises:
+    UserError: one is not in UTF-8.
+  """
   items = value if isinstance(value, list) else [value]
   try:
     return [
