@@ -1,6 +1,6 @@
 """Lists the commands, or runs one: `python -m narvl_jax COMMAND [flags]`.
 
-Installed, `narvl COMMAND [flags]` does the same, and so does
+After installation `narvl COMMAND [flags]` is equivalent, as is
 `python -m narvl_jax.COMMAND [flags]`.
 """
 
@@ -15,7 +15,7 @@ from narvl_jax.errors import did_you_mean
 from narvl_jax.terminal.tables import format_columns
 from narvl_jax.terminal.text import show
 
-# In the order in which a user meets them.
+# In the order in which a user needs them.
 COMMANDS = (
   "train",
   "evaluate",
@@ -38,10 +38,10 @@ COMMANDS = (
 
 
 def main() -> None:
-  """Runs the command that the first argument names.
+  """Runs the command of the first argument.
 
-  Without one, or with --help, prints what there is. An unknown command ends
-  with exit code 2.
+  Without one, or with --help, prints the list of commands. An unknown command
+  ends with exit code 2.
   """
   name, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
   if name in ("-h", "-help", "--help", "help"):
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def usage() -> str:
-  """Returns the list of commands, each with the first line of its module."""
+  """Returns the list of commands with the first lines of their docstrings."""
   rows = [(name, _summary(name)) for name in COMMANDS]
   return "\n".join(
     [

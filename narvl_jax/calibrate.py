@@ -1,9 +1,9 @@
-r"""Fits the probabilities of a run to how often its answers are right.
+r"""Calibrates the probabilities of a run to the accuracy of its answers.
 
 python -m narvl_jax.calibrate --workdir=runs/shapes [--split=validation]
     [--checkpoint=best|last|STEP] [--max_examples=N] [--decoding=METHOD]
 
-Answers the split, fits one temperature per task, and writes calibration.json
+Evaluates the split, fits one temperature per task, and writes calibration.json
 and calibration.png (reliability before and after) into the run folder.
 `predict` and `evaluate` apply the temperatures to the same checkpoint and
 decoding.

@@ -10,7 +10,7 @@ have it); without a name all entries are checked.
 
 Prints counts, bad records with file and row, and lengths compared with the
 limits; the last line is a verdict with the flags to change. Draws five examples
-as the model receives them. Exit code 0: usable, if need be with these flags; 2:
+as the model receives them. Exit code 0: usable, possibly with these flags; 2:
 not usable, or a mistake in the command.
 """
 
@@ -44,7 +44,7 @@ def define_flags() -> None:
     lower_bound=1,
   )
   common_flags.max_examples(
-    "Records whose pictures are read, too; 0: all.", 2000, lower_bound=0
+    "Number of records whose pictures are read; 0: all.", 2000, lower_bound=0
   )
   flags.DEFINE_enum(
     "exif_orientation",
@@ -53,7 +53,7 @@ def define_flags() -> None:
     "Without --config: ignore or apply the EXIF orientation of pictures.",
   )
   flags.DEFINE_boolean("all", False, "Read the texts of all records.")
-  flags.DEFINE_integer("num_threads", 2, "Threads that read.", lower_bound=1)
+  flags.DEFINE_integer("num_threads", 2, "Reading threads.", lower_bound=1)
   common_flags.rename("threads", "num_threads")
   flags.DEFINE_string(
     "png", "data_check.png", "Picture of examples to draw; empty: none."

@@ -7,7 +7,7 @@ r"""Compares the parallel model with its autoregressive counterpart.
 
 Prints tables of quality and latency for every way to decode, and writes
 comparison.json and latency.png into --to. With --size only latency is measured,
-with random weights at the resolutions of the official models.
+using random weights at the resolutions of the official models.
 docs/performance.md describes the measurements.
 """
 
@@ -28,14 +28,14 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "size", "", "Random weights of this size instead, for latency alone."
   )
-  flags.DEFINE_list("tasks", [], "Tasks; default: all.")
+  flags.DEFINE_list("tasks", [], "Tasks to compare; default: all.")
   common_flags.split("Split of the data sets.", "test")
-  common_flags.max_examples("At most this many of every data set; 0: all.", 0)
+  common_flags.max_examples(
+    "At most this many examples of every data set; 0: all.", 0
+  )
   common_flags.checkpoint()
   flags.DEFINE_integer("image_size", None, "Pixels a side, for --size.")
-  flags.DEFINE_list(
-    "batch_size", ["1", "8"], "Examples at a time, one number or several."
-  )
+  flags.DEFINE_list("batch_size", ["1", "8"], "Batch sizes, one or several.")
   common_flags.rename("batch_sizes", "batch_size")
   flags.DEFINE_integer("rounds", 10, "How often each program is timed.")
   flags.DEFINE_list(
@@ -45,7 +45,7 @@ def define_flags() -> None:
     f" {','.join(map(str, LENGTHS))}, as far as the models have positions.",
   )
   flags.DEFINE_integer("beam_size", 5, "Hypotheses of the beam searches.")
-  flags.DEFINE_list("ways", [], "Such as ar-beam; default: all.")
+  flags.DEFINE_list("ways", [], "Decodings, such as ar-beam; default: all.")
   common_flags.answers("the runs'")
   flags.DEFINE_bool("uncached", False, "Time greedy search without a cache.")
   flags.DEFINE_bool("no_quality", False, "Do not score the answers.")

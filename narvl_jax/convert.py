@@ -7,10 +7,10 @@ python -m narvl_jax.convert --from=RUN --to=official.pt
 
 `--from` is an official file of OFA or NARVL (any size, float32 or half), or a
 folder of the Hugging Face port. No code in it is executed. OFA becomes a NARVL
-with new queries; with --decoder=autoregressive it keeps its decoder. DIR is a
-run folder: `train --config.init_from=DIR` starts from it; if it has the files
-of the vocabulary, `evaluate` and `predict` read it, too. DIR/report.json lists
-where every tensor was stored. Converting back restores every bit.
+with new queries; with --decoder=autoregressive it keeps its decoder. DIR
+becomes a run folder: `train --config.init_from=DIR` starts from it; `evaluate`
+and `predict` accept it if it has the files of the vocabulary. DIR/report.json
+lists where every tensor was stored. Converting back restores every bit.
 """
 
 import pathlib
@@ -57,12 +57,12 @@ def define_flags() -> None:
   )
   _define_number("num_codes", None, "Image codes of the vocabulary.")
   _define_number("num_bins", None, "Coordinate bins of the vocabulary.")
-  flags.DEFINE_bool("ema", False, "Take the moving averages of the file.")
+  flags.DEFINE_bool("ema", False, "Convert the moving averages of the file.")
   flags.DEFINE_string(
     "decoder",
     None,
-    "What OFA becomes: parallel, a NARVL (the default), or autoregressive, as"
-    " it is.",
+    "Model for weights of OFA: parallel, a NARVL (the default), or"
+    " autoregressive, unchanged.",
   )
   _define_number(
     "num_queries", None, "Queries: those of the file are kept, cut, extended."
@@ -75,9 +75,9 @@ def define_flags() -> None:
     None,
     "FROM,TO: stretch image positions from one side in pixels to another.",
   )
-  _define_number("seed", 0, "Of all that is new.")
-  common_flags.checkpoint(text="Of a run: ")
-  flags.DEFINE_bool("check", False, "Answer a fixed request, print numbers.")
+  _define_number("seed", 0, "Seed of new parameters.")
+  common_flags.checkpoint(text="Checkpoint of a run: ")
+  flags.DEFINE_bool("check", False, "Print the outputs for a fixed request.")
   flags.mark_flags_as_required(["from", "to"])
 
 
@@ -126,8 +126,8 @@ def main(argv: Sequence[str]) -> None:
     )
     if report["made"]:
       show(
-        f"note: {len(report['made'])} tensors that no answer depends on are not"
-        " known here and were filled with zeros and ones"
+        f"note: {len(report['made'])} tensors without influence on the outputs"
+        " are not part of this model and were filled with zeros and ones"
       )
     show(f"wrote {target}: step {report['step']}, sha256 {report['sha256']}")
   else:

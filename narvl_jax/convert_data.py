@@ -1,9 +1,10 @@
-"""Converts any source to ArrayRecord shards, or verifies such a folder.
+"""Converts a source to ArrayRecord shards, or verifies a folder of shards.
 
     python -m narvl_jax.convert_data vqa_train.tsv --task=vqa --to=vqa_train
     python -m narvl_jax.convert_data vqa_train --verify
 
-Exit codes: 0, 1 (`--verify` found faults, a line each), 2 (a mistake).
+Exit codes: 0, 1 (`--verify` found faults, one line each), 2 (a mistake in the
+command).
 """
 
 import os
@@ -26,7 +27,7 @@ from narvl_jax.terminal.text import show
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  common_flags.to("Folder that gets the shards.", "")
+  common_flags.to("Folder for the shards.", "")
   flags.DEFINE_string("task", "", "caption, vqa, grounding or entailment.")
   common_flags.split("Split of the source.")
   flags.DEFINE_string(
@@ -45,39 +46,37 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "image_size",
     0,
-    "Store pictures as JPEG of this many pixels square; 0: as they are.",
+    "Store pictures as square JPEGs of this many pixels a side; 0: unchanged.",
     lower_bound=0,
     upper_bound=8192,
   )
   flags.DEFINE_integer(
-    "quality", 95, "Of these JPEG pictures.", lower_bound=1, upper_bound=100
+    "quality", 95, "Quality of these JPEGs.", lower_bound=1, upper_bound=100
   )
   flags.DEFINE_enum(
     "exif_orientation",
     "ignore",
     EXIF_ORIENTATIONS,
-    "apply: pictures are turned upright as their EXIF orientation says. ignore:"
-    " they stay as stored; without --image_size the config of the run decides.",
+    "apply: turn pictures upright by their EXIF orientation. ignore: keep them"
+    " as stored; without --image_size the config of the run decides.",
   )
   flags.DEFINE_integer(
     "num_workers",
     os.cpu_count() or 1,
-    "Processes; 0: none but this one.",
+    "Processes; 0: only this one.",
     lower_bound=0,
   )
   common_flags.rename("workers", "num_workers")
   common_flags.max_bad_fraction(default=0.01)
-  flags.DEFINE_bool(
-    "verify", False, "Read the folder again and compare hashes."
-  )
+  flags.DEFINE_bool("verify", False, "Read the folder and compare hashes.")
 
 
 def main(argv: Sequence[str]) -> None:
-  """Converts, verifies or both, as the flags say."""
+  """Entry point."""
   spec = argv[1]
   if not flags.FLAGS.to and not flags.FLAGS.verify:
     raise UserError(
-      "--to is missing: set it to the folder that gets the shards (or pass"
+      "--to is missing: set it to the folder for the shards (or pass"
       " --verify to check a folder)"
     )
   if flags.FLAGS.to:
@@ -120,7 +119,7 @@ def _convert(spec: str) -> None:
     f" {len(done.bad_records)} bad: {flags.FLAGS.to}"
   )
   if not flags.FLAGS.split and done.split == "train":
-    show("sources find them as split train; for another name set --split")
+    show("sources read them as split train; for another name set --split")
 
 
 def _verify(folder: pathlib.Path) -> None:
@@ -132,7 +131,7 @@ def _verify(folder: pathlib.Path) -> None:
     show(fault)
   if faults:
     sys.exit(1)
-  show(f"{folder}: every shard is as the manifest says")
+  show(f"{folder}: every shard matches the manifest")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-r"""Counts in how many pictures of a corpus n-grams occur, for CIDEr-D.
+r"""Counts the pictures of a corpus in which each n-gram occurs, for CIDEr-D.
 
   python -m narvl_jax.document_frequencies captions_train2014.json \
     --to=coco_train.tsv.gz
   python -m narvl_jax.document_frequencies SPEC --split=train --to=df.tsv.gz
 
-The source is a JSON file of COCO captions, or SPEC of captions as
-`narvl_jax.check_data` takes it: a file `*.tsv` or `*.jsonl`, a folder of
-ArrayRecord shards, `tfds:NAME` or the name of a source.
+The source is a JSON file of COCO captions, or a data set SPEC of captions as
+for `narvl_jax.check_data`: a file `*.tsv` or `*.jsonl`, a folder of ArrayRecord
+shards, `tfds:NAME` or the name of a source.
 
-CIDEr-D gives rare n-grams more weight. How rare they are is counted in the
-references of the evaluated pictures, or read from the file that this command
-writes: then figures of small subsets and of different splits compare.
+CIDEr-D gives rare n-grams more weight. By default their frequency is counted in
+the references of the evaluated pictures. With the file that this command
+writes, results of small subsets and of different splits are comparable.
 """
 
 import pathlib
@@ -51,7 +51,7 @@ def document_frequencies(
     max_examples: number of records to read, from the first; 0 reads all.
 
   Raises:
-    UserError: the source holds no captions or cannot be read, the tokenizer is
+    UserError: the source has no captions or cannot be read, the tokenizer is
       missing, or the file cannot be written.
   """
   name = _tokenizer(tokenizer)
@@ -122,8 +122,8 @@ def define_flags() -> None:
     "tokenizer",
     "auto",
     ["auto", "ptb", "simple"],
-    "What splits captions into words: ptb as in papers (needs Java), simple, or"
-    " auto: ptb where it works.",
+    "Tokenizer of captions: ptb as in papers (needs Java), simple, or auto: ptb"
+    " where it works.",
   )
   common_flags.split("Split to read.")
   common_flags.max_examples(

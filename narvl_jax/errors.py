@@ -1,9 +1,9 @@
-"""Mistakes of the user, told in one line."""
+"""Errors that a user can correct, reported as one line."""
 
 import difflib
 from collections.abc import Iterable, Sequence
 
-# Of a name that options are compared with.
+# Longest part of a name that is compared with options.
 _LONGEST = 200
 
 
@@ -12,7 +12,7 @@ USER_ERROR_CODE = 2
 
 
 class UserError(ValueError):
-  """A mistake that the user can mend.
+  """A mistake that the user can correct.
 
   The message is one line: what was wrong, the value seen, the nearest valid
   value and the flag to change. Entry points print it and exit with code 2.
@@ -22,7 +22,7 @@ class UserError(ValueError):
 def did_you_mean(name: str, options: Iterable[str]) -> str:
   """Returns ' Did you mean "x"?' or the list of options if none is near."""
   options = sorted(options)
-  # Nothing is near a text that is far longer, and comparing would take long.
+  # No option is near a far longer text, and comparing would be slow.
   near = difflib.get_close_matches(name[:_LONGEST], options, n=3, cutoff=0.6)
   if near:
     return " Did you mean " + " or ".join(f'"{x}"' for x in near) + "?"
@@ -38,10 +38,11 @@ def list_few(parts: Sequence[str], most: int, separator: str = ", ") -> str:
 
 
 def check_lists(**values: object) -> None:
-  """Raises `UserError` for a text where a list of texts belongs.
+  """Raises `UserError` for a text in place of a list of texts.
 
   Args:
-    **values: argument -> what was given; a text would be read letter by letter.
+    **values: name -> value of an argument; a text would be read letter by
+      letter.
   """
   for name, value in values.items():
     if isinstance(value, str):

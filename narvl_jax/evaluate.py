@@ -7,10 +7,10 @@ python -m narvl_jax.evaluate --workdir=runs/shapes [--split=test]
     [--cider_df=FILE] [--annotations=FILE]
 
 `--metrics=all` adds BLEU, METEOR, ROUGE-L, CIDEr and SPICE of captions. They
-need pycocoevalcap and Java, whose start takes seconds, so that "cheap" is the
-default. `--cider_df` names the document frequencies of another corpus for
+need pycocoevalcap and Java, which takes seconds to start; the default is
+"cheap". `--cider_df` names the document frequencies of another corpus for
 CIDEr. `--annotations` names the official annotations of the one evaluated data
-set. docs/evaluation.md explains every figure.
+set. docs/evaluation.md explains every metric.
 
 Prints a table and writes evaluations/NAME.json, predictions/NAME.jsonl and
 predictions/NAME.png into the run folder. NAME is SPLIT-STEP-DECODING, followed
@@ -59,8 +59,8 @@ class Options:
     decoding: see `decodings.decodings_for`.
     answers: file of the answers that constrained VQA allows, see
       `narvl_jax.data.answers`; that of the config if "".
-    tasks: whose data sets are answered; None: all.
-    metrics: "cheap", or "all" with those that start Java.
+    tasks: tasks to evaluate; None: all.
+    metrics: "cheap", or "all", which includes those that need Java.
     cider_df: file of document frequencies for CIDEr; those of the evaluated
       references if "".
     annotations: file of the official annotations of the one data set that
@@ -96,7 +96,7 @@ def evaluate(
 
   Raises:
     UserError: no such run, checkpoint or split, or a number out of range; or
-      answers that would not be heeded.
+      `answers` without effect.
   """
   # Imported here, so that --help is fast.
   from narvl_jax.checkpointing.runs import load_run

@@ -1,9 +1,9 @@
-"""Writes the answers of a data set, the most frequent first, one a line.
+"""Writes the answers of a data set, one a line, the most frequent first.
 
   python -m narvl_jax.list_answers SPEC --to=answers.txt [--max_answers=3129]
 
-SPEC is what `narvl_jax.check_data` takes: a file `*.tsv` or `*.jsonl`, a folder
-of ArrayRecord shards, `tfds:NAME` or the name of a source.
+SPEC is a data set as for `narvl_jax.check_data`: a file `*.tsv` or `*.jsonl`, a
+folder of ArrayRecord shards, `tfds:NAME` or the name of a source.
 """
 
 import pathlib
@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> None:
   write_text(target, "".join(f"{answer}\n" for answer in kept))
   share = sum(counts[answer] for answer in kept) / sum(counts.values())
   show(
-    f"{len(kept):,} of {len(counts):,} answers, {share:.1%} of those given, in"
-    f" {target}; use them by {ANSWERS_SETTING}={target} in training, or by"
+    f"{len(kept):,} of {len(counts):,} answers, {share:.1%} of all occurrences,"
+    f" in {target}; use them by {ANSWERS_SETTING}={target} in training, or by"
     f" --answers={target}"
   )
 

@@ -1,14 +1,14 @@
-r"""Asks a trained run about one picture.
+r"""Predicts the answer of a trained run for one picture.
 
 python -m narvl_jax.predict --workdir=runs/shapes --image=photo.jpg \
     --task=vqa --prompt="what color is the circle?"
 
 Prints the answer and its probability; for grounding the box in pixels of the
 picture, and writes the picture with the box (--overlay=FILE.png). Captions
-need no prompt. `--example=INDEX` instead of `--image` takes picture and prompt
-from the run's own test data, saves the picture, and prints the truth, too.
+need no prompt. `--example=INDEX` instead of `--image` reads picture and prompt
+from the run's own test data, saves the picture, and also prints the truth.
 `--json` prints one JSON object; `--decoding=beam --num_best=3` more answers.
-`--min_probability=0.8` gives no answer that is less likely to be right.
+`--min_probability=0.8` withholds an answer that is less likely to be right.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ def predict(
   Returns:
     step, task, image (path), prompt, answer (text; grounding: box in pixels of
     the picture, None without a box), probability (calibrated if the run has a
-    fitting calibration.json; then also raw_probability); for parallel models
+    matching calibration.json; then also raw_probability); for parallel models
     query_entropy (nats) and for boxes probability_iou50; with `num_best` above
     1 also alternatives (answer and raw probability, best first); with `example`
     also truth; for grounding also overlay (path); with `min_probability` also
@@ -143,7 +143,9 @@ def define_flags() -> None:
   common_flags.request()
   flags.DEFINE_string("overlay", None, "Grounding: PNG file to write.")
   flags.DEFINE_float(
-    "min_probability", None, "Withhold an answer that is less likely right."
+    "min_probability",
+    None,
+    "Withhold an answer that is less likely to be right.",
   )
   common_flags.json()
   decoding_flags.define_flags()

@@ -1,12 +1,12 @@
-r"""Tells whether two evaluations differ by more than chance.
+r"""Tests whether two evaluations differ by more than chance.
 
   python -m narvl_jax.significance runs/a runs/b [--split=test] [--by_kind]
   python -m narvl_jax.significance a/predictions/test-2000-greedy.jsonl \
     b/predictions/test-2000-beam.jsonl [--task=vqa] [--level=0.99]
 
 A and B are run folders or files of predictions that `narvl_jax.evaluate` wrote.
-Of a folder it takes the newest evaluation with the split and decoding of the
-other. The examples that both predicted are resampled together (paired
+In a folder, the newest evaluation with the split and decoding of the other one
+is used. The examples that both predicted are resampled together (paired
 bootstrap).
 """
 
@@ -42,10 +42,10 @@ def significance(
   Args:
     first: run folder or file of predictions.
     second: likewise.
-    task: the only one that is compared; all by default.
+    task: the only task to compare; all by default.
     split: of the evaluations; any by default.
     level: of the intervals, in (0, 1).
-    kinds: whether kinds of questions have rows.
+    kinds: whether to compare each kind of question as well.
 
   Returns:
     `first` and `second` (files of predictions), `level`, `draws`, `common`,

@@ -10,8 +10,9 @@ r"""Writes predictions in the format of a data set's own evaluation.
 | `refcoco` | [{"sent_id": int, "box": [x, y, width, height]}] in pixels   |
 | `aokvqa`  | {question id: {"multiple_choice": "", "direct_answer": str}} |
 
-Ids are those of the records. Every example must be there exactly once; the
-report of the evaluation, in the folder `evaluations`, says how many there are.
+Ids are those of the records. Every example must be present exactly once; the
+report of the evaluation, in the folder `evaluations`, has the number of
+examples.
 """
 
 import os

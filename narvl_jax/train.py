@@ -1,18 +1,18 @@
-"""Trains one model on the tasks of a config.
+"""Trains a model on the tasks of a config.
 
 python -m narvl_jax.train --config=configs/shapes.py --workdir=runs/shapes
 
-Every key of the config has a flag, --config.optimizer.learning_rate=3e-4. The
-same command resumes a run that was stopped. `--dry_run` prints shapes,
-parameters, where they lie and memory, and writes nothing; `--explain_sharding`
-prints only where they lie.
+Every key of the config is a flag, such as
+--config.optimizer.learning_rate=3e-4. The same command resumes a stopped run.
+`--dry_run` prints shapes, parameters, their sharding and memory, and writes
+nothing; `--explain_sharding` prints only the sharding.
 """
 
 import time
 
 _START = time.monotonic()
 
-# The imports are part of the time that a user waits, so the clock runs.
+# The start-up time includes the imports.
 # ruff: noqa: E402
 import pathlib
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def define_flags() -> None:
   flags.DEFINE_bool(
     "explain_sharding",
     False,
-    "Print where every parameter lies and the bytes on a device, then stop.",
+    "Print the sharding of every parameter and bytes per device, then stop.",
   )
   cluster_lib.define_flags()
   flags.mark_flags_as_required(["config", "workdir"])
@@ -45,7 +45,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   """Entry point; on failure the last line says what to do."""
   del argv
-  # --help does without them.
+  # Imported here, so that --help is fast.
   from narvl_jax.data.batches.workers import quiet_cleanup
   from narvl_jax.reliability import session as hosts
   from narvl_jax.reliability.explain import explain_failure, quiet_failed_saves

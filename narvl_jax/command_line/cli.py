@@ -1,4 +1,4 @@
-"""What every entry point shares: flags in, one line per mistake out."""
+"""Runs a command: parses flags and reports each mistake as one line."""
 
 import contextlib
 import gc
@@ -39,13 +39,13 @@ def define_config_flag(name: str = "config") -> flags.FlagHolder[Any]:
 
 
 class Stopped(SystemExit):
-  """A signal ended a command, of which nothing is left to do."""
+  """Raised when a signal has ended a command and its clean-up is done."""
 
 
 def leave(code: int) -> NoReturn:
-  """Ends the process at once, whatever its threads are doing."""
+  """Ends the process at once, even if threads are running."""
   for child in multiprocessing.active_children():
-    # What prepares its data would outlive it.
+    # Otherwise data workers would outlive the process.
     child.terminate()
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):
@@ -65,12 +65,12 @@ def run(
   the wrong type, missing files) become one line on stderr and exit code 2.
 
   Args:
-    main: gets the name of the command and the arguments that are no flags.
-    positional: number of such arguments, or the least and the largest one.
-    positional_name: what they are, for messages.
+    main: called with the name of the command and its positional arguments.
+    positional: number of positional arguments, or the least and the most.
+    positional_name: their name in messages.
   """
-  # Tracing creates many objects that stay alive; searching them for garbage
-  # at the default threshold (700) takes a tenth of the time of a short run.
+  # Tracing creates many long-lived objects; garbage collection at the default
+  # threshold (700) takes a tenth of the time of a short run.
   gc.set_threshold(100_000, 20, 100)
   least, most = (
     (positional, positional) if isinstance(positional, int) else positional
@@ -78,7 +78,7 @@ def run(
 
   def guarded(argv: Sequence[str]) -> Any:
     if not flags.FLAGS["verbosity"].present:
-      # Libraries tell of every file they touch.
+      # At the default level libraries log every file that they access.
       logging.set_verbosity(logging.WARNING)
     try:
       given = argv[1:]
@@ -88,7 +88,7 @@ def run(
         raise UserError(unexpected_argument(given[most], sys.argv))
       if len(given) < least:
         raise UserError(
-          f"{positional_name or 'an argument'} is missing; --help tells more"
+          f"{positional_name or 'an argument'} is missing; see --help"
         )
       # Not all commands have it.
       json = flags.FLAGS["json"].value if "json" in flags.FLAGS else None
@@ -96,7 +96,7 @@ def run(
         try:
           return main(argv)
         finally:
-          # Otherwise an error comes when Python ends, as a traceback.
+          # Otherwise Python prints the error as a traceback when it ends.
           with naming(sys.stdout):
             sys.stdout.flush()
     except UserError as error:
@@ -115,7 +115,7 @@ def run(
 
   _open_closed_streams()
   logging.get_absl_handler().setFormatter(WarningFormatter())
-  # A traceback may quote what a file holds.
+  # A traceback may quote the content of a file.
   sys.excepthook = show_error
   sys.argv[:] = resolve_names(normalise(sys.argv))
   try:
@@ -131,9 +131,9 @@ def run(
   except SystemExit as stop:
     if stop.code in (0, None) and not isinstance(stop, Stopped):
       raise
-    # A signal or an error may have cut off a compilation, or the reading of a
-    # checkpoint. Threads of libraries that are still at work when the
-    # interpreter ends can abort the process, which hides the exit code.
+    # A signal or an error may have interrupted a compilation or a restore.
+    # Threads of libraries that still run when the interpreter ends can abort
+    # the process, which hides the exit code.
     leave(stop.code if isinstance(stop.code, int) else int(bool(stop.code)))
   except Exception as error:
     show_error(type(error), error, error.__traceback__)
@@ -153,20 +153,20 @@ def fail(message: str) -> NoReturn:
 
 
 def _drop_stdout() -> None:
-  """Lets what is still buffered go nowhere, as nobody reads on (`| head`)."""
+  """Discards buffered output, because the reader has ended (`| head`)."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_closed_streams() -> None:
-  """Lets what goes to a stream that the caller has closed (`>&-`) go nowhere.
+  """Discards the output to a stream that the caller has closed (`>&-`).
 
-  Otherwise the next file that is opened takes its number, and gets the output.
+  Otherwise the next opened file gets its descriptor, and with it the output.
   """
   for number, name in enumerate(("stdin", "stdout", "stderr")):
     try:
       os.fstat(number)
     except OSError:
-      # The system gives the lowest number that is free.
+      # This takes the lowest free descriptor: that of the closed stream.
       os.open(os.devnull, os.O_RDWR)
     if getattr(sys, name) is None:
       mode = "w" if number else "r"
@@ -183,6 +183,6 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
   except (flags.Error, UserError) as error:
     fail(flag_message(error, argv))
   except Exception as error:
-    # config_flags lets these escape: an override without such a key, or what
-    # a config file raises.
+    # config_flags does not convert these: an override of an unknown key, and
+    # errors that a config file raises.
     fail(unknown_key(argv) or config_file_message(error))

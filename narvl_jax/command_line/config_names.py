@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import narvl_jax
 
 CONFIGS = pathlib.Path(narvl_jax.__file__).parent / "configs"
-# Shared by configs, and none themselves.
+# Modules that configs share.
 _HELPERS = ("__init__", "common", "official")
 
 
@@ -18,13 +18,13 @@ def config_names() -> list[str]:
 
 
 def resolve_names(argv: Sequence[str]) -> list[str]:
-  """Returns a command line with the files of configs in place of their names.
+  """Replaces names of configs in a command line by their files.
 
-  `--config=shapes:quick` becomes `--config=.../configs/shapes.py:quick`. Files,
-  and names that no config has, stay as they are.
+  `--config=shapes:quick` becomes `--config=.../configs/shapes.py:quick`. Files
+  and unknown names are not changed.
 
   Args:
-    argv: the command line, flags in the form `--config=VALUE`.
+    argv: the command line, with flags in the form `--config=VALUE`.
   """
   known = config_names()
 

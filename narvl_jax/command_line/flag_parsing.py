@@ -1,4 +1,4 @@
-"""The flags of a command: its own ones, --help, and the forms they come in."""
+"""Flags of a command: its own flags, --help and normalised command lines."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ from narvl_jax.terminal.text import show
 _HELP = ("--help", "-help", "-h", "-?", "--helpshort", "-helpshort")
 _HELP_ALL = ("--helpfull", "-helpfull", "--helpxml", "-helpxml")
 _WIDTH = 79
-# What absl calls a type -> what stands for a value.
+# Type of a flag in absl -> placeholder of its value.
 _VALUES = {
   "int": "N",
   "float": "X",
@@ -26,9 +26,9 @@ _VALUES = {
 
 
 def own_flags() -> list[flags.Flag]:
-  """Returns the flags of the command, not of libraries, as they were defined.
+  """Returns the command's own flags in the order of their definition.
 
-  Overrides of a config, `--config.KEY`, are left out.
+  Flags of libraries and overrides of a config (`--config.KEY`) are left out.
   """
   found: dict[str, flags.Flag] = {}
   for module, defined in flags.FLAGS.flags_by_module_dict().items():
@@ -44,10 +44,10 @@ def has_config() -> bool:
 
 
 def print_help(main: Callable[..., Any], argv: Sequence[str]) -> bool:
-  """Prints the help that a command line asks for; returns whether it did.
+  """Prints help if a command line requests it; returns whether it did.
 
   Args:
-    main: of the command; its module's docstring comes first.
+    main: function of the command; the docstring of its module is printed.
     argv: the command line.
   """
   before_end = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
@@ -76,7 +76,7 @@ def describe_flags() -> str:
   lines = []
   for flag in own:
     lines.append(f"  {_form(flag)}")
-    # absl puts the values of an enum before what was said of it.
+    # absl puts the values of an enum before its help.
     text = re.sub(r"^<[^>]*>: ", "", " ".join((flag.help or "").split()))
     if _is_required(flag):
       text += " Required."
@@ -96,7 +96,7 @@ def describe_flags() -> str:
 
 def _describe_keys() -> str:
   """Returns every key of a config with its default and help."""
-  # Imports jax, which --help does without.
+  # This imports jax; --help does not need it.
   from narvl_jax.experiment.config_table import KEYS
 
   return "\n".join(
@@ -125,12 +125,12 @@ def _default(flag: flags.Flag) -> str:
 
 
 def _is_required(flag: flags.Flag) -> bool:
-  """Returns whether a flag is marked as required."""
+  """Returns whether a flag must be set."""
   return _has_required_validator(flag) and flag.default is None
 
 
 def _has_required_validator(flag: flags.Flag) -> bool:
-  # absl keeps no other trace of `mark_flag_as_required`.
+  # absl does not record `mark_flag_as_required` otherwise.
   return any(
     "must have a value other than None" in str(validator.message)
     for validator in flag.validators
@@ -138,11 +138,11 @@ def _has_required_validator(flag: flags.Flag) -> bool:
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
-  """Returns a command line with present names of flags, in the form NAME=VALUE.
+  """Returns a command line with current flag names, in the form NAME=VALUE.
 
-  Prints a note for each name that a flag no longer has. `--config.KEY VALUE`,
-  `--dry_run true` and `--json FILE.json` are joined: absl takes flags that may
-  stand alone, and keys of any type, for complete.
+  Prints a note for each former name. `--config.KEY VALUE`, `--dry_run true` and
+  `--json FILE.json` are joined, because absl expects no separate value for
+  boolean flags and config keys.
   """
   result, rest = list(argv[:1]), list(argv[1:])
   while rest:

@@ -1,28 +1,28 @@
-"""Flags that several commands have: one name for one idea.
+"""Flags that several commands share: one name for one idea.
 
 | idea                          | flag                                     |
 | ----------------------------- | ---------------------------------------- |
 | folder of the run             | `--workdir=FOLDER`                       |
 | which of its checkpoints      | `--checkpoint=best`, `last` or a step    |
-| what is written, and where    | `--to=FILE` or `--to=FOLDER`             |
+| file or folder to write       | `--to=FILE` or `--to=FOLDER`             |
 | split of a data set           | `--split=NAME`                           |
-| at most so many examples      | `--max_examples=N`                       |
-| examples at a time            | `--batch_size=N`                         |
-| records of a file of shards   | `--shard_size=N`                         |
+| limit of examples             | `--max_examples=N`                       |
+| batch size                    | `--batch_size=N`                         |
+| records of a shard            | `--shard_size=N`                         |
 | processes, threads            | `--num_workers=N`, `--num_threads=N`     |
 | output for programs           | `--json` (stdout) or `--json=FILE`       |
 
-`rename` keeps an old name working, with a note.
+`rename` keeps an old name valid; its use prints a note.
 """
 
 from typing import Any
 
 from absl import flags
 
-# A command's --help lists these as its own.
+# --help of a command lists these flags as its own.
 flags.disclaim_key_flags()
 
-# Old name -> the one that took its place.
+# Former name -> current name.
 RENAMED: dict[str, str] = {}
 STDOUT = "-"
 
@@ -56,9 +56,9 @@ def request() -> None:
   flags.DEFINE_string(
     "dataset",
     "",
-    "Of --example: entry of data.evaluation; by default the task's first one.",
+    "Entry of data.evaluation for --example; by default the task's first one.",
   )
-  split("Of --example: split; evaluation.split by default.")
+  split("Split for --example; evaluation.split by default.")
   flags.DEFINE_string("task", None, "One of the run's tasks.")
   flags.DEFINE_string("prompt", None, "Question, expression or hypothesis.")
   flags.DEFINE_string(
@@ -97,7 +97,10 @@ def shard_size(
 ) -> None:
   """Defines --shard_size."""
   flags.DEFINE_integer(
-    "shard_size", 2000, "Records of a shard, about.", lower_bound=lower_bound
+    "shard_size",
+    2000,
+    "Approximate number of records in a shard.",
+    lower_bound=lower_bound,
   )
   if old:
     rename(old, "shard_size")
@@ -106,7 +109,7 @@ def shard_size(
 def answers(whose: str = "the run's") -> None:
   """Defines --answers."""
   flags.DEFINE_string(
-    "answers", "", f"File of the answers that VQA allows; default: {whose}."
+    "answers", "", f"File of the allowed VQA answers; default: {whose}."
   )
 
 
@@ -115,25 +118,25 @@ def max_bad_fraction(text: str = "", default: float | None = None) -> None:
   flags.DEFINE_float(
     "max_bad_fraction",
     default,
-    f"Share of records that may be bad and left out{text}.",
+    f"Share of records that may be bad and skipped{text}.",
     lower_bound=0,
     upper_bound=1,
   )
 
 
 def rename(old: str, new: str) -> None:
-  """Keeps the name that a flag of this command once had.
+  """Keeps a former name of a flag valid.
 
   Args:
-    old: name, without dashes; `narvl_jax.command_line.cli` replaces it and
+    old: former name, without dashes; `flag_parsing.normalise` replaces it and
       prints a note.
-    new: name of a flag that is defined.
+    new: current name of the flag.
   """
   RENAMED[old] = new
 
 
 class _JsonParser(flags.ArgumentParser):
-  """A file; "true", which a flag without a value gets, is stdout."""
+  """Parses a file name; "true", the value of a bare flag, is stdout."""
 
   def parse(self, argument: Any) -> str | None:
     """Returns the file, `STDOUT`, or None for neither."""
@@ -142,18 +145,18 @@ class _JsonParser(flags.ArgumentParser):
     return None if argument in (False, "false", "False", "") else str(argument)
 
   def flag_type(self) -> str:
-    """Returns what the value is, for --help."""
+    """Returns the type of the value, for --help."""
     return "file"
 
 
 def json() -> None:
-  """Defines --json, which `command_line.json_output.write_report` reads."""
+  """Defines --json, see `command_line.json_output.write_report`."""
   flag = flags.Flag(
     parser=_JsonParser(),
     serializer=flags.ArgumentSerializer(),
     name="json",
     default=None,
-    help_string="Print JSON, and what is for people on stderr; or write it to"
+    help_string="Print JSON on stdout and messages on stderr, or write JSON to"
     " FILE.",
     boolean=True,
   )

@@ -1,4 +1,4 @@
-"""What `--json` writes: a file, or JSON alone on stdout."""
+"""The output of `--json`: a file, or nothing but JSON on stdout."""
 
 import contextlib
 import pathlib
@@ -12,13 +12,13 @@ from narvl_jax.files.disk import write_json
 from narvl_jax.files.paths import check_file, check_possible
 from narvl_jax.terminal.text import naming, readable_json
 
-# Where JSON goes while what is for people goes to stderr.
+# The real stdout while sys.stdout is redirected to stderr.
 _stdout: list[TextIO] = []
 
 
 @contextlib.contextmanager
 def reserved_stdout(path: str | None) -> Iterator[None]:
-  """Keeps stdout for JSON within the block, if that is where it goes."""
+  """Redirects messages to stderr within the block if JSON goes to stdout."""
   if path != STDOUT:
     yield
     return
@@ -34,7 +34,7 @@ def check_json_path(path: str | None) -> None:
   """Checks that the file of --json can be written, before any work.
 
   Raises:
-    UserError: the folder is missing or cannot be written, or the path is one.
+    UserError: the path is a folder, or its folder is missing or read-only.
   """
   if path and path != STDOUT:
     check_output_file("json", path)
@@ -44,11 +44,11 @@ def check_output_file(flag: str, path: str) -> None:
   """Checks that a file can be written, before any work.
 
   Args:
-    flag: that names it.
-    path: its value.
+    flag: name of the flag, without dashes.
+    path: value of the flag.
 
   Raises:
-    UserError: the folder is missing or cannot be written, or the path is one.
+    UserError: the path is a folder, or its folder is missing or read-only.
   """
   check_possible(f"--{flag}", path)
   target = pathlib.Path(path)
@@ -65,7 +65,7 @@ def check_output_file(flag: str, path: str) -> None:
 def write_report(
   path: str | None, report: Mapping[str, Any], *, indent: int | None = 2
 ) -> None:
-  """Writes a report where --json says: nowhere, to stdout or to a file."""
+  """Writes a report to the destination of --json: none, stdout or a file."""
   if not path:
     return
   if path == STDOUT:

@@ -1,4 +1,4 @@
-"""One line for each mistake on a command line or in a config file."""
+"""Messages for mistakes on a command line or in a config file."""
 
 import difflib
 import os
@@ -16,8 +16,9 @@ from narvl_jax.command_line.config_names import config_names
 from narvl_jax.command_line.flag_parsing import has_config, own_flags
 from narvl_jax.errors import UserError, did_you_mean
 
+# Least similarity of a suggestion.
 _NEAR = 0.75
-# What other projects call it.
+# Name in other projects -> name here.
 _SYNONYMS = {
   "epochs": "steps",
   "max_steps": "steps",
@@ -29,9 +30,7 @@ _SYNONYMS = {
   "output": "to",
   "gpus": "mesh",
 }
-
-
-# Part of what the parsers of flags say -> what is meant.
+# Part of a message of a flag parser -> plain reason.
 _REASONS = {
   "invalid literal for int()": "not a whole number",
   "could not convert string to float": "not a number",
@@ -87,7 +86,7 @@ def flag_message(error: Exception, argv: Sequence[str]) -> str:
   if match and match.group(2) == "None":
     text = f"flag --{match.group(1)} is required"
     if argv[1:] and not argv[1].startswith("-"):
-      # Given without its name, perhaps.
+      # Its value may have been given without the name.
       text += f"; {unexpected_argument(argv[1], argv)}"
     return text
   if match:
@@ -97,7 +96,7 @@ def flag_message(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _wrong_value(name: str, reason: str, argv: Sequence[str]) -> str:
-  """Returns what a value should have been, in words of ours."""
+  """Returns why a value is invalid."""
   known = [text for part, text in _REASONS.items() if part in reason]
   path = name.removeprefix("config.")
   if path == name:
@@ -125,18 +124,18 @@ def _unknown_flag(name: str, argv: Sequence[str]) -> str:
 
 
 def near_flags(name: str, argv: Sequence[str]) -> list[str]:
-  """Returns flags and keys of the config that a name may stand for.
+  """Returns flags and config keys that resemble a name.
 
   Args:
     name: without dashes, such as "lr".
-    argv: the command line, which may name a config.
+    argv: the command line, which may contain a config.
 
   Returns:
     At most three names, best first, such as "config.optimizer.learning_rate".
   """
   options = [flag.name for flag in own_flags()]
   if has_config():
-    # Imports jax, which some commands do without.
+    # This imports jax, which some commands do not need.
     from narvl_jax.experiment.config import default_config
 
     config = _given_config(argv) or default_config()
@@ -147,7 +146,7 @@ def near_flags(name: str, argv: Sequence[str]) -> list[str]:
 def _nearest(name: str, options: Iterable[str]) -> list[str]:
   wanted = name.replace("-", "_").removeprefix("config.").lower()
   wanted = _SYNONYMS.get(wanted, wanted)
-  # Flags of the command come first, and keys of few parts.
+  # Prefers flags of the command, and keys with few parts.
   scored = sorted(
     (
       -_score(wanted, option),
@@ -159,13 +158,13 @@ def _nearest(name: str, options: Iterable[str]) -> list[str]:
     for number, option in enumerate(options)
   )
   best = scored[0][0] if scored else 0.0
-  # Beside an exact name what only resembles it says nothing.
+  # An exact match makes similar names irrelevant.
   least = -best if -best >= 0.9 else _NEAR
   return [option for score, *_, option in scored if -score >= least][:3]
 
 
 def _score(wanted: str, option: str) -> float:
-  """Returns how well an option fits, from 0 to 1."""
+  """Returns the similarity of an option, from 0 to 1."""
   path = option.removeprefix("config.")
   last = path.rsplit(".", 1)[-1]
   if wanted in (path, last):
@@ -177,7 +176,7 @@ def _score(wanted: str, option: str) -> float:
     return difflib.SequenceMatcher(None, wanted, text).ratio()
 
   parts = max(map(ratio, last.split("_")))
-  # A part says less than the whole.
+  # A match of a part counts less than one of the whole.
   return max(ratio(path), ratio(last), 0.85 * parts)
 
 
@@ -190,7 +189,7 @@ def _paths(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def unexpected_argument(argument: str, argv: Sequence[str]) -> str:
-  """Returns what is wrong with an argument that the command does not take."""
+  """Returns a message for an argument that the command does not accept."""
   text = f'unexpected argument "{argument}"; flags start with "--"'
   before = argv[argv.index(argument) - 1] if argument in argv else ""
   flag = before.lstrip("-").removeprefix("no")
@@ -213,7 +212,7 @@ def unexpected_argument(argument: str, argv: Sequence[str]) -> str:
 
 
 def _end_of_traceback(text: str) -> str:
-  """Returns the error that a printed traceback ends in, which has no indent."""
+  """Returns the last lines of a traceback: the error, without indent."""
   lines = text.strip().splitlines()
   frames = [i for i, line in enumerate(lines) if line.startswith("  File ")]
   for i in range(frames[-1] if frames else 0, len(lines)):
@@ -223,7 +222,7 @@ def _end_of_traceback(text: str) -> str:
 
 
 def _without_fields(text: str) -> str:
-  """Cuts the list of all keys out of what a locked ConfigDict says."""
+  """Removes the list of all keys from the message of a locked ConfigDict."""
   missing = re.search(r'Key "(\w+)" does not exist', text)
   if missing is None:
     return text
@@ -233,7 +232,7 @@ def _without_fields(text: str) -> str:
 
 
 def unknown_key(argv: Sequence[str]) -> str | None:
-  """Returns a message if an override names a key that the config lacks."""
+  """Returns a message if an override has an unknown key."""
   config = None
   for argument in argv[1:]:
     name, _, value = argument.lstrip("-").partition("=")
@@ -247,7 +246,7 @@ def unknown_key(argv: Sequence[str]) -> str | None:
 
 
 def _given_config(argv: Sequence[str]) -> config_dict.ConfigDict | None:
-  """Returns the config of a command line, None if there is none to read."""
+  """Returns the config of a command line; None if there is no readable one."""
   for number, argument in enumerate(argv):
     name, equals, value = argument.lstrip("-").partition("=")
     if name == "config" and argument.startswith("-"):
@@ -257,7 +256,7 @@ def _given_config(argv: Sequence[str]) -> config_dict.ConfigDict | None:
 
 
 def load_config(argument: str) -> config_dict.ConfigDict | None:
-  """Returns the config of `FILE.py:ARG`, None if it cannot be read."""
+  """Returns the config of `FILE.py:ARG`; None if it cannot be read."""
   try:
     config = config_flags.ConfigFileFlagParser("config").parse(argument)
   except Exception:
@@ -266,10 +265,10 @@ def load_config(argument: str) -> config_dict.ConfigDict | None:
 
 
 def unknown_path(config: config_dict.ConfigDict, path: str) -> str | None:
-  """Returns what is wrong with a dotted key, None if it exists.
+  """Returns a message for an unknown dotted key; None if it exists.
 
   Args:
-    config: the config that should have the key.
+    config: the config to search.
     path: such as `optimizer.learning_rate`.
   """
   node: Any = config
@@ -293,7 +292,7 @@ def unknown_path(config: config_dict.ConfigDict, path: str) -> str | None:
 
 
 def config_file_message(error: Exception) -> str:
-  """Names the line of the config file that raised `error`."""
+  """Returns a message with the line of the config file that raised `error`."""
   frames = traceback.extract_tb(error.__traceback__)
   for argument in sys.argv[1:]:
     name, _, value = argument.lstrip("-").partition("=")

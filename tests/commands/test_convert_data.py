@@ -30,7 +30,7 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
   result = run(*arguments, "--num_workers=2", "--verify")
   assert (result.returncode, result.stderr) == (0, "")
   assert "9 records of grounding, split test, in 3 shards" in result.stdout
-  assert "every shard is as the manifest says" in result.stdout
+  assert "every shard matches the manifest" in result.stdout
   assert sorted(path.name for path in folder.iterdir()) == [
     *(f"grounding-test-{k:05d}-of-00003.array_record" for k in range(3)),
     "manifest.json",

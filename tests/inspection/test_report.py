@@ -181,9 +181,7 @@ def test_a_folder_without_a_run(tmp_path):
     check=False,
   )
   assert result.returncode == 2
-  assert result.stderr == (
-    "error: the run folder is missing; --help tells more\n"
-  )
+  assert result.stderr == ("error: the run folder is missing; see --help\n")
 
 
 @pytest.mark.parametrize(
