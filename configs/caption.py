@@ -4,15 +4,15 @@
       --workdir=runs/caption --config.init_from=runs/ofa_huge \
       --config.vocabulary.path=FOLDER
 
-`docs/recipes.md` goes from the downloaded files to the result and explains
-the arguments `size`, `epochs`, `data` and `split`. The data are
+`docs/recipes.md` describes every step from the downloaded files to the result,
+and the arguments `size`, `epochs`, `data` and `split`. The data are
 `data/caption_{stage1_train,val,test}.tsv`.
 
 There is one official script, `caption_stage1_huge_distill_from_huge_20`,
-and it is for huge; the other sizes have none and take its settings: learning
+for huge; the other sizes have none and use its settings: learning
 rate 1e-5, 5 epochs, batch 128, warm-up 6 %, label smoothing 0.1, drop path 0.1,
 20 queries, 480 pixels. The table of embeddings is frozen, the row of the blank
-included. It trains on captions that a teacher wrote, which are not public; with
+included. It trains on captions of a teacher, which are not public; with
 such a file, `caption_stage1_train_distill_huge.tsv`, add
 `split=stage1_train_distill_huge`.
 

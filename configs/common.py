@@ -1,6 +1,6 @@
-"""What the experiments share.
+"""Functions with which config files are written.
 
-A config file builds on these:
+For example:
 
     from narvl_jax.configs.common import default_config, train_source
 
@@ -37,11 +37,11 @@ __all__ = [
 
 
 def choose_variant(arg: str, variants: Mapping[str, Any]) -> Any:
-  """Returns the variant that `--config=FILE.py:ARG` asks for.
+  """Returns the variant ARG of `--config=FILE.py:ARG`.
 
   Args:
-    arg: what follows the colon; empty for the variant named "".
-    variants: by their name.
+    arg: text after the colon; empty for the variant named "".
+    variants: variants by name.
 
   Raises:
     UserError: there is no such variant.
@@ -62,14 +62,15 @@ def update(config: ConfigDict, values: Mapping[str, Any]) -> None:
 
 
 def from_scratch(config: Any, *, width: int) -> None:
-  """Sets what a small model needs that starts from random weights.
+  """Sets the config of a small model that is trained from random weights.
 
-  Above all Muon instead of AdamW; further convolutions instead of flat
-  patches, linear maps that start at width ** -0.5, and targets without eos.
-  `configs/shapes.py` has the figures.
+  The most important change is Muon instead of AdamW. The others are
+  convolutions instead of flat patches, linear maps initialised with standard
+  deviation width ** -0.5, and targets without eos. `docs/experiments.md` has
+  the measurements.
 
   Args:
-    config: is changed.
+    config: the config to change.
     width: model width D.
   """
   update(
@@ -83,7 +84,7 @@ def from_scratch(config: Any, *, width: int) -> None:
       "model.entangle_positions": True,
       "model.init_stddev": width**-0.5,
       "model.dropout": 0.0,
-      # Tables as long as is needed.
+      # Position tables as long as needed.
       "model.max_text_positions": 32,
       "model.token_bucket_size": 32,
       "model.image_bucket_size": 8,
@@ -97,21 +98,22 @@ def from_scratch(config: Any, *, width: int) -> None:
   )
   for task in config.tasks.values():
     task.eos = False
-    # Where there are more queries than labels, a label may be said twice.
+    # With more queries than labels, several queries may emit a label.
     task.merge_repeats = True
 
 
 def add_distilled(config: ConfigDict, folder: str, weight: float = 0.5) -> None:
-  """Has a config train on a teacher's answers beside the original targets.
+  """Adds a teacher's predictions to the training data of a config.
 
   Each data set NAME of the folder becomes an entry `distilled_NAME` of
-  `data.train`, and gets its share from the entry NAME.
+  `data.train`, and receives part of the weight of the entry NAME.
 
   Args:
-    config: is changed; its `data.train` has an entry for each data set.
-    folder: that `python -m narvl_jax.distill` got as `--to`.
-    weight: share of the teacher's answers, above 0; 1 leaves the original
-      targets out.
+    config: the config to change; its `data.train` has an entry for each data
+      set.
+    folder: the folder `--to` of `python -m narvl_jax.distill`.
+    weight: share of the teacher's predictions, above 0; 1 removes the original
+      targets.
 
   Raises:
     UserError: the share is out of range, the folder has no complete data sets,

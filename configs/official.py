@@ -1,7 +1,7 @@
-"""What the official recipes share; `docs/recipes.md` tells how to use them.
+"""Settings and arguments of the official recipes; see `docs/recipes.md`.
 
-Global settings of the official scripts, and the arguments that each recipe
-takes after the colon: `--config=configs/refcoco.py:size=base,epochs=10`.
+The global settings of the official scripts, and the arguments that follow the
+colon: `--config=configs/refcoco.py:size=base,epochs=10`.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.config import Config
 
 SIZES: tuple[str, ...] = ("tiny", "medium", "base", "large", "huge")
-# Their parameters and Adam's moments are too many for one TPU v5e chip.
+# Sizes whose parameters and Adam moments exceed one TPU v5e chip.
 _SPLIT_SIZES = ("large", "huge")
-# Rows of a part of the batch: eight a chip on 16 chips, four of a large model.
+# Rows of a part of the batch: 8 per chip on 16 chips; large models: 4.
 _ROWS_AT_A_TIME, _ROWS_OF_SPLIT_SIZES = 128, 64
 _ARGUMENTS = ("size", "epochs", "data", "split")
 
-# What all official scripts have in common.
+# Settings that all official scripts share.
 SETTINGS: dict[str, Any] = {
   # As in the official checkpoints: 59,458 classes.
   "vocabulary.source": "official",
@@ -47,7 +47,7 @@ SETTINGS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What one official script says, or stands in for one that does not exist.
+  """Settings of one official script, or of a substitute for a missing one.
 
   Attributes:
     learning_rate: its peak.
@@ -55,7 +55,7 @@ class Recipe:
     drop_path: stochastic depth of the last layer of encoder and decoder.
     warmup: share of the updates; 0 also keeps the rate constant, because the
       official schedule then never learns how long the run is.
-    seed: of everything.
+    seed: seed of the run.
   """
 
   learning_rate: float
@@ -70,14 +70,14 @@ class Dataset:
   """A data set of OFA's TSV files, `NAME_{split}.tsv`.
 
   Attributes:
-    name: of the files, the entries and the config.
-    task: what it teaches.
+    name: name of the files, the entries and the config.
+    task: task of its examples.
     train_rows: published number of rows of the training file, replaced by the
       number in the file when a run starts.
     train: split to train on.
     validation: split that is evaluated after each epoch.
     test: split that is evaluated at the end.
-    test_columns: of the splits that are evaluated; empty for the usual ones.
+    test_columns: columns of the evaluated splits; empty for the usual ones.
     partition: name of the way in which papers split the data, if there are
       several.
   """
@@ -93,14 +93,14 @@ class Dataset:
 
 
 def parse_arguments(arg: str, name: str) -> dict[str, str]:
-  """Reads what follows the colon, such as "size=base,epochs=10" or "base".
+  """Parses the text after the colon, such as "size=base,epochs=10" or "base".
 
   Args:
-    arg: pairs KEY=VALUE with commas between; a size may stand alone.
-    name: of the config, for messages.
+    arg: pairs KEY=VALUE, separated by commas; a size may omit its key.
+    name: name of the config, for messages.
 
   Returns:
-    The values that were given, by their name.
+    The given values by name.
 
   Raises:
     UserError: an argument or a size is unknown, or given twice.
@@ -144,13 +144,13 @@ def official_config(
 ) -> Config:
   """Returns the config of a recipe.
 
-  Updates and warm-up follow from `train.batch_size` until they are set
-  themselves, so that a run with another batch has as many epochs.
+  Updates and warm-up are derived from `train.batch_size` unless they are set,
+  so that a run with another batch size has as many epochs.
 
   Args:
     arg: see `parse_arguments`.
-    dataset: what is trained and evaluated.
-    recipes: by size.
+    dataset: the data set to train and evaluate.
+    recipes: recipe by size.
     values: settings of the task, {"train.batch_size": 128}.
 
   Raises:
@@ -181,13 +181,13 @@ def official_config(
       "model.size": size,
       "model.encoder_drop_path": recipe.drop_path,
       "model.decoder_drop_path": recipe.drop_path,
-      # The running statistics are those of millions of pictures; the official
-      # code takes those of the 1 to 16 that a GPU happens to have.
+      # The running statistics come from millions of pictures; the official
+      # code uses those of the 1 to 16 pictures on a GPU.
       "model.batch_norm": "frozen",
       "loss.confidence": "temper",
       "optimizer.learning_rate": recipe.learning_rate,
       "train.eval_split": dataset.validation,
-      # All of them: the best checkpoint is chosen by this.
+      # All examples: this evaluation selects the best checkpoint.
       "train.eval_examples": 1_000_000,
       "evaluation.split": dataset.test,
       **values,
@@ -216,7 +216,7 @@ def _set_lengths(config: Config, epochs: int, warmup: float) -> None:
   with config.unlocked():
     config.train.eval_every = per_epoch
     config.train.steps = per_epoch * epochs
-    # As a fraction of whole numbers: 0.06 has no exact binary value.
+    # An integer fraction, because 0.06 has no exact binary value.
     share = math.floor(1000 * warmup + 0.5)
     steps = config.train.get_ref("steps")
     config.optimizer.warmup_steps = (steps * share) // 1000

@@ -1,18 +1,18 @@
-"""Your own pictures and texts, in JSON lines; docs/data.md.
+"""Your own pictures and texts in JSON lines; see docs/data.md.
 
     python -m narvl_jax.train --config=configs/own_data.py:vqa \
       --config.data.train.own.options.path='DATA/own_{split}.jsonl' \
       --workdir=runs/own
 
-The variant names the task; several are joined by a plus sign, `vqa+caption`,
-and the entries are then `own_vqa` and `own_caption`. The path is shared: set
-once, all entries read it. `{split}` becomes train, validation or test.
+The variant is the task. Several tasks are joined by a plus sign: `vqa+caption`
+has the entries `own_vqa` and `own_caption`, which share one path. `{split}` is
+replaced by train, validation or test.
 
 300 steps on the 2,000 generated pictures of that page: 99.5 % of 400 questions,
 in 3 minutes of processor time (one run, seed 0, jax 0.10.2, 2026-11-24).
 
-A small model that starts from random weights and runs on a CPU; it learns what
-a few thousand simple pictures can teach. For photographs set
+A small model that is trained from random weights on a CPU. It suits a few
+thousand simple pictures. For photographs set
 `--config.model.size`, `--config.data.image_size` and a vocabulary as in
 configs/pod.py.
 """

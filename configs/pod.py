@@ -6,17 +6,17 @@
       --config.vocabulary.path=FOLDER
 
 Variants: `base`, `large` and `huge`. The first command needs no TPU and no
-data. To train, FOLDER must hold the official `dict.txt`, `encoder.json` and
-`vocab.bpe`; the data are the embedded procedural scenes until `data.train`
-names yours.
+data. To train, FOLDER must contain the official `dict.txt`, `encoder.json` and
+`vocab.bpe`; the data are procedural scenes until `data.train` is set to
+yours.
 
 The recipe is that of the official RefCOCO scripts (8 GPUs, global batch 128):
 learning rate, warm-up, linear decay, stochastic depth, label smoothing,
 AdamW's constants. The batch is that of a pod, 8 examples a chip on 256 chips,
 and the learning rate was not tuned for it.
 
-Nothing of this was trained. docs/performance.md lists what it needs, found by
-compiling; attention weights that pass through memory are what costs most.
+Training was not measured. docs/performance.md lists memory and operations, as
+compiled; attention weights that pass through memory cost the most.
 """
 
 from ml_collections import ConfigDict
@@ -66,7 +66,7 @@ def _pod(size: str, learning_rate: float, drop_path: float) -> ConfigDict:
       "train.batch_size": 2048,
       "train.eval_every": 2000,
       "train.checkpoint_every": 1000,
-      # Within 16 chips everything is split; beyond that it is repeated.
+      # State is split over 16 chips and replicated beyond them.
       "mesh.data": -1,
       "mesh.fsdp": 16,
       "optimizer.learning_rate": learning_rate,

@@ -4,8 +4,8 @@
       --workdir=runs/refcoco --config.init_from=runs/ofa_base \
       --config.vocabulary.path=FOLDER
 
-`docs/recipes.md` goes from the downloaded files to the result and explains
-the arguments `size`, `epochs`, `data` and `split`. The data are
+`docs/recipes.md` describes every step from the downloaded files to the result,
+and the arguments `size`, `epochs`, `data` and `split`. The data are
 `data/refcoco_{train,val,testA,testB}.tsv`.
 
 | size   | official script | learning rate | epochs | drop path |
@@ -46,7 +46,7 @@ RECIPES = {
 }
 
 # Of the RefCOCO family. Four bins and eos are five labels: each query has its
-# own, and a box with equal neighbouring bins teaches nothing.
+# own, and a box with equal neighbouring bins contributes no gradient.
 SETTINGS = {
   "model.num_queries": 5,
   "data.image_size": (512, 512),

@@ -4,8 +4,8 @@
       --workdir=runs/refcocog --config.init_from=runs/ofa_base \
       --config.vocabulary.path=FOLDER
 
-`docs/recipes.md` goes from the downloaded files to the result and explains
-the arguments `size`, `epochs`, `data` and `split`. The data are
+`docs/recipes.md` describes every step from the downloaded files to the result,
+and the arguments `size`, `epochs`, `data` and `split`. The data are
 `data/refcocog_{train,val,test}.tsv`.
 
 | size   | official script | learning rate | epochs | drop path |
@@ -18,7 +18,7 @@ the arguments `size`, `epochs`, `data` and `split`. The data are
 
 Batch 128, warm-up 6 %, label smoothing 0.1, 5 queries, 512 pixels. The script
 of tiny is a second round: it starts from an earlier NARVL run on RefCOCOg, not
-from OFA (`--config.init_from=` takes the folder of such a run, too).
+from OFA (`--config.init_from=` also accepts the folder of such a run).
 
 Acc@0.5 on val / test, per cent:
 

@@ -1,11 +1,11 @@
-"""RefCOCO+: as RefCOCO, with expressions that do not say where things are.
+"""RefCOCO+: as RefCOCO, with expressions without words of location.
 
     python -m narvl_jax.train --config=configs/refcocoplus.py:size=base \
       --workdir=runs/refcocoplus --config.init_from=runs/ofa_base \
       --config.vocabulary.path=FOLDER
 
-`docs/recipes.md` goes from the downloaded files to the result and explains
-the arguments `size`, `epochs`, `data` and `split`. The data are
+`docs/recipes.md` describes every step from the downloaded files to the result,
+and the arguments `size`, `epochs`, `data` and `split`. The data are
 `data/refcocoplus_{train,val,testA,testB}.tsv`.
 
 | size   | official script    | learning rate | epochs | drop path |

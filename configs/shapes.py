@@ -12,7 +12,7 @@
 Per cent on the test split (4000 scenes a task, `:quick` 500), one run each,
 seed 0, jax 0.10.2, 2026-11-24, two cores of an AMD EPYC (`:long`: one) that
 other work shared at times. The times are from start to end.
-docs/experiments.md describes how the settings were found.
+docs/experiments.md explains the settings.
 """
 
 from ml_collections import ConfigDict
@@ -34,7 +34,7 @@ _SHARES = {
   "vqa": (0.10, 0.40),
   "entailment": (0.00, 0.30),
 }
-# For a run that is too short for two phases.
+# Shares of a run that is too short for two phases.
 _QUICK_SHARES = {
   "caption": (0.35, 0.35),
   "grounding": (0.35, 0.35),
@@ -116,7 +116,7 @@ def _small(
   seeing_steps: int,
   shares: dict[str, tuple[float, float]] = _SHARES,
 ) -> ConfigDict:
-  """Settings of all variants; the shares change at `seeing_steps`."""
+  """Sets up all variants; the shares change at `seeing_steps`."""
   config = default_config(*shares)
   options = {"image_size": image_size, "difficulty": difficulty}
   for task, (first, then) in shares.items():
@@ -134,7 +134,7 @@ def _small(
       # Three objects of four words and twice "and" are 14 labels.
       "model.num_queries": 16,
       "vocabulary.size": 400,
-      # Two pixels each.
+      # Two pixels per bin.
       "vocabulary.num_bins": 25,
       "data.image_size": (image_size, image_size),
       "data.max_label_length": 14,

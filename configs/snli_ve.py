@@ -4,8 +4,8 @@
       --workdir=runs/snli_ve --config.init_from=runs/ofa_base \
       --config.vocabulary.path=FOLDER
 
-`docs/recipes.md` goes from the downloaded files to the result and explains
-the arguments `size`, `epochs`, `data` and `split`. The data are
+`docs/recipes.md` describes every step from the downloaded files to the result,
+and the arguments `size`, `epochs`, `data` and `split`. The data are
 `data/snli_ve_{train,dev,test}.tsv`.
 
 | size   | official script | learning rate | epochs | drop path |
@@ -17,7 +17,7 @@ the arguments `size`, `epochs`, `data` and `split`. The data are
 | huge   | snli_ve_huge_3  | 2e-5          | 6      | 0.2       |
 
 Batch 256, warm-up 6 %, no label smoothing, 3 queries, 480 pixels. A second
-script, snli_ve_base_1, goes on from an earlier NARVL run with two queries:
+script, snli_ve_base_1, starts from an earlier NARVL run with two queries:
 `--config.model.num_queries=2` with weights that were converted with two.
 
 Accuracy on dev / test, per cent:

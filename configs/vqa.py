@@ -4,12 +4,12 @@
       --workdir=runs/vqa --config.init_from=runs/ofa_base \
       --config.vocabulary.path=FOLDER
 
-`docs/recipes.md` goes from the downloaded files to the result and explains
-the arguments `size`, `epochs`, `data` and `split`. The data are
+`docs/recipes.md` describes every step from the downloaded files to the result,
+and the arguments `size`, `epochs`, `data` and `split`. The data are
 `data/vqa_{train,val}.tsv`. `val` is the part that OFA keeps (about 10,000
 questions); the answers of the test split are not public.
 
-| size   | official script    | warm-up        | comes from          |
+| size   | official script    | warm-up        | targets             |
 | ------ | ------------------ | -------------- | ------------------- |
 | tiny   | none: as base      | 4 %            |                     |
 | medium | none: as base      | 4 %            |                     |
@@ -18,14 +18,14 @@ questions); the answers of the test split are not public.
 | huge   | vqa_huge_6_distill | none, no decay | a teacher's answers |
 
 Learning rate 5e-5, 10 epochs, batch 512, label smoothing 0.1, drop path 0.1, 6
-queries, 480 pixels, moving averages with 0.9999 from the first update on. The
+queries, 480 pixels, moving averages (0.9999) from the first update on. The
 table of embeddings is frozen, the row of the blank included. A warm-up ratio
-of 0 turns the decay off in the official schedule, over a million updates from
-5e-5 to 0; here that is a constant rate. For answers of a teacher name their
-file, `split=train_distill_huge` for `vqa_train_distill_huge.tsv`.
+of 0 disables the decay of the official schedule; here it is a constant rate.
+`split=train_distill_huge` trains on a teacher's answers in
+`vqa_train_distill_huge.tsv`.
 
-How many rows the training file has is not published; until it is there, a
-million is a placeholder.
+The number of rows of the training file is not published; a million is a
+placeholder until the file is read.
 
 Accuracy on test-dev / test-std, per cent:
 

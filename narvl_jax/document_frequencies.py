@@ -47,7 +47,7 @@ def document_frequencies(
     spec: a JSON file of COCO captions, or see `sources.open_source`.
     to: file to write, compressed if its name ends in `.gz`.
     tokenizer: "ptb" (needs Java), "simple", or "auto": "ptb" where it works.
-    split: of `spec`.
+    split: split of `spec`.
     max_examples: number of records to read, from the first; 0 reads all.
 
   Raises:

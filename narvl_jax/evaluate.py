@@ -55,7 +55,8 @@ class Options:
     max_examples: at most this many of every data set, 0: all;
       `config.evaluation.max_examples` if None.
     batch_size: `config.evaluation.batch_size` if None.
-    max_bad_fraction: of the records; `config.data.max_bad_fraction` if None.
+    max_bad_fraction: largest fraction of bad records;
+      `config.data.max_bad_fraction` if None.
     decoding: see `decodings.decodings_for`.
     answers: file of the answers that constrained VQA allows, see
       `narvl_jax.data.answers`; that of the config if "".

@@ -37,7 +37,7 @@ def report(
     The file.
 
   Raises:
-    UserError: the folder holds no run, or the file cannot be written.
+    UserError: the folder has no run, or the file cannot be written.
   """
   # Imported here, so that --help is fast.
   from narvl_jax.inspection.run_page import run_page
@@ -46,7 +46,7 @@ def report(
   folder = pathlib.Path(workdir)
   if not workdir_lib.is_run(folder):
     raise UserError(
-      f'"{folder}" holds no run: there is no {workdir_lib.CONFIG_FILE}; give'
+      f'"{folder}" has no run: there is no {workdir_lib.CONFIG_FILE}; give'
       " the folder that was the --workdir of `train`"
     )
   path = folder / _FILE if to is None else pathlib.Path(to)

@@ -41,10 +41,10 @@ def significance(
 
   Args:
     first: run folder or file of predictions.
-    second: likewise.
+    second: the other run folder or file.
     task: the only task to compare; all by default.
-    split: of the evaluations; any by default.
-    level: of the intervals, in (0, 1).
+    split: split of the evaluations; any by default.
+    level: level of the intervals, in (0, 1).
     kinds: whether to compare each kind of question as well.
 
   Returns:
@@ -126,7 +126,7 @@ def _rows(label: str, entry: Mapping[str, Any]) -> list[tuple[str, ...]]:
       for key in ("first", "second", "difference", "low", "high")
     ]
     one, other, difference, low, high = numbers
-    # CIDEr-D is printed times 100, as in papers, but is no percentage.
+    # CIDEr-D is printed times 100, as in papers, but is not a percentage.
     unit = "" if name.startswith("cider") else " %"
     rows.append(
       (

@@ -1,4 +1,4 @@
-"""The wheel: it holds what the checkout has, and runs without it."""
+"""The wheel: it contains what the checkout has, and runs without it."""
 
 import os
 import pathlib

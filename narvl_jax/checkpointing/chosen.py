@@ -1,4 +1,4 @@
-"""Which checkpoint is read: the best, the last, or a step."""
+"""Chooses the checkpoint to read: the best, the last, or a step."""
 
 import os
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.errors import UserError
 
 _T = TypeVar("_T")
-# A training run saves a new checkpoint between two attempts, so few suffice.
+# Attempts; a training run saves a new checkpoint between two of them.
 _ATTEMPTS = 20
 
 
 def choose_step(checkpoints: Checkpoints, wanted: str | int) -> int:
-  """Returns the step that "best", "last" or a number stands for.
+  """Returns the step for "best", "last" or a number.
 
   "best" is the last one while no checkpoint has a score.
 

@@ -26,21 +26,21 @@ from narvl_jax.files import side_files
 from narvl_jax.files.disk import atomically
 from narvl_jax.files.regular import is_regular, open_regular, read_regular
 
-# The damage of a path that must not be opened.
-NOT_REGULAR = "is no regular file"
+# Damage of a path that must not be opened.
+NOT_REGULAR = "is not a regular file"
 _NAME = re.compile(r"digests\.(\d{1,9})-of-(\d{1,9})\.txt")
-# Where Orbax keeps what one process wrote.
+# Folder in which Orbax stores the data of one process.
 _OF_PROCESS = re.compile(r"/ocdbt\.process_(\d+)/")
 
 
 class Digests(NamedTuple):
-  """Digests as they are on disk.
+  """Digests as stored on disk.
 
   Attributes:
     files: file -> [bytes, digest].
-    step: of the checkpoint they were written for; None if unknown.
+    step: step of the checkpoint they were written for; None if unknown.
     complete: whether every host has written its digests.
-    problems: [file of digests, what is wrong with it].
+    problems: [file of digests, its damage].
   """
 
   files: dict[str, list[Any]]
@@ -101,13 +101,13 @@ def has_digests(folder: pathlib.Path) -> bool:
 
 
 def read_digests(folder: pathlib.Path) -> Digests:
-  """Reads the digests of all hosts, whatever state they are in."""
+  """Reads the digests of all hosts, even if incomplete or damaged."""
   files: dict[str, list[Any]] = {}
   step, problems, counts, parts = None, [], set(), set()
   for path in sorted(folder.glob("digests.*.txt")):
     match = _NAME.fullmatch(path.name)
     if match is None:
-      problems.append([path.name, "is no file of a checkpoint"])
+      problems.append([path.name, "is not a file of a checkpoint"])
       continue
     parts.add(int(match.group(1)))
     counts.add(int(match.group(2)))
@@ -131,7 +131,7 @@ def check_files(
   """Compares the names of all files, and the contents of this host's share.
 
   Returns:
-    [file, what is wrong with it].
+    [file, its damage].
   """
   problems = list(digests.problems)
   if digests.step not in (None, folder.name):
@@ -140,7 +140,7 @@ def check_files(
   # Reading a pipe or a device would not end.
   present = {name for name in names if is_regular(folder / name)}
   problems += [[name, NOT_REGULAR] for name in sorted(names - present)]
-  # Only complete digests show that a file does not belong.
+  # Only complete digests show that a file is foreign.
   new = set()
   if digests.complete and not digests.problems:
     new = present - digests.files.keys()
@@ -153,7 +153,9 @@ def check_files(
     new.discard(renamed or "")
     how = f"was renamed to {renamed}" if renamed else "is missing"
     problems.append([name, how])
-  problems += [[name, "is no file of this checkpoint"] for name in sorted(new)]
+  problems += [
+    [name, "is not a file of this checkpoint"] for name in sorted(new)
+  ]
 
   own = sorted(digests.files.keys() & present)[host::hosts]
   # hashlib releases the GIL.
@@ -164,7 +166,7 @@ def check_files(
 
 
 def _check_file(path: pathlib.Path, size: int, digest: str) -> str:
-  """Returns what is wrong with a file, "" if nothing is."""
+  """Returns the damage of a file; "" if it is intact."""
   try:
     found = path.stat().st_size
     if found != size:
@@ -183,7 +185,7 @@ def _write(path: pathlib.Path, values: dict[str, Any]) -> None:
 
 
 def _parse(data: bytes) -> dict[str, Any] | None:
-  """Returns the step and the files of digests, None if they were changed."""
+  """Returns the step and the files of digests; None if they were changed."""
   first, _, body = data.partition(b"\n")
   if first.decode("latin-1") != _digest_bytes(body):
     return None

@@ -62,7 +62,7 @@ class HeldFolder:
     again.
     """
     if self._number >= 0 and self.path != self._folder:
-      # Not closed: the next file that is opened would get the number.
+      # Not closed: the next opened file would get the descriptor.
       nothing = os.open(os.devnull, os.O_RDONLY)
       os.dup2(nothing, self._number)
       os.close(nothing)

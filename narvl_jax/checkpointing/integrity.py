@@ -1,6 +1,6 @@
-"""Whether a checkpoint on disk is what was written.
+"""Detects whether a checkpoint on disk was changed after the save.
 
-The record holds checksums of the arrays (`checksums`), taken on the devices
+The record contains checksums of the arrays (`checksums`), taken on the devices
 before the save. `digests` of the files are written after it. A checkpoint of a
 run that was killed in between has no digests; its arrays are read and compared
 instead.
@@ -29,7 +29,7 @@ from narvl_jax.checkpointing.record import (
 )
 from narvl_jax.errors import UserError, list_few
 
-# Files, and arrays, that a message names.
+# Number of files, and of arrays, in a message.
 _SHOWN = 3
 
 # Value of this host -> values of all.
@@ -37,19 +37,19 @@ Gather = Callable[[Any], Sequence[Any]]
 
 
 class Damage(NamedTuple):
-  """What is wrong with a checkpoint.
+  """The damage of a checkpoint.
 
   Attributes:
-    files: [path below its folder, what is wrong]; "/" at the end marks the
-      folder itself.
-    leaves: [array, what is wrong].
+    files: [path below its folder, damage]; "/" at the end marks the folder
+      itself.
+    leaves: [array, damage].
   """
 
   files: list[list[str]]
   leaves: list[list[str]]
 
   def by_kind(self) -> dict[str, list[list[str]]]:
-    """Returns what is wrong with the folder, its files and its arrays."""
+    """Returns the damage of the folder, its files and its arrays."""
     folders = [[x[:-1], what] for x, what in self.files if x.endswith("/")]
     files = [x for x in self.files if not x[0].endswith("/")]
     return {"folder": folders, "file": files, "array": self.leaves}
@@ -63,7 +63,7 @@ class Damage(NamedTuple):
 
 
 class DamagedCheckpoint(UserError):
-  """A checkpoint is not what was written; has its `step` and `damage`."""
+  """A checkpoint was changed after the save; has its `step` and `damage`."""
 
   def __init__(self, step: int, damage: Damage, advice: str = "") -> None:
     text = f"the checkpoint of step {step} is damaged: {damage}"
@@ -78,7 +78,7 @@ def examine(
   hosts: int = 1,
   gather: Gather = lambda value: [value],
 ) -> Damage | None:
-  """Compares a checkpoint with what was written.
+  """Compares a checkpoint with its digests and checksums.
 
   Hosts share the work and return the same result.
 
@@ -101,11 +101,11 @@ def examine(
   complete = all(complete for _, complete in shared)
   if complete and not files:
     return None
-  # The arrays in a damaged file are not known, but its item is.
+  # The arrays in a damaged file are unknown, but its item is known.
   suspects = set(ITEMS)
   if complete:
     suspects &= {name.split("/", 1)[0] for name, _ in files}
-  # Reading the arrays of an item that holds a pipe would not end.
+  # Reading the arrays of an item that contains a pipe would not end.
   suspects -= {
     name.split("/", 1)[0] for name, what in files if what == NOT_REGULAR
   }

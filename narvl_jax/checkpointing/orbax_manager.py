@@ -54,8 +54,8 @@ def open_manager(
   """Returns the manager of a folder of checkpoints.
 
   Args:
-    folder: created if it is written to.
-    reasons: why checkpoints are kept; None: the folder is only read.
+    folder: the folder; created unless it is only read.
+    reasons: reasons to keep checkpoints; None: the folder is only read.
     note_error: called in another thread as soon as a save fails on this host;
       Orbax itself raises only after waiting for the other hosts.
   """
@@ -137,7 +137,7 @@ class RestoreArrays(ocp.args.StandardRestore):
 
 @functools.cache
 def _split_only_large_arrays() -> None:
-  """Has Orbax write a replicated array from one device unless it is large.
+  """Makes Orbax write a replicated array from one device unless it is large.
 
   Otherwise it splits every array over all replicas and compiles one slice for
   each device and shape: a minute at the first save on a CPU.

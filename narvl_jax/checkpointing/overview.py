@@ -1,4 +1,4 @@
-"""What the command `checkpoints` prints: lists, damage and differences."""
+"""Output of the command `checkpoints`: lists, damage and differences."""
 
 import datetime
 import math
@@ -136,7 +136,7 @@ def restore_config(workdir: pathlib.Path) -> str:
   """Restores a run's config from a checkpoint; returns a line for each file.
 
   Raises:
-    UserError: no checkpoint is intact and holds a config.
+    UserError: no checkpoint is intact and contains a config.
   """
   folder = _folder(workdir)
   for step in reversed(stored_steps(folder)):
@@ -179,16 +179,16 @@ def _folder(workdir: pathlib.Path) -> pathlib.Path:
   folder = workdir / FOLDER
   if not folder.is_dir():
     raise UserError(
-      f"{workdir} holds no {FOLDER}; give the folder of a run or of converted"
+      f"{workdir} has no {FOLDER}; give the folder of a run or of converted"
       " weights"
     )
   if not stored_steps(folder):
-    raise UserError(f"{folder} holds no checkpoint yet")
+    raise UserError(f"{folder} has no checkpoint yet")
   return folder
 
 
 def _record(folder: pathlib.Path, step: int) -> CheckpointRecord | str:
-  """Returns the record of a checkpoint, or why there is none."""
+  """Returns the record of a checkpoint, or the reason for its absence."""
   try:
     return read_record(folder / str(step))
   except RenamedCheckpoint as error:
@@ -222,7 +222,7 @@ def _intact(place: pathlib.Path) -> CheckpointRecord:
 
 
 def _step(folder: pathlib.Path, step: str | int) -> int:
-  """Returns the step that "best", "last" or a number stands for."""
+  """Returns the step for "best", "last" or a number."""
   steps = [str(x) for x in stored_steps(folder)]
   if step in ("best", "last"):
     records = [_record(folder, int(x)) for x in steps]

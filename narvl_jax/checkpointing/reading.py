@@ -81,7 +81,7 @@ class StoredCheckpoints:
 
   @property
   def best_step(self) -> int | None:
-    """The step with the best score, None if none has one."""
+    """The step with the best score; None if none has a score."""
     return next(iter(ranked(self.steps(), self._scores)), None)
 
   def steps(self) -> list[int]:
@@ -128,7 +128,7 @@ class StoredCheckpoints:
     }
 
   def damage(self, step: int) -> Damage | None:
-    """Returns what is wrong with a checkpoint on disk, equal on all hosts."""
+    """Returns the damage of a checkpoint on disk, equal on all hosts."""
     self.wait()
     place = self._folder / str(step)
     try:
@@ -148,14 +148,15 @@ class StoredCheckpoints:
       target: shapes, dtypes and shardings (`jax.ShapeDtypeStruct`).
 
     Raises:
-      DamagedCheckpoint: it is not what was written.
-      UserError: it holds weights only, or the state of another model.
+      DamagedCheckpoint: it was changed after the save.
+      UserError: it contains weights only, or the state of another model.
     """
     items = state_items(target)
     record = self.read_record(step)
     if not any(record_lib.item_of(x) == "optimizer" for x in record.leaves):
       raise UserError(
-        f"the checkpoint {step} holds weights but no state of an optimizer, so"
+        f"the checkpoint {step} contains weights but no state of an optimizer,"
+        " so"
         " no run can resume from it; start one with --config.init_from=FOLDER"
         " and another --workdir"
       )
@@ -180,8 +181,8 @@ class StoredCheckpoints:
         then take precedence, or None.
 
     Raises:
-      DamagedCheckpoint: it is not what was written.
-      UserError: it holds the variables of another model.
+      DamagedCheckpoint: it was changed after the save.
+      UserError: it contains the variables of another model.
     """
     items = {"params": dict(target)}
     if ema is not None:
@@ -196,13 +197,13 @@ class StoredCheckpoints:
   def _read(
     self, step: int, record: CheckpointRecord, items: Mapping[str, Any]
   ) -> dict[str, Any]:
-    """Reads items and compares them with what was saved."""
+    """Reads items and compares them with their checksums."""
     damage = self.damage(step)
     if damage is not None:
       raise self._rejection(step, damage)
     args = self._orbax.ocp.args.Composite(
       **{
-        # With the stored dtypes, which the checksums are of.
+        # In the stored dtypes, to which the checksums refer.
         name: self._orbax.RestoreArrays(_as_stored(item, name, record))
         for name, item in items.items()
       }
@@ -279,7 +280,7 @@ def restore_target(abstract: Any, shardings: Any) -> Any:
 
 
 def state_items(state: TrainState) -> dict[str, Any]:
-  """Returns the items of a checkpoint that hold the parts of a state."""
+  """Returns the items of a checkpoint that contain the parts of a state."""
   items = {
     "params": {"params": state.params, "batch_stats": state.batch_stats},
     "optimizer": {"step": state.step, "opt_state": state.opt_state},

@@ -1,4 +1,4 @@
-"""The record of a checkpoint: what it is, and what its arrays are.
+"""The record of a checkpoint: its metadata and that of its arrays.
 
 A checkpoint is a folder `STEP` of items (folders): `params` (parameters and
 running statistics), `optimizer` (its state and the step), `ema` (moving
@@ -23,7 +23,7 @@ FILE = "record.json"
 ITEMS = ("params", "optimizer", "ema")
 # Neither "007" nor "²" is the name of a step.
 _STEP = re.compile(r"0|[1-9][0-9]*")
-# Times that a folder without checkpoints is listed.
+# How often a folder without checkpoints is listed.
 _LISTINGS = 5
 
 
@@ -41,13 +41,13 @@ class ArrayRecord(NamedTuple):
 
 
 class CheckpointRecord(NamedTuple):
-  """What a checkpoint is.
+  """Metadata of a checkpoint.
 
   Attributes:
     step: number of updates.
-    score: of its evaluation, higher is better; None if not evaluated.
-    run: progress of the run beside its arrays, such as the data position.
-    config: of the run, with its seeds; None for weights without a run.
+    score: score of its evaluation, higher is better; None if not evaluated.
+    run: progress of the run besides the arrays, such as the data position.
+    config: config of the run, with its seeds; None for weights without a run.
     leaves: name -> array. Names are those of a `TrainState`, such as
       `params/encoder/kernel` or `opt_state/0/count`.
     vocabulary: fingerprint of the vocabulary; None if unknown (checkpoints of
@@ -63,7 +63,7 @@ class CheckpointRecord(NamedTuple):
 
 
 class BrokenRecord(ValueError):
-  """A record cannot be read, or is not what was written."""
+  """A record cannot be read, or was changed."""
 
 
 class RenamedCheckpoint(BrokenRecord):
@@ -76,7 +76,7 @@ class RenamedCheckpoint(BrokenRecord):
 def stored_steps(folder: pathlib.Path) -> list[int]:
   """Returns the steps of the checkpoints in a folder, in order.
 
-  A listing is no snapshot: while a run replaces its only checkpoint, it may
+  A listing is not a snapshot: while a run replaces its only checkpoint, it may
   miss both the old one and the new one. An empty listing is thus repeated.
   """
   for _ in range(_LISTINGS):
@@ -133,7 +133,7 @@ def read_record(folder: pathlib.Path) -> CheckpointRecord:
     ):
       raise ValueError("it is not what was written")
     record = _from_json(json.loads(text))
-  # Damaged JSON may hold values of any type, nested to any depth.
+  # Damaged JSON may contain values of any type, nested to any depth.
   except (
     ValueError,
     KeyError,

@@ -1,4 +1,4 @@
-"""Whether the record of a checkpoint matches a run folder and a model."""
+"""Compares the record of a checkpoint with a run folder and a model."""
 
 import difflib
 import pathlib
@@ -17,7 +17,7 @@ from narvl_jax.experiment.config_table import may_change
 from narvl_jax.files.disk import write_json
 from narvl_jax.run_folder import workdir as workdir_lib
 
-# Settings, and arrays of each kind, that a message names.
+# Number of settings, and of arrays of each kind, in a message.
 _SHOWN_KEYS, _SHOWN_ARRAYS = 4, 3
 
 
@@ -34,11 +34,11 @@ def check_config(
 
   Args:
     config: read from its `config.json`.
-    record: of the checkpoint; without a config nothing is compared.
+    record: record of the checkpoint; without a config nothing is compared.
     resumes: whether training continues; then all other settings must be equal.
 
   Returns:
-    Notes about differences that do not change any answer.
+    Notes about differences that do not change any prediction.
 
   Raises:
     UserError: another setting differs.
@@ -96,12 +96,12 @@ def restore_config(
   """Writes `config.json` from a record; returns a line for each file.
 
   Raises:
-    UserError: the record holds no config, or a file cannot be written.
+    UserError: the record has no config, or a file cannot be written.
   """
   path = workdir / workdir_lib.CONFIG_FILE
   if record.config is None:
     raise UserError(
-      f"the checkpoint of step {record.step} holds no config; restore {path}"
+      f"the checkpoint of step {record.step} has no config; restore {path}"
       " from a copy"
     )
   lines = []
@@ -129,8 +129,8 @@ def check_arrays(
     dtypes: whether dtypes must be equal.
 
   Raises:
-    UserError: naming missing, unknown and different arrays, the nearest names,
-      and the flags of a run that can start from such a checkpoint.
+    UserError: they differ; the error names missing, unknown and different
+      arrays, the nearest names, and flags to start a run from the checkpoint.
   """
   items = {item_of(name) for name in wanted}
   there = {

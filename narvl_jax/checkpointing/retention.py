@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept, and why.
+"""Decides which checkpoints of a run are kept.
 
 The policies of Orbax are not used: `BestN` keeps checkpoints without a score
 while there are few, and lets a NaN displace the best; they read scores from
@@ -18,7 +18,7 @@ class Retention:
   Attributes:
     last: number of newest checkpoints, at least 1.
     best: number of checkpoints with the highest scores, see `ranked`.
-    every: keeps each step that this divides; 0: none.
+    every: steps divisible by this are kept; 0: none.
   """
 
   last: int
@@ -46,7 +46,7 @@ class Retention:
 def ranked(
   steps: Iterable[int], scores: Mapping[int, float | None]
 ) -> list[int]:
-  """Returns the steps with a score, best first; of equals the later first."""
+  """Returns the steps with a score, best first; later steps first if equal."""
   scored = []
   for step in steps:
     score = scores.get(step)

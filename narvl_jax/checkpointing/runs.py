@@ -1,4 +1,4 @@
-"""Loads what a run folder holds: its experiment and its weights."""
+"""Loads what a run folder contains: its experiment and its weights."""
 
 import os
 import pathlib
@@ -28,7 +28,7 @@ def build_in(
   workdir: str | os.PathLike[str],
   datasets: DataSets | None = None,
 ) -> Experiment:
-  """Builds the experiment of an existing run, or of one that starts here.
+  """Builds the experiment of an existing or a new run.
 
   An existing run has its own vocabulary, so resuming does not need the files
   that the vocabulary was made from.
@@ -38,7 +38,7 @@ def build_in(
     datasets: of the config, if some are open.
 
   Raises:
-    UserError: the vocabulary, or something that the config names, is wrong.
+    UserError: the vocabulary, or a file that the config names, is invalid.
   """
   folder = pathlib.Path(workdir)
   if workdir_lib.is_run(folder):
@@ -71,7 +71,7 @@ def load_run(
   Args:
     checkpoint: "best" (by the evaluations during training), "last", or a
       step.
-    sharding: of every variable; None: the first device.
+    sharding: sharding of every variable; None: the first device.
 
   Returns:
     The experiment, its variables (moving averages if the run has them), and

@@ -38,7 +38,7 @@ def opened(path: str, key: str) -> Iterator[tuple[Checkpoints, int]]:
     raise UserError(f"{named}: there is no such folder ({flag})")
   if not (place / FOLDER).is_dir():
     raise UserError(
-      f"{named} holds no {FOLDER}; it must be the folder of a run"
+      f"{named} has no {FOLDER}; it must be the folder of a run"
       f" or of converted weights ({flag})"
     )
   with Checkpoints(path) as checkpoints:

@@ -39,7 +39,7 @@ __all__ = ["FOLDER", "Checkpoints", "restore_target"]
 
 # In the run folder.
 DAMAGED_FOLDER = "damaged"
-# How long a failed save waits for its completion thread.
+# Seconds that a failed save waits for its completion thread.
 _LAST_WORDS_SECONDS = 5.0
 # Writes in flight when a save fails end within this many removals.
 _REMOVALS = 5
@@ -70,9 +70,9 @@ class Checkpoints(StoredCheckpoints):
       keep_last: number of newest checkpoints to keep; None opens the folder
         for reading only.
       keep_best: number of checkpoints with the highest scores to keep.
-      keep_every: keeps each step that this divides; 0: none.
-      config: of the run, stored with every checkpoint.
-      vocabulary: its fingerprint, stored likewise.
+      keep_every: steps divisible by this are kept; 0: none.
+      config: config of the run, stored with every checkpoint.
+      vocabulary: fingerprint of the vocabulary, stored with it.
     """
     self._config = None if config is None else to_json(config)
     self._vocabulary = vocabulary
@@ -106,11 +106,11 @@ class Checkpoints(StoredCheckpoints):
 
   @property
   def last_step(self) -> int | None:
-    """The newest step, None if there is none."""
+    """The newest step; None if there is none."""
     return self._manager.latest_step()
 
   def prepare(self, state: TrainState) -> None:
-    """Compiles what the first `save` of such a state would wait for."""
+    """Compiles the programs that the first `save` of such a state needs."""
     device_checksums(list(name_leaves(state_items(state)).values()))
 
   def save(
@@ -126,8 +126,8 @@ class Checkpoints(StoredCheckpoints):
     Args:
       step: number of updates, the name of the checkpoint.
       state: may be donated as soon as this returns.
-      score: of the evaluation at this step, higher is better; None if it was
-        not evaluated.
+      score: score of the evaluation at this step, higher is better; None if it
+        was not evaluated.
       run: JSON values, see `CheckpointRecord`.
 
     Raises:
@@ -184,7 +184,7 @@ class Checkpoints(StoredCheckpoints):
   def set_score(
     self, step: int, score: float | None, run: Mapping[str, Any]
   ) -> None:
-    """Replaces what `save` stored beside the arrays of an intact checkpoint."""
+    """Replaces score and progress of an intact checkpoint."""
     record = self.read_record(step)
     distributed.barrier("record read")
     if distributed.is_first():
@@ -194,7 +194,7 @@ class Checkpoints(StoredCheckpoints):
     self._scores[step] = score
     if self._retention is None:
       return
-    # As if it had been saved with this score: a previous best one may go.
+    # As after a save with this score: a previous best one may be removed.
     for other, reasons in self._reasons(self.steps()).items():
       if not reasons:
         self._manager.delete(other)
@@ -222,8 +222,8 @@ class Checkpoints(StoredCheckpoints):
     """Raises the error of the save in progress, if it failed.
 
     Raises:
-      UserError: naming the step and the error of the disk.
-      RuntimeError: naming the step, for an unexpected error.
+      UserError: the disk failed; the error names the step and the cause.
+      RuntimeError: an unexpected error; it names the step.
     """
     completion = self._completion
     if completion is None:
@@ -261,7 +261,7 @@ class Checkpoints(StoredCheckpoints):
     )
 
   def _remove_parts(self, step: int) -> None:
-    """Removes what a failed save wrote, also what arrives a bit later."""
+    """Removes the files of a failed save, including those written later."""
     for _ in range(_REMOVALS):
       for part in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
         shutil.rmtree(part, ignore_errors=True)
@@ -269,7 +269,7 @@ class Checkpoints(StoredCheckpoints):
 
   @property
   def progress(self) -> str:
-    """The step that was saved last, and whether it is on disk yet."""
+    """The last saved step, and whether it is on disk already."""
     if self._saved is None:
       return "none" if self.last_step is None else f"saved {self.last_step}"
     saving = self._completion is not None and self._completion.is_alive()
@@ -322,7 +322,7 @@ class Checkpoints(StoredCheckpoints):
 
 
 class _Completion(threading.Thread):
-  """Completes the save of `step`; `error` is what went wrong, or None."""
+  """Completes the save of `step`; `error` is its error, or None."""
 
   def __init__(self, step: int, complete: Callable[[int], None]) -> None:
     super().__init__(name="checkpoint completion", daemon=True)

@@ -1,1 +1,1 @@
-"""The parallel model against its autoregressive counterpart; see README.md."""
+"""Compares the parallel model with its autoregressive counterpart."""

@@ -22,8 +22,8 @@ class Model(NamedTuple):
 
   Attributes:
     encoder: name of its encoder in `Case.encoders`.
-    network: with variables prepared for the readers.
-    variables: as restored, for the model without a cache.
+    network: model and variables, prepared for the readers.
+    variables: restored variables, for the model without a cache.
   """
 
   encoder: str
@@ -45,8 +45,8 @@ class Case:
 
   Attributes:
     models: "AR" and "NAR".
-    ways: all decodings, including those that do not apply.
-    programs: label -> program of each that applies.
+    ways: all decodings, including inapplicable ones.
+    programs: label -> program of each applicable decoding.
     batches: (batch size, number) -> batches for both models.
     facts: shapes, for the report.
   """
@@ -109,7 +109,7 @@ def length_programs(
 ) -> dict[str, dict[int, TimedDecoder]]:
   """Returns label -> tokens of an answer -> program, for `length_curves`.
 
-  The autoregressive model is made to emit exactly that many tokens and eos;
+  The autoregressive model is forced to emit exactly that many tokens and eos;
   the lengths are inputs of one program. The parallel model has its own number
   of queries, and in a second curve one query per token and eos.
   """

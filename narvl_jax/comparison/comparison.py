@@ -1,4 +1,4 @@
-"""Measures quality and latency of every way to decode."""
+"""Measures quality and latency of every decoding."""
 
 import contextlib
 import datetime
@@ -28,7 +28,7 @@ def compare(options: Options) -> dict[str, Any]:
   """Measures, prints tables, writes and returns `comparison.json`.
 
   Raises:
-    UserError: the runs cannot be compared, or do not have what the options
+    UserError: the runs cannot be compared, or lack something that the options
       name.
   """
   if options.draws:
@@ -42,7 +42,7 @@ def compare(options: Options) -> dict[str, Any]:
 
 
 class _Comparison:
-  """A comparison and what has been measured so far.
+  """A comparison and its results so far.
 
   Attributes:
     result: the content of `comparison.json`.
@@ -94,14 +94,14 @@ class _Comparison:
 
   @contextlib.contextmanager
   def _stage(self, task: str, what: str) -> Iterator[None]:
-    """Shows what is under way: compiling and searching take minutes."""
+    """Shows the current stage: compiling and searching take minutes."""
     seconds = time.monotonic() - self._start
     show(f"[{seconds:7.1f}s] {task}: {what}")
     with progress.doing(f"{task}: {what}"):
       yield
 
   def _prepare_cases(self) -> dict[str, Callable[[], Case]]:
-    """Returns task -> what makes its case; one at a time saves memory."""
+    """Returns task -> maker of its case; making one at a time saves memory."""
     chosen = self._options
     settings: dict[str, Any] = {
       "beam_size": chosen.beam_size,

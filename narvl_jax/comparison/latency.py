@@ -68,7 +68,7 @@ def measure(
 
   Each round runs the encoders and then all decoders on the next batch, in
   reverse order every other round, so that other load slows all of them alike.
-  Everything runs once before, and every result is waited for.
+  Everything runs once before; every measurement waits for its result.
 
   Args:
     programs: by label; `BASELINE` is one of them.
@@ -133,7 +133,7 @@ def length_curves(
   """Times decoders for answers of given lengths, in turn.
 
   Args:
-    encoders: by name.
+    encoders: encoders by name.
     programs: label -> tokens of the answer -> program. Programs of equal models
       and readers are compiled once.
     batch: see `measure`.

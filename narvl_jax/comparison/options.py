@@ -18,7 +18,7 @@ class Options:
   They are the flags of `narvl_jax.compare`, whose help explains them.
 
   Raises:
-    UserError: a value is out of range, or two exclude each other.
+    UserError: a value is out of range, or two contradict each other.
   """
 
   nar: str = ""

@@ -1,4 +1,4 @@
-"""Scores of every way to decode, and their differences."""
+"""Scores of every decoding, and their differences."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -25,12 +25,12 @@ def measure(
   Args:
     opened: the runs, by the model of a decoding.
     max_examples: at most this many of every data set; all if None.
-    stage: makes the context of each evaluation.
+    stage: returns the context of each evaluation.
 
   Returns:
-    Label -> "metrics", the main one first, "examples" and, but for `BASELINE`,
-    "difference": what `paired.compare` returns for each metric, of the decoding
-    minus `BASELINE`.
+    Label -> "metrics", the main one first, "examples" and, except for
+    `BASELINE`, "difference": the result of `paired.compare` for each metric, of
+    the decoding minus `BASELINE`.
 
   Raises:
     UserError: no such split, or too many records are bad.

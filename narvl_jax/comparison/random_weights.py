@@ -41,7 +41,7 @@ class Workload:
   Attributes:
     image_size: pixels a side.
     text_length: tokens of the padded source.
-    queries: of the parallel model.
+    queries: number of queries of the parallel model.
     answer_length: tokens of the autoregressive model before eos.
     answers: number of allowed answers; 0: any text.
     coordinates: number of bins of an answer; 0: answers are text.
@@ -87,7 +87,7 @@ def workloads(
   if image_size is not None and (image_size < 16 or image_size % 16):
     nearest = max(16, round(image_size / 16) * 16)
     raise UserError(
-      f"--image_size={image_size} is no multiple of 16; nearest:"
+      f"--image_size={image_size} is not a multiple of 16; nearest:"
       f" --image_size={nearest}"
     )
   chosen = {task: WORKLOADS[task] for task in tasks or WORKLOADS}

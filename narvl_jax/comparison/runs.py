@@ -75,7 +75,7 @@ def open_runs(
   for flag, path in (("nar", nar), ("ar", ar)):
     if not workdir_lib.is_run(pathlib.Path(path)):
       raise UserError(
-        f'"{path}" holds no run (--{flag}=RUN, a folder of narvl_jax.train)'
+        f'"{path}" has no run (--{flag}=RUN, a folder of narvl_jax.train)'
       )
   runs = {
     kind: Run(flag, path, *load_run(path, checkpoint))

@@ -1,4 +1,4 @@
-"""Greedy search without a cache, to measure what the cache saves."""
+"""Greedy search without a cache, to measure the gain from the cache."""
 
 import dataclasses
 from typing import Any

@@ -8,7 +8,7 @@ from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError, did_you_mean
 
 AR, NAR = "AR", "NAR"
-# Ratios are relative to it.
+# Ratios are relative to this decoding.
 BASELINE = f"{NAR} greedy"
 UNCACHED = f"{AR} uncached"
 
@@ -53,7 +53,7 @@ def ways_of(
     space: the answers that the task allows; any if None.
     reason: why there is no `space`.
     reference: official decoding of the autoregressive model.
-    beam_size: of both models.
+    beam_size: hypotheses of both models.
     uncached: whether to add greedy search without a cache.
   """
   constrained = space is not None
@@ -100,8 +100,7 @@ def choose(ways: Sequence[Way], wanted: Sequence[str]) -> list[Way]:
     found = [n for n in names if n == plain or n.startswith(plain + "-")]
     if not found:
       raise UserError(
-        f'--ways: there is no way to decode "{label}".'
-        f"{did_you_mean(plain, names)}"
+        f'--ways: there is no decoding "{label}".{did_you_mean(plain, names)}'
       )
     chosen |= {names[n].label for n in found}
   return [way for way in ways if way.label in chosen]

@@ -1,8 +1,8 @@
 """Texts of records: checks before tokenising, and the spelling of answers.
 
 Targets, truths, lists of allowed answers and predictions are compared in the
-spelling of `normalize_answer`, so that a trained answer can also score. The
-official files have this spelling already.
+spelling of `normalize_answer`, so that a predicted answer of the training data
+can score. The official files have this spelling already.
 """
 
 import collections
@@ -16,8 +16,8 @@ _LONGEST_TEXT = 1_000_000
 # Composing a longer answer (NFC) may take minutes: the time is quadratic in a
 # run of combining marks.
 LONGEST_ANSWER = 10_000
-# Invisible and without meaning: soft hyphen, zero-width space, marks of the
-# direction of text, word joiner, invisible operators, byte order mark. The
+# Invisible characters without meaning: soft hyphen, zero-width space, marks of
+# the direction of text, word joiner, invisible operators, byte order mark. The
 # joiners U+200C and U+200D and the selector U+FE0F belong to words and emoji.
 _INVISIBLE = dict.fromkeys(
   [
@@ -35,8 +35,8 @@ def checked_text(text: str) -> str:
   """Returns the text if it can be tokenised.
 
   Raises:
-    UserError: it holds an unpaired surrogate, which is not a character, or it
-      is too long.
+    UserError: it contains an unpaired surrogate, which is not a character, or
+      it is too long.
   """
   if len(text) > _LONGEST_TEXT:
     raise UserError(

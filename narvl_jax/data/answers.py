@@ -95,8 +95,8 @@ def _read_pickle(path: pathlib.Path) -> list[Any]:
 def _entries(content: Any, path: pathlib.Path) -> list[Any]:
   if not isinstance(content, dict | list):
     raise UserError(
-      f'the list of answers "{path}" holds a {type(content).__name__}; it must'
-      f" be a list of answers or an object whose keys they are ({_FLAG})"
+      f'the list of answers "{path}" contains a {type(content).__name__}; it'
+      f" must be a list of answers or an object whose keys they are ({_FLAG})"
     )
   return list(content)
 

@@ -27,12 +27,12 @@ def coco_captions(path: str | os.PathLike[str]) -> dict[int | str, list[str]]:
     annotations = content["annotations"]
     pairs = [(entry["image_id"], entry["caption"]) for entry in annotations]
     if not all(isinstance(caption, str) for _, caption in pairs):
-      raise ValueError("a caption is no text")
+      raise ValueError("a caption is not a text")
   except OSError as error:
     raise UserError(f'"{path}": {error.strerror or error}') from error
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(
-      f'"{path}" is no file of COCO captions'
+      f'"{path}" is not a file of COCO captions'
       ' {"annotations": [{"image_id": 1, "caption": "a dog"}]}'
       f" ({type(error).__name__}: {error})"
     ) from error

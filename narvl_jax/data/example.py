@@ -50,7 +50,7 @@ class Record:
       otherwise None.
     annotators: VQA only: number of people whose answers determine the scores,
       see `answer_text.annotator_scores`; 0 if the scores were given directly.
-    people: the answers of these people as they gave them, for the official
+    people: the unchanged answers of these people, for the official
       accuracy of VQA; for captions all references, equal ones included; empty
       if unknown.
   """

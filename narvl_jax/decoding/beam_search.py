@@ -81,8 +81,8 @@ def beam_search(
       last tokens are `first_tokens`.
     reorder: returns the cache in which hypothesis k of an example continues
       its hypothesis parents[b, k]. Not called if K is 1.
-    cache: any pytree of arrays. It holds the prompt without its last token, for
-      each of the K hypotheses.
+    cache: any pytree of arrays. It contains the prompt without its last token,
+      for each of the K hypotheses.
     first_tokens: int32 [B], the last tokens of the prompts, or bos. They count
       for `no_repeat_ngram`.
     eos_id: see `Rules`, also for all arguments that are not explained here.

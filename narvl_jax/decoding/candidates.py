@@ -45,8 +45,8 @@ def score_candidates(
     extend: decoder pass with teacher forcing. It takes the last token of the
       prompt followed by the candidate, and the cache, and returns the logits
       of the token after each of them.
-    cache: any pytree of arrays. It holds the prompt without its last token, for
-      every example or for each of C' = group_size candidates.
+    cache: any pytree of arrays. It contains the prompt without its last token,
+      for every example or for each of C' = group_size candidates.
     first_tokens: int32 [B], the last tokens of the prompts, or bos.
     candidates: int32 [C, L] without eos; padding is not scored.
     lengths: int32 [C].

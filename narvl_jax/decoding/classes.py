@@ -18,8 +18,8 @@ class Classes:
     pad_id: fills the tails of texts and answers.
     eos_id: ends texts and answers.
     blank_id: CTC blank; None for an autoregressive model.
-    forbidden: bool [vocab_size] as bytes, classes that answers must not hold;
-      None if there are none, as the official checkpoints expect.
+    forbidden: bool [vocab_size] as bytes, classes that answers must not
+      contain; None if there are none, as the official checkpoints expect.
     bins: id of the first coordinate bin and their number; None without boxes.
   """
 

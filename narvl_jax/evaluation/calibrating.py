@@ -96,7 +96,7 @@ def draw(
 
   Args:
     measured: see `by_task`.
-    temperatures: of the same tasks.
+    temperatures: temperatures of the same tasks.
   """
   cell = _SIDE + 2 * _MARGIN
   size = (2 * cell, max(len(measured), 1) * cell)

@@ -90,7 +90,7 @@ def distill(options: Options) -> list[DistilledSet]:
     The data sets, complete.
 
   Raises:
-    UserError: no such run, checkpoint, data set or task; the folder holds
+    UserError: no such run, checkpoint, data set or task; the folder contains
       something else; too many records are bad.
   """
   model = Labeller(
@@ -175,7 +175,7 @@ def _chosen(config: Any, options: Options) -> dict[str, dict[str, Any]]:
 
 
 def _check_folder(folder: pathlib.Path) -> None:
-  """Raises UserError if a folder holds anything but distilled data."""
+  """Raises UserError if a folder contains anything but distilled data."""
   check_folder("--to", folder)
   if not folder.is_dir():
     return
@@ -187,8 +187,8 @@ def _check_folder(folder: pathlib.Path) -> None:
     )
     if not known:
       raise UserError(
-        f'--to="{folder}" holds something else: {path.name}; set --to to a new'
-        " folder, or to one of narvl_jax.distill"
+        f'--to="{folder}" contains something else: {path.name}; set --to to a'
+        " new folder, or to one of narvl_jax.distill"
       )
 
 

@@ -45,7 +45,7 @@ class EntailmentTable(Metric):
     """Returns {"confusion": classes, counts, per_class}.
 
     Rows of the counts are true labels, columns the answers; the last column
-    counts answers that are no label. A division by zero is None.
+    counts answers that are not a label. A division by zero is None.
     """
     answers, truths = zip(*measured, strict=True)
     table = classes.confusion(answers, truths, ANSWERS)

@@ -41,15 +41,16 @@ def evaluate_tasks(
 
   Args:
     experiment: model, vocabulary, tasks and config of the run.
-    variables: of the model; the batch is split over their mesh, if any.
+    variables: variables of the model; the batch is split over their mesh, if
+      any.
     split: such as "validation" or "test".
     max_examples: at most this many of every data set, spread evenly over it.
     batch_size: `config.evaluation.batch_size` by default; rounded up to a
       multiple of the devices that share a batch.
     step: training step of `variables`, for the report.
-    decodings: by task; the default is greedy.
+    decodings: decodings by task; the default is greedy.
     decoding_name: name of `decodings` in the report.
-    temperatures: by task, see `prediction.calibration`.
+    temperatures: temperatures by task, see `prediction.calibration`.
     tasks: evaluated tasks; all if None.
     before_batch: called before each batch, equally often on all hosts; an
       exception that it raises ends the evaluation.

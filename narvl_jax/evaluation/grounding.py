@@ -19,7 +19,7 @@ def box_iou(predicted: Box, target: Box) -> float:
   Args:
     predicted: x0, y0, x1, y1 in pixels. A box without area, with swapped
       corners or with a coordinate that is not finite has an IoU of 0.
-    target: likewise.
+    target: true box, in the same form.
   """
   if not all(map(math.isfinite, (*predicted, *target))):
     return 0.0

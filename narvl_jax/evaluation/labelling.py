@@ -41,8 +41,8 @@ class Labeller:
 
   Attributes:
     workdir: run folder.
-    config: of the run.
-    step: of the checkpoint.
+    config: config of the run.
+    step: step of the checkpoint.
     answered: number of labelled records.
     seconds: time that labelling and writing took.
   """
@@ -71,7 +71,7 @@ class Labeller:
     self.workdir = pathlib.Path(workdir)
     if not workdir_lib.is_run(self.workdir):
       raise UserError(
-        f"--teacher={workdir} holds no run: there is no"
+        f"--teacher={workdir} has no run: there is no"
         f" {workdir_lib.CONFIG_FILE}; pass the --workdir of a training"
       )
     self.config: Any = workdir_lib.read_config(self.workdir)

@@ -1,4 +1,4 @@
-"""The interface of a metric: what to keep of an example, how to combine it.
+"""The interface of a metric: values of each example, and their combination.
 
 A metric keeps one value per example and combines the values at the end. That
 covers means over examples as well as metrics of a whole corpus, such as BLEU.
@@ -19,8 +19,8 @@ A new metric is a subclass in this folder and an entry in `metrics.METRICS`:
 
 A metric that is a mean over examples subclasses `MeanMetric` instead, and
 `measure` returns {name: score}. Its scores are also stored with each
-prediction, and it has confidence intervals. Another metric has them if it
-returns `statistics` of its examples.
+prediction, and it has confidence intervals. Other metrics have intervals if
+they return `statistics` of their examples.
 
 Examples have a position: their number among all examples of the evaluation.
 On several hosts each host measures its own examples, and `merge` unites them
@@ -44,13 +44,14 @@ METRIC_SETS = ("cheap", "all")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What an evaluation computes beyond the metrics of training.
+  """Options of an evaluation, beyond the metrics during training.
 
   Attributes:
-    metrics: one of `METRIC_SETS`; "all" adds those that start Java.
+    metrics: one of `METRIC_SETS`; "all" adds those that need Java.
     intervals: whether to compute confidence intervals.
     vqa_rule: one of `narvl_jax.metrics.vqa.RULES`.
-    frequencies: for CIDEr, of another corpus than the evaluated references.
+    frequencies: document frequencies for CIDEr; those of the evaluated
+      references if None.
   """
 
   metrics: str = "cheap"
@@ -59,7 +60,7 @@ class Options:
   frequencies: DocumentFrequencies | None = None
 
 
-# Those of evaluations in training.
+# Options of evaluations during training.
 CHEAP = Options()
 
 
@@ -69,8 +70,8 @@ class Metric(abc.ABC):
   Attributes:
     names: keys of the result. The first name of a task's first metric is the
       main metric of the task.
-    of_groups: whether it is computed for each kind and data set, too.
-    options: of the evaluation.
+    of_groups: whether it is also computed for each kind and data set.
+    options: options of the evaluation.
     measured: position of an example -> what `measure` returned.
   """
 
@@ -83,10 +84,10 @@ class Metric(abc.ABC):
 
   @abc.abstractmethod
   def measure(self, example: Record, prediction: Any) -> Any:
-    """Returns what `reduce` needs of one example.
+    """Returns the values of one example that `reduce` needs.
 
     Args:
-      example: with its ground truth.
+      example: example with its ground truth.
       prediction: text, or for grounding a box in pixels of the original image.
 
     Returns:
@@ -99,13 +100,14 @@ class Metric(abc.ABC):
     """Returns a value for each of `names`.
 
     Args:
-      measured: of at least one example, in order of position, without None.
+      measured: results of `measure` for at least one example, in order of
+        position, without None.
     """
 
   def statistics(
     self, measured: Sequence[Any]
   ) -> dict[str, tuple[np.ndarray, bootstrap.Figure]]:
-    """Returns what confidence intervals are made of; see `bootstrap`.
+    """Returns the statistics for confidence intervals; see `bootstrap`.
 
     Args:
       measured: see `reduce`.
@@ -118,7 +120,7 @@ class Metric(abc.ABC):
     return {}
 
   def details(self, measured: Sequence[Any]) -> dict[str, Any]:
-    """Returns results that are no numbers: key of the report -> JSON value.
+    """Returns results other than numbers: key of the report -> JSON value.
 
     Args:
       measured: see `reduce`.
@@ -148,7 +150,7 @@ class Metric(abc.ABC):
     """Returns the values over the examples with ground truth.
 
     Args:
-      positions: of the examples, all by default.
+      positions: positions of the examples, all by default.
 
     Returns:
       A value for each of `names`; empty if no example has ground truth.
@@ -157,7 +159,7 @@ class Metric(abc.ABC):
     return self.reduce(list(known.values())) if known else {}
 
   def known(self, positions: Iterable[int] | None = None) -> dict[int, Any]:
-    """Returns what was measured of examples with ground truth, in order."""
+    """Returns the measured values of examples with ground truth, in order."""
     chosen = sorted(self.measured if positions is None else positions)
     return {i: x for i in chosen if (x := self.measured[i]) is not None}
 
@@ -168,7 +170,7 @@ class Metric(abc.ABC):
 
     Args:
       pictures: position of each example -> identity of its picture. Pictures
-        are drawn with all of their examples.
+        are resampled with all of their examples.
     """
     known = self.known()
     if not known:

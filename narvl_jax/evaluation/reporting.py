@@ -70,10 +70,10 @@ def format_metrics(
   """Returns a table with a row per task, question kind and size of boxes.
 
   Values are in percent, with half of the confidence interval where the report
-  has intervals. CIDEr, which is no share, is printed times 100.
+  has intervals. CIDEr, which is not a share, is printed times 100.
 
   Args:
-    report: of `evaluate_tasks`.
+    report: report of `evaluate_tasks`.
     notes: task -> remark at the end of its row.
     kinds: whether question kinds and sizes have rows.
     indent: begins every line.

@@ -61,10 +61,10 @@ def write_results(
   with the settings of the config also becomes `evaluation.json`.
 
   Args:
-    experiment: of the run; its data sets have the pictures.
+    experiment: experiment of the run; its data sets have the pictures.
     workdir: run folder.
-    report: of `evaluate_tasks`.
-    predictions: likewise.
+    report: report of `evaluate_tasks`.
+    predictions: those of `evaluate_tasks`.
     best: whether the checkpoint is the best one.
 
   Returns:

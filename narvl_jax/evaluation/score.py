@@ -39,7 +39,7 @@ def score_of(report: Mapping[str, Any], best_metric: str) -> float | None:
   """Returns the score of an evaluation, higher is better.
 
   Args:
-    report: of `evaluate_tasks`.
+    report: report of `evaluate_tasks`.
     best_metric: "mean" of the main metrics of all tasks, or TASK/METRIC.
 
   Returns:

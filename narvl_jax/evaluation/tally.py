@@ -23,7 +23,7 @@ class Tally:
   """What has been evaluated so far.
 
   Attributes:
-    options: of the evaluation.
+    options: options of the evaluation.
     predictions: position of an example in the evaluation -> its prediction.
     bad: positions of bad records, which have no prediction.
     metrics: task -> its metrics.
@@ -43,10 +43,10 @@ class Tally:
     """Adds an example.
 
     Args:
-      answer: of the model.
-      position: of the example in the evaluation.
+      answer: answer of the model.
+      position: position of the example in the evaluation.
       dataset: entry of `config.data.evaluation`.
-      index: of the record in the data set.
+      index: index of the record in the data set.
     """
     scores = {}
     for metric in self.metrics[answer.record.task]:

@@ -1,1 +1,1 @@
-"""Experiment."""
+"""The config of an experiment, and the objects that it describes."""

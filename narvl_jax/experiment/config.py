@@ -17,8 +17,8 @@ _TEXTS = {"annotations": "", "partition": ""}
 def default_config(*tasks: str) -> Config:
   """Returns every setting of `config_table.KEYS` with its default.
 
-  A leaf under `model` that is None keeps the value of the named size. A config
-  file fills `data.train` and `data.evaluation` with `train_source` and
+  A key of `model` that is None has the value of the named size. A config file
+  fills `data.train` and `data.evaluation` with `train_source` and
   `evaluation_source`.
   """
   config: Config = ConfigDict()
@@ -57,7 +57,7 @@ def train_source(
     {
       "source": source,
       "task": task,
-      # A plain value would fix the type that its flag accepts.
+      # A plain value would restrict its flag to one type.
       "weight": config_dict.FieldReference(weight, field_type=object),
       "split": split,
       "options": options,
@@ -77,7 +77,7 @@ def evaluation_source(
 
   Args:
     annotations: file of official annotations, see `sources.annotations`;
-      `{split}` in its name stands for the split.
+      `{split}` in its name is replaced by the split.
     partition: name of the way in which papers split the data, for reports.
   """
   return ConfigDict(

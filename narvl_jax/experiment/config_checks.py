@@ -1,4 +1,4 @@
-"""The check of a config against the default one, before anything is built."""
+"""Checks a config against the default one before anything is built."""
 
 import math
 import numbers
@@ -30,13 +30,13 @@ _TEXT_KEYS = ("source", "task", "split", "annotations", "partition")
 
 
 def validate(config: Config, *, fit: bool = True) -> None:
-  """Checks all of a config that needs neither data nor devices.
+  """Checks everything in a config that needs neither data nor devices.
 
   Args:
     fit: whether images and texts must fit the tables of the model.
 
   Raises:
-    UserError: naming the key, the value seen, and the nearest valid one.
+    UserError: a key or value is invalid; the error names the nearest valid one.
   """
   _check_tree(config, default_config(), "")
   _check_sections(config)
@@ -54,7 +54,7 @@ def validate(config: Config, *, fit: bool = True) -> None:
 
 
 def _check_tree(config: Any, schema: Config, prefix: str) -> None:
-  """Compares keys and types; sections that the schema leaves empty are open."""
+  """Compares keys and types; empty sections of the schema accept any keys."""
   for key in config:
     path = f"{prefix}{key}"
     if key not in schema:
@@ -63,7 +63,7 @@ def _check_tree(config: Any, schema: Config, prefix: str) -> None:
         + did_you_mean(path, [f"{prefix}{name}" for name in schema])
       )
     default = schema[key]
-    # Placeholders are None when read; their type is kept beside.
+    # Placeholders are None when read; their type is stored separately.
     kind = schema.get_type(key)
     value = config[key]
     if isinstance(default, ConfigDict):
@@ -90,11 +90,10 @@ def check_stored(
 ) -> None:
   """Checks the types in a stored config, before it is used as one.
 
-  Keys that are not known, as those of other versions, are left out.
+  Unknown keys, such as those of other versions, are ignored.
 
   Args:
-    values: JSON that `narvl_jax.experiment.config.to_json` made, or should
-      have.
+    values: JSON as from `narvl_jax.experiment.config.to_json`.
     schema: section of the default config; None: all of it.
     prefix: of the section's keys.
 
@@ -112,7 +111,7 @@ def check_stored(
       if not unset and not _has_type(value, kind):
         raise UserError(f"{path}={shown} is not of type {kind.__name__}")
       continue
-    # Sections that the schema leaves empty hold sections of any name.
+    # Empty sections of the schema contain sections of any name.
     inner = [value] if len(default) else [value, *_values_of(value)]
     if not all(isinstance(x, Mapping) for x in inner):
       raise UserError(f"{path}={shown} is not a section of settings")
@@ -137,7 +136,7 @@ def _has_type(value: Any, kind: type) -> bool:
 
 
 def _check_sections(config: Config) -> None:
-  """Checks the parts that a config file names itself."""
+  """Checks the sections whose keys a config file chooses."""
   for name in config.tasks:
     _one_of("tasks", name, TASKS)
     for key in config.tasks[name]:
@@ -235,7 +234,7 @@ def check_fit(config: Config) -> None:
 
 
 def _model(config: Config) -> ModelConfig:
-  """Returns the architecture for some vocabulary."""
+  """Returns the architecture for a placeholder vocabulary."""
   given = {
     name: value
     for name, value in config.model.items()
@@ -245,7 +244,7 @@ def _model(config: Config) -> ModelConfig:
 
 
 def _check_start(config: Config) -> None:
-  """Raises UserError for wrong rules, or rules for weights that none names."""
+  """Raises UserError for invalid rules, or rules without `init_from`."""
   parse_renames(config.init_renames)
   parse_drops(config.init_drops)
   for key in ("init_renames", "init_drops"):
@@ -257,7 +256,7 @@ def _check_start(config: Config) -> None:
 
 
 def _check_decoder(config: Config) -> None:
-  """Raises UserError for what only the other kind of decoder can do."""
+  """Raises UserError for settings of the other kind of decoder."""
   autoregressive = config.model.decoder == "autoregressive"
   if config.loss.constrained and not autoregressive:
     raise UserError(

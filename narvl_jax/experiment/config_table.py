@@ -347,7 +347,7 @@ KEYS: dict[str, Setting] = {
 
 
 def may_change(key: str, *changes: Change) -> bool:
-  """Returns whether a key, or the section that holds it, has such a `change`.
+  """Returns whether a key, or its section, has one of these `changes`.
 
   Args:
     key: dotted, such as "data.train.vqa.weight".

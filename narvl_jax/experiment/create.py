@@ -15,11 +15,11 @@ def create(config: Config, *, shapes_only: bool = False) -> Experiment:
 
   Args:
     config: see `narvl_jax.experiment.config.default_config`.
-    shapes_only: without tasks, and with a placeholder vocabulary of the right
-      size (a trained one may be smaller).
+    shapes_only: whether to omit the tasks and use a placeholder vocabulary of
+      the right size (a trained one may be smaller).
 
   Raises:
-    UserError: the config, or something that it names, is wrong.
+    UserError: the config, or a file that it names, is invalid.
   """
   validate(config)
   datasets = DataSets(config)

@@ -24,7 +24,7 @@ from narvl_jax.models import model_config
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import show
 
-# Ids of a learnt vocabulary besides coordinates, and records it learns from.
+# Ids of a learnt vocabulary besides coordinates; records to learn from.
 _LEARNT_IDS = 4000
 _LEARNT_RECORDS = 4000
 
@@ -35,7 +35,7 @@ class Options:
 
   Attributes:
     num_queries: N of the model; that of the config if None.
-    max_examples: records whose pictures are read, too; all if 0.
+    max_examples: number of records whose pictures are read; all if 0.
     all_texts: read the texts of all records.
     png: picture of examples to draw; none if "".
   """
@@ -203,7 +203,7 @@ def find_vocabulary(
       ):
         texts.append(text)
         training.advance()
-    # It holds every character, so that it can encode almost any source.
+    # It contains every character, so it can encode almost any source.
     vocabulary = Vocabulary.train(
       texts or [" "], _LEARNT_IDS + bins, num_bins=bins
     )
@@ -218,7 +218,7 @@ def _read_vocabulary(folder: pathlib.Path) -> Vocabulary:
     if (folder / names[0]).exists():
       return Vocabulary.from_files(source, [folder / name for name in names])
   raise UserError(
-    f'"{folder}" holds no vocabulary: neither dict.txt (official), nor'
+    f'"{folder}" has no vocabulary: neither dict.txt (official), nor'
     " vocab.json (Hugging Face), nor vocabulary.json (a run's folder"
     " vocabulary); set --vocabulary"
   )

@@ -26,7 +26,7 @@ from narvl_jax.models.shapes import abstract_variables
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """What training, evaluation and prediction share.
+  """The objects that training, evaluation and prediction share.
 
   Attributes:
     model_config: the resolved architecture.
@@ -42,12 +42,12 @@ class Experiment:
 
   @property
   def autoregressive(self) -> bool:
-    """Whether the model answers token by token."""
+    """Whether the model predicts token by token."""
     return is_autoregressive(self.config)
 
   @property
   def label_length(self) -> int:
-    """Labels of a target at most, those of an autoregressive one with eos."""
+    """Most labels of a target; eos included in an autoregressive model."""
     return label_length(self.config)
 
   @property
@@ -60,7 +60,7 @@ class Experiment:
 
   @property
   def prompted(self) -> tuple[bool, ...]:
-    """By the order of `TASKS`: a decoder reads the source before it answers."""
+    """Whether the decoder reads the source first, in the order of `TASKS`."""
     tasks = self.config.tasks
     return tuple(
       self.autoregressive and name in tasks and tasks[name].decoder_prompt
@@ -131,15 +131,15 @@ def build(
 
 
 def is_autoregressive(config: Config) -> bool:
-  """Returns whether the model of a config answers token by token."""
+  """Returns whether the model of a config predicts token by token."""
   return config.model.decoder == "autoregressive"
 
 
 def label_length(config: Config) -> int:
-  """Returns the labels that a target may have.
+  """Returns the largest number of labels of a target.
 
-  `data.max_label_length`, and one more for an autoregressive model if that
-  leaves eos out.
+  `data.max_label_length`, and one more for an autoregressive model if that does
+  not include eos.
   """
   without_eos = any(not task.eos for task in config.tasks.values())
   extra = is_autoregressive(config) and without_eos
@@ -168,7 +168,7 @@ def resolve_model_config(config: Config, vocabulary: Vocabulary) -> ModelConfig:
 
 
 def compute_dtype(name: str) -> Any:
-  """Returns the type of activations; "auto" is bfloat16 but on a CPU."""
+  """Returns the type of activations; "auto": bfloat16, on a CPU float32."""
   if name == "auto":
     name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   return jnp.dtype(name)

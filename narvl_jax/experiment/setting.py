@@ -1,11 +1,11 @@
-"""What is known of one key of a config."""
+"""The description of one key of a config."""
 
 import dataclasses
 import math
 from typing import Any, Literal
 
-# "resume": a resumed run may have another value. "report": the value changes
-# no answer of a trained model, so commands that only read a run report a
+# "resume": a resumed run may have another value. "report": the value
+# changes no prediction of a trained model, so read-only commands report a
 # difference from the checkpoint and continue.
 Change = Literal["", "resume", "report"]
 

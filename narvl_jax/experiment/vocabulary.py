@@ -50,10 +50,10 @@ def make_vocabulary(
 
 
 def check_vocabulary_files(config: Config) -> None:
-  """Checks that the files of the vocabulary are there; reads none.
+  """Checks that the files of the vocabulary exist, without reading them.
 
   Raises:
-    UserError: `vocabulary.path` lacks one that `vocabulary.source` needs.
+    UserError: `vocabulary.path` lacks a file that `vocabulary.source` needs.
   """
   settings = config.vocabulary
   folder = pathlib.Path(settings.path)
@@ -77,7 +77,7 @@ def placeholder_vocabulary(
   settings = config.vocabulary
   counts = {"num_codes": settings.num_codes, "num_bins": settings.num_bins}
   if settings.source in ("huggingface", "run"):
-    # Only its files tell the size.
+    # The size is known only from its files.
     return make_vocabulary(config, datasets)
   size = settings.size
   if settings.source == "official":
@@ -105,5 +105,5 @@ def _texts(
       problem = bad[0].what if bad else f"{records.locate(0)} has no text"
       raise UserError(
         f"no record of {name} that was read for the vocabulary is good:"
-        f" {problem} (python -m narvl_jax.check_data tells more)"
+        f" {problem} (see python -m narvl_jax.check_data)"
       )

@@ -1,4 +1,4 @@
-"""Files: every module above reads, writes and checks them with these.
+"""Functions with which all modules read, write and check files.
 
 | module | what it does |
 | --- | --- |

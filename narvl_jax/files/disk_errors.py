@@ -1,4 +1,4 @@
-"""One line for errors that a disk is the cause of."""
+"""Explains errors of a disk in one line."""
 
 import contextlib
 import errno
@@ -19,8 +19,8 @@ _DISK_ERRORS = {
 }
 # Errors that matter only for files in the run folder.
 _FILE_ERRORS = {
-  errno.ENOENT: "bring it back",
-  errno.ENOTDIR: "bring it back",
+  errno.ENOENT: "restore it",
+  errno.ENOTDIR: "restore it",
   errno.EACCES: "give this user permission to write there",
   errno.EPERM: "give this user permission to write there",
 }
@@ -79,7 +79,7 @@ def _describe(
     return f"a file cannot be written or read: {reason_of(number)}"
   if number in _FILE_ERRORS and run is not None and not run.is_dir():
     return (
-      f"the folder {run} is gone, in which {path.name} was wanted;"
+      f"the folder {run} no longer exists; {path.name} was expected in it:"
       f" {_FILE_ERRORS[number]}"
     )
   text = f"{path} cannot be written or read: {reason_of(number, path)}"
@@ -88,7 +88,7 @@ def _describe(
 
 
 def reason_of(number: int, path: pathlib.Path | None = None) -> str:
-  """Returns the text of an errno, with the free space and an advice.
+  """Returns the text of an errno, with the free space and advice.
 
   Args:
     path: the file that could not be written or read, if known.
@@ -110,10 +110,10 @@ def reason_of(number: int, path: pathlib.Path | None = None) -> str:
 
 
 def _free_inodes(place: pathlib.Path) -> str | None:
-  """Returns how few inodes are left, such as "no inode"; None if bytes lack.
+  """Returns the free inodes, such as "no inode"; None if bytes are lacking.
 
-  A failed write returns some inodes before they are counted here, so a few
-  count as none if there is clearly room for bytes.
+  A failed write frees some inodes before they are counted here, so a few count
+  as none if there is clearly room for bytes.
   """
   disk = os.statvfs(place)
   free_bytes = disk.f_bavail * disk.f_frsize

@@ -1,6 +1,6 @@
 """Temporary files: their names, and removing those of dead processes.
 
-The name of a temporary file holds the machine and the process that write it,
+The name of a temporary file contains the machine and the process that write it,
 which distinguishes files of killed processes from those being written.
 """
 

@@ -13,7 +13,7 @@ from narvl_jax.files import leftovers
 from narvl_jax.files.disk import is_stream
 from narvl_jax.files.disk_errors import errors_of, free_place, reason_of
 
-# Flags of all commands that hold a path.
+# Flags of all commands that contain a path.
 PATH_FLAGS = (
   *("workdir", "to", "from", "teacher", "nar", "ar", "runs", "results"),
   *("folder", "vocabulary", "answers", "image", "overlay", "hlo", "json"),

@@ -17,7 +17,7 @@ MAX_TEXT_BYTES = 256 << 20
 
 
 class UnusableFile(OSError):
-  """A path is no regular file, or the file is larger than allowed."""
+  """A path is not a regular file, or the file is larger than allowed."""
 
 
 @contextlib.contextmanager

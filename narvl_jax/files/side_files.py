@@ -22,7 +22,7 @@ def make_way(path: pathlib.Path, *, folder: bool = False) -> None:
   """Moves away a folder, pipe or broken link in the place of a file.
 
   Args:
-    path: of the file, which need not exist.
+    path: path of the file, which need not exist.
     folder: whether a folder is expected there instead.
 
   Raises:
@@ -36,7 +36,7 @@ def make_way(path: pathlib.Path, *, folder: bool = False) -> None:
     # A broken or cyclic link, or nothing.
     if not path.is_symlink():
       return
-  _set_aside(path, "it is no folder" if folder else "it is no file")
+  _set_aside(path, "it is not a folder" if folder else "it is not a file")
 
 
 def _set_aside(path: pathlib.Path, why: str) -> None:

@@ -46,7 +46,7 @@ def define_flags() -> None:
     "coordinator_address", None, "HOST:PORT of process 0, the same for all."
   )
   flags.DEFINE_integer("num_processes", None, "Number of processes.")
-  flags.DEFINE_integer("process_id", None, "Which process this is, from 0.")
+  flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
   flags.DEFINE_integer(
     "start_timeout", 300, "Seconds to wait for all processes at the start."
   )

@@ -21,8 +21,8 @@ from narvl_jax.hosts.cluster import Cluster
 from narvl_jax.hosts.rendezvous import SECRET_VARIABLE, is_local, meet
 
 BARRIER_SECONDS = 600.0
-# After so long without a heartbeat jax aborts every process. `Liveness` notices
-# far earlier.
+# Seconds without a heartbeat after which jax aborts every process. `Liveness`
+# notices far earlier.
 _JAX_HEARTBEAT_SECONDS = 3600
 
 _BROKEN = re.compile(r"gloo.*(connection (closed|reset)|broken pipe)", re.I)
@@ -36,7 +36,7 @@ class HostsLost(RuntimeError):
 
 
 def explain_lost(error: BaseException) -> str | None:
-  """Returns one line about lost hosts, None if the error has another cause.
+  """Returns one line about lost hosts; None if the error has another cause.
 
   On CPUs a host that dies during an update closes the Gloo connections that the
   others wait for.
@@ -66,7 +66,7 @@ def initialize(
   _print_checklist(cluster, say)
   if secret is None:
     say(
-      f"note: {SECRET_VARIABLE} is not set, so processes are believed without"
+      f"note: {SECRET_VARIABLE} is not set, so processes are accepted without"
       " proof that they belong to this run; set it to the same random text on"
       " all hosts where others can reach the coordinator's port"
     )
@@ -129,7 +129,7 @@ def host_name(index: int) -> str:
 
 
 def client() -> Any:
-  """Returns jax's client of its coordination service, None if there is none."""
+  """Returns jax's client of its coordination service; None if there is none."""
   # Not public; Orbax uses it too.
   from jax._src import distributed
 

@@ -1,4 +1,4 @@
-"""Process 0 collects the hellos of the other processes."""
+"""Collects the hellos of the other processes, in process 0."""
 
 import selectors
 import socket
@@ -19,11 +19,11 @@ from narvl_jax.hosts.messages import (
 
 # A process of this run sends its hello at once.
 _HELLO_SECONDS = 10.0
-# For all answers together.
+# Seconds for all answers together.
 _ANSWER_SECONDS = 5.0
 _PROGRESS_SECONDS = 30.0
 _POLL_SECONDS = 0.5
-# Connections without a hello at a time.
+# Largest number of open connections without a hello.
 _MAX_PENDING = 256
 # Rejected connections that are reported; more would only fill the log.
 _MAX_REFUSALS = 20
@@ -50,7 +50,7 @@ class _Member:
 class Gathering:
   """The processes that have connected so far.
 
-  Connections are non-blocking, so a slow stranger delays nobody.
+  Connections are non-blocking, so a slow one does not delay the others.
   """
 
   def __init__(
@@ -86,7 +86,7 @@ class Gathering:
         refused = "; rejected: " if self._refused else ""
         refused += ", ".join(self._refused[:4])
         raise UserError(
-          f"{_processes(missing)} did not come within {timeout:g} s, of"
+          f"{_processes(missing)} did not connect within {timeout:g} s, of"
           f" {self._count}: check that it was started and reaches the"
           f" coordinator (the list above){refused}, or raise --start_timeout"
         )
@@ -207,7 +207,7 @@ class Gathering:
     return None
 
   def _refuse(self, caller: _Caller, why: str, final: bool = False) -> None:
-    """Rejects and reports a connection; `final` tells it not to retry."""
+    """Rejects and reports a connection; `final` requests no retry."""
     line = encode({"refused": why, "final": final}, None)
     _send(caller.connection, line, 0)
     self._forget(caller)

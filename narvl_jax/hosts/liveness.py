@@ -1,4 +1,4 @@
-"""Heartbeats by which hosts notice that another one is lost.
+"""Heartbeats with which hosts detect the loss of another host.
 
 The heartbeats of jax's coordination service abort every process, even where a
 machine that is busy compiling only sends one late. So jax's limit is set high

@@ -19,11 +19,11 @@ from narvl_jax.terminal.text import escape, show
 
 _POLL_SECONDS = 1.0
 _PREFIX = "narvl_jax/notices"
-# How long a host that ends waits for the others to end too.
+# Seconds that a host waits at its end for the others to end too.
 _FAREWELL_SECONDS = 5.0
 # The same after a stop: the others may still write a checkpoint.
 _LONG_FAREWELL_SECONDS = 60.0
-# After which a host ends that cannot inform the others.
+# Seconds after which a host ends that cannot inform the others.
 _TELLING_SECONDS = 15.0
 # A host may be in the middle of an evaluation.
 _AGREEMENT_SECONDS = 1800.0
@@ -54,7 +54,7 @@ class StopAgreement:
       self._begun = 1
 
   def due(self, timeout: float = _AGREEMENT_SECONDS) -> bool:
-    """Returns whether all stop here; otherwise the next piece may begin.
+    """Returns whether all hosts stop here; otherwise the next piece may begin.
 
     Raises:
       HostsLost: the others did not publish their progress in time.
@@ -66,8 +66,8 @@ class StopAgreement:
         return False
     if not self._agreed.wait(timeout):
       raise HostsLost(
-        f"stop asked for: not all hosts said within {timeout:g} s how far they"
-        " are"
+        f"stop requested: not all hosts reported within {timeout:g} s how far"
+        " they are"
       )
     assert self._last is not None
     with self._lock:
@@ -111,10 +111,10 @@ class Notices:
     """Prepares the thread.
 
     Args:
-      client: of jax's coordination service.
+      client: client of jax's coordination service.
       cluster: the hosts; the limit of its heartbeats.
       poll_seconds: interval of the polls.
-      leave: ends the process with an exit code, whatever other threads do.
+      leave: ends the process with an exit code, even if threads are running.
       on_end: called with exit code and message before the process ends.
       explain: lost host -> exit code and one line.
     """
@@ -179,7 +179,7 @@ class Notices:
     try:
       self._on_end(code, message)
     finally:
-      # Nobody else would end this process.
+      # No other thread would end this process.
       self._depart(code)
 
   @property
@@ -223,7 +223,7 @@ class Notices:
       self._depart(int(code))
 
   def _depart(self, code: int) -> None:
-    """Ends this process once all others are about to end, or a time limit.
+    """Ends this process when all others are about to end, or at a time limit.
 
     The first one to leave breaks the collectives of the others, which would
     then report an error.

@@ -1,4 +1,4 @@
-"""The processes of a run meet before jax connects them.
+"""Collects and compares all processes of a run before jax connects them.
 
 Process 0 listens on the coordinator's port until all others have sent their
 hello, then sends all of them the result. jax's own start would do the same, but
@@ -151,7 +151,7 @@ def _ask_once(
   with socket.create_connection((host.strip("[]"), int(port)), 5) as link:
     challenge = decode(read_line(link, min(deadline, time.monotonic() + 10)))
     if challenge is None or not isinstance(challenge.get("nonce"), str):
-      raise OSError("it answers something else")
+      raise OSError("it sends an unknown answer")
     own = f"process {hello['process_id']} ({hello['host']})"
     if secret is not None and not challenge.get("signed"):
       raise UserError(
@@ -163,9 +163,9 @@ def _ask_once(
     link.sendall(encode(hello | {"nonce": nonces[1]}, secret, "hello", *nonces))
     answer = decode(read_line(link, deadline))
   if answer is None:
-    raise OSError("it answers something else")
+    raise OSError("it sends an unknown answer")
   if "refused" in answer:
-    # Unsigned, but nobody gains by a forgery.
+    # Unsigned: a forged rejection only ends this process.
     why = f"it rejected this one: {str(answer['refused'])[:200]}"
     if answer.get("final") is not True:
       raise OSError(why)
@@ -175,12 +175,12 @@ def _ask_once(
     )
   if not is_signed(answer, secret, "answer", *nonces):
     raise UserError(
-      f"who answers at {address} does not know {SECRET_VARIABLE}; set it to"
+      f"the program at {address} does not know {SECRET_VARIABLE}; set it to"
       " the same value on all hosts, or use another port"
     )
   if "error" in answer:
     raise UserError(str(answer["error"]))
   names = answer.get("names")
   if not isinstance(names, list) or len(names) != hello["num_processes"]:
-    raise OSError("it answers something else")
+    raise OSError("it sends an unknown answer")
   return [str(name) for name in names]

@@ -31,7 +31,7 @@ def expand_nodes(text: str) -> list[str]:
       if len(nodes) + math.prod(map(len, parts)) > _MAX_NODES:
         raise ValueError(f"over {_MAX_NODES:,} nodes")
     if not parts or (at < len(text) and text[at] != ","):
-      raise ValueError(f'"{text[:200]}" is no list of nodes')
+      raise ValueError(f'"{text[:200]}" is not a list of nodes')
     nodes.extend("".join(names) for names in itertools.product(*parts))
     if at == len(text):
       return nodes
@@ -44,7 +44,7 @@ def _numbers(text: str) -> list[str]:
   for part in text.split(","):
     match = _RANGE.fullmatch(part)
     if match is None:
-      raise ValueError(f'"[{text[:200]}]" is no list of numbers')
+      raise ValueError(f'"[{text[:200]}]" is not a list of numbers')
     first, last = match[1], match[2] or match[1]
     if int(last) < int(first):
       raise ValueError(f'the range "{part}" runs backwards')

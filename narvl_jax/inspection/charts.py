@@ -26,7 +26,7 @@ def line_chart(
   """Returns a chart with a legend.
 
   Args:
-    title: of the chart; a logarithmic axis is named in it.
+    title: title of the chart; a logarithmic axis is named in it.
     curves: name -> (x, y) in order of x, finite. Those without points are left
       out.
     marks: x of vertical dashed lines.

@@ -15,7 +15,7 @@ def evaluation(report: Mapping[str, Any]) -> Markup:
   """Returns heading, figures and confusion matrices of a report.
 
   Args:
-    report: of `evaluate_tasks`, of this or an earlier version.
+    report: report of `evaluate_tasks`, of this or an earlier version.
   """
   parts: list[object] = [element("p", reporting.heading(dict(report)))]
   for task, figures in report["tasks"].items():
@@ -55,7 +55,7 @@ def _figures(
 def _figure(
   name: str, value: float | None, bounds: Sequence[float] | None
 ) -> str:
-  """Returns a figure in percent, with its interval; CIDEr is no share."""
+  """Returns a figure in percent, with its interval; CIDEr is not a share."""
   if value is None:
     return ""
   text = f"{100 * value:.1f}" + ("" if name.startswith("cider") else " %")

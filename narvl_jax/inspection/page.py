@@ -16,7 +16,7 @@ def trace_page(trace: Trace, title: str, command: str) -> str:
   """Returns the page.
 
   Args:
-    trace: of a request.
+    trace: trace of a request.
     title: headline, such as the run and its step.
     command: that makes the page.
   """

@@ -21,7 +21,7 @@ def thumbnail(image: np.ndarray, side: int) -> Image.Image:
 
   Args:
     image: uint8 [H, W, 3].
-    side: in pixels.
+    side: side in pixels.
   """
   height, width = image.shape[:2]
   scale = side / max(height, width)
@@ -40,7 +40,7 @@ def heat_map(
   Args:
     image: uint8 [H, W, 3].
     attention: float32 [h, w].
-    side: of the result, in pixels.
+    side: side of the result, in pixels.
   """
   base = thumbnail(image, side)
   grey = np.asarray(base.convert("L"), np.float32)[..., None]

@@ -86,7 +86,7 @@ def _read(folder: pathlib.Path, name: str, how: str) -> dict[str, Any]:
     raise _Missing(f"missing: {name} cannot be read ({error})") from error
   value = side_files.parse_object(data)
   if value is None:
-    raise _Missing(f"missing: {name} is damaged: it is no JSON object")
+    raise _Missing(f"missing: {name} is damaged: it is not a JSON object")
   return value
 
 

@@ -58,14 +58,14 @@ class Trace:
   Attributes:
     record: the request, with a decoded picture.
     answer: greedy answer: text, or a box in pixels.
-    probability: of the answer.
-    queries: in order.
+    probability: probability of the answer.
+    queries: the queries in order.
     words: tokens of the answer after merging and removal of blanks.
     labels: tokens of the target; () without a target.
     posterior: float32 [N, L], probability that a query emits a label, given
       the target; see `query_ctc.label_posterior`. None without a target.
-    target_probability: of the target, summed over its alignments; None
-      without one.
+    target_probability: probability of the target, summed over its
+      alignments; None without one.
     note: why there is no posterior, or "".
   """
 
@@ -87,10 +87,10 @@ def trace_request(
 
   Args:
     experiment: the run.
-    variables: of `experiment.model`, unboxed.
+    variables: variables of `experiment.model`, unboxed.
     record: the request, with a decoded picture.
     target: text, or a box as "x0,y0,x1,y1" in pixels, whose alignment is
-      computed; "" takes the truth of the record, if it is known.
+      computed; "" uses the truth of the record, if it is known.
 
   Raises:
     UserError: the model is autoregressive, or the target cannot be encoded or
@@ -241,7 +241,7 @@ def _with_alignment(
 def _labels(
   experiment: Experiment, task: Task[Any], record: Record, target: str
 ) -> tuple[list[int], str]:
-  """Returns the ids of the target, or [] and why there are none.
+  """Returns the ids of the target, or [] and the reason.
 
   Raises:
     UserError: a given target cannot be encoded or aligned.

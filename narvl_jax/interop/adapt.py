@@ -43,7 +43,7 @@ class Options:
       or the row of "unk".
     stretch_images: (from, to), sides in pixels: image positions are resized by
       bicubic interpolation; None keeps them (reference).
-    seed: of everything random.
+    seed: seed of all random values.
   """
 
   decoder: str | None = None

@@ -56,7 +56,7 @@ def convert_official(
   Args:
     path: an official file or a Hugging Face folder, see `open_source`.
     ema: read the moving averages.
-    dtype: of the variables; None keeps float16, bfloat16 and float32.
+    dtype: dtype of the variables; None keeps float16, bfloat16 and float32.
 
   Raises:
     UserError: a tensor has no place, or one is missing.

@@ -1,4 +1,4 @@
-"""The table of official keys that each array of a model holds."""
+"""The table of official keys that each array of a model contains."""
 
 import dataclasses
 import re
@@ -132,7 +132,7 @@ IGNORED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class MappedArray:
-  """One array of our tree and the official tensors that it holds.
+  """One array of our tree and the official tensors that it contains.
 
   Attributes:
     path: collection and names in our tree.

@@ -208,7 +208,7 @@ def _weight(state: State, key: str) -> np.ndarray:
   finite = np.isfinite(value)
   if not finite.all():
     raise UserError(
-      f"official weight {key} holds {finite.size - finite.sum():,} of"
+      f"official weight {key} contains {finite.size - finite.sum():,} of"
       f" {finite.size:,} values that are NaN or infinite, so the file is"
       " damaged or its training failed; use another copy or checkpoint"
     )

@@ -189,7 +189,9 @@ class _Unpickler(_Base):
 
   def _instantiate(self, klass: Any, args: Any) -> None:
     if not isinstance(klass, StandIn):
-      raise UnsafePickleError("its pickle calls something that is no function")
+      raise UnsafePickleError(
+        "its pickle calls something that is not a function"
+      )
     self._spend(len(args) + sum(len(x) for x in args if isinstance(x, list)))
     self.append(klass.build(*args))
 

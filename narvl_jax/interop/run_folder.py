@@ -139,7 +139,7 @@ def _count(made: Conversion, name: str, default: int) -> int:
   """Returns a number of ids in the settings of a file.
 
   Raises:
-    UserError: it is no number, or exceeds the ids of the weights.
+    UserError: it is not a number, or exceeds the ids of the weights.
   """
   value = setting(made.source.settings, name)
   if value is None:
@@ -238,7 +238,7 @@ def read_run(
   """Reads the weights of a run in their stored dtypes.
 
   Args:
-    folder: of a run or of converted weights.
+    folder: folder of a run or of converted weights.
     checkpoint: "best", "last" or a step.
 
   Returns:

@@ -54,7 +54,7 @@ def read_safetensors(path: PathLike) -> dict[str, Tensor]:
       return {name: _tensor(path, file, name) for name in names}
   except (OSError, ValueError) as error:
     raise UserError(
-      f"--from={path} is no undamaged safetensors file: {error}"
+      f"--from={path} is not an undamaged safetensors file: {error}"
     ) from error
 
 
@@ -72,7 +72,7 @@ def _read_header(path: PathLike) -> bytes:
 def _check_unique(items: list[tuple[str, Any]]) -> None:
   name, count = collections.Counter(x for x, _ in items).most_common(1)[0]
   if count > 1:
-    raise ValueError(f'its header holds "{name[:100]}" {count} times')
+    raise ValueError(f'its header contains "{name[:100]}" {count} times')
 
 
 @contextmanager

@@ -38,11 +38,11 @@ def open_source(path: PathLike, *, ema: bool = False) -> SourceFile:
   """Opens an official file, or a folder of the Hugging Face port.
 
   Args:
-    path: a file of `torch.save` or safetensors, or a folder that holds one.
+    path: a file of `torch.save` or safetensors, or a folder that contains one.
     ema: read the moving averages instead of the weights of the last update.
 
   Raises:
-    UserError: there is no such file, it is damaged, or it holds no weights.
+    UserError: there is no such file, it is damaged, or it has no weights.
   """
   file = pathlib.Path(path)
   if os.path.isdir(file):
@@ -67,16 +67,17 @@ def open_source(path: PathLike, *, ema: bool = False) -> SourceFile:
       " --ema out"
     )
   if not content:
-    raise UserError(f"--from={path} holds no tensors")
+    raise UserError(f"--from={path} has no tensors")
   for key, value in content.items():
     if not isinstance(key, str) or not isinstance(value, Tensor):
       raise UserError(
-        f"--from={path} holds no state dict: {key} is no tensor but of type"
+        f"--from={path} has no state dict: {key} is not a tensor but of type"
         f" {type(value).__name__}"
       )
     if not math.prod(value.shape):
       raise UserError(
-        f"--from={path}: {key} has the shape {list(value.shape)}, which holds"
+        f"--from={path}: {key} has the shape {list(value.shape)}, which"
+        " contains"
         " no values"
       )
   total, size = sum(x.nbytes for x in content.values()), file.stat().st_size
@@ -95,7 +96,7 @@ def _state_dict(
   """Returns the state dict of a file, and the settings of fairseq."""
   if not isinstance(content, dict):
     raise UserError(
-      f"--from={path} holds a {type(content).__name__}, not a state dict"
+      f"--from={path} contains a {type(content).__name__}, not a state dict"
     )
   if not isinstance(content.get("model"), dict):
     return content, None
@@ -111,7 +112,7 @@ def _state_dict(
     unknown = sorted(set(averages) - set(state))
     if unknown:
       raise UserError(
-        f"--from={path}: {unknown[0]} has a moving average but is no tensor"
+        f"--from={path}: {unknown[0]} has a moving average but is not a tensor"
         " of the model"
       )
     state |= averages

@@ -80,7 +80,7 @@ class Slice(Tensor):
   """A tensor at an offset of a file.
 
   Attributes:
-    offset: of the first byte in the file.
+    offset: offset of the first byte in the file.
     strides: elements from one index to the next; None: C order.
   """
 

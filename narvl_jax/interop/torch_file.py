@@ -86,7 +86,7 @@ def read_torch(path: PathLike) -> Any:
       return _Reader(path, file, archive.infolist()).read()
   except zipfile.BadZipFile as error:
     raise UserError(
-      f"--from={path} is no zip archive, so it is damaged or was written by"
+      f"--from={path} is not a zip archive, so it is damaged or was written by"
       " torch < 1.6; in the latter case read and save it with a newer torch:"
       f' torch.save(torch.load("{path}", weights_only=True),'
       ' "NEW.pt")'
@@ -97,7 +97,7 @@ def read_torch(path: PathLike) -> Any:
     ) from error
   except UnsafePickleError as error:
     raise UserError(
-      f"--from={path} is rejected: {error}; convert only files that hold"
+      f"--from={path} is rejected: {error}; convert only files that contain"
       " nothing but tensors and settings"
     ) from error
   except UserError:
@@ -136,12 +136,12 @@ class _Reader:
     names = [x for x in counts.elements() if x.endswith("/data.pkl")]
     if len(names) != 1:
       raise UserError(
-        f"--from={path} is a zip archive but not of torch.save: it holds"
+        f"--from={path} is a zip archive but not of torch.save: it contains"
         f" {len(names)} files data.pkl, not 1"
       )
     name, count = counts.most_common(1)[0]
     if count > 1:
-      raise ValueError(f"the archive holds {name} {count} times")
+      raise ValueError(f"the archive contains {name} {count} times")
     self._pickle = names[0]
     self._root = names[0].removesuffix("data.pkl")
 
@@ -206,10 +206,10 @@ class _Reader:
   def _storage(self, reference: Any) -> "_Storage":
     """Returns the bytes that a persistent id of the pickle stands for."""
     if not isinstance(reference, tuple) or len(reference) != 5:
-      raise UnsafePickleError("it refers to something that is no storage")
+      raise UnsafePickleError("it refers to something that is not a storage")
     kind, of_type, key, _, count = reference
     if kind != "storage" or not isinstance(of_type, _StorageType):
-      raise UnsafePickleError("it refers to something that is no storage")
+      raise UnsafePickleError("it refers to something that is not a storage")
     if not isinstance(key, str) or len(key) > _MAX_KEY_CHARACTERS:
       raise ValueError("a storage has no proper name")
     (count,) = _naturals([count])

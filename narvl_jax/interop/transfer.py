@@ -97,7 +97,7 @@ def run_config(
   for name, value in made.overrides.items():
     config.model[name] = value
   config.vocabulary.update(vocabulary)
-  # The folder holds one set of weights, without averages.
+  # The folder contains one set of weights, without averages.
   config.optimizer.ema_decay = 0.0
   return config
 

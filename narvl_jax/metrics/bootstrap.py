@@ -1,8 +1,8 @@
 """Bootstrap confidence intervals of figures over examples.
 
-Examples of one picture are not independent: pictures are drawn, with all of
+Examples of one picture are not independent, so pictures are drawn with all of
 their examples. A figure is a function of sums over examples, such as a mean or
-a corpus BLEU, so that a draw costs one product of matrices.
+a corpus BLEU, so that all draws cost one matrix product.
 
 Percentile method: B. Efron, R. Tibshirani, An Introduction to the Bootstrap,
 1993, chapter 13.
@@ -16,10 +16,10 @@ import numpy as np
 
 DRAWS = 1000
 _SEED = 0
-# Numbers of draws that are held at once: pictures x this x 4 bytes.
+# Draws in memory at a time; they need pictures x this x 4 bytes.
 _DRAWS_AT_ONCE = 50
 
-# float [..., k] of sums over examples -> figures, float [...].
+# Sums over examples, float [..., k] -> figures, float [...].
 Figure = Callable[[np.ndarray], np.ndarray]
 
 
@@ -58,10 +58,10 @@ def interval(
   Args:
     statistics: [examples, k], of which the figure takes the sums.
     groups: picture of each example.
-    figure: from sums to the figure.
-    level: of the interval.
+    figure: function from sums to the figure.
+    level: level of the interval.
     draws: number of resamplings.
-    seed: of the draws. The same seed and pictures give the same draws.
+    seed: seed of the draws. The same seed and pictures give the same draws.
 
   Raises:
     ValueError: there are no examples.
@@ -82,7 +82,7 @@ def intervals(
 ) -> dict[str, Interval]:
   """Returns the intervals of several figures of the same examples.
 
-  They share their draws, which are most of the work.
+  They share their draws, which cost the most.
 
   Args:
     figures: name -> statistics and figure; see `interval`, as the others.
@@ -118,8 +118,8 @@ class Difference(Interval):
   """A difference of two systems with its interval.
 
   Attributes:
-    p_value: two-sided; how probable a difference as large is if the systems
-      are equal, at least 2 / (draws + 1).
+    p_value: two-sided probability of a difference at least this large if the
+      systems are equal; at least 2 / (draws + 1).
   """
 
   p_value: float

@@ -1,7 +1,7 @@
 """Calibration of probabilities: temperature, calibration error, abstaining.
 
-Guo et al. 2017, arXiv 1706.04599: a model is calibrated if answers with
-probability p are right in a share p of the cases.
+Guo et al. 2017, arXiv 1706.04599: a model is calibrated if a share p of
+the answers with probability p is right.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 _BINS = 15
-# Temperatures outside of this range mean that probabilities carry nothing.
+# Outside of this range probabilities carry no information.
 _LOWEST, _HIGHEST = 0.05, 20.0
 _SMALLEST = 1e-12
 
@@ -40,7 +40,7 @@ def reliability(
   Args:
     probabilities: [examples] in [0, 1].
     correct: [examples], share of correctness in [0, 1].
-    bins: of equal width over [0, 1].
+    bins: number of bins of equal width over [0, 1].
   """
   probabilities = np.asarray(probabilities, np.float64)
   correct = np.asarray(correct, np.float64)
@@ -99,12 +99,12 @@ def fit_temperature(probabilities: Any, correct: Any) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Abstention:
-  """What a threshold on the probability leaves.
+  """The effect of a threshold on the probability.
 
   Attributes:
     threshold: answers below it are withheld.
     coverage: share of the examples that are answered.
-    accuracy: of those that are answered.
+    accuracy: accuracy of the answered examples.
   """
 
   threshold: float
@@ -120,7 +120,7 @@ def abstention(
   Args:
     probabilities: [examples] in [0, 1].
     correct: [examples], share of correctness in [0, 1].
-    accuracy: the wanted one, in [0, 1].
+    accuracy: target accuracy, in [0, 1].
 
   Returns:
     The threshold with the largest coverage; None if none reaches the accuracy.
@@ -130,7 +130,7 @@ def abstention(
   sorted_p = probabilities[order]
   reached = np.cumsum(np.asarray(correct, np.float64)[order])
   reached /= np.arange(1, len(order) + 1)
-  # Answers of equal probability are given or withheld together.
+  # Answers of equal probability are kept or withheld together.
   last = np.append(sorted_p[1:] != sorted_p[:-1], True)[: len(order)]
   good = np.flatnonzero((reached >= accuracy) & last)
   if not len(good):

@@ -2,10 +2,10 @@
 
 The scorers are those of pycocoevalcap, called one by one: its `COCOEvalCap`
 also builds SPICE, which downloads 400 MB. CIDEr is that of `cider`, which is
-equal and faster. References and predictions pass the same tokenizer.
+equal and faster. References and predictions have the same tokenizer.
 
-Each figure comes with statistics per caption, of whose sums it is a function,
-so that confidence intervals are those of the corpus figure (see `bootstrap`).
+Each figure is a function of the sums of statistics per caption, so its
+confidence interval is that of the corpus figure (see `bootstrap`).
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ class CaptionFigure:
   """One figure of a set of captions.
 
   Attributes:
-    name: such as "bleu_4"; "@simple" is appended where the plain tokenizer made
-      the words.
-    value: of the corpus; None if the figure is unavailable.
-    scores: of each caption by itself, [captions].
+    name: such as "bleu_4"; "@simple" is appended for words of the plain
+      tokenizer.
+    value: value for the corpus; None if the figure is unavailable.
+    scores: score of each caption by itself, [captions].
     statistics: [captions, k], see `bootstrap.interval`.
-    figure: of their sums.
+    figure: function from their sums to the figure.
     reason: why it is unavailable; empty otherwise.
   """
 
@@ -60,10 +60,11 @@ def coco_figures(
   Args:
     predictions: one caption of each picture; may be empty.
     references: captions of each picture, at least one.
-    frequencies: for CIDEr, of another corpus; of `references` if None.
+    frequencies: document frequencies of another corpus for CIDEr; those of
+      `references` if None.
 
   Returns:
-    All figures; those that cannot be computed here have no value and say why.
+    All figures; those that cannot be computed here have a reason and no value.
 
   Raises:
     ValueError: not as many predictions as references, or a picture without any.

@@ -1,15 +1,15 @@
 """CIDEr-D of captions in NumPy, fast enough for every evaluation of a run.
 
-Vedantam et al. 2015, arXiv 1411.5726, section 5; in detail as pycocoevalcap
-computes what it calls CIDEr: n-grams of 1 to 4 words, clipped counts, a
+Vedantam et al. 2015, arXiv 1411.5726, section 5; with the details of CIDEr in
+pycocoevalcap: n-grams of 1 to 4 words, clipped counts, a
 Gaussian penalty of the difference in length with sigma 6, where the length is
-the number of word pairs, and a factor of 10. Words are taken as they are,
-separated by spaces; see `tokenizers`.
+the number of word pairs, and a factor of 10. Words are separated by
+spaces and not changed; see `tokenizers`.
 
 The weight of an n-gram falls with the number of documents (pictures) whose
 references contain it. These counts come from the references of the evaluated
-pictures or, so that figures of few pictures compare, from a file of a larger
-corpus: see `DocumentFrequencies`.
+pictures or, so that figures of few pictures are comparable, from a file of a
+larger corpus: see `DocumentFrequencies`.
 """
 
 import collections
@@ -34,7 +34,7 @@ _FORMAT = "narvl_jax document frequencies 1"
 
 @dataclasses.dataclass(frozen=True)
 class DocumentFrequencies:
-  """In how many documents of a corpus each n-gram occurs.
+  """Number of documents of a corpus in which each n-gram occurs.
 
   As a file: UTF-8 text, compressed if its name ends in `.gz`. The first line is
   a JSON object with `format`, `documents`, `longest` (words of an n-gram) and
@@ -43,7 +43,7 @@ class DocumentFrequencies:
   Attributes:
     documents: number of documents, each with all references of one picture.
     counts: n-gram, its words separated by spaces -> documents.
-    tokenizer: name of the one that made the words.
+    tokenizer: name of the tokenizer.
   """
 
   documents: int
@@ -57,8 +57,8 @@ class DocumentFrequencies:
     """Counts the n-grams of documents.
 
     Args:
-      documents: of each the references, tokens separated by spaces.
-      tokenizer: name of what made the tokens.
+      documents: references of each document, tokens separated by spaces.
+      tokenizer: name of the tokenizer.
     """
     counts: collections.Counter[str] = collections.Counter()
     total = 0
@@ -71,7 +71,7 @@ class DocumentFrequencies:
     """Writes the file, n-grams in alphabetical order.
 
     Raises:
-      OSError: it cannot be written; a former file stays.
+      OSError: it cannot be written; an existing file is kept.
     """
     header = {
       "format": _FORMAT,
@@ -92,7 +92,7 @@ class DocumentFrequencies:
     """Reads the file.
 
     Raises:
-      UserError: there is none, or it is something else.
+      UserError: it is missing, or not such a file.
     """
     try:
       with _open(pathlib.Path(path), str(path), "r") as file:
@@ -108,7 +108,8 @@ class DocumentFrequencies:
       raise UserError(f'"{path}": {error.strerror or error}') from error
     except (ValueError, KeyError, TypeError, EOFError) as error:
       raise UserError(
-        f'"{path}" is no file of document frequencies ({error}); write one by'
+        f'"{path}" is not a file of document frequencies ({error}); write one'
+        " by"
         " python -m narvl_jax.document_frequencies"
       ) from error
 
@@ -124,8 +125,9 @@ def cider_d(
 
   Args:
     predictions: tokens separated by spaces.
-    references: of each prediction, at least one.
-    frequencies: those of another corpus; of `references` if None.
+    references: references of each prediction, at least one.
+    frequencies: document frequencies of another corpus; those of `references`
+      if None.
 
   Raises:
     ValueError: not as many predictions as references, or an empty list of them.
@@ -197,7 +199,7 @@ class _Words:
 
 @dataclasses.dataclass(frozen=True)
 class _Counts:
-  """How often texts contain n-grams, sorted by text and n-gram; each [pairs].
+  """Counts of n-grams in texts, sorted by text and n-gram; each [pairs].
 
   `kinds` is the number of different n-grams.
   """
@@ -215,7 +217,7 @@ def _document_counts(
   frequencies: DocumentFrequencies | None,
   n: int,
 ) -> np.ndarray:
-  """Returns in how many documents each n-gram occurs: [kinds]."""
+  """Returns the number of documents with each n-gram: [kinds]."""
   if frequencies is None:
     predictions = int(picture.max()) + 1
     reference = counts.text >= predictions
@@ -271,7 +273,7 @@ def _grams(text: str) -> Iterable[str]:
 
 
 def _open(path: pathlib.Path, name: str, mode: str) -> Any:
-  """Opens a text file, compressed if its name says so."""
+  """Opens a text file, compressed if its name ends in `.gz`."""
   if not name.endswith(".gz"):
     return path.open(mode, encoding="utf-8", newline="\n")
   # Neither name nor time: equal counts give equal files.

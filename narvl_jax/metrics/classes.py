@@ -1,11 +1,11 @@
-"""Figures of answers out of few classes: per class, confusion matrix, POPE."""
+"""Figures of predictions of few classes: per class, confusion matrix, POPE."""
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-# Column of the predictions that are none of the classes.
+# Column of predictions outside of the classes.
 OTHER = "(other)"
 
 
@@ -49,11 +49,11 @@ def confusion(
 
   Args:
     predictions: texts, any.
-    targets: as many of `classes`.
+    targets: true classes, one per prediction.
     classes: names, in the order of the matrix.
 
   Raises:
-    ValueError: a target is no class, or the lengths differ.
+    ValueError: a target is not a class, or the lengths differ.
   """
   index = {name: i for i, name in enumerate(classes)}
   counts = np.zeros((len(classes), len(classes) + 1), np.int64)

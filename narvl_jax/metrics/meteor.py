@@ -1,9 +1,9 @@
 """METEOR 1.5 (Denkowski and Lavie 2014) by the Java program of pycocoevalcap.
 
 The program aligns a caption with its references and returns 23 counts. The
-score is a function of these counts, and that of a corpus the same function of
-their sums, so that NumPy computes both here, and confidence intervals cost no
-further process.
+score of a caption is a function of these counts, and that of a corpus is the
+same function of their sums. So NumPy computes both here, and confidence
+intervals need no further process.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ def statistics(
 ) -> np.ndarray:
   """Returns the counts of each caption, float64 [captions, 23].
 
-  The references that match best are chosen by the program.
+  The program chooses the best matching reference.
 
   Args:
     predictions: tokens separated by spaces; may be empty.
-    references: of each prediction.
+    references: references of each prediction.
 
   Raises:
     Unavailable: Java or pycocoevalcap is missing, or the program fails.
@@ -56,7 +56,7 @@ def statistics(
   except (OSError, ValueError) as error:
     raise tokenizers.Unavailable(f"METEOR failed: {error}") from error
   counts = np.asarray(rows, np.float64).reshape(-1, COUNTS)
-  # A caption that equals a reference is not punished for its one chunk.
+  # A caption that equals a reference has no penalty for its one chunk.
   counts[_perfect(counts), _CHUNKS] = 0
   return counts
 

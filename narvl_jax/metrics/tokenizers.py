@@ -1,8 +1,8 @@
-"""Tokens of captions, as texts in which one space separates them.
+"""Tokenizers of captions; tokens are separated by one space.
 
 Published figures use the Penn Treebank tokenizer of Stanford CoreNLP, which is
-a Java program inside of the package pycocoevalcap. Where it is missing,
-`simple` takes its place; figures then have another name (`cider@simple`).
+a Java program inside of the package pycocoevalcap. Without it
+`simple` is used, and figures have another name (`cider@simple`).
 """
 
 import functools
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 
-# Left out by the official tokenizer after splitting.
+# Tokens that the official tokenizer removes after splitting.
 _PTB_PUNCTUATION = {
   *("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-"),
   *(".", "?", "!", ",", ":", "-", "--", "...", ";"),
@@ -29,7 +29,7 @@ Tokenizer = Callable[[Sequence[str]], list[str]]
 
 
 class Unavailable(Exception):
-  """A figure or tokenizer cannot be had here; the text says what is missing."""
+  """A figure or tokenizer is unavailable; the text names what is missing."""
 
 
 def package_folder() -> pathlib.Path:
@@ -59,10 +59,10 @@ def java() -> str:
 
 
 def one_line(text: str) -> str:
-  """Returns a text on one line, without what UTF-8 cannot hold.
+  """Returns a text on one line, without characters that UTF-8 cannot encode.
 
-  Programs that read one text per line would otherwise take a caption with a
-  line separator for two, and count all later ones to the wrong picture.
+  Otherwise programs that read one text per line would split a caption with a
+  line separator, and assign all later ones to the wrong picture.
   """
   return " ".join(text.encode(errors="replace").decode().split())
 

@@ -13,7 +13,7 @@ from narvl_jax.parallel.sharding import batch_sharding
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-  """Returns which rows of a global batch the devices of this host need.
+  """Returns the rows of a global batch that the devices of this host need.
 
   Hosts need the same rows if the tensor axis runs across them. The rows of a
   host need not be contiguous.
@@ -69,7 +69,7 @@ def local_values(array: jax.Array, rows: Sequence[int]) -> np.ndarray:
 
   Args:
     array: [B, ...], split by `batch_sharding`.
-    rows: from `local_rows`.
+    rows: result of `local_rows`.
 
   Returns:
     [R, ...].

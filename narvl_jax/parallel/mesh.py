@@ -54,7 +54,8 @@ def make_mesh(
     compiler to propagate shardings.
 
   Raises:
-    UserError: the sizes do not fit the devices. It names the nearest that do.
+    UserError: the sizes do not fit the devices; the error names the nearest
+      valid ones.
   """
   devices = list(jax.devices() if devices is None else devices)
   hosts = {device.process_index for device in devices}
@@ -113,7 +114,7 @@ def resolve_shape(
     every_device: whether all of them must be used.
 
   Raises:
-    UserError: the sizes do not fit. It names the nearest that do.
+    UserError: the sizes do not fit; the error names the nearest valid ones.
   """
   asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
   fixed = math.prod(size for size in asked.values() if size != -1)

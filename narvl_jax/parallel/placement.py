@@ -1,4 +1,4 @@
-"""Placement of every parameter by the rules, and checks of the result."""
+"""Places every parameter by the rules, and checks the result."""
 
 import dataclasses
 import math

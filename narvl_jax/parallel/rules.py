@@ -66,7 +66,7 @@ def check_rules(rules: Iterable[Any]) -> tuple[Rule, ...]:
   """Returns the rules as tuples.
 
   Raises:
-    UserError: an entry is no rule, or names a mesh axis that does not exist.
+    UserError: an entry is not a rule, or names a mesh axis that does not exist.
   """
   checked = []
   for rule in rules:

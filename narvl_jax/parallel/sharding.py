@@ -129,7 +129,7 @@ def check_batch_size(
   """Checks that every device gets the same rows of every micro-batch.
 
   Raises:
-    UserError: naming the nearest batch sizes that divide.
+    UserError: the size does not divide; the error names the nearest valid ones.
   """
   if accumulation_steps < 1:
     raise UserError(

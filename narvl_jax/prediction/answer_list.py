@@ -13,7 +13,7 @@ def with_answers(
   """Returns a copy of an experiment whose VQA allows the answers of a file.
 
   Args:
-    experiment: is not changed.
+    experiment: the experiment; not changed.
     path: see `narvl_jax.data.answers.load_answers`; read at the first
       constrained decoding.
 

@@ -72,7 +72,8 @@ def decodings_for(
   """
   if settings is not None and not isinstance(settings, Mapping):
     raise UserError(
-      f'decoding={settings!r} is no dict; such as decoding={{"method": "beam",'
+      f"decoding={settings!r} is not a dict; such as"
+      f' decoding={{"method": "beam",'
       ' "beam_size": 5}'
     )
   given = dict(settings or {})
@@ -117,7 +118,7 @@ def check_answers_heeded(
   """Checks that a list of answers has an effect.
 
   Args:
-    decodings: of the tasks to predict; not checked if empty.
+    decodings: decodings of the tasks to predict; not checked if empty.
     answers: file of the list; none if "".
 
   Raises:

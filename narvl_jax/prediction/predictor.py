@@ -48,14 +48,14 @@ class Answer(NamedTuple):
 
   Attributes:
     record: the request.
-    index: of the record in its source.
+    index: index of the record in its source.
     value: text, or a box in pixels of the original image.
     log_prob: natural logarithm of its probability, for parallel models over
       all alignments; see the readers in `narvl_jax.decoding`.
     alternatives: the next best answers with their log-probabilities, if
       `num_best` exceeds 1.
-    query_entropy: of the distribution of each query in nats, [N]; () for
-      autoregressive models.
+    query_entropy: entropy of the distribution of each query in nats, [N];
+      () for autoregressive models.
     probability_iou50: probability that the box has an intersection over union
       of at least 0.5 with the true one; see `box_confidence`. None for other
       tasks and for autoregressive models.
@@ -119,9 +119,10 @@ class Predictor:
 
     Args:
       experiment: the run.
-      variables: of `experiment.model`, unboxed.
-      decodings: by task; the default is greedy.
-      temperatures: by task, see `calibration`; others are not calibrated.
+      variables: variables of `experiment.model`, unboxed.
+      decodings: decodings by task; the default is greedy.
+      temperatures: temperatures by task, see `calibration`; others are not
+        calibrated.
 
     Raises:
       UserError: a value is not a `Decoding`, or the run has no such task.

@@ -25,7 +25,7 @@ class Request:
     image: picture file; see docs/data.md.
     example: index of a record, instead of `image`.
     dataset: entry of `data.evaluation` with the record; the task's first if "".
-    split: of that data set; `evaluation.split` if "".
+    split: split of that data set; `evaluation.split` if "".
     prompt: question, expression or hypothesis; that of the record if None.
       Captions ignore it.
     premise: entailment only: a true caption of the picture.
@@ -57,7 +57,7 @@ class Request:
     """Returns the request as a record with a decoded picture.
 
     Args:
-      config: of the run.
+      config: config of the run.
 
     Raises:
       UserError: picture, task or text is wrong or missing.

@@ -51,7 +51,7 @@ def queries_needed(
   """Returns how many queries the rest of an answer needs.
 
   Args:
-    automaton: with E edges and S states.
+    automaton: automaton with E edges and S states.
     merge_repeats: bool scalar.
     num_queries: up to this number the result is exact; above it is some larger
       number, at most `UNREACHABLE`.

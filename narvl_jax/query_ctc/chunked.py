@@ -169,7 +169,7 @@ def _softmax_gradient(
     carry: tuple[jax.Array, jax.Array], rows: jax.Array, mask: Any, first: Any
   ) -> tuple[jax.Array, jax.Array]:
     d_states, d_table = carry
-    # Padding of the table may hold NaN, and zero times NaN is NaN.
+    # Padding of the table may contain NaN, and zero times NaN is NaN.
     rows = mask(rows.T, 0).T
     z = _product("md,cd->mc", flat, rows)
     g = scale * jnp.exp(normalizer.log_probs(z)) + offset

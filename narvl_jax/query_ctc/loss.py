@@ -67,7 +67,7 @@ def query_ctc_loss(
     smoothing, m of the example is -inf.
   * A logit of NaN or +inf, or a query whose logits are all -inf, makes loss
     and gradient of its example NaN, unless the target is infeasible.
-  * Logits from `vocab_size` on may hold anything.
+  * Logits from `vocab_size` on may contain anything.
   * B = 0 and L = 0 are allowed; N = 0 is a `UserError`.
 
   Works under `jit`, `vmap` and sharding over the batch. Only first-order
@@ -81,7 +81,7 @@ def query_ctc_loss(
     blank_id: id of the blank class.
     vocab_size: number of true classes; later ones are padding of the table
       and are ignored. None for all V.
-    label_smoothing: in [0, 1).
+    label_smoothing: label smoothing in [0, 1).
     axes: mesh axes that split batch and classes.
 
   Returns:

@@ -168,7 +168,7 @@ def _check(
       raise UserError(f"{name} is {value}; nearest: 1 (--{name})")
   if num_best > beam_size:
     raise UserError(
-      f"num_best is {num_best}, but the beam holds {beam_size} prefixes;"
+      f"num_best is {num_best}, but the beam contains {beam_size} prefixes;"
       f" nearest: {beam_size} (--num_best)"
     )
 
@@ -209,7 +209,7 @@ def _search(
   Args:
     log_probs: [N, V].
     merge: bool scalar.
-    best: from `_best_labels`, of this example; None with a constraint.
+    best: result of `_best_labels` for this example; None with a constraint.
     needed: queries that the constraint needs; None without one.
     beam_size: K.
   """

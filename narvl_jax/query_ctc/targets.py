@@ -151,7 +151,7 @@ def check_targets(
     but = "" if blank_id is None else f", but not blank ({blank_id})"
     raise UserError(
       f"label {labels[row, place]} of example {row} at place {place} is not a"
-      f" class that a target may hold: 0 to {vocab_size - 1}{but}"
+      f" class that a target may contain: 0 to {vocab_size - 1}{but}"
     )
 
 

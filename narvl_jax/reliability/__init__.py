@@ -1,1 +1,1 @@
-"""Reliability."""
+"""Stop requests, watchdog, failures and the time of a run."""

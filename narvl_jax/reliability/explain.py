@@ -17,7 +17,7 @@ from narvl_jax.hosts.distributed import explain_lost
 from narvl_jax.reliability.interrupt import Terminated
 from narvl_jax.terminal.text import show_error
 
-# Characters of an unexpected error that the line quotes.
+# Longest quotation of an unexpected error, in characters.
 _LONGEST_ERROR = 200
 
 
@@ -26,14 +26,14 @@ HOW_TO_RESUME = "run the same command again to resume"
 
 def how_to_resume() -> str:
   """Returns the advice to run the command of this process again."""
-  # Numbered hosts must all be started again. Asking jax would wait for devices.
+  # All numbered hosts must be restarted. A query of jax would wait for devices.
   numbered = any(x.startswith("--process_id") for x in sys.orig_argv)
   where = ", on all hosts or by what started them" if numbered else ""
   return f"{HOW_TO_RESUME}{where}: {shlex.join(sys.orig_argv)}"
 
 
 def quiet_failed_saves() -> None:
-  """Silences what libraries print about a failed save besides its error.
+  """Silences messages of libraries about a failed save, except its error.
 
   On a full disk Orbax closes its event loop after the first array that cannot
   be written. Every other array then prints a traceback from tensorstore's
@@ -55,7 +55,7 @@ def quiet_failed_saves() -> None:
 def explain_failure(
   error: BaseException, workdir: pathlib.Path
 ) -> tuple[int, str]:
-  """Returns exit code and last line; prints the traceback of a surprise."""
+  """Returns exit code and last line; prints a traceback if unexpected."""
   code, message = describe_failure(error, workdir)
   if code == 1 and explain_lost(error) is None:
     show_error(type(error), error, error.__traceback__)
@@ -90,13 +90,13 @@ def describe_failure(
   if not _holds_results(workdir):
     return 1, f"failed: {what}; nothing was saved yet in {workdir}"
   return 1, (
-    f"failed: {what}; what was saved in {workdir} is intact; mend the cause,"
+    f"failed: {what}; what was saved in {workdir} is intact; remove the cause,"
     f" then {HOW_TO_RESUME}"
   )
 
 
 def _holds_results(folder: pathlib.Path) -> bool:
-  """Returns whether a folder holds checkpoints or shards to resume from."""
+  """Returns whether a folder has checkpoints or shards to resume from."""
   patterns = ("checkpoints/[0-9]*", "*/checkpoints/[0-9]*", f"*/{PROGRESS}/*")
   finished = f"*/{MANIFEST}"
   return any(

@@ -27,7 +27,7 @@ from narvl_jax.run_folder.lock import RENEW_SECONDS, LockLost, RunLock
 from narvl_jax.run_folder.workdir import is_run
 from narvl_jax.terminal.text import show
 
-# For a checkpoint that is still being written when the process is to end.
+# Seconds at the end of the process for a checkpoint that is being written.
 _SAVE_SECONDS = 600.0
 
 
@@ -127,7 +127,7 @@ class Guard:
     saved: float | None = None,
     damaged: Sequence[str] = (),
   ) -> None:
-    """Records what happened before this start; see `run_folder.restarts`.
+    """Records the previous end of the run; see `run_folder.restarts`.
 
     Args:
       step: the step that is resumed.
@@ -143,9 +143,9 @@ class Guard:
       say(f"restart: {restarts.describe(record)}")
 
   def stopped(self, step: int) -> NoReturn:
-    """Ends a run that was told to stop; the state of `step` is on disk."""
+    """Ends a run after a stop request; the state of `step` is on disk."""
     number = self.stop.signal_number or signal.SIGTERM
-    # SIGTERM asks for a save and an end, so it succeeded; Ctrl-C interrupts.
+    # SIGTERM requests a save and an end, so it succeeded; Ctrl-C interrupts.
     code = 0 if number == signal.SIGTERM else 128 + number
     why = f"{signal.Signals(number).name}: stopped"
     show(f"{why} at step {step}; {how_to_resume()}")
@@ -153,10 +153,10 @@ class Guard:
     sys.exit(code)
 
   def end(self, code: int, message: str) -> None:
-    """Records once that the run ends before it is finished; thread-safe.
+    """Records once that the run ends unfinished; thread-safe.
 
     Args:
-      code: exit code; with 0 the checkpoint being written is waited for.
+      code: exit code; 0 first waits for a checkpoint that is being written.
       message: the reason, in one line.
     """
     with self._ending:
@@ -185,7 +185,7 @@ class Guard:
     self._release(lock)
 
   def _release(self, lock: RunLock) -> None:
-    """Records the time, unless the folder holds no run yet, and unlocks it."""
+    """Records the time if the folder contains a run, and unlocks it."""
     if is_run(self._workdir):
       times.record(self._workdir, self.ledger.seconds())
     lock.release()
@@ -193,10 +193,10 @@ class Guard:
   def check_folder(self) -> None:
     """Checks on the first host that the folder still belongs to this run.
 
-    Otherwise a write would create a vanished folder anew, with a part of a run.
+    Otherwise a write would recreate a removed folder with a part of a run.
 
     Raises:
-      LockLost: the folder is gone, or another run has taken it over.
+      LockLost: the folder no longer exists, or another run has taken it over.
     """
     with self._renewing:
       self._sign()
@@ -204,7 +204,7 @@ class Guard:
         raise LockLost(self._lost)
 
   def _sign(self) -> None:
-    """Renews the lock, if this host holds it, and notes its loss."""
+    """Renews the lock if this host has it, and notes its loss."""
     lock = self._lock
     if lock is None:
       return
@@ -223,7 +223,7 @@ class Guard:
     if not self._renewing.acquire(blocking=False):
       # The main thread renews it. If its disk hangs, the watchdog continues.
       return
-    # Held while the process ends, so that no save begins.
+    # Locked while the process ends, so that no save begins.
     try:
       if self._lock is None:
         # The main thread noticed first and reports it.
@@ -261,10 +261,10 @@ class Guard:
 
 
 def check_unchanged(resumes: bool, workdir: pathlib.Path) -> None:
-  """Checks that no run began while this one waited for the lock.
+  """Checks that no other run began while this one waited for the lock.
 
   Args:
-    resumes: whether the folder held a run when its config was compared.
+    resumes: whether the folder contained a run when the config was compared.
     workdir: the run folder, locked by this run.
 
   Raises:
@@ -272,6 +272,6 @@ def check_unchanged(resumes: bool, workdir: pathlib.Path) -> None:
   """
   if is_run(workdir) != resumes:
     raise UserError(
-      f"--workdir={workdir}: another run began there just now, and ended; start"
-      " this one again"
+      f"--workdir={workdir}: another run began and ended in the meantime;"
+      " start this one again"
     )

@@ -1,4 +1,4 @@
-"""Stop requests: after a step while a run trains, at once otherwise."""
+"""Stop requests: take effect after a training step, otherwise at once."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from typing import Any, Self
 from narvl_jax.hosts.notices import Notices
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# For the main thread to end by itself, which it cannot do while in C++.
+# Seconds for the main thread to end by itself; it cannot while in C++.
 _PATIENCE_SECONDS = 2.0
 
 
@@ -41,7 +41,7 @@ def _error(number: int, unsaved: bool) -> KeyboardInterrupt:
 
 
 class StopRequest:
-  """Handles Ctrl-C and SIGTERM, whatever the main thread is doing.
+  """Handles Ctrl-C and SIGTERM, even while the main thread is busy.
 
   In the training loop (from `begin` to `finish`) the first signal is a request:
   the loop saves and ends after a step, the same one on all hosts. A second
@@ -54,7 +54,7 @@ class StopRequest:
 
   Attributes:
     notices: notices between hosts; None for one process.
-    busy: returns whether a write is in progress that must not be cut off.
+    busy: returns whether a write is in progress that must not be interrupted.
     leave: ends the process from the thread, with an error.
     stopped: whether `due` has returned True.
   """
@@ -90,7 +90,7 @@ class StopRequest:
     """Enters the training loop, in which a stop saves first.
 
     Raises:
-      KeyboardInterrupt: a signal came before.
+      KeyboardInterrupt: a signal arrived before.
     """
     with self._lock:
       self._raise_late()
@@ -102,7 +102,7 @@ class StopRequest:
     """Leaves the training loop after its last save.
 
     Raises:
-      KeyboardInterrupt: a signal came too late for the loop.
+      KeyboardInterrupt: a signal arrived after the last step.
     """
     with self._lock:
       self._looping = False
@@ -155,7 +155,7 @@ class StopRequest:
     self._writer.close()
 
   def _handle(self, number: int, frame: FrameType | None) -> None:
-    """Runs in the main thread, as soon as that runs Python code."""
+    """Runs in the main thread as soon as it executes Python code."""
     del frame
     self._handled += 1
     # Only once: a second error would interrupt the clean-up of the first. If

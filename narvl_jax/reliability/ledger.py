@@ -10,13 +10,13 @@ from narvl_jax.terminal.tables import format_columns
 
 
 class RunStatus(NamedTuple):
-  """What a run is doing.
+  """The current activity of a run.
 
   Attributes:
     stage: the innermost stage.
     step: the last update that was begun.
-    moves: increases with every progress: a stage that begins or ends, an
-      update, a batch of an evaluation.
+    moves: count of progress events: start and end of a stage, an update, a
+      batch of an evaluation.
   """
 
   stage: str
@@ -83,7 +83,7 @@ class Ledger:
 
   @property
   def status(self) -> RunStatus:
-    """What the run is doing, or was doing when it failed; thread-safe."""
+    """The current activity of the run, or that at its failure; thread-safe."""
     stage = self._broken or self._stack[-1]
     return RunStatus(stage, self._step, self._moves)
 

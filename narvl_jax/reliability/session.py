@@ -36,8 +36,8 @@ def together(
 
   Args:
     cluster: the processes; None for a run of one process.
-    log_folder: for `host_000.log` and so on; None keeps no logs.
-    facts: returns what must be equal on all hosts.
+    log_folder: folder for `host_000.log` and so on; None: no logs.
+    facts: returns values that must be equal on all hosts.
     explain: exception -> exit code and one line.
     on_end: see `Notices`.
 
@@ -88,7 +88,7 @@ def outliving_terminal(folder: pathlib.Path | None) -> Iterator[None]:
   """Redirects output to a log once the terminal cannot be written.
 
   Args:
-    folder: for `host_000.log`, created only then; None lets the write fail.
+    folder: folder for `host_000.log`, created only then; None: the write fails.
   """
   if folder is None:
     yield
@@ -201,8 +201,7 @@ def _log_to(stream: Any) -> None:
 class _Tee(io.TextIOBase):
   """Writes to a terminal and a log, and drops a stream that fails.
 
-  A full disk or a closed terminal does not end a run. Without a log, a failing
-  terminal does.
+  A full disk or a closed terminal does not end a run, unless there is no log.
   """
 
   def __init__(
@@ -275,7 +274,7 @@ class _Tee(io.TextIOBase):
         os.dup2(nothing.fileno(), stream.fileno())
 
   def _opened_log(self, error: OSError) -> list[TextIO]:
-    """Opens the log that replaces a terminal; empty if that is impossible."""
+    """Opens the log that replaces a terminal; empty if it cannot be opened."""
     if self._open_log is None:
       return []
     try:

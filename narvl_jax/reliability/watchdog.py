@@ -16,7 +16,7 @@ STACKS_FOLDER = "stacks"
 # EX_TEMPFAIL: schedulers may try again.
 HANG_CODE = 75
 LOOK_SECONDS = 2.0
-# How late a check may be before C code ends the process instead.
+# Delay of a check after which C code ends the process instead.
 _GRACE_SECONDS = 60.0
 # Stages of the ledger whose budget has another name.
 _NAMES = {"init": "start", "import": "start", "data wait": "data_wait"}
@@ -28,8 +28,8 @@ class Hang(NamedTuple):
   Attributes:
     stage: name in the ledger.
     seconds: since the last progress.
-    name: of the budget, a key of `config.watchdog`.
-    budget: in seconds.
+    name: name of the budget, a key of `config.watchdog`.
+    budget: budget in seconds.
   """
 
   stage: str
@@ -49,7 +49,7 @@ class Watchdog:
   """A thread that checks whether the ledger advances.
 
   A thread that never releases Python's lock blocks this one too. For that case
-  `faulthandler`, armed anew at every check, prints the stacks and ends the
+  `faulthandler`, rearmed at every check, prints the stacks and ends the
   process from C code.
   """
 
@@ -94,7 +94,7 @@ class Watchdog:
     faulthandler.cancel_dump_traceback_later()
 
   def look(self) -> Hang | None:
-    """Returns the stage that exceeds its budget, None if there is none."""
+    """Returns the stage that exceeds its budget; None if there is none."""
     now = self._clock()
     # While this thread did not run, as in a machine that was suspended, the
     # others could not run either.
@@ -139,7 +139,7 @@ def write_stacks(workdir: pathlib.Path, host: int, why: str) -> str:
   name = f"host_{host:03d}_{moment:%Y%m%dT%H%M%S}.txt"
   path = workdir / STACKS_FOLDER / name
   try:
-    # A run folder that has vanished is not created again.
+    # A removed run folder is not created again.
     path.parent.mkdir(exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
       file.write(f"{why}\nprocess {os.getpid()}: {' '.join(sys.argv)}\n\n")

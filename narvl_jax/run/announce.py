@@ -1,4 +1,4 @@
-"""Lines that a run prints about itself."""
+"""Lines that describe a run: its data, its model and a dry run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ class Announcer:
 def describe_source(
   source: Sequence[Any], task: str, name: str, used: int, steps: int
 ) -> str:
-  """Returns the size of a source and how much of it a run uses."""
+  """Returns the size of a source and the part that a run uses."""
   size = "endless" if is_endless(source) else f"{len(source):,} examples"
   text = f"source {name} for {task}: {size}; {steps} steps use {used:,}"
   if is_endless(source):

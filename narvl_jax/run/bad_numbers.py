@@ -37,12 +37,12 @@ from narvl_jax.parallel.batches import local_values
 from narvl_jax.terminal.text import warn
 
 FOLDER = "bad_numbers"
-# Losses that a spike is compared with, at most and at least.
+# Largest and least number of losses that a spike is compared with.
 _WINDOW = 100
 _FEWEST = 10
 _INFO_FILE = "update.json"
 _COUNTS = ("skipped_updates", "rollbacks", "loss_spikes")
-# For the other hosts to write their files.
+# Seconds in which the other hosts write their files.
 _PATIENCE_SECONDS = 15.0
 
 
@@ -51,9 +51,9 @@ class Health:
   """Counts of bad updates and recent losses, stored with checkpoints.
 
   Attributes:
-    spike_factor: a loss above so many times the median of the last 100 is a
-      spike; 0 counts none.
-    skipped_updates: number of updates left out.
+    spike_factor: a loss above this multiple of the median of the last 100 is
+      a spike; 0 counts none.
+    skipped_updates: number of skipped updates.
     rollbacks: number of returns to a checkpoint.
   """
 
@@ -117,13 +117,15 @@ def give_up(
   if policy == "stop":
     return UserError(
       f"{bad}; {lower}, or resume this one without the batch:"
-      f" --config.bad_numbers.policy=skip, or rollback; what led to it is in"
+      f" --config.bad_numbers.policy=skip, or rollback; the"
+      " batch and its metrics are in"
       f" {bundle}"
     )
   what = "updates were skipped" if policy == "skip" else "rollbacks were made"
   return UserError(
     f"{bad}, and {limit} {what} already; {lower}, or resume this one:"
-    f" --config.bad_numbers.limit={2 * max(limit, 1)}; what led to it is in"
+    f" --config.bad_numbers.limit={2 * max(limit, 1)}; the"
+    " batch and its metrics are in"
     f" {bundle}"
   )
 
@@ -174,7 +176,7 @@ class BundleWriter:
 
     Args:
       step: number of the update, from 1.
-      position: of its batch in the data.
+      position: position of its batch in the data.
       batch: arrays [B, ...] on the devices.
       metrics: of the update; may be NaN.
 
@@ -240,7 +242,7 @@ def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
   except (OSError, ValueError, RecursionError) as error:
     known = sorted(map(str, folder.parent.glob("step_*")))
     raise UserError(
-      f"{folder} is no update that a run has left out ({error})."
+      f"{folder} is not an update that a run has skipped ({error})."
       f"{did_you_mean(str(folder), known)}"
     ) from error
   info["metrics"] = {k: float(v) for k, v in info["metrics"].items()}

@@ -40,7 +40,7 @@ class DevicePrefetcher:
       batches: host batches, arrays [R, ...] of the rows of this host.
       names: the arrays to copy.
       depth: number of batches that wait on the devices.
-      batch_size: of all hosts together; None for that of `batches`.
+      batch_size: batch size of all hosts together; None for that of `batches`.
     """
     self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
     self._stop = threading.Event()
@@ -114,7 +114,7 @@ class DeviceBatches:
   """The training batches of a run on its devices, from any position.
 
   Attributes:
-    position: of the next batch: the number of batches before it.
+    position: position of the next batch: the number of batches before it.
   """
 
   def __init__(

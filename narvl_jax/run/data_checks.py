@@ -1,4 +1,4 @@
-"""Checks of the data of a run, before anything is written."""
+"""Checks the data of a run before anything is written."""
 
 from collections.abc import Sequence
 from typing import Any

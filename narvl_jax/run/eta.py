@@ -1,4 +1,4 @@
-"""Time left of a run, from its recent speed and the work still due."""
+"""Estimates the time left of a run from its recent speed and remaining work."""
 
 import collections
 import dataclasses
@@ -100,7 +100,7 @@ class Eta:
 
   def _due(self, step: int) -> tuple[float, int]:
     """Returns the number of evaluations and saves still due."""
-    # The last step is evaluated and saved whatever its number.
+    # The last step is always evaluated and saved.
     evaluations = count_due(step, self.steps, self.eval_every)
     evaluations += bool(self.eval_every)
     saves = self._saves(step, self.steps) + 1

@@ -95,7 +95,7 @@ class Loop:
       stopping = step < steps and self._stop.due()
       last = stopping or step == steps
       saves = last or self._due(step)
-      # A broken state must not be saved, so its numbers come first.
+      # A broken state must not be saved, so its numbers are checked first.
       bad = self._settle(pending, 0 if saves else _MAX_AHEAD)
       if bad is not None:
         # There may be no room for two states.
@@ -114,7 +114,7 @@ class Loop:
   def _begin(
     self, state: TrainState, step: int, pending: collections.deque[_Update]
   ) -> TrainState:
-    """Sends the next update to the devices."""
+    """Dispatches the next update to the devices."""
     position = self.batches.position
     batch = self._next_batch(pending)
     with self._ledger.stage("step"):
@@ -203,7 +203,7 @@ class Loop:
       self._writer.write(update.step, values)
       self._writer.flush()
       raise give_up(bad, policy, limit, folder)
-    self.run.say(f"{bad}: left out; see {folder}")
+    self.run.say(f"{bad}: skipped; see {folder}")
     if policy == "skip":
       health.skipped_updates += 1
     return policy == "rollback"
@@ -222,8 +222,8 @@ class Loop:
     self._progress.start(step)
     limit = self._config.bad_numbers.limit
     self.run.say(
-      f"back from step {bad.step} to {step}, rollback {rollbacks} of at most"
-      f" {limit}; on with batch {bad.position + 1}"
+      f"rolled back from step {bad.step} to {step}, rollback {rollbacks} of"
+      f" at most {limit}; continuing with batch {bad.position + 1}"
     )
     return state
 
@@ -239,7 +239,7 @@ class Loop:
       step == train.steps or step % train.eval_every == 0
     )
     missed = bool(due)
-    # A run that was told to stop has little time, and a state to save.
+    # After a stop request there may be only enough time to save the state.
     if due and not stopping:
       try:
         with self._ledger.stage("evaluation"):

@@ -1,4 +1,4 @@
-"""What a training run consists of once its folder is open."""
+"""The parts of a training run whose folder is open."""
 
 import dataclasses
 import pathlib

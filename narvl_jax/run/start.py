@@ -50,7 +50,7 @@ def prepare(
   """Builds and checks everything that a run needs; writes nothing.
 
   Args:
-    datasets: of a config that was validated.
+    datasets: datasets of a config that was validated.
     workdir: the run folder; the vocabulary of a run in it is used.
     resumes: whether it holds a run.
 
@@ -231,7 +231,7 @@ def _check_same_run(
 def _resume(
   setup: Setup, checkpoints: Checkpoints, say: Callable[[str], None]
 ) -> tuple[TrainState, int, dict[str, Any]] | None:
-  """Returns the newest intact state, None if there are no checkpoints.
+  """Returns the newest intact state; None if there are no checkpoints.
 
   Newer, damaged checkpoints are set aside so that those steps can be saved
   again.
@@ -255,10 +255,10 @@ def _resume(
     say(f"resumed from the checkpoint of step {step}")
     return state, step, record.run
   if damages:
-    # They stay: without them the same command would start from step 0.
+    # They are kept: without them the same command would start from step 0.
     raise UserError(
       f"no checkpoint of this run is intact:"
       f" {'; '.join(f'step {step}: {x}' for step, x in damages.items())};"
-      " bring files of theirs back, or train anew in another --workdir"
+      " restore their files, or train again in another --workdir"
     )
   return None

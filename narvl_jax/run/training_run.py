@@ -54,8 +54,8 @@ def train(
     ledger: of the time since the start of the process.
 
   Raises:
-    UserError: the config is wrong, or the folder holds another run, or one
-      that is alive.
+    UserError: the config is wrong, or the folder contains another run or a
+      live one.
     SystemExit: the state was saved after SIGTERM (code 0) or Ctrl-C (130) in
       the loop.
   """
@@ -66,7 +66,7 @@ def train(
 def train_guarded(
   config: Any, workdir: pathlib.Path, guard: Guard
 ) -> dict[str, Any]:
-  """Does what `train` does, under a guard of the whole process."""
+  """Like `train`, under a guard of the whole process."""
   say = Announcer(guard.ledger)
   with guard.ledger.stage("init"):
     say(f"run folder {workdir}")
@@ -89,7 +89,7 @@ def print_plan(
   *,
   only_sharding: bool = False,
 ) -> None:
-  """Prints what is known of a run before it trains; writes nothing.
+  """Prints shapes, sharding and memory of a run; writes nothing.
 
   Args:
     only_sharding: print only where every parameter lies.
@@ -111,7 +111,7 @@ def print_plan(
 def _start(
   config: Any, workdir: pathlib.Path, say: Announcer
 ) -> tuple[Start, bool]:
-  """Returns what the run needs, and whether the folder holds it already."""
+  """Returns the checked start, and whether the folder contains the run."""
   datasets = DataSets(config)
   set_epoch(datasets)
   counts = distributed.gather_json(int(config.train.epoch_examples))
@@ -132,7 +132,7 @@ def _run(
   guard: Guard,
   say: Announcer,
 ) -> dict[str, Any]:
-  """Takes the folder, restores or initialises, trains, and evaluates."""
+  """Acquires the folder, restores or initialises, trains, and evaluates."""
   setup, ledger = start.setup, guard.ledger
   config = setup.experiment.config
   with contextlib.ExitStack() as stack:
@@ -140,7 +140,7 @@ def _run(
       if distributed.is_first():
         guard.take(say)
         check_unchanged(resumes, workdir)
-        # Now, and not after days of training.
+        # Checked now, not after days of training.
         make_way(workdir)
       write_run(setup, workdir, resumes)
       checkpoints = stack.enter_context(open_checkpoints(setup, workdir))
@@ -175,7 +175,8 @@ def _run(
       variables, step = chosen_variables(setup, state, checkpoints, say)
     with ledger.stage("evaluation"):
       report = _final_evaluation(run, variables, step)
-    # In the line of the last step, even where an earlier one was better.
+    # The metrics belong to the line of the last step, even if an earlier
+    # checkpoint was better.
     values = flat_metrics(report) | {f"{report['split']}/step": float(step)}
     writer.write(int(state.step), values)
     with ledger.stage("checkpoint"):

@@ -22,8 +22,8 @@ from narvl_jax.files.regular import open_regular
 
 LOCK_FILE = "lock.json"
 RENEW_SECONDS = 5.0
-# A run without a sign of life for so long is dead. The waiting process measures
-# it, since the clocks of two machines may differ.
+# Seconds without a sign of life after which a run is dead. The waiting process
+# measures them, since the clocks of two machines may differ.
 _STALE_SECONDS = 20.0
 # Constant, so that a sign of life needs no room on a full disk.
 _SIZE = 1024
@@ -33,7 +33,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class LockLost(UserError):
-  """The folder is gone, or another run has taken it over."""
+  """The folder no longer exists, or another run has taken it over."""
 
 
 def now() -> str:
@@ -44,8 +44,8 @@ def now() -> str:
 class RunLock:
   """`WORKDIR/lock.json`, which names the live run of a folder and its status.
 
-  It is created atomically, so only one of two runs gets it. A run that ends
-  removes it; one that was killed leaves it, and the next one takes it over.
+  It is created atomically, so only one of two runs gets it. A run removes it at
+  its end; after a killed run, the next run takes it over.
   """
 
   def __init__(
@@ -66,7 +66,7 @@ class RunLock:
 
   @property
   def since(self) -> str:
-    """When the lock was taken."""
+    """When the lock was acquired."""
     return self._contents["since"]
 
   def acquire(
@@ -88,8 +88,8 @@ class RunLock:
       held = _parse(found)
       if self._is_dead(found, held, say) and self._take_over(found, stage):
         say(
-          f"note: takes over from the run of {_who(held)}, which ended without"
-          f" a word ({_last_sign(held)})"
+          f"note: takes over from the run of {_who(held)}, which ended"
+          f" unexpectedly ({_last_sign(held)})"
         )
         on_dead(held)
         return
@@ -98,7 +98,7 @@ class RunLock:
     """Writes a sign of life; errors of the disk are ignored.
 
     Raises:
-      LockLost: the lock is gone, or belongs to another run.
+      LockLost: the lock no longer exists, or belongs to another run.
     """
     with self._guard:
       if not self._held:
@@ -115,9 +115,9 @@ class RunLock:
           file.write(self._text(stage, step))
       except FileNotFoundError as error:
         raise LockLost(
-          f"--workdir={self._workdir} is gone, or its {LOCK_FILE}: nothing"
-          " could be saved there; bring it back, then run the same command"
-          " again to resume"
+          f"--workdir={self._workdir} or its {LOCK_FILE} no longer"
+          " exists: nothing could be saved there; restore it, then run the"
+          " same command again to resume"
         ) from error
       except OSError:
         pass
@@ -188,7 +188,7 @@ class RunLock:
       os.close(folder)
 
   def _is_own(self, text: bytes) -> bool:
-    """Returns whether a lock, perhaps damaged, belongs to this run."""
+    """Returns whether a possibly damaged lock belongs to this run."""
     own = self._contents["id"]
     found = _parse(text).get("id")
     if own.encode() in text or found is None:
@@ -210,7 +210,7 @@ class RunLock:
   def _is_dead(
     self, found: bytes, held: dict[str, Any], say: Callable[[str], Any]
   ) -> bool:
-    """Returns whether the holder of the lock is dead, False if it ended.
+    """Returns whether the holder of the lock is dead; False if it ended.
 
     A new sign of life means that it is alive. If it runs on this machine, its
     process decides, even if it is stuck.

@@ -1,4 +1,4 @@
-"""The restarts of a run: how it ended before, and the work that was lost."""
+"""The restarts of a run: why it ended before, and the work that was lost."""
 
 import contextlib
 import datetime
@@ -46,7 +46,7 @@ def record_end(
   since: str | None,
   moment: str | None = None,
 ) -> None:
-  """Appends that a run ends before it is finished; disk errors are ignored."""
+  """Appends that a run ends unfinished; disk errors are ignored."""
   with contextlib.suppress(OSError):
     side_files.append_line(
       workdir / RESTARTS_FILE,
@@ -66,7 +66,7 @@ def record_death(workdir: pathlib.Path, held: Mapping[str, Any]) -> None:
   """Appends that a run was killed, from the contents of its lock."""
   record_end(
     workdir,
-    "ended without a word: killed, or the machine lost",
+    "ended unexpectedly: killed, or the machine lost",
     code=1,
     stage=held.get("phase", "?"),
     step=held.get("step", 0),
@@ -157,7 +157,7 @@ def _seconds(start: datetime.datetime, end: datetime.datetime) -> float:
 
 
 def history(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the records in order; damaged ones are left out."""
+  """Returns the records in order, without damaged ones."""
   return side_files.read_lines(workdir / RESTARTS_FILE, _is_record)
 
 

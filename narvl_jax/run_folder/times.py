@@ -1,4 +1,4 @@
-"""Where the time of a run went: `time.jsonl`, one line per start."""
+"""The time that a run spent in each stage: `time.jsonl`, a line per start."""
 
 import contextlib
 import math
@@ -21,7 +21,7 @@ def record(workdir: pathlib.Path, seconds: Mapping[str, float]) -> None:
 
 
 def history(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the records in order; damaged ones are left out.
+  """Returns the records in order, without damaged ones.
 
   Each has "time", when that process ended, and "seconds" by stage. Processes
   that were killed have none.

@@ -48,26 +48,27 @@ _PATIENCE_SECONDS = 60.0
 
 
 def is_run(workdir: pathlib.Path) -> bool:
-  """Returns whether the folder holds a run."""
+  """Returns whether the folder contains a run."""
   return (workdir / CONFIG_FILE).exists()
 
 
 def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
-  """Returns whether the folder holds a run with this config.
+  """Returns whether the folder contains a run with this config.
 
   Settings that do not change the result, such as the mesh and the number of
   data workers, may differ.
 
   Raises:
-    UserError: the folder cannot be written, or holds a run with another or an
-      unknown config.
+    UserError: the folder cannot be written, or contains a run with another or
+      an unknown config.
   """
   check_folder(workdir)
   if not is_run(workdir):
     # They would be mistaken for checkpoints of the new run.
     if any((workdir / "checkpoints").glob("*")):
       raise UserError(
-        f"--workdir={workdir} holds checkpoints but no {CONFIG_FILE}, so what"
+        f"--workdir={workdir} contains checkpoints but no {CONFIG_FILE}, so"
+        " what"
         f" they belong to is not known; use another --workdir"
         f"{_how_to_restore(workdir)}"
       )
@@ -89,7 +90,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> bool:
   if "train.steps" in difference:
     advice += " (the schedule follows train.steps, so it cannot be extended)"
   raise UserError(
-    f"--workdir={workdir} holds a run with another config:"
+    f"--workdir={workdir} contains a run with another config:"
     f" {list_few(changes, 8, '; ')}; {advice}"
   )
 
@@ -148,7 +149,7 @@ def read_config(workdir: pathlib.Path) -> Any:
   """
   if not is_run(workdir):
     raise UserError(
-      f"--workdir={workdir} holds no run: there is no {CONFIG_FILE}"
+      f"--workdir={workdir} has no run: there is no {CONFIG_FILE}"
       f"{_how_to_restore(workdir, '; if it was lost, ')}"
     )
   path = workdir / CONFIG_FILE

@@ -1,4 +1,4 @@
-"""Parameters by path, and the rule by which each is trained."""
+"""Parameters by path, and the training rule of each."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ Params = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ParameterRule:
-  """How one parameter is trained.
+  """Settings with which one parameter is trained.
 
   Attributes:
     lr: factor of the learning rate.
@@ -44,7 +44,7 @@ def queries_only(blank_id: int) -> tuple[tuple[str, dict[str, Any]], ...]:
 
 
 def parse_rules(rules: Iterable[Any]) -> list[tuple[str, ParameterRule]]:
-  """Reads `optimizer.rules`, pairs (regex, fields of `ParameterRule`).
+  """Parses `optimizer.rules`, pairs (regex, fields of `ParameterRule`).
 
   Raises:
     UserError: an entry is not such a pair, a regex does not compile, a field

@@ -25,7 +25,7 @@ def raise_unused(
   Args:
     key: config key of the rules.
     pattern: regex of the rule.
-    names: that the rules apply to.
+    names: names to which the rules apply.
     what: kind of the names, for the message.
   """
   names = list(names)

@@ -18,7 +18,7 @@ Drops = tuple[str, ...]
 
 
 def parse_renames(renames: Iterable[Any]) -> Renames:
-  """Reads `init_renames`, pairs (regex, replacement).
+  """Parses `init_renames`, pairs (regex, replacement).
 
   Raises:
     UserError: an entry is not such a pair, or a regex does not compile.
@@ -50,10 +50,10 @@ def parse_renames(renames: Iterable[Any]) -> Renames:
 
 
 def parse_drops(drops: Iterable[Any]) -> Drops:
-  """Reads `init_drops`, a list of regexes.
+  """Parses `init_drops`, a list of regexes.
 
   Raises:
-    UserError: an entry is no text, or a regex does not compile.
+    UserError: an entry is not a text, or a regex does not compile.
   """
   parsed = []
   for pattern in drops:
@@ -110,7 +110,7 @@ def dropped(names: Iterable[str], drops: Drops) -> set[str]:
   """Returns the names that a drop matches as a whole.
 
   Args:
-    names: with their collection; stored ones, renamed, and those of the run.
+    names: names with their collection, both stored ones, renamed, and ours.
     drops: see `parse_drops`.
 
   Raises:

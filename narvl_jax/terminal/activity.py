@@ -24,7 +24,7 @@ class Activity:
   Attributes:
     text: description, such as "compiling the step".
     total: amount of work; None if unknown.
-    unit: of `total`, such as "examples"; "bytes" are shown as sizes.
+    unit: unit of `total`, such as "examples"; "bytes" are shown as sizes.
     done: finished part of `total`.
   """
 

@@ -201,7 +201,7 @@ def doing(
   Args:
     text: description, such as "evaluating"; any characters.
     total: amount of work; None if unknown.
-    unit: of `total`, such as "examples" or "bytes".
+    unit: unit of `total`, such as "examples" or "bytes".
     done: part of `total` that is done already.
     only_live: whether to show nothing where there is no terminal, because the
       block prints lines itself.
@@ -242,8 +242,8 @@ def muted() -> Iterator[None]:
 def terminal_of(stream: Any) -> TextIO | None:
   """Returns the terminal of a stream if it can redraw a line, otherwise None.
 
-  A stream that is also logged is no terminal. A wrapper that passes everything
-  to one terminal has it as the attribute `undivided`.
+  A stream that is also logged is not a terminal. A wrapper that passes
+  everything to one terminal has it as the attribute `undivided`.
   """
   stream = getattr(stream, "undivided", stream)
   if not isinstance(stream, io.TextIOWrapper) or not stream.isatty():

@@ -1,7 +1,7 @@
 """Prints untrusted text safely.
 
 Texts of records, file names, keys of checkpoints and messages of other hosts
-may hold any character. On a terminal some characters set the title of the
+may contain any character. On a terminal some characters set the title of the
 window or reverse the text after them. Others cannot be encoded, which would end
 the program.
 """
@@ -71,11 +71,11 @@ def show(text: str, file: TextIO | None = None) -> None:
 
 @contextlib.contextmanager
 def naming(stream: TextIO) -> Iterator[None]:
-  """Adds the name of a stream to errors of writing to it.
+  """Adds the name of a stream to its write errors.
 
   Raises:
     UserError: the stream cannot be written.
-    BrokenPipeError: its reader is gone.
+    BrokenPipeError: its reader has ended.
   """
   try:
     yield
@@ -128,8 +128,8 @@ def readable_json(
 
   Args:
     value: JSON value without NaN and infinity.
-    encoding: of the target; if it lacks a character, all non-ASCII characters
-      are escaped.
+    encoding: encoding of the target; if it lacks a character, all non-ASCII
+      characters are escaped.
     indent: see `json.dumps`; one line if None.
   """
   dump = functools.partial(json.dumps, allow_nan=False, indent=indent)

@@ -61,7 +61,7 @@ def plan_weights(setup: Setup) -> Plan:
   """Plans how the weights of `config.init_from` fit; reads only shapes.
 
   Raises:
-    UserError: the folder holds no weights or those of another model, or a rule
+    UserError: the folder has no weights or those of another model, or a rule
       of `init_renames` or `init_drops` has no effect.
   """
   with opened(setup.experiment.config.init_from, "init_from") as (

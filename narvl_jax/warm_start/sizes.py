@@ -155,7 +155,7 @@ def _fit_tokens(
     origin.vocabulary is None
     or origin.vocabulary.fingerprint == vocabulary.fingerprint
   )
-  # The blank, the last id, is no class of an autoregressive model.
+  # The blank, the last id, is not a class of an autoregressive model.
   parallel = not experiment.autoregressive
   if same:
     if origin.parallel == parallel and theirs == ours:

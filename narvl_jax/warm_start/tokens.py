@@ -47,7 +47,7 @@ def match_tokens(
   Args:
     classes: number of classes there and here; the last id, the blank, is no
       class of an autoregressive model.
-    rows: of our table, with padding.
+    rows: number of rows of our table, with padding.
   """
   known = {
     (kind, theirs.symbol(i)): i

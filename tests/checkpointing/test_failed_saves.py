@@ -117,7 +117,7 @@ def test_a_disk_that_fails_during_a_run(tmp_path, fails, reason):
     names = {path.name for path in (disk / "checkpoints").iterdir()}
     assert "3" in names
     assert "6" not in names
-  # At exit Python would wait minutes for a thread that is no daemon.
+  # At exit Python would wait minutes for a thread that is not a daemon.
   waited_for = {x for x in threading.enumerate() if not x.daemon}
   assert waited_for == {threading.main_thread()}
 

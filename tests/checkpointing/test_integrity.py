@@ -153,7 +153,7 @@ def test_truncated_missing_renamed_and_added_files_are_named(folder):
   (folder / "params" / "other").write_text("")
   damage = integrity.examine(folder)
   assert damage is not None
-  assert damage.files == [["params/other", "is no file of this checkpoint"]]
+  assert damage.files == [["params/other", "is not a file of this checkpoint"]]
 
 
 def test_an_empty_file_is_told(folder):

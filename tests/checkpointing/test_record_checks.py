@@ -28,7 +28,7 @@ from tests.evaluation import tiny_run
 
 @pytest.fixture
 def run(tmp_path: pathlib.Path) -> pathlib.Path:
-  """A run whose checkpoint holds its config, as after `train`."""
+  """A run whose checkpoint contains its config, as after `train`."""
   run = tiny_run.copy_run(tmp_path / "run")
   folder = run / "checkpoints" / str(tiny_run.STEP)
   config = json.loads((run / "config.json").read_text())
@@ -182,7 +182,7 @@ def test_a_damaged_config_tells_how_to_restore_it(run, text, reason):
 
 def test_a_lost_config_is_restored(run):
   (run / "config.json").unlink()
-  with pytest.raises(UserError, match=r"holds no run: .*; if it was lost, wri"):
+  with pytest.raises(UserError, match=r"has no run: .*; if it was lost, wri"):
     evaluate(run)
   overview.restore_config(run)
   load_run(run)
@@ -231,7 +231,7 @@ def test_a_damaged_vocabulary_ends_in_one_line(run, name, text):
   path.write_text(text)
   with pytest.raises(
     UserError,
-    match=rf"{run}/vocabulary.*; bring it back from a copy of the run",
+    match=rf"{run}/vocabulary.*; restore it from a copy of the run",
   ) as error:
     load_run(run)
   assert "\n" not in str(error.value)
@@ -246,5 +246,5 @@ def test_values_of_wrong_types_in_a_vocabulary(run, key, value):
   content = json.loads(path.read_text())
   content[key] = value
   path.write_text(json.dumps(content))
-  with pytest.raises(UserError, match=r"bring it back|restore its files"):
+  with pytest.raises(UserError, match=r"restore it|restore its files"):
     Vocabulary.load(run / "vocabulary")

@@ -35,7 +35,7 @@ def run(saved, tmp_path) -> pathlib.Path:
 
 
 def _array_file(folder: pathlib.Path) -> str:
-  """Returns the largest file, which holds values of an array."""
+  """Returns the largest file, which contains values of an array."""
   return max(files_of(folder), key=lambda x: (folder / x).stat().st_size)
 
 
@@ -96,7 +96,7 @@ def test_a_huge_file_that_was_added_is_not_read(run):
   folder = run / "checkpoints" / "6"
   replacements.NO_TEXTS["huge"](folder / "params" / "added")
   assert str(integrity.examine(folder)) == (
-    "file params/added is no file of this checkpoint"
+    "file params/added is not a file of this checkpoint"
   )
 
 

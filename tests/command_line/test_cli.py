@@ -154,7 +154,7 @@ _CASES: dict[str, tuple[list[str], str, str]] = {
   ),
   "other config": (
     ["--config=good.py", "--workdir=other", "--config.train.steps=7"],
-    "--workdir=other holds a run with another config:",
+    "--workdir=other contains a run with another config:",
     "train.steps: 6 -> 7; use another --workdir",
   ),
   # These need the vocabulary, too.

@@ -141,4 +141,4 @@ def test_command_ends_in_one_line(tmp_path):
   )
   assert result.returncode == 2
   assert len(result.stderr.splitlines()) == 1
-  assert "holds no run" in result.stderr
+  assert "has no run" in result.stderr

@@ -121,7 +121,7 @@ def test_command_says_not_usable(tmp_path: pathlib.Path) -> None:
   done = _command(str(path), "--task=vqa", "--png=", cwd=tmp_path)
   assert done.returncode == 2, done.stderr
   assert done.stdout.splitlines()[-1] == (
-    "verdict: not usable: 75.00% of the records are bad: mend the data"
+    "verdict: not usable: 75.00% of the records are bad: correct the data"
   )
   assert "no newline" in done.stdout
 
@@ -134,7 +134,7 @@ def test_command_says_not_usable(tmp_path: pathlib.Path) -> None:
     (("shapes", "--task=vqa", "--json=."), r'--json="\." is a folder'),
     (
       ("shapes", "--task=vqa", "--vocabulary=."),
-      r'"\." holds no vocabulary: neither dict\.txt .*set --vocabulary',
+      r'"\." has no vocabulary: neither dict\.txt .*set --vocabulary',
     ),
   ],
 )

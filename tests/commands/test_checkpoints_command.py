@@ -130,7 +130,7 @@ def test_diff_of_other_trees(run, tmp_path_factory):
   [
     (
       lambda run: overview.list_checkpoints(run / "no"),
-      r"no holds no ch",
+      r"no has no ch",
     ),
     (lambda run: overview.verify(run, 7), r'no checkpoint "7" in .* 1, 2, 3'),
     (

@@ -124,7 +124,7 @@ def test_random_weights_say_as_many_tokens_as_the_answers(capsys):
   [
     ({}, "--nar=RUN is missing"),
     ({"nar": "a"}, "--ar=RUN is missing"),
-    ({"nar": "a", "ar": "b"}, '"a" holds no run.*--nar=RUN'),
+    ({"nar": "a", "ar": "b"}, '"a" has no run.*--nar=RUN'),
     ({"nar": "a", "size": "base"}, "--size=base has random weights"),
     ({"size": "bse"}, '--size="bse" is unknown. Did you mean "base"'),
     ({"size": "micro", "tasks": ["vqq"]}, 'no task "vqq". Did you mean "vqa"'),

@@ -262,7 +262,7 @@ def test_verify_names_each_fault(folder: pathlib.Path) -> None:
     (["shapes"], "--to is missing"),
     (["shapse", "--to=OUT"], 'Did you mean "shapes"'),
     (["shapes", "--to=OUT"], 'unknown task ""'),
-    ([*SHAPES, "--to=OUT", "--options=x"], "--options='x' is no JSON"),
+    ([*SHAPES, "--to=OUT", "--options=x"], "--options='x' is not JSON"),
     ([*SHAPES, "--to=OUT", "--options=[]"], "must be a JSON object"),
     ([*SHAPES, "--to=OUT", '--options={"size": 3}'], 'option "size"'),
     (

@@ -83,7 +83,7 @@ def test_wrong_arguments_write_nothing(tmp_path, options, message):
 
 
 def test_teachers_that_cannot_answer(tmp_path):
-  with pytest.raises(UserError, match=r"--teacher=.*nowhere holds no run"):
+  with pytest.raises(UserError, match=r"--teacher=.*nowhere has no run"):
     distill(Options(str(tmp_path / "nowhere"), str(tmp_path / "out")))
   run = tiny_run.copy_run(tmp_path / "run")
   config = json.loads((run / "config.json").read_text())
@@ -136,7 +136,7 @@ def test_the_command_ends_in_one_line(tmp_path):
   )
   assert (result.returncode, result.stdout) == (2, "")
   assert result.stderr == (
-    "error: --teacher=no holds no run: there is no config.json; pass the"
+    "error: --teacher=no has no run: there is no config.json; pass the"
     " --workdir of a training\n"
   )
   assert list(tmp_path.iterdir()) == []

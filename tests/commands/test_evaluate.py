@@ -201,7 +201,7 @@ def test_annotations_make_figures_of_papers(workdir, tmp_path):
 
 
 def test_folder_without_a_run(tmp_path):
-  with pytest.raises(UserError, match=r"nowhere holds no run"):
+  with pytest.raises(UserError, match=r"nowhere has no run"):
     evaluate(tmp_path / "nowhere")
   assert not (tmp_path / "nowhere").exists()
 
@@ -215,7 +215,7 @@ def test_run_without_a_checkpoint(workdir):
 @pytest.mark.parametrize(
   ("flags", "line"),
   [
-    (["--workdir=nowhere"], "--workdir=nowhere holds no run"),
+    (["--workdir=nowhere"], "--workdir=nowhere has no run"),
     (["--workdir=a", "--splt=test"], 'Did you mean "--split"?'),
     ([], "--workdir is required"),
   ],

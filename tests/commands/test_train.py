@@ -312,7 +312,7 @@ def test_a_folder_that_vanishes_is_not_made_again(
 
   monkeypatch.setattr(training_run, "evaluate_tasks", evaluate)
   monkeypatch.setattr(guard_lib, "RENEW_SECONDS", 1e6)
-  with pytest.raises(UserError, match=r"run is gone, or its lock.json"):
+  with pytest.raises(UserError, match=r"run or its lock.json no longer exists"):
     training_run.train(_config(), workdir)
   assert not list(tmp_path.iterdir())
 
@@ -418,7 +418,7 @@ def test_failure_ends_with_what_to_do(tmp_path, monkeypatch, capsys, saved):
   assert lines[0].startswith("Traceback")
   assert lines[-1] == (
     f"failed: MemoryError: too much; what was saved in {tmp_path} is intact;"
-    " mend the cause, then run the same command again to resume"
+    " remove the cause, then run the same command again to resume"
     if saved
     else f"failed: MemoryError: too much; nothing was saved yet in {tmp_path}"
   )

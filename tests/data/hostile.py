@@ -22,7 +22,7 @@ WRONG_VALUES: tuple[Any, ...] = (
   *({"yes": "1"}, 1e308, -1e308, float("inf"), float("nan"), 10**400),
   *([10**400] * 4, [0, 0, 1e308, 1e308], {"two": 10**400}, "\0", "\ud83d"),
 )
-# Strings that any field may hold.
+# Strings that any field may contain.
 NASTY_TEXTS = (
   "\ud83d",
   "\udfff two",

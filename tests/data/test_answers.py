@@ -78,10 +78,10 @@ def test_pickles_run_no_code(tmp_path: pathlib.Path) -> None:
     ("a.txt", b"\xff\xfe", "is not UTF-8"),
     ("a.json", "[]", "is empty"),
     ("a.json", '["a", 3]', "entry 2 .* is 3, not a text"),
-    ("a.json", '"yes"', "holds a str; it must be a list"),
+    ("a.json", '"yes"', "contains a str; it must be a list"),
     ("a.json", "[", "is not JSON"),
     ("a.pkl", b"", "is rejected"),
-    ("a.pkl", pickle.dumps(3), "holds a int; it must be a list"),
+    ("a.pkl", pickle.dumps(3), "contains a int; it must be a list"),
     ("a.csv", "yes", r'ends in "\.csv"; it must be a \.txt'),
   ],
 )

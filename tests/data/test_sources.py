@@ -31,7 +31,7 @@ def test_folder_with_manifest_is_array_record(tmp_path: pathlib.Path) -> None:
 
 
 def test_spec_that_is_nothing(tmp_path: pathlib.Path) -> None:
-  with pytest.raises(UserError, match=r'"shape" is no source: .*"shapes"'):
+  with pytest.raises(UserError, match=r'"shape" is not a source: .*"shapes"'):
     sources.parse_spec("shape")
   with pytest.raises(UserError, match=r"is a folder without manifest\.json"):
     sources.parse_spec(str(tmp_path))

@@ -66,7 +66,7 @@ def _searcher(setting: Setting):
 
 
 def _hypotheses(found, i: int) -> list[Hypothesis]:
-  """Of one example; checks what holds for every one of them."""
+  """Of one example; checks what is true for every one of them."""
   out = []
   for k, length in enumerate(found["lengths"][i]):
     ids = found["ids"][i, k]

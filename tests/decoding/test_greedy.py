@@ -44,7 +44,7 @@ def logits() -> np.ndarray:
 @pytest.mark.parametrize("merge", [True, False])
 def test_answer_has_the_sum_over_all_its_alignments(logits, merge):
   logits = logits.copy()
-  logits[..., PAD] = -30  # An answer holds no pad.
+  logits[..., PAD] = -30  # An answer has no pad.
   decoded = _decode(logits, [merge] * len(logits))
   probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   longer = 0

@@ -201,7 +201,7 @@ class LongestAnswer(Metric):
 
 
 class Share(MeanMetric):
-  """A mean with values that no binary fraction holds."""
+  """A mean with values that no binary fraction represents."""
 
   names = ("share",)
 

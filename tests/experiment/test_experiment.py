@@ -241,7 +241,7 @@ def test_restored_variables_are_on_one_device():
 
 
 def test_restoring_what_is_not_there(tmp_path):
-  with pytest.raises(UserError, match=r"nowhere holds no run: there is no"):
+  with pytest.raises(UserError, match=r"nowhere has no run: there is no"):
     load_run(tmp_path / "nowhere")
   with pytest.raises(UserError, match=r'no checkpoint "5"; this run has 7'):
     load_run(tiny_run.tiny_run(), 5)

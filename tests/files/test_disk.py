@@ -75,7 +75,7 @@ def test_files_of_the_run_that_vanish(tmp_path):
   assert text.startswith(f"{path} cannot be written or read: No such file")
   run.rmdir()
   assert disk_errors.explain_disk(_error(errno.ENOENT, path), run) == (
-    f"the folder {run} is gone, in which params was wanted; bring it back"
+    f"the folder {run} no longer exists; params was expected in it: restore it"
   )
 
 

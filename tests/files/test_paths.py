@@ -170,7 +170,7 @@ def test_empty_arguments(capsys, monkeypatch):
   assert "an argument is empty" in capsys.readouterr().err
 
 
-# Flags with such a word in their help that hold no path.
+# Flags with such a word in their help that have no path.
 _NO_PATHS = {"name", "checkpoint", "config"}
 
 

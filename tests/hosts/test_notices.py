@@ -82,7 +82,7 @@ def test_hosts_that_only_begin_are_waited_for():
   notices[1].stop_signal = 2
   notices[1].agreement.begin()
   _poll(notices)
-  with pytest.raises(HostsLost, match=r"stop asked for: not all hosts .* 0 s"):
+  with pytest.raises(HostsLost, match=r"stop requested: not all hosts .* 0 s"):
     notices[1].agreement.due(timeout=0)
   notices[0].agreement.begin()
   _poll(notices)

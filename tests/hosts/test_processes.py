@@ -63,7 +63,7 @@ def test_a_missing_host_is_named(tmp_path):
   assert _wait(hosts) == [2, 2]
   for host in hosts:
     assert host.errors == (
-      "error: process 1 did not come within 4 s, of 3: check that it was"
+      "error: process 1 did not connect within 4 s, of 3: check that it was"
       " started and reaches the coordinator (the list above), or raise"
       " --start_timeout\n"
     )

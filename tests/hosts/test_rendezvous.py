@@ -77,7 +77,7 @@ def test_all_learn_what_is_missing(port):
   answers = _meet_all(port, [(4, 0, settings), (4, 2, settings)])
   assert answers[0] == answers[1]
   assert answers[0].startswith(
-    "processes 1, 3 did not come within 0.7 s, of 4: "
+    "processes 1, 3 did not connect within 0.7 s, of 4: "
   )
   assert answers[0].endswith("--start_timeout")
 
@@ -228,7 +228,7 @@ def test_who_sends_slowly_holds_nobody(port, monkeypatch):
   slow = threading.Thread(target=send)
   slow.start()
   answer = _meet(port, 2, 0, timeout=0.5)
-  assert answer.startswith("process 1 did not come within 0.5 s, of 2: ")
+  assert answer.startswith("process 1 did not connect within 0.5 s, of 2: ")
   ended.set()
   slow.join(20)
   for stranger in strangers:
@@ -361,7 +361,7 @@ def test_who_poses_as_process_0(port):
   _serve(port, _CHALLENGE, names + b"\n")
   answer = _meet(port, 2, 1, secret=_SECRET)
   assert answer.startswith(
-    f"who answers at 127.0.0.1:{port} does not know NARVL_CLUSTER_SECRET; "
+    f"the program at 127.0.0.1:{port} does not know NARVL_CLUSTER_SECRET; "
   )
 
 

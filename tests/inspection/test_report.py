@@ -172,7 +172,7 @@ def test_reports_of_any_shape(run):
 
 
 def test_a_folder_without_a_run(tmp_path):
-  with pytest.raises(UserError, match=r'" holds no run: there is no config'):
+  with pytest.raises(UserError, match=r'" has no run: there is no config'):
     report(tmp_path)
   result = subprocess.run(
     [sys.executable, "-m", "narvl_jax.report"],

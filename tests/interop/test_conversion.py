@@ -271,7 +271,7 @@ def test_moving_averages(tmp_path: pathlib.Path) -> None:
   with pytest.raises(UserError, match="is not of fairseq and has no moving"):
     convert_official(path, ema=True)
   save(path, state, extra_state={"ema": {"other": state[QUERY_KEY]}})
-  with pytest.raises(UserError, match="other has a moving average but is no"):
+  with pytest.raises(UserError, match="other has a moving average but is not"):
     convert_official(path, ema=True)
 
 

@@ -20,7 +20,9 @@ def test_vocabulary_that_does_not_fit(
     transfer.import_official(
       official, run, vocabulary=words, num_codes=2, num_bins=5
     )
-  with pytest.raises(UserError, match=r"holds neither dict.txt, .* nor vocab"):
+  with pytest.raises(
+    UserError, match=r"contains neither dict.txt, .* nor vocab"
+  ):
     transfer.import_official(official, run, vocabulary=tmp_path)
   with pytest.raises(UserError, match=r"^--vocabulary=\S+none: there is no su"):
     transfer.import_official(official, run, vocabulary=tmp_path / "none")

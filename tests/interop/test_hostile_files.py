@@ -48,7 +48,7 @@ def _archive(
 
 
 def _same_list_twice(levels: int) -> bytes:
-  """A list that holds one list twice, recursively: 2 ** levels values."""
+  """A list that contains one list twice, recursively: 2 ** levels values."""
   twice = b"".join(
     b"](h%ch%ce" % (level, level) + b"q%c" % (level + 1)
     for level in range(levels)
@@ -76,7 +76,7 @@ _SELF = b"\x80\x02]q\0h\0a"
 _HUGE_INT = b"\x8b" + struct.pack("<i", 10**6) + b"\x01" * 10**6
 _PICKLES = {
   "empty_lists": (b"\x80\x02" + b"]" * (MAX_OPCODES + 1) + b".", "opcodes"),
-  "memo_bomb": (b"\x80\x02]r\xff\xff\xff\x7f.", "holds a list"),
+  "memo_bomb": (b"\x80\x02]r\xff\xff\xff\x7f.", "contains a list"),
   "deep": (b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".", "deeper"),
   "deep_key": (b"\x80\x02}" + b")" + b"\x85" * 10**5 + b"K\1s.", "a large key"),
   "wide_key": (
@@ -115,7 +115,7 @@ _PICKLES = {
     b"\x80\x02ccollections\nOrderedDict\n]R.",
     "calls something without arguments",
   ),
-  "no_function": (b"\x80\x02N)R.", "something that is no function"),
+  "no_function": (b"\x80\x02N)R.", "something that is not a function"),
   "huge_long": (b"\x80\x02" + _HUGE_INT + b".", "integer of 7,"),
   "huge_text_of_int": (b"\x80\x02I" + b"9" * 10**6 + b"\n.", "damaged"),
   "colliding_keys": (_pickle({(2**61 - 1) * i: 0 for i in range(9)}), "large"),
@@ -126,7 +126,7 @@ _PICKLES = {
   "claimed_text": (b"\x80\x02X\xff\xff\xff\x7fab.", "damaged"),
   "negative_long": (b"\x80\x02\x8b\xff\xff\xff\xff.", "damaged"),
   "long_name": (b"\x80\x02c" + b"o" * 5000 + b"\nx\n.", "proper name"),
-  "bad_reference": (_same_list_twice(40) + b"Q.", "no storage"),
+  "bad_reference": (_same_list_twice(40) + b"Q.", "not a storage"),
   "extension": (b"\x80\x02\x82\x01.", "opcode EXT1"),
   "negative_shape": (
     _tensor(b"J\xff\xff\xff\xffJ\xfc\xff\xff\xff\x86", b"K\1K\1\x86"),
@@ -158,7 +158,7 @@ _PICKLES = {
     _tensor(b"K\0" + b"\x8a\x09" + b"\0" * 8 + b"\x01\x86", b"K\1K\1\x86"),
     "the shape",
   ),
-  "empty": (_tensor(b"K\0K\4\x86", b"K\4K\1\x86"), "holds no values"),
+  "empty": (_tensor(b"K\0K\4\x86", b"K\4K\1\x86"), "has no values"),
 }
 
 

@@ -83,11 +83,11 @@ _ENTRY = b'{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
     (header(b" " * 2**23 + b"{}"), "header of 8,388,610 bytes"),
     (
       header(b'{"a":%b,"a":%b}' % (_ENTRY, _ENTRY)) + bytes(8),
-      'its header holds "a" 2 times$',
+      'its header contains "a" 2 times$',
     ),
     (
       header(b'{"a":%b}' % _ENTRY.replace(b"}", b',"dtype":"F32"}')) + bytes(8),
-      "duplicate field|holds",
+      "duplicate field|contains",
     ),
   ],
 )
@@ -97,7 +97,7 @@ def test_damaged_files(
   path = tmp_path / "x.safetensors"
   path.write_bytes(data)
   with pytest.raises(
-    UserError, match=f"no undamaged safetensors.*({message})"
+    UserError, match=f"not an undamaged safetensors.*({message})"
   ) as error:
     read_safetensors(path)
   assert len(str(error.value)) < 600

@@ -201,8 +201,8 @@ def test_damaged_archives(
 @pytest.mark.parametrize(
   ("name", "message"),
   [
-    ("x/data.pkl", "not of torch.save: it holds 2 files data.pkl, not 1$"),
-    ("x/data/0", "damaged: ValueError: the archive holds x/data/0 2 times$"),
+    ("x/data.pkl", "not of torch.save: it contains 2 files data.pkl, not 1$"),
+    ("x/data/0", "damaged: ValueError: the archive contains x/data/0 2 times$"),
   ],
 )
 def test_an_entry_appears_once(
@@ -238,17 +238,21 @@ def test_files_that_are_no_archive(tmp_path: pathlib.Path) -> None:
     read_torch(path)
   path.write_bytes(pickle.dumps({"model": {}}))
   with pytest.raises(
-    UserError, match=r"no zip archive, .* torch < 1.6.*weights_only=True\)"
+    UserError, match=r"not a zip archive, .* torch < 1.6.*weights_only=True\)"
   ):
     read_torch(path)
   with zipfile.ZipFile(path, "w") as file:
     file.writestr("readme", "")
-  with pytest.raises(UserError, match=r"not of torch\.save: it holds 0 files"):
+  with pytest.raises(
+    UserError, match=r"not of torch\.save: it contains 0 files"
+  ):
     read_torch(path)
   with zipfile.ZipFile(path, "w") as file:
     for name in ("x/data.pkl", "y/data.pkl"):
       file.writestr(name, b"\x80\x02}.")
-  with pytest.raises(UserError, match=r"not of torch\.save: it holds 2 files"):
+  with pytest.raises(
+    UserError, match=r"not of torch\.save: it contains 2 files"
+  ):
     read_torch(path)
   archive(path, b"\x80\x02nonsense")
   with pytest.raises(UserError, match=r"x\.pt is damaged: "):

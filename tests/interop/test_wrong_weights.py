@@ -93,7 +93,9 @@ def test_damaged_weights(tmp_path: pathlib.Path) -> None:
     bad = narvl_state()
     bad[key][2] = wrong
     save(path, bad)
-    with pytest.raises(UserError, match=rf"x.pt: .*{key} holds 1 of 20 values"):
+    with pytest.raises(
+      UserError, match=rf"x.pt: .*{key} contains 1 of 20 values"
+    ):
       convert_official(path)
   bad = narvl_state()
   bad[key] = bad[key].astype(np.int64)
@@ -120,8 +122,8 @@ def test_files_without_weights(tmp_path: pathlib.Path) -> None:
   with pytest.raises(UserError, match=f"{message}; a run is .*=FILE.pt$"):
     convert_official(tmp_path)
   for content, message in (
-    ({}, "holds no tensors"),
-    ({"model": {"a": 3}}, "a is no tensor but of type int"),
+    ({}, "has no tensors"),
+    ({"model": {"a": 3}}, "a is not a tensor but of type int"),
   ):
     write_torch(path, content)
     with pytest.raises(UserError, match=message):

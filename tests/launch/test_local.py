@@ -54,7 +54,7 @@ def test_a_transient_failure_is_retried(code: int, launcher: Launcher):
   assert starts(launcher) == 6
   line = f"attempt 1 failed with exit code {code}; retry 1 of 3 in 0 s"
   assert line in result.stdout
-  # The log of one process holds all attempts.
+  # The log of one process contains all attempts.
   assert launcher.log("process-1.log").count("training 1") == 3
 
 

@@ -116,7 +116,7 @@ def test_the_file(tmp_path, name):
 def test_other_files_are_rejected(tmp_path, content):
   path = tmp_path / "df.tsv"
   path.write_bytes(content)
-  with pytest.raises(UserError, match="no file of document frequencies"):
+  with pytest.raises(UserError, match="not a file of document frequencies"):
     cider.DocumentFrequencies.load(path)
   path = tmp_path / "df.gz"
   path.write_bytes(content)

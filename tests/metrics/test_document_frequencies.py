@@ -95,10 +95,13 @@ def test_the_tokenizer(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    ("{", r"no file of COCO captions .*annotations.*JSONDecodeError"),
-    ("[]", "no file of COCO captions"),
+    ("{", r"not a file of COCO captions .*annotations.*JSONDecodeError"),
+    ("[]", "not a file of COCO captions"),
     ('{"annotations": [{"image_id": 1}]}', "KeyError: 'caption'"),
-    ('{"annotations": [{"image_id": 1, "caption": 2}]}', "caption is no text"),
+    (
+      '{"annotations": [{"image_id": 1, "caption": 2}]}',
+      "caption is not a text",
+    ),
     ('{"annotations": []}', "has no captions"),
   ],
 )

@@ -113,7 +113,7 @@ def test_data_runs_across_slices():
   mesh = make_mesh(-1, 4, devices=_pod(2, 8))
   assert dict(mesh.shape) == {"data": 4, "fsdp": 4, "tensor": 1}
   assert describe(mesh).endswith("on 16 x chip in 2 slices")
-  # A slice holds whole rows of the mesh, and the rows of a slice follow.
+  # A slice contains whole rows of the mesh, and the rows of a slice follow.
   slices = [[d.slice_index for d in row.flat] for row in mesh.devices]
   assert slices == [[0] * 4, [0] * 4, [1] * 4, [1] * 4]
 

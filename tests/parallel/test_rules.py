@@ -162,7 +162,7 @@ def test_every_parameter_of_the_model_names_its_axes():
       {"x": ((4, 4), ("a", None)), "y": ((99, 9), (None, "norm"))},
       _mesh(4, 1, 2),
       (("a", "tensor"), ("norm", None)),
-      "98% of the parameter bytes lie on every device, more than 2%; the"
+      "98% of the parameter bytes are on every device, more than 2%; the"
       " largest is params/y [99x9] with the axes (None, norm); give one of"
       " them a rule in mesh.rules; nearest mesh that works:"
       " --config.mesh.data=8 --config.mesh.fsdp=1 --config.mesh.tensor=1",
@@ -171,7 +171,7 @@ def test_every_parameter_of_the_model_names_its_axes():
       {"x": ((4, 99), ("a", None))},
       _mesh(1, 8, 1),
       (("a", "tensor"),),
-      "100% of the parameter bytes lie on every device",
+      "100% of the parameter bytes are on every device",
     ),
   ],
 )
@@ -193,7 +193,7 @@ def test_biases_may_be_whole():
   assert x.parts(_mesh(1, 1, 8)) == 1
   # A matrix of that size may not.
   tree = _tree(x=((3, 64), ("norm", "norm")), y=((8, 1), ("a", "layers")))
-  with pytest.raises(UserError, match="lie on every device"):
+  with pytest.raises(UserError, match="are on every device"):
     place(tree, _mesh(1, 1, 8), rules)
 
 

@@ -102,7 +102,7 @@ def test_values_out_of_range(settings: dict[str, Any], message: str) -> None:
       {"beam_sise": 3},
       r'decoding has no "beam_sise"\. Did you mean "beam_size"',
     ),
-    ("beam", r"decoding='beam' is no dict; such as .*\"method\": \"beam\""),
+    ("beam", r"decoding='beam' is not a dict; such as .*\"method\": \"beam\""),
     ({"max_length": 3}, "--max_length=3 is for autoregressive.*leave --max_le"),
     ({"beam_size": 3}, "--beam_size=3 changes nothing with --decoding=greedy"),
     (

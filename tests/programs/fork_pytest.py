@@ -44,7 +44,7 @@ def _run(seconds: int, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  # As `python -m pytest` does; the program's own folder holds no modules.
+  # As `python -m pytest` does; the program's own folder has no modules.
   sys.path[0] = os.getcwd()
   seconds, *modules = sys.argv[1:]
   for module in modules:

@@ -95,7 +95,7 @@ def test_values_out_of_range_stay_so(dtype: Any) -> None:
   large = np.array([0, 5, top, np.iinfo(dtype).max], dtype)
   assert as_int32(large).tolist() == [0, 5, top, top]
   assert as_int32(large).dtype == jnp.int32
-  # 2**32 + 1 is no class, though its low bits are 1.
+  # 2**32 + 1 is not a class, though its low bits are 1.
   if dtype is np.int64:
     assert as_int32(np.array([2**32 + 1, -(2**40)])).tolist() == [top, -top - 1]
   labels = jnp.asarray([[np.iinfo(np.uint32).max]], jnp.uint32)

@@ -43,7 +43,7 @@ def compiled(variant: str, smoothing: float):
   split = variant.startswith("split")
   axes = MeshAxes(BATCH_AXES, VOCAB_AXIS) if split else MeshAxes()
   table: Any = np.eye(ROWS, dtype=np.float32)
-  # Untrained rows may hold anything.
+  # Untrained rows may contain anything.
   table[V:] = np.nan
 
   def losses(logits, labels, lengths):
@@ -235,7 +235,7 @@ def test_an_invalid_known_target_is_rejected(case: str):
     # Also where only the logits are traced.
     with pytest.raises(UserError, match=message):
       jax.eval_shape(lambda z, f=function: f(z, labels, lengths, **options), z)
-  # Rows that only fill the batch may hold anything.
+  # Rows that only fill the batch may contain anything.
   mask: Any = np.arange(B) != 1
   loss, metrics = query_ctc_objective(
     z, labels, lengths, example_mask=mask, **options
@@ -311,7 +311,7 @@ def test_posterior_of_any_magnitude(kind: str, chunk: int):
       if i == INFEASIBLE:
         assert not np.any(found[i])
         continue
-      # The gradient holds the posterior of each label, over its places.
+      # The gradient contains the posterior of each label, over its places.
       for label in set(target):
         places = [p for p, other in enumerate(target) if other == label]
         np.testing.assert_allclose(

@@ -63,7 +63,7 @@ def test_agrees_with_ctc_over_all_classes(batch):
   assert error.max() < 1e-5 * np.abs(expected_gradient).max()
   assert error.max() < np.abs(single_gradient - expected_gradient).max()
   # Most classes are far smaller than the largest gradient, and so are labels
-  # that few alignments visit; each must hold on its own.
+  # that few alignments visit; each must be true on its own.
   common = np.abs(expected_gradient) > np.median(np.abs(expected_gradient))
   assert np.max(error[common] / np.abs(expected_gradient)[common]) < 1e-4
 

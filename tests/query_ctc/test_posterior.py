@@ -50,7 +50,7 @@ def problem() -> tuple[jax.Array, ...]:
   rng = np.random.default_rng(0)
   states = rng.normal(0, 1.5, (len(TARGETS), N, D)).astype(np.float32)
   table = rng.normal(0, 1.5, (V, D)).astype(np.float32)
-  # Padding holds an id that is a label elsewhere.
+  # Padding contains an id that is a label elsewhere.
   labels = np.full((len(TARGETS), L), 1, np.int32)
   for row, target in zip(labels, TARGETS, strict=True):
     row[: len(target)] = target

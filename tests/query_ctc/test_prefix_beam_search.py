@@ -249,7 +249,7 @@ def test_runs_under_vmap() -> None:
   [
     ({"beam_size": 0}, r"beam_size is 0; nearest: 1 \(--beam_size\)"),
     ({"num_best": 0}, "num_best is 0; nearest: 1"),
-    ({"num_best": 5}, r"holds 4 prefixes; nearest: 4 \(--num_best\)"),
+    ({"num_best": 5}, r"contains 4 prefixes; nearest: 4 \(--num_best\)"),
     ({"candidates_per_query": 0}, "candidates_per_query is 0; nearest: 1"),
   ],
 )

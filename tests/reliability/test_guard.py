@@ -181,11 +181,13 @@ def test_a_folder_that_vanished_is_noticed_before_it_is_written_to(tmp_path):
       guard.take(print)
       guard.check_folder()
       shutil.rmtree(run)
-      with pytest.raises(LockLost, match=r"run is gone, or its lock.json"):
+      with pytest.raises(
+        LockLost, match=r"run or its lock.json no longer exists"
+      ):
         guard.check_folder()
       guard.check_folder()
 
-  with pytest.raises(LockLost, match=r"run is gone, or its lock.json"):
+  with pytest.raises(LockLost, match=r"run or its lock.json no longer exists"):
     look_twice()
   # Not even how the run ended: it is no longer the folder of this run.
   assert not list(tmp_path.iterdir())
@@ -244,5 +246,7 @@ def test_a_run_that_began_meanwhile(tmp_path):
   check_unchanged(False, tmp_path)
   (tmp_path / CONFIG_FILE).write_text("{}")
   check_unchanged(True, tmp_path)
-  with pytest.raises(UserError, match="another run began there just now"):
+  with pytest.raises(
+    UserError, match="another run began and ended in the meantime"
+  ):
     check_unchanged(False, tmp_path)

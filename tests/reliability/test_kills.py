@@ -170,6 +170,6 @@ def test_two_hosts_stop_at_a_nan_and_go_back(tmp_path):
   command = _command(run, "nan_run.py", "--config.bad_numbers.policy=rollback")
   hosts = _two(tmp_path / "b", command)
   assert [host.wait() for host in hosts] == [0, 0], hosts[0].errors
-  assert "back from step 7 to 6, rollback 1 of" in hosts[0].output
+  assert "rolled back from step 7 to 6, rollback 1 of" in hosts[0].output
   lines = (run / "metrics.jsonl").read_text().splitlines()
   assert [json.loads(line)["step"] for line in lines] == list(range(1, 11))

@@ -51,7 +51,7 @@ def _steps(run: pathlib.Path) -> list[int]:
 
 
 def _final_state(run: pathlib.Path) -> dict[str, np.ndarray]:
-  """Returns all that the last checkpoint holds."""
+  """Returns all that the last checkpoint contains."""
   import orbax.checkpoint as ocp
   from etils import epath
 
@@ -166,7 +166,7 @@ def test_killed_stuck_and_robbed_of_its_folder(tmp_path):
   assert [x["event"] for x in events] == ["end", "restart", "end"]
   killed, restart, stuck = events
   for event in (killed, restart):
-    assert event["how"].startswith("ended without a word: killed, or ")
+    assert event["how"].startswith("ended unexpectedly: killed, or ")
   assert stuck["how"].startswith("watchdog: no progress for ")
   for event in events:
     assert (event["phase"], event["step"]) == ("step", 4)

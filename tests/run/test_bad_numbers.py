@@ -225,7 +225,7 @@ def test_no_bundle(tmp_path):
   _write(tmp_path)
   folder = tmp_path / "bad_numbers" / "step_0000008"
   with pytest.raises(
-    UserError, match=r"step_0000008 is no update .* mean \".*step_0000007\""
+    UserError, match=r"step_0000008 is not an update .* mean \".*step_0000007\""
   ):
     load_bundle(folder)
 
@@ -246,5 +246,7 @@ def test_a_full_disk_does_not_hide_the_bad_number(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["pipe", "endless link", "deep JSON"])
 def test_a_bundle_whose_info_is_no_file_is_not_waited_for(tmp_path, kind):
   replacements.replace(tmp_path / _INFO_FILE, kind)
-  with pytest.raises(UserError, match="is no update that a run has left out"):
+  with pytest.raises(
+    UserError, match="is not an update that a run has skipped"
+  ):
     load_bundle(tmp_path)

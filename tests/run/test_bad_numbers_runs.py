@@ -84,8 +84,9 @@ def test_rollback_is_a_run_without_the_batches(tmp_path, capsys):
   _train(tmp_path, "rollback")
   states = small_run.by_hand([0, 1, 2, 3, 4, 7, 8, 9, 10, 11])
   _assert_on_disk(tmp_path, {step: states[step] for step in (5, 10)})
-  assert "back from step 7 to 5, rollback 1 of at most 10; on with batch 7" in (
-    capsys.readouterr().out
+  assert (
+    "rolled back from step 7 to 5, rollback 1 of at most 10; continuing with"
+    " batch 7" in (capsys.readouterr().out)
   )
   lines = _lines(tmp_path)
   assert [line["step"] for line in lines] == list(range(1, 11))

@@ -31,7 +31,7 @@ def test_broken_state_is_not_saved(tmp_path, step):
     match=rf"the loss is nan at step {step}; lower --config.optimizer.learning_"
     r"rate or lengthen --config.optimizer.warmup_steps, in another --workdir,"
     r" or resume this one without the batch: --config.bad_numbers.policy=skip"
-    rf", or rollback; what led to it is in {tmp_path}/bundle$",
+    rf", or rollback; the batch and its metrics are in {tmp_path}/bundle$",
   ):
     run.run()
   saved = [event[1] for event in run.events if event[0] == "save"]
@@ -55,10 +55,10 @@ def test_skipped_updates(tmp_path):
   assert run.run().step == 10
   assert run.events == [
     ("bundle", 2, 1),
-    ("say", f"the loss is nan at step 2: left out; see {tmp_path}/bundle"),
+    ("say", f"the loss is nan at step 2: skipped; see {tmp_path}/bundle"),
     ("save", 5, None),
     ("bundle", 7, 6),
-    ("say", f"the loss is inf at step 7: left out; see {tmp_path}/bundle"),
+    ("say", f"the loss is inf at step 7: skipped; see {tmp_path}/bundle"),
     ("save", 10, None),
   ]
   lines = lines_of(tmp_path)
@@ -104,7 +104,7 @@ def test_rollback_goes_on_after_the_bad_batch(tmp_path):
   assert run.log[run.log.index(("restore", 6)) - 1] == ("wait",)
   assert run.events[3] == (
     "say",
-    f"the loss is nan at step 9: left out; see {tmp_path}/bundle",
+    f"the loss is nan at step 9: skipped; see {tmp_path}/bundle",
   )
   assert ("say", _BACK.format(9, 6, 1, 9)) in run.events
   lines = lines_of(tmp_path)
@@ -118,7 +118,10 @@ def test_rollback_goes_on_after_the_bad_batch(tmp_path):
   assert positions == {3: 3, 6: 6, 9: 12, 10: 13}
 
 
-_BACK = "back from step {} to {}, rollback {} of at most 10; on with batch {}"
+_BACK = (
+  "rolled back from step {} to {}, rollback {} of at most 10; continuing with"
+  " batch {}"
+)
 
 
 def test_rollback_before_the_first_checkpoint_and_twice(tmp_path):

@@ -108,7 +108,7 @@ def test_without_an_intact_one_nothing_is_moved(tmp_path):
       pytest.raises(
         UserError,
         match=r"no checkpoint of this run is intact: step 6: file .* was"
-        r" changed.*; step 3: file .*; bring files of theirs back, or train",
+        r" changed.*; step 3: file .*; restore their files, or train",
       ),
     ):
       _restored(checkpoints)
@@ -121,7 +121,9 @@ def test_weights_alone_are_no_damage(tmp_path):
     checkpoints.save_variables(
       0, {"params": state.params, "batch_stats": state.batch_stats}
     )
-    with pytest.raises(UserError, match="holds weights but no state of an opt"):
+    with pytest.raises(
+      UserError, match="contains weights but no state of an opt"
+    ):
       _restored(checkpoints)
     assert checkpoints.steps() == [0]
 

@@ -46,7 +46,7 @@ def _dead(lock: RunLock, say: Any = lambda text: None) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def holder(tmp_path: pathlib.Path) -> Iterator[subprocess.Popen]:
-  """A process that holds the lock."""
+  """A process that contains the lock."""
   command = [sys.executable, "-c", _HOLD, str(tmp_path)]
   with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
     assert process.stdout is not None
@@ -255,7 +255,9 @@ def test_a_folder_that_vanished(tmp_path):
   lock = RunLock(tmp_path / "run")
   lock.acquire(_quiet)
   shutil.rmtree(tmp_path / "run")
-  with pytest.raises(LockLost, match=r"run is gone, or its lock.json: nothing"):
+  with pytest.raises(
+    LockLost, match=r"run or its lock.json no longer exists: nothing"
+  ):
     lock.renew("step", 3)
   lock.release()
 

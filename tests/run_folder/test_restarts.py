@@ -124,7 +124,7 @@ def test_a_run_that_was_killed_is_known_from_its_lock(tmp_path):
   failures.record_death(tmp_path, held)
   (record,) = failures.record_restart(tmp_path, step=10, saved=_epoch(60))
   assert failures.describe(record) == (
-    "ended without a word: killed, or the machine lost in phase"
+    "ended unexpectedly: killed, or the machine lost in phase"
     ' "checkpoint" at step 12; 30s of work lost, down for 15m10s, resumed from'
     " step 10"
   )

@@ -1,4 +1,4 @@
-"""The run folder: which run it holds and what may be done with it."""
+"""The run folder: which run it contains and what may be done with it."""
 
 import errno
 import json
@@ -68,7 +68,7 @@ def test_other_config_shows_the_difference(run):
   config.seed = 3
   with pytest.raises(
     UserError,
-    match=r"--workdir=.*run holds a run with another config:"
+    match=r"--workdir=.*run contains a run with another config:"
     r" optimizer.learning_rate: 0.001 -> 0.0005; seed: 0 -> 3;"
     r" use another --workdir, or the config of this run to resume it$",
   ):
@@ -138,7 +138,7 @@ def test_checkpoints_of_an_unknown_run(run):
   assert workdir_lib.check(run, tiny_config())
   (run / "config.json").unlink()
   with pytest.raises(
-    UserError, match=r"holds checkpoints but no config.json, .*use another"
+    UserError, match=r"contains checkpoints but no config.json, .*use another"
   ):
     workdir_lib.check(run, tiny_config())
 

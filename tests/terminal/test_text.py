@@ -26,7 +26,7 @@ from narvl_jax.terminal.text import (
 )
 from tests.conftest import ROOT
 
-# What a string of Python may hold, and no terminal should get as it is.
+# What a string of Python may contain, and no terminal should get as it is.
 NASTY = (
   "\x1b]0;owned\x07 \x00 \x7f \x9b31m \u202eevil\u2069 \ud83d \n \r\u2028"
   " \ufeff \U000e0061"

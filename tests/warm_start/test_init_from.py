@@ -119,7 +119,7 @@ def test_folders_without_weights(
   with pytest.raises(UserError, match='none": there is no such folder'):
     plan_weights(setup)
   (tmp_path / "none").mkdir()
-  with pytest.raises(UserError, match='none" holds no checkpoints; it must'):
+  with pytest.raises(UserError, match='none" has no checkpoints; it must'):
     plan_weights(setup)
   official = tmp_path / "x.pt"
   official.write_bytes(b"")

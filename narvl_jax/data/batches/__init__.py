@@ -1,1 +1,1 @@
-"""Batches."""
+"""Batches of fixed shape: mixture, worker processes, bad records."""

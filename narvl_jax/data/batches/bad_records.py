@@ -1,4 +1,4 @@
-"""Bad records: the one place where a record may fail, and their count.
+"""Bad records: the only code in which a record may fail, and their count.
 
 Any error while a record is read, checked, decoded, augmented or tokenised makes
 it a bad record, which is counted and left out. All code that reads records uses
@@ -178,12 +178,12 @@ class RecordReader:
   def _place(self, index: int) -> str:
     try:
       return sources.locate(self._source, index)
-    except Exception:  # A place in a message is not worth ending the run.
+    except Exception:  # A missing place must not end the run.
       return f"record {index}"
 
 
 def _text_of(record: Any, name: str, default: T) -> str | T:
-  """Returns a text field of what a source returned, which may be anything."""
+  """Returns a text field of a record, which may be of any type."""
   value = getattr(record, name, None)
   return value if isinstance(value, str) else default
 
@@ -274,6 +274,6 @@ class BadRecords:
     if bad > self.max_fraction * record.total:
       raise UserError(
         f"{bad} of {record.total} records of {record.name} are bad, more than"
-        f" {self.max_fraction:.2%}; the last is {record.what}. Mend the data"
+        f" {self.max_fraction:.2%}; the last is {record.what}. Correct the data"
         " or set --config.data.max_bad_fraction (evaluate: --max_bad_fraction)"
       )

@@ -268,7 +268,7 @@ def _parts(
 def _counts(position: int, parts: Sequence[int]) -> list[int]:
   """Returns the number of each entry's records among the first `position`.
 
-  Each entry in turn takes its share of what the entries before it left.
+  Each entry in turn receives its share of the remaining positions.
   Integer arithmetic keeps every count monotone and the sum exact.
   """
   counts = []

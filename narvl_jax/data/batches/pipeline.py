@@ -1,14 +1,14 @@
 """Records to batches of fixed shape, on grain.
 
 A training batch is a pure function of (seed, position). The position is the
-number of batches before it. A resumed run therefore sees what an uninterrupted
-run would have seen, whatever the number of hosts, worker processes and threads.
-A checkpoint stores nothing of the data but the position, which is the step
-unless the run has skipped batches.
+number of batches before it. A resumed run therefore reads the same batches as
+an uninterrupted one, with any number of hosts, worker processes and threads. A
+checkpoint stores only the position of the data, which is the step unless the
+run has skipped batches.
 
 A bad record (unreadable picture, empty prompt, text over the limit, ...) is
 counted, logged once and replaced by the next good record of its source, which
-preserves the above. Too many of them stop the run.
+keeps batches reproducible. Too many bad records stop the run.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,12 +106,12 @@ class TrainBatches(Iterator[Batch]):
     if batch is None:
       raise UserError(
         f"{len(bad)} records of {bad[-1].name} in a row are bad, up to"
-        f" {bad[-1].what}. Mend the data"
+        f" {bad[-1].what}. Correct the data"
       )
     return batch
 
   def counters(self, position: int) -> dict[str, float]:
-    """Returns how much of each entry NAME the first `position` batches use.
+    """Returns the use of each entry NAME by the first `position` batches.
 
     `NAME/examples` and `NAME/epochs` count all hosts since the beginning of the
     run, `NAME/bad` the different bad records of this host since it started.

@@ -1,4 +1,4 @@
-"""What all worker processes share."""
+"""Functions that all worker processes use."""
 
 import os
 import threading
@@ -8,7 +8,7 @@ _CHECK_SECONDS = 0.5
 
 
 def exit_with_parent(parent: int) -> None:
-  """Starts a thread that ends this process when process `parent` is gone.
+  """Starts a thread that ends this process when process `parent` has ended.
 
   A main process that is killed cannot stop its workers itself.
   """

@@ -1,4 +1,4 @@
-"""What reads the records of one batch and writes them into arrays."""
+"""Reads the records of one batch and writes them into arrays."""
 
 import functools
 import zlib
@@ -18,7 +18,7 @@ from narvl_jax.data.batches.mixture import Draw
 from narvl_jax.data.batches.shared_batches import SharedBatch
 from narvl_jax.data.example import Record
 
-# So many bad neighbours are no accident.
+# Number of consecutive bad records that is not an accident.
 _MAX_BAD_RUN = 100
 
 

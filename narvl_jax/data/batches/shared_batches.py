@@ -1,4 +1,4 @@
-"""Batches in shared memory that worker processes use again and again.
+"""Batches in shared memory that worker processes reuse.
 
 Every worker has a few segments. It writes a batch into a free one and sends
 only the name of the segment. The main process copies the arrays out and frees
@@ -35,7 +35,7 @@ _FOLDER = "/dev/shm"
 
 @dataclasses.dataclass(frozen=True)
 class SharedBatch:
-  """What a worker sends in place of a batch: the name of its segment."""
+  """Sent by a worker in place of a batch: the name of its segment."""
 
   segment: str
 
@@ -95,7 +95,7 @@ class WorkerSegments:
   def take(self) -> tuple[SharedBatch, dict[str, np.ndarray]] | None:
     """Returns a free segment and its arrays; None if no segment is free.
 
-    The arrays hold what the batch before left in them.
+    The arrays contain the values of an earlier batch.
     """
     with self._lock:
       # In order, so that the last segments may never use any memory.

@@ -20,7 +20,7 @@ from narvl_jax.errors import UserError
 
 _MIN_SHARED_BYTES = 512
 _TRACKER_WARNING = "ignore:resource_tracker:UserWarning"
-# Those of this process if it is a worker.
+# Segments of this process if it is a worker.
 _segments: WorkerSegments | None = None
 
 
@@ -48,7 +48,7 @@ def in_processes(
 
 
 def quiet_cleanup() -> None:
-  """Silences multiprocessing when it removes what an abrupt end leaves behind.
+  """Silences the clean-up of multiprocessing after an abrupt end.
 
   Its resource tracker, a process of its own, removes the shared memory and
   semaphores of a run that ends within a step. It would warn about them on the
@@ -86,7 +86,7 @@ def failures_explained() -> Iterator[None]:
 def _start_worker(
   names: list[list[str]], layout: Layout, parent: int, index: int, count: int
 ) -> None:
-  """Opens the segments, ignores signals, and ends when the parent is gone."""
+  """Opens the segments, ignores signals, and ends after the parent has ended."""
   del count
   global _segments
   _segments = WorkerSegments(names[index], layout)

@@ -1,1 +1,1 @@
-"""Checking."""
+"""Checks of data sets, for `narvl_jax.check_data`."""

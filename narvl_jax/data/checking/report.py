@@ -56,7 +56,7 @@ def judge(figures: Mapping[str, Any], task: str, *, eos: bool) -> Verdict:
       NOT_USABLE, [f"every record is bad; is it data for {task}?"], []
     )
   if bad > _MAX_BAD * read:
-    reason = f"{_percent(bad, read)} of the records are bad: mend the data"
+    reason = f"{_percent(bad, read)} of the records are bad: correct the data"
     return Verdict(NOT_USABLE, [reason], [])
   if 2 * figures["boxes_of_fractions"] > figures["boxes"]:
     reason = (

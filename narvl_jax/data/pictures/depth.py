@@ -62,7 +62,7 @@ def to_8_bits(picture: Image.Image) -> Image.Image:
 def low_byte_tiles(picture: Image.Image) -> list[Any]:
   """Returns Pillow's tiles for the low bytes of a picture of 16-bit colours.
 
-  Pillow decodes the high byte of each value, which is 0 if the picture holds
+  Pillow decodes the high byte of each value, which is 0 if the picture contains
   8-bit values. The list is empty if the picture has no 16-bit colours.
   """
   tiles: list[Any] = list(getattr(picture, "tile", ()))

@@ -60,8 +60,8 @@ class Panel:
     title: first line, such as "vqa / count #17".
     target: truth as text; None if unknown.
     correct: shown as a word and a colour; None shows neither.
-    predicted_box: in pixels of `image`.
-    target_box: in pixels of `image`.
+    predicted_box: predicted box in pixels of `image`.
+    target_box: target box in pixels of `image`.
   """
 
   image: np.ndarray

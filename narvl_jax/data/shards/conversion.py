@@ -74,7 +74,7 @@ def plan(
 
   Args:
     task: one of `TASKS`; may be "" if the source knows its task.
-    name: of the shards; by default TASK-SPLIT.
+    name: name of the shards; by default TASK-SPLIT.
     limit: largest number of records to convert; 0 converts all.
     shards: number of shards; 0 derives it from `shard_size`.
     shard_size: approximate number of records of a shard.
@@ -136,8 +136,8 @@ def convert(
     write: writes shards instead of `write_all`.
 
   Raises:
-    UserError: too many records are bad, the folder holds something else or is
-      in use by another conversion, or it cannot be written.
+    UserError: too many records are bad, the folder contains something else or
+      is in use by another conversion, or it cannot be written.
   """
   folder = pathlib.Path(job.folder)
   done = finished_manifest(folder, job, origin)

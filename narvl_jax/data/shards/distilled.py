@@ -76,8 +76,9 @@ class Labelled(RecordSource):
 
     Args:
       labels: index in the source -> label, of all records that could be read.
-      task: of the teacher.
-      batcher: of the teacher; its error explains why a record has no label.
+      task: task of the teacher.
+      batcher: batcher of the teacher; its error explains why a record has no
+        label.
     """
     self.task, self.split = task.name, getattr(source, "split", "")
     self._source = source
@@ -93,7 +94,7 @@ class Labelled(RecordSource):
     record = checked_record(self._source[number])
     label = self._labels.get(number)
     if label is None:
-      # Raises the error that the teacher met.
+      # Raises the error of the teacher.
       self._batcher.prepare(record, self._task, target="none")
       raise UserError("the teacher did not answer")
     new = relabel(record, label, self._task)
@@ -102,7 +103,8 @@ class Labelled(RecordSource):
     if new is None:
       if ids is None:
         raise UserError(
-          f"the teacher's answer {label.value!r} is no target, and the record"
+          f"the teacher's answer {label.value!r} is not a target, and the"
+          " record"
           " has none either"
         )
       self._counts[number] = {"original": 1, "objects": objects}
@@ -177,7 +179,7 @@ def distilled_sets(
   if unfinished:
     raise UserError(
       f'"{folder}" is not complete: {unfinished[0]} lacks answers; repeat the'
-      " command python -m narvl_jax.distill that began it, which continues"
+      " command python -m narvl_jax.distill that began it, to complete it"
     )
   sets = [_describe(path) for path in found]
   if not sets:

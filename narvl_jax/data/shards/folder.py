@@ -46,7 +46,7 @@ def finished_manifest(
   """Returns the manifest of a complete folder; None if it is incomplete.
 
   Raises:
-    UserError: the folder holds other shards, or is damaged.
+    UserError: the folder contains other shards, or is damaged.
   """
   if (folder / MANIFEST).exists():
     manifest = read_manifest(folder)

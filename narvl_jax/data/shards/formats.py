@@ -88,7 +88,7 @@ class _TsvFormat(ShardFormat):
 
   Column 1 repeats the id; other columns that `ofa_tsv` does not read are empty.
   `kind` is lost. Tabs and line ends become spaces; unpaired surrogates, which
-  UTF-8 cannot hold, become U+FFFD.
+  UTF-8 cannot encode, become U+FFFD.
   """
 
   suffix = ".tsv"
@@ -152,7 +152,7 @@ def _entailment(record: Record) -> tuple[str, ...]:
 
 
 def _check_answers(record: Record) -> None:
-  """Raises `UserError` for an answer of which nothing can be stored."""
+  """Raises `UserError` for an answer without a character that can be stored."""
   for answer in record.answers:
     if not " ".join(_lines(answer)).strip():
       raise UserError(

@@ -32,7 +32,7 @@ class Manifest:
   """The content of `manifest.json`.
 
   Attributes:
-    schema_version: of the records; see `records`.
+    schema_version: schema version of the records; see `records`.
     name: the shards are NAME-00000-of-00012.array_record.
     source: what was converted: spec, options, fingerprint, length; of
       distilled data also teacher, checkpoint_step, vocabulary (its
@@ -79,7 +79,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
       " narvl_jax.convert_data has completed"
     ) from e
   except (OSError, ValueError, KeyError, TypeError) as e:
-    raise UserError(f'"{path}" is no manifest ({e!r}){_AGAIN}') from e
+    raise UserError(f'"{path}" is not a manifest ({e!r}){_AGAIN}') from e
   if version > SCHEMA_VERSION:
     raise UserError(
       f'"{path}" has schema version {version}; this version of narvl_jax reads'
@@ -91,7 +91,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     manifest = Manifest(**fields)
     total = sum(shard.records for shard in manifest.shards)
   except (TypeError, KeyError) as e:
-    raise UserError(f'"{path}" is no manifest ({e}){_AGAIN}') from e
+    raise UserError(f'"{path}" is not a manifest ({e}){_AGAIN}') from e
   if manifest.records != total:
     raise UserError(
       f'"{path}" counts {manifest.records} records and {total} in its'
@@ -163,7 +163,7 @@ def _fault(folder: pathlib.Path, shard: Shard) -> str:
 def _fault_lines(
   manifest: Manifest, faults: list[str], strays: dict[pathlib.Path, str]
 ) -> Iterator[str]:
-  """Yields the faults; a stray file may hold the data of a missing shard."""
+  """Yields the faults; a stray file may contain the data of a missing shard."""
   known = {shard.sha256: shard.file for shard in manifest.shards}
   for shard, fault in zip(manifest.shards, faults, strict=True):
     if not fault:

@@ -64,7 +64,7 @@ def serialize(record: Record) -> bytes:
   if record.score is not None:
     kept["score"] = float(record.score)
   try:
-    # Texts may hold unpaired surrogates.
+    # Texts may contain unpaired surrogates.
     data = msgpack.packb(
       kept, use_bin_type=True, unicode_errors="surrogatepass"
     )

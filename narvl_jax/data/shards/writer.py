@@ -33,7 +33,7 @@ CONTINUE = "; the same command continues"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A conversion: all that a process needs to write a shard.
+  """A conversion: everything that a process needs to write a shard.
 
   Attributes:
     spec: source to convert; see `open_source`.
@@ -300,6 +300,7 @@ class BadAccount:
       last = note["bad"][-1] if note["bad"] else {"place": "?", "reason": "?"}
       raise UserError(
         f"{self._bad} of {self._job.count} records are bad, such as"
-        f" {last['place']}: {last['reason']}; mend the data, or allow more with"
+        f" {last['place']}: {last['reason']}; correct the data, or allow more"
+        " with"
         f" --max_bad_fraction (now {self._limit:g}){CONTINUE}"
       )

@@ -95,7 +95,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
       f" one of {', '.join(sorted(SOURCES))}"
     )
   raise UserError(
-    f'"{spec}" is no source: neither a file *.tsv or *.jsonl, nor a folder with'
+    f'"{spec}" is not a source: neither a file *.tsv or *.jsonl, nor a folder'
+    " with"
     f" {MANIFEST}, nor tfds:NAME.{did_you_mean(spec, SOURCES)}"
   )
 
@@ -137,7 +138,7 @@ def parse_options(text: str) -> dict[str, Any]:
     options = json.loads(text)
   except ValueError as e:
     raise UserError(
-      f"--options={text!r} is no JSON ({e}); pass an object such as"
+      f"--options={text!r} is not JSON ({e}); pass an object such as"
       ' --options=\'{"columns": "0,4,2"}\''
     ) from e
   if not isinstance(options, dict):

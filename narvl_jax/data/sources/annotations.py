@@ -62,7 +62,7 @@ def load_annotations(path: str | os.PathLike[str], task: str) -> Annotations:
     raise UserError(f'"{path}": {error.strerror or error}') from error
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
-      f'"{path}" is no file of annotations of VQA v2'
+      f'"{path}" is not a file of annotations of VQA v2'
       ' {"annotations": [{"question_id": 1, "answers": [{"answer": "yes"}]}]}'
       " nor of A-OKVQA"
       ' [{"question_id": "a", "direct_answers": ["yes"]}]'
@@ -87,7 +87,7 @@ def _a_okvqa(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _texts(values: Any) -> tuple[str, ...]:
   found = tuple(values)
   if not all(isinstance(text, str) for text in found):
-    raise TypeError("an answer is no text")
+    raise TypeError("an answer is not a text")
   return found
 
 

@@ -47,7 +47,7 @@ class ArrayRecordSource(RecordSource):
 
     Raises:
       UserError: there is no such folder, a shard is missing or damaged, or
-        the folder holds another task or split.
+        the folder contains another task or split.
     """
     manifests = files.resolve(
       _manifest_names(path), split, source="array_record"
@@ -139,13 +139,13 @@ def _check_contents(
   ):
     if value != found:
       raise UserError(
-        f'array_record: "{folder}" holds the {name} "{found}", not "{value}";'
-        f' set {name}="{found}" or another options.path'
+        f'array_record: "{folder}" contains the {name} "{found}", not'
+        f' "{value}"; set {name}="{found}" or another options.path'
       )
   other = [s.file for s in manifest.shards if not s.file.endswith(_SUFFIX)]
   if other:
     raise UserError(
-      f'array_record: "{folder}" holds other files, such as {other[0]}; read'
+      f'array_record: "{folder}" contains other files, such as {other[0]}; read'
       f' them with the source ofa_tsv and path="{folder}/*.tsv"'
     )
   faults = [fault for s in manifest.shards if (fault := quick_fault(folder, s))]
@@ -155,4 +155,4 @@ def _check_contents(
       f" see python -m narvl_jax.convert_data {folder} --verify"
     )
   if not manifest.records:
-    raise UserError(f'array_record: "{folder}" holds no record')
+    raise UserError(f'array_record: "{folder}" has no record')

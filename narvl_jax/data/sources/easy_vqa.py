@@ -74,7 +74,7 @@ class EasyVQASource(RecordSource):
     image = self._images.get(image_id)
     if image is None:
       image = self._images[image_id] = images.read_image_file(
-        self._paths[image_id], "install the package easy-vqa anew"
+        self._paths[image_id], "reinstall the package easy-vqa"
       )
     return Record(
       id=f"{self._prefix}-{row}",

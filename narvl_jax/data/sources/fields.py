@@ -21,7 +21,7 @@ def scored_answers(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
   for answer, score in pairs:
     if not isinstance(answer, str):
       raise UserError(
-        f"the answer {quoted(answer)} is no text; put it in quotes"
+        f"the answer {quoted(answer)} is not a text; put it in quotes"
       )
     text = normalize_answer(answer)
     if not text:
@@ -53,7 +53,8 @@ def listed_answers(answers: Sequence[Any]) -> dict[str, Any]:
   a list without repeats every answer has score 1.
 
   Raises:
-    UserError: an answer is no text, or one is empty in a list without repeats.
+    UserError: an answer is not a text, or one is empty in a list without
+      repeats.
   """
   texts = [normalize_answer(x) for x in answers if isinstance(x, str)]
   given = [text for text in texts if text]
@@ -70,7 +71,7 @@ def captions(references: Iterable[Any]) -> dict[str, float]:
   """Returns every different caption with score 1.
 
   Raises:
-    UserError: a caption is no text, or all are empty.
+    UserError: a caption is not a text, or all are empty.
   """
   given = list(references)
   if not all(isinstance(caption, str) for caption in given):
@@ -119,7 +120,7 @@ def pixel_box(values: Sequence[Any]) -> Box:
     ) from e
   if not all(math.isfinite(c) for c in (x0, y0, x1, y1)):
     raise UserError(
-      f"the box {quoted(values)} holds a number that is not finite"
+      f"the box {quoted(values)} contains a number that is not finite"
     )
   if x1 <= x0 or y1 <= y0:
     raise UserError(

@@ -31,7 +31,7 @@ def resolve(path: PathOption, split: str, *, source: str) -> list[pathlib.Path]:
     UserError: there is no such file, or the mapping lacks the split.
   """
   names = path
-  # A ConfigDict is no Mapping but has its methods.
+  # A ConfigDict is not a Mapping but has its methods.
   if path is not None and hasattr(path, "items"):
     options: Any = path
     if split not in options:

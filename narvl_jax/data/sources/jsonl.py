@@ -87,7 +87,7 @@ def _parse(row: bytes) -> dict[str, Any]:
     values = json.loads(text(row, "row"))
   except json.JSONDecodeError as e:
     raise UserError(
-      f"the row is no JSON ({e.msg} at character {e.pos + 1}); it must be one"
+      f"the row is not JSON ({e.msg} at character {e.pos + 1}); it must be one"
       ' object, such as {"image": "photo.jpg", "target": "two"}'
     ) from e
   except RecursionError as e:
@@ -96,7 +96,9 @@ def _parse(row: bytes) -> dict[str, Any]:
       ' be one object, such as {"image": "photo.jpg", "target": "two"}'
     ) from e
   except ValueError as e:  # An integer of thousands of digits.
-    raise UserError(f"the row holds a number that cannot be read: {e}") from e
+    raise UserError(
+      f"the row contains a number that cannot be read: {e}"
+    ) from e
   if not isinstance(values, dict):
     raise UserError(
       f"the row is a JSON {type(values).__name__}; it must be an object in"

@@ -233,7 +233,7 @@ def delete_punctuation(text: str) -> str:
 
 
 def required_queries(label_ids: Sequence[int]) -> int:
-  """Returns the queries a target needs: one a label, one more a repeat."""
+  """Returns the queries that a target needs: one per label and per repeat."""
   repeats = sum(a == b for a, b in itertools.pairwise(label_ids))
   return len(label_ids) + repeats
 

@@ -193,6 +193,6 @@ def read_json_object(path: PathLike, advice: str = _ADVICE) -> dict[str, Any]:
     raise UserError(f"{path} is not JSON: {e}; {advice}") from e
   if not isinstance(content, dict):
     raise UserError(
-      f"{path} holds a {type(content).__name__}, not a JSON object; {advice}"
+      f"{path} contains a {type(content).__name__}, not a JSON object; {advice}"
     )
   return content

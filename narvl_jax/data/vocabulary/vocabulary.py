@@ -287,7 +287,7 @@ class Vocabulary:
       UserError: a file is missing or was changed.
     """
     path = pathlib.Path(folder)
-    advice = "bring it back from a copy of the run"
+    advice = "restore it from a copy of the run"
     content = files.read_json_object(path / _SYMBOLS_FILE, advice)
     text = files.read_text(path / _TOKENIZER_FILE, advice)
     try:
@@ -302,7 +302,7 @@ class Vocabulary:
     except Exception as e:  # The library raises plain Exception.
       what = " ".join(f"{type(e).__name__}: {e}".split())
       raise UserError(
-        f"{path} holds no vocabulary of this program ({what}); {advice}"
+        f"{path} has no vocabulary of this program ({what}); {advice}"
       ) from e
     if not same:
       raise UserError(

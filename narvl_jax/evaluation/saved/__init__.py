@@ -1,1 +1,1 @@
-"""Uses of stored evaluations that need neither the model nor the pictures."""
+"""Comparison and export of stored evaluations, without model or pictures."""

@@ -1,4 +1,4 @@
-"""Reads the evaluations that a run folder keeps."""
+"""Reads the evaluations stored in a run folder."""
 
 import dataclasses
 import json
@@ -26,8 +26,8 @@ class Saved:
 
   Attributes:
     path: file of its predictions.
-    report: None if the file lies outside of a run folder, without its report.
-    time: when the report was written, in seconds.
+    report: its report; None for a file outside of a run folder.
+    time: time at which the report was written, in seconds.
   """
 
   path: pathlib.Path
@@ -38,7 +38,7 @@ class Saved:
     """Reads the predictions.
 
     Raises:
-      UserError: the file cannot be read, or a line is no prediction.
+      UserError: the file cannot be read, or a line is not a prediction.
     """
     found = []
     try:
@@ -57,11 +57,11 @@ def _prediction(line: bytes, where: str) -> Prediction:
   try:
     values = json.loads(line)
   except (ValueError, RecursionError) as error:
-    raise UserError(f"{where} is no JSON ({error}); {_ADVICE}") from error
+    raise UserError(f"{where} is not JSON ({error}); {_ADVICE}") from error
   missing = [key for key in _KEYS if key not in values]
   if not isinstance(values, dict) or missing:
     raise UserError(
-      f"{where} is no prediction with its example: it lacks"
+      f"{where} is not a prediction with its example: it lacks"
       f" {', '.join(missing) or 'all keys'}; {_ADVICE}"
     )
   return values
@@ -70,7 +70,7 @@ def _prediction(line: bytes, where: str) -> Prediction:
 def open_saved(path: str | os.PathLike[str]) -> Saved:
   """Returns the evaluation of a file of predictions.
 
-  Its report is sought in `../evaluations`, where `narvl_jax.evaluate` wrote it.
+  Its report is read from `../evaluations`, where `narvl_jax.evaluate` wrote it.
 
   Raises:
     UserError: the report cannot be read.
@@ -93,7 +93,8 @@ def _read_report(path: pathlib.Path) -> Report:
     raise UserError(f'"{path}": {error.strerror or error}') from error
   except (ValueError, AttributeError) as error:
     raise UserError(
-      f'"{path}" is no report of an evaluation ({error}); remove it and repeat'
+      f'"{path}" is not a report of an evaluation ({error}); remove it and'
+      " repeat"
       " narvl_jax.evaluate"
     ) from error
   return report
@@ -106,13 +107,13 @@ def newest_pair(
 ) -> tuple[Saved, Saved]:
   """Returns two evaluations that belong together.
 
-  Of a run folder it is the newest one with the split and the decoding of the
-  other. Two files are taken as they are, also with different decodings.
+  In a run folder this is the newest one with the split and the decoding of the
+  other. Two files are used as given, even with different decodings.
 
   Args:
     first: a run folder or a file of predictions.
-    second: likewise.
-    split: of both; any by default.
+    second: the other one.
+    split: split of both; any by default.
 
   Raises:
     UserError: there is no such pair, or both are the same file.
@@ -167,7 +168,7 @@ def _split(saved: Saved) -> str:
 
 
 def _fit(one: Saved, other: Saved) -> bool:
-  """Returns whether nothing that is known of them differs."""
+  """Returns whether all known properties are equal."""
   if one.report is None or other.report is None:
     return True
   keys = ("split", "decoding_name")

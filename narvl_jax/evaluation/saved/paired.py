@@ -11,7 +11,7 @@ from narvl_jax.evaluation.reporting import Prediction
 from narvl_jax.metrics import bootstrap
 from narvl_jax.metrics.captions import simple_cider
 
-# What an example is known by, and what must be equal in both evaluations.
+# Identity of an example, and values that must be equal in both evaluations.
 _KEY = ("task", "dataset", "index", "id")
 _TRUTH = ("target", "answers")
 CIDER = "cider@simple"
@@ -24,10 +24,10 @@ class Pairs:
   """Predictions of the same examples.
 
   Attributes:
-    first: of one system.
-    second: of the other, in the same order.
+    first: predictions of one system.
+    second: those of the other system, in the same order.
     only_first: number of examples that only the first system predicted.
-    only_second: likewise.
+    only_second: number of examples that only the second system predicted.
   """
 
   first: list[Prediction]
@@ -41,10 +41,10 @@ def match(first: Sequence[Prediction], second: Sequence[Prediction]) -> Pairs:
 
   Args:
     first: see `tally.describe`; each example once.
-    second: likewise.
+    second: those of the other system.
 
   Raises:
-    UserError: no example is in both, one is twice in a list, or the ground
+    UserError: no example is in both, one occurs twice in a list, or the ground
       truth of a pair differs.
   """
   one, other = _by_key(first, "first"), _by_key(second, "second")
@@ -93,11 +93,11 @@ def compare(
 ) -> dict[str, Any]:
   """Computes the difference of each metric by a paired bootstrap.
 
-  Pictures are resampled where all predictions name theirs, otherwise examples.
+  Pictures are resampled if all predictions name theirs, otherwise examples.
 
   Args:
-    pairs: at least one.
-    level: of the intervals.
+    pairs: pairs of predictions, at least one.
+    level: level of the intervals.
     kinds: whether to add "kinds": kind -> examples and metrics.
 
   Returns:

@@ -1,4 +1,4 @@
-"""Predictions in the file formats of the data sets' own evaluations."""
+"""Predictions in the submission formats of the data sets."""
 
 import itertools
 import re
@@ -32,15 +32,15 @@ def submission(predictions: Sequence[Prediction], form: str) -> Any:
   | `refcoco` | [{"sent_id": int, "box": [x, y, width, height]}] in pixels    |
   | `aokvqa`  | {question id: {"multiple_choice": "", "direct_answer": str}}  |
 
-  An id of RefCOCO that is no integer, such as "79_1" of OFA's files, stays a
-  text.
+  An id of RefCOCO that is not an integer, such as "79_1" of OFA's files, stays
+  a text.
 
   Args:
-    predictions: of the format's task, one for each id.
+    predictions: predictions of the format's task, one for each id.
     form: one of `FORMATS`.
 
   Raises:
-    UserError: an id is there twice, or is no integer where it must be one.
+    UserError: an id occurs twice, or is not an integer in such a format.
   """
   ids = [_id(x["id"], form) for x in predictions]
   _check_unique(ids, form)
@@ -95,7 +95,7 @@ def choose(
   """Returns the predictions of one data set, in the order of its records.
 
   Args:
-    predictions: of an evaluation.
+    predictions: predictions of an evaluation.
     form: one of `FORMATS`.
     dataset: entry of `data.evaluation`; the only one of the task by default.
 
@@ -108,7 +108,7 @@ def choose(
   if not names:
     tasks = ", ".join(sorted({x["task"] for x in predictions}))
     raise UserError(
-      f"--format={form} takes predictions of {task}; the file has {tasks}"
+      f"--format={form} needs predictions of {task}; the file has {tasks}"
     )
   if dataset and dataset not in names:
     raise UserError(
@@ -126,15 +126,15 @@ def choose(
 def check_complete(saved: Saved, predictions: Sequence[Prediction]) -> None:
   """Checks that each example of a data set is there exactly once.
 
-  The report has the number of examples. A bad record is none of them, but its
-  index is missing, unless it is the last of its data set.
+  The report has the number of examples. Bad records are not counted, but their
+  indices are missing, except at the end of the data set.
 
   Args:
     saved: the evaluation, with its report.
-    predictions: of one data set, in the order of its records.
+    predictions: predictions of one data set, in the order of its records.
 
   Raises:
-    UserError: an example is missing or there twice, or the evaluation had a
+    UserError: an example is missing or occurs twice, or the evaluation had a
       limit.
   """
   assert saved.report is not None

@@ -133,7 +133,7 @@ memory = multiprocessing.shared_memory.SharedMemory(create=True, size=64)
 print(memory.name, flush=True)
 os._exit(0)
 """
-  # The tracker holds the stream until it has cleaned up.
+  # The tracker keeps the stream until it has cleaned up.
   result = subprocess.run(
     [sys.executable, "-c", program],
     capture_output=True,

@@ -204,7 +204,7 @@ def test_boxes_of_fractions(model_tasks: dict[str, Any]) -> None:
     ),
     (
       ListSource([*_vqa(["one"] * 7), *[ValueError("x")] * 3]),
-      "30.00% of the records are bad: mend the data",
+      "30.00% of the records are bad: correct the data",
     ),
   ],
 )

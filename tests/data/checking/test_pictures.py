@@ -120,7 +120,7 @@ def test_boxes_of_upright_pictures(model_tasks: dict[str, Any]) -> None:
   figures, verdict, _ = _judge(source, task, "apply")
   assert figures["bad"] == 0
   assert verdict.word == check_report.GOOD
-  # What the flag does not mend is still a fault of the data.
+  # The flag does not correct these; they remain faults of the data.
   source = _source([PHONE] * 10 + [PLAIN] * 10, ONLY_UPRIGHT)
   _, verdict, _ = _judge(source, task)
   assert verdict.word == check_report.NOT_USABLE

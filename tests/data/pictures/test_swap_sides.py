@@ -36,7 +36,7 @@ from narvl_jax.data.pictures import augmentation
       "let us lift the right loft; \u00a9 right",
     ),
     ("easter egg left, Portland, 10:5", "easter egg right, Portland, 10:5"),
-    # Other words that hold these letters.
+    # Other words that contain these letters.
     ("brightly frightened playwrights, alright, copyrighted", None),
     ("downright forthright, clefts, LEFTOVERS, Upright", None),
     ("bright upright leftover cleft rightly", None),
@@ -65,7 +65,7 @@ def test_swap_sides(text: str, swapped: str | None) -> None:
       "3 o clock",
     ),
     *("10 o' clock", "counter-clockwise", "anti clockwise", "10o'clock"),
-    # Words that hold a side and are not known.
+    # Words that contain a side and are not known.
     *("leftish", "rightfield", "leftt dog", "left2", "left_dog", "nonleft"),
     # Abbreviations, misspellings, ships, maps, cars.
     *(

@@ -112,7 +112,9 @@ def test_counts_of_what_was_kept():
   made = labelled(source, labels)
   for i in range(3):
     assert made[i].answers == {labels[i].value: 1.0}
-  with pytest.raises(UserError, match="answer '' is no target, and the record"):
+  with pytest.raises(
+    UserError, match="answer '' is not a target, and the record"
+  ):
     made[3]
   assert made.counts(range(4)) == {
     "teacher": 3,
@@ -232,7 +234,7 @@ def test_names_of_objects_have_a_column_only_where_there_are_any(folders):
 
 
 def test_rows_are_no_array_records(folders):
-  with pytest.raises(UserError, match=r"holds other files.*source ofa_tsv"):
+  with pytest.raises(UserError, match=r"contains other files.*source ofa_tsv"):
     open_source(str(folders["tsv"] / "vqa"))
 
 

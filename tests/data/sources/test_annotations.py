@@ -115,10 +115,14 @@ def test_ids_without_annotation_are_rejected_before_any_prediction(tmp_path):
 @pytest.mark.parametrize(
   ("content", "task", "message"),
   [
-    ({"questions": []}, "vqa", r'no file of annotations of VQA v2 .*"annotati'),
+    (
+      {"questions": []},
+      "vqa",
+      r'not a file of annotations of VQA v2 .*"annotati',
+    ),
     ([{"question_id": 1}], "vqa", r"KeyError: 'direct_answers'"),
     ({"annotations": [{"question_id": 1, "answers": [1]}]}, "vqa", "TypeError"),
-    ({"annotations": [{}]}, "caption", "no file of COCO captions"),
+    ({"annotations": [{}]}, "caption", "not a file of COCO captions"),
     ({}, "grounding", r'set of grounding; only vqa .*annotations=""'),
   ],
 )

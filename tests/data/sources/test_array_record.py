@@ -233,9 +233,9 @@ def test_a_flipped_bit_is_one_bad_record(folder: pathlib.Path) -> None:
       "has schema version 2; this version of narvl_jax reads versions up to 1",
     ),
     ({"records": 11}, "counts 11 records and 10 in its shards"),
-    ({"shards": 3}, "is no manifest"),
-    ({"more": 3}, "is no manifest"),
-    ({"schema_version": "x"}, "is no manifest"),
+    ({"shards": 3}, "is not a manifest"),
+    ({"more": 3}, "is not a manifest"),
+    ({"schema_version": "x"}, "is not a manifest"),
   ],
 )
 def test_manifests_that_do_not_fit(
@@ -250,8 +250,8 @@ def test_manifests_that_do_not_fit(
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"task": "caption"}, 'holds the task "vqa", not "caption"'),
-    ({"split": "train"}, 'holds the split "test", not "train"'),
+    ({"task": "caption"}, 'contains the task "vqa", not "caption"'),
+    ({"split": "train"}, 'contains the split "test", not "train"'),
     ({"path": "/nowhere"}, 'there is no file "/nowhere/manifest.json"'),
     ({"path": None}, "options.path is None"),
   ],

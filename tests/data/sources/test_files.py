@@ -30,7 +30,7 @@ def test_forms(folder: pathlib.Path) -> None:
   assert names(mapping) == ["b-2.tsv", "a_train.tsv"]
   assert names(mapping, "dev") == ["a_val.tsv"]
   assert names(ConfigDict(mapping), "dev") == ["a_val.tsv"]
-  # A name with brackets that is a file is no pattern.
+  # A name with brackets that is a file is not a pattern.
   assert names(f"{folder}/odd[1].tsv") == ["odd[1].tsv"]
 
 

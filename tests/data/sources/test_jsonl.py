@@ -141,18 +141,21 @@ def test_rows_of_other_tasks_are_left_out(tmp_path: pathlib.Path) -> None:
 
 # name: the bad row (of a question, a box for "box"), what is said of it
 BAD: dict[str, tuple[Any, str]] = {
-  "no JSON": ("{'image'}", "no JSON (Expecting property name enclosed in dou"),
-  "cut": ('{"image": "a"', "the row is no JSON"),
+  "no JSON": ("{'image'}", "not JSON (Expecting property name enclosed in dou"),
+  "cut": ('{"image": "a"', "the row is not JSON"),
   "list": ("[1]", "the row is a JSON list; it must be an object in braces"),
-  "empty": ("", "the row is no JSON (Expecting value at character 1)"),
-  "NUL": ('{"image": "\0"}', "the row holds 1 NUL bytes"),
+  "empty": ("", "the row is not JSON (Expecting value at character 1)"),
+  "NUL": ('{"image": "\0"}', "the row contains 1 NUL bytes"),
   "unknown key": (
     {"image": "photos/1.jpg", "answer": "two", "targett": "x"},
     'the key "answer" is unknown. Valid: id, image, kind,',
   ),
   "misspelt key": ({"imge": "x"}, 'key "imge" is unknown. Did you mean "imag'),
   "no image": ({"prompt": "x"}, 'the row has no "image"'),
-  "image is no text": ({"image": 3}, '"image" is 3; it must be a text in quot'),
+  "image is not a text": (
+    {"image": 3},
+    '"image" is 3; it must be a text in quot',
+  ),
   "image is absent": (
     {"image": "photos/2.jpg"},
     'photos/2.jpg": No such file or directory; names are relative to the',
@@ -162,7 +165,7 @@ BAD: dict[str, tuple[Any, str]] = {
     {"image": "own.jsonl", "prompt": "x", "target": "y"},
     "is in no known format",
   ),
-  "prompt is no text": (
+  "prompt is not a text": (
     {"image": "photos/1.jpg", "prompt": ["x"]},
     "\"prompt\" is ['x']; it must be a text in quotes",
   ),
@@ -184,13 +187,13 @@ BAD: dict[str, tuple[Any, str]] = {
   ),
   "answer is a number": (
     {"image": "photos/1.jpg", "target": 2},
-    "the answer 2 is no text; put it in quotes",
+    "the answer 2 is not a text; put it in quotes",
   ),
   "score above 1": (
     {"image": "photos/1.jpg", "target": {"two": 10}},
     "the score of the answer 'two' is 10; it must be above 0, at most 1",
   ),
-  "score is no number": (
+  "score is not a number": (
     {"image": "photos/1.jpg", "target": {"two": True}},
     "the score of the answer 'two' is True; it must be a number",
   ),

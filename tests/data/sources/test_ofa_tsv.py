@@ -275,7 +275,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
   "NaN in the box": (
     "grounding",
     tsv_files.row("grounding", 5, {3: "1,nan,3,4"}),
-    "holds a number that is not finite",
+    "contains a number that is not finite",
   ),
   "box of no width": (
     "grounding",
@@ -290,7 +290,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
   "NUL bytes": (
     "grounding",
     tsv_files.row("grounding", 5, {2: "left\0dog"}),
-    "the row holds 1 NUL bytes",
+    "the row contains 1 NUL bytes",
   ),
   "other encoding": (
     "vqa",

@@ -243,13 +243,13 @@ def test_load_refuses_changed_files(
   with pytest.raises(UserError, match="was changed after it was saved"):
     Vocabulary.load(tmp_path)
   (tmp_path / "tokenizer.json").write_text("{}")
-  with pytest.raises(UserError, match="holds no vocabulary of this program"):
+  with pytest.raises(UserError, match="has no vocabulary of this program"):
     Vocabulary.load(tmp_path)
   path.write_text("{")
   with pytest.raises(UserError, match="is not JSON"):
     Vocabulary.load(tmp_path)
   path.write_text("[]")
-  with pytest.raises(UserError, match="holds a list, not a JSON object"):
+  with pytest.raises(UserError, match="contains a list, not a JSON object"):
     Vocabulary.load(tmp_path)
   path.unlink()
   with pytest.raises(UserError, match="cannot read the vocabulary file"):

@@ -162,9 +162,9 @@ def test_the_newest_evaluations_that_belong_together(tmp_path):
   ("content", "message"),
   [
     ("", "has no predictions; give a file"),
-    ("{", "line 1 is no JSON"),
-    ('{"id": "1"}', "line 1 is no prediction .* lacks task, kind"),
-    ("[]", "line 1 is no prediction"),
+    ("{", "line 1 is not JSON"),
+    ('{"id": "1"}', "line 1 is not a prediction .* lacks task, kind"),
+    ("[]", "line 1 is not a prediction"),
   ],
 )
 def test_damaged_files(tmp_path, content, message):
@@ -176,7 +176,7 @@ def test_damaged_files(tmp_path, content, message):
   with pytest.raises(UserError, match="No such file"):
     significance(good, tmp_path / "none.jsonl")
   good.parent.parent.joinpath("evaluations/test-7-greedy.json").write_text("[]")
-  with pytest.raises(UserError, match="is no report of an evaluation"):
+  with pytest.raises(UserError, match="is not a report of an evaluation"):
     significance(good, bad)
 
 

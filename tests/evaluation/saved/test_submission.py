@@ -118,7 +118,7 @@ _THREE = [prediction(i) for i in range(3)]
       {},
       'picture .* id is "x"',
     ),
-    ("coco", _THREE, {}, "takes predictions of caption; the file has vqa"),
+    ("coco", _THREE, {}, "needs predictions of caption; the file has vqa"),
     (
       "vqa",
       [prediction(), prediction(0, dataset="other")],

@@ -43,7 +43,7 @@ class RowFile(Sequence[bytes]):
     """Opens a file and its index, which is built if there is none.
 
     Raises:
-      UserError: the file cannot be read, is no plain text file or is empty.
+      UserError: the file cannot be read, is not a plain text file or is empty.
     """
     self.path = pathlib.Path(path)
     self._index_dir = index_dir
@@ -73,7 +73,7 @@ class RowFile(Sequence[bytes]):
     Raises:
       IndexError: there is no such row.
       UserError: the file changed since it was opened, or the row is too long
-        or holds NUL bytes.
+        or contains NUL bytes.
     """
     starts = self._starts()
     number = checked_index(index, len(starts) - 1, "row")
@@ -91,8 +91,8 @@ class RowFile(Sequence[bytes]):
       raise UserError(f'"{self.path}" is cut off within this row')
     if b"\0" in row:
       raise UserError(
-        f"the row holds {row.count(0)} NUL bytes, the first at byte"
-        f" {row.index(0) + 1}; the file is damaged or no UTF-8 text"
+        f"the row contains {row.count(0)} NUL bytes, the first at byte"
+        f" {row.index(0) + 1}; the file is damaged or not UTF-8 text"
       )
     return row[:-1] if row.endswith(b"\r") else row
 
@@ -133,7 +133,7 @@ class RowFile(Sequence[bytes]):
   def _open(self) -> None:
     # Opening a pipe waits for a writer.
     if not stat.S_ISREG(os.stat(self.path).st_mode):
-      raise UserError(f'"{self.path}" is no file; check options.path')
+      raise UserError(f'"{self.path}" is not a file; check options.path')
     fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
       if os.pread(fd, 2, 0) == _GZIP:

@@ -22,7 +22,7 @@ class SceneObject:
     shape: one of `words.SHAPES`, or "screen".
     side: width and height of the tight box, whole pixels.
     x: left edge, a multiple of a quarter pixel.
-    y: upper edge, likewise.
+    y: upper edge in pixels.
     variant: number of the shade of its colour.
   """
 
@@ -62,7 +62,7 @@ class Level:
     image_size: side of the square picture in pixels.
     sides: relations in use, keys of `words.SIDES`.
     small: whole-pixel sides of small objects.
-    large: likewise of large ones.
+    large: whole-pixel sides of large objects.
     gap: smallest distance of two objects' centres along x.
     large_share: probability that an object is large, unless given.
     held_out: every scene has a held-out combination.

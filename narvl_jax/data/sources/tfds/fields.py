@@ -23,13 +23,13 @@ _MAX_SEQUENCES = 2
 
 @dataclasses.dataclass(frozen=True)
 class Selector:
-  """What a record takes from one feature of an example.
+  """Selects the values of records from one feature of an example.
 
   Attributes:
     path: path of the feature, such as "objects/bbox".
     depth: number of sequences around the feature, 0 to 2.
     each_depth: number of sequences whose elements are the records, 0 to 2.
-    common: how many of these sequences are around the feature, too.
+    common: how many of these sequences also surround the feature.
     names: names of a class label's values; () for other features.
     box_format: format of a BBoxFeature, such as "REL_YXYX"; "" for others.
   """
@@ -132,7 +132,7 @@ def _flatten(infos: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def make_selector(
   features: Any, path: str, each: str, *, field: str
 ) -> Selector:
-  """Returns what records take from the feature at a path.
+  """Returns the selector of the feature at a path.
 
   Args:
     features: `tfds.features.FeaturesDict` of a data set.

@@ -40,7 +40,8 @@ def _find(name: str, data_dir: str) -> Any:
   match = _NAME.fullmatch(name)
   if match is None:
     raise UserError(
-      f'tfds: "{name}" is no name of a data set; it must be NAME, NAME/CONFIG'
+      f'tfds: "{name}" is not the name of a data set; it must be NAME,'
+      " NAME/CONFIG"
       " or NAME:1.2.3, or a folder with dataset_info.json. Set options.name"
     )
   base, config, version = match.groups()

@@ -175,10 +175,10 @@ def test_bad_rows(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_text_file(path: pathlib.Path) -> None:
   with pytest.raises(UserError, match=r"cannot read .*No such file"):
     RowFile(path)
-  with pytest.raises(UserError, match=r"is no file; check options.path"):
+  with pytest.raises(UserError, match=r"is not a file; check options.path"):
     RowFile(path.parent)
   os.mkfifo(path)
-  with pytest.raises(UserError, match="is no file"):
+  with pytest.raises(UserError, match="is not a file"):
     RowFile(path)
   path.unlink()
   path.write_bytes(b"\x1f\x8b\x08\0\0")

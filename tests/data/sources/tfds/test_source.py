@@ -301,7 +301,7 @@ def test_another_process_without_tensorflow(
   [
     ("", "vqa", "train", {}, "options.name is missing"),
     (COCO, "vqqa", "train", {}, 'no task "vqqa".*Did you mean "vqa"'),
-    ("a b", "vqa", "train", {}, '"a b" is no name of a data set'),
+    ("a b", "vqa", "train", {}, '"a b" is not the name of a data set'),
     (
       "coco_captoins",
       "caption",
