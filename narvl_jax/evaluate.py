@@ -50,7 +50,7 @@ class Options:
   """What is evaluated, and how.
 
   Attributes:
-    split: of the data sets; `config.evaluation.split` if None.
+    split: split of the data sets; `config.evaluation.split` if None.
     checkpoint: "best", "last" or a step.
     max_examples: at most this many of every data set, 0: all;
       `config.evaluation.max_examples` if None.

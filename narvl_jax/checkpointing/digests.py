@@ -53,7 +53,7 @@ def write_digests(folder: pathlib.Path, host: int = 0, hosts: int = 1) -> None:
   """Writes the digests of the files that this host wrote.
 
   Args:
-    folder: of the checkpoint, named after the step.
+    folder: folder of the checkpoint, named after the step.
     hosts: number of hosts; all must call this.
   """
   found = {

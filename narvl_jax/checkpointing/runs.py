@@ -35,7 +35,7 @@ def build_in(
 
   Args:
     config: validated.
-    datasets: of the config, if some are open.
+    datasets: opened data sets of the config, if any.
 
   Raises:
     UserError: the vocabulary, or a file that the config names, is invalid.

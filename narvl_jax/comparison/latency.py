@@ -71,7 +71,7 @@ def measure(
   Everything runs once before; every measurement waits for its result.
 
   Args:
-    programs: by label; `BASELINE` is one of them.
+    programs: programs by label; `BASELINE` is one of them.
     batches: image [B, H, W, 3], text [B, T], image_mask [B] and merge_repeats
       [B]; all of one shape.
     rounds: at least 1.

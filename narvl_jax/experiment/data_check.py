@@ -136,7 +136,7 @@ def open_entries(config: Config, name: str, split: str) -> list[CheckedSource]:
   """Opens entries of a config.
 
   Args:
-    name: name of an entry, "train." or "evaluation." may precede it; all
+    name: name of an entry, optionally after "train." or "evaluation."; all
       entries if empty.
     split: split to read; by default that of the entry.
 

@@ -13,7 +13,7 @@ from narvl_jax.experiment.config import Config
 
 
 class DataSets:
-  """The data sets of a config, each of which is opened once, when needed."""
+  """The data sets of a config; each is opened once, when needed."""
 
   def __init__(self, config: Config) -> None:
     self.config = config

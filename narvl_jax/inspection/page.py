@@ -18,7 +18,7 @@ def trace_page(trace: Trace, title: str, command: str) -> str:
   Args:
     trace: trace of a request.
     title: headline, such as the run and its step.
-    command: that makes the page.
+    command: command line that makes the page.
   """
   image = trace.record.image
   assert isinstance(image, np.ndarray)

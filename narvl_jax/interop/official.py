@@ -32,7 +32,8 @@ def variables_from_official(
 
   Args:
     state: official key -> float array, or a tensor of a file, read once.
-    config: of NARVL or, autoregressive, OFA; `image_encoder="resnet"`.
+    config: config of NARVL or, if autoregressive, of OFA;
+      `image_encoder="resnet"`.
 
   Returns:
     {"params", "batch_stats"}: nested dicts of NumPy arrays, unboxed.

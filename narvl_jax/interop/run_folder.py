@@ -90,8 +90,8 @@ def find_vocabulary(
   """Reads the vocabulary of converted weights.
 
   Args:
-    folder: of the official or the Hugging Face files; None looks beside the
-      weights.
+    folder: folder of the official or the Hugging Face files; None looks beside
+      the weights.
     num_codes: image codes; None: as in the settings of the file, or 8192.
     num_bins: coordinate bins; None: as in the settings of the file, or 1000.
 
@@ -176,9 +176,9 @@ def write_run(
 
   Args:
     folder: new or empty.
-    config: of the run, with the model of the weights.
-    vocabulary: of the weights; without it runs can start from the folder
-      (`config.init_from`), but nothing can evaluate it.
+    config: run config with the model of the weights.
+    vocabulary: vocabulary of the weights; without it runs can start from the
+      folder (`config.init_from`), but nothing can evaluate it.
     report: becomes `report.json`.
 
   Raises:

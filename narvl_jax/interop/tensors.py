@@ -34,7 +34,7 @@ class Tensor(abc.ABC):
   """A tensor in a file; `np.asarray` reads it and caches nothing.
 
   Attributes:
-    dtype: of the tensor, little endian.
+    dtype: dtype in the file, little endian.
     entry: the bytes that contain it, if the file has a checksum of them.
   """
 

@@ -49,8 +49,8 @@ class Guard:
     """Prepares the guard.
 
     Args:
-      leave: ends the process with an exit code, whatever its threads do; None
-        leaves that to the main thread, as in a notebook.
+      leave: ends the process with an exit code, even if threads are running;
+        None leaves that to the main thread, as in a notebook.
     """
     self.ledger = ledger
     self.stop = StopRequest()

@@ -178,7 +178,7 @@ class BundleWriter:
       step: number of the update, from 1.
       position: position of its batch in the data.
       batch: arrays [B, ...] on the devices.
-      metrics: of the update; may be NaN.
+      metrics: metrics of the update; may be NaN.
 
     Returns:
       The folder.

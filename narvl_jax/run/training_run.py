@@ -51,7 +51,7 @@ def train(
 
   Args:
     config: see `narvl_jax.experiment.config.default_config`.
-    ledger: of the time since the start of the process.
+    ledger: ledger of the time since the start of the process.
 
   Raises:
     UserError: the config is wrong, or the folder contains another run or a

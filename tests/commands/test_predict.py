@@ -376,7 +376,7 @@ def test_an_unknown_checkpoint_is_named(workdir):
 
 def test_missing_run_and_missing_checkpoint(workdir, photo, tmp_path):
   request = {"task": "vqa", "image": photo, "prompt": QUESTION}
-  with pytest.raises(UserError, match=r"nowhere holds no run"):
+  with pytest.raises(UserError, match=r"nowhere has no run"):
     predict(tmp_path / "nowhere", Request(**request))
   fresh = shutil.copytree(workdir, tmp_path / "fresh")
   shutil.rmtree(fresh / "checkpoints")

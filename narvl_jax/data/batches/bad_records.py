@@ -48,7 +48,7 @@ class BadRecord:
   """A record that could not be used; sent from worker to main process.
 
   Attributes:
-    name: of the entry or data set.
+    name: entry or data set.
     place: location, such as "vqa.tsv row 17".
     record_id: None if the record could not be read.
     kind: "" if the record could not be read.

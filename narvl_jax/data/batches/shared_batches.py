@@ -44,7 +44,7 @@ class Segments:
   """The main process's side: creates segments and copies batches out of them.
 
   Attributes:
-    names: of the segments, a list for each worker.
+    names: names of the segments, a list for each worker.
   """
 
   def __init__(self, num_workers: int, count: int, layout: Layout) -> None:

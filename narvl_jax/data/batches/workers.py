@@ -86,7 +86,7 @@ def failures_explained() -> Iterator[None]:
 def _start_worker(
   names: list[list[str]], layout: Layout, parent: int, index: int, count: int
 ) -> None:
-  """Opens the segments, ignores signals, and ends after the parent has ended."""
+  """Opens the segments, ignores signals, and ends after its parent."""
   del count
   global _segments
   _segments = WorkerSegments(names[index], layout)

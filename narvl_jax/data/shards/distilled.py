@@ -144,7 +144,7 @@ class DistilledSet:
   """A data set that `narvl_jax.distill` wrote.
 
   Attributes:
-    name: of the teacher's entry.
+    name: entry of the teacher's config.
     source: name of the source that reads the data set.
   """
 

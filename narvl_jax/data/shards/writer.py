@@ -40,7 +40,7 @@ class Job:
     split: such as "train"; "" is the source's default.
     name: the shards are NAME-00000-of-00012.array_record.
     image_size: side of square JPEG pictures; 0 keeps the original bytes.
-    quality: of these JPEG pictures, 1 to 100.
+    quality: JPEG quality of these pictures, 1 to 100.
     exif_orientation: "ignore" or "apply"; see `RecordSource`.
   """
 

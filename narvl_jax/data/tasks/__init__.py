@@ -67,7 +67,7 @@ def vocabulary_texts(
   """Yields every text of the good `records` that the task encodes.
 
   Args:
-    on_bad: is called with each bad record.
+    on_bad: called with each bad record.
   """
   task = make_task(name, None, settings)
   reader = RecordReader(records, name)
