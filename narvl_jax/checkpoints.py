@@ -81,7 +81,7 @@ def _check(
     )
   if len(places) > 1 and command != "diff":
     raise UserError(
-      f'unexpected argument "{places[1]}"; {command} takes one run'
+      f'unexpected argument "{places[1]}"; {command} needs one run'
     )
   if command == "verify" and chosen is not None and len(chosen) != 1:
     raise UserError(

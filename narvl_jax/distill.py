@@ -64,7 +64,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Entry point; on failure the last line says what to do."""
+  """Entry point; on failure the last line is the remedy."""
   # Imported here, so that --help is fast.
   from narvl_jax.evaluation.distillation import Options, distill
   from narvl_jax.reliability import session as hosts

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
   if target.suffix != ".txt":
     raise UserError(f'--to="{options.to}" must be a file *.txt')
   if not target.parent.is_dir():
-    raise UserError(f'--to="{target}" lies in no folder; create it first')
+    raise UserError(f'--to="{target}" is in no folder; create it first')
   check_file("--to", target)
   note = sources.unused_split(argv[1], options.split)
   if note:

@@ -43,7 +43,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Entry point; on failure the last line says what to do."""
+  """Entry point; on failure the last line is the remedy."""
   del argv
   # Imported here, so that --help is fast.
   from narvl_jax.data.batches.workers import quiet_cleanup

@@ -98,7 +98,7 @@ class Sabotage:
 
 
 class Outcome(enum.Enum):
-  """How a test ended."""
+  """The result of a test."""
 
   PASSED = "passed"
   ASSERTION = "failed by an assertion"

@@ -126,7 +126,7 @@ SABOTAGES = (
     "self.batches.seek(bad.position + 1)",
     "self.batches.seek(bad.position + 2)",
     "tests/run/test_loop_bad_numbers.py"
-    "::test_rollback_goes_on_after_the_bad_batch",
+    "::test_rollback_continues_after_the_bad_batch",
   ),
   Sabotage(
     "a bad number is ignored",
@@ -202,7 +202,7 @@ SABOTAGES = (
     "if str(record.step) != folder.name:",
     "if False:",
     "tests/checkpointing/test_integrity.py"
-    "::test_a_step_under_another_name_is_told[copied-False]",
+    "::test_a_step_under_another_name_is_reported[copied-False]",
   ),
   Sabotage(
     "the final report is of the last checkpoint",
@@ -233,7 +233,7 @@ SABOTAGES = (
     "self.path = through if through.is_dir() else folder",
     "self.path = folder",
     "tests/checkpointing/test_failed_saves.py"
-    "::test_a_folder_that_vanishes_during_a_save_is_not_made_again"
+    "::test_a_folder_removed_during_a_save_is_not_created_again"
     "[write-rename]",
   ),
   Sabotage(
@@ -242,7 +242,7 @@ SABOTAGES = (
     "if rejected:",
     "if False:",
     "tests/checkpointing/test_record_checks.py"
-    "::test_an_edited_config_is_refused[seed-3-3 there and 0 in the]",
+    "::test_an_edited_config_is_rejected[seed-3-3 there and 0 in the]",
   ),
   Sabotage(
     "a checkpoint that was removed while it was read ends the reading",
@@ -286,7 +286,7 @@ SABOTAGES = (
     "narvl_jax/run_folder/metrics.py",
     "self._is_written = True",
     "self._is_written = False",
-    "tests/run_folder/test_metrics.py::test_flushed_line_takes_what_comes_later",
+    "tests/run_folder/test_metrics.py::test_flushed_line_includes_later_values",
   ),
   Sabotage(
     "damaged lines are thrown away",

@@ -35,7 +35,7 @@ def test_every_command_is_listed():
     assert f"\n  {name} " in text
 
 
-def test_the_list_is_printed_and_a_wrong_name_is_told():
+def test_the_list_is_printed_and_a_wrong_name_is_rejected():
   listed = _run("narvl_jax")
   assert (listed.returncode, listed.stderr) == (0, "")
   assert listed.stdout == commands.usage() + "\n"

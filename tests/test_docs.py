@@ -114,7 +114,7 @@ def test_the_model_of_the_readme_runs():
   assert found["loss"].shape == (2,)
 
 
-def test_functions_of_the_readme_take_these_arguments():
+def test_functions_of_the_readme_accept_these_arguments():
   from narvl_jax.evaluate import evaluate
   from narvl_jax.predict import predict
 

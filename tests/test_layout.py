@@ -25,7 +25,7 @@ def _name(path: pathlib.Path) -> str:
   return path.relative_to(ROOT).as_posix()
 
 
-def test_folders_hold_few_files():
+def test_folders_have_few_files():
   folders = {path.parent for path in _MODULES}
   sizes = {_name(x): sum(1 for _ in x.glob("*.py")) for x in folders}
   # Each command is a file of the package's own folder.

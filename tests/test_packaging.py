@@ -35,7 +35,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   return path
 
 
-def test_the_wheel_holds_all_modules_and_nothing_else(wheel: pathlib.Path):
+def test_the_wheel_contains_all_modules_and_nothing_else(wheel: pathlib.Path):
   expected = {
     str(path.relative_to(ROOT))
     for name in ("narvl_jax", "narvl_jax/configs")

@@ -1,4 +1,4 @@
-"""The sabotages apply, and the script that runs them can tell."""
+"""The sabotages apply, and their script reports whether they are detected."""
 
 import pathlib
 
@@ -111,7 +111,7 @@ def test_a_fault_without_end(
   ]
 
 
-def test_a_test_that_is_gone(tree: pathlib.Path) -> None:
+def test_a_removed_test(tree: pathlib.Path) -> None:
   make("return x").check_test(tree)
   with pytest.raises(ValueError, match=r"there is no test .*::test_triple"):
     make("return x", "test_triple").check_test(tree)
@@ -122,6 +122,6 @@ def test_every_sabotage_is_noticed() -> None:
   assert sabotage_lib.main([]) == 0
 
 
-def test_unknown_names_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_names_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
   assert sabotage_lib.main(["nothing"]) == 2
   assert "no sabotage named nothing" in capsys.readouterr().err

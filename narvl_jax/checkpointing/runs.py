@@ -31,7 +31,7 @@ def build_in(
   """Builds the experiment of an existing or a new run.
 
   An existing run has its own vocabulary, so resuming does not need the files
-  that the vocabulary was made from.
+  of the vocabulary.
 
   Args:
     config: validated.

@@ -39,7 +39,7 @@ def own_flags() -> list[flags.Flag]:
 
 
 def has_config() -> bool:
-  """Returns whether the command takes a config."""
+  """Returns whether the command has a config."""
   return any(flag.name == "config" for flag in own_flags())
 
 

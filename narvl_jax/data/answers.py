@@ -141,7 +141,7 @@ def encode_answers(
       raise UserError(
         f'answer {number}, "{answer}" (its line in the list), cannot be'
         f" tokenised: it has {problem} in this vocabulary of"
-        f" {vocabulary.size:,} ids; remove it or take the list of another data"
+        f" {vocabulary.size:,} ids; remove it or use the list of another data"
         f" set ({_FLAG})"
       )
     encoded.append(ids + end)

@@ -33,7 +33,7 @@ def checked_record(record: Any) -> Record:
   """Returns a record whose fields have the right types and values.
 
   NumPy scalars are accepted as numbers; a list or array of a box or of objects
-  becomes a tuple. Not checked: whether the picture can be decoded, a box lies
+  becomes a tuple. Not checked: whether the picture can be decoded, a box is
   within it, and a text can be tokenised.
 
   Raises:

@@ -76,9 +76,9 @@ def beam_search(
   then to the token, of the lowest index.
 
   Args:
-    step: decoder pass. It takes the last tokens [B, K], t and the cache, and
-      returns the logits [B, K, V] of token t and the new cache. At t = 0 the
-      last tokens are `first_tokens`.
+    step: decoder pass. Its inputs are the last tokens [B, K], t and the cache,
+      and returns the logits [B, K, V] of token t and the new cache. At t = 0
+      the last tokens are `first_tokens`.
     reorder: returns the cache in which hypothesis k of an example continues
       its hypothesis parents[b, k]. Not called if K is 1.
     cache: any pytree of arrays. It contains the prompt without its last token,

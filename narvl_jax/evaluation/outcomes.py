@@ -66,7 +66,7 @@ def withhold(outcome: Outcome, answer: Answer, min_probability: float) -> None:
 def plain_answer(answer: Answer) -> Outcome:
   """Returns answer, probability and truth (if known) as JSON can hold them."""
   described = tally.describe(answer)
-  # A box of zeros stands for "no box".
+  # A box of zeros means "no box".
   no_box = answer.record.task == "grounding" and not any(answer.value)
   plain = {
     "answer": None if no_box else described["prediction"],

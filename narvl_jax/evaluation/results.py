@@ -28,7 +28,7 @@ _PANELS_PER_TASK = 10
 
 
 def make_way(workdir: pathlib.Path) -> None:
-  """Sets aside whatever is in the place of the results in a run folder.
+  """Sets aside files in the place of the results in a run folder.
 
   Raises:
     UserError: it cannot be moved.
@@ -194,7 +194,7 @@ def make_panel(
     place: flags of `predict` that select the data set.
   """
   grounded = prediction["task"] == "grounding"
-  # A box of zeros stands for "no box".
+  # A box of zeros means "no box".
   box = as_box(prediction["prediction"]) if grounded else None
   answer = "no box"
   if box is None or any(box):

@@ -14,7 +14,7 @@ POPE_KINDS = ("random", "popular", "adversarial")
 
 
 class VqaAccuracy(MeanMetric):
-  """Soft VQA accuracy; `answer_text.annotator_scores` made the scores."""
+  """Soft VQA accuracy with the scores of `answer_text.annotator_scores`."""
 
   names = ("accuracy",)
 

@@ -44,7 +44,7 @@ KEYS: dict[str, Setting] = {
   "init_drops": Setting(
     (),
     "(regex, ...) of names, after the renames, that are initialised at random"
-    " instead of taken from init_from.",
+    " instead of copied from init_from.",
   ),
   "model.size": Setting("micro", f"Named size: {', '.join(SIZES)}."),
   "model.width": _model(int, "Model width D."),

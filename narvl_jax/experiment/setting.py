@@ -21,8 +21,8 @@ class Setting:
     high: highest valid value; None: no limit.
     choices: the valid values; () for any.
     change: see `Change`.
-    kind: type of a value where the default is None. None stands for the value
-      of the named model size, which also checks the range.
+    kind: type of a value where the default is None. None means the value of
+      the named model size, which also checks the range.
   """
 
   default: Any

@@ -18,7 +18,7 @@ def machine() -> str:
 
 
 def process_start(pid: int) -> str | None:
-  """Returns the start time of a process, None if it is gone or unknown.
+  """Returns the start time of a process; None if it has ended or is unknown.
 
   A process id may be reused, but not with the same start time.
   """

@@ -1,4 +1,4 @@
-"""Reads files that may have been replaced by something else.
+"""Reads files that may have been replaced by pipes, devices or huge files.
 
 Reading a pipe blocks, a device such as /dev/zero never ends, and a huge file
 fills the memory. Only regular files up to a limit are opened here.

@@ -91,7 +91,7 @@ def table(
 
 
 def section(title: str, *content: object) -> Markup:
-  """Returns a heading and what stands below it."""
+  """Returns a heading and its content."""
   return element("section", element("h2", title), *content)
 
 

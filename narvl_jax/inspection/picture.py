@@ -35,7 +35,8 @@ def heat_map(
 ) -> Image.Image:
   """Returns a grey picture, coloured where the attention is.
 
-  The token with the largest share has the full colour, whatever its share.
+  The token with the largest share has the full colour, even if its share is
+  small.
 
   Args:
     image: uint8 [H, W, 3].

@@ -172,13 +172,13 @@ class _Unpickler(_Base):
     self._find, self._persistent = find, persistent
 
   def find_class(self, module: str, name: str) -> Any:
-    """Returns what stands for a name."""
+    """Returns the stand-in of a name."""
     if max(len(module), len(name)) > _MAX_NAME:
       raise UnsafePickleError("its pickle has a class without a proper name")
     return self._find(module, name)
 
   def persistent_load(self, pid: Any) -> Any:
-    """Returns what a persistent id stands for."""
+    """Returns the value of a persistent id."""
     return self._persistent(pid)
 
   def _spend(self, steps: int) -> None:
@@ -249,7 +249,7 @@ def checked_key(value: Any) -> Any:
   """Returns a value that is quick to hash.
 
   Raises:
-    UnsafePickleError: hashing it may take for ever.
+    UnsafePickleError: hashing it may not end.
   """
   parts = value if type(value) is tuple and len(value) <= 16 else (value,)
   for part in parts:

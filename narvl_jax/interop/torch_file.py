@@ -61,7 +61,7 @@ _INERT_NAMES = {
   *(("torch", f"float{bits}") for bits in (16, 32, 64)),
 }
 _MAX_PICKLE_BYTES = 1 << 26
-# The central directory; 2,000 entries take 0.2 MB.
+# Largest size of the central directory; 2,000 entries need 0.2 MB.
 _MAX_DIRECTORY_BYTES = 1 << 22
 _MAX_BYTE_ORDER_BYTES = 16
 _MAX_KEY_CHARACTERS = 100
@@ -204,7 +204,7 @@ class _Reader:
         raise ValueError("entries of the archive overlap")
 
   def _storage(self, reference: Any) -> "_Storage":
-    """Returns the bytes that a persistent id of the pickle stands for."""
+    """Returns the bytes of a storage, given a persistent id of the pickle."""
     if not isinstance(reference, tuple) or len(reference) != 5:
       raise UnsafePickleError("it refers to something that is not a storage")
     kind, of_type, key, _, count = reference
@@ -222,7 +222,7 @@ class _Reader:
     return _Storage(self._path, entry, count, of_type.dtype)
 
 
-# No tuples, which a pickle could take apart.
+# Not tuples, which a pickle could unpack.
 @dataclasses.dataclass(frozen=True, eq=False)
 class _StorageType:
   """Stands for a class such as `torch.FloatStorage`."""

@@ -56,7 +56,7 @@ def interval(
   """Returns the percentile interval of a figure.
 
   Args:
-    statistics: [examples, k], of which the figure takes the sums.
+    statistics: [examples, k], whose sums are the input of the figure.
     groups: picture of each example.
     figure: function from sums to the figure.
     level: level of the interval.

@@ -57,7 +57,7 @@ def reliability(
 def apply_temperature(probabilities: Any, temperature: float) -> np.ndarray:
   """Returns sigmoid(logit(p) / temperature), float64 [examples].
 
-  The probability of an answer is taken against that of all other answers, so
+  The probability of an answer is compared with that of all other answers, so
   one number per task suffices (Platt scaling without an offset).
   """
   p = np.clip(np.asarray(probabilities, np.float64), _SMALLEST, 1 - _SMALLEST)

@@ -158,7 +158,7 @@ def _check_used(
     if not any(rule[0] == name for rule in rules[:index]):
       raise UserError(
         f'mesh.rules: ("{name}", {axes!r}) is never used: its mesh axis is'
-        " always taken or never divides"
+        " always in use or never divides"
       )
 
 
@@ -185,7 +185,7 @@ def _check_replicated(
   shape = "x".join(map(str, worst.shape))
   names = ", ".join(str(name) for name in worst.names)
   raise UserError(
-    f"mesh {format_shape(mesh_shape)}: {share:.0%} of the parameter bytes lie"
+    f"mesh {format_shape(mesh_shape)}: {share:.0%} of the parameter bytes are"
     f" on every device, more than {MAX_REPLICATED:.0%}; the largest is"
     f" {worst.path} [{shape}] with the axes ({names}); give one of them a rule"
     " in mesh.rules"

@@ -50,8 +50,8 @@ def read_temperatures(
   A damaged file is set aside with a warning.
 
   Returns:
-    Task -> temperature, and a sentence that says why the file of the run does
-    not fit; {} and "" if there is none.
+    Task -> temperature, and the reason why the file of the run does not fit, as
+    a sentence; {} and "" if there is none.
   """
   path = pathlib.Path(workdir) / FILE
   content = side_files.read_object(path, _is_valid)

@@ -135,7 +135,7 @@ def check_answers_heeded(
   if not decoding.constrained and decoding.method != "candidates":
     raise UserError(
       f'--answers="{answers}" changes nothing with --decoding='
-      f"{decoding.method} alone; add --constrained, or take"
+      f"{decoding.method} alone; add --constrained, or use"
       " --decoding=candidates"
     )
 

@@ -51,7 +51,7 @@ def _unknown_words(experiment: Experiment, record: Record) -> list[str]:
   words = [f'"{word}"' for word in unknown]
   shown = list_few(words, _SHOWN)
   why = (
-    "not in the texts from which this run made its vocabulary"
+    "not in the texts from which the vocabulary of this run was trained"
     if whole
     else "spelled out letter by letter or without any token"
   )

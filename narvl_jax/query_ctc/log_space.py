@@ -61,7 +61,7 @@ def log_add(a: Pair, b: Pair) -> Pair:
   """Returns log(exp(a) + exp(b)).
 
   Where both are -inf, the gradient of `jnp.logaddexp` is NaN; this one is not.
-  The weights of its gradient sum to 1 whatever the size of the values.
+  The weights of its gradient sum to 1 for values of any magnitude.
 
   Args:
     a: below +inf; NaN gives NaN.

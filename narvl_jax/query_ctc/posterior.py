@@ -34,7 +34,7 @@ def label_posterior(
 
   Returns:
     float32 [B, N, L] without gradient, also with `jax_enable_x64`. Zero for
-    padding, and for an infeasible target (see `feasible`) whatever its logits
+    padding, and for an infeasible target (see `feasible`) with any logits
     hold. NaN where the loss is not finite (see `query_ctc_loss`).
 
   Raises:

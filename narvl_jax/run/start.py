@@ -144,7 +144,7 @@ def restore_or_init(
   """Returns the newest intact state of the run, or a fresh one.
 
   Args:
-    weights: plan for a fresh state with `init_from`; None: made if needed.
+    weights: plan for a fresh state with `init_from`; None: planned if needed.
 
   Returns:
     The state, its step, and `CheckpointRecord.run`.

@@ -70,7 +70,7 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """How an array is made from a stored one of another shape.
+  """Makes an array from a stored one of another shape.
 
   Attributes:
     join: (initial array of this run, stored array) -> array of this run.
@@ -138,7 +138,7 @@ def _fit_first_rows(what: str, theirs: int, ours: int) -> Fit | None:
     both = min(theirs, ours)
     return fresh.at[:both].set(taken[:both])
 
-  note = f"the first {min(theirs, ours)} of its {theirs} {what} are taken"
+  note = f"the first {min(theirs, ours)} of its {theirs} {what} are copied"
   if ours > theirs:
     note += f", {ours - theirs} more start fresh"
   return Fit(join, note)
@@ -177,7 +177,7 @@ def _fit_tokens(
       f"{origin.named}: the vocabulary there has {origin.vocabulary.size:,}"
       f" ids, but embed_tokens {theirs[0]:,} rows, so it is not that of these"
       f" weights; put the right one into {origin.path}/{VOCABULARY_FOLDER}, or"
-      " take no words by --config.init_drops='(\"embed_tokens\",)'"
+      " copy no words by --config.init_drops='(\"embed_tokens\",)'"
     )
   matches = match_tokens(
     origin.vocabulary, vocabulary, classes=classes, rows=ours[0]
@@ -185,7 +185,7 @@ def _fit_tokens(
   note = f"it has another vocabulary: {matches.note()}"
   if matches.missing:
     note += (
-      "; to take all of its words, --config.vocabulary.source=run"
+      "; to use all of its words, --config.vocabulary.source=run"
       f" --config.vocabulary.path={origin.path}"
     )
   return Fit(_join_rows(matches.rows), note)

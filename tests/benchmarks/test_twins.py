@@ -232,7 +232,7 @@ def test_unfinished_runs_are_passed_over(tmp_path, trainer, capsys):
   assert list(trainer.trained) == ["tiny_nar_0"]
 
 
-def test_unfinished_runs_go_on(tmp_path, trainer, monkeypatch):
+def test_unfinished_runs_resume(tmp_path, trainer, monkeypatch):
   """A run whose last checkpoint is not the last step is trained on."""
   config = STUDY.config()
   folder = tmp_path / "tiny_nar_0"
@@ -250,7 +250,7 @@ def test_folder_of_another_run(tmp_path, trainer):
     start(tmp_path, "nar")
 
 
-def test_studies_name_what_their_configs_have():
+def test_studies_match_their_configs():
   for study in twins_runs.STUDIES.values():
     config = study.config()
     entries = config.data.train
@@ -296,7 +296,7 @@ def table_of(rows: list[dict[str, Any]]) -> list[list[str]]:
   return [line.strip("| ").split(" | ") for line in lines]
 
 
-def test_table_of_made_up_results():
+def test_table_of_invented_results():
   heading, rule, line = table_of(
     [
       row("ar", 0, greedy=(0.5, 0.91), reference=(0.9, 0.80)),

@@ -73,9 +73,7 @@ def test_a_newer_one_is_read_instead(tmp_path, monkeypatch, moment):
 
 
 @pytest.mark.parametrize("moment", ["record", "digests", "arrays"])
-def test_a_step_that_was_named_is_told_to_be_gone(
-  tmp_path, monkeypatch, moment
-):
+def test_a_named_step_is_reported_as_removed(tmp_path, monkeypatch, moment):
   save_run(tmp_path)
   folder = tmp_path / "checkpoints" / "3"
 

@@ -22,7 +22,7 @@ def _run(folder: pathlib.Path, mode: str) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-def test_hosts_refuse_what_one_of_them_finds_damaged(tmp_path):
+def test_hosts_reject_what_one_of_them_finds_damaged(tmp_path):
   _run(tmp_path, "save")
   folder = tmp_path / "run" / "checkpoints" / "2"
   # Each host wrote its digests.

@@ -51,7 +51,7 @@ def test_leftovers_of_killed_processes_go(tmp_path):
   assert {x.name for x in folder.iterdir()} == {"6", "9"}
 
 
-def test_a_failed_save_is_told_at_the_next_step(tmp_path, monkeypatch):
+def test_a_failed_save_is_reported_at_the_next_step(tmp_path, monkeypatch):
   full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
   with Checkpoints(tmp_path, keep_last=2) as checkpoints:
     _save(checkpoints, 3, make_state(3))
@@ -135,7 +135,7 @@ def _quiet() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["rename", "remove"])
 @pytest.mark.parametrize("moment", ["before", "write", "finalize"])
-def test_a_folder_that_vanishes_during_a_save_is_not_made_again(
+def test_a_folder_removed_during_a_save_is_not_created_again(
   tmp_path, monkeypatch, moment, how
 ):
   """The save is completed in the renamed folder, or nowhere."""
@@ -204,7 +204,7 @@ def test_errors_name_the_folder_that_the_user_knows(tmp_path):
   held.close()
 
 
-def test_an_error_is_told_while_other_hosts_are_waited_for(
+def test_an_error_is_reported_during_the_wait_for_other_hosts(
   tmp_path, monkeypatch
 ):
   monkeypatch.setattr(checkpoints_lib, "_LAST_WORDS_SECONDS", 0.1)

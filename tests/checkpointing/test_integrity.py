@@ -156,7 +156,7 @@ def test_truncated_missing_renamed_and_added_files_are_named(folder):
   assert damage.files == [["params/other", "is not a file of this checkpoint"]]
 
 
-def test_an_empty_file_is_told(folder):
+def test_an_empty_file_is_reported(folder):
   path = folder / "digests.0-of-1.txt"
   path.write_bytes(b"")
   damage = integrity.examine(folder)
@@ -165,7 +165,7 @@ def test_an_empty_file_is_told(folder):
 
 @pytest.mark.parametrize("digests", [True, False])
 @pytest.mark.parametrize("how", ["renamed", "copied"])
-def test_a_step_under_another_name_is_told(folder, how, digests):
+def test_a_step_under_another_name_is_reported(folder, how, digests):
   if not digests:
     # The digests of a killed run are missing.
     (folder / "digests.0-of-1.txt").unlink()
@@ -293,7 +293,7 @@ def test_damage_on_another_host_counts_here(folder):
   assert damage.files == [["params/x", "was changed"]]
 
 
-def test_a_reader_is_told_which_one_is_intact(folder):
+def test_readers_report_an_intact_checkpoint(folder):
   name = next(x for x in files_of(folder) if x.startswith("params/d/"))
   flip_bit(folder / name, 3)
   run = folder.parent.parent

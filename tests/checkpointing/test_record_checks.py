@@ -66,7 +66,7 @@ def test_the_same_config_is_used_without_a_word(run, capsys):
     ("seed", 3, "3 there and 0 in the"),
   ],
 )
-def test_an_edited_config_is_refused(run, key, value, seen):
+def test_an_edited_config_is_rejected(run, key, value, seen):
   _edit(run, key, value)
   message = (
     rf"run/config.json is not what the checkpoint of step {tiny_run.STEP} was"
@@ -92,7 +92,7 @@ def test_an_edited_config_is_refused(run, key, value, seen):
   load_run(run)
 
 
-def test_what_changes_no_answer_is_reported(run, capsys):
+def test_settings_without_effect_on_answers_are_reported(run, capsys):
   """For example the location of data on another machine."""
   _edit(run, "mesh.fsdp", 2)
   _edit(run, "data.num_workers", 3)
@@ -162,7 +162,7 @@ def test_a_run_is_not_resumed_with_another_config(run, key):
     ('{"seed": null}', "seed=None is not of type int"),
   ],
 )
-def test_a_damaged_config_tells_how_to_restore_it(run, text, reason):
+def test_a_damaged_config_names_the_command_to_restore_it(run, text, reason):
   (run / "config.json").write_text(text)
   for read in (
     lambda: predict(run, Request(task="vqa", example=0)),
@@ -194,7 +194,7 @@ def test_no_config_in_any_checkpoint(tmp_path):
     overview.restore_config(run)
 
 
-def test_the_vocabulary_of_another_run_is_refused(run):
+def test_the_vocabulary_of_another_run_is_rejected(run):
   folder = run / "checkpoints" / str(tiny_run.STEP)
   record = read_record(folder)
   own = Vocabulary.load(run / "vocabulary").fingerprint

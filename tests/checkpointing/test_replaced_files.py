@@ -80,7 +80,7 @@ def test_a_run_resumes_from_the_one_before(run, name, kind):
 
 @pytest.mark.parametrize("digests", [True, False])
 @pytest.mark.parametrize("kind", ["pipe", "endless link", "huge", "socket"])
-def test_arrays_are_not_read_from_what_is_no_file(run, kind, digests):
+def test_arrays_are_read_from_regular_files_only(run, kind, digests):
   folder = run / "checkpoints" / "6"
   name = _array_file(folder)
   replacements.replace(folder / name, kind)

@@ -204,7 +204,7 @@ def test_closing_twice_is_harmless(tmp_path):
     checkpoints.close()
 
 
-def test_what_stays_is_a_choice(tmp_path):
+def test_kept_checkpoints_follow_the_settings(tmp_path):
   scores = {1: 0.9, 2: 0.8, 3: 0.1, 4: 0.7, 5: None, 6: 0.2, 7: None}
   state = make_state(1)
   with Checkpoints(
@@ -222,7 +222,7 @@ def test_what_stays_is_a_choice(tmp_path):
     assert checkpoints.steps() == [7, 8]
 
 
-def test_what_is_stored_besides_the_state(tmp_path):
+def test_values_stored_besides_the_state(tmp_path):
   config = ConfigDict({"seed": 5, "train": {"steps": 3}, "shape": (1, 2)})
   run = {"position": 12, "skipped": [3, 4]}
   with Checkpoints(tmp_path, keep_last=1, config=config) as checkpoints:
@@ -245,7 +245,7 @@ def test_what_is_stored_besides_the_state(tmp_path):
     assert checkpoints.read_record(0).run == {}
 
 
-def test_another_model_is_told_before_anything_is_read(tmp_path):
+def test_another_model_is_rejected_before_anything_is_read(tmp_path):
   folder = save_run(tmp_path)
   target = make_target(make_state(6))
   encoder = target.params["encoder"]

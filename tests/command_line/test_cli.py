@@ -43,7 +43,7 @@ _FILES = {
   "  config.data.train.vqa.weight = ((5, 1.0),)",
 }
 
-# Name -> (flags, how the message begins, how it goes on).
+# Name -> (flags, start of the message, a later part of it).
 _CASES: dict[str, tuple[list[str], str, str]] = {
   "unknown flag": (
     ["--config=good.py", "--workdir=run", "--dryrun"],

@@ -195,7 +195,7 @@ def test_forms(given, expected, define):
     ("xyzzy", []),
   ],
 )
-def test_what_a_name_may_stand_for(name, near, define):
+def test_suggestions_for_a_name(name, near, define):
   define("train")
   config = f"--config={ROOT / 'configs' / 'shapes.py'}"
   assert cli_messages.near_flags(name, ["x", config])[: len(near) or 9] == near

@@ -109,7 +109,7 @@ def test_command(tmp_path: pathlib.Path) -> None:
   assert not list(tmp_path.glob("*.part"))
 
 
-def test_command_says_not_usable(tmp_path: pathlib.Path) -> None:
+def test_command_reports_not_usable(tmp_path: pathlib.Path) -> None:
   path = tmp_path / "rows.tsv"
   path.write_text("1\t2\n" * 3)
   done = _command(str(path), "--task=vqa", "--png=", cwd=tmp_path)

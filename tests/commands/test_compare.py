@@ -97,12 +97,12 @@ def test_runs_are_compared(pair, tmp_path, capsys):
   out = capsys.readouterr().out
   assert "NAR constrained" in out
   assert re.search(r"minus NAR greedy .*\n-+\nAR greedy .* [+-][\d.]+ \[", out)
-  # It takes minutes, and says at what.
+  # It takes minutes, and reports its stages.
   for what in ("answers of AR greedy", "times at batch 2, 2 rounds"):
     assert f"s] entailment: {what}\n" in out
 
 
-def test_random_weights_say_as_many_tokens_as_the_answers(capsys):
+def test_random_weights_emit_as_many_tokens_as_the_answers(capsys):
   report = compare(
     size="micro",
     tasks=("grounding",),

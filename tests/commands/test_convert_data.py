@@ -38,7 +38,7 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
   result = run(*arguments)
   assert result.returncode == 0
   assert f"{folder} is complete: 9 records" in result.stdout
-  # Not without a look: a shard that was damaged since is told.
+  # Shards are checked: one that was damaged since is reported.
   path = folder / "grounding-test-00001-of-00003.array_record"
   data = bytearray(path.read_bytes())
   data[100] ^= 1
@@ -52,7 +52,7 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
   assert "00001-of-00003.array_record: missing; set --to" in result.stderr
 
 
-def test_manifest_says_what_is_there(tmp_path: pathlib.Path) -> None:
+def test_manifest_describes_the_shards(tmp_path: pathlib.Path) -> None:
   done = convert(tmp_path, shards=5)
   assert manifest.read_manifest(tmp_path) == done
   assert (done.records, done.task, done.split) == (12, "grounding", "test")
@@ -95,7 +95,7 @@ def test_original_bytes_are_kept(tmp_path: pathlib.Path) -> None:
   assert len(source) == 5
 
 
-def test_resized_pictures_take_their_boxes_along(
+def test_boxes_are_resized_with_their_pictures(
   tmp_path: pathlib.Path,
 ) -> None:
   path = write_jsonl(tmp_path, 3)
@@ -134,7 +134,7 @@ def _converted(folder: pathlib.Path, **options: Any) -> Any:
   return load_source("array_record", task="", split="", path=str(folder))
 
 
-def test_bad_records_are_left_out_and_told(tmp_path: pathlib.Path) -> None:
+def test_bad_records_are_skipped_and_reported(tmp_path: pathlib.Path) -> None:
   path = write_jsonl(tmp_path, 20, bad=(3, 11))
   folder = tmp_path / "out"
   arguments = [path, "--task=grounding", f"--to={folder}", "--shards=4"]
@@ -195,7 +195,7 @@ def test_a_full_disk_is_one_line(tmp_path: pathlib.Path) -> None:
   assert run(*arguments).returncode == 0
 
 
-def test_what_was_written_is_read_back(
+def test_written_values_are_read_back(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   monkeypatch.setattr(shard_writer, "_digest", lambda *_: (12, "other"))

@@ -79,7 +79,7 @@ def test_targets_are_the_answers_of_the_teacher(tmp_path, capsys):
   assert f'add_distilled(config, "{tmp_path / "out"}", weight=0.5)' in text
 
 
-def test_the_manifest_says_whose_answers_these_are(whole):
+def test_the_manifest_names_the_teacher(whole):
   manifest = json.loads((whole / "vqa" / "manifest.json").read_text())
   source = manifest["source"]
   assert source["teacher"] == str(tiny_run.tiny_run())
@@ -111,7 +111,7 @@ def test_answers_of_no_use_leave_the_targets(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["array_record", "tsv"])
-def test_an_interrupted_one_goes_on(tmp_path, monkeypatch, whole, kind):
+def test_an_interrupted_one_resumes(tmp_path, monkeypatch, whole, kind):
   options = {"file_format": kind}
   if kind == "tsv":
     label(tmp_path / "whole", **options)
@@ -232,7 +232,7 @@ def test_a_host_writes_only_its_own_shards(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_hosts_share_the_work(tmp_path, whole):
-  """Each writes shards, no record twice; one goes on where two stopped."""
+  """Each writes shards, no record twice; one resumes where two stopped."""
   folder = tmp_path / "out"
   arguments = [
     *("-m", "narvl_jax.distill", f"--teacher={tiny_run.tiny_run()}"),

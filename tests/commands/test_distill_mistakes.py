@@ -1,4 +1,4 @@
-"""`python -m narvl_jax.distill`: mistakes, told before anything is written."""
+"""`python -m narvl_jax.distill`: mistakes, reported before any write."""
 
 import json
 import pathlib
@@ -147,7 +147,7 @@ def test_all_hosts_hear_of_a_full_disk(tmp_path, monkeypatch):
   gather = labelling.distributed.gather_json
 
   def told(value):
-    # What the first of several hosts says instead of a note.
+    # Sent by the first of several hosts instead of a note.
     if isinstance(value, dict):
       return [{"error": "cannot write: full"}]
     return gather(value)

@@ -140,8 +140,8 @@ def test_unknown_words_are_named(prompt, words):
   record = Record("x", "vqa", image, prompt=prompt)
   found = foreign_input.warnings_about(experiment, record)
   expected = [
-    f"unknown words: {words} (not in the texts from which this run made its"
-    " vocabulary); the answer may be meaningless"
+    f"unknown words: {words} (not in the texts from which the vocabulary of"
+    " this run was trained); the answer may be meaningless"
   ]
   assert found == (expected if words else [])
 
@@ -384,7 +384,7 @@ def test_missing_run_and_missing_checkpoint(workdir, photo, tmp_path):
     predict(fresh, Request(**request))
 
 
-def test_answers_that_would_not_be_heeded(workdir, photo):
+def test_answers_without_effect_are_rejected(workdir, photo):
   request = {"task": "vqa", "image": photo, "prompt": QUESTION}
   with pytest.raises(UserError, match=r'"a.txt" changes nothing.*--constrain'):
     predict(workdir, Request(**request), Options(answers="a.txt"))

@@ -1,4 +1,4 @@
-"""What a command does not import to print its help."""
+"""Modules that a command does not import to print its help."""
 
 import json
 import subprocess

@@ -52,7 +52,7 @@ class Outcome:
   workdir: pathlib.Path
   report: dict[str, Any] | None
   output: str
-  # At the end of it: a later run goes on in the same folder.
+  # At its end: a later run resumes in the same folder.
   metrics: str
   # Compilations when an evaluation began and when it ended.
   compilations: list[tuple[int, int]]
@@ -197,7 +197,7 @@ def test_metrics_of_a_run(outcomes):
   assert [line["data/vqa/examples"] for line in lines] == [4, 8, 12, 16, 20, 24]
 
 
-def test_stopped_run_saves_and_says_how_to_go_on(outcomes):
+def test_stopped_run_saves_and_prints_how_to_resume(outcomes):
   stopped = outcomes["stopped"]
   assert stopped.report == 0
   assert stopped.output.splitlines()[-1] == (
@@ -280,7 +280,7 @@ def test_shares_of_the_time_add_up(outcomes):
 
 def test_runs_are_quiet(outcomes):
   for name in ("whole", "stopped", "stopped again", "resumed"):
-    # Orbax tells who checkpoints faster than this disk.
+    # Orbax warns about saves that are faster than this disk.
     assert [
       x for x in outcomes[name].warnings if "previous save" not in x
     ] == []
@@ -297,7 +297,7 @@ def test_finished_run_is_only_evaluated(outcomes, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_a_folder_that_vanishes_is_not_made_again(
+def test_a_removed_folder_is_not_created_again(
   outcomes, tmp_path, monkeypatch, split
 ):
   """Between two looks at the lock, before a save or the last report."""

@@ -1,4 +1,4 @@
-"""Workloads of random weights: what is timed must have something to say."""
+"""Workloads of random weights: timed programs must emit whole answers."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ def test_answers_of_a_task_are_allowed(task):
     wanted=("ar-beam", "nar-constrained"),
     uncached=False,
   )
-  # The official beam search over boxes may say anything.
+  # The official beam search over boxes may emit any token.
   labels = ("AR beam 2", "NAR constrained")[task == "grounding" :]
   for label in labels:
     reader = case.programs[label].reader

@@ -81,7 +81,7 @@ def test_unknown_variant_names_the_nearest():
     choose_variant("lon", {"": 0, "long": 1})
 
 
-def test_variants_share_what_they_do_not_say():
+def test_variants_share_their_other_settings():
   easy, long = _config("shapes", ""), _config("shapes", "long")
   assert easy.model == long.model
   assert easy.train.steps < long.train.steps

@@ -61,7 +61,7 @@ ROWS = 300
 def without_data(
   monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-  """Has the folder `data` be that of nobody."""
+  """Runs in a folder without `data`."""
   monkeypatch.chdir(tmp_path)
 
 
@@ -293,7 +293,7 @@ def test_every_official_split_can_be_evaluated(
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_docstrings_tell_what_is_configured(name: str):
+def test_docstrings_match_the_configs(name: str):
   module = _module(name)
   document = module.__doc__
   assert f"--config=configs/{name}.py:size=" in document

@@ -60,11 +60,11 @@ INVISIBLE = [
 ]
 
 
-def test_normalize_removes_what_is_invisible_and_means_nothing() -> None:
+def test_normalize_removes_invisible_characters_without_meaning() -> None:
   for character in INVISIBLE:
     for text in (f"red{character} dog", f"r{character}ed dog{character}"):
       assert normalize_answer(text) == "red dog", ascii(character)
-  # Combined after what stood between is gone.
+  # Combined after the characters between them are removed.
   assert normalize_answer("cafe\u00ad\u0301") == CAFE[0]
 
 
@@ -86,7 +86,7 @@ def test_time_of_normalizing_is_bounded() -> None:
     assert "has 1,000,001 characters, the limit is 10,000" in found.reason
 
 
-def test_normalize_keeps_what_tells_answers_apart() -> None:
+def test_normalize_keeps_distinguishing_characters() -> None:
   assert set(map(normalize_answer, CAFE)) == {"caf\u00e9"}
   for text in ("Red", "t-shirt", "10:30", "don't", "\ufb01ne", "a\u200db"):
     assert normalize_answer(text) == text
@@ -96,9 +96,7 @@ def test_normalize_keeps_what_tells_answers_apart() -> None:
 
 
 @pytest.mark.parametrize("given", RED_DOG)
-def test_what_is_trained_on_can_score(
-  vocabulary: Vocabulary, given: str
-) -> None:
+def test_trained_answers_can_score(vocabulary: Vocabulary, given: str) -> None:
   """For every source, including shards with answers that are not normalised."""
   task = tasks.make_task("vqa", vocabulary)
   record = _record(answers={given: 1.0})

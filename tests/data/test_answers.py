@@ -190,7 +190,7 @@ def test_command(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
   ("to", "message"),
-  [("a.json", r"must be a file \*\.txt"), ("no/a.txt", "lies in no folder")],
+  [("a.json", r"must be a file \*\.txt"), ("no/a.txt", "is in no folder")],
 )
 def test_bad_target(
   tmp_path: pathlib.Path,

@@ -101,7 +101,7 @@ def test_kinds(split: str) -> None:
 
 
 def test_answers_fit_the_picture() -> None:
-  """All answers about one picture tell the same shape and colour."""
+  """All answers about one picture have the same shape and colour."""
   told = collections.defaultdict(set)
   for record in source("validation"):
     (answer,) = record.answers

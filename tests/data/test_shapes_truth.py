@@ -94,7 +94,7 @@ def answer_to(question: str, objects) -> str:
 
 
 def label_of(hypothesis: str, objects, screen) -> str:
-  """What the visible objects say about a hypothesis."""
+  """The label of a hypothesis by the visible objects."""
 
   def label(truth):
     return "yes" if truth else "no"

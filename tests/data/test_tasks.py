@@ -134,7 +134,7 @@ def test_only_captions_know_placeholders_of_people(
   assert '" person left "' in source("entailment")
 
 
-def test_vqa_takes_the_best_answer(vocabulary: Vocabulary) -> None:
+def test_vqa_uses_the_best_answer(vocabulary: Vocabulary) -> None:
   task = tasks.make_task("vqa", vocabulary)
   record = _change("vqa", answers={"it": 0.3, "dog": 0.6, "cat": 0.6})
   encoded = task.encode(record)
@@ -232,7 +232,7 @@ def test_decode_inverts_encode(vocabulary: Vocabulary, record: Record) -> None:
   assert task.decode(ids, SIZE) == answers[record.task]
 
 
-def test_entailment_takes_the_first_symbol(vocabulary: Vocabulary) -> None:
+def test_entailment_uses_the_first_symbol(vocabulary: Vocabulary) -> None:
   task = tasks.make_task("entailment", vocabulary)
   yes, no = vocabulary.encode(" yes"), vocabulary.encode(" no")
   silent = [0, 1, 2, vocabulary.blank_id]

@@ -1,4 +1,4 @@
-"""Tasks: settings and records that are refused."""
+"""Tasks: settings and records that are rejected."""
 
 from typing import Any
 

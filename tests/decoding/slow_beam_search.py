@@ -18,7 +18,7 @@ def allowed_next(
   size: int,
   eos: int,
 ) -> set[int]:
-  """What may follow if the whole must be one of the answers."""
+  """Tokens that may follow if the result must be one of the answers."""
   if answers is None:
     return set(range(size))
   n = len(said)
@@ -38,7 +38,7 @@ def log_softmax(logits: np.ndarray, allowed: Collection[int]) -> np.ndarray:
 
 
 def repeats(history: Sequence[int], n: int) -> bool:
-  """Whether the last n tokens were there before."""
+  """Whether the last n tokens occurred before."""
   ngrams = [tuple(history[i : i + n]) for i in range(len(history) - n + 1)]
   return bool(n) and bool(ngrams) and ngrams[-1] in ngrams[:-1]
 

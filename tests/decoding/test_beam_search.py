@@ -31,7 +31,7 @@ LIMIT = 6
 
 
 class Setting(NamedTuple):
-  """What is compiled once; all else varies."""
+  """The static arguments; all others vary."""
 
   beam: int
   ngram: int = 0
@@ -66,7 +66,7 @@ def _searcher(setting: Setting):
 
 
 def _hypotheses(found, i: int) -> list[Hypothesis]:
-  """Of one example; checks what is true for every one of them."""
+  """Decodes one example; checks properties of every result."""
   out = []
   for k, length in enumerate(found["lengths"][i]):
     ids = found["ids"][i, k]
@@ -265,7 +265,7 @@ def test_lengths_are_bounded():
     assert found["steps"] == expected + 1
     # At no length does bos allow eos.
     assert np.isfinite(found["scores"]) == (expected > 0)
-  # Eos alone is left at the largest length, whatever the least one is.
+  # Only eos is left at the largest length, for any least length.
   found = _search(endless, beam_size=1, min_length=9, max_length=3)
   assert found["lengths"] == [[3]]
 

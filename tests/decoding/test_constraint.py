@@ -1,4 +1,4 @@
-"""Automata against the lists of answers that they stand for."""
+"""Automata against the lists of answers that they represent."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def _answers(automaton, longest: int) -> set[tuple[int, ...]]:
   return found
 
 
-def test_trie_holds_its_answers():
+def test_trie_contains_its_answers():
   trie = constraint.answer_trie(ANSWERS)
   assert _answers(trie, 5) == set(ANSWERS)
   # Answers share their beginnings: 3, 34, 343, 5, 56, 567, 566.
@@ -42,7 +42,7 @@ def test_trie_holds_its_answers():
   assert all(x.dtype == np.int32 for x in trie[:3])
 
 
-def test_repeated_holds_all_choices():
+def test_repeated_contains_all_choices():
   free = constraint.repeated([6, 3, 6], 3)
   assert _answers(free, 5) == set(itertools.product([3, 6], repeat=3))
   # A token that is named twice is one choice.

@@ -13,7 +13,7 @@ from narvl_jax.models import NARVL, model_config
 from narvl_jax.query_ctc import query_ctc_loss
 
 PAD, BLANK, CLASSES, QUERIES = 1, 4, 5, 4
-# Not heeded by a parallel decoder.
+# Ignored by a parallel decoder.
 LENGTHS = np.zeros(2, np.int32)
 
 

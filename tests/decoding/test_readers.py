@@ -65,7 +65,7 @@ def full_pass(variables: Any, tokens: jax.Array) -> jax.Array:
 
 
 def prompts(prompted: bool) -> list[list[int]]:
-  """What the decoder reads first: bos, or the source without eos."""
+  """The first input of the decoder: bos, or the source without eos."""
   rows = np.asarray(small.text()).tolist()
   if not prompted:
     return [row[:1] for row in rows]
@@ -73,7 +73,7 @@ def prompts(prompted: bool) -> list[list[int]]:
 
 
 def log_probs_after(variables: Any, rows: list[list[int]]) -> np.ndarray:
-  """Of all positions of rows of any length, [B, 11, V]."""
+  """Logits of all positions of rows of any length, [B, 11, V]."""
   padded = np.full((B, 11), PAD, np.int32)
   for target, row in zip(padded, rows, strict=True):
     target[: len(row)] = row

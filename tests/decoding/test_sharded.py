@@ -99,7 +99,7 @@ class TestOnEightDevices:
 
   @pytest.mark.parametrize("shape", MESHES)
   def test_same_distributions_as_on_one_device(self, shape):
-    """Of queries and coordinates; bins lie on several devices."""
+    """Distributions of queries and coordinates; bins are on several devices."""
     mesh = make_mesh(*shape)
     logits, merge, forbidden = problem()
     never = never_predicted(ROWS, forbidden, CLASSES)

@@ -31,7 +31,7 @@ QUERIES = 8
 
 
 class Oracle(nn.Module):
-  """Says the ids that stand in the first row of the picture."""
+  """Emits the ids in the first row of the picture."""
 
   vocab_size: int
   scale: float = 30.0
@@ -46,7 +46,7 @@ class Oracle(nn.Module):
 
 
 def _oracle(scale: float = 30.0, **data: Any) -> Any:
-  """Returns an experiment that answers what the pictures say."""
+  """Returns an experiment that answers the ids in the pictures."""
   experiment, _ = tiny_run.tiny_model()
   config: Any = experiment.config.copy_and_resolve_references()
   config.data.update(data)
@@ -124,7 +124,7 @@ def _known_records() -> list[Record]:
   ]
 
 
-def test_what_does_not_fit_is_told_before_any_answer(serve):
+def test_misfits_are_reported_before_any_answer(serve):
   asked = serve(_known_records())
   with pytest.raises(UserError, match=r"no list of the answers.*--answers=ans"):
     evaluator.evaluate_tasks(
@@ -290,7 +290,7 @@ def _answers(variables: Any, batch_size: int) -> list[tuple[Any, float]]:
 def test_answers_depend_neither_on_batches_nor_on_devices():
   _, variables = tiny_run.tiny_model()
   expected = _answers(variables, 16)
-  assert len(set(map(str, expected))) > 19  # The model tells requests apart.
+  assert len(set(map(str, expected))) > 19  # The model distinguishes requests.
   mesh = parallel.make_mesh(8)
   spread = jax.device_put(variables, parallel.replicated(mesh))
   for found in (_answers(variables, 5), _answers(spread, 13)):

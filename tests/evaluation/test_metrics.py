@@ -35,7 +35,7 @@ def _record(task: str, **fields) -> Record:
     ("two things here", 0.0, 4 / 5),
   ],
 )
-def test_caption_takes_the_best_reference(prediction, exact, f1):
+def test_caption_uses_the_best_reference(prediction, exact, f1):
   record = _record("caption", answers={"a red, square.": 1, "two things": 1})
   scores = CaptionMatch().measure(record, prediction)
   assert scores == pytest.approx({"exact_match": exact, "token_f1": f1})
@@ -289,7 +289,7 @@ def test_equal_references_count_as_often_as_they_were_written():
   assert metric.measured[0] == ["a cat", [*people]]
 
 
-def test_cider_takes_the_frequencies_of_its_tokenizer():
+def test_cider_uses_the_frequencies_of_its_tokenizer():
   def value(tokenizer: str) -> float:
     table = DocumentFrequencies(100, {"a": 90, "dog": 2}, tokenizer)
     metric = SimpleCider(Options(frequencies=table))

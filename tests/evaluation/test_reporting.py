@@ -92,7 +92,7 @@ def test_small_tables_follow_the_large_one():
   ]
 
 
-def test_notes_stand_behind_the_row_of_their_task():
+def test_notes_follow_the_row_of_their_task():
   notes = {"vqa": "not trained yet", "caption": "not trained yet"}
   rows = reporting.format_metrics(REPORT, notes, kinds=False).splitlines()
   assert rows[2:] == [

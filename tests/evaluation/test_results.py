@@ -42,7 +42,7 @@ def test_panels_show_the_pictures_of_their_predictions(evaluated):
     assert panel.target_box == record.box
 
 
-def test_files_hold_the_report_and_every_prediction(evaluated, tmp_path):
+def test_files_contain_the_report_and_every_prediction(evaluated, tmp_path):
   experiment, _ = tiny_run.tiny_model()
   report, predictions = evaluated
   paths = results.write_results(experiment, tmp_path, report, predictions)
@@ -126,7 +126,7 @@ def test_any_text_of_a_record_can_be_written(evaluated, tmp_path):
   assert "\x1b" not in table
 
 
-def test_a_picture_that_is_gone_costs_its_panel_only(
+def test_a_missing_picture_only_omits_its_panel(
   evaluated, tmp_path, monkeypatch, caplog
 ):
   experiment, _ = tiny_run.tiny_model()
@@ -177,7 +177,7 @@ def test_folder_that_cannot_be_written(evaluated, tmp_path):
     assert not list(run.iterdir())
 
 
-def test_a_run_folder_that_is_gone_is_not_made_again(evaluated, tmp_path):
+def test_a_removed_run_folder_is_not_created_again(evaluated, tmp_path):
   experiment, _ = tiny_run.tiny_model()
   with pytest.raises(UserError, match=r'cannot write ".*": No such file'):
     results.write_results(experiment, tmp_path / "run", *evaluated)
@@ -232,7 +232,7 @@ def test_only_the_evaluation_of_the_config_is_the_main_one(
   assert names == {f"{name}.{x}" for name in found for x in ("jsonl", "png")}
 
 
-def test_an_answer_without_a_box_is_told_as_such():
+def test_an_answer_without_a_box_is_reported_as_such():
   prediction = {
     "task": "grounding",
     "kind": "",
@@ -252,7 +252,7 @@ def test_an_answer_without_a_box_is_told_as_such():
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
-def test_a_page_of_mistakes_says_how_to_ask_again(
+def test_a_page_of_mistakes_names_the_command_to_repeat_them(
   split, evaluated, tmp_path, monkeypatch
 ):
   pages = []
@@ -299,7 +299,7 @@ def test_panels_of_another_data_set_of_a_task_name_it():
 
 
 @pytest.mark.parametrize("kind", replacements.NO_FILES)
-def test_what_is_in_the_place_of_results_is_set_aside(tmp_path, kind, caplog):
+def test_files_in_the_place_of_results_are_set_aside(tmp_path, kind, caplog):
   names = ("evaluation.json", "evaluations", "predictions")
   for name in names:
     replacements.replace(tmp_path / name, kind)

@@ -57,7 +57,7 @@ def test_model_section_has_every_field():
   fields = set(ModelConfig.__dataclass_fields__) - {"vocab_size", "pad_id"}
   section = default_config().model
   assert set(section) == fields | {"size"}
-  # None keeps what the named size says.
+  # None keeps the value of the named size.
   unset = {key for key in section if section[key] is None}
   assert unset == fields - {"dtype"}
   assert model_config(section.size).width > 0

@@ -92,7 +92,7 @@ def test_a_value_of_a_wrong_type_ends_in_one_line(name, capsys):
     assert path.rsplit(".", maxsplit=1)[-1] in message, (argument, message)
 
 
-def test_any_value_is_taken_or_ends_in_one_line(capsys):
+def test_any_value_is_accepted_or_ends_in_one_line(capsys):
   config = load_config(_file("shapes"))
   assert config is not None
   for path, _ in _leaves(config):
@@ -194,7 +194,7 @@ def test_a_warm_up_that_is_too_long_needs_no_data(capsys):
     ("model.resnet_width=x", "not a whole number"),
   ],
 )
-def test_a_wrong_type_tells_the_right_one(argument, message, capsys):
+def test_a_wrong_type_names_the_right_one(argument, message, capsys):
   name, _, value = argument.partition("=")
   _, found = _parse(
     capsys, f"--config={_file('shapes')}", f"--config.{argument}"

@@ -54,7 +54,7 @@ def test_a_disk_that_fails(tmp_path, number, reason, advice):
   )
 
 
-def test_what_an_error_was_raised_from_counts(tmp_path):
+def test_causes_of_an_error_count(tmp_path):
   try:
     try:
       raise _error(errno.ENOSPC, tmp_path / "x")
@@ -101,7 +101,7 @@ def test_a_run_ends_with_code_2_and_one_line(tmp_path):
 
 
 def test_predictions_on_a_full_disk(tmp_path):
-  """The limit of file sizes stands for a full disk; it needs no privilege."""
+  """The limit of file sizes simulates a full disk without privileges."""
   path = tmp_path / "predictions" / "test.jsonl"
   reporting.write_predictions(path, [{"old": True}])
   with (
@@ -210,7 +210,9 @@ def test_a_disk_that_can_hold_no_more_files(tmp_path):
     (0, 0, 0, None),
   ],
 )
-def test_what_a_full_disk_lacks(tmp_path, monkeypatch, free, files, left, said):
+def test_a_full_disk_reports_bytes_or_inodes(
+  tmp_path, monkeypatch, free, files, left, said
+):
   size = 50 << 20
   status = os.statvfs_result(
     (4096, 4096, size // 4096, *[free // 4096] * 2, files, left, left, 0, 255)

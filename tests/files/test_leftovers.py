@@ -167,7 +167,7 @@ def test_devices_and_links_are_not_replaced(tmp_path):
   assert real.read_text() == "new"
 
 
-def test_a_folder_that_was_renamed_is_not_made_anew(tmp_path):
+def test_a_renamed_folder_is_not_created_again(tmp_path):
   run = tmp_path / "run"
   run.mkdir()
 

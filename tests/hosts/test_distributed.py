@@ -203,7 +203,7 @@ class Unanswered:
   def wait_at_barrier(self, name: str, timeout: int) -> None:
     assert timeout == 2500
     self.names.append(name)
-    # What the service of jax 0.10.2 says.
+    # Messages of the service of jax 0.10.2.
     raise jax.errors.JaxRuntimeError(
       "DEADLINE_EXCEEDED: Barrier timed out. Id: b::0. This usually happens"
       " because a task triggered the barrier too early.\n# of tasks that"

@@ -62,7 +62,7 @@ def test_a_host_that_never_came_is_lost() -> None:
     _look(hosts[:1], 60)
 
 
-def test_what_it_costs_does_not_grow_with_the_hosts() -> None:
+def test_the_cost_does_not_grow_with_the_hosts() -> None:
   store, hosts = _hosts(200)
   asked: list[str] = []
   whole = store.key_value_dir_get

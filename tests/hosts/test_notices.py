@@ -1,4 +1,4 @@
-"""What hosts tell each other: failures, and after which step all stop."""
+"""Notices between hosts: failures, and the step after which all stop."""
 
 import errno
 import io
@@ -90,7 +90,7 @@ def test_hosts_that_only_begin_are_waited_for():
   assert notices[1].agreement.due()
 
 
-def test_two_hosts_are_told_at_once():
+def test_two_hosts_receive_a_signal_at_once():
   store, notices, _ = _hosts(2)
   for own, number in zip(notices, (15, 2), strict=True):
     own.agreement.begin()
@@ -166,7 +166,7 @@ def _wait(condition: Callable[[], bool]) -> None:
 
 
 def test_nobody_leaves_before_all_are_ready():
-  """A host that is gone breaks the collectives of the others."""
+  """A host that has ended breaks the collectives of the others."""
   store, notices, left = _hosts(3)
   ready = threading.Event()
   told = []
@@ -193,8 +193,8 @@ def test_nobody_leaves_before_all_are_ready():
   assert told == [(0, "host 1 (?): SIGTERM: stopped")]
 
 
-def test_a_host_that_cannot_say_why_leaves_all_the_same(monkeypatch):
-  """No terminal, and what is told of the end fails."""
+def test_a_host_that_cannot_publish_the_reason_ends_anyway(monkeypatch):
+  """No terminal, and the callback at the end fails."""
   monkeypatch.setattr(notices_lib, "_FAREWELL_SECONDS", 0.1)
   _, notices, left = _hosts(2)
 
@@ -224,7 +224,7 @@ def test_a_coordinator_that_hangs_is_not_waited_for(monkeypatch):
   ending.join()
 
 
-def test_a_second_failure_of_a_host_is_no_news():
+def test_a_second_failure_of_a_host_is_ignored():
   store, notices, left = _hosts(1)
   notices[0].fail(0, "SIGTERM: stopped")
   notices[0].fail(1, "failed: a connection was reset")

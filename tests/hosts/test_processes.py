@@ -165,7 +165,7 @@ def _losses(run: pathlib.Path) -> list[float]:
 
 @pytest.mark.slow
 def test_the_number_of_processes_may_change(tmp_path):
-  """Stopped by TERM to one of two, goes on as one process; and the reverse."""
+  """Stopped by TERM to one of two, resumes as one process; and the reverse."""
   settings = (f"{_TINY}:16", "--config.train.eval_every=8")
   runs = [tmp_path / "two_then_one", tmp_path / "one_then_two"]
   for run, counts in zip(runs, ((2, 1), (1, 2)), strict=True):

@@ -1,4 +1,4 @@
-"""How processes find each other: all here, missing, twice, and strangers."""
+"""The rendezvous: all processes, missing ones, duplicates, strangers."""
 
 import contextlib
 import json
@@ -169,7 +169,7 @@ _SECRET = "0123456789abcdef0123"
     (b'{"process_id": ' + b"9" * 5000 + b"}", "no hello of such a process"),
   ],
 )
-def test_a_malformed_hello_is_refused_and_the_others_are_waited_for(
+def test_a_malformed_hello_is_rejected_and_the_others_are_awaited(
   port, hello, why
 ):
   said: list[str] = []
@@ -204,7 +204,7 @@ def test_a_hello_without_end(port):
   assert said == ["rejected a connection from 127.0.0.1: its hello is too long"]
 
 
-def test_who_sends_slowly_holds_nobody(port, monkeypatch):
+def test_a_slow_sender_delays_nobody(port, monkeypatch):
   """Neither beyond the deadline, nor those that come meanwhile."""
   monkeypatch.setattr(gathering, "_HELLO_SECONDS", 600.0)
   ended = threading.Event()
@@ -235,7 +235,7 @@ def test_who_sends_slowly_holds_nobody(port, monkeypatch):
     stranger.close()
 
 
-def test_silence_is_told_by_its_address(port, monkeypatch):
+def test_silence_is_reported_with_its_address(port, monkeypatch):
   monkeypatch.setattr(gathering, "_HELLO_SECONDS", 0.1)
   said: list[str] = []
   with ThreadPoolExecutor(1) as pool:
@@ -290,7 +290,7 @@ _CHALLENGE = b'{"nonce": "1", "signed": true}\n'
     (_CHALLENGE, b"x" * 2**21),
   ],
 )
-def test_who_is_no_process_0_is_not_believed(port, monkeypatch, lines):
+def test_another_program_than_process_0_is_rejected(port, monkeypatch, lines):
   monkeypatch.setattr(rendezvous, "_GRACE_SECONDS", 0.1)
   _serve(port, *lines)
   answer = _meet(port, 2, 1, timeout=0.5)
@@ -324,7 +324,7 @@ def test_all_know_the_secret(port):
   assert answers == [[socket.gethostname()] * 3] * 3
 
 
-def test_a_stranger_without_the_secret_is_refused(port):
+def test_a_connection_without_the_secret_is_rejected(port):
   """And the run begins once the right process has come."""
   said: list[str] = []
   with ThreadPoolExecutor(1) as pool:
@@ -356,7 +356,7 @@ def test_process_0_without_the_secret(port):
     first.result()
 
 
-def test_who_poses_as_process_0(port):
+def test_a_program_that_poses_as_process_0(port):
   names = json.dumps({"names": ["a", "b"], "mac": "00"}).encode()
   _serve(port, _CHALLENGE, names + b"\n")
   answer = _meet(port, 2, 1, secret=_SECRET)
@@ -386,7 +386,7 @@ def test_a_secret_that_can_be_guessed(port):
   assert "1234" not in answer
 
 
-def test_says_whom_it_waits_for(port, monkeypatch):
+def test_names_the_processes_it_waits_for(port, monkeypatch):
   monkeypatch.setattr(gathering, "_PROGRESS_SECONDS", 0.1)
   said: list[str] = []
   _meet(port, 12, 0, timeout=0.5, say=said.append)

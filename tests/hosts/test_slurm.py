@@ -48,7 +48,7 @@ def test_lists(text: str, nodes: str) -> None:
     ("a b", "not a list of nodes"),
   ],
 )
-def test_what_is_no_list(text: str, message: str) -> None:
+def test_texts_that_are_not_lists(text: str, message: str) -> None:
   with pytest.raises(ValueError, match=message):
     expand_nodes(text)
 
@@ -68,7 +68,7 @@ _RANGES = st.lists(
     max_size=3,
   )
 )
-def test_what_is_abbreviated_comes_back(
+def test_shared_values_are_restored(
   given_nodes: list[list[tuple[str, list[tuple[int, int, int]]]]],
 ) -> None:
   """Nodes of several brackets each, written as SLURM abbreviates them."""

@@ -119,7 +119,7 @@ def test_the_command_writes_a_picture_and_a_page(tmp_path, capsys):
   assert [x.name for x in paths] == ["inspection.png", "inspection.html"]
   assert f"wrote {to / 'inspection.html'}" in capsys.readouterr().out
   with Image.open(paths[0]) as drawn:
-    # All queries stand in one row, below the picture.
+    # All queries are in one row, below the picture.
     assert drawn.size == (8 * 124 + 24, 224 + 24 + 112 + 5 * 17 + 24)
   text, images = pages.read(paths[1].read_text(encoding="utf-8"))
   assert "what color? <script>alert(1)</script>" in text

@@ -1,4 +1,4 @@
-"""`python -m narvl_jax.report`: one page about a run, whatever it lacks."""
+"""`python -m narvl_jax.report`: one page about a run, complete or not."""
 
 import json
 import math
@@ -149,7 +149,7 @@ def test_damaged_files_cost_their_part_only(run, name, content):
 
 
 @pytest.mark.parametrize("kind", NO_FILES)
-def test_what_is_no_file_costs_its_part_only(run, kind):
+def test_a_missing_file_only_omits_its_part(run, kind):
   for name in ("evaluation.json", "metrics.jsonl", "environment.json"):
     (run / name).unlink()
     NO_FILES[kind](run / name)

@@ -261,7 +261,7 @@ def test_config_and_flag_that_differ(
     )
 
 
-def test_weights_of_the_other_model_are_told_by_the_flag() -> None:
+def test_weights_of_the_other_model_are_rejected_with_the_flag() -> None:
   counterpart = model_config(
     "micro", **vars(CONFIG) | {"decoder": "autoregressive", "vocab_size": 49}
   )

@@ -158,7 +158,7 @@ _PICKLES = {
     _tensor(b"K\0" + b"\x8a\x09" + b"\0" * 8 + b"\x01\x86", b"K\1K\1\x86"),
     "the shape",
   ),
-  "empty": (_tensor(b"K\0K\4\x86", b"K\4K\1\x86"), "has no values"),
+  "empty": (_tensor(b"K\0K\4\x86", b"K\4K\1\x86"), "contains no values"),
 }
 
 
@@ -236,7 +236,7 @@ def test_compressed_archives(tmp_path: pathlib.Path) -> None:
     read_torch(path)
 
 
-def test_entries_larger_than_what_they_hold(tmp_path: pathlib.Path) -> None:
+def test_entries_larger_than_their_content(tmp_path: pathlib.Path) -> None:
   files = {"data.pkl": _pickle({}), "byteorder": bytes(1000)}
   path = _archive(tmp_path / "x.pt", files)
   with pytest.raises(UserError, match=r"x/byteorder has 1,000 bytes"):

@@ -201,7 +201,7 @@ def test_tied_tables_that_differ(state: State) -> None:
   ],
   ids=lambda fields: ",".join(fields),
 )
-def test_another_architecture_is_told_by_its_flags(
+def test_another_architecture_is_reported_with_its_flags(
   state: State, fields: dict[str, Any]
 ) -> None:
   """Every difference is named, with the values of the file."""

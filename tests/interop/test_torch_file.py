@@ -59,7 +59,7 @@ def test_there_and_back(tmp_path: pathlib.Path) -> None:
   assert list(tmp_path.iterdir()) == [tmp_path / "x.pt"]
 
 
-def test_what_is_written_is_aligned(tmp_path: pathlib.Path) -> None:
+def test_written_arrays_are_aligned(tmp_path: pathlib.Path) -> None:
   write_torch(tmp_path / "x.pt", CONTENT)
   model = read_torch(tmp_path / "x.pt")["model"]
   assert {tensor.offset % 64 for tensor in model.values()} == {0}
@@ -94,7 +94,7 @@ def test_torch_reads_what_is_written(tmp_path: pathlib.Path) -> None:
   assert read["model"]["a"].data_ptr() == read["model"]["b"].data_ptr()
 
 
-def test_what_torch_writes_is_read(tmp_path: pathlib.Path) -> None:
+def test_files_of_torch_are_read(tmp_path: pathlib.Path) -> None:
   torch = pytest.importorskip("torch")
   base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
   made = {

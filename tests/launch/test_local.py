@@ -67,7 +67,7 @@ def test_retries_are_bounded(launcher: Launcher):
 
 
 def test_the_wait_before_a_retry_doubles(launcher: Launcher):
-  # A stand-in for `sleep` tells how long was waited.
+  # A stand-in for `sleep` reports the seconds.
   (launcher.bin / "sleep").unlink()
   (launcher.bin / "sleep").symlink_to(launcher.folder / "programs")
   launcher.plan({"if": "--process_id=0", "code": 7, "times": 9})
@@ -239,7 +239,7 @@ def _train_and_stop(
   finally:
     process.terminate()
   assert process.returncode == 143, out
-  # A later start tells of it once more.
+  # A later start reports it once more.
   saved = re.findall(r"^SIGTERM: stopped at step (\d+)", out, re.MULTILINE)
   assert len(saved) == 1, out
   return int(saved[0]), out

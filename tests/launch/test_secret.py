@@ -73,7 +73,7 @@ def test_each_launch_has_its_own(launcher: Launcher) -> None:
   assert len({secret for _, secret in launcher.secrets()}) == 2
 
 
-def test_xpk_is_told_the_name_only(launcher: Launcher) -> None:
+def test_xpk_receives_the_name_only(launcher: Launcher) -> None:
   _launch(launcher, "xpk.sh")
   assert launcher.log("environment") == "NARVL_CLUSTER_SECRET\n"
   (call,) = (x for x in launcher.calls("xpk") if "create" in x)

@@ -10,7 +10,7 @@ from tests.launch.test_flags import TPU
 SCRIPTS = ("tpu_vm.sh", "queued_resource.sh")
 # A mistake of the user: the script ends there.
 END = {"if": "remote.sh reset", "code": 2}
-# What `describe` says where everything is ready.
+# Output of `describe` when everything is ready.
 READY = (
   {
     "if": "describe narvl --zone=us-west4-a --project=my-project --format=value"
@@ -232,7 +232,7 @@ def test_a_training_that_was_left_behind_is_stopped_first(launcher: Launcher):
   launcher.plan({"if": "narvl_jax.train", "hang": True, "times": 2}, *READY)
   process = launcher.start("tpu_vm.sh", *TPU)
   launcher.wait_for(["w-0", "start"], ["w-1", "start"])
-  process.kill()  # The launching machine is gone.
+  process.kill()  # The launching machine is lost.
   result = launcher.run("tpu_vm.sh", *TPU)
   assert result.returncode == 0
   own = [event for name, event in launcher.events() if name == "w-0"]

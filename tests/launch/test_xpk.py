@@ -17,7 +17,7 @@ FOLLOW = {"if": "kubectl logs", "print": LOGS}
 
 
 def jobset(state: str | None) -> dict[str, str]:
-  """Says what `kubectl get jobset` prints next; None: there is none."""
+  """Sets the next output of `kubectl get jobset`; None: there is no jobset."""
   text = "" if state is None else f"narvl {state}"
   return {"if": "get jobset", "print": text}
 

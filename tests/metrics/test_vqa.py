@@ -114,7 +114,7 @@ def test_few_people():
   assert vqa.vqa_v2_accuracy("yes", ["yes", "no"]) == pytest.approx(0.5)
 
 
-def test_a_okvqa_leaves_nobody_out():
+def test_a_okvqa_counts_all_people():
   people = ["cat"] * 2 + ["dog"] * 8
   assert vqa.a_okvqa_accuracy("cat", people) == pytest.approx(2 / 3)
   assert vqa.a_okvqa_accuracy("Cat", people) == 0

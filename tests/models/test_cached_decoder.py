@@ -104,7 +104,7 @@ def test_many_tokens_at_once(
   np.testing.assert_allclose(states, expected, atol=1e-5)
 
 
-def test_hypotheses_go_on_from_their_parents(
+def test_hypotheses_continue_their_parents(
   variables: Any, encoded: Any, tokens: np.ndarray, expected: np.ndarray
 ) -> None:
   cache = start(variables, encoded, tokens)

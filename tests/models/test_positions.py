@@ -80,7 +80,7 @@ def test_image_buckets_do_not_depend_on_the_grid() -> None:
   np.testing.assert_array_equal(small, large[np.ix_(rows, rows)])
 
 
-def test_sinusoids_tell_positions_apart_and_neighbours_are_alike() -> None:
+def test_sinusoids_distinguish_positions_and_neighbours_are_alike() -> None:
   assert positions.sinusoids(20, 33).shape == (20, 33)
   table = positions.sinusoids(20, 32)
   assert table.dtype == np.float32
@@ -90,7 +90,7 @@ def test_sinusoids_tell_positions_apart_and_neighbours_are_alike() -> None:
   assert distance[5, 6] < distance[5, 9] < distance[5, 19]
 
 
-def test_image_sinusoids_hold_row_and_column() -> None:
+def test_image_sinusoids_contain_row_and_column() -> None:
   table = positions.image_sinusoids(6, 16)
   assert table.shape == (37, 16)
   np.testing.assert_array_equal(table[0], 0)

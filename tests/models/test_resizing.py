@@ -49,7 +49,7 @@ def test_a_larger_table_keeps_its_positions() -> None:
   assert (grid[:, 3] == -1).all()
 
 
-def test_a_smaller_table_keeps_what_it_can() -> None:
+def test_a_smaller_table_keeps_its_own_entries() -> None:
   table = np.arange(17.0).reshape(17, 1)
   got = resizing.resize_positions(table, -np.ones((5, 1)), (2, 2), (2, 2))
   np.testing.assert_array_equal(np.asarray(got)[:, 0], [0, 1, 2, 5, 6])

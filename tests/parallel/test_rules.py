@@ -200,7 +200,7 @@ def test_biases_may_be_whole():
 def test_a_rule_that_is_always_shadowed():
   tree = _tree(x=((8, 6), ("a", "d")))
   rules = (("d", "tensor"), ("a", "tensor"), ("a", None))
-  with pytest.raises(UserError, match="always taken or never divides"):
+  with pytest.raises(UserError, match="always in use or never divides"):
     place(tree, _mesh(1, 1, 2), rules)
 
 

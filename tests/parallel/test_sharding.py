@@ -1,4 +1,4 @@
-"""Where parameters and batches lie."""
+"""The sharding of parameters and batches."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_batches_that_do_not_divide(batch_size, steps, message):
     check_batch_size(batch_size, make_mesh(), accumulation_steps=steps)
 
 
-def test_batch_that_does_not_divide_among_those_who_share_it():
+def test_batch_that_does_not_divide_over_its_devices():
   with pytest.raises(
     UserError, match=r"=6 is not divisible by data x fsdp = 4"
   ):

@@ -1,4 +1,4 @@
-"""What crosses the devices in a train step, by axis of the mesh."""
+"""Communication between devices in a train step, by axis of the mesh."""
 
 import functools
 

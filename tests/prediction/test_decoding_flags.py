@@ -115,14 +115,14 @@ def test_values_out_of_range(settings: dict[str, Any], message: str) -> None:
     ),
   ],
 )
-def test_settings_that_nothing_heeds(
+def test_settings_without_effect(
   parallel: Any, settings: Any, message: str
 ) -> None:
   with pytest.raises(UserError, match=message):
     decodings_for(parallel, settings)
 
 
-def test_settings_that_some_task_heeds(
+def test_settings_that_affect_some_task(
   parallel: Any, autoregressive: Any
 ) -> None:
   for method in ("beam", "candidates"):
@@ -132,7 +132,7 @@ def test_settings_that_some_task_heeds(
   assert decodings_for(autoregressive, {"method": "reference", "beam_size": 3})
 
 
-def test_answers_that_nothing_heeds() -> None:
+def test_answers_without_effect() -> None:
   with pytest.raises(UserError, match=r'="a.txt" is for vqa; the task is capt'):
     check_answers_heeded({"caption": Decoding(constrained=True)}, "a.txt")
   with pytest.raises(UserError, match=r"nothing with --decoding=beam alone; "):
@@ -183,7 +183,7 @@ def test_questions_need_a_list(parallel: Any, tmp_path: Any) -> None:
   vocabulary = parallel.vocabulary
   words = [tuple(vocabulary.encode(" " + word)) for word in ("red", "blue")]
   assert list(reader.answers.sequences) == words
-  # The model was trained to say eos.
+  # The model was trained to emit eos.
   assert reader.answers.then == (vocabulary.eos_id,)
 
 

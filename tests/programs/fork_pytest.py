@@ -24,7 +24,7 @@ _NEW = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
 def _run(seconds: int, arguments: list[str]) -> int:
   child = os.fork()
   if not child:
-    # The default action ends the process, whatever it does.
+    # The default action ends the process at once.
     signal.alarm(seconds)
     null, out = os.open(os.devnull, os.O_RDWR), os.open("output.txt", _NEW)
     os.dup2(null, 0)

@@ -15,7 +15,7 @@ Allowed = Callable[[Prefix, int, bool], bool]
 
 
 def collapse(path: Sequence[int], blank: int, merge: bool) -> Prefix:
-  """Returns the labels that an alignment stands for."""
+  """Returns the labels of an alignment."""
   if merge:
     path = [label for label, _ in itertools.groupby(path)]
   return tuple(label for label in path if label != blank)
@@ -60,7 +60,7 @@ def completes(answers: Sequence[Prefix], merge: bool) -> Allowed:
   """Returns the rule of a constraint that allows these answers."""
 
   def allowed(prefix: Prefix, left: int, whole: bool) -> bool:
-    """Whether some answer begins so and its rest fits on what is left."""
+    """Whether some answer has this prefix and its rest fits the queries."""
     if whole:
       return prefix in answers
     rests = [a[len(prefix) :] for a in answers if a[: len(prefix)] == prefix]

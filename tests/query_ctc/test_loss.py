@@ -93,7 +93,7 @@ def test_value_and_gradient_are_those_of_all_paths(mode, smoothing, pad):
     )
 
 
-def test_infeasible_targets_neither_cost_nor_teach():
+def test_infeasible_targets_have_no_loss_and_no_gradient():
   logits = jax.random.normal(jax.random.key(0), (2, N, V)) * 50
   labels, lengths = batch_of([[0, 1, 1, 0], [1, 1, 1]])
   losses, gradient = losses_and_gradients(logits, labels, lengths, jnp.ones(2))

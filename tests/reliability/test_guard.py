@@ -1,4 +1,4 @@
-"""What looks after a run: how it ends is written down, whoever ends it."""
+"""The guard of a run: every end of a run is recorded."""
 
 import contextlib
 import json
@@ -85,7 +85,7 @@ def test_an_error_is_written_down_with_its_phase(tmp_path, error, code, how):
   assert not (tmp_path / LOCK_FILE).exists()
 
 
-def test_what_did_not_take_the_folder_writes_nothing(tmp_path):
+def test_a_run_without_the_lock_writes_nothing(tmp_path):
   def fail() -> None:
     with _guard(tmp_path / "run"):
       raise UserError("no such key")
@@ -98,7 +98,7 @@ def test_what_did_not_take_the_folder_writes_nothing(tmp_path):
 @pytest.mark.parametrize(
   ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)]
 )
-def test_a_run_that_was_told_to_stop(tmp_path, capsys, number, code):
+def test_a_run_with_a_stop_request(tmp_path, capsys, number, code):
   def stop() -> None:
     with _guard(tmp_path) as guard:
       guard.take(print)
@@ -132,7 +132,7 @@ def test_an_end_is_written_once(tmp_path):
   assert "test_an_end_is_written_once" in stacks.read_text()
 
 
-def test_a_stop_waits_for_what_is_being_written(tmp_path):
+def test_a_stop_waits_for_a_write_in_progress(tmp_path):
   with _guard(tmp_path) as guard:
     guard.take(print)
     answers = [True, True, False]
@@ -194,7 +194,7 @@ def test_a_folder_that_vanished_is_noticed_before_it_is_written_to(tmp_path):
 
 
 @pytest.mark.usefixtures("fast")
-def test_a_lost_lock_is_told_once(tmp_path, capsys):
+def test_a_lost_lock_is_reported_once(tmp_path, capsys):
   """By the thread or by who looks, who then goes no further."""
   passed = []
   leaving, left = threading.Event(), threading.Event()
@@ -227,7 +227,7 @@ def test_a_lost_lock_is_told_once(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("fast")
-def test_signs_of_life_tell_phase_and_step(tmp_path):
+def test_signs_of_life_contain_phase_and_step(tmp_path):
   with _guard(tmp_path) as guard:
     guard.take(print)
     guard.watch(_BUDGETS | {"checkpoint": 0.0})

@@ -134,7 +134,7 @@ def test_the_main_thread_is_in_c():
   assert process.returncode == 7
 
 
-def test_what_is_being_written_is_not_cut_off():
+def test_a_write_in_progress_is_not_interrupted():
   process = _stuck("outside", busy=2.0)
   process.send_signal(signal.SIGINT)
   out, _ = process.communicate(timeout=60)
@@ -206,7 +206,7 @@ def test_other_threads_leave_signals_alone():
   assert not errors
 
 
-def test_a_signal_is_told_to_the_other_hosts(capfd):
+def test_a_signal_is_sent_to_the_other_hosts(capfd):
   agreement = StopAgreement()
   notices: Any = SimpleNamespace(stop_signal=None, agreement=agreement)
   with StopRequest(notices) as stop:
@@ -222,7 +222,7 @@ def test_a_signal_is_told_to_the_other_hosts(capfd):
   assert "stopping after this step" in capfd.readouterr().err
 
 
-def test_another_host_was_told_to_stop():
+def test_another_host_received_a_stop_request():
   notices: Any = SimpleNamespace(stop_signal=None, agreement=StopAgreement())
   with StopRequest(notices) as stop:
     stop.begin()

@@ -89,7 +89,7 @@ def _wait_for_save(
     assert time.monotonic() < deadline
     seen |= _unfinished(workdir) - before
     if "sumed from" in process.output:
-      # What the one before it left is gone.
+      # The leftovers of the previous process were removed.
       before = set()
     time.sleep(0.001)
 

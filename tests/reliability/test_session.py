@@ -1,4 +1,4 @@
-"""Where a host prints, and how a run on several of them ends."""
+"""Output of a host, and the end of a run on several hosts."""
 
 import contextlib
 import errno
@@ -85,7 +85,7 @@ def test_other_hosts_print_into_their_logs(tmp_path):
   assert "after log" in err
   log = (tmp_path / "host_012.log").read_text()
   assert [word in log for word in (*_ALL, "below err")] == [True] * 6
-  # A later start goes on in the same file.
+  # A later start appends to the same file.
   _speak(12, tmp_path)
   assert (tmp_path / "host_012.log").read_text().startswith(log)
 
@@ -98,7 +98,7 @@ def test_without_logs_other_hosts_are_silent_but_for_errors():
 
 
 def test_a_log_that_cannot_be_written():
-  # Where nobody can make a folder.
+  # A place in which no folder can be created.
   folder = pathlib.Path("/proc/logs")
   with (
     pytest.raises(UserError, match=r"the log of host 3 .*another --workdir"),
@@ -139,7 +139,7 @@ def test_a_terminal_that_is_closed():
   )
 
 
-def test_a_process_goes_on_without_its_terminal(tmp_path):
+def test_a_process_continues_without_its_terminal(tmp_path):
   process = subprocess.Popen(
     [sys.executable, "-c", _SPEAK, "0", str(tmp_path)],
     stdout=subprocess.PIPE,
@@ -188,7 +188,7 @@ def test_a_terminal_keeps_its_encoding() -> None:
     assert file.read() == b"gr\\xf6\\xdfe\n\\ud83d\n"
 
 
-# A run of one process that prints before and after its terminal is gone.
+# A run of one process that prints before and after its terminal is closed.
 _OUTLIVE = """
 import pathlib, sys
 from absl import logging

@@ -93,11 +93,11 @@ def _events(run: pathlib.Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_stopped_in_every_phase_it_goes_on_to_the_same_end(tmp_path):
+def test_stopped_in_every_phase_it_resumes_to_the_same_end(tmp_path):
   """Compile, evaluation, restore, step and final evaluation, then the end."""
   whole, run = tmp_path / "whole", tmp_path / "run"
   assert _alone(whole).wait() == 0
-  # Phase, what happens, and the step from which the next start goes on.
+  # Phase, what happens, and the step from which the next start resumes.
   for phase, what, step, saved in (
     ("compile", "term_in_c", 1, None),
     ("evaluation", "term", 2, 3),
@@ -132,8 +132,8 @@ def test_stopped_in_every_phase_it_goes_on_to_the_same_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_stuck_and_robbed_of_its_folder(tmp_path):
-  """What the next start says of it, and what was lost."""
+def test_killed_stuck_and_without_its_folder(tmp_path):
+  """The report of the next start, and the lost work."""
   run = tmp_path / "run"
   first = _alone(run, *_happens("step", "hang", 5))
   first.wait_for("step +3/6")
@@ -159,7 +159,7 @@ def test_killed_stuck_and_robbed_of_its_folder(tmp_path):
   process = _alone(run, *_happens("step", "remove_workdir", 5))
   assert process.wait() == 2, process.output + process.errors
   assert "restart: watchdog: no progress for " in process.output
-  # Where the folder itself vanishes there is nothing to go on from.
+  # Without the folder there is nothing to resume from.
   (line,) = process.errors.splitlines()
   assert line.startswith("error: ")
   assert " gone" in line

@@ -1,4 +1,4 @@
-"""What stands still is noticed, by phase, and shown."""
+"""A run without progress is noticed, by phase, and reported."""
 
 import subprocess
 import sys
@@ -108,7 +108,7 @@ def test_every_stage_of_a_run_has_a_budget():
   assert all(budget > 0 for budget in budgets.values())
 
 
-def test_the_thread_looks_and_tells():
+def test_the_thread_checks_and_reports():
   ledger = Ledger()
   told = threading.Event()
   looks = []
@@ -156,7 +156,7 @@ def test_stacks_without_a_disk(tmp_path, capfd):
   assert "in test_stacks_without_a_disk" in capfd.readouterr().err
 
 
-def test_stacks_do_not_make_a_folder_again_that_is_gone(tmp_path, capfd):
+def test_stacks_do_not_recreate_a_removed_folder(tmp_path, capfd):
   assert write_stacks(tmp_path / "run", 0, "why") == "stderr"
   assert "in test_stacks_do_not_make_a_folder" in capfd.readouterr().err
   assert not list(tmp_path.iterdir())

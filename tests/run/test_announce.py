@@ -1,4 +1,4 @@
-"""What a run says of its data, and of tasks that it has not trained yet."""
+"""Lines of a run about its data and about tasks without training so far."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ class _Endless(list):
   endless = True
 
 
-def test_a_source_is_described_by_what_a_run_uses_of_it():
+def test_a_source_is_described_by_the_part_in_use():
   assert describe_source([None] * 2000, "vqa", "easy", 5000, 20) == (
     "source easy for vqa: 2,000 examples; 20 steps use 5,000, 2.50 epochs"
   )

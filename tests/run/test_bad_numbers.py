@@ -64,7 +64,7 @@ def test_a_bad_update_changes_nothing_but_the_step(value):
   assert before.step == 1
   assert after.step == 2
   assert _count(before) == (1, 1)
-  # The learning rate is that of the step, whatever was left out.
+  # The learning rate is that of the step, even after skipped updates.
   assert _count(after) == (1, 2)
   schedule = before.opt_state[-1]
   unchanged = dataclasses.replace(
@@ -75,7 +75,7 @@ def test_a_bad_update_changes_nothing_but_the_step(value):
   )
   for (path, leaf), other in pairs:
     np.testing.assert_array_equal(leaf, other, err_msg=str(path))
-  # And the run can go on.
+  # The run can continue.
   state, metrics = run.train_step(state, stand_in.batch(run, 2))
   assert metrics["skipped"] == 0
   assert np.isfinite(metrics["loss"])

@@ -93,7 +93,7 @@ def test_rollback_is_a_run_without_the_batches(tmp_path, capsys):
   assert [x["train/rollbacks"] for x in lines] == [0] * 5 + [1] * 5
 
 
-def test_stopped_run_goes_on_by_another_policy(tmp_path):
+def test_stopped_run_resumes_by_another_policy(tmp_path):
   with pytest.raises(UserError, match="at step 7"):
     _train(tmp_path, "stop", train__checkpoint_every=3)
   state = _train(tmp_path, "rollback", train__checkpoint_every=9)

@@ -145,7 +145,7 @@ def test_an_interval_without_updates_is_no_speed():
   assert eta.seconds_left(3) is None
 
 
-def test_what_was_not_measured_makes_it_a_lower_bound():
+def test_unmeasured_work_makes_it_a_lower_bound():
   run = PlayedRun(eval_every=50, evaluation=18.0, save=1.0)
   run.play(0, 40, 1.0)
   assert run.eta.is_lower_bound(40)
@@ -158,7 +158,7 @@ def test_what_was_not_measured_makes_it_a_lower_bound():
   assert run.eta.is_lower_bound(60)
 
 
-def test_only_what_is_due_makes_it_a_lower_bound():
+def test_only_due_work_makes_it_a_lower_bound():
   run = PlayedRun(checkpoint_every=20, save=1.0)
   run.play(0, 20, 1.0)
   assert run.eta.is_lower_bound(20)

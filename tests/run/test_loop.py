@@ -35,7 +35,7 @@ def test_evaluations_and_checkpoints_when_due(tmp_path):
   assert lines[8]["train/loss"] == 6.5
 
 
-def test_nothing_is_saved_where_the_folder_is_gone(tmp_path):
+def test_nothing_is_saved_into_a_removed_folder(tmp_path):
   run = FakeRun(tmp_path, checkpoint_every=3)
   run.robbed = True
   with pytest.raises(UserError, match="the folder is gone"):

@@ -1,4 +1,4 @@
-"""What the loop does about bad updates and counts as loss spikes."""
+"""Bad updates and loss spikes in the training loop."""
 
 import math
 
@@ -9,7 +9,7 @@ from narvl_jax.experiment.config import train_source
 from tests.run.fake_run import FakeRun, lines_of
 
 
-def test_no_bundle_is_written_where_the_folder_is_gone(tmp_path):
+def test_no_bundle_is_written_into_a_removed_folder(tmp_path):
   run = FakeRun(tmp_path)
   run.losses[4] = math.nan
   run.robbed = True
@@ -87,7 +87,7 @@ def test_too_many_skipped_updates(tmp_path):
   assert "save" not in {event[0] for event in run.events}
 
 
-def test_rollback_goes_on_after_the_bad_batch(tmp_path):
+def test_rollback_continues_after_the_bad_batch(tmp_path):
   run = FakeRun(tmp_path, policy="rollback", checkpoint_every=3, log_every=1)
   run.losses[8] = math.nan
   assert run.run().step == 10

@@ -1,4 +1,4 @@
-"""From which state a run goes on."""
+"""The state from which a run resumes."""
 
 import json
 import pathlib
@@ -60,7 +60,7 @@ def _restored(
   return step, run, said
 
 
-def test_the_newest_is_taken(tmp_path):
+def test_the_newest_is_used(tmp_path):
   save_run(tmp_path)
   with Checkpoints(tmp_path, keep_last=2) as checkpoints:
     step, run, said = _restored(checkpoints)
@@ -70,7 +70,7 @@ def test_the_newest_is_taken(tmp_path):
   assert not (tmp_path / "damaged").exists()
 
 
-def test_damaged_ones_are_refused_loudly_and_set_aside(tmp_path):
+def test_damaged_ones_are_rejected_and_set_aside(tmp_path):
   save_run(tmp_path, (3, 6, 9))
   names = {step: _damage(tmp_path, step) for step in (6, 9)}
   # Something of an earlier time is in the way.
@@ -97,7 +97,7 @@ def test_damaged_ones_are_refused_loudly_and_set_aside(tmp_path):
   assert (tmp_path / "damaged" / "9.2" / names[9]).exists()
 
 
-def test_without_an_intact_one_nothing_is_moved(tmp_path):
+def test_without_an_intact_checkpoint_nothing_is_moved(tmp_path):
   save_run(tmp_path)
   for step in (3, 6):
     _damage(tmp_path, step)
@@ -128,7 +128,7 @@ def test_weights_alone_are_no_damage(tmp_path):
     assert checkpoints.steps() == [0]
 
 
-def test_an_evaluation_that_was_stopped_is_made_up_for(tmp_path):
+def test_a_stopped_evaluation_is_repeated(tmp_path):
   """Score, metrics and what is kept are those of a run that was not stopped."""
   said: list[str] = []
   say: Any = said.append
@@ -228,7 +228,7 @@ def test_a_damaged_best_checkpoint_does_not_keep_a_run_from_its_end(tmp_path):
     ("model.max_text_positions", 12, r"text of 40 tokens exceeds"),
   ],
 )
-def test_what_is_missing_is_found_first(
+def test_missing_files_are_found_first(
   path, value, message, tmp_path, monkeypatch
 ):
   """Before a vocabulary is trained, or anything else is expensive."""

@@ -1,4 +1,4 @@
-"""What one start of a run does, and how often."""
+"""The work of one start of a run."""
 
 import collections
 from typing import Any

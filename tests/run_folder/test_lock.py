@@ -1,4 +1,4 @@
-"""Of several runs in one folder one is alive."""
+"""Only one of several runs in a folder is alive."""
 
 import concurrent.futures
 import json
@@ -19,7 +19,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.run_folder import lock as run_lock
 from narvl_jax.run_folder.lock import LOCK_FILE, LockLost, RunLock
 
-# A process that takes the lock, says so, and lives until it is killed.
+# A process that acquires the lock, reports it, and runs until it is killed.
 _HOLD = """
 import pathlib, sys, time
 from narvl_jax.run_folder.lock import RunLock
@@ -38,7 +38,7 @@ def _quiet(said: Any) -> None:
 
 
 def _dead(lock: RunLock, say: Any = lambda text: None) -> list[dict[str, Any]]:
-  """Takes a lock; returns those of dead runs that this one removed."""
+  """Acquires a lock; returns the locks of dead runs that it removed."""
   found: list[dict[str, Any]] = []
   lock.acquire(say, found.append)
   return found
@@ -63,7 +63,7 @@ def _foreign(workdir: pathlib.Path) -> dict[str, Any]:
   return held
 
 
-def test_what_a_lock_says(tmp_path):
+def test_content_of_a_lock(tmp_path):
   lock = RunLock(tmp_path / "a" / "run")
   lock.acquire(_quiet, _quiet)
   (path,) = (tmp_path / "a" / "run").iterdir()
@@ -109,7 +109,7 @@ def test_a_run_of_this_machine_is_alive_and_then_killed(tmp_path, holder):
   assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
 
 
-def test_a_process_that_nobody_waited_for_is_gone(tmp_path, holder):
+def test_a_zombie_process_has_ended(tmp_path, holder):
   process = holder
   process.send_signal(signal.SIGKILL)
   assert process.stdout is not None
@@ -169,7 +169,7 @@ def test_a_run_that_is_waited_for_ends(tmp_path):
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff\x00", b'{"pid": 1', b"[1]"])
-def test_a_lock_that_cannot_be_read_belongs_to_nobody_alive(tmp_path, text):
+def test_an_unreadable_lock_belongs_to_no_live_run(tmp_path, text):
   (tmp_path / LOCK_FILE).write_bytes(text)
   assert _dead(RunLock(tmp_path, stale_seconds=0.1)) == [{}]
 
@@ -286,7 +286,7 @@ def test_without_proc_every_run_is_waited_for(tmp_path, monkeypatch):
   assert "waiting up to 0.1 s" in said[0]
 
 
-def test_what_is_far_too_long_is_not_quoted(tmp_path):
+def test_far_too_long_values_are_not_quoted(tmp_path):
   held = {
     "host": "h" * 9000,
     "pid": 10**4000,

@@ -42,7 +42,7 @@ def test_one_line_per_step(tmp_path):
   ]
 
 
-def test_flushed_line_takes_what_comes_later(tmp_path):
+def test_flushed_line_includes_later_values(tmp_path):
   with MetricsWriter(tmp_path) as writer:
     writer.write(3, {"loss": 1.5})
     assert _lines(tmp_path) == []
@@ -157,7 +157,7 @@ def test_a_file_that_is_removed_meanwhile(tmp_path):
   assert _lines(tmp_path) == [{"step": 4, "loss": 4.0, "accuracy": 0.5}]
 
 
-def test_what_is_not_finite_becomes_null(tmp_path):
+def test_values_that_are_not_finite_become_null(tmp_path):
   with MetricsWriter(tmp_path) as writer:
     writer.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1})
   assert _lines(tmp_path) == [

@@ -72,7 +72,7 @@ def test_work_since_the_checkpoint_is_lost(tmp_path):
   # No checkpoint at all; one of an earlier start; one after its last sign.
   [(0, None, 700.0), (30, -50.0, 700.0), (30, 800.0, 0.0)],
 )
-def test_what_is_lost_counts_from_the_start_of_that_run(
+def test_lost_work_counts_from_the_start_of_that_run(
   tmp_path, step, saved, lost
 ):
   _end(tmp_path)
@@ -109,9 +109,7 @@ def test_starts_that_ended_before_they_went_on(tmp_path):
   # Saved first; saved, but the checkpoint turned out to be damaged.
   [(0, 40, 0.0), (0, 30, 250.0), (1, 40, 250.0)],
 )
-def test_nothing_is_lost_of_a_run_that_was_told_to_stop(
-  tmp_path, code, step, lost
-):
+def test_nothing_is_lost_after_a_stop_request(tmp_path, code, step, lost):
   _end(tmp_path, code)
   (record,) = failures.record_restart(tmp_path, step=step, saved=_epoch(450))
   assert record["lost_seconds"] == lost
@@ -137,13 +135,13 @@ def test_a_lock_without_contents(tmp_path):
   assert 'in phase "?" at step 0' in failures.describe(record)
 
 
-def test_a_finished_run_has_nothing_to_tell(tmp_path):
+def test_a_finished_run_has_no_restarts_to_report(tmp_path):
   assert failures.record_restart(tmp_path, step=50, saved=None) == []
   assert not list(tmp_path.iterdir())
   assert failures.summary(tmp_path) == []
 
 
-def test_damaged_checkpoints_are_told(tmp_path):
+def test_damaged_checkpoints_are_reported(tmp_path):
   (record,) = failures.record_restart(
     tmp_path, step=20, saved=None, damaged=["step 30: one bit"]
   )

@@ -22,7 +22,7 @@ def run(tmp_path: pathlib.Path) -> pathlib.Path:
   return tmp_path / "run"
 
 
-def test_new_folder_holds_no_run(tmp_path):
+def test_new_folder_has_no_run(tmp_path):
   assert not workdir_lib.check(tmp_path / "a" / "b", tiny_config())
   assert not workdir_lib.check(tmp_path, tiny_config())
   assert not list(tmp_path.iterdir())
@@ -43,7 +43,7 @@ def test_settings_that_came_later_do_not_differ(run):
   assert workdir_lib.check(run, tiny_config())
 
 
-def test_a_run_may_go_on_with_other_workers(run):
+def test_a_run_may_resume_with_other_workers(run):
   config = tiny_config()
   config.data.num_workers = 2
   config.data.num_threads = 0
@@ -56,7 +56,7 @@ def test_a_run_may_go_on_with_other_workers(run):
     workdir_lib.check(run, config)
 
 
-def test_a_run_may_go_on_with_another_mesh(run):
+def test_a_run_may_resume_on_another_mesh(run):
   config = tiny_config()
   config.mesh.fsdp = 4
   assert workdir_lib.check(run, config)
@@ -95,7 +95,7 @@ def test_long_differences_are_cut(run):
     workdir_lib.check(run, config)
 
 
-def test_difference_names_what_is_absent_on_one_side():
+def test_difference_names_absent_facts():
   assert workdir_lib.diff(
     {"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "e": "x"}, "d": [2]}
   ) == {
@@ -207,7 +207,7 @@ def test_environment_without_git(monkeypatch):
   assert workdir_lib.environment()["commit"] is None
 
 
-def test_facts_tell_hosts_apart():
+def test_facts_distinguish_hosts():
   config = tiny_config()
   facts = workdir_lib.facts(config)
   assert facts["config optimizer.learning_rate"] == "0.001"
@@ -220,7 +220,7 @@ def test_facts_tell_hosts_apart():
   }
 
 
-def test_facts_tell_changed_code_apart(monkeypatch):
+def test_facts_distinguish_changed_code(monkeypatch):
   before = workdir_lib.facts(tiny_config())
   read = pathlib.Path.read_bytes
   monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""What may stand in place of a file: a folder, a pipe, a broken link."""
+"""Replacements of a file: a folder, a pipe, a broken link."""
 
 import json
 import os

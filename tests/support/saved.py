@@ -19,7 +19,7 @@ def make_state(step: int, *, ema: bool = True) -> TrainState:
   def random(*shape: int) -> jax.Array:
     return jnp.asarray(rng.normal(size=shape).astype(np.float32))
 
-  # Values above 1 kB lie in files of their own, others between names.
+  # Values above 1 kB are in separate files, others between names.
   params = {"encoder": {"kernel": random(24, 32), "bias": random(4)}}
   trained = {"encoder": {"kernel": params["encoder"]["kernel"]}}
   optimizer = optax.adam(1e-3)

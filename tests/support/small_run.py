@@ -113,7 +113,7 @@ class CachedSetup(Setup):
 
 
 def with_config(real: bool, devices: int, **settings: Any) -> Setup:
-  """Returns the run with other settings; double underscores stand for dots."""
+  """Returns the run with other settings; double underscores mean dots."""
   run = setup(real, devices)
   changed = config()
   changed.update_from_flattened_dict(

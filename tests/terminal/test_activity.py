@@ -27,7 +27,7 @@ def activities() -> dict[str, Activity]:
     activity = Activity(text, total, unit, clock=clock)
     clock.now = seconds
     activity.done = done
-    # Its clock stands still for good.
+    # Its clock is stopped.
     activity._clock = lambda: seconds
     return activity
 

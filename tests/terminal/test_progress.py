@@ -138,7 +138,7 @@ def test_nothing_stays_behind(open_terminal):
   assert progress._display is None
 
 
-def test_what_others_print_stands_above(open_terminal):
+def test_output_of_others_is_printed_above(open_terminal):
   terminal = open_terminal()
   handler = logging.get_absl_handler().python_handler
   logged = handler.stream
@@ -164,7 +164,7 @@ def test_what_others_print_stands_above(open_terminal):
   assert lines == ["first", "second", "begun and ended", "logged", ""]
 
 
-def test_a_terminal_that_goes_away_stops_nothing(open_terminal):
+def test_a_closed_terminal_stops_nothing(open_terminal):
   terminal = open_terminal()
   with progress.doing("working") as working:
     wait_for(lambda: "working" in terminal.text)
@@ -216,7 +216,7 @@ def test_a_stream_into_a_log_is_not_drawn_on():
   assert progress.terminal_of(tee) is None
 
 
-def test_nothing_is_shown_where_nobody_looks(monkeypatch, open_terminal):
+def test_nothing_is_shown_without_a_terminal(monkeypatch, open_terminal):
   terminal = open_terminal()
   with progress.muted(), progress.doing("muted") as working:
     working.advance()
@@ -251,7 +251,7 @@ assert working.done == 10
   assert subprocess.call(command, shell=True, env=environment) == 0
 
 
-def test_what_was_done_before_is_no_speed(open_terminal):
+def test_earlier_work_does_not_count_as_speed(open_terminal):
   open_terminal()
   with progress.doing("training", 1000, "steps", done=900) as training:
     assert training.rate() == 0
@@ -271,7 +271,7 @@ def test_a_block_with_lines_of_its_own_shows_only_a_bar(
 
 
 def test_the_terminal_of_a_run_is_drawn_on(open_terminal, tmp_path):
-  """A run whose terminal is gone opens a log and shows no bar."""
+  """A run whose terminal was closed opens a log and shows no bar."""
   terminal = open_terminal()
   log = tmp_path / "host_000.log"
   with hosts.outliving_terminal(tmp_path):

@@ -94,7 +94,7 @@ def test_readable_json() -> None:
   assert readable_json(value, "ascii").isascii()
 
 
-def test_readable_json_refuses_nan() -> None:
+def test_readable_json_rejects_nan() -> None:
   with pytest.raises(ValueError, match="JSON compliant"):
     readable_json([float("nan")])
 
@@ -216,7 +216,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("how", ["show", "json", "late", "exit", "--help"])
-def test_a_stdout_that_is_full_is_told_as_what_it_is(how):
+def test_a_full_stdout_is_reported(how):
   environment = os.environ | {"PYTHONPATH": str(ROOT)}
   # What is not flushed fails as late as it can.
   environment.pop("PYTHONUNBUFFERED", None)

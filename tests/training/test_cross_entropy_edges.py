@@ -97,7 +97,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_no_target(case: str) -> None:
+def test_answers_that_are_not_targets(case: str) -> None:
   label, length, message = WRONG[case]
   labels, lengths = LABELS.copy(), LENGTHS.copy()
   labels[1, 0], lengths[1] = label, length

@@ -191,7 +191,7 @@ def test_devices_that_share_batch_and_classes_change_nothing(
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_targets_that_do_not_fit_teach_nothing() -> None:
+def test_targets_that_do_not_fit_have_no_gradient() -> None:
   rows = dict(batch())
   # Five equal labels, or three with the blanks between them, exceed N = 4.
   rows["labels"] = jnp.full((B, L), 7)

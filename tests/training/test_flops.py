@@ -198,7 +198,7 @@ def test_convolution():
   assert count == 2 * (2 * 4 * 4 * 16) * (3 * 3 * 3)
 
 
-def test_what_is_no_product_costs_nothing():
+def test_operations_other_than_products_cost_nothing():
   assert matmul_flops(jnp.tanh, _spec(100, 100)) == 0
 
 

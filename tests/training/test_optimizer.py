@@ -48,7 +48,7 @@ class TestRules:
       "decoder/kernel": ParameterRule(lr=0.5),
     }
 
-  def test_part_of_a_path_is_no_match(self):
+  def test_part_of_a_path_does_not_match(self):
     for part in ("bias", "encoder"):
       with pytest.raises(
         UserError, match=f'"{part}" is never used: it matches no'
@@ -69,7 +69,7 @@ class TestRules:
     ):
       assign_rules([("encoder/kernle", {}), (".*", {})], PATHS)
 
-  def test_rule_whose_parameters_are_taken(self):
+  def test_rule_whose_parameters_have_earlier_rules(self):
     with pytest.raises(
       UserError, match=r'"encoder/bias" is never used: earlier rules match all'
     ):
@@ -308,7 +308,7 @@ class TestRows:
     np.testing.assert_allclose(a["table"], b["table"])
 
   @pytest.mark.parametrize("rows", [3, (1,), (4, 2), (-1, 2), ("a", "b")])
-  def test_what_are_no_rows(self, rows):
+  def test_fields_without_rows(self, rows):
     with pytest.raises(UserError, match=r'"table" sets rows=.*, not \(first'):
       parse_rules([("table", {"rows": rows})])
 

@@ -57,7 +57,7 @@ def test_a_start_traces_the_model_once_to_initialise_and_once_to_train(
   assert len(traces) == 2
 
 
-def test_state_lies_where_its_parameters_lie():
+def test_state_has_the_sharding_of_its_parameters():
   def variables() -> dict:
     split = nn.with_logical_partitioning(jnp.zeros, ("embed", None))
     return {
@@ -155,7 +155,7 @@ def test_mistakes(settings, message):
     stand_in.setup(8, **settings)
 
 
-def test_averages_are_what_is_evaluated():
+def test_averages_are_evaluated():
   params = {"a": {"kernel": 1, "bias": 2}}
   state = TrainState(
     step=jnp.int32(0),

@@ -27,7 +27,7 @@ def start(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_weights_are_taken_and_the_rest_is_fresh(
+def test_weights_are_copied_and_the_rest_is_fresh(
   start: pathlib.Path, decay: float
 ) -> None:
   setup = make_setup(start, optimizer__ema_decay=decay)
@@ -64,7 +64,7 @@ def test_weights_are_taken_and_the_rest_is_fresh(
     assert x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
-def test_moving_averages_are_what_is_taken(
+def test_moving_averages_are_used(
   tmp_path: pathlib.Path, start: pathlib.Path
 ) -> None:
   setup = make_setup(start, optimizer__ema_decay=0.9)
@@ -100,7 +100,7 @@ def test_half_precision_becomes_float32(
   np.testing.assert_array_equal(table, expected, strict=True)
 
 
-def test_another_model_is_told_by_its_leaves(start: pathlib.Path) -> None:
+def test_another_model_is_rejected_by_its_leaves(start: pathlib.Path) -> None:
   setup = make_setup(start, model__encoder_layers=3)
   with pytest.raises(
     UserError,
@@ -134,7 +134,7 @@ def test_folders_without_weights(
     plan_weights(setup)
 
 
-def test_damaged_weights_are_not_taken(start: pathlib.Path) -> None:
+def test_damaged_weights_are_rejected(start: pathlib.Path) -> None:
   setup = make_setup(start)
   files = (start / "checkpoints" / str(STEP)).rglob("d/*")
   file = max(files, key=lambda path: path.stat().st_size)

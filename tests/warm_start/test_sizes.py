@@ -47,7 +47,7 @@ def test_another_number_of_queries(
   more = "" if queries < 8 else ", 4 more start fresh"
   both = min(queries, 8)
   assert notes == [
-    f'init_from="{start}": the first {both} of its 8 queries are taken{more}'
+    f'init_from="{start}": the first {both} of its 8 queries are copied{more}'
   ]
   name = "params/decoder/query_embed"
   stored = stored_in(start)
@@ -105,7 +105,7 @@ def test_renamed_dropped_and_new_parameters(
     plan_weights(setup)
 
 
-def test_fresh_and_frozen_is_told(start: pathlib.Path) -> None:
+def test_fresh_and_frozen_is_reported(start: pathlib.Path) -> None:
   setup = make_setup(
     start,
     init_drops=("encoder/layer_norm/.*",),
@@ -194,7 +194,7 @@ def test_another_vocabulary(
     f" {words.size} tokens were found there by name,"
   )
   assert notes[0].endswith(
-    f"; to take all of its words, --config.vocabulary.source=run"
+    f"; to use all of its words, --config.vocabulary.source=run"
     f" --config.vocabulary.path={start}"
   )
 

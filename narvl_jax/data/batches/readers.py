@@ -80,7 +80,7 @@ class TrainReader:
     rng = None
     if task.augments:
       # A function of the position in the order: every epoch changes a record
-      # anew, and so does a resumed run.
+      # again, and so does a resumed run.
       rng = np.random.default_rng([*self._words[draw.entry], draw.position, 1])
     return self._batcher.prepare(record, task, index=index, rng=rng)
 

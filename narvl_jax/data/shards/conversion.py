@@ -38,7 +38,7 @@ from narvl_jax.terminal.text import show
 
 _ORIENTATION_NOTES = {
   "ignore": (
-    "they were stored as their pixels lie; --exif_orientation=apply turns them"
+    "they were stored without rotation; --exif_orientation=apply turns them"
     " upright"
   ),
   "apply": "they were turned upright",

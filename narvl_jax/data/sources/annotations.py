@@ -160,6 +160,6 @@ class AnnotatedSource(RecordSource):
         f' "{missing[0]}"; the file has {len(self._annotations)}, such as'
         f' "{known}". Name the file of the split "{self.split}" by'
         f" --config.data.evaluation.{self._name}.annotations= (evaluate:"
-        " --annotations=); {split} in its name stands for the split"
+        " --annotations=); {split} in its name is replaced by the split"
       )
     self._checked |= set(new)

@@ -32,7 +32,7 @@ class ArrayRecordSource(RecordSource):
 
   Attributes:
     upright: pictures were converted with `--exif_orientation=apply`; they are
-      turned upright whatever the setting of the run.
+      turned upright with any setting of the run.
   """
 
   def __init__(

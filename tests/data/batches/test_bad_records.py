@@ -90,7 +90,7 @@ def _spread_faults() -> dict[int, Any]:
 def test_one_record_of_each_kind() -> None:
   faults = _spread_faults()
   source = _source(60, faults)
-  # A record that was used tells that the code works.
+  # A record that was used shows that the code works.
   for start in (0, 1):
     reader = RecordReader(source, "x")
     for index in range(start, 60):
@@ -236,7 +236,7 @@ def test_training_counts_and_replaces_them(
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("count", [3, 500])
-def test_training_tells_a_defect(
+def test_training_reports_a_defect(
   model_tasks: dict[str, Any], workers: int, count: int
 ) -> None:
   faults = dict.fromkeys(range(count), TypeError("a defect of ours"))
@@ -247,7 +247,7 @@ def test_training_tells_a_defect(
 
 
 @pytest.mark.parametrize("rows", [[0, 1], [7]])
-def test_evaluation_tells_a_defect_on_every_host(
+def test_evaluation_reports_a_defect_on_every_host(
   model_tasks: dict[str, Any], rows: list[int]
 ) -> None:
   faults = dict.fromkeys(range(50), RuntimeError("a defect of ours"))

@@ -70,7 +70,7 @@ def _run_dying(tmp_path: pathlib.Path, mode: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
   "mode", ["worker dies", "worker of large batches dies"]
 )
-def test_a_dead_worker_is_told(tmp_path: pathlib.Path, mode: str) -> None:
+def test_a_dead_worker_is_reported(tmp_path: pathlib.Path, mode: str) -> None:
   """A worker killed while sending must not leave half of a message."""
   with _run_dying(tmp_path, mode) as process:
     out, err = process.communicate("", timeout=120)
@@ -124,7 +124,7 @@ def _alive(pid: int) -> bool:
   return status.rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_what_an_abrupt_end_leaves_is_removed_in_silence():
+def test_leftovers_of_an_abrupt_end_are_removed_in_silence():
   program = """
 import multiprocessing.shared_memory, os, sys
 from narvl_jax.data.batches.workers import quiet_cleanup

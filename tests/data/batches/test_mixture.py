@@ -66,7 +66,7 @@ def test_order_depends_on_seed_and_name_only() -> None:
 @pytest.mark.parametrize(
   "weights", [(1.0,), (1.0, 1.0), (0.5, 1.5, 3), (1, 1e-3), (7, 0, 3, 1, 2)]
 )
-def test_shares_hold_in_every_stretch(weights: tuple[float, ...]) -> None:
+def test_shares_are_kept_in_every_stretch(weights: tuple[float, ...]) -> None:
   order = _mixture(*((1000, w) for w in weights), batch_size=8)
   entries = np.asarray(_numbers(order, 60)) // 1000
   shares = np.asarray(weights) / sum(weights)
@@ -96,7 +96,7 @@ def test_weights_change_at_their_step() -> None:
   assert counts == [5, 5, 5, 0, 0, 8, 8, 8]
 
 
-def test_records_go_on_without_gaps_when_weights_change() -> None:
+def test_records_continue_without_gaps_when_weights_change() -> None:
   changing = _mixture(
     (40, ((0, 1.0), (3, 0.0), (5, 4.0), (6, 1.0))), (60, ((0, 2), (4, 1)))
   )

@@ -79,7 +79,7 @@ def test_shapes_and_types(model_tasks: dict[str, Any]) -> None:
   assert batch["image_mask"].all()
 
 
-def test_rows_hold_their_records(model_tasks: dict[str, Any]) -> None:
+def test_rows_contain_their_records(model_tasks: dict[str, Any]) -> None:
   batches = _take(_train(model_tasks), 4)
   sources = {name: NumberSource(name, 53) for name in TASKS}
   for batch in batches:
@@ -184,7 +184,7 @@ def test_bad_records_are_replaced(
         index = (index + 1) % 40
       assert batch["index"][row] == index
       assert (batch["image"][row] == index).all()
-  # Six epochs, yet each is told once.
+  # Six epochs, yet each is reported once.
   assert counter.count == len(ALL_FAULTS)
   messages = [record.getMessage() for record in caplog.records]
   assert len(messages) == len(ALL_FAULTS)
@@ -235,7 +235,7 @@ def test_nothing_but_bad_records(model_tasks: dict[str, Any]) -> None:
     next(batches)
 
 
-def test_defects_are_not_taken_for_bad_records(
+def test_defects_are_not_counted_as_bad_records(
   model_tasks: dict[str, Any],
 ) -> None:
   entries = _bad_entry({i: TypeError("a defect") for i in range(40)})

@@ -141,7 +141,7 @@ def test_every_epoch_has_each_record_once(whole: list[Any]) -> None:
   questions = [i for task, i in rows if task == 1]
   assert len(questions) >= 4 * 50
   epochs = [questions[i : i + 50] for i in range(0, 200, 50)]
-  # The next good record stands in for a bad one.
+  # The next good record replaces a bad one.
   stand_ins = sorted([*(set(range(50)) - BAD.keys()), *(i + 1 for i in BAD)])
   for epoch in epochs:
     assert sorted(epoch) == stand_ins

@@ -289,7 +289,7 @@ def test_threads_do_not_matter(model_tasks: dict[str, Any]) -> None:
   assert one["bad"] == 2
 
 
-def test_endless_sources_are_refused(
+def test_endless_sources_are_rejected(
   model_tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
   monkeypatch.setattr(inspection, "_MAX_READ", 30)

@@ -71,7 +71,7 @@ def _judge(
 def test_sideways_pictures_are_not_good(
   model_tasks: dict[str, Any], kind: str
 ) -> None:
-  """Every box fits both ways, so that only the tags tell."""
+  """Every box fits both ways, so only the tags decide."""
   pixels = samples.sideways(samples.smooth(24, 40), 6)
   source = _source([samples.encode(pixels, kind, 6)] * 40)
   figures, verdict, text = _judge(source, model_tasks["grounding"])
@@ -86,7 +86,7 @@ def test_sideways_pictures_are_not_good(
     "EXIF           40 of 40 pictures have an orientation tag;"
     " data.exif_orientation=ignore: they are read as stored"
   ) in text
-  # With the flag they are good, and the report says what is done.
+  # With the flag they are good, and the report describes it.
   source = _source([samples.encode(pixels, kind, 6)] * 40, setting="apply")
   _, verdict, text = _judge(source, model_tasks["grounding"], "apply")
   assert verdict == (check_report.GOOD, [], [])
@@ -242,7 +242,7 @@ def test_one_color() -> None:
     examine(PLAIN[:-100])
 
 
-def test_what_cannot_be_seen_is_told(model_tasks: dict[str, Any]) -> None:
+def test_invisible_characters_are_reported(model_tasks: dict[str, Any]) -> None:
   black = samples.encode(np.zeros((24, 40, 3), np.uint8))
   hidden = _drawn((0, 0, 0, 0), (0, 0, 0, 255))
   source = _source([PLAIN, black, PLAIN, hidden, PLAIN])

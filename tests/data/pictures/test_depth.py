@@ -99,7 +99,7 @@ def test_infinite_values_do_not_make_the_scale(scale: float) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.int32])
 def test_memory_is_bounded(dtype: type) -> None:
-  """Takes one byte a pixel and a few strips, not floats for all pixels."""
+  """Needs one byte a pixel and a few strips, not floats for all pixels."""
   side = 4096
   picture = Image.fromarray(np.full((side, side), 7, dtype))
   tracemalloc.start()

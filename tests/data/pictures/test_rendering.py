@@ -74,7 +74,7 @@ def test_overlay_draws_both_boxes_at_their_scaled_places():
   picture = rendering.box_overlay(
     image, (16.0, 8.0, 48.0, 40.0), target_box=(64.0, 16.0, 120.0, 60.0)
   )
-  # 128 pixels grow by 4; the legend lies below the picture.
+  # 128 pixels grow by 4; the legend is below the picture.
   for colour, box in (
     (rendering.PREDICTION_COLOUR, (64, 32, 192, 160)),
     (rendering.TARGET_COLOUR, (256, 64, 480, 240)),
@@ -134,7 +134,7 @@ def test_the_legend_is_there_for_boxes_only():
   assert min(above) < 48
 
 
-def test_titles_and_notes_take_the_lines_that_they_need():
+def test_titles_and_notes_use_the_lines_that_they_need():
   one = rendering.prediction_grid([_panel()] * 2, title="run")
   more = rendering.prediction_grid(
     [_panel()] * 2, title="a long title " * 12, note="a note"

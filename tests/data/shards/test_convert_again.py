@@ -23,7 +23,7 @@ from tests.data.converting import (
 )
 
 
-def test_killed_conversion_goes_on(tmp_path: pathlib.Path) -> None:
+def test_killed_conversion_resumes(tmp_path: pathlib.Path) -> None:
   options = [*SHAPES, "--max_examples=900", "--shards=30", "--num_workers=2"]
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   assert run(*options, f"--to={whole}").returncode == 0
@@ -58,7 +58,7 @@ def test_workers_end_with_a_killed_command(tmp_path: pathlib.Path) -> None:
   )
   assert process.stdout is not None
   process.stdout.readline()
-  # The worker has the pipe as well: it is at its end when all are gone.
+  # The worker has the pipe as well: it ends when all processes have ended.
   os.kill(process.pid, signal.SIGKILL)
   process.wait()
   process.stdout.read()
@@ -66,7 +66,9 @@ def test_workers_end_with_a_killed_command(tmp_path: pathlib.Path) -> None:
   assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_interrupted_command_says_how_to_go_on(tmp_path: pathlib.Path) -> None:
+def test_interrupted_command_prints_how_to_resume(
+  tmp_path: pathlib.Path,
+) -> None:
   # A shard takes longer than the test waits.
   options = [*SHAPES, "--max_examples=4000", "--shards=2", "--num_workers=2"]
   process = subprocess.Popen(
@@ -220,7 +222,7 @@ def test_unknown_shards_are_not_overwritten(tmp_path: pathlib.Path) -> None:
   assert path.read_text() == "mine"
 
 
-def test_only_what_differs_is_named():
+def test_only_differences_are_named():
   had = {
     "source": {
       "fingerprint": "",

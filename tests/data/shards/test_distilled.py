@@ -82,7 +82,7 @@ def test_the_answer_is_the_only_target(name: str):
     ("grounding", (60.0, 10.0, 20.0, 90.0)),
   ],
 )
-def test_what_is_no_target_leaves_the_original(name: str, value: Any):
+def test_unusable_answers_keep_the_original_target(name: str, value: Any):
   assert relabel(RECORDS[name], Label(value, -1.0), TASK[name]) is None
   made = labelled([RECORDS[name]], {0: Label(value, -1.0)})
   assert made[0] is RECORDS[name]
@@ -127,7 +127,7 @@ def test_counts_of_what_was_kept():
   assert made.counts([1])["equal"] == 0
 
 
-def test_a_request_that_was_not_answered_tells_why():
+def test_a_failed_request_reports_the_reason():
   source = [
     dataclasses.replace(RECORDS["vqa"], prompt="?"),
     dataclasses.replace(RECORDS["vqa"], image=b"torn"),
@@ -183,7 +183,7 @@ def labelled_of(source: Any, labels: dict[int, Label], name: str) -> Labelled:
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("name", TASKS)
-def test_what_was_written_is_read(folders, kind: str, name: str):
+def test_written_files_are_read(folders, kind: str, name: str):
   (found,) = distilled.distilled_sets(folders[kind], [name])
   assert (found.name, found.task, found.split) == (name, name, "train")
   labels = found.manifest.labels or {}
@@ -303,7 +303,7 @@ def test_wrong_mixtures(folders):
     common.add_distilled(config, str(folders["tsv"]))
 
 
-def test_lines_of_a_config_do_what_they_say(folders):
+def test_lines_of_a_config_work(folders):
   sets = distilled.distilled_sets(folders["tsv"])
   lines = distilled.how_to_use(folders["tsv"], sets).split("\n")
   code = [line.removeprefix("  ") for line in lines if line.startswith("  ")]
@@ -316,7 +316,7 @@ def test_lines_of_a_config_do_what_they_say(folders):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_shards_hold_any_text(
+def test_shards_contain_any_text(
   tmp_path: pathlib.Path, name: str, task: str
 ) -> None:
   """Written data can be read; TSV replaces characters beyond UTF-8."""

@@ -99,7 +99,9 @@ def test_arrays_are_stored_as_png() -> None:
     ({"prompt": object()}, "the record cannot be stored"),
   ],
 )
-def test_what_cannot_be_stored(change: dict[str, Any], message: str) -> None:
+def test_records_that_cannot_be_stored(
+  change: dict[str, Any], message: str
+) -> None:
   with pytest.raises(UserError, match=message):
     records.serialize(dataclasses.replace(FULL, **change))
 

@@ -1,4 +1,4 @@
-"""The option `path`: which files are read, and what mistakes are told."""
+"""The option `path`: which files are read, and which mistakes are reported."""
 
 import pathlib
 from typing import Any

@@ -116,7 +116,7 @@ def test_rows_of_other_tasks_are_left_out(tmp_path: pathlib.Path) -> None:
     # It names no task, though the word is there.
     {"prompt": 'what is the "task"?', "target": "2"},
     {"task": "vqa", "target": "3"},
-    # Nobody's; both say so.
+    # The row names no known task; both sources report it.
     {"task": "vqaa", "target": "4"},
     "{",
   ]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image
 
-# What stands in a row beside the picture, in the order of the file.
+# Fields of a row besides the picture, in the order of the file.
 FIELDS = {
   "caption": ["{i}", "im{i}", "a dog {i}&&two cats", "dog&&cat", "IMAGE"],
   "vqa": [

@@ -189,7 +189,7 @@ def _made_files(folder: pathlib.Path) -> None:
   (folder / "vocab.json").write_text(json.dumps(vocab))
 
 
-def test_made_files_are_good(tmp_path: pathlib.Path) -> None:
+def test_generated_files_are_valid(tmp_path: pathlib.Path) -> None:
   _made_files(tmp_path)
   size = 4 + 456 + 1 + 2 + 3 + 1
   assert _official(tmp_path, 2, 3).size == size
@@ -295,7 +295,7 @@ def test_missing_file(tmp_path: pathlib.Path, name: str) -> None:
 @pytest.mark.parametrize(
   "kind", ["folder", "pipe", "socket", "endless link", "huge", "number"]
 )
-def test_what_is_no_file_is_not_read(tmp_path: pathlib.Path, kind: str) -> None:
+def test_only_regular_files_are_read(tmp_path: pathlib.Path, kind: str) -> None:
   path = tmp_path / "vocab.json"
   replacements.replace(path, kind)
   with pytest.raises(UserError, match=r"vocab\.json"):

@@ -232,7 +232,7 @@ def test_pickle(trained: Vocabulary) -> None:
   assert copy.encode(" redder") == trained.encode(" redder")
 
 
-def test_load_refuses_changed_files(
+def test_load_rejects_changed_files(
   trained: Vocabulary, tmp_path: pathlib.Path
 ) -> None:
   trained.save(tmp_path)
@@ -256,7 +256,7 @@ def test_load_refuses_changed_files(
     Vocabulary.load(tmp_path)
 
 
-def test_words_that_a_trained_vocabulary_was_not_made_for():
+def test_words_unknown_to_a_trained_vocabulary():
   texts = [" a red circle", " how many circles are there?"] * 50
   vocabulary = Vocabulary.train(texts, 400, num_bins=8)
 

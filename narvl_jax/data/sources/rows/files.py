@@ -110,7 +110,7 @@ class RowFile(Sequence[bytes]):
       if word in kept + block:
         return True
       start += len(block)
-      # The word may lie across two blocks.
+      # The word may span two blocks.
       kept = (kept + block)[-(len(word) - 1) :] if len(word) > 1 else b""
     return False
 

@@ -130,7 +130,7 @@ def _count(draws: Draws, label: str) -> Draft | None:
     number = stated - 1
   elif label == "no":
     number = stated + draws.pick((-1, 1) if stated < limit else (-1,))
-    # More than stated are visible: false, whatever the screen hides.
+    # More than stated are visible: false, with any hidden objects.
     screen = number > stated and draws.chance(0.5)
   total = number + draws.below(max(1, limit - screen - number + 1))
   attribute = draws.pick(("shape", "color"))

@@ -158,7 +158,7 @@ def make_selector(
   each_depth = max(depths, default=0)
   if each_depth > _MAX_SEQUENCES:
     raise UserError(
-      f'tfds: "{each}" lies in {each_depth} sequences; options.each may be in'
+      f'tfds: "{each}" is in {each_depth} sequences; options.each may be in'
       f" at most {_MAX_SEQUENCES}"
     )
   leaves = {

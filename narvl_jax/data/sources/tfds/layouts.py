@@ -78,14 +78,14 @@ def counter(selectors: Mapping[str, Selector], each: str) -> Selector | None:
   """Returns the selector whose elements are the records; None without `each`.
 
   Raises:
-    UserError: no field lies in the sequence.
+    UserError: no field is in the sequence.
   """
   if not each:
     return None
   found = max(selectors.values(), key=lambda selector: selector.common)
   if not found.is_element:
     raise UserError(
-      f'tfds: no field lies in options.each="{each}"; set options.each or'
+      f'tfds: no field is in options.each="{each}"; set options.each or'
       " options.fields"
     )
   return found
@@ -105,7 +105,7 @@ def box_format_of(box: Selector | None, given: str) -> str:
   found = given or (box.box_format if box else "")
   if box is not None and not found:
     raise UserError(
-      f'tfds: the feature "{box.path}" does not say how it gives a box;'
+      f'tfds: the feature "{box.path}" does not state the format of its box;'
       f" set options.box_format to one of {', '.join(BOX_FORMATS)} (REL_: as"
       " shares of the picture, others in pixels)"
     )

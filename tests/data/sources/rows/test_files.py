@@ -74,7 +74,7 @@ def test_access(path: pathlib.Path) -> None:
       rows[index]
 
 
-def test_oddities_are_told_once(
+def test_oddities_are_reported_once(
   path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
   path.write_bytes(b"\xef\xbb\xbfa\r\nb\nc\n\n\r\nd\n\n\n")
@@ -103,7 +103,7 @@ def test_changed_file(path: pathlib.Path) -> None:
   with pytest.raises(UserError, match=message):
     # Its rows are not even counted.
     len(pickle.loads(state))
-  # Written anew with the same size: the time tells.
+  # Written again with the same size: the time differs.
   path.write_bytes(b"a\nb\n")
   rows = RowFile(path)
   path.write_bytes(b"aab\n")

@@ -41,7 +41,7 @@ def test_index_is_built_once(
   assert list(RowFile(path)) == [b"a", b"b"]
   assert len(builds) == 1
   assert sorted(os.listdir(path.parent)) == ["rows.tsv", "rows.tsv.rows.idx"]
-  # Only the time of change tells these apart.
+  # Only the time of change distinguishes these.
   path.write_bytes(b"a\n\nb")
   path.write_bytes(b"\nab\n")
   os.utime(path, ns=(1, 1))

@@ -349,7 +349,7 @@ def test_another_process_without_tensorflow(
       "grounding",
       "train",
       {"fields": {"image": "photo", "prompt": "question", "box": "xywh"}},
-      '"xywh" does not say.*options.box_format to one of REL_YXYX',
+      '"xywh" does not state.*options.box_format to one of REL_YXYX',
     ),
     (
       REFCOCO,
@@ -364,7 +364,7 @@ def test_another_process_without_tensorflow(
       "caption",
       "train",
       {"each": "objects"},
-      'no field lies in options.each="objects"',
+      'no field is in options.each="objects"',
     ),
   ],
 )
