@@ -10,7 +10,7 @@ set -euo pipefail
 # shellcheck source=launch/lib/common.sh
 . "$(dirname "$0")/lib/common.sh"
 
-number processes required "How many processes."
+number processes required "Number of processes."
 number devices 0 "Fake CPU devices of each process; 0: the real devices."
 number port 0 "Port of process 0 on 127.0.0.1; 0: a free one."
 flag python python "Python with narvl_jax installed."
@@ -74,7 +74,7 @@ start() {  # PROCESS PORT
   fi
 }
 
-xla_flags() {  # XLA_FLAGS with the number of devices that --devices asks for
+xla_flags() {  # XLA_FLAGS with the number of devices of --devices
   local word words=
   for word in ${XLA_FLAGS-}; do
     if [[ $word != --xla_force_host_platform_device_count=* ]]; then

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPUs that a queued resource asks for, one slice or several.
+# Trains on Cloud TPUs of a queued resource, one slice or several.
 #
-# create -> wait -> copy -> install -> set up -> train -> logs [-> delete]. A request
-# that exists is used again, one that failed or was suspended is requested again.
-# LOG_DIR/attempt-N/ gets the output as it comes (stream.log) and the log of
+# create -> wait -> copy -> install -> set up -> train -> logs [-> delete]. An
+# existing request is reused; a failed or suspended one is requested again.
+# LOG_DIR/attempt-N/ gets the output of the attempt (stream.log) and the log of
 # each host. Example, two slices:
 #   launch/queued_resource.sh --name=narvl --zone=us-west4-a \
 #     --project=my-project --accelerator_type=v5litepod-256 \
@@ -20,10 +20,10 @@ flag zone required "Zone, such as us-west4-a."
 flag project required "Google Cloud project."
 flag accelerator_type required "Type and size of a slice: v5litepod-256."
 flag version required "Runtime version, such as v2-alpha-tpuv5-lite."
-number num_slices 1 "How many slices of that type."
+number num_slices 1 "Number of slices of that type."
 switch spot "Cheaper; may be preempted at any time."
-number wait_seconds 86400 "How long to wait for the TPUs."
-number poll_seconds 30 "How often to look while waiting."
+number wait_seconds 86400 "Seconds to wait for the TPUs."
+number poll_seconds 30 "Seconds between checks while waiting."
 flag setup_command "" "Runs on every host before training: mount a folder."
 switch delete "Delete the TPUs at the end, also after a failure or a stop."
 common_flags launch_logs/queued_resource
@@ -50,7 +50,7 @@ DELETE=("${GCLOUD[@]}" delete "$NAME" "${PLACE[@]}" --force --quiet)
 
 create_pod() {
   local state deadline=$((SECONDS + ${FLAG[wait_seconds]}))
-  stage "ask for $NAME, unless it is there already; wait until it is ACTIVE"
+  stage "request $NAME unless it exists; wait until it is ACTIVE"
   if is_on dry_run; then
     run "${DESCRIBE[@]}" && new_pod && run "${DESCRIBE[@]}"
     return
@@ -61,7 +61,7 @@ create_pod() {
       ACTIVE) return ;;
       "") new_pod || return ;;
       FAILED | SUSPENDED)
-        say "$NAME is $state; it is deleted, the next attempt asks again"
+        say "$NAME is $state; it is deleted, the next attempt requests it again"
         delete_pod && return 1 || return ;;
       *) say "$NAME is $state" ;;
     esac

@@ -14,9 +14,9 @@ set -euo pipefail
 
 flag mode sbatch "sbatch: queue a job; srun: run now, in an allocation."
 flag job_name narvl_jax "Jobs of the same name run one after the other."
-number nodes required "How many nodes."
+number nodes required "Number of nodes."
 number processes_per_node 1 "Processes on each node; one per GPU is usual."
-number gpus_per_node 0 "GPUs of each node; 0: do not ask for any."
+number gpus_per_node 0 "GPUs of each node; 0: request none."
 flag time "" "Time limit, such as 24:00:00."
 flag partition "" "Partition."
 flag account "" "Account."

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU VM or pod.
 #
-# create -> copy -> install -> set up -> train -> logs [-> delete]. A pod that exists is
-# used again, one that was preempted is created again. LOG_DIR/attempt-N/ gets the
-# output as it comes (stream.log) and the log of each host.
+# create -> copy -> install -> set up -> train -> logs [-> delete]. An existing pod is
+# reused, a preempted one is created again. LOG_DIR/attempt-N/ gets the output of
+# the attempt (stream.log) and the log of each host.
 # Example:
 #   launch/tpu_vm.sh --name=narvl --zone=us-west4-a --project=my-project \
 #     --accelerator_type=v5litepod-16 --version=v2-alpha-tpuv5-lite -- \

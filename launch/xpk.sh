@@ -17,11 +17,11 @@ flag workload required "Name of the workload."
 flag zone required "Zone, such as us-west4-a."
 flag project required "Google Cloud project."
 flag tpu_type required "Type and size of a slice, such as v5litepod-256."
-number num_slices 1 "How many slices of that type."
+number num_slices 1 "Number of slices of that type."
 flag docker_image "" "Image that has narvl_jax and jax for TPU."
 flag base_docker_image "" "Or: image with Python, to which xpk adds the code."
-number wait_seconds 86400 "How long to wait until the pods run."
-number poll_seconds 10 "How often to look while waiting."
+number wait_seconds 86400 "Seconds to wait until the pods run."
+number poll_seconds 10 "Seconds between checks while waiting."
 common_flags launch_logs/xpk
 parse_flags "$@"
 at_least_one num_slices poll_seconds
@@ -48,7 +48,7 @@ attempt() {
 
 create_workload() {
   local state=
-  stage "create $WORKLOAD, unless it is there already; xpk list also points" \
+  stage "create $WORKLOAD unless it exists; xpk list also points" \
     "kubectl to the cluster"
   run xpk workload list "${PLACE[@]}" "--filter-by-job=$WORKLOAD" || return
   if is_on dry_run; then
@@ -61,7 +61,7 @@ create_workload() {
     *Completed | *Failed)
       say "an earlier $state; it is replaced"
       delete_workload && new_workload ;;
-    *) say "$WORKLOAD is there already" ;;
+    *) say "$WORKLOAD exists already" ;;
   esac
 }
 
@@ -101,9 +101,9 @@ follow_workload() {
     case $state in
       *Completed) return 0 ;;
       *Failed) return "$(exit_code)" ;;
-      "") say "$WORKLOAD is gone" && return 1 ;;
+      "") say "$WORKLOAD no longer exists" && return 1 ;;
     esac
-    say "the pods are not at their end; following again"
+    say "the pods still run; following again"
     pause "${FLAG[poll_seconds]}"
   done
 }

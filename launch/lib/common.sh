@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launch scripts share: flags, dry run, retries, stopping.
+# Functions of the launch scripts: flags, dry run, retries, stopping.
 #
 # A script sources this file, defines its flags with `flag`, `number` and
 # `switch`, calls `parse_flags "$@"` and then runs its stages. It may redefine
@@ -12,7 +12,7 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 # Each background command gets a process group of its own. So Ctrl-C reaches
-# only the script, which then decides what is stopped and in which order.
+# only the script, which then stops processes in the right order.
 set -m
 
 SCRIPT=launch/$(basename "$0")
@@ -35,7 +35,7 @@ switch() { flag "$1" false "$2" switch; }
 
 common_flags() {  # DEFAULT_LOG_DIR
   flag log_dir "$1/$(date +%Y%m%d-%H%M%S)" "Folder for the logs of all hosts."
-  number retries 3 "How often a failed attempt is repeated."
+  number retries 3 "Number of retries of a failed attempt."
   number backoff_seconds 10 "Wait before the first retry; doubles each time."
   number grace_seconds 300 "On stop: seconds from TERM to KILL, for the save."
   switch dry_run "Print the commands, run nothing."
@@ -111,7 +111,7 @@ nearest_number() {  # VALUE FLAG
   fi
 }
 
-did_you_mean() {  # NAME: says which flag has the smallest edit distance
+did_you_mean() {  # NAME: prints the flag with the smallest edit distance
   printf '%s\n' "${FLAG_NAMES[@]}" | awk -v a="$1" '
     function min(x, y) { return x < y ? x : y }
     { n = length(a); m = length($0)
@@ -156,9 +156,9 @@ need() {  # PROGRAM HOW_TO_GET_IT
 
 # ---- The secret ----
 
-# The processes of a run prove with it that they belong together. It is passed in
-# the environment or in a file that only its owner can read: command lines are
-# visible to others and in logs.
+# With it the processes of a run prove that they belong to the run. It is passed
+# in the environment or in a file that only its owner can read: command lines
+# are visible to others and in logs.
 make_secret() {
   if is_on dry_run; then
     cat <<'END'

@@ -4,7 +4,7 @@
 #   remote.sh install          a virtual environment with narvl_jax and libtpu
 #   remote.sh run ARGUMENTS    trains; shows the output, ends with its exit code
 #   remote.sh stop SECONDS     TERM, wait for the save, KILL
-#   remote.sh reset SECONDS    stop, then forget the attempt
+#   remote.sh reset SECONDS    stop, then remove the state of the attempt
 #
 # While an attempt exists, `run` does not start another one but shows its output.
 # So a lost connection does no harm, and gcloud may repeat the command.

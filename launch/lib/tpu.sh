@@ -33,7 +33,7 @@ on_all_hosts() {  # COMMAND_LINE [WHAT_FOLLOWS]
 }
 
 stop_leftovers() {
-  stage "stop a training of an earlier launch, with a save"
+  stage "stop the training of an earlier launch, with a save"
   on_all_hosts "test ! -e $REMOTE || bash $REMOTE reset ${FLAG[grace_seconds]}"
 }
 
@@ -42,7 +42,7 @@ copy_code() {
   stage "copy the code to all hosts"
   run mkdir -p "${FLAG[log_dir]}"
   make_secret
-  # Both files hold the secret.
+  # Both files contain the secret.
   run_line "(umask 077 && printf %s \"\$NARVL_CLUSTER_SECRET\"\
  >$(quote "${FLAG[log_dir]}/cluster_secret") && : >$(quote "$archive"))" ||
     return 1

@@ -83,7 +83,7 @@ def read_line(connection: socket.socket, deadline: float) -> bytes:
   """Returns the next line.
 
   Raises:
-    OSError: the line is late or too long, or the other end is gone.
+    OSError: the line is late or too long, or the other end has closed.
   """
   line = b""
   while not line.endswith(b"\n"):

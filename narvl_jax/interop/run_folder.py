@@ -119,7 +119,7 @@ def find_vocabulary(
     return None, {"source": "official", "path": "", **counts}
   if kind is None:
     known = " nor ".join(", ".join(names) for names in files.NAMES.values())
-    raise UserError(f"--vocabulary={folder} holds neither {known}")
+    raise UserError(f"--vocabulary={folder} contains neither {known}")
   with _flags_of_convert():
     vocabulary = Vocabulary.from_files(kind, paths[kind], **counts)
   # OFA predicts no blank.
