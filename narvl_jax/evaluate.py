@@ -119,7 +119,7 @@ def evaluate(
     max_examples = settings.max_examples
   decodings = decodings_lib.decodings_for(experiment, options.decoding)
   tasks = options.tasks or decodings
-  decodings_lib.check_answers_heeded(
+  decodings_lib.check_answers_used(
     {k: v for k, v in decodings.items() if k in tasks}, options.answers
   )
   check_folder("--workdir", workdir)

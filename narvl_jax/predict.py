@@ -104,7 +104,7 @@ def predict(
   if options.answers:
     experiment = with_answers(experiment, options.answers)
   decodings = decodings_lib.decodings_for(experiment, options.decoding)
-  decodings_lib.check_answers_heeded({name: decodings[name]}, options.answers)
+  decodings_lib.check_answers_used({name: decodings[name]}, options.answers)
   decoding_name = decodings_lib.decoding_name(options.decoding, options.answers)
   temperatures, note = read_temperatures(workdir, step, decoding_name)
   with progress.doing("compiling the model and answering"):

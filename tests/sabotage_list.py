@@ -167,7 +167,7 @@ SABOTAGES = (
     "tests/checkpointing/test_writing.py::test_state_comes_back_exactly[True]",
   ),
   Sabotage(
-    "the optimizer starts anew",
+    "the optimizer starts again",
     "narvl_jax/checkpointing/reading.py",
     'opt_state=read["optimizer"]["opt_state"],',
     "opt_state=jax.tree.map("

@@ -255,7 +255,7 @@ class Checkpoints(StoredCheckpoints):
     if reason is None:
       kind = type(error).__name__
       return RuntimeError(f"{what}: {kind}: {' '.join(str(error).split())}")
-    then = f"resumes from step {saved[-1]}" if saved else "starts anew"
+    then = f"resumes from step {saved[-1]}" if saved else "starts from step 0"
     return UserError(
       f"{what}: {reason}, and run the same command again: it {then}"
     )

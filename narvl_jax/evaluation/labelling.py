@@ -24,7 +24,7 @@ from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.hosts import distributed
 from narvl_jax.parallel import make_mesh, replicated
 from narvl_jax.prediction.decodings import (
-  check_answers_heeded,
+  check_answers_used,
   decodings_for,
 )
 from narvl_jax.prediction.predictor import Predictor
@@ -87,7 +87,7 @@ class Labeller:
       self._set_answers(answers)
     self._experiment = build_in(self.config, self.workdir)
     self._decodings = decodings_for(self._experiment, decoding)
-    check_answers_heeded(self._decodings, answers)
+    check_answers_used(self._decodings, answers)
     self._tasks: set[str] = set()
     self.answered = 0
     self.seconds = 0.0

@@ -86,11 +86,11 @@ def decodings_for(
     name: _decoding(experiment, name, method, given)
     for name in experiment.tasks
   }
-  _check_heeded(experiment, method, given, decodings)
+  _check_effect(experiment, method, given, decodings)
   return decodings
 
 
-def _check_heeded(
+def _check_effect(
   experiment: Experiment,
   method: str,
   given: Mapping[str, Any],
@@ -104,17 +104,15 @@ def _check_heeded(
         f"--{name}={value} is for autoregressive models, but this run answers"
         f" in parallel; leave --{name} out"
       )
-    heeded_by = _HEEDED_BY.get(name)
-    if heeded_by and used and used.isdisjoint(heeded_by):
+    used_by = _HEEDED_BY.get(name)
+    if used_by and used and used.isdisjoint(used_by):
       raise UserError(
         f"--{name}={value} changes nothing with --decoding={method}; add"
-        f" --decoding={heeded_by[0]}, or leave --{name} out"
+        f" --decoding={used_by[0]}, or leave --{name} out"
       )
 
 
-def check_answers_heeded(
-  decodings: Mapping[str, Decoding], answers: str
-) -> None:
+def check_answers_used(decodings: Mapping[str, Decoding], answers: str) -> None:
   """Checks that a list of answers has an effect.
 
   Args:

@@ -52,7 +52,7 @@ def prepare(
   Args:
     datasets: datasets of a config that was validated.
     workdir: the run folder; the vocabulary of a run in it is used.
-    resumes: whether it holds a run.
+    resumes: whether it contains a run.
 
   Raises:
     UserError: something that the config names is missing or wrong.

@@ -166,7 +166,7 @@ def test_a_folder_removed_during_a_save_is_not_created_again(
     monkeypatch.setattr(handler, "async_save", vanish_and_save)
   elif moment == "finalize":
     monkeypatch.setattr(handler, "finalize", vanish_and_finalize)
-  resumes = "resumes from step 6" if how == "rename" else "starts anew"
+  resumes = "resumes from step 6" if how == "rename" else "starts from step 0"
   with Checkpoints(run, keep_last=2) as checkpoints:
     if moment == "before":
       vanish()

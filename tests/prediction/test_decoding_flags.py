@@ -17,7 +17,7 @@ from narvl_jax.experiment.experiment import resolve_model_config
 from narvl_jax.models import make_model
 from narvl_jax.prediction.answer_list import with_answers
 from narvl_jax.prediction.decodings import (
-  check_answers_heeded,
+  check_answers_used,
   decoding_name,
   decodings_for,
 )
@@ -134,12 +134,12 @@ def test_settings_that_affect_some_task(
 
 def test_answers_without_effect() -> None:
   with pytest.raises(UserError, match=r'="a.txt" is for vqa; the task is capt'):
-    check_answers_heeded({"caption": Decoding(constrained=True)}, "a.txt")
+    check_answers_used({"caption": Decoding(constrained=True)}, "a.txt")
   with pytest.raises(UserError, match=r"nothing with --decoding=beam alone; "):
-    check_answers_heeded({"vqa": Decoding("beam")}, "a.txt")
-  for heeded in (Decoding(constrained=True), Decoding("candidates")):
-    check_answers_heeded({"caption": Decoding(), "vqa": heeded}, "a.txt")
-  check_answers_heeded({"vqa": Decoding()}, "")
+    check_answers_used({"vqa": Decoding("beam")}, "a.txt")
+  for used in (Decoding(constrained=True), Decoding("candidates")):
+    check_answers_used({"caption": Decoding(), "vqa": used}, "a.txt")
+  check_answers_used({"vqa": Decoding()}, "")
 
 
 @pytest.mark.parametrize("command", ["evaluate", "distill"])

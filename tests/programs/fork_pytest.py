@@ -4,7 +4,7 @@
 
 Each line of the input is a JSON list of pytest's arguments. They are used in a
 process of their own, forked after the import of the modules, so that the
-folder's code is imported anew, and killed after SECONDS. The exit code is
+folder's code is imported again, and killed after SECONDS. The exit code is
 printed as a line.
 """
 
