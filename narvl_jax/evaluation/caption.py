@@ -34,7 +34,7 @@ def token_f1(prediction: str, reference: str) -> float:
 
 
 class CaptionMatch(MeanMetric):
-  """Exact match and token F1; both heed letter case, not punctuation."""
+  """Exact match and token F1; case counts, punctuation does not."""
 
   names = ("exact_match", "token_f1")
 

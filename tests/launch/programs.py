@@ -58,7 +58,7 @@ def starts() -> int:
 
 
 def train() -> None:
-  """Trains: by plan ends with a code, hangs, or does not heed TERM."""
+  """Trains: by plan ends with a code, hangs, or ignores TERM."""
   who = HOST
   for argument in ARGUMENTS:
     if argument.startswith("--process_id="):
