@@ -5,10 +5,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from narvl_jax.models.attention import ones_init, zeros_init
 from narvl_jax.models.sizes import ModelConfig
-from narvl_jax.parallel.constraints import constrain, gathered
+from narvl_jax.parallel.constraints import constrain, gathered, platform
 
 _EPSILON = 1e-5
 _MOMENTUM = 0.1
@@ -16,13 +17,19 @@ _MOMENTUM = 0.1
 _AXES = ("conv_height", "conv_width", "conv_in", "conv_out")
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
+# The backward pass keeps these of a bottleneck and recomputes the rest, which
+# is cheaper than reading it from memory.
+_KEPT = jax.checkpoint_policies.save_only_these_names("conv", "statistics")
+
 
 class BatchNorm(nn.Module):
   """Batch normalisation with PyTorch's running statistics.
 
   Normalises with the biased variance and updates the running variance with
   the unbiased one; Flax's layer uses the biased one for both. If the batch is
-  sharded, the statistics are those of the global batch.
+  sharded, the statistics are those of the global batch. They are computed in
+  one pass, as moments about the running mean, so that a large mean does not
+  cancel the digits of the variance.
   """
 
   config: ModelConfig
@@ -36,9 +43,12 @@ class BatchNorm(nn.Module):
     mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
     var = self.variable("batch_stats", "var", jnp.ones, (channels,))
     if train and self.config.batch_norm == "batch":
-      wide = x.astype(jnp.float32)
-      batch_mean = wide.mean((0, 1, 2))
-      batch_var = jnp.square(wide - batch_mean).mean((0, 1, 2))
+      shifted = x.astype(jnp.float32) - mean.value
+      first = checkpoint_name(shifted.mean((0, 1, 2)), "statistics")
+      second = jnp.square(shifted).mean((0, 1, 2))
+      second = checkpoint_name(second, "statistics")
+      batch_mean = mean.value + first
+      batch_var = jnp.maximum(second - jnp.square(first), 0.0)
       if not self.is_initializing():
         count = x.size // channels
         unbiased = batch_var * (count / max(count - 1, 1))
@@ -84,13 +94,19 @@ class Conv(nn.Module):
       (self.size, self.size, x.shape[-1], self.features),
     )
     padding = self.size // 2 if self.padding is None else self.padding
-    x = jax.lax.conv_general_dilated(
-      x,
-      gathered(kernel, x.dtype, *_AXES),
-      (self.stride, self.stride),
-      [(padding, padding)] * 2,
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    kernel = gathered(kernel, x.dtype, *_AXES)
+    if self.size == 1:
+      # The kernel's gradient as a convolution is slow on CPUs.
+      x = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+    else:
+      x = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (self.stride, self.stride),
+        [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      )
+    x = checkpoint_name(x, "conv")
     if self.use_bias:
       bias = self.param("bias", zeros_init("conv_out"), (self.features,))
       x += gathered(bias, x.dtype, "conv_out")
@@ -131,9 +147,17 @@ class ResNet(nn.Module):
     """Maps an image [B, H, W, 3] in [-1, 1] to features [B, H/16, W/16, C].
 
     The blocks of a stage after the first are identical. They run as one scan,
-    so that compile time does not grow with depth.
+    so that compile time does not grow with depth. Training on a CPU unrolls
+    it, because XLA's fast convolutions are not available within a loop there.
     """
     cfg = self.config
+    unroll = train and platform() == "cpu"
+    # On CPUs, XLA schedules what should be recomputed into the forward pass.
+    block = (
+      Bottleneck
+      if unroll
+      else nn.remat(Bottleneck, policy=_KEPT, prevent_cse=False)
+    )
     x = Conv(cfg, cfg.resnet_width, 7, 2, name="conv1")(image.astype(cfg.dtype))
     x = nn.relu(BatchNorm(cfg, name="bn1")(x, train))
     padding: Any = [(1, 1), (1, 1)]  # Flax annotates it as str only.
@@ -142,13 +166,14 @@ class ResNet(nn.Module):
       features = cfg.resnet_width * 2**stage
       stride = 1 if stage == 0 else 2
       name = f"layer{stage + 1}"
-      x, _ = Bottleneck(cfg, features, stride, train, name=f"{name}_first")(x)
+      x, _ = block(cfg, features, stride, train, name=f"{name}_first")(x)
       if blocks > 1:
         rest = nn.scan(
-          Bottleneck,
+          block,
           variable_axes={"params": 0, "batch_stats": 0},
           split_rngs={"params": True},
           length=blocks - 1,
+          unroll=blocks - 1 if unroll else 1,
           metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x, _ = rest(cfg, features, 1, train, name=f"{name}_rest")(x, None)

@@ -85,6 +85,16 @@ def per_device(x: jax.Array, *names: str | None) -> jax.Array:
   return constrain(x, "batch", *names)
 
 
+def platform() -> str:
+  """Returns "cpu", "gpu" or "tpu": what the traced program will run on.
+
+  Under a mesh it is that of its devices, which may be described only, as for
+  ahead-of-time compilation; otherwise the default backend.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _gather(
   weight: jax.Array,
