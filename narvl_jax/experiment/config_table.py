@@ -9,6 +9,7 @@ from narvl_jax.experiment.setting import Change, Setting
 from narvl_jax.metrics.vqa import RULES
 from narvl_jax.models import SIZES
 from narvl_jax.models.sizes import (
+  ATTENTIONS,
   BATCH_NORM_MODES,
   DECODERS,
   IMAGE_ENCODERS,
@@ -95,6 +96,12 @@ KEYS: dict[str, Setting] = {
     "What the backward pass recomputes: nothing, all but matrix products, or"
     " every layer.",
     REMAT_POLICIES,
+  ),
+  "model.attention": _model(
+    str,
+    "How the encoder attends: xla, blocks (less memory), pallas (kernel for"
+    " TPU), cudnn (GPU, not run yet); auto: pallas on TPU, otherwise xla.",
+    ATTENTIONS,
   ),
   "model.scan_unroll": _model(int, "Layers per iteration of the layer scan."),
   "model.init_stddev": _model(

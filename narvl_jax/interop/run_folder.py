@@ -221,7 +221,7 @@ def _place(tree: dict[str, Any]) -> None:
 def _check_same(made: ModelConfig, wanted: ModelConfig) -> None:
   """Raises UserError if settings that shape the parameters differ."""
   free = {"dtype", "dropout", "encoder_drop_path", "decoder_drop_path"}
-  free |= {"batch_norm", "remat", "scan_unroll", "init_stddev"}
+  free |= {"attention", "batch_norm", "init_stddev", "remat", "scan_unroll"}
   if wanted.decoder == "autoregressive":
     free.add("num_queries")
   for name, value in vars(wanted).items():

@@ -4,14 +4,13 @@ Tables and biases have a leading axis G of copies, one for each part of the
 batch (`parallel.constraints.per_device`).
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from narvl_jax.kernels import relative_bias as kernels
 from narvl_jax.models import positions
-from narvl_jax.parallel.constraints import constrain
+from narvl_jax.models.sizes import ModelConfig
+from narvl_jax.parallel.constraints import constrain, on_shards, platform
 
 
 def token_bias(table: jax.Array, length: int, bucket_size: int) -> jax.Array:
@@ -35,10 +34,9 @@ def image_bias(
 ) -> jax.Array:
   """Returns the bias of pairs of image tokens on a grid.
 
-  Row and column distances are expanded by products with one-hot arrays. The
-  result equals a lookup of all pairs (`positions.image_buckets`), but at 480
-  pixels a lookup would gather 810,000 rows, and its gradient would scatter as
-  many, which an accelerator does one by one.
+  It is made of slices. At 480 pixels a lookup of all pairs
+  (`positions.image_buckets`) would gather 810,000 rows, and its gradient would
+  scatter as many, which an accelerator does one by one.
 
   Args:
     table: [G, R, H], a bias for every bucket and head.
@@ -49,28 +47,67 @@ def image_bias(
   Returns:
     [G, H, h * w, h * w].
   """
-  copies, _, heads = table.shape
-  side = 2 * bucket_size - 1
-  grid = table[:, : side**2].reshape(copies, side, side, heads)
-  grid = grid[
-    :,
-    bucket_size - height : bucket_size + height - 1,
-    bucket_size - width : bucket_size + width - 1,
-  ]
-  expand = functools.partial(
-    jnp.einsum,
-    precision=jax.lax.Precision.HIGHEST,
-    preferred_element_type=table.dtype,
+  rows = image_rows(table, height, width, bucket_size)
+  bias = jnp.concatenate(
+    [
+      rows[..., start * width : (start + height) * width]
+      for start in reversed(range(height))
+    ],
+    axis=2,
   )
-  rows = expand("grch,qkr->ghqkc", grid, _distances(height, table.dtype))
-  bias = expand("ghqkc,xyc->ghqxky", rows, _distances(width, table.dtype))
-  tokens = height * width
-  bias = bias.reshape(copies, heads, tokens, tokens)
   return constrain(bias, "batch", "act_heads", None, None)
 
 
-def _distances(size: int, dtype: jnp.dtype) -> np.ndarray:
-  """One-hot distances [q, k, 2 size - 1]: q - k + size - 1."""
-  places = np.arange(size)
-  distance = places[:, None] - places[None, :] + size - 1
-  return np.eye(2 * size - 1, dtype=dtype)[distance]
+def image_rows(
+  table: jax.Array, height: int, width: int, bucket_size: int
+) -> jax.Array:
+  """Returns the distinct rows of `image_bias`, for one row of queries.
+
+  Returns:
+    [G, H, w, (2 h - 1) * w]: query column, row of the key minus that of the
+    query, ascending, and key column.
+  """
+  copies, _, heads = table.shape
+  n, side = bucket_size, 2 * bucket_size - 1
+  grid = table[:, : side**2].reshape(copies, side, side, heads)
+  # Distances of the key from the query, ascending.
+  grid = grid[:, n - height : n + height - 1, n - width : n + width - 1]
+  grid = grid[:, ::-1, ::-1].transpose(0, 3, 1, 2)
+  rows = jnp.stack(
+    [grid[..., start : start + width] for start in reversed(range(width))],
+    axis=2,
+  )
+  return rows.reshape(copies, heads, width, -1)
+
+
+def add_relative(
+  bias: jax.Array,
+  image_table: jax.Array,
+  text_table: jax.Array,
+  grid: tuple[int, int],
+  config: ModelConfig,
+) -> jax.Array:
+  """Adds the relative biases of image and text to a bias [G, H, S, S].
+
+  Args:
+    bias: of image tokens, then text tokens.
+    image_table: [G, R, H].
+    text_table: [G, R, H].
+    grid: (height, width) of the image in tokens.
+    config: the architecture.
+  """
+  split = grid[0] * grid[1]
+  text = token_bias(text_table, bias.shape[2] - split, config.token_bucket_size)
+  if config.attention_method == "pallas" and kernels.fits(bias):
+    rows = image_rows(image_table, *grid, config.image_bucket_size)
+    pairs = ("batch", "act_heads", None, None)
+    interpret = platform() != "tpu"
+
+    def add(bias: jax.Array, rows: jax.Array, text: jax.Array) -> jax.Array:
+      out = kernels.add_relative(bias[0], rows[0], text[0], interpret)
+      return jnp.asarray(out)[None]
+
+    return on_shards(add, (pairs, pairs, pairs), 0)(bias, rows, text)
+  image = image_bias(image_table, *grid, config.image_bucket_size)
+  bias = bias.at[:, :, :split, :split].add(image)
+  return bias.at[:, :, split:, split:].add(text)

@@ -7,11 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.parallel.constraints import platform
 
 REMAT_POLICIES = ("none", "dots", "full")
 BATCH_NORM_MODES = ("frozen", "batch")
 IMAGE_ENCODERS = ("resnet", "conv")
 DECODERS = ("parallel", "autoregressive")
+ATTENTIONS = ("auto", "xla", "blocks", "pallas", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,9 @@ class ModelConfig:
       (reference), "frozen" with the running statistics.
     remat: what the backward pass recomputes: "none", "dots" (all but matrix
       products with weights), "full" (each layer from its input).
+    attention: how the encoder computes attention: "xla" with all weights in
+      memory, "blocks" with some queries at a time, "pallas" by the kernel for
+      TPU, "cudnn" by that for GPU; "auto" is "pallas" on TPU, else "xla".
     scan_unroll: layers in one iteration of the layer scan.
     init_stddev: standard deviation of the linear maps at initialisation. With
       the reference's 0.02 a narrow model starts with uniform attention and
@@ -82,6 +87,7 @@ class ModelConfig:
   decoder_drop_path: float = 0.0
   batch_norm: str = "batch"
   remat: str = "none"
+  attention: str = "auto"
   scan_unroll: int = 1
   init_stddev: float = 0.02
   dtype: Any = jnp.float32
@@ -101,6 +107,7 @@ class ModelConfig:
       )
     for name, choices in (
       ("remat", REMAT_POLICIES),
+      ("attention", ATTENTIONS),
       ("batch_norm", BATCH_NORM_MODES),
       ("image_encoder", IMAGE_ENCODERS),
       ("decoder", DECODERS),
@@ -111,6 +118,15 @@ class ModelConfig:
           f'model.{name}="{value}" is unknown.{did_you_mean(value, choices)}'
           f" (--config.model.{name})"
         )
+
+    if self.attention == "cudnn" and (
+      jnp.dtype(self.dtype) == jnp.float32 or self.head_width > 120
+    ):
+      raise UserError(
+        f'model.attention="cudnn" does not take heads of {self.head_width} in'
+        f" {jnp.dtype(self.dtype).name}, only of at most 120 in bfloat16;"
+        ' nearest: "blocks" (--config.model.attention)'
+      )
 
   def _check_numbers(self) -> None:
     """Raises UserError for a count below 1 or a rate outside [0, 1)."""
@@ -154,6 +170,13 @@ class ModelConfig:
   def head_width(self) -> int:
     """Width d of one attention head."""
     return self.width // self.num_heads
+
+  @property
+  def attention_method(self) -> str:
+    """`attention`, with "auto" resolved for the platform of the program."""
+    if self.attention != "auto":
+      return self.attention
+    return "pallas" if platform() == "tpu" else "xla"
 
   @property
   def padded_vocab_size(self) -> int:

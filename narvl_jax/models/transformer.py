@@ -11,12 +11,13 @@ from narvl_jax.models.attention import (
   Attend,
   Attention,
   KeyValue,
+  attend_by,
   attend_to,
   layer_norm,
   normal_init,
   zeros_init,
 )
-from narvl_jax.models.relative_bias import image_bias, token_bias
+from narvl_jax.models.relative_bias import add_relative, token_bias
 from narvl_jax.models.sizes import ModelConfig
 from narvl_jax.parallel.constraints import constrain, gathered, per_device
 
@@ -106,20 +107,13 @@ class EncoderLayer(nn.Module):
     cfg, rate = self.config, per_layer["drop_path"]
     branch = Branch(cfg, cfg.encoder_drop_path, self.train)
     bias = shared["position_bias"]
-    height, width = self.grid
-    split = height * width
     image, text = (
       per_device(per_layer[name].astype(bias.dtype), None, "heads")
       for name in ("image_table", "token_table")
     )
-    bias = bias.at[:, :, :split, :split].add(
-      image_bias(image, height, width, cfg.image_bucket_size)
-    )
-    bias = bias.at[:, :, split:, split:].add(
-      token_bias(text, bias.shape[-1] - split, cfg.token_bucket_size)
-    )
+    bias = add_relative(bias, image, text, self.grid, cfg)
     h = layer_norm(cfg, "self_attn_layer_norm")(x)
-    attend = attend_to(bias, shared["key_mask"])
+    attend = attend_by(cfg.attention_method, bias, shared["key_mask"])
     h = Attention(cfg, name="self_attn")(h, None, attend)
     x = x + branch(layer_norm(cfg, "attn_ln")(h), rate)
     h = layer_norm(cfg, "final_layer_norm")(x)

@@ -6,6 +6,7 @@ They have no effect unless the program is traced under `jax.set_mesh` and
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -93,6 +94,33 @@ def platform() -> str:
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.default_backend() if device is None else device.platform
+
+
+def on_shards(
+  function: Callable[..., jax.Array],
+  inputs: Sequence[tuple[str | None, ...]],
+  output: int,
+) -> Callable[..., jax.Array]:
+  """Runs a function on what each device holds of its arguments.
+
+  The compiler cannot split a kernel that it did not write.
+
+  Args:
+    function: of arrays.
+    inputs: logical axes of every argument.
+    output: index of the argument that the result is split like.
+  """
+
+  def run(*arrays: jax.Array) -> jax.Array:
+    found = [_resolve(n, x.shape) for n, x in zip(inputs, arrays, strict=True)]
+    specs = tuple(partition_spec(spec) for spec in found if spec is not None)
+    if not specs:
+      return function(*arrays)
+    return jax.shard_map(
+      function, in_specs=specs, out_specs=specs[output], check_vma=False
+    )(*arrays)
+
+  return run
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))

@@ -168,6 +168,8 @@ def test_rows_of_the_table(vocab: int, multiple: int, rows: int) -> None:
       "width=250 .* model.num_heads=4; nearest width: 248",
     ),
     ("tiny", {"width": 1, "num_heads": 2}, "nearest width: 2"),
+    ("tiny", {"attention": "palas"}, 'Did you mean "pallas"'),
+    ("tiny", {"attention": "cudnn"}, 'heads of 64 in float32, .*"blocks"'),
     ("tiny", {"remat": "ful"}, 'remat="ful" is unknown. Did you mean "full"'),
     ("tiny", {"batch_norm": "sync"}, "Valid: batch, frozen"),
     ("tiny", {"image_encoder": "con"}, 'mean "conv"'),

@@ -1,0 +1,1 @@
+"""Programs for the vector and matrix units of an accelerator."""
