@@ -94,7 +94,7 @@ def _summarize(
   Args:
     logits: [B, N, V].
     columns: int32 [B, L+1], at most V.
-    reduce: reduction of float32 [B, N, V] over `axis`.
+    reduce: reduction of float32 [B, N, V] over the last axis.
 
   Returns:
     The reduction and the sum over the true classes [B, N], and the logits at
@@ -103,7 +103,7 @@ def _summarize(
   z = _true_classes(logits, vocab_size, -jnp.inf)
   total = jnp.sum(_true_classes(logits, vocab_size, 0.0), axis=-1)
   gathered = jax.vmap(lambda x, c: x.at[:, c].get(mode="clip"))(logits, columns)
-  return reduce(z, axis=-1), total, gathered.astype(jnp.float32)
+  return reduce(z), total, gathered.astype(jnp.float32)
 
 
 def _summarize_by_query(
@@ -141,13 +141,13 @@ def _summarize_by_query(
   return part, total, gathered
 
 
-def _sum_exp(z: jax.Array, axis: int) -> jax.Array:
-  """Returns the sum of exp(z), NaN if a term is above exp(_LARGE).
+def _sum_exp(z: jax.Array) -> jax.Array:
+  """Returns the sum of exp(z) over classes, NaN if a term is above exp(_LARGE).
 
   On a CPU the select also keeps the exponential in a loop of XLA, which is
   faster than the library that XLA calls for sums.
   """
-  return jnp.sum(jnp.where(z <= _LARGE, jnp.exp(z), jnp.nan), axis=axis)
+  return jnp.sum(jnp.where(z <= _LARGE, jnp.exp(z), jnp.nan), axis=-1)
 
 
 def _true_classes(x: jax.Array, vocab_size: Size, fill: float) -> jax.Array:
