@@ -40,6 +40,13 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# jax writes an entry of the cache in place: a process may read half of it, and
+# then compiles. Processes of tests do not warn of that, nor do tests
+# (pyproject.toml).
+_TORN = "ignore:Error reading persistent compilation cache entry"
+if _TORN not in os.environ.get("PYTHONWARNINGS", ""):
+  others = os.environ.get("PYTHONWARNINGS", "")
+  os.environ["PYTHONWARNINGS"] = f"{others},{_TORN}".strip(",")
 
 import jax
 import pytest

@@ -14,7 +14,8 @@ def abstract_variables(
 ) -> Any:
   """Returns shapes of the variables, boxed with their logical axis names."""
   initialize = initializer(model, image_size, text_length)
-  return jax.eval_shape(initialize, jax.eval_shape(jax.random.key, 0))
+  # A real key, which has the same type as that of the initialisation.
+  return jax.eval_shape(initialize, jax.random.key(0))
 
 
 def initializer(

@@ -130,7 +130,8 @@ class Setup:
   def sharding_table(self) -> str:
     """Returns the placement of every parameter and the bytes per device."""
     mesh_shape, rules = self.mesh.shape, self.experiment.config.mesh.rules
-    boxed = self.experiment.abstract_variables()
+    with jax.set_mesh(self.mesh):  # As in `build_setup`.
+      boxed = self.experiment.abstract_variables()
     table = sharding_table(place(boxed, mesh_shape, rules), mesh_shape, rules)
     state = f"{self.state_bytes_per_device:,}"
     return f"{table}\nwhole training state: {state} bytes a device"
@@ -162,7 +163,9 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
     train.batch_size, mesh, accumulation_steps=train.accumulation_steps
   )
   image_size = tuple(data.image_size)
-  boxed = experiment.abstract_variables()
+  # Under the mesh, as the initialisation, so that both share one trace.
+  with jax.set_mesh(mesh):
+    boxed = experiment.abstract_variables()
   paths = list(flatten(meta.unbox(boxed)["params"]))
   rules = assign_rules(config.optimizer.rules, paths)
   schedule, optimizer = _make_optimizer(config, boxed["params"], rules)

@@ -12,7 +12,7 @@ from tests.support.saved import files_of, flip_bit
 def _run(folder: pathlib.Path, mode: str) -> tuple[str, ...]:
   arguments = [
     *("-m", "tests.programs.damaged_program"),
-    *(f"--folder={folder}", f"--mode={mode}", "--start_timeout=100"),
+    *(f"--folder={folder}", f"--mode={mode}", "--start_timeout=300"),
   ]
   processes = start_together(folder, arguments)
   codes = [process.wait() for process in processes]

@@ -6,12 +6,8 @@ import pytest
 from tests.support import runs
 
 STEPS = 20
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
-# A mesh takes long to compile for; the last one has all axes.
-_MOST_ARE_SLOW = [
-  *(pytest.param(shape, marks=pytest.mark.slow) for shape in MESHES[:-1]),
-  MESHES[-1],
-]
+# The axes one by one, over two processes: test_processes.py.
+ALL_AXES = (2, 2, 2)
 
 
 def _assert_equal(found: np.ndarray, expected: np.ndarray) -> None:
@@ -25,16 +21,20 @@ def one_device() -> np.ndarray:
   return runs.losses(runs.setup(), STEPS)
 
 
-@pytest.mark.parametrize("shape", _MOST_ARE_SLOW)
-def test_every_mesh_gives_the_losses_of_one_device(shape, one_device):
+@pytest.mark.parametrize(
+  ("shape", "split"),
+  [((8, 1, 1), 1), ((1, 8, 1), 8), ((1, 1, 8), 8), (ALL_AXES, 4)],
+)
+def test_parameters_are_split_not_only_the_batch(shape, split):
   run = runs.setup(shape)
-  # Parameters are split, not only the batch.
-  split = {(1, 8, 1): 8, (1, 1, 8): 8, (2, 2, 2): 4}.get(shape, 1)
   table = run.shardings.params["embed_tokens"]
   rows, width = run.abstract_state.params["embed_tokens"].shape
   shard = table.shard_shape((rows, width))
   assert shard[0] * shard[1] * split == rows * width
-  _assert_equal(runs.losses(run, STEPS), one_device)
+
+
+def test_a_mesh_gives_the_losses_of_one_device(one_device):
+  _assert_equal(runs.losses(runs.setup(ALL_AXES), STEPS), one_device)
 
 
 @pytest.mark.parametrize(
@@ -49,17 +49,21 @@ def test_micro_batches_give_the_losses_of_the_whole(shape, steps, one_device):
 
 
 @pytest.mark.parametrize(
-  "average", ["examples", pytest.param("labels", marks=pytest.mark.slow)]
+  ("average", "shape"),
+  [
+    ("examples", ALL_AXES),
+    pytest.param("labels", (2, 1, 1), marks=pytest.mark.slow),
+  ],
 )
-def test_autoregressive_twin(average):
-  """Micro-batches whose labels differ in number, on all axes of a mesh."""
+def test_autoregressive_twin(average, shape):
+  """Micro-batches whose labels differ in number, on a mesh."""
   settings = {
     "model__decoder": "autoregressive",
     "loss__label_smoothing": 0.1,
     "loss__average": average,
   }
   expected = runs.losses(runs.setup(**settings), STEPS)
-  run = runs.setup((2, 2, 2), train__accumulation_steps=2, **settings)
+  run = runs.setup(shape, train__accumulation_steps=2, **settings)
   assert run.experiment.prompted[1]
   assert not run.experiment.prompted[2]
   _assert_equal(runs.losses(run, STEPS), expected)
@@ -73,4 +77,4 @@ def test_residual_trunk():
     "model__resnet_width": 8,
   }
   expected = runs.losses(runs.setup(**settings), STEPS)
-  _assert_equal(runs.losses(runs.setup((2, 2, 2), **settings), STEPS), expected)
+  _assert_equal(runs.losses(runs.setup(ALL_AXES, **settings), STEPS), expected)

@@ -103,7 +103,7 @@ class Launcher:
   def end(
     self, process: subprocess.Popen[str]
   ) -> subprocess.CompletedProcess[str]:
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=3000)
     return subprocess.CompletedProcess(
       process.args, process.returncode, out, error
     )
@@ -139,7 +139,7 @@ class Launcher:
     for process in self._running:
       if process.poll() is None:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=30)
+        process.wait(timeout=300)
       for stream in (process.stdout, process.stderr):
         if stream is not None:
           stream.close()

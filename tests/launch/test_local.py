@@ -235,7 +235,7 @@ def _train_and_stop(
       seconds=400,
     )
     process.terminate()
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=300)
   finally:
     process.terminate()
   assert process.returncode == 143, out

@@ -22,8 +22,9 @@ from narvl_jax.reliability import session as hosts
 from narvl_jax.reliability.explain import explain_failure
 from tests.support import runs
 
-# The tensor axis of the last one spans two hosts.
-SHAPES = ((8, 1, 1), (1, 8, 1), (1, 1, 8))
+# The axis of each spans two hosts of two devices.
+SHAPES = ((4, 1, 1), (1, 4, 1), (1, 1, 4))
+STEPS = 20
 
 
 def losses(shape: tuple[int, int, int], steps: int) -> list[float]:
@@ -101,7 +102,7 @@ def _run(mode: str, folder: pathlib.Path) -> None:
   if mode == "exchange":
     _exchange(folder)
   elif mode == "losses":
-    found = [losses(shape, 20) for shape in SHAPES]
+    found = [losses(shape, STEPS) for shape in SHAPES]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"losses{index}.json").write_text(json.dumps(found))
   elif mode == "fail" and index == 1:

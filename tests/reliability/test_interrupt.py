@@ -130,14 +130,14 @@ def _stuck(where: str, busy: float = 0.0) -> subprocess.Popen:
 def test_the_main_thread_is_in_c():
   process = _stuck("outside")
   process.send_signal(signal.SIGTERM)
-  assert process.communicate(timeout=60) == ("Terminated False\n", "")
+  assert process.communicate(timeout=300) == ("Terminated False\n", "")
   assert process.returncode == 7
 
 
 def test_a_write_in_progress_is_not_interrupted():
   process = _stuck("outside", busy=2.0)
   process.send_signal(signal.SIGINT)
-  out, _ = process.communicate(timeout=60)
+  out, _ = process.communicate(timeout=300)
   assert out == "written\nKeyboardInterrupt None\n"
 
 
@@ -149,7 +149,7 @@ def test_the_main_thread_is_in_c_within_the_loop():
     "SIGTERM: stopping after this step; once more to stop at once\n"
   )
   process.send_signal(signal.SIGTERM)
-  out, _ = process.communicate(timeout=60)
+  out, _ = process.communicate(timeout=300)
   assert out == "Terminated True\n"
 
 
@@ -161,7 +161,7 @@ def test_signals_are_heard_without_a_terminal():
   process.send_signal(signal.SIGTERM)
   time.sleep(0.5)
   process.send_signal(signal.SIGTERM)
-  out, _ = process.communicate(timeout=60)
+  out, _ = process.communicate(timeout=300)
   assert out == "Terminated True\n"
 
 
@@ -247,7 +247,7 @@ def _stop_twice(folder: pathlib.Path, *more: str) -> subprocess.Popen[str]:
 
 
 def _check_end(process: subprocess.Popen[str], folder: pathlib.Path) -> None:
-  _, errors = process.communicate(timeout=200)
+  _, errors = process.communicate(timeout=300)
   # It was a segmentation fault when the interpreter ended.
   assert process.returncode == 0, errors
   (line,) = errors.splitlines()

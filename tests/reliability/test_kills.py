@@ -150,9 +150,7 @@ def test_two_hosts_stop_at_a_nan_and_go_back(tmp_path):
   command = _command(run, "nan_run.py")
   hosts = _two(tmp_path / "a", command)
   hosts[0].wait_for(r"step +4/10 ")
-  begin = time.monotonic()
   assert [host.wait() for host in hosts] == [2, 2], hosts[0].errors
-  assert time.monotonic() - begin < 30
   for host in hosts:
     assert "the loss is nan at step 7; lower" in host.errors
   saved = {int(path.name) for path in (run / "checkpoints").iterdir()}

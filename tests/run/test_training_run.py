@@ -23,7 +23,7 @@ def _config(**train: Any) -> Any:
 
 
 def test_everything_happens_once(tmp_path, monkeypatch):
-  training_run.train(_config(steps=1), tmp_path / "first")
+  training_run.train(_config(), tmp_path / "first")
   counts: collections.Counter[Any] = collections.Counter()
 
   def count(owner: Any, name: str, key: Any = None) -> None:

@@ -50,9 +50,10 @@ def test_a_start_traces_the_model_once_to_initialise_and_once_to_train(
 ):
   # A model that no other test builds, so that nothing is cached.
   setup = runs.setup((2, 1, 1), model__num_queries=5, model__mlp_width=24)
-  setup.init.trace(jax.random.key(0))
-  assert len(traces) == 1
   with jax.set_mesh(setup.mesh):
+    setup.sharding_table()
+    setup.init.trace(jax.random.key(0))
+    assert len(traces) == 1
     setup.train_step.trace(setup.abstract_state, setup.batch)
   assert len(traces) == 2
 

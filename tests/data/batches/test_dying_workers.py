@@ -73,7 +73,7 @@ def _run_dying(tmp_path: pathlib.Path, mode: str) -> subprocess.Popen[str]:
 def test_a_dead_worker_is_reported(tmp_path: pathlib.Path, mode: str) -> None:
   """A worker killed while sending must not leave half of a message."""
   with _run_dying(tmp_path, mode) as process:
-    out, err = process.communicate("", timeout=120)
+    out, err = process.communicate("", timeout=300)
   assert "UserError a process that prepares data died" in out, err
   assert "exit code -9" in out
   assert "--config.data.num_workers" in out
@@ -81,7 +81,7 @@ def test_a_dead_worker_is_reported(tmp_path: pathlib.Path, mode: str) -> None:
 
 def test_nothing_is_left_behind(tmp_path: pathlib.Path) -> None:
   with _run_dying(tmp_path, "closed") as process:
-    out, err = process.communicate("", timeout=120)
+    out, err = process.communicate("", timeout=300)
   assert process.returncode == 0
   assert err == ""
   _, *names = out.split()
