@@ -137,7 +137,7 @@ def test_start_is_quiet(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_host_ends_the_other(tmp_path):
-  command = [*_work(tmp_path, "kill"), "--heartbeat_timeout=5"]
+  command = [*_work(tmp_path, "kill"), "--heartbeat_timeout=2"]
   hosts = start_together(tmp_path, command)
   assert hosts[1].wait() == -signal.SIGKILL
   assert hosts[0].wait() == 1
