@@ -97,13 +97,13 @@ def _wait_for_save(
 @pytest.mark.slow
 def test_ten_kills(tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
-  reference = start(tmp_path, _tiny(whole, STEPS), devices=2, name="whole")
+  reference = start(tmp_path, _tiny(whole, STEPS), devices=1, name="whole")
   assert reference.wait() == 0, reference.errors
   rng = np.random.default_rng(0)
   inside = 0
   for i in range(KILLS):
     process = start(
-      tmp_path, _tiny(killed, STEPS), devices=2, name=f"killed{i}"
+      tmp_path, _tiny(killed, STEPS), devices=1, name=f"killed{i}"
     )
     _wait_for_save(process, killed, int(rng.integers(1, 3)))
     if i >= IN_A_SAVE:
@@ -113,7 +113,7 @@ def test_ten_kills(tmp_path):
     inside += bool(_unfinished(killed))
   assert inside >= 3
   assert not (killed / "checkpoints" / str(STEPS)).exists()
-  last = start(tmp_path, _tiny(killed, STEPS), devices=2, name="last")
+  last = start(tmp_path, _tiny(killed, STEPS), devices=1, name="last")
   assert last.wait() == 0, last.errors
   _assert_same_end(whole, killed, STEPS)
 
