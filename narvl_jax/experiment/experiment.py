@@ -1,5 +1,6 @@
 """An experiment: config, vocabulary, tasks and model that belong together."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from narvl_jax.data.batches.batching import Batcher
 from narvl_jax.data.example import TASKS, Record
@@ -84,12 +86,18 @@ class Experiment:
     datasets = self.datasets or DataSets(self.config)
     return datasets.evaluation(name, split)
 
-  def abstract_variables(self) -> Any:
-    """Returns the shapes of the variables, boxed with logical axis names."""
+  def abstract_variables(self, mesh: Mesh | None = None) -> Any:
+    """Returns the shapes of the variables, boxed with logical axis names.
+
+    Args:
+      mesh: under which the variables will be initialised, so that both share
+        one trace.
+    """
     data = self.config.data
-    return abstract_variables(
-      self.model, tuple(data.image_size), data.max_text_length
-    )
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+      return abstract_variables(
+        self.model, tuple(data.image_size), data.max_text_length
+      )
 
 
 def build(

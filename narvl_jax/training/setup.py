@@ -130,8 +130,7 @@ class Setup:
   def sharding_table(self) -> str:
     """Returns the placement of every parameter and the bytes per device."""
     mesh_shape, rules = self.mesh.shape, self.experiment.config.mesh.rules
-    with jax.set_mesh(self.mesh):  # As in `build_setup`.
-      boxed = self.experiment.abstract_variables()
+    boxed = self.experiment.abstract_variables(self.mesh)
     table = sharding_table(place(boxed, mesh_shape, rules), mesh_shape, rules)
     state = f"{self.state_bytes_per_device:,}"
     return f"{table}\nwhole training state: {state} bytes a device"
@@ -163,9 +162,7 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
     train.batch_size, mesh, accumulation_steps=train.accumulation_steps
   )
   image_size = tuple(data.image_size)
-  # Under the mesh, as the initialisation, so that both share one trace.
-  with jax.set_mesh(mesh):
-    boxed = experiment.abstract_variables()
+  boxed = experiment.abstract_variables(mesh)
   paths = list(flatten(meta.unbox(boxed)["params"]))
   rules = assign_rules(config.optimizer.rules, paths)
   schedule, optimizer = _make_optimizer(config, boxed["params"], rules)
