@@ -7,7 +7,7 @@ frequent, and neither the words nor the screen alone predict them.
 """
 
 from narvl_jax.data.sources.shapes import phrases, words
-from narvl_jax.data.sources.shapes.layout import place
+from narvl_jax.data.sources.shapes.layout import finish, place
 from narvl_jax.data.sources.shapes.scene import Draft, Draws, SceneObject, draft
 from narvl_jax.data.sources.shapes.vqa import (
   absent_combination,
@@ -42,22 +42,7 @@ def _finish(
   label: str,
 ) -> Draft | None:
   panel = draws.screen() if screen else None
-  objects = draws.shuffled(objects)
-  if not _place(draws, objects, panel):
-    return None
-  return draft(draws, objects, kind, hypothesis, label, screen=panel)
-
-
-def _place(
-  draws: Draws, objects: list[SceneObject], panel: SceneObject | None
-) -> bool:
-  if panel is None:
-    return place(draws, objects)
-  everything = [panel, *objects]
-  if not place(draws, everything):
-    return False
-  objects[:] = [item for item in everything if item is not panel]
-  return True
+  return finish(draws, objects, kind, hypothesis, label, panel)
 
 
 def _objects(draws: Draws, screen: bool) -> list[SceneObject]:
@@ -161,7 +146,7 @@ def _relation(draws: Draws, label: str) -> Draft | None:
     return None
   panel = draws.screen() if screen else None
   objects = draws.shuffled(objects)
-  if not _place(draws, objects, panel):
+  if not place(draws, objects, panel):
     return None
   names = phrases.say(focus, full), phrases.say(other, full)
   # An unseen object can only be behind the screen.

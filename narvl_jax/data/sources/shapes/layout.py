@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from narvl_jax.data.sources.shapes.scene import Draws, SceneObject
+from narvl_jax.data.sources.shapes.scene import Draft, Draws, SceneObject, draft
 
 # Largest part of an object's box that later objects may cover, and the
 # largest intersection over union of two boxes.
@@ -18,8 +18,27 @@ MAX_IOU = 0.15
 _TRIES = 200
 
 
-def place(draws: Draws, objects: list[SceneObject]) -> bool:
-  """Sets x and y of the objects; False when no room was found.
+def finish(
+  draws: Draws,
+  objects: list[SceneObject],
+  kind: str,
+  prompt: str | None,
+  answer: str,
+  panel: SceneObject | None = None,
+) -> Draft | None:
+  """Shuffles and places objects; None without a prompt, or without room."""
+  if prompt is None:
+    return None
+  objects = draws.shuffled(objects)
+  if not place(draws, objects, panel):
+    return None
+  return draft(draws, objects, kind, prompt, answer, screen=panel)
+
+
+def place(
+  draws: Draws, objects: list[SceneObject], panel: SceneObject | None = None
+) -> bool:
+  """Sets x and y of the objects and a panel; False when no room was found.
 
   With overlap the objects are also put in drawing order.
 
@@ -27,11 +46,14 @@ def place(draws: Draws, objects: list[SceneObject]) -> bool:
   the order from left to right is clear (a screen is not counted).
   """
   level = draws.level
+  everything = objects if panel is None else [panel, *objects]
   for _ in range(_TRIES):
     if level.overlap:
-      if _overlapping(draws, objects):
-        return True
-    elif _apart(draws, objects) and _ordered(objects, level.gap):
+      found = _overlapping(draws, everything)
+    else:
+      found = _apart(draws, everything) and _ordered(everything, level.gap)
+    if found:
+      objects[:] = [item for item in everything if item is not panel]
       return True
   return False
 

@@ -27,7 +27,7 @@ answer to each of 50,000 questions (train, seed 0) and answers the next 20,000.
 from collections.abc import Callable
 
 from narvl_jax.data.sources.shapes import phrases, words
-from narvl_jax.data.sources.shapes.layout import place
+from narvl_jax.data.sources.shapes.layout import finish, place
 from narvl_jax.data.sources.shapes.phrases import describe
 from narvl_jax.data.sources.shapes.scene import Draft, Draws, SceneObject, draft
 
@@ -47,21 +47,6 @@ def compose(draws: Draws) -> Draft:
     found = form(draws, truth)
     if found is not None:
       return found
-
-
-def _finish(
-  draws: Draws,
-  objects: list[SceneObject],
-  kind: str,
-  question: str | None,
-  answer: str,
-) -> Draft | None:
-  if question is None:
-    return None
-  objects = draws.shuffled(objects)
-  if not place(draws, objects):
-    return None
-  return draft(draws, objects, kind, question, answer)
 
 
 def with_count(
@@ -98,7 +83,7 @@ def _count_all(draws: Draws, truth: bool) -> Draft | None:
   focus = draws.focus()
   number = draws.number_of_objects()
   objects = [focus, *draws.companions(focus, number - 1)]
-  return _finish(
+  return finish(
     draws, objects, "count", "how many objects are there?", str(number)
   )
 
@@ -111,7 +96,7 @@ def _count_some(draws: Draws, truth: bool) -> Draft | None:
   total = max(1, number) + draws.below(limit - max(1, number) + 1)
   objects, value = with_count(draws, attribute, number, total)
   question = f"how many {several(attribute, value)} are there?"
-  return _finish(draws, objects, "count", question, str(number))
+  return finish(draws, objects, "count", question, str(number))
 
 
 def _attribute(draws: Draws, truth: bool) -> Draft | None:
@@ -130,7 +115,7 @@ def _attribute(draws: Draws, truth: bool) -> Draft | None:
     candidates = (("color",), ("shape",), ("color", "shape"))
   name = describe(focus, objects, candidates)
   question = name and f"what {asked} is the {name}?"
-  return _finish(draws, objects, "attribute", question, getattr(focus, asked))
+  return finish(draws, objects, "attribute", question, getattr(focus, asked))
 
 
 def absent_combination(
@@ -172,7 +157,7 @@ def _existence_of_one(draws: Draws, truth: bool) -> Draft | None:
   objects, value = with_count(draws, attribute, number, total)
   noun = value if attribute == "shape" else value + " object"
   question = f"is there a {noun}?"
-  return _finish(draws, objects, "existence", question, _YES_NO[truth])
+  return finish(draws, objects, "existence", question, _YES_NO[truth])
 
 
 def _existence_of_both(draws: Draws, truth: bool) -> Draft | None:
@@ -183,7 +168,7 @@ def _existence_of_both(draws: Draws, truth: bool) -> Draft | None:
   if not truth:
     pair = absent_combination(draws, focus, objects)
   question = pair and f"is there a {pair[0]} {pair[1]}?"
-  return _finish(draws, objects, "existence", question, _YES_NO[truth])
+  return finish(draws, objects, "existence", question, _YES_NO[truth])
 
 
 def _larger(draws: Draws, truth: bool) -> Draft | None:
@@ -203,7 +188,7 @@ def _larger(draws: Draws, truth: bool) -> Draft | None:
   if draws.chance(0.5):
     names, word = names[::-1], "larger" if word == "smaller" else "smaller"
   question = f"is the {names[0]} {word} than the {names[1]}?"
-  return _finish(draws, objects, "comparison", question, _YES_NO[truth])
+  return finish(draws, objects, "comparison", question, _YES_NO[truth])
 
 
 def _more(draws: Draws, truth: bool) -> Draft | None:
@@ -232,7 +217,7 @@ def _more(draws: Draws, truth: bool) -> Draft | None:
   if (counts[0] > counts[1]) != truth:
     first, second = second, first
   question = f"are there more {first} than {second}?"
-  return _finish(draws, objects, "comparison", question, _YES_NO[truth])
+  return finish(draws, objects, "comparison", question, _YES_NO[truth])
 
 
 def _related(
