@@ -107,7 +107,7 @@ def _convert(spec: str) -> None:
       origin,
       num_workers=flags.FLAGS.num_workers,
       max_bad_fraction=flags.FLAGS.max_bad_fraction,
-      tell=show,
+      log=show,
     )
   except KeyboardInterrupt:
     show("stopped; the same command continues", file=sys.stderr)

@@ -47,7 +47,7 @@ from narvl_jax.terminal.text import show, warn
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What is evaluated, and how.
+  """Options of an evaluation.
 
   Attributes:
     split: split of the data sets; `config.evaluation.split` if None.
@@ -64,9 +64,9 @@ class Options:
     metrics: "cheap", or "all", which includes those that need Java.
     cider_df: file of document frequencies for CIDEr; those of the evaluated
       references if "".
-    annotations: file of the official annotations of the one data set that
-      `tasks` leaves, see `narvl_jax.data.sources.annotations`; those of the
-      config if "".
+    annotations: file of the official annotations of the one data set of
+      `tasks`, see `narvl_jax.data.sources.annotations`; those of the config if
+      "".
   """
 
   split: str | None = None

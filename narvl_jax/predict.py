@@ -34,7 +34,7 @@ from narvl_jax.terminal.text import escape, show
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """How a request is answered.
+  """Options of a prediction.
 
   Attributes:
     overlay: grounding only: PNG to write; by default in the run folder.
@@ -42,8 +42,8 @@ class Options:
     decoding: see `decodings.decodings_for`.
     answers: file of the answers that constrained VQA allows; the config's if
       "".
-    min_probability: in [0, 1]; an answer that is less likely to be right is
-      withheld.
+    min_probability: threshold in [0, 1]; an answer that is less likely to be
+      right is withheld.
   """
 
   overlay: str | os.PathLike[str] | None = None

@@ -221,7 +221,7 @@ def _files(folder: pathlib.Path) -> list[str]:
   for place, _, files in os.walk(folder):
     below = pathlib.Path(place).relative_to(folder).as_posix()
     names += [name if below == "." else f"{below}/{name}" for name in files]
-  # With a dot: temporary files of digests.
+  # Names with a dot are temporary files of digests.
   return [x for x in names if not x.startswith((".digests.", "digests."))]
 
 

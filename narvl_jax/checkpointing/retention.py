@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-  """How many checkpoints are kept.
+  """Numbers of checkpoints to keep.
 
   Attributes:
     last: number of newest checkpoints, at least 1.

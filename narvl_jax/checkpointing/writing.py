@@ -37,7 +37,7 @@ from narvl_jax.state.train_state import TrainState
 
 __all__ = ["FOLDER", "Checkpoints", "restore_target"]
 
-# In the run folder.
+# Subfolder of the run folder.
 DAMAGED_FOLDER = "damaged"
 # Seconds that a failed save waits for its completion thread.
 _LAST_WORDS_SECONDS = 5.0

@@ -90,7 +90,7 @@ def run(
         raise UserError(
           f"{positional_name or 'an argument'} is missing; see --help"
         )
-      # Not all commands have it.
+      # Not all commands have --json.
       json = flags.FLAGS["json"].value if "json" in flags.FLAGS else None
       with reserved_stdout(json):
         try:

@@ -57,8 +57,8 @@ class Workload:
   prompted: bool = False
 
 
-# Of the official scripts (reference specification, 5 and 11). Captions are the
-# longest that the queries of the parallel model can express.
+# Sizes in the official scripts (reference specification, 5 and 11). Captions
+# are the longest that the queries of the parallel model can express.
 WORKLOADS = {
   "caption": Workload(480, 16, queries=20, answer_length=20),
   "vqa": Workload(

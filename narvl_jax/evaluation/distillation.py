@@ -205,13 +205,13 @@ def _write(
     for _ in teacher.write(job, todo):
       pass
     return
-  told = False
+  sent = False
 
   def write(
     job: Job, todo: Sequence[int], answering: Activity
   ) -> Iterator[tuple[int, dict[str, Any]]]:
-    nonlocal told
-    told = True
+    nonlocal sent
+    sent = True
     distributed.gather_json(list(todo))
     yield from teacher.write(job, todo, answering)
 
@@ -224,10 +224,10 @@ def _write(
     job,
     origin,
     max_bad_fraction=max_bad_fraction,
-    tell=show,
+    log=show,
     write=write,
   )
-  if not told:
+  if not sent:
     distributed.gather_json([])
   line = f"{name}: {summary(manifest)}"
   if teacher.answered > answered:

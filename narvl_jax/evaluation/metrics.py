@@ -16,7 +16,7 @@ METRICS: Mapping[str, tuple[type[Metric], ...]] = {
   "grounding": (BoxOverlap,),
   "entailment": (EntailmentAccuracy, EntailmentTable),
 }
-# Those of `Options.metrics="all"` only.
+# Metrics of `Options.metrics="all"` only.
 _SLOW: Mapping[str, tuple[type[Metric], ...]] = {"caption": (CocoFigures,)}
 
 

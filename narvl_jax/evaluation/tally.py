@@ -20,7 +20,7 @@ _GROUPS = {"kinds": "kind", "question_types": "question_type", "sizes": "size"}
 
 
 class Tally:
-  """What has been evaluated so far.
+  """Predictions and metrics of an evaluation so far.
 
   Attributes:
     options: options of the evaluation.

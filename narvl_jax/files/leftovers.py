@@ -26,7 +26,7 @@ _NAME = re.compile(
   r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-\d+\.tmp",
   re.DOTALL,
 )
-# Of earlier versions: .STEM.PROCESS.part, STEM.rows.idx.XXXXXXXX.tmp
+# Names of earlier versions: .STEM.PROCESS.part, STEM.rows.idx.XXXXXXXX.tmp
 _OLD_NAME = re.compile(
   r".*\.(\d+\.(tmp|part)|rows\.idx\.[a-z0-9_]{8}\.tmp)"
   r"|\.lock\.json\.[0-9a-f]{32}|\.host_\d+\.tmp",

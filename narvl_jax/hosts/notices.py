@@ -33,7 +33,7 @@ _SHORTEST_LOSS = 5.0
 
 
 class StopAgreement:
-  """Lets all hosts stop after the same piece of work.
+  """Makes all hosts stop after the same piece of work.
 
   A piece is the work between two calls of `due`: a step, or a batch of an
   evaluation, in the same order on all hosts. Hosts run ahead of each other.

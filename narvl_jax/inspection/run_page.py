@@ -29,7 +29,7 @@ _OTHER_CURVES = {
   "train/data_wait": "Share of time waiting for data",
 }
 _COUNTERS = ("skipped_updates", "rollbacks", "loss_spikes")
-# What reading a damaged or foreign file may raise.
+# Errors of reading a damaged or foreign file.
 _DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError)
 
 Metrics = Sequence[Mapping[str, Any]]

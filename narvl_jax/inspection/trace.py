@@ -1,4 +1,4 @@
-"""What the queries of a parallel model did for one request."""
+"""Traces the queries of a parallel model for one request."""
 
 import dataclasses
 import functools

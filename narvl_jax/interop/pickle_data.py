@@ -15,9 +15,9 @@ import types
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-# A checkpoint of the largest official model, with its optimizer, has 250,000.
+# The largest official model, with its optimizer, has 250,000 opcodes.
 MAX_OPCODES = 1 << 20
-# Of the result, each value counted once per reference.
+# Limits of the result; a value counts once per reference.
 MAX_VALUES = 1 << 20
 MAX_CHARACTERS = 1 << 24
 MAX_DEPTH = 100

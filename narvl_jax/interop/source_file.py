@@ -14,7 +14,7 @@ from narvl_jax.interop.safetensors_file import read_safetensors
 from narvl_jax.interop.tensors import PathLike, Tensor, check_bytes
 from narvl_jax.interop.torch_file import read_torch
 
-# In a Hugging Face folder, in the order of preference.
+# Files of a Hugging Face folder, in order of preference.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # At most three keys, of the tied table, share bytes.
 _MAX_SHARING = 4

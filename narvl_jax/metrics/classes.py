@@ -11,7 +11,7 @@ OTHER = "(other)"
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-  """How often each class was predicted for each true class.
+  """Counts of predicted classes for each true class.
 
   Attributes:
     classes: names of the true classes.

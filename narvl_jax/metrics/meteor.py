@@ -98,7 +98,7 @@ def _perfect(counts: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def utf8_java() -> Iterator[None]:
-  """Lets Java programs started within read and write UTF-8 in any locale."""
+  """Makes Java programs started within use UTF-8 in any locale."""
   name = "JAVA_TOOL_OPTIONS"
   before = os.environ.get(name)
   os.environ[name] = f"{before or ''} -Dfile.encoding=UTF-8".strip()

@@ -39,7 +39,7 @@ def _unknown_words(experiment: Experiment, record: Record) -> list[str]:
   vocabulary = experiment.vocabulary
   # A vocabulary that is not full has every word of its texts as one token.
   whole = settings.source == "train" and vocabulary.size < settings.size
-  # Without the texts of the truth.
+  # Words of the truth do not count.
   asked = dataclasses.replace(record, answers={}, box=None)
   unknown = dict.fromkeys(
     word

@@ -104,7 +104,7 @@ class Guard:
     )
     self._watchdog.__enter__()
 
-  def take(self, say: Callable[[str], Any]) -> None:
+  def lock_folder(self, say: Callable[[str], Any]) -> None:
     """Locks the run folder, on the first host.
 
     Raises:
@@ -175,7 +175,7 @@ class Guard:
     status = self.ledger.status
     restarts.record_end(
       self._workdir,
-      # Without the advice.
+      # The advice is not recorded.
       message.split("; ")[0],
       code=code,
       stage=None if status.stage == Ledger.OTHER else status.stage,

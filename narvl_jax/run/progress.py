@@ -88,7 +88,7 @@ class Progress:
         **{f"data/{name}": value for name, value in counters.items()},
       },
     )
-    self._say_saved()
+    self._report_saved()
     bad = sum(n for name, n in counters.items() if name.endswith("/bad"))
     show(self._line(values, int(bad)))
 
@@ -114,7 +114,7 @@ class Progress:
       speed["mfu"] = self._flops_share * count / total
     return speed
 
-  def _say_saved(self) -> None:
+  def _report_saved(self) -> None:
     """Prints once that the newest checkpoint is on disk."""
     saved = self._run.checkpoints.progress
     if saved != self._saved and saved.startswith("saved"):

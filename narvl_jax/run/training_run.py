@@ -138,7 +138,7 @@ def _run(
   with contextlib.ExitStack() as stack:
     with ledger.stage("init"):
       if distributed.is_first():
-        guard.take(say)
+        guard.lock_folder(say)
         check_unchanged(resumes, workdir)
         # Checked now, not after days of training.
         make_way(workdir)

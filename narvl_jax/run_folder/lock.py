@@ -75,7 +75,7 @@ class RunLock:
     on_dead: Callable[[dict[str, Any]], Any] = lambda held: None,
     stage: str = "init",
   ) -> None:
-    """Takes the lock.
+    """Acquires the lock.
 
     Raises:
       UserError: another run is alive in the folder.
@@ -220,7 +220,7 @@ class RunLock:
     """
     here = self._contents["machine"]
     near = bool(here) and held.get("machine") == here
-    told = False
+    reported = False
     deadline = time.monotonic() + self._stale_seconds
     while True:
       current = self._read()
@@ -235,12 +235,12 @@ class RunLock:
         if near:
           break
         return True
-      if not told:
+      if not reported:
         say(
           f"{LOCK_FILE} is that of a run of {_who(held)}; waiting up to"
           f" {self._stale_seconds:g} s for a sign of life"
         )
-        told = True
+        reported = True
       time.sleep(min(0.2, self._stale_seconds / 4))
     raise UserError(
       f"--workdir={self._workdir} is in use: a run of {_who(held)} is alive"

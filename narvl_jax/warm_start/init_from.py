@@ -42,7 +42,7 @@ _SHOWN = 3
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Where the parameters of a run come from.
+  """Sources of the parameters of a run.
 
   Attributes:
     stored: shape of every stored array.

@@ -278,8 +278,8 @@ def test_hosts_share_the_work_and_agree(folder, monkeypatch):
     read.clear()
     integrity.examine(folder, host, 3, gather(host))
     assert len(read) <= len(names) // 3 + 1
-  told = [x for said in values for x in said[0][0]]
-  assert sorted(name for name, _ in told) == sorted([names[2], names[17]])
+  reported = [x for said in values for x in said[0][0]]
+  assert sorted(name for name, _ in reported) == sorted([names[2], names[17]])
   # One is lost: files that no other lists cannot be checked.
   (folder / "digests.2-of-3.txt").unlink()
   assert not digests.has_digests(folder)

@@ -146,12 +146,12 @@ def test_all_hosts_hear_of_a_full_disk(tmp_path, monkeypatch):
   folder = tmp_path / "out"
   gather = labelling.distributed.gather_json
 
-  def told(value):
+  def reported(value):
     # Sent by the first of several hosts instead of a note.
     if isinstance(value, dict):
       return [{"error": "cannot write: full"}]
     return gather(value)
 
-  monkeypatch.setattr(labelling.distributed, "gather_json", told)
+  monkeypatch.setattr(labelling.distributed, "gather_json", reported)
   with pytest.raises(UserError, match="cannot write: full"):
     label(folder)

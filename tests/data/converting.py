@@ -36,12 +36,12 @@ def convert(
   """Converts in this process unless `num_workers` is given."""
   convert_options = {
     key: options.pop(key)
-    for key in ("num_workers", "max_bad_fraction", "tell")
+    for key in ("num_workers", "max_bad_fraction", "log")
     if key in options
   }
   options = {"task": "grounding", "split": "test", "limit": 12, **options}
   job, origin = conversion.plan(spec, str(folder), **options)
-  convert_options.setdefault("tell", lambda line: None)
+  convert_options.setdefault("log", lambda line: None)
   return conversion.convert(job, origin, **convert_options)
 
 

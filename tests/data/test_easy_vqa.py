@@ -102,7 +102,7 @@ def test_kinds(split: str) -> None:
 
 def test_answers_fit_the_picture() -> None:
   """All answers about one picture have the same shape and colour."""
-  told = collections.defaultdict(set)
+  reported = collections.defaultdict(set)
   for record in source("validation"):
     (answer,) = record.answers
     words = set(record.prompt.rstrip("?").split())
@@ -112,9 +112,9 @@ def test_answers_fit_the_picture() -> None:
       seen = (answer == "yes") == (record.kind == "existence")
       words &= SHAPES | COLORS
     if seen:
-      told[record.image] |= words
-  assert len(told) > 350
-  for words in told.values():
+      reported[record.image] |= words
+  assert len(reported) > 350
+  for words in reported.values():
     assert len(words & SHAPES) <= 1
     assert len(words & COLORS) <= 1
 

@@ -137,7 +137,7 @@ def test_a_start_of_a_run_removes_them(tmp_path):
   _kill(writer)
   assert len(files(tmp_path)) == 1
   guard = Guard(tmp_path, Ledger())
-  guard.take(print)
+  guard.lock_folder(print)
   assert files(tmp_path) == {"lock.json"}
   guard.end(0, "done")
 

@@ -40,10 +40,10 @@ def _start_restarts(run: pathlib.Path) -> None:
   failures.record_end(
     run, "stopped", code=0, stage=None, step=5, since=_MINUTE.format(5)
   )
-  told = failures.record_restart(run, step=5, saved=1.7e9)
-  for record in told:
+  reported = failures.record_restart(run, step=5, saved=1.7e9)
+  for record in reported:
     failures.describe(record)
-  assert told[-1]["how"] == "stopped"
+  assert reported[-1]["how"] == "stopped"
   assert failures.summary(run)
 
 
@@ -172,9 +172,11 @@ def test_something_else_in_the_place_of_a_file(tmp_path, name, kind, caplog):
   _STARTS[name](tmp_path)
   aside = path.with_name(path.name + ".damaged")
   assert os.path.lexists(aside)
-  told = [r.getMessage() for r in caplog.records if path.name in r.getMessage()]
-  assert len(told) == 1
-  assert told[0].endswith(f"set aside as {aside.name}")
+  reported = [
+    r.getMessage() for r in caplog.records if path.name in r.getMessage()
+  ]
+  assert len(reported) == 1
+  assert reported[0].endswith(f"set aside as {aside.name}")
 
 
 @pytest.mark.parametrize("start", [_start_rows, _start_tfds])

@@ -169,10 +169,10 @@ def test_nobody_leaves_before_all_are_ready():
   """A host that has ended breaks the collectives of the others."""
   store, notices, left = _hosts(3)
   ready = threading.Event()
-  told = []
+  reported = []
 
   def finish(code: int, message: str) -> None:
-    told.append((code, message))
+    reported.append((code, message))
     # A checkpoint on its way to the disk.
     ready.wait(20)
 
@@ -190,7 +190,7 @@ def test_nobody_leaves_before_all_are_ready():
     _wait(lambda: len(left) == 3)
   assert {*left} == {(0, 0), (1, 0), (2, 0)}
   assert left[-1] == (0, 0)
-  assert told == [(0, "host 1 (?): SIGTERM: stopped")]
+  assert reported == [(0, "host 1 (?): SIGTERM: stopped")]
 
 
 def test_a_host_that_cannot_publish_the_reason_ends_anyway(monkeypatch):

@@ -54,7 +54,7 @@ class Left:
 
 def test_a_finished_run_leaves_nothing(tmp_path):
   with _guard(tmp_path) as guard:
-    guard.take(print)
+    guard.lock_folder(print)
     assert (tmp_path / LOCK_FILE).exists()
   assert not list(tmp_path.iterdir())
 
@@ -72,7 +72,7 @@ def test_an_error_is_written_down_with_its_phase(tmp_path, error, code, how):
 
   def fail() -> None:
     with guard:
-      guard.take(print)
+      guard.lock_folder(print)
       guard.ledger.progress(12)
       with guard.ledger.stage("step"), guard.ledger.stage("data wait"):
         raise error
@@ -101,7 +101,7 @@ def test_a_run_without_the_lock_writes_nothing(tmp_path):
 def test_a_run_with_a_stop_request(tmp_path, capsys, number, code):
   def stop() -> None:
     with _guard(tmp_path) as guard:
-      guard.take(print)
+      guard.lock_folder(print)
       guard.stop.begin()
       os.kill(os.getpid(), number)
       guard.ledger.progress(7)
@@ -123,7 +123,7 @@ def test_a_run_with_a_stop_request(tmp_path, capsys, number, code):
 
 def test_an_end_is_written_once(tmp_path):
   with _guard(tmp_path) as guard:
-    guard.take(print)
+    guard.lock_folder(print)
     guard.end(HANG_CODE, "host 1 (b): watchdog: no progress; see stacks")
     guard.end(1, "failed: something that this caused")
   assert _end(tmp_path)["how"] == "host 1 (b): watchdog: no progress"
@@ -134,7 +134,7 @@ def test_an_end_is_written_once(tmp_path):
 
 def test_a_stop_waits_for_a_write_in_progress(tmp_path):
   with _guard(tmp_path) as guard:
-    guard.take(print)
+    guard.lock_folder(print)
     answers = [True, True, False]
     guard.busy = lambda: answers.pop(0)
     guard.end(0, "host 1 (b): SIGTERM: stopped")
@@ -145,7 +145,7 @@ def test_a_stop_waits_for_a_write_in_progress(tmp_path):
 def test_a_run_that_hangs_is_ended(tmp_path, capsys):
   left = Left()
   with _guard(tmp_path, leave=left) as guard:
-    guard.take(print)
+    guard.lock_folder(print)
     guard.watch(_BUDGETS)
     with guard.ledger.stage("step"):
       assert left.event.wait(60)
@@ -161,7 +161,7 @@ def test_a_run_that_hangs_is_ended(tmp_path, capsys):
 def test_a_run_whose_folder_was_taken_over_is_ended(tmp_path, capsys):
   left = Left()
   with _guard(tmp_path, leave=left) as guard:
-    guard.take(print)
+    guard.lock_folder(print)
     guard.watch(_BUDGETS)
     held = json.loads((tmp_path / LOCK_FILE).read_text())
     (tmp_path / LOCK_FILE).write_text(json.dumps(held | {"id": "other"}))
@@ -178,7 +178,7 @@ def test_a_folder_that_vanished_is_noticed_before_it_is_written_to(tmp_path):
   def look_twice() -> None:
     with _guard(run) as guard:
       guard.check_folder()
-      guard.take(print)
+      guard.lock_folder(print)
       guard.check_folder()
       shutil.rmtree(run)
       with pytest.raises(
@@ -205,7 +205,7 @@ def test_a_lost_lock_is_reported_once(tmp_path, capsys):
     left.wait(60)
 
   with _guard(tmp_path, leave=leave) as guard:
-    guard.take(print)
+    guard.lock_folder(print)
     guard.watch(_BUDGETS)
     (tmp_path / LOCK_FILE).unlink()
     assert leaving.wait(60)
@@ -229,7 +229,7 @@ def test_a_lost_lock_is_reported_once(tmp_path, capsys):
 @pytest.mark.usefixtures("fast")
 def test_signs_of_life_contain_phase_and_step(tmp_path):
   with _guard(tmp_path) as guard:
-    guard.take(print)
+    guard.lock_folder(print)
     guard.watch(_BUDGETS | {"checkpoint": 0.0})
     guard.ledger.progress(3)
     with guard.ledger.stage("checkpoint"):

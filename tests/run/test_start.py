@@ -79,8 +79,8 @@ def test_damaged_ones_are_rejected_and_set_aside(tmp_path):
     step, run, said = _restored(checkpoints)
     assert (step, run) == (3, {"position": 3})
     assert len(checkpoints.set_aside) == 2
-    for told, damaged in zip(said[:2], (9, 6), strict=True):
-      assert told.startswith(
+    for reported, damaged in zip(said[:2], (9, 6), strict=True):
+      assert reported.startswith(
         f"rejected: the checkpoint of step {damaged} is damaged: file"
         f" {names[damaged]} was changed; array "
       )

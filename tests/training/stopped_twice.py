@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     _signal_while_it_ends()
   try:
     with Guard(workdir, Ledger(), leave=hosts.leave) as guard:
-      guard.take(show)
+      guard.lock_folder(show)
       show("ready")
       if while_it_ends:
         os.kill(os.getpid(), signal.SIGTERM)

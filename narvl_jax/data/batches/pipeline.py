@@ -62,7 +62,7 @@ def train_batches(
   segments = None
   if num_workers:
     # For batches that are being made, ready, in the queue or fetched by grain
-    # ahead of use, and some on the way.
+    # ahead of use, and some in transfer.
     count = 3 * max(prefetch, 1) + 4
     segments = Segments(num_workers, count, batcher.layout(len(mixture[0])))
     ahead = workers.in_processes(ahead, num_workers, prefetch, segments)

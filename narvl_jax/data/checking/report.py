@@ -77,7 +77,7 @@ def judge(figures: Mapping[str, Any], task: str, *, eos: bool) -> Verdict:
       )
       return Verdict(NOT_USABLE, [reason], [])
     reasons.append(f"{unusable:.2%} of the records are bad or have no target")
-    # With room for records that were not read.
+    # A margin for records that were not read.
     flags.append(f"--config.data.max_bad_fraction={1.2 * unusable + 0.001:.3f}")
   if not figures["with_target"] and good:
     reasons.append("no record has a target: good for prediction only")

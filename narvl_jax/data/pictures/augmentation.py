@@ -64,7 +64,7 @@ _UNSURE = re.compile(
 )
 # Times of the clock and arrows.
 _UNSURE_SIGNS = re.compile(r"(?<!\d)\d{1,2}\s?:\s?\d\d(?!\d)|<[-=]|[-=]>")
-# In the Unicode names of arrows, hands and clock faces.
+# Parts of the Unicode names of arrows, hands and clock faces.
 _SIGN_NAMES = re.compile(r"\b(?:LEFT|RIGHT|EAST|WEST)|CLOCK")
 # English words that differ from a side by one letter.
 _NEAR_WORDS = frozenset(

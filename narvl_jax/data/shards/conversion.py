@@ -125,7 +125,7 @@ def convert(
   *,
   num_workers: int = 0,
   max_bad_fraction: float = 0.01,
-  tell: Callable[[str], None] = show,
+  log: Callable[[str], None] = show,
   write: Write | None = None,
 ) -> Manifest:
   """Writes the missing shards of a `plan`, and the manifest.
@@ -142,7 +142,7 @@ def convert(
   folder = pathlib.Path(job.folder)
   done = finished_manifest(folder, job, origin)
   if done is not None:
-    tell(f"{folder} is complete: {done.records} records")
+    log(f"{folder} is complete: {done.records} records")
     return done
   with (
     _written(folder),
@@ -151,7 +151,7 @@ def convert(
   ):
     notes = kept_notes(progress, folder, job, max(num_workers, 1))
     if notes:
-      tell(f"{len(notes)} of {job.num_shards} shards are there already")
+      log(f"{len(notes)} of {job.num_shards} shards are there already")
     account = BadAccount(job, max_bad_fraction)
     for note in notes.values():
       account.add(note, log=False)
@@ -163,7 +163,7 @@ def convert(
         write_json(progress / f"{number:05d}.json", note, inside=progress)
         notes[number] = note
         shard = note["shard"]
-        tell(
+        log(
           f"{shard['file']}: {shard['records']} records,"
           f" {shard['bytes'] / 1e6:.1f} MB, {len(note['bad'])} bad"
         )
@@ -171,7 +171,7 @@ def convert(
     manifest.write(folder)
   turned = sum(note.get("turned", 0) for note in notes.values())
   if turned:
-    tell(
+    log(
       f"{turned} pictures have an EXIF orientation, which --image_size removes:"
       f" {_ORIENTATION_NOTES[job.exif_orientation]}"
     )

@@ -79,12 +79,12 @@ def test_depends_on_the_generator_only(
   drawn = [task.augment(RECORDS[name], _rng(i)) for i in range(20)]
   again = [task.augment(RECORDS[name], _rng(i)) for i in range(20)]
 
-  def told(result: tuple[Record, images.Change | None]) -> tuple[Any, ...]:
+  def reported(result: tuple[Record, images.Change | None]) -> tuple[Any, ...]:
     record, change = result
     return record.prompt, dict(record.answers), record.box, change
 
-  assert [told(x) for x in drawn] == [told(x) for x in again]
-  assert len({str(told(x)) for x in drawn}) > 1
+  assert [reported(x) for x in drawn] == [reported(x) for x in again]
+  assert len({str(reported(x)) for x in drawn}) > 1
   # The picture is changed where it is decoded.
   assert all(record.image is PICTURE for record, _ in drawn)
 

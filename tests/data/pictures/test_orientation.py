@@ -197,24 +197,24 @@ def test_sources(tmp_path: pathlib.Path, kind: str, name: str) -> None:
 def test_converted_to_jpeg(tmp_path: pathlib.Path) -> None:
   """Resizing removes the tag, so the conversion decides the orientation."""
   path = _write(tmp_path)["jsonl"]
-  told: dict[str, list[str]] = {"ignore": [], "apply": []}
-  for setting, lines in told.items():
+  reported: dict[str, list[str]] = {"ignore": [], "apply": []}
+  for setting, lines in reported.items():
     done = convert(
       tmp_path / setting,
       path,
       split="train",
       image_size=24,
       exif_orientation=setting,
-      tell=lines.append,
+      log=lines.append,
     )
     # Older manifests do not have the key.
     expected = {"exif_orientation": "apply"} if setting == "apply" else {}
     assert {
       key: value for key, value in done.image.items() if key[0] == "e"
     } == {"encoding": "jpeg", **expected}
-  assert "--exif_orientation=apply turns them upright" in told["ignore"][-1]
-  assert "1 pictures have an EXIF orientation" in told["apply"][-1]
-  assert told["apply"][-1].endswith("they were turned upright")
+  assert "--exif_orientation=apply turns them upright" in reported["ignore"][-1]
+  assert "1 pictures have an EXIF orientation" in reported["apply"][-1]
+  assert reported["apply"][-1].endswith("they were turned upright")
   for setting in ("ignore", "apply"):
     source = load_source(
       "array_record",

@@ -100,13 +100,13 @@ def _interrupted(folder: pathlib.Path, after: int = 2, **options: Any) -> None:
 
   lines: list[str] = []
 
-  def tell(line: str) -> None:
+  def log(line: str) -> None:
     lines.append(line)
     if len(lines) == after:
       raise StopError
 
   with pytest.raises(StopError):
-    convert(folder, tell=tell, **options)
+    convert(folder, log=log, **options)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "note", "none"])
@@ -131,11 +131,11 @@ def test_shards_that_are_kept_are_checked(
   left.write_text("half")
   lines: list[str] = []
 
-  def tell(line: str) -> None:
+  def log(line: str) -> None:
     assert not left.exists()
     lines.append(line)
 
-  convert(folder, shards=4, tell=tell)
+  convert(folder, shards=4, log=log)
   kept = 2 if damage == "none" else 1
   assert lines[0] == f"{kept} of 4 shards are there already"
   assert len(lines) == 5 - kept
@@ -205,12 +205,12 @@ def test_a_source_of_the_same_size_and_time_is_noticed(
 
 
 def test_only_one_conversion_at_a_time(tmp_path: pathlib.Path) -> None:
-  def tell(line: str) -> None:
+  def log(line: str) -> None:
     del line
     with pytest.raises(UserError, match="another conversion is writing"):
       convert(tmp_path, shards=2)
 
-  convert(tmp_path, shards=2, tell=tell)
+  convert(tmp_path, shards=2, log=log)
   assert manifest.verify(tmp_path) == []
 
 

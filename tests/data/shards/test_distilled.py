@@ -174,7 +174,7 @@ def write_set(folder: pathlib.Path, name: str, kind: str) -> Manifest:
       note = write_shard(made, job, number)
       yield number, {**note, "labels": made.counts(job.indices(number))}
 
-  return conversion.convert(job, origin, tell=lambda _: None, write=write)
+  return conversion.convert(job, origin, log=lambda _: None, write=write)
 
 
 def labelled_of(source: Any, labels: dict[int, Label], name: str) -> Labelled:
@@ -244,7 +244,7 @@ def test_folders_of_something_else(tmp_path, folders):
   job, origin = conversion.plan(
     "shapes", str(tmp_path / "plain"), task="vqa", split="train", limit=2
   )
-  conversion.convert(job, origin, tell=lambda _: None)
+  conversion.convert(job, origin, log=lambda _: None)
   with pytest.raises(UserError, match=r"plain\" was not written by .*distill"):
     distilled.distilled_sets(tmp_path)
   half = tmp_path / "half" / "vqa" / ".convert"

@@ -39,7 +39,7 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
   job, origin = conversion.plan(
     "shapes", str(target), task="vqa", split="test", limit=10, shards=3
   )
-  conversion.convert(job, origin, tell=lambda line: None)
+  conversion.convert(job, origin, log=lambda line: None)
   return target
 
 

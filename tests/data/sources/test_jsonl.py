@@ -284,10 +284,10 @@ def test_bad_rows_are_skipped(
   used = [int(i) for batch in batches for i in batch["index"]]
   assert sorted(set(used)) == [i for i in range(10) if i != 4]
   assert bad.count == 1
-  (told,) = [r.getMessage() for r in caplog.records]
-  assert message in told
-  assert f"{tmp_path}/own.jsonl row 5" in told
-  assert "\n" not in told
+  (reported,) = [r.getMessage() for r in caplog.records]
+  assert message in reported
+  assert f"{tmp_path}/own.jsonl row 5" in reported
+  assert "\n" not in reported
 
 
 @pytest.mark.parametrize(

@@ -336,10 +336,10 @@ def test_bad_rows_are_skipped(
   assert used.count(6) == 6
   assert all(batch["valid"].all() for batch in batches)
   assert bad.count == 1
-  (told,) = [r.getMessage() for r in caplog.records]
-  assert message in told
-  assert f"{tmp_path}/{task}_train.tsv row 6" in told
-  assert "\n" not in told
+  (reported,) = [r.getMessage() for r in caplog.records]
+  assert message in reported
+  assert f"{tmp_path}/{task}_train.tsv row 6" in reported
+  assert "\n" not in reported
 
 
 def test_too_many_bad_rows(tmp_path: pathlib.Path) -> None:

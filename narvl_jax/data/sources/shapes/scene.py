@@ -56,7 +56,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-  """What a difficulty and an image size allow.
+  """Limits of scenes for a difficulty and an image size.
 
   Attributes:
     image_size: side of the square picture in pixels.
