@@ -206,7 +206,7 @@ def _draw_parallel(axes: plt.Axes) -> None:
     ha="center",
     color=_INK,
   )
-  axes.text(3.2, -0.4, "1 pass, whatever the length", ha="center", color=_INK)
+  axes.text(3.2, -0.4, "1 pass for any length", ha="center", color=_INK)
 
 
 def _cell(

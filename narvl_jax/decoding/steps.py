@@ -77,8 +77,8 @@ def make_steps(
 
   Args:
     model: has a method `encode`, and the methods that the reader calls.
-    rules: for `flax.linen.logical_axis_rules`; they split activations if the
-      steps are called under `jax.set_mesh`.
+    rules: rules of `flax.linen.logical_axis_rules`; they split activations if
+      the steps are called under `jax.set_mesh`.
     rows_at_once: number of rows that `predict` computes at a time, a divisor of
       the batch size; 0 for all. Matrix products add in an order that depends on
       the number of rows: with a fixed number, results do not depend on the

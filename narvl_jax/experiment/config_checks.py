@@ -95,7 +95,7 @@ def check_stored(
   Args:
     values: JSON as from `narvl_jax.experiment.config.to_json`.
     schema: section of the default config; None: all of it.
-    prefix: of the section's keys.
+    prefix: prefix of the section's keys.
 
   Raises:
     UserError: naming the key and the value.

@@ -85,10 +85,10 @@ def _load(config: Config, entry: Any, split: str) -> Sequence[Record]:
 
 
 def recipe_hint(name: str, entry: Any) -> str:
-  """Returns how to set the folder of an official recipe's files, otherwise "".
+  """Returns advice to set the folder of an official recipe's files, or "".
 
   Args:
-    entry: of `data.train` or `data.evaluation`.
+    entry: entry of `data.train` or `data.evaluation`.
   """
   path = str(entry.get("options", {}).get("path"))
   if not path.endswith(f"/{name}_{{split}}.tsv"):

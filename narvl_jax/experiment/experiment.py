@@ -110,9 +110,9 @@ def build(
   """Builds an experiment; reads and writes nothing.
 
   Args:
-    config: validated.
-    datasets: of the config, if some are open.
-    shapes_only: without tasks, which need real tokens.
+    config: validated config.
+    datasets: opened data sets of the config, if any.
+    shapes_only: whether to omit the tasks, which need real tokens.
 
   Raises:
     UserError: settings that do not fit together.

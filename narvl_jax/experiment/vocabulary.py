@@ -29,7 +29,7 @@ def make_vocabulary(
 
   Args:
     config: validated.
-    datasets: of the config, if some are open.
+    datasets: opened data sets of the config, if any.
 
   Raises:
     UserError: its files are missing, or its size is too small.

@@ -101,14 +101,14 @@ def on_shards(
   inputs: Sequence[tuple[str | None, ...]],
   output: int,
 ) -> Callable[..., jax.Array]:
-  """Runs a function on what each device holds of its arguments.
+  """Runs a function on the part of its arguments on each device.
 
   The compiler cannot split a kernel that it did not write.
 
   Args:
-    function: of arrays.
+    function: function of arrays.
     inputs: logical axes of every argument.
-    output: index of the argument that the result is split like.
+    output: index of the argument whose sharding the result has.
   """
 
   def run(*arrays: jax.Array) -> jax.Array:

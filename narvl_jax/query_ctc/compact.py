@@ -49,8 +49,8 @@ class LogitGradient(NamedTuple):
     first: int32 [B, L+1] index of the first column with the same id.
     log_probs: [B, N, L+1] at the columns.
     taken: [B, N, L+1].
-    live: bool [B], False for an example whose gradient is zero whatever its
-      logits hold; all of its other values are then zero.
+    live: bool [B], False for an example whose gradient is zero for any
+      logits; all of its other values are then zero.
   """
 
   normalizer: Normalizer
@@ -207,7 +207,7 @@ def _log_likelihood(
   # alignment may sum must not overflow.
   log_zero = -1e38 / (2 * log_probs.shape[1] + 2)
   # Where even the best class is very unlikely, scores are relative to it, so
-  # that float32 resolves their differences whatever the size of the logits.
+  # that float32 resolves their differences for logits of any magnitude.
   best = jnp.max(log_probs, axis=-1, keepdims=True)
   excess = jnp.clip(best + _LEAST_BEST, log_zero, 0.0)
   excess = jax.lax.stop_gradient(excess)

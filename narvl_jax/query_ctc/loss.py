@@ -57,8 +57,8 @@ def query_ctc_loss(
     log-probabilities exceed about 1e6 in magnitude, alignments of equal
     likelihood may get unequal shares of the gradient. (`label_posterior` has
     no such limit.)
-  * An infeasible target (see `feasible`) has zero nll and zero gradient,
-    whatever its logits hold. Only m contributes.
+  * An infeasible target (see `feasible`) has zero nll and zero gradient
+    for any logits. Only m contributes.
   * A target is invalid if a label is blank or not below `vocab_size`, or if
     its length is outside 0..L. It is a `UserError` if its values are known
     before tracing; otherwise loss and gradient of its example are NaN.
@@ -122,7 +122,7 @@ def query_ctc_objective(
   The nll of an example is divided by its target length (at least 1) and
   smoothed as in `query_ctc_loss`. The objective is the mean over the examples
   in `example_mask`; the others contribute nothing to it or to its gradient,
-  whatever they hold. Infeasible targets have zero nll and count in the mean.
+  with any content. Infeasible targets have zero nll and count in the mean.
 
   To weight micro-batches in gradient accumulation, sum the gradients times
   `metrics["examples"]`, and divide by the sum of `examples`.

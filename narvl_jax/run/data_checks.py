@@ -28,7 +28,7 @@ def make_mixture(
   """Returns the mixture of a run.
 
   Args:
-    rows: of every batch, those of this host; None: all.
+    rows: rows of every batch that belong to this host; None: all.
 
   Raises:
     UserError: weights or sources are invalid.

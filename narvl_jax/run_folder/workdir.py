@@ -145,7 +145,7 @@ def read_config(workdir: pathlib.Path) -> Any:
   """Returns the config of a run.
 
   Raises:
-    UserError: the folder holds no run.
+    UserError: the folder has no run.
   """
   if not is_run(workdir):
     raise UserError(
