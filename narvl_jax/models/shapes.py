@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def abstract_variables(
@@ -14,8 +15,13 @@ def abstract_variables(
 ) -> Any:
   """Returns shapes of the variables, boxed with their logical axis names."""
   initialize = initializer(model, image_size, text_length)
-  # A real key, which has the same type as that of the initialisation.
-  return jax.eval_shape(initialize, jax.random.key(0))
+  key = jax.eval_shape(jax.random.key, 0)
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty:
+    # The type of a real key, so that the initialisation shares this trace.
+    sharding = NamedSharding(mesh, PartitionSpec())
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding)
+  return jax.eval_shape(initialize, key)
 
 
 def initializer(
