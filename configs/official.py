@@ -41,6 +41,7 @@ SETTINGS: dict[str, Any] = {
   "optimizer.b1": 0.9,
   "optimizer.b2": 0.999,
   "optimizer.eps": 1e-8,
+  "optimizer.eps_placement": "official",
   "optimizer.clip_norm": 1.0,
 }
 

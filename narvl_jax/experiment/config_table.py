@@ -229,6 +229,14 @@ KEYS: dict[str, Setting] = {
   "optimizer.b1": Setting(0.9, "Decay of the first moment.", 0, 0.99999),
   "optimizer.b2": Setting(0.999, "Decay of the second moment.", 0, 0.9999999),
   "optimizer.eps": Setting(1e-8, "Epsilon of Adam.", 1e-16),
+  "optimizer.eps_placement": Setting(
+    "standard",
+    "What epsilon is added to: the root of the second moment after (standard)"
+    " or before (official) its bias correction; muon has its own.",
+    choices=("standard", "official"),
+    # Runs of recipes from before the key resume with the official one.
+    change="resume",
+  ),
   "optimizer.clip_norm": Setting(
     1.0, "Largest norm of the gradient; 0: none.", 0
   ),

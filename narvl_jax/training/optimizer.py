@@ -55,6 +55,7 @@ def make_optimizer(
   b2: float,
   eps: float,
   clip_norm: float,
+  eps_placement: str = "standard",
   matrices: Mapping[str, MuonDimensionNumbers] | None = None,
 ) -> optax.GradientTransformation:
   """Builds AdamW or Muon with global-norm clipping.
@@ -73,6 +74,9 @@ def make_optimizer(
     b2: decay of the second moment.
     eps: added to the root of the second moment.
     clip_norm: largest global norm of the gradient; 0 turns clipping off.
+    eps_placement: "standard" (Kingma & Ba 2015, algorithm 1) corrects the
+      bias of the second moment before adding eps, "official" (the variant at
+      the end of their section 2; fairseq) after.
     matrices: axes of the parameters that Muon updates (`matrix_axes`); None
       for AdamW.
   """
@@ -102,6 +106,8 @@ def make_optimizer(
     # Before the norm, which excludes rows that are not trained.
     clip = optax.chain(optax.stateless(cut_rows), clip)
   direction = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+  if eps_placement == "official":
+    direction = _with_official_eps(direction, b1, b2, eps)
   if matrices is not None:
 
     def axes_of(params: Any) -> Any:
@@ -123,6 +129,22 @@ def make_optimizer(
     optax.stateless(apply_rules),
     optax.scale_by_learning_rate(schedule),
   )
+
+
+def _with_official_eps(
+  adam: optax.GradientTransformation, b1: float, b2: float, eps: float
+) -> optax.GradientTransformation:
+  """Adds epsilon before the bias correction; state and moments are Adam's."""
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    _, state = adam.update(updates, state, params)
+    count = state.count.astype(jnp.float32)
+    rate = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+    return jax.tree.map(
+      lambda mu, nu: rate * mu / (jnp.sqrt(nu) + eps), state.mu, state.nu
+    ), state
+
+  return optax.GradientTransformation(adam.init, update)
 
 
 def _only_rows(value: jax.Array, rows: Sequence[int] | None) -> jax.Array:

@@ -228,6 +228,7 @@ def _make_optimizer(
     b1=optim.b1,
     b2=optim.b2,
     eps=optim.eps,
+    eps_placement=optim.eps_placement,
     clip_norm=optim.clip_norm,
     matrices=matrix_axes(boxed) if optim.name == "muon" else None,
   )

@@ -145,6 +145,7 @@ def test_settings_of_all_official_scripts(name: str):
   assert (optimizer.name, optimizer.schedule) == ("adamw", "linear")
   assert (optimizer.b1, optimizer.b2) == (0.9, 0.999)
   assert (optimizer.eps, optimizer.weight_decay) == (1e-8, 0.01)
+  assert optimizer.eps_placement == "official"
   assert optimizer.clip_norm == 1.0
   assert all(not rule.get("decay", 0) for _, rule in optimizer.rules)
   assert config.model.dropout == 0.1
@@ -224,6 +225,7 @@ def test_a_run_from_before_epochs_were_recorded_resumes(
   config = _started(_config("refcoco", data))
   recorded = to_json(config)
   del recorded["train"]["epoch_examples"]
+  del recorded["optimizer"]["eps_placement"]
   (tmp_path / "run").mkdir()
   path = tmp_path / "run" / "config.json"
   path.write_text(json.dumps(recorded))

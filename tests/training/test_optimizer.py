@@ -270,6 +270,41 @@ class TestUpdates:
       )
 
 
+class TestEpsilon:
+  @pytest.mark.parametrize("placement", ["standard", "official"])
+  def test_placement(self, placement):
+    params = {"kernel": jnp.full((2, 2), 0.5)}
+    settings: Any = {**DEFAULTS, "eps": 0.1, "weight_decay": 0.0}
+    optimizer = make_optimizer(
+      lambda _: 1.0,
+      assign_rules([(".*", {})], list(params)),
+      **settings,
+      eps_placement=placement,
+    )
+    state, mu, nu = optimizer.init(params), 0.0, 0.0
+    for t, gradient in enumerate((0.2, -0.3, 0.1), 1):
+      grads = {"kernel": jnp.full((2, 2), gradient)}
+      updates, state = optimizer.update(grads, state, params)
+      mu, nu = 0.9 * mu + 0.1 * gradient, 0.99 * nu + 0.01 * gradient**2
+      root = np.sqrt(1 - 0.99**t)
+      if placement == "standard":
+        wanted = mu / (1 - 0.9**t) / (np.sqrt(nu) / root + 0.1)
+      else:
+        wanted = mu / (1 - 0.9**t) * root / (np.sqrt(nu) + 0.1)
+      np.testing.assert_allclose(updates["kernel"], -wanted, rtol=1e-5)
+
+  def test_state_does_not_depend_on_the_placement(self):
+    rules = assign_rules([(".*", {})], ["kernel"])
+    a, b = (
+      make_optimizer(lambda _: 1.0, rules, **DEFAULTS, eps_placement=name)
+      for name in ("standard", "official")
+    )
+    params = {"kernel": jnp.ones(3)}
+    assert jax.tree.structure(a.init(params)) == jax.tree.structure(
+      b.init(params)
+    )
+
+
 class TestMovingAverage:
   def test_decay_is_constant_without_warmup(self):
     assert float(ema_decay_at(jnp.int32(0), 0.99, False)) == pytest.approx(0.99)
