@@ -57,7 +57,7 @@ def test_leaves_of_another_size_are_read_in_parts(
   saved: pathlib.Path, made: list[Any]
 ) -> None:
   note, wrong = meshes.start_with_more_queries(saved / "2x4")
-  assert "the first 6 of its 6 queries are taken, 2 more start fresh" in note
+  assert "the first 6 of its 6 queries are copied, 2 more start fresh" in note
   assert wrong == []
   width = meshes.make_setup(meshes.TOGETHER).experiment.config.model.width
   parts = [parts for shape, parts in made if shape == (6, width)]
@@ -93,7 +93,7 @@ def test_two_processes_restore_and_save(
   for i in range(2):
     wrong = json.loads((saved / f"wrong{i}.json").read_text())
     assert wrong == {name: [] for name in (*meshes.SHAPES, "together", "start")}
-  assert "the first 6 of its 6 queries are taken" in hosts[0].output
+  assert "the first 6 of its 6 queries are copied" in hosts[0].output
   for shape in meshes.SHAPES.values():
     setup = meshes.make_setup(shape)
     state = meshes.restore(setup, saved / "together")

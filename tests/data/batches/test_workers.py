@@ -187,7 +187,7 @@ def test_too_many_bad_records_stop_workers(model_tasks: dict[str, Any]) -> None:
   entries = [MixtureEntry(source, "vqa", 1.0, "x")]
   for limit, message in (
     (0.01, r"2 of 150 records of x are bad, more than 1.00%"),
-    (1.0, r"100 records of x in a row are bad, up to record \d+ .*Mend the"),
+    (1.0, r"100 records of x in a row are bad, up to record \d+ .*Correct the"),
   ):
     batches = train_batches(
       entries, model_tasks, bad_records=pipeline.BadRecords(limit), **settings
