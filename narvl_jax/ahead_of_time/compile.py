@@ -85,10 +85,11 @@ class Check:
 
   @property
   def compute_seconds(self) -> float | None:
-    """The compiler's estimate of cycles divided by the clock of the chip."""
+    """The compiler's estimate, and ours of the Pallas kernels; see `costs`."""
     if self.program is None:
       return None
-    return self.program.cycles / self.topology.chip.clock
+    chip = self.topology.chip
+    return sum(line.seconds(chip) for line in self.program.lines)
 
   def network_bytes(self) -> tuple[float, float]:
     """Returns bytes that a chip receives from its slice and from others."""

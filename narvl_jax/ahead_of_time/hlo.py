@@ -16,6 +16,7 @@ _BYTES = {
   **{"pred": 1, "bf16": 2, "c64": 8, "c128": 16},
 }
 _SHAPE = re.compile(r"\b(f8\w+|" + "|".join(_BYTES) + r")\[([\d,]*)\]")
+_PLACED = re.compile(_SHAPE.pattern + r"(\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([^\s=]+) = (.*)$")
 _COMMENT = re.compile(r"/\*.*?\*/")
@@ -134,6 +135,21 @@ def find_arrays(text: str) -> tuple[Array, ...]:
   return tuple(
     Array(dtype, tuple(int(n) for n in dims.split(",") if n))
     for dtype, dims in _SHAPE.findall(text)
+  )
+
+
+def hbm_bytes(text: str, everywhere: bool = False) -> float:
+  """Returns the bytes of the arrays in a type that lie in main memory.
+
+  Args:
+    text: the type. A layout such as `{1,0:T(8,128)S(1)}` places an array in
+      another memory, such as the VMEM of a TPU.
+    everywhere: count those arrays, too.
+  """
+  return sum(
+    Array(dtype, tuple(int(n) for n in dims.split(",") if n)).bytes
+    for dtype, dims, layout in _PLACED.findall(text)
+    if everywhere or "S(" not in layout
   )
 
 

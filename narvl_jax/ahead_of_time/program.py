@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+from narvl_jax.ahead_of_time.costs import Line, calls, op_name, read_lines
 from narvl_jax.ahead_of_time.hlo import (
   Array,
   Groups,
@@ -20,7 +21,6 @@ from narvl_jax.ahead_of_time.hlo import (
   parse_groups,
   tuple_parts,
 )
-from narvl_jax.ahead_of_time.products import product_flops
 
 KINDS = (
   "all-gather",
@@ -31,8 +31,6 @@ KINDS = (
 )
 # These make no new array.
 _PASSING = ("parameter", "tuple", "get-tuple-element", "bitcast", "while")
-# Their operation is counted where it starts.
-_SKIPPED = ("async-done", "async-update")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,18 +97,36 @@ class Program:
 
   Attributes:
     collectives: in the order of the text.
-    flops: of matrix products and convolutions, 2 per multiply-add.
-    cycles: the compiler's estimate without collectives; 0 except on TPU.
+    lines: cost of every instruction.
     arrays: arrays that instructions outside of fusions make -> operations of
       the JAX program. Arrays within a fusion are never in memory as a whole.
     num_partitions: number of devices.
   """
 
   collectives: tuple[Collective, ...]
-  flops: float
-  cycles: float
+  lines: tuple[Line, ...]
   arrays: Mapping[Array, frozenset[str]]
   num_partitions: int
+
+  @property
+  def flops(self) -> float:
+    """Operations of products and convolutions, 2 per multiply-add."""
+    return sum(line.flops for line in self.lines)
+
+  @property
+  def cycles(self) -> float:
+    """The compiler's estimate without collectives; 0 except on TPU."""
+    return sum(line.cycles for line in self.lines)
+
+  @property
+  def hbm_bytes(self) -> float:
+    """Estimated bytes that are read and written outside of VMEM."""
+    return sum(line.hbm_bytes for line in self.lines)
+
+  @property
+  def kernels(self) -> list[Line]:
+    """Pallas kernels, for which the compiler gives no cycles."""
+    return [line for line in self.lines if line.kernel]
 
   def by_kind(self) -> dict[str, tuple[int, int]]:
     """Returns kind -> (count, bytes) for the kinds that occur."""
@@ -137,51 +153,36 @@ class Program:
     }
 
 
-def read_program(text: str | None) -> Program:
+def read_program(text: str | None, unknown_trips: int = 1) -> Program:
   """Counts a compiled program from its text (`as_text()`).
 
-  The number of iterations of a loop is the annotation of XLA, or otherwise the
-  largest integer constant of its condition: loops of `jax.lax.scan` count from
-  0. Every branch of a conditional counts.
+  Args:
+    text: of the program.
+    unknown_trips: iterations of loops that end by a condition on data.
 
   Raises:
     ValueError: the text is not a module.
   """
   module = parse(text or "")
-  counter = _Counter(module)
-  total = counter.total(module.entry, fused=False)
+  counter = _Counter(module, unknown_trips)
+  found = counter.total(module.entry, fused=False)
   return Program(
     collectives=tuple(
-      dataclasses.replace(found, count=count)
-      for found, count in total.collectives.items()
+      dataclasses.replace(collective, count=count)
+      for collective, count in found.items()
     ),
-    flops=total.flops,
-    cycles=total.cycles,
+    lines=read_lines(module, unknown_trips),
     arrays=counter.arrays(),
     num_partitions=module.num_partitions,
   )
 
 
-@dataclasses.dataclass
-class _Total:
-  """Counts of one run of a computation."""
-
-  collectives: collections.Counter[Collective]
-  flops: float = 0.0
-  cycles: float = 0.0
-
-  def add(self, other: "_Total", times: int) -> None:
-    for found, count in other.collectives.items():
-      self.collectives[found] += times * count
-    self.flops += times * other.flops
-    self.cycles += times * other.cycles
-
-
 class _Counter:
   """Sums a module from its leaves to its entry."""
 
-  def __init__(self, module: Module) -> None:
+  def __init__(self, module: Module, unknown_trips: int) -> None:
     self._module = module
+    self._unknown_trips = unknown_trips
     self._outside: set[str] = set()
     self.total = functools.cache(self._total)
 
@@ -194,11 +195,12 @@ class _Counter:
         if instruction.opcode in _PASSING:
           continue
         for array in instruction.arrays:
-          found[array].add(_op_name(instruction))
+          found[array].add(op_name(instruction))
     return {array: frozenset(names) for array, names in found.items()}
 
-  def _total(self, name: str, fused: bool) -> _Total:
-    total = _Total(collections.Counter())
+  def _total(self, name: str, fused: bool) -> collections.Counter[Collective]:
+    """Counts the collectives of one run of a computation."""
+    total: collections.Counter[Collective] = collections.Counter()
     if not fused:
       self._outside.add(name)
     instructions = self._module.computations[name]
@@ -206,53 +208,17 @@ class _Counter:
     starts_async = any(
       "AsyncCollectiveStart" in i.attributes for i in instructions
     )
-    for instruction in instructions:
+    for i in instructions:
       # An overlapped collective appears in every fusion during which it runs.
-      continued = "chain_id=" in instruction.attributes and not starts_async
+      continued = "chain_id=" in i.attributes and not starts_async
       if not (fused and continued):
-        found = _collective(instruction, name, self._module, types)
+        found = _collective(i, name, self._module, types)
         if found is not None:
-          total.collectives[found] += 1
-      total.flops += product_flops(instruction, types)
-      if not fused:
-        total.cycles += _cycles(instruction)
-      for called, times, inner in self._calls(instruction):
-        total.add(self.total(called, fused or inner), times)
+          total[found] += 1
+      for called, times, inner in calls(self._module, i, self._unknown_trips):
+        for found, count in self.total(called, fused or inner).items():
+          total[found] += times * count
     return total
-
-  def _calls(self, i: Instruction) -> Iterator[tuple[str, int, bool]]:
-    """Yields computation, number of executions, and whether it is fused."""
-    if i.opcode in _SKIPPED:
-      return
-    if i.opcode == "while":
-      (body,), (condition,) = i.called("body"), i.called("condition")
-      yield body, self._trip_count(i, condition), False
-    elif i.opcode == "fusion":
-      yield from ((name, 1, True) for name in i.called("calls"))
-    elif i.opcode in ("call", "async-start", "conditional"):
-      for name in i.called(
-        "calls",
-        "to_apply",
-        "true_computation",
-        "false_computation",
-        "branch_computations",
-      ):
-        yield name, 1, False
-
-  def _trip_count(self, loop: Instruction, condition: str) -> int:
-    known = re.search(
-      r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.attributes
-    )
-    if known:
-      return int(known.group(1))
-    constants, todo = [1], [condition]
-    while todo:
-      for instruction in self._module.computations[todo.pop()]:
-        todo += instruction.called("calls")
-        literal = re.fullmatch(r"\d+", instruction.arguments)
-        if instruction.opcode == "constant" and literal:
-          constants.append(int(literal.group()))
-    return max(constants)
 
 
 def _collective(
@@ -279,18 +245,8 @@ def _collective(
     result,
     1,
     parse_groups(groups or "", module.num_partitions),
-    _op_name(i),
+    op_name(i),
   )
-
-
-def _op_name(i: Instruction) -> str:
-  found = re.search(r'op_name="([^"]*)"', i.attributes)
-  return found.group(1) if found else ""
-
-
-def _cycles(i: Instruction) -> float:
-  found = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
-  return float(found.group(1)) if found else 0.0
 
 
 def _strides(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from narvl_jax.ahead_of_time.compile import (
@@ -11,13 +12,16 @@ from narvl_jax.ahead_of_time.compile import (
   check_train_step,
   predict_batch_size,
 )
-from narvl_jax.ahead_of_time.topology import get_topology
+from narvl_jax.ahead_of_time.costs import KERNEL_PEAK, Line
+from narvl_jax.ahead_of_time.sources import Part, format_parts, split
+from narvl_jax.ahead_of_time.topology import Chip, get_topology
 from narvl_jax.command_line.flags import STDOUT
 from narvl_jax.command_line.json_output import (
   check_json_path,
   check_output_file,
   write_report,
 )
+from narvl_jax.errors import list_few
 from narvl_jax.files.disk import write_text
 from narvl_jax.parallel.mesh import describe
 from narvl_jax.terminal import progress
@@ -70,9 +74,10 @@ def check_config(options: Options, config: Any, name: str) -> bool:
   show(format_report(check))
   show(f"compiled in {check.seconds:.1f} s")
   write_report(options.json, summary(check, name))
-  if options.hlo and check.text:
-    write_text(pathlib.Path(options.hlo), check.text)
-  for path in (options.json, options.hlo):
+  hlo = options.hlo if check.text else None
+  if hlo:
+    write_text(pathlib.Path(hlo), check.text)
+  for path in (options.json, hlo):
     if path and path != STDOUT:
       show(f"wrote {path}")
   if not (check.memory.fits and options.predict):
@@ -97,7 +102,8 @@ def summary(check: Check, config_name: str) -> dict[str, Any]:
     check: the checked train step.
     config_name: name of the config, as it was typed.
   """
-  program, memory = check.program, check.memory
+  program, memory, chip = check.program, check.memory, check.topology.chip
+  parts = split(program.lines, chip) if program else []
   return {
     "config": config_name,
     "topology": check.topology.name,
@@ -122,9 +128,26 @@ def summary(check: Check, config_name: str) -> dict[str, Any]:
     "estimated_seconds": {
       "compute": check.compute_seconds,
       "communication": check.communication_seconds,
+      "kernels": _seconds(program.kernels, chip) if program else None,
     },
+    "hbm_bytes": program.hbm_bytes if program else None,
+    "parts": [_part(part) for part in parts],
     "compile_seconds": check.seconds,
   }
+
+
+def _part(part: Part) -> dict[str, Any]:
+  passes = ("forward", "recomputed", "backward")
+  return {
+    "name": part.name,
+    "seconds": {name: getattr(part, name) for name in passes},
+    "flops": part.flops,
+    "hbm_bytes": part.hbm_bytes,
+  }
+
+
+def _seconds(lines: Sequence[Line], chip: Chip) -> float:
+  return sum(line.seconds(chip) for line in lines)
 
 
 def format_report(check: Check) -> str:
@@ -165,6 +188,12 @@ def format_report(check: Check) -> str:
   lines.append(
     f"compute        {1e3 * compute:.1f} ms: {program.cycles:.4g} cycles at"
     f" {chip.clock / 1e9:g} GHz, the compiler's estimate, not a measurement"
+    + _of_kernels(program.kernels, chip)
+  )
+  lines.append(
+    f"HBM            {program.hbm_bytes / 1e9:.2f} GB a step, our estimate:"
+    f" {1e3 * program.hbm_bytes / chip.hbm_bandwidth:.1f} ms at"
+    f" {chip.hbm_bandwidth / 1e9:.0f} GB/s"
   )
   if least is None:
     why = "what slices exchange is not in the text of the program"
@@ -178,7 +207,23 @@ def format_report(check: Check) -> str:
       + _between_slices(check)
     )
   lines.append(_utilisation_line(check, compute, least))
+  if compute:
+    lines += ["", format_parts(program.lines, chip)]
   return "\n".join(lines)
+
+
+def _of_kernels(kernels: Sequence[Line], chip: Chip) -> str:
+  if not kernels:
+    return ""
+  text = (
+    f"; of it {1e3 * _seconds(kernels, chip):.1f} ms are our estimate of"
+    f" {sum(line.count for line in kernels)} calls of Pallas kernels:"
+    f" max(operations / ({KERNEL_PEAK:g} peak), bytes / bandwidth)"
+  )
+  blind = {line.name for line in kernels if line.blind}
+  if blind:
+    text += f", without the operations of {list_few(sorted(blind), 3)}"
+  return text
 
 
 def _memory_lines(check: Check) -> list[str]:

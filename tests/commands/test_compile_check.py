@@ -15,6 +15,7 @@ import pytest
 from narvl_jax import compile_check
 from narvl_jax.ahead_of_time import compile as aot
 from narvl_jax.ahead_of_time import report
+from narvl_jax.ahead_of_time.costs import Line
 from narvl_jax.ahead_of_time.hlo import Array
 from narvl_jax.ahead_of_time.program import Collective, Program, read_program
 from narvl_jax.ahead_of_time.topology import CHIPS, Topology
@@ -66,6 +67,8 @@ _KEYS = {
   "flops_per_chip",
   "collectives",
   "estimated_seconds",
+  "hbm_bytes",
+  "parts",
   "compile_seconds",
 }
 
@@ -150,6 +153,24 @@ def test_report_of_a_small_step(checked):
   assert "the compiler's estimate, not a measurement" in text
   assert "MFU            at most" in text
   assert "predict step, batch 128" in text
+
+
+def test_parts_of_a_small_step(checked):
+  found = {part["name"]: part for part in checked[1]["parts"]}
+  # The stem is a convolution: there is no ResNet.
+  assert {"encoder attention", "encoder FFN", "decoder", "loss head"} <= set(
+    found
+  )
+  assert not any("ResNet" in name for name in found)
+  whole = sum(sum(part["seconds"].values()) for part in found.values())
+  assert whole == pytest.approx(checked[1]["estimated_seconds"]["compute"])
+  assert found["encoder FFN"]["seconds"]["backward"] > 0
+  assert found["optimizer and metrics"]["seconds"]["backward"] == 0
+  bytes_ = sum(part["hbm_bytes"] for part in found.values())
+  assert bytes_ == pytest.approx(checked[1]["hbm_bytes"])
+  # Every step reads and writes the parameters and both moments.
+  assert bytes_ > 2 * 3 * 4 * 2048 * 128 // 4
+  assert "its largest instruction: " in checked[0]
 
 
 def test_attention_weights_alone_have_a_batch_of_squares(checked):
@@ -241,7 +262,8 @@ def test_step_that_does_not_fit(monkeypatch: pytest.MonkeyPatch):
   assert set(found) == _KEYS
   assert found["collectives"] == {}
   assert found["flops_per_chip"]["compiler"] is None
-  assert found["estimated_seconds"] == {"compute": None, "communication": None}
+  seconds = found["estimated_seconds"]
+  assert seconds == dict.fromkeys(("compute", "communication", "kernels"))
   text = report.format_report(check)
   assert "DOES NOT FIT   by 4.25 GiB; try --config.model.remat=full or" in text
   # 8 rows a device took 20 GiB: 5 of them take less than 15.75 GiB.
@@ -325,7 +347,13 @@ def _split_step(chip: str, num_slices: int) -> aot.Check:
   found = Collective(
     "all-reduce", (Array("f32", (1000,)),), 1, (tuple(range(8)),), ""
   )
-  program = Program((found,), 1e9, 1e6, {}, 8)
+  lines = (
+    Line("f.1", "fusion", "f32[8]", "/encoder/ffn/mul", 1, 1e6, 1e9, 0.0),
+    Line(
+      "k.1", "custom-call", "", "/encoder/p", 2, 0.0, 0.0, 819e6, True, True
+    ),
+  )
+  program = Program((found,), lines, {}, 8)
   where = Topology("2x2", num_slices, CHIPS[chip], jax.devices())
   memory = aot.Memory(1, 1, 2, 2**30)
   return aot.Check(setup, where, memory, program, 1.0)
@@ -354,7 +382,12 @@ def test_seconds_without_a_published_bandwidth():
 
 def test_utilisation_of_a_step():
   check = _split_step("v5e", 1)
-  assert check.compute_seconds == pytest.approx(1e6 / 1.5e9)
+  # A kernel takes as long as its bytes.
+  kernels = 819e6 / CHIPS["v5e"].hbm_bandwidth
+  assert check.compute_seconds == pytest.approx(1e6 / 1.5e9 + kernels)
+  text = report.format_report(check)
+  assert "of it 1.0 ms are our estimate of 2 calls of Pallas kernels" in text
+  assert "without the operations of k.1" in text
   assert check.formula_flops == check.setup.step_flops() / 8
   peak = check.formula_flops / CHIPS["v5e"].peak_flops
   assert check.utilisation(2 * peak) == pytest.approx(0.5)
