@@ -4,10 +4,12 @@ r"""Compares the parallel model with its autoregressive counterpart.
     python -m narvl_jax.compare --nar=runs/nar --ar=runs/ar \
       --tasks=caption,vqa --batch_size=1,8 --rounds=20 --to=comparison
     python -m narvl_jax.compare --size=base --uncached --batch_size=1
+    python -m narvl_jax.compare --size=base --topology=v5e:2x2
 
 Prints tables of quality and latency for every way to decode, and writes
 comparison.json and latency.png into --to. With --size only latency is measured,
-using random weights at the resolutions of the official models.
+using random weights at the resolutions of the official models; --topology
+compiles these programs for a TPU and prints the compiler's estimates.
 docs/performance.md describes the measurements.
 """
 
@@ -27,6 +29,12 @@ def define_flags() -> None:
   flags.DEFINE_string("ar", "", "Run folder of an autoregressive model.")
   flags.DEFINE_string(
     "size", "", "Random weights of this size instead, for latency alone."
+  )
+  flags.DEFINE_string(
+    "topology",
+    "",
+    "CHIP:SHAPE, such as v5e:2x2, for --size: the compiler's estimate for one"
+    " chip, without a TPU.",
   )
   flags.DEFINE_list("tasks", [], "Tasks to compare; default: all.")
   common_flags.split("Split of the data sets.", "test")
@@ -67,6 +75,7 @@ def _options(values: flags.FlagValues) -> Options:
     nar=values.nar,
     ar=values.ar,
     size=values.size,
+    topology=values.topology,
     tasks=values.tasks,
     split=values.split,
     max_examples=values.max_examples,

@@ -24,12 +24,19 @@ class Timing:
 
   Attributes:
     seconds: wall time of a call, float [rounds].
-    cpu_share: CPU time of this process over wall time. It is far below the
-      number of threads if other programs occupy the cores.
+    cpu_seconds: CPU time of this process, float [rounds].
   """
 
   seconds: np.ndarray
-  cpu_share: float
+  cpu_seconds: np.ndarray
+
+  @property
+  def cpu_share(self) -> float:
+    """CPU time over wall time.
+
+    It is far below the number of threads if other programs occupy the cores.
+    """
+    return self.cpu_seconds.sum() / max(self.seconds.sum(), 1e-9)
 
 
 def turns(
@@ -62,18 +69,15 @@ def measure(
   for run in candidates.values():
     jax.block_until_ready(run())
   wall = {name: np.zeros(rounds) for name in candidates}
-  cpu = dict.fromkeys(candidates, 0.0)
+  cpu = {name: np.zeros(rounds) for name in candidates}
   for i, name, run in turns(candidates, rounds):
     jax.block_until_ready(run())
     cpu_start, start = time.process_time(), time.perf_counter()
     for _ in range(calls):
       jax.block_until_ready(run())
     wall[name][i] = (time.perf_counter() - start) / calls
-    cpu[name] += (time.process_time() - cpu_start) / calls
-  return {
-    name: Timing(wall[name], cpu[name] / max(wall[name].sum(), 1e-9))
-    for name in candidates
-  }
+    cpu[name][i] = (time.process_time() - cpu_start) / calls
+  return {name: Timing(wall[name], cpu[name]) for name in candidates}
 
 
 def peak_memory(run: Callable[[], Result]) -> tuple[int | None, Result]:

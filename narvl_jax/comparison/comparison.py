@@ -11,8 +11,16 @@ import flax
 import jax
 import numpy as np
 
-from narvl_jax.benchmarks import timing
-from narvl_jax.comparison import latency, quality, random_weights, report, runs
+from narvl_jax.ahead_of_time.topology import Topology, get_topology
+from narvl_jax.benchmarks import timing, workloads
+from narvl_jax.comparison import (
+  compiled,
+  latency,
+  quality,
+  random_weights,
+  report,
+  runs,
+)
 from narvl_jax.comparison.case import Case, choose_lengths, length_programs
 from narvl_jax.comparison.options import Options
 from narvl_jax.comparison.plot import check_can_draw, draw_lengths
@@ -50,6 +58,11 @@ class _Comparison:
 
   def __init__(self, options: Options) -> None:
     self._options = options
+    self._topology: Topology | None = None
+    if options.topology:
+      # The cache could not load a program of an absent device.
+      jax.config.update("jax_enable_compilation_cache", False)
+      self._topology = get_topology(options.topology)
     self._runs: dict[str, runs.Run] = {}
     if not options.size:
       self._runs = runs.open_runs(
@@ -67,6 +80,10 @@ class _Comparison:
       entry = _entry(case)
       self.result["tasks"][task] = entry
       self.result["dtype"] = entry["facts"]["dtype"]
+      if self._topology is not None:
+        self._add_estimates(entry, case, self._topology)
+        self.write()
+        continue
       lengths = []
       if self._options.measure_latency and "lengths" not in self.result:
         # Raises for a length that does not fit, before the measurements.
@@ -115,10 +132,13 @@ class _Comparison:
         )
         for task in runs.common_tasks(self._runs, chosen.tasks)
       }
-    loads = random_weights.workloads(chosen.tasks, chosen.image_size)
+    of_topology: dict[str, Any] = {}
+    if self._topology is not None:
+      of_topology = {"dtype": "bfloat16", "shapes_only": True}
+    loads = workloads.choose(chosen.tasks, chosen.image_size)
     return {
       task: lambda t=task, w=load: random_weights.make_case(
-        chosen.size, t, w, **settings
+        chosen.size, t, w, **of_topology, **settings
       )
       for task, load in loads.items()
     }
@@ -138,6 +158,7 @@ class _Comparison:
       "dtype": "",
       "models": models or random,
       "latency": self._options.measure_latency,
+      "topology": self._options.topology or None,
       "batch_sizes": list(self._options.batch_sizes),
       "rounds": self._options.rounds,
       "tasks": {},
@@ -167,6 +188,16 @@ class _Comparison:
       for label, measured in times.items():
         way = entry["ways"][label]
         way.setdefault("latency", {})[str(size)] = measured
+
+  def _add_estimates(
+    self, entry: dict[str, Any], case: Case, topology: Topology
+  ) -> None:
+    for size in self._options.batch_sizes:
+      with self._stage(case.task, f"compiles at batch {size}"):
+        found = compiled.estimate(case, size, topology)
+      for label, estimate in found.items():
+        way = entry["ways"][label]
+        way.setdefault("estimates", {})[str(size)] = estimate
 
   def _add_curves(self, case: Case, lengths: list[int]) -> None:
     with self._stage(case.task, "times by length of the answer"):

@@ -15,6 +15,8 @@ from narvl_jax.decoding.steps import Reader
 
 Batch = Mapping[str, np.ndarray]
 _PERCENTILE = 95
+# What an encoder reads of a batch.
+_ENCODED = ("image", "text", "image_mask")
 
 
 class Network(NamedTuple):
@@ -80,7 +82,8 @@ def measure(
     By label: "encoder_ms", "decoder_ms" and "whole_ms" (both together), each
     with "median", "p95" and all "rounds"; "decoder_ratio" and "whole_ratio",
     medians over the rounds of the time over that of `BASELINE`; "passes", the
-    mean number of decoder passes; "memory" in bytes of the compiled decoder.
+    mean number of decoder passes; "tokens_per_pass", the mean length of the
+    answers with eos over the passes; "memory" in bytes of the compiled decoder.
   """
   encode = {
     name: compile_encoder(encoder, batches[0])
@@ -97,6 +100,7 @@ def measure(
     )
   seconds = {name: np.zeros(rounds) for name in [*encoders, *programs]}
   passes = {label: np.ones(rounds) for label in programs}
+  tokens = {label: np.ones(rounds) for label in programs}
   for i in range(rounds):
     batch = batches[i % len(batches)]
     for name, run in encode.items():
@@ -106,6 +110,8 @@ def measure(
         decode[label].run, encoded[program.encoder], batch, program.lengths
       )
       passes[label][i] = out.get("steps", 1)
+      # With eos, of the best answers.
+      tokens[label][i] = 1 + np.asarray(out["lengths"])[:, 0].mean()
   results = {}
   base = programs[BASELINE]
   base_whole = seconds[base.encoder] + seconds[BASELINE]
@@ -118,6 +124,7 @@ def measure(
       "decoder_ratio": float(np.median(seconds[label] / seconds[BASELINE])),
       "whole_ratio": float(np.median(whole / base_whole)),
       "passes": float(passes[label].mean()),
+      "tokens_per_pass": float((tokens[label] / passes[label]).mean()),
       "memory": decode[label].memory,
     }
   return results
@@ -172,32 +179,26 @@ def length_curves(
 
 def compile_encoder(network: Network, batch: Batch) -> Callable[[Batch], Any]:
   """Returns a function that encodes a batch and waits for the result."""
-  encode = make_steps(network.model, _no_reader, network.rules).encode
-  names = ("image", "text", "image_mask")
-  compiled = encode.lower(
-    network.variables, *(batch[name] for name in names)
-  ).compile()
+  compiled = lower_encoder(network, batch).compile()
 
   def run(batch: Batch) -> Any:
-    arrays = (batch[name] for name in names)
+    arrays = (batch[name] for name in _ENCODED)
     return jax.block_until_ready(compiled(network.variables, *arrays))
 
   return run
+
+
+def lower_encoder(network: Network, batch: Batch) -> jax.stages.Lowered:
+  """Traces an encoder; variables and batch may be shapes."""
+  encode = make_steps(network.model, _no_reader, network.rules).encode
+  return encode.lower(network.variables, *(batch[name] for name in _ENCODED))
 
 
 def compile_decoder(
   program: TimedDecoder, encoded: Any, batch: Batch
 ) -> Compiled:
   """Compiles a decoder for the shapes of a batch."""
-  network = program.network
-  steps = make_steps(network.model, program.reader, network.rules)
-
-  def inputs(batch: Batch, lengths: np.ndarray) -> Inputs:
-    return Inputs(batch["text"], batch["merge_repeats"], lengths)  # pyright: ignore[reportArgumentType]
-
-  compiled = steps.decode.lower(
-    network.variables, encoded, inputs(batch, program.lengths)
-  ).compile()
+  compiled = lower_decoder(program, encoded, batch).compile()
   analysis = compiled.memory_analysis()
   memory = {}
   if analysis is not None:
@@ -207,10 +208,25 @@ def compile_decoder(
     }
   return Compiled(
     lambda encoded, batch, lengths: compiled(
-      network.variables, encoded, inputs(batch, lengths)
+      program.network.variables, encoded, _inputs(batch, lengths)
     ),
     memory,
   )
+
+
+def lower_decoder(
+  program: TimedDecoder, encoded: Any, batch: Batch
+) -> jax.stages.Lowered:
+  """Traces a decoder; variables, encoder's output and batch may be shapes."""
+  network = program.network
+  steps = make_steps(network.model, program.reader, network.rules)
+  return steps.decode.lower(
+    network.variables, encoded, _inputs(batch, program.lengths)
+  )
+
+
+def _inputs(batch: Batch, lengths: Any) -> Inputs:
+  return Inputs(batch["text"], batch["merge_repeats"], lengths)  # pyright: ignore[reportArgumentType]
 
 
 def _no_reader(*arguments: Any) -> Any:

@@ -28,6 +28,7 @@ class Options:
   split: str = "test"
   max_examples: int | None = None
   checkpoint: str | int = "best"
+  topology: str = ""
   image_size: int | None = None
   batch_sizes: Sequence[int] = (1, 8)
   rounds: int = 10
@@ -63,7 +64,8 @@ class Options:
   def draws(self) -> bool:
     """Whether the plot of the lengths is drawn."""
     no_lengths = self.lengths is not None and not self.lengths
-    return self.to is not None and self.measure_latency and not no_lengths
+    timed = self.measure_latency and not self.topology
+    return self.to is not None and timed and not no_lengths
 
   def _check_models(self) -> None:
     if self.size and (self.nar or self.ar):
@@ -79,6 +81,10 @@ class Options:
         raise UserError(
           f"--image_size={self.image_size} is for --size; runs have their own"
         )
+    if self.topology and not self.size:
+      raise UserError(
+        f"--topology={self.topology} is for random weights; add --size=base"
+      )
     if not (self.measure_latency or self.scores_answers):
       raise UserError(
         "nothing is left to measure; drop --no_latency"

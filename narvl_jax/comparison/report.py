@@ -15,6 +15,7 @@ _HEADING = (
   "decoder ms (p95)",
   "whole ms (p95)",
   "passes",
+  "tokens a pass",
   "temp MB",
   "decoder x",
   "whole x",
@@ -24,7 +25,8 @@ _HEADING = (
 def format_report(report: Mapping[str, Any]) -> str:
   """Returns a table for each task and batch size.
 
-  "decoder x" and "whole x" are times over those of `BASELINE`. The interval of
+  "decoder x" and "whole x" are times over those of `BASELINE`; "tokens a pass"
+  counts eos. The interval of
   a difference is that of 95 % by a paired bootstrap.
   """
   facts = {**report["environment"], "dtype": report["dtype"]}
@@ -37,8 +39,9 @@ def format_report(report: Mapping[str, Any]) -> str:
   ]
   for task, entry in report["tasks"].items():
     sizes = report["batch_sizes"] if report["latency"] else [None]
+    table = _estimates if report.get("topology") else _table
     for size in sizes:
-      parts += ["", _title(task, entry, size), "", _table(entry, size)]
+      parts += ["", _title(task, entry, size), "", table(entry, size)]
     parts += _reasons(entry)
   if report.get("lengths"):
     parts += ["", _lengths(report["lengths"])]
@@ -58,6 +61,32 @@ def _table(entry: Mapping[str, Any], size: int | None) -> str:
       continue
     times = way.get("latency", {}).get(str(size))
     rows.append((label, _quality(way), _difference(way), *_times(times)))
+  return format_columns(rows)
+
+
+def _estimates(entry: Mapping[str, Any], size: int | None) -> str:
+  """Returns a table of estimates for a chip; see `compiled.estimate`."""
+  rows: list[tuple[str, ...]] = [
+    (
+      *("", "encoder ms", "decoder ms", "passes", "tokens a pass"),
+      *("decoder GB", "decoder x", "whole x"),
+    )
+  ]
+  for label, way in entry["ways"].items():
+    if "not_applicable" in way:
+      rows.append((label, "n/a", *("",) * 6))
+      continue
+    found = way["estimates"][str(size)]
+    rows.append(
+      (
+        label,
+        *(f"{found[key]:.2f}" for key in ("encoder_ms", "decoder_ms")),
+        f"{found['passes']:.0f}",
+        f"{found['tokens_per_pass']:.1f}",
+        f"{found['decoder_bytes'] / 1e9:.2f}",
+        *(f"{found[key]:.2f}" for key in ("decoder_ratio", "whole_ratio")),
+      )
+    )
   return format_columns(rows)
 
 
@@ -89,6 +118,7 @@ def _times(times: Mapping[str, Any] | None) -> tuple[str, ...]:
       for key in ("decoder_ms", "whole_ms")
     ),
     f"{times['passes']:.1f}",
+    f"{times['tokens_per_pass']:.1f}",
     format_megabytes(times["memory"].get("temp")),
     f"{times['decoder_ratio']:.2f}",
     f"{times['whole_ratio']:.2f}",

@@ -8,6 +8,8 @@ from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError, did_you_mean
 
 AR, NAR = "AR", "NAR"
+# Autoregressive, with one decoder layer and the other layers in the encoder.
+DEEP = "AR deep"
 # Ratios are relative to this decoding.
 BASELINE = f"{NAR} greedy"
 UNCACHED = f"{AR} uncached"
@@ -41,6 +43,7 @@ def ways_of(
   *,
   beam_size: int,
   uncached: bool = False,
+  deep: bool = False,
 ) -> list[Way]:
   """Returns the decodings of a task.
 
@@ -55,6 +58,7 @@ def ways_of(
     reference: official decoding of the autoregressive model.
     beam_size: hypotheses of both models.
     uncached: whether to add greedy search without a cache.
+    deep: whether to add the model `DEEP`.
   """
   constrained = space is not None
   closed = space is not None and bool(space.sequences)
@@ -78,6 +82,11 @@ def ways_of(
     Way(NAR, f"beam {beam_size}", parallel_beam),
     Way(NAR, "candidates", candidates, "" if closed else no_list),
   ]
+  if deep:
+    ways[3:3] = [
+      Way(DEEP, "greedy", Decoding()),
+      Way(DEEP, f"beam {beam_size}", beam),
+    ]
   if uncached:
     ways.insert(1, Way(AR, "uncached", Decoding()))
   return ways

@@ -17,7 +17,7 @@ from narvl_jax.files.disk_errors import errors_of, free_place, reason_of
 PATH_FLAGS = (
   *("workdir", "to", "from", "teacher", "nar", "ar", "runs", "results"),
   *("folder", "vocabulary", "answers", "image", "overlay", "hlo", "json"),
-  *("png", "cider_df", "annotations"),
+  *("png", "cider_df", "annotations", "official"),
 )
 # If these are empty, nothing is written.
 _MAY_BE_EMPTY = ("png", "json")

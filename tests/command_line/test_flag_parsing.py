@@ -22,6 +22,7 @@ COMMANDS = (
   *("calibrate", "compile_check", "checkpoints", "check_data", "convert_data"),
   *("list_answers", "benchmarks.data", "benchmarks.checkpoints"),
   *("benchmarks.loss_head", "benchmarks.query_ctc", "benchmarks.twins"),
+  "benchmarks.reference",
   *("significance", "submission", "document_frequencies", "inspect", "report"),
 )
 # Old name -> new name, by command.
@@ -44,6 +45,7 @@ _RENAMED = {
 # Several commands take lists where the others take one.
 _LISTS = {("checkpoints", "checkpoint"), ("compare", "batch_size")}
 _LISTS |= {("benchmarks.data", "num_workers")}
+_LISTS |= {("benchmarks.reference", "size")}
 
 
 @pytest.fixture

@@ -140,6 +140,10 @@ def test_random_weights_emit_as_many_tokens_as_the_answers(capsys):
       },
       "--lengths=400 exceeds the 129 tokens",
     ),
+    (
+      {"nar": "a", "ar": "b", "topology": "v5e:2x2"},
+      "--topology=v5e:2x2 is for random weights; add --size=base",
+    ),
     ({"nar": "a", "ar": "b", "image_size": 32}, "--image_size=32 is for"),
     ({"nar": "a", "ar": "b", "to": __file__}, "is a file; give a folder"),
     ({"size": "micro", "ways": "ar"}, r'ways="ar" is one text; give a list'),

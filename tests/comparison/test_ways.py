@@ -2,7 +2,7 @@
 
 import pytest
 
-from narvl_jax.comparison.ways import BASELINE, choose, ways_of
+from narvl_jax.comparison.ways import BASELINE, DEEP, choose, ways_of
 from narvl_jax.data.tasks import AnswerSpace
 from narvl_jax.decoding import Decoding
 from narvl_jax.errors import UserError
@@ -32,6 +32,11 @@ def test_closed_sets_have_all_ways_and_constrained_searches() -> None:
   ways = ways_of(LIST, "", CANDIDATES, beam_size=5, uncached=True)
   found = {way.label: way.decoding for way in ways}
   assert len(found) == 8
+  more = ways_of(LIST, "", CANDIDATES, beam_size=5, deep=True)
+  assert [w.label for w in more if w.model == DEEP] == [
+    "AR deep greedy",
+    "AR deep beam 5",
+  ]
   assert all(found.values())
   beam = found["AR beam 5"]
   assert beam is not None

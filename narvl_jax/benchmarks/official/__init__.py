@@ -1,0 +1,1 @@
+"""The official PyTorch code as a peer; see `benchmarks.reference`."""
