@@ -173,7 +173,7 @@ def test_parts_of_a_small_step(checked):
   assert "its largest instruction: " in checked[0]
 
 
-def test_attention_weights_alone_have_a_batch_of_squares(checked):
+def test_no_attention_weights_of_the_encoder_are_in_memory(checked):
   arrays = read_program(checked[2]).arrays
   squares = {
     name
@@ -182,9 +182,9 @@ def test_attention_weights_alone_have_a_batch_of_squares(checked):
     if len(array.shape) > 3 and array.shape[-2:] == (_SOURCE, _SOURCE)
     if array.shape[0] == _ROWS_A_CHIP
   }
-  # Logits, weights and their gradients; no bias of an example's own.
-  assert squares
-  assert all("self_attn" in name for name in squares if name)
+  # No logits, weights or gradients of them, and no bias of an example's own.
+  assert not squares
+  assert any(part["name"] == "encoder kernels" for part in checked[1]["parts"])
 
 
 def test_topology_that_does_not_exist():
