@@ -14,7 +14,8 @@ set. docs/evaluation.md explains every metric.
 
 Prints a table and writes evaluations/NAME.json, predictions/NAME.jsonl and
 predictions/NAME.png into the run folder. NAME is SPLIT-STEP-DECODING, followed
-by the limit (maxN) and the tasks if not all examples or tasks are evaluated.
+by the limit (maxN) and the tasks if not all examples or tasks are evaluated,
+and by "all" with --metrics=all.
 With the run's own settings and its best checkpoint, evaluation.json is
 replaced as well.
 """

@@ -1,6 +1,6 @@
 r"""Tests whether two evaluations differ by more than chance.
 
-  python -m narvl_jax.significance runs/a runs/b [--split=test] [--by_kind]
+  python -m narvl_jax.significance runs/a runs/b [--split=test] [--by=kind,size]
   python -m narvl_jax.significance a/predictions/test-2000-greedy.jsonl \
     b/predictions/test-2000-beam.jsonl [--task=vqa] [--level=0.99]
 
@@ -11,7 +11,7 @@ bootstrap).
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -20,6 +20,7 @@ from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_report
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.evaluation.reporting import GROUPS
 from narvl_jax.evaluation.saved import paired
 from narvl_jax.evaluation.saved.files import newest_pair
 from narvl_jax.metrics.bootstrap import DRAWS
@@ -35,7 +36,7 @@ def significance(
   task: str = "",
   split: str = "",
   level: float = 0.95,
-  kinds: bool = False,
+  by: Collection[str] = (),
 ) -> dict[str, Any]:
   """Compares two evaluations and prints a table.
 
@@ -45,7 +46,7 @@ def significance(
     task: the only task to compare; all by default.
     split: split of the evaluations; any by default.
     level: level of the intervals, in (0, 1).
-    kinds: whether to compare each kind of question as well.
+    by: groups of examples that have rows: "kind", "question_type" or "size".
 
   Returns:
     `first` and `second` (files of predictions), `level`, `draws`, `common`,
@@ -59,11 +60,16 @@ def significance(
     raise UserError(
       f"--level={level:g} must be between 0 and 1, such as --level=0.95"
     )
+  for name in by:
+    if name not in GROUPS.values():
+      raise UserError(
+        f'--by="{name}" is unknown.{did_you_mean(name, GROUPS.values())}'
+      )
   chosen = newest_pair(first, second, split)
   systems = [_of_task(x.predictions(), task, x.path) for x in chosen]
   pairs = paired.match(*systems)
   with progress.doing("resampling"):
-    tasks = paired.compare(pairs, level=level, kinds=kinds)
+    tasks = paired.compare(pairs, level=level, by=by)
   report = {
     "first": str(chosen[0].path),
     "second": str(chosen[1].path),
@@ -105,8 +111,9 @@ def format_report(report: Mapping[str, Any]) -> str:
   rows: list[tuple[str, ...]] = [heading]
   for task, entry in report["tasks"].items():
     rows += _rows(task, entry)
-    for kind, part in entry.get("kinds", {}).items():
-      rows += _rows(f"  {brief(kind)}", part)
+    for key in GROUPS:
+      for group, part in entry.get(key, {}).items():
+        rows += _rows(f"  {brief(group)}", part)
   lines.append(format_columns(rows, left=2))
   images = [x["images"] for x in report["tasks"].values()]
   units = "examples" if None in images else "pictures with all their examples"
@@ -145,7 +152,10 @@ def define_flags() -> None:
   flags.DEFINE_string("task", "", "The only task to compare; default: all.")
   common_flags.split("Split of the evaluations; default: any.")
   flags.DEFINE_float("level", 0.95, "Level of the intervals, in (0, 1).")
-  flags.DEFINE_bool("by_kind", False, "Compare each kind of question as well.")
+  flags.DEFINE_list(
+    "by", [], f"Compare groups as well: {', '.join(GROUPS.values())}."
+  )
+  flags.DEFINE_bool("by_kind", False, "The same as --by=kind.")
   common_flags.json()
 
 
@@ -159,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
     task=options.task,
     split=options.split,
     level=options.level,
-    kinds=options.by_kind,
+    by=[*options.by, *(["kind"] if options.by_kind else [])],
   )
   write_report(options.json, report)
 

@@ -1,13 +1,13 @@
 """Metrics of visual entailment."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from narvl_jax.data.answer_text import normalize_answer, normalized_answers
 from narvl_jax.data.example import Record
 from narvl_jax.data.tasks.entailment import ANSWERS
 from narvl_jax.evaluation.metric import MeanMetric, Metric
-from narvl_jax.metrics import classes
+from narvl_jax.metrics import bootstrap, classes
 
 
 class EntailmentAccuracy(MeanMetric):
@@ -59,3 +59,18 @@ class EntailmentTable(Metric):
         },
       }
     }
+
+  def detail_samples(
+    self, pictures: Mapping[int, str]
+  ) -> dict[tuple[str, ...], dict[str, bootstrap.Sample]]:
+    """Returns those of precision, recall and F1 of each label."""
+    known = self.known()
+    groups = [pictures[i] for i in known]
+    found = {}
+    for label in ANSWERS if known else ():
+      answers, truths = zip(*known.values(), strict=True)
+      samples = classes.binary_samples(answers, truths, label, groups)
+      names = "precision", "recall", "f1"
+      path = "confusion", "per_class", label
+      found[path] = {name: samples[name] for name in names}
+    return found

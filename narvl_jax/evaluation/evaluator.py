@@ -63,11 +63,12 @@ def evaluate_tasks(
     `max_examples`, `only_tasks` (None if all were evaluated), examples,
     `tasks` (task -> metric -> value in [0, 1], CIDEr to 10), `counts` (task ->
     examples), `kinds`, `question_types` and `sizes` (task -> group -> metrics
-    and examples) and `datasets` (name -> task, metrics, examples and, if the
-    config names it, `partition`). With ground truth for them it has
+    and examples) and `datasets` (name -> task, metrics, examples, `records`
+    and, if the config names it, `partition`). With ground truth for them it has
     `confusion`, `pope` and `unavailable`, with `options.intervals` also
-    `intervals` (task -> metric -> [low, high]). Records without ground truth
-    count as examples and have no score; bad records are not counted.
+    `intervals` (task -> metric -> [low, high]), which the other entries have
+    for themselves. Records without ground truth count as examples and have no
+    score; bad records are no examples and have a score of 0 in means.
 
   Raises:
     UserError: a data set, the split or a task is unknown, a decoding does not
@@ -138,7 +139,8 @@ def _predict(
       tally.update(answer, first + answer.index, dataset=name, index=index)
       # Other hosts predict the examples in between.
       activity.done = first + answer.index + 1
-    tally.bad |= {first + i for i in bad_records.indices_of(task)}
+    for i in bad_records.indices_of(task):
+      tally.bad[first + i] = task, name
     first += len(subset)
     activity.done = first
   return tally

@@ -163,22 +163,44 @@ class Metric(abc.ABC):
     chosen = sorted(self.measured if positions is None else positions)
     return {i: x for i in chosen if (x := self.measured[i]) is not None}
 
-  def intervals(
-    self, pictures: Mapping[int, str]
-  ) -> dict[str, tuple[float, float]]:
-    """Returns the 95 % confidence interval of each name with statistics.
+  def samples(
+    self, pictures: Mapping[int, str], positions: Iterable[int] | None = None
+  ) -> dict[str, bootstrap.Sample]:
+    """Returns what the confidence interval of each figure is made of.
 
     Args:
-      pictures: position of each example -> identity of its picture. Pictures
-        are resampled with all of their examples.
+      pictures: position of each example -> identity of its picture.
+      positions: see `result`.
     """
-    known = self.known()
+    known = self.known(positions)
     if not known:
       return {}
-    found = bootstrap.intervals(
-      self.statistics(list(known.values())), [pictures[i] for i in known]
-    )
-    return {name: (x.low, x.high) for name, x in found.items()}
+    groups = [pictures[i] for i in known]
+    return {
+      name: bootstrap.Sample(statistics, groups, figure)
+      for name, (statistics, figure) in self.statistics(
+        list(known.values())
+      ).items()
+    }
+
+  def detail_samples(
+    self, pictures: Mapping[int, str]
+  ) -> dict[tuple[str, ...], dict[str, bootstrap.Sample]]:
+    """Returns the `samples` of figures in `details`.
+
+    Args:
+      pictures: see `samples`.
+
+    Returns:
+      Keys of the entry that holds the figures, the key of the report first ->
+      name -> sample.
+    """
+    del pictures
+    return {}
+
+  def miss(self, position: int) -> None:
+    """Adds an example without a prediction, whose record is bad."""
+    self.measured[position] = None
 
   def _add(self, measured: dict[int, Any]) -> None:
     twice = sorted(self.measured.keys() & measured.keys())
@@ -199,6 +221,11 @@ class MeanMetric(Metric):
       name: float(np.mean([scores[name] for scores in measured]))
       for name in self.names
     }
+
+  def miss(self, position: int) -> None:
+    """Counts a bad record as wrong, if the other examples have ground truth."""
+    scored = any(x is not None for x in self.measured.values())
+    self.measured[position] = dict.fromkeys(self.names, 0.0) if scored else None
 
   def statistics(
     self, measured: Sequence[Any]

@@ -13,6 +13,10 @@ from narvl_jax.terminal.text import brief, readable_json
 Report = dict[str, Any]
 Prediction = dict[str, Any]
 
+# Key of the report -> key of the predictions by which it groups a task.
+GROUPS = {"kinds": "kind", "question_types": "question_type", "sizes": "size"}
+POPE_FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+
 
 def format_table(
   report: Report,
@@ -38,6 +42,8 @@ def heading(report: Report) -> str:
     report.get("decoding_name", "greedy"),
     f"{report['examples']} examples",
   ]
+  if bad := sum(_records(report).values()) - report["examples"]:
+    parts.append(f"{bad} bad records count as wrong")
   if report.get("max_examples"):
     parts.append(f"at most {report['max_examples']} of each data set")
   if report.get("only_tasks"):
@@ -45,16 +51,33 @@ def heading(report: Report) -> str:
   return ", ".join(parts)
 
 
+def _records(report: Report) -> dict[str, int]:
+  """Returns the number of examples and bad records of each task."""
+  found = dict.fromkeys(report["counts"], 0)
+  for entry in report.get("datasets", {}).values():
+    found[entry["task"]] += entry.get("records", entry["examples"])
+  # Reports of earlier versions may lack the data sets.
+  return {x: max(found[x], count) for x, count in report["counts"].items()}
+
+
+def scored(report: Report, task: str) -> str:
+  """Returns the number of predictions, out of all records if some are bad."""
+  count, total = report["counts"][task], _records(report)[task]
+  return str(count) if count == total else f"{count} / {total}"
+
+
 def file_name(report: Report) -> str:
   """Returns the stem of the files of an evaluation.
 
   It is `SPLIT-STEP-DECODING`, followed by the limit and the tasks if not all
-  examples or tasks were evaluated.
+  examples or tasks were evaluated, and by "all" with all metrics.
   """
   parts = [report["split"], report["step"], report.get("decoding_name")]
   if report.get("max_examples"):
     parts.append(f"max{report['max_examples']}")
   parts += report.get("only_tasks") or []
+  if report.get("metrics") == "all":
+    parts.append("all")
   # The data name their splits, which need not be valid file names.
   name = "-".join(map(str, parts))
   return urllib.parse.quote(name, safe="", errors="backslashreplace")
@@ -83,13 +106,14 @@ def format_metrics(
     tail = (notes or {}).get(task) if metrics else "no ground truth"
     tails = [tail, *_why_unavailable(report.get("unavailable", {}).get(task))]
     bounds = report.get("intervals", {}).get(task, {})
-    rows.append((task, report["counts"][task], metrics, bounds, tails))
+    rows.append((task, scored(report, task), metrics, bounds, tails))
     if not kinds:
       continue
     for key in ("kinds", "sizes"):
       for group, entry in report.get(key, {}).get(task, {}).items():
-        rest = {k: v for k, v in entry.items() if k != "examples"}
-        rows.append((f"  {brief(group)}", entry["examples"], rest, {}, []))
+        bounds = entry.get("intervals", {})
+        rest = {x: entry[x] for x in metrics if x in entry}
+        rows.append((f"  {brief(group)}", entry["examples"], rest, bounds, []))
   names = list(dict.fromkeys(name for row in rows for name in row[2]))
   cells = [("task", "examples", *names)]
   for label, count, metrics, bounds, _ in rows:
@@ -127,22 +151,23 @@ def _format_confusion(task: str, table: Mapping[str, Any]) -> str:
   cells = [[f"{task}: truth", *labels, "other", *figures]]
   for label, counts in zip(labels, table["counts"], strict=True):
     of_label = table["per_class"][label]
-    shown = (_percent(of_label[name]) for name in figures)
+    shown = (_percent(of_label, name) for name in figures)
     cells.append([label, *map(str, counts), *shown])
   return format_columns(cells)
 
 
 def _format_pope(task: str, subsets: Mapping[str, Any]) -> str:
-  names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
-  cells = [[f"{task}: POPE", "examples", *names]]
+  cells = [[f"{task}: POPE", "examples", *POPE_FIGURES]]
   for subset, figures in subsets.items():
-    shown = (_percent(figures[name]) for name in names)
+    shown = (_percent(figures, name) for name in POPE_FIGURES)
     cells.append([subset, str(figures["examples"]), *shown])
   return format_columns(cells)
 
 
-def _percent(value: float | None) -> str:
-  return "-" if value is None else f"{100 * value:.1f} %"
+def _percent(figures: Mapping[str, Any], name: str) -> str:
+  bounds = figures.get("intervals", {}).get(name)
+  value = figures[name]
+  return "-" if value is None else _format_value(name, value, bounds)
 
 
 def write_predictions(

@@ -58,7 +58,8 @@ def write_results(
   `predictions/NAME.png` and, if any answer is wrong,
   `predictions/NAME-mistakes.png`, the mistakes with the largest loss of every
   kind first; see `reporting.file_name`. The evaluation of the best checkpoint
-  with the settings of the config also becomes `evaluation.json`.
+  with the settings of the config also becomes `evaluation.json`, unless that
+  has the same figures and those of all metrics.
 
   Args:
     experiment: experiment of the run; its data sets have the pictures.
@@ -96,10 +97,13 @@ def write_results(
     if panels or not shown:
       grid = rendering.prediction_grid(panels, title=text, note=note)
       paths.append(write_image(path, grid, inside=folder))
-  if best and _is_main(experiment.config, report):
+  main = folder / MAIN_FILE
+  if (
+    best and _is_main(experiment.config, report) and not _has_more(main, report)
+  ):
     # Last, so that a program which waits for this file finds the others.
-    paths.append(folder / MAIN_FILE)
-    write_json(paths[-1], report, inside=folder)
+    paths.append(main)
+    write_json(main, report, inside=folder)
   return paths
 
 
@@ -138,6 +142,22 @@ def _is_main(config: Any, report: reporting.Report) -> bool:
     and report["decoding_name"] == "greedy"
     and report["max_examples"] == (settings.max_examples or None)
     and report["only_tasks"] is None
+  )
+
+
+def _has_more(path: pathlib.Path, report: reporting.Report) -> bool:
+  """Returns whether a file has all metrics of the same evaluation."""
+  stored = side_files.read_object(path)
+  if stored is None or report.get("metrics") == "all":
+    return False
+  cheap = {**stored, "metrics": report.get("metrics")}
+  return (
+    stored.get("metrics") == "all"
+    and reporting.file_name(cheap) == reporting.file_name(report)
+    and all(
+      figures.items() <= stored.get("tasks", {}).get(task, {}).items()
+      for task, figures in report["tasks"].items()
+    )
   )
 
 

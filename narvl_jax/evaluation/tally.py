@@ -1,7 +1,10 @@
 """Predictions and metrics of an evaluation, on one host or several."""
 
 import collections
+import functools
 import hashlib
+import math
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,12 +14,10 @@ from narvl_jax.data.example import Box, Record
 from narvl_jax.evaluation.grounding import SIZES, size_of
 from narvl_jax.evaluation.metric import CHEAP, MeanMetric, Metric, Options
 from narvl_jax.evaluation.metrics import METRICS, make_metrics
-from narvl_jax.evaluation.reporting import Prediction, Report
+from narvl_jax.evaluation.reporting import GROUPS, Prediction, Report
 from narvl_jax.hosts import distributed
+from narvl_jax.metrics import bootstrap
 from narvl_jax.prediction.predictor import Answer
-
-# Key of the report -> key of the predictions by which it groups a task.
-_GROUPS = {"kinds": "kind", "question_types": "question_type", "sizes": "size"}
 
 
 class Tally:
@@ -25,14 +26,15 @@ class Tally:
   Attributes:
     options: options of the evaluation.
     predictions: position of an example in the evaluation -> its prediction.
-    bad: positions of bad records, which have no prediction.
+    bad: position of a bad record, which has no prediction -> its task and data
+      set.
     metrics: task -> its metrics.
   """
 
   def __init__(self, options: Options = CHEAP) -> None:
     self.options = options
     self.predictions: dict[int, Prediction] = {}
-    self.bad: set[int] = set()
+    self.bad: dict[int, tuple[str, str]] = {}
     self.metrics: Mapping[str, list[Metric]] = {
       task: make_metrics(task, options) for task in METRICS
     }
@@ -101,7 +103,7 @@ class Tally:
             f"{type(metric).__name__} has {len(metric.measured)} examples of"
             f" {task}, but there are {len(tasks.get(task, []))} predictions"
           )
-    missing = set(range(total)) - self.predictions.keys() - self.bad
+    missing = set(range(total)) - self.predictions.keys() - self.bad.keys()
     if missing:
       raise RuntimeError(
         f"{len(missing)} of {total} examples were evaluated by no host, such"
@@ -109,54 +111,77 @@ class Tally:
       )
 
   def report(self, *, split: str, step: int | None) -> Report:
-    """Returns the counts and results that `evaluate_tasks` describes."""
+    """Returns the counts and results that `evaluate_tasks` describes.
+
+    Bad records count as wrong in the means of their task and data set.
+    """
+    for position, (task, _) in self.bad.items():
+      for metric in self.metrics[task]:
+        metric.miss(position)
     tasks = self._group(self.predictions, "task")
-    datasets = self._group(self.predictions, "dataset")
     report: Report = {
       "split": split,
       "step": step,
       "examples": len(self.predictions),
-      "tasks": {task: self._results(task) for task in tasks},
+      "tasks": {},
       "counts": {task: len(of) for task, of in tasks.items()},
-      **{
-        name: {task: self._groups(task, of, key) for task, of in tasks.items()}
-        for name, key in _GROUPS.items()
-      },
-      "datasets": {
-        name: {"task": task, "examples": len(of)} | self._results(task, of)
-        for name, of in datasets.items()
-        for task in [self.predictions[of[0]]["task"]]
-      },
+      **{name: {} for name in GROUPS},
+      "datasets": {},
     }
-    for task in tasks:
-      for metric in self.metrics[task]:
-        known = metric.known()
-        found = metric.details(list(known.values())) if known else {}
-        for name, value in found.items():
-          report.setdefault(name, {})[task] = value
     if self.options.intervals:
-      report["intervals"] = {task: self._intervals(task) for task in tasks}
+      report["intervals"] = {}
+    for task, positions in tasks.items():
+      self._report_task(report, task, positions)
     return report
 
-  def _intervals(self, task: str) -> dict[str, list[float]]:
-    pictures = {i: x["image"] for i, x in self.predictions.items()}
-    return {
-      name: [*bounds]
-      for metric in self.metrics[task]
-      for name, bounds in metric.intervals(pictures).items()
-    }
+  def _report_task(
+    self, report: Report, task: str, positions: list[int]
+  ) -> None:
+    """Adds the results of a task, of its groups and of its data sets."""
+    with_intervals = self.options.intervals
+    pictures = {i: x.get("image", "") for i, x in self.predictions.items()}
+    pictures |= {i: f"bad {i}" for i in self.bad}
+    # Intervals by name and their samples, which share their draws.
+    drawn: list[tuple[dict[str, Any], dict[str, bootstrap.Sample]]] = []
 
-  def _groups(
-    self, task: str, positions: list[int], key: str
-  ) -> dict[str, dict[str, Any]]:
-    """Returns the results of each group that has a name."""
-    groups = self._group(positions, key)
-    groups.pop("", None)
-    order = {size: i for i, size in enumerate(SIZES)} if key == "size" else {}
-    return {
-      name: self._results(task, groups[name]) | {"examples": len(groups[name])}
-      for name in sorted(groups, key=lambda name: (order.get(name, 0), name))
-    }
+    def results(of: list[int] | None = None) -> tuple[dict[str, Any], Any]:
+      found, bounds = {}, {}
+      for metric in self.metrics[task]:
+        if of is None or metric.of_groups:
+          found |= metric.result(of)
+          if with_intervals:
+            drawn.append((bounds, metric.samples(pictures, of)))
+      return found, bounds
+
+    def entry(of: list[int], count: int) -> dict[str, Any]:
+      found, bounds = results(of)
+      own = {"intervals": bounds} if with_intervals else {}
+      return {**found, **own, "examples": count}
+
+    report["tasks"][task], bounds = results()
+    if with_intervals:
+      report["intervals"][task] = bounds
+    for name, key in GROUPS.items():
+      report[name][task] = {
+        group: entry(of, len(of))
+        for group, of in self._named_groups(positions, key)
+      }
+    for name, of in self._group(positions, "dataset").items():
+      bad = [i for i, x in self.bad.items() if x == (task, name)]
+      counts = {"task": task, "records": len(of) + len(bad)}
+      report["datasets"][name] = counts | entry([*of, *bad], len(of))
+    for metric in self.metrics[task]:
+      known = metric.known()
+      found = metric.details(list(known.values())) if known else {}
+      for name, value in found.items():
+        report.setdefault(name, {})[task] = value
+      if not with_intervals:
+        continue
+      for (name, *path), samples in metric.detail_samples(pictures).items():
+        place = functools.reduce(operator.getitem, path, report[name][task])
+        place["intervals"] = {}
+        drawn.append((place["intervals"], samples))
+    _draw(drawn)
 
   def _group(self, positions: Iterable[int], key: str) -> dict[str, list[int]]:
     groups = collections.defaultdict(list)
@@ -164,15 +189,14 @@ class Tally:
       groups[self.predictions[position].get(key, "")].append(position)
     return dict(groups)
 
-  def _results(
-    self, task: str, positions: list[int] | None = None
-  ) -> dict[str, float]:
-    """Returns the results of a group of examples; of the whole task if None."""
-    found = {}
-    for metric in self.metrics[task]:
-      if positions is None or metric.of_groups:
-        found |= metric.result(positions)
-    return found
+  def _named_groups(
+    self, positions: Iterable[int], key: str
+  ) -> list[tuple[str, list[int]]]:
+    """Returns the groups that have a name, in order of name or size."""
+    groups = self._group(positions, key)
+    groups.pop("", None)
+    order = {size: i for i, size in enumerate(SIZES)} if key == "size" else {}
+    return sorted(groups.items(), key=lambda x: (order.get(x[0], 0), x[0]))
 
   def _to_json(self) -> list[Any]:
     """Keys of JSON objects are strings, hence lists of pairs."""
@@ -180,7 +204,21 @@ class Tally:
       task: [list(metric.measured.items()) for metric in metrics]
       for task, metrics in self.metrics.items()
     }
-    return [list(self.predictions.items()), list(self.bad), measured]
+    return [list(self.predictions.items()), list(self.bad.items()), measured]
+
+
+def _draw(
+  drawn: list[tuple[dict[str, Any], dict[str, bootstrap.Sample]]],
+) -> None:
+  """Writes the 95 % confidence intervals of samples into the entries."""
+  samples = {
+    (i, name): sample
+    for i, (_, named) in enumerate(drawn)
+    for name, sample in named.items()
+  }
+  for (i, name), found in bootstrap.intervals(samples).items():
+    if not math.isnan(found.low):
+      drawn[i][0][name] = [found.low, found.high]
 
 
 def _identity(image: bytes | np.ndarray) -> str:
@@ -191,7 +229,8 @@ def _identity(image: bytes | np.ndarray) -> str:
 def _from_json(values: list[Any], options: Options) -> Tally:
   tally = Tally(options)
   predictions, bad, measured = values
-  tally.predictions, tally.bad = dict(predictions), set(bad)
+  tally.predictions = dict(predictions)
+  tally.bad = {position: (task, name) for position, (task, name) in bad}
   for task, metrics in tally.metrics.items():
     for metric, pairs in zip(metrics, measured[task], strict=True):
       metric.measured = dict(pairs)

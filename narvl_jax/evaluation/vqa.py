@@ -1,12 +1,12 @@
 """Metrics of answers to questions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from narvl_jax.data.answer_text import normalize_answer, normalized_answers
 from narvl_jax.data.example import Record
 from narvl_jax.evaluation.metric import MeanMetric, Metric
-from narvl_jax.metrics import classes
+from narvl_jax.metrics import bootstrap, classes
 from narvl_jax.metrics.vqa import RULES
 
 # The subsets of POPE, as kinds of records.
@@ -75,3 +75,17 @@ class PopeSubsets(Metric):
           name: None if x != x else x for name, x in figures.items()
         }
     return {"pope": found}
+
+  def detail_samples(
+    self, pictures: Mapping[int, str]
+  ) -> dict[tuple[str, ...], dict[str, bootstrap.Sample]]:
+    """Returns those of each subset."""
+    found = {}
+    for kind in POPE_KINDS:
+      own = {i: x for i, x in self.known().items() if x[0] == kind}
+      if own:
+        said = (classes.polled(x[1]) for x in own.values())
+        found["pope", kind] = classes.binary_samples(
+          said, (x[2] for x in own.values()), "yes", [pictures[i] for i in own]
+        )
+    return found

@@ -8,7 +8,6 @@ from narvl_jax.inspection import markup
 from narvl_jax.inspection.markup import Markup, element
 
 # Groups of examples that reports may have, and their names on the page.
-_GROUPS = ("kinds", "question_types", "sizes")
 
 
 def evaluation(report: Mapping[str, Any]) -> Markup:
@@ -24,6 +23,12 @@ def evaluation(report: Mapping[str, Any]) -> Markup:
   for task, table in report.get("confusion", {}).items():
     parts.append(element("p", f"{task}: truth in rows, answers in columns"))
     parts.append(_confusion(table))
+    parts.append(
+      _rows(table.get("per_class", {}), ("precision", "recall", "f1"))
+    )
+  for task, subsets in report.get("pope", {}).items():
+    parts.append(element("p", f"{task}: POPE"))
+    parts.append(_rows(subsets, reporting.POPE_FIGURES))
   return markup.join(parts)
 
 
@@ -31,18 +36,11 @@ def _figures(
   report: Mapping[str, Any], task: str, figures: Mapping[str, float]
 ) -> Markup:
   bounds = report.get("intervals", {}).get(task, {})
-  rows = [("all", report["counts"][task], figures, bounds)]
-  for key in _GROUPS:
-    for name, entry in report.get(key, {}).get(task, {}).items():
-      rows.append((name, entry["examples"], entry, {}))
-  names = [name for name in figures if name != "examples"]
-  table = markup.table(
-    (
-      (label, count, *(_figure(x, of.get(x), known.get(x)) for x in names))
-      for label, count, of, known in rows
-    ),
-    ("", "examples", *names),
-  )
+  count = reporting.scored(dict(report), task)
+  groups = {"all": {**figures, "examples": count, "intervals": bounds}}
+  for key in reporting.GROUPS:
+    groups |= report.get(key, {}).get(task, {})
+  table = _rows(groups, list(figures))
   reasons = report.get("unavailable", {}).get(task, {})
   notes = (
     element("p", f"{name}: unavailable ({why})", class_="faint")
@@ -50,6 +48,20 @@ def _figures(
   )
   note = () if figures else (markup.missing("no ground truth"),)
   return markup.join([table, *notes, *note])
+
+
+def _rows(
+  groups: Mapping[str, Mapping[str, Any]], names: Sequence[str]
+) -> Markup:
+  """Returns a table of figures with their intervals, a row for each group."""
+  if not groups:
+    return markup.join(())
+  rows = []
+  for label, entry in groups.items():
+    known = entry.get("intervals", {})
+    shown = (_figure(x, entry.get(x), known.get(x)) for x in names)
+    rows.append((label, entry["examples"], *shown))
+  return markup.table(rows, ("", "examples", *names))
 
 
 def _figure(

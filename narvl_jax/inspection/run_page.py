@@ -166,6 +166,9 @@ def _evaluation(folder: pathlib.Path) -> Markup:
   name = reporting.file_name(report)
   for title, suffix in (("Samples", ""), ("Mistakes", "-mistakes")):
     path = folder / results.PREDICTIONS_FOLDER / f"{name}{suffix}.png"
+    if not path.exists():
+      # Earlier versions did not name the metrics.
+      path = path.with_name(f"{name.removesuffix('-all')}{suffix}.png")
     parts.append(element("h3", title))
     try:
       parts.append(markup.png(read_regular(path, MAX_TEXT_BYTES), title))

@@ -10,7 +10,7 @@ Percentile method: B. Efron, R. Tibshirani, An Introduction to the Bootstrap,
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ _SEED = 0
 # Draws in memory at a time; they need pictures x this x 4 bytes.
 _DRAWS_AT_ONCE = 50
 
+K = TypeVar("K", bound=Hashable)
 # Sums over examples, float [..., k] -> figures, float [...].
 Figure = Callable[[np.ndarray], np.ndarray]
 
@@ -66,45 +67,59 @@ def interval(
   Raises:
     ValueError: there are no examples.
   """
-  (found,) = intervals(
-    {"": (statistics, figure)}, groups, level=level, draws=draws, seed=seed
-  ).values()
-  return found
+  sample = Sample(statistics, groups, figure)
+  return intervals({0: sample}, level=level, draws=draws, seed=seed)[0]
+
+
+class Sample(NamedTuple):
+  """Statistics of a figure's examples.
+
+  Attributes:
+    statistics: [examples, k], of which the figure takes the sums.
+    groups: picture of each example.
+    figure: from sums to the figure.
+  """
+
+  statistics: np.ndarray
+  groups: Sequence[Hashable]
+  figure: Figure = mean
 
 
 def intervals(
-  figures: Mapping[str, tuple[np.ndarray, Figure]],
-  groups: Sequence[Hashable],
+  figures: Mapping[K, Sample],
   *,
   level: float = 0.95,
   draws: int = DRAWS,
   seed: int = _SEED,
-) -> dict[str, Interval]:
-  """Returns the intervals of several figures of the same examples.
+) -> dict[K, Interval]:
+  """Returns the intervals of several figures, which share their draws.
 
-  They share their draws, which cost the most.
+  Pictures of all figures are drawn together. A figure of a part of the examples
+  takes those of a draw that belong to it.
 
   Args:
-    figures: name -> statistics and figure; see `interval`, as the others.
-    groups: see `interval`.
+    figures: key -> its examples.
     level: see `interval`.
     draws: see `interval`.
     seed: see `interval`.
 
   Raises:
-    ValueError: there are no examples.
+    ValueError: a figure has no examples.
   """
-  columns = [np.asarray(x, np.float64) for x, _ in figures.values()]
-  if not columns:
+  if not figures:
     return {}
-  ends = np.cumsum([x.shape[1] for x in columns])[:-1]
+  numbers: dict[Hashable, int] = {}
+  for sample in figures.values():
+    for group in sample.groups:
+      numbers.setdefault(group, len(numbers))
+  parts = [_grouped(x.statistics, x.groups, numbers) for x in figures.values()]
+  ends = np.cumsum([x.shape[1] for x in parts])[:-1]
 
   def compute(sums: np.ndarray) -> np.ndarray:
-    parts = np.split(sums, ends, -1)
-    pairs = zip(figures.values(), parts, strict=True)
-    return np.stack([figure(part) for (_, figure), part in pairs], -1)
+    pairs = zip(figures.values(), np.split(sums, ends, -1), strict=True)
+    return np.stack([sample.figure(part) for sample, part in pairs], -1)
 
-  sums = _grouped(np.concatenate(columns, -1), groups)
+  sums = np.concatenate(parts, -1)
   values = compute(sums.sum(0))
   drawn = _drawn(sums, compute, draws, seed)
   return {
@@ -153,7 +168,10 @@ def paired_difference(
   """
   if len(first) != len(second):
     raise ValueError(f"{len(first)} examples against {len(second)}")
-  one, other = _grouped(first, groups), _grouped(second, groups)
+  numbers: dict[Hashable, int] = {}
+  for group in groups:
+    numbers.setdefault(group, len(numbers))
+  one, other = (_grouped(x, groups, numbers) for x in (first, second))
   value = float(figure(one.sum(0)) - figure(other.sum(0)))
   drawn = _drawn(one, figure, draws, seed) - _drawn(other, figure, draws, seed)
   low, high = _percentiles(drawn, level)
@@ -162,18 +180,20 @@ def paired_difference(
   return Difference(value, low, high, p_value)
 
 
-def _grouped(statistics: np.ndarray, groups: Sequence[Hashable]) -> np.ndarray:
-  """Returns sums over the examples of each picture: [pictures, k]."""
+def _grouped(
+  statistics: np.ndarray,
+  groups: Sequence[Hashable],
+  numbers: Mapping[Hashable, int],
+) -> np.ndarray:
+  """Returns sums over the examples of each numbered picture: [pictures, k]."""
   statistics = np.asarray(statistics, np.float64)
   if len(statistics) != len(groups):
     raise ValueError(f"{len(statistics)} examples of {len(groups)} groups")
   if not len(statistics):
     raise ValueError("a figure of no examples has no interval")
-  numbers: dict[Hashable, int] = {}
-  index = [numbers.setdefault(group, len(numbers)) for group in groups]
-  sums = np.zeros((len(numbers), statistics.shape[1]))
-  np.add.at(sums, index, statistics)
-  return sums
+  index = [numbers[group] for group in groups]
+  columns = [np.bincount(index, x, len(numbers)) for x in statistics.T]
+  return np.stack(columns, -1)
 
 
 def _drawn(
@@ -185,10 +205,10 @@ def _drawn(
   results = []
   for first in range(0, draws, _DRAWS_AT_ONCE):
     size = min(_DRAWS_AT_ONCE, draws - first)
-    times = np.zeros((size, count))
-    for row in times:
-      row += np.bincount(rng.integers(count, size=count), minlength=count)
-    results.append(figure(times @ sums))
+    drawn = rng.integers(count, size=(size, count))
+    drawn += count * np.arange(size)[:, None]
+    times = np.bincount(drawn.ravel(), minlength=size * count)
+    results.append(figure(times.reshape(size, count).astype(float) @ sums))
   return np.concatenate(results)
 
 

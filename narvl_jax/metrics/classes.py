@@ -1,9 +1,11 @@
 """Figures of predictions of few classes: per class, confusion matrix, POPE."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
+
+from narvl_jax.metrics import bootstrap
 
 # Column of predictions outside of the classes.
 OTHER = "(other)"
@@ -67,7 +69,7 @@ def confusion(
 def pope(
   predictions: Sequence[str], targets: Sequence[str]
 ) -> dict[str, float]:
-  """Returns the figures of POPE for one of its subsets.
+  """Returns the figures of POPE for one of its subsets, see `BINARY`.
 
   Polling questions about objects, "Is there a dog in the image?" (Li et al.
   2023, arXiv 2305.10355). As in its program, the positive class is "yes", and
@@ -81,17 +83,72 @@ def pope(
     accuracy, precision, recall, f1 and yes_ratio, in [0, 1]; NaN where a
     denominator is 0.
   """
-  said = [_polled(text) for text in predictions]
-  table = confusion(said, targets, ("yes", "no"))
-  yes = table.per_class()["yes"]
+  sums = binary_statistics(map(polled, predictions), targets, "yes").sum(0)
+  return {name: float(figure(sums)) for name, figure in BINARY.items()}
+
+
+def binary_statistics(
+  predictions: Iterable[str], targets: Iterable[str], positive: str
+) -> np.ndarray:
+  """Returns true and false positives, false and true negatives, [examples, 4].
+
+  Args:
+    predictions: any texts.
+    targets: as many texts.
+    positive: the positive class; all other texts are negative.
+  """
+  said, true = (
+    np.asarray([x == positive for x in texts], bool)
+    for texts in (predictions, targets)
+  )
+  cells = said & true, said & ~true, ~said & true, ~said & ~true
+  return np.stack(cells, -1).astype(np.float64)
+
+
+def _share(part: tuple[int, ...], whole: tuple[int, ...]) -> bootstrap.Figure:
+  """Returns a ratio of sums of the columns of `binary_statistics`."""
+
+  def figure(sums: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+      return sums[..., part].sum(-1) / sums[..., whole].sum(-1)
+
+  return figure
+
+
+# Figures of the sums of `binary_statistics`, in [0, 1]; NaN where a denominator
+# is 0.
+BINARY: Mapping[str, bootstrap.Figure] = {
+  "accuracy": _share((0, 3), (0, 1, 2, 3)),
+  "precision": _share((0,), (0, 1)),
+  "recall": _share((0,), (0, 2)),
+  "f1": _share((0, 0), (0, 0, 1, 2)),
+  "yes_ratio": _share((0, 1), (0, 1, 2, 3)),
+}
+
+
+def binary_samples(
+  predictions: Iterable[str],
+  targets: Iterable[str],
+  positive: str,
+  groups: Sequence[Hashable],
+) -> dict[str, bootstrap.Sample]:
+  """Returns the samples of the figures `BINARY`.
+
+  Args:
+    predictions: see `binary_statistics`.
+    targets: likewise.
+    positive: likewise.
+    groups: picture of each example.
+  """
+  statistics = binary_statistics(predictions, targets, positive)
   return {
-    "accuracy": table.accuracy,
-    **{name: yes[name] for name in ("precision", "recall", "f1")},
-    "yes_ratio": _ratio(said.count("yes"), len(said)),
+    name: bootstrap.Sample(statistics, groups, figure)
+    for name, figure in BINARY.items()
   }
 
 
-def _polled(text: str) -> str:
+def polled(text: str) -> str:
+  """Returns the answer that POPE reads in a text: "yes" or "no"."""
   # The first sentence counts.
   words = text.split(".")[0].replace(",", "").split()
   return "no" if {"No", "not", "no"} & set(words) else "yes"

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from narvl_jax.data.sources.shapes import ShapesSource
@@ -13,6 +14,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.evaluate import Options, evaluate
 from narvl_jax.evaluation import evaluator
 from narvl_jax.experiment.datasets import load_dataset
+from narvl_jax.metrics import captions
 from narvl_jax.metrics.cider import DocumentFrequencies
 from tests.evaluation import tiny_run
 
@@ -88,6 +90,30 @@ def test_an_evaluation_keeps_the_results_of_others(workdir):
     f"test-{tiny_run.STEP}-greedy{more}"
     for more in ("-max3", "-max2", "-max3-vqa", "-constrained-max3-grounding")
   }
+
+
+def test_a_cheap_evaluation_keeps_what_all_metrics_gave(workdir, monkeypatch):
+  figure = captions.CaptionFigure("bleu_4", 0.25, statistics=np.ones((2, 2)))
+  monkeypatch.setattr(captions, "coco_figures", lambda *_: [figure])
+  _limit(workdir, 2)
+  main, name = workdir / "evaluation.json", f"test-{tiny_run.STEP}-greedy-max2"
+  evaluate(workdir, Options(metrics="all"))
+  every = json.loads(main.read_text())
+  assert every["tasks"]["caption"]["bleu_4"] == 0.25
+  cheap = evaluate(workdir)
+  stored = {
+    path.stem: json.loads(path.read_text())
+    for path in (workdir / "evaluations").iterdir()
+  }
+  assert stored == {f"{name}-all": every, name: cheap}
+  assert json.loads(main.read_text()) == every
+  for stem in stored:
+    assert (workdir / "predictions" / f"{stem}.jsonl").is_file()
+  # Other figures, as those of another checkpoint, replace the file.
+  every["tasks"]["vqa"]["accuracy"] = 0.123
+  main.write_text(json.dumps(every))
+  evaluate(workdir)
+  assert json.loads(main.read_text()) == cheap
 
 
 def test_bad_records_may_be_allowed_by_flag(workdir, monkeypatch):

@@ -178,6 +178,7 @@ def test_report_of_known_answers(serve, batch_size):
   assert report.pop("datasets")["entailment"] == {
     "task": "entailment",
     "examples": 2,
+    "records": 2,
     "accuracy": 0.5,
   }
   assert not any(report.pop("question_types").values())
@@ -372,7 +373,7 @@ def test_several_hosts_report_what_one_does(monkeypatch):
 
 def test_every_example_is_counted():
   tally = _tally([0, 1, 3])
-  tally.bad = {2}
+  tally.bad = {2: ("vqa", "vqa")}
   tally.check(4)
   with pytest.raises(RuntimeError, match=r"1 of 5 examples .* as number 4"):
     tally.check(5)

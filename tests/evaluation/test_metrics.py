@@ -7,19 +7,25 @@ import numpy as np
 import pytest
 
 from narvl_jax.data.example import Record
-from narvl_jax.evaluation import grounding
+from narvl_jax.evaluation import grounding, reporting
 from narvl_jax.evaluation.caption import CaptionMatch, SimpleCider
 from narvl_jax.evaluation.entailment import EntailmentAccuracy, EntailmentTable
 from narvl_jax.evaluation.grounding import BoxOverlap
 from narvl_jax.evaluation.metric import CHEAP, MeanMetric, Metric, Options
 from narvl_jax.evaluation.metrics import METRICS, make_metrics, metric_names
 from narvl_jax.evaluation.vqa import PeopleAccuracy, PopeSubsets, VqaAccuracy
-from narvl_jax.metrics import captions
+from narvl_jax.metrics import bootstrap, captions
 from narvl_jax.metrics.cider import DocumentFrequencies
 
 
 def _record(task: str, **fields) -> Record:
   return Record("r0", task, np.zeros((8, 8, 3), np.uint8), **fields)
+
+
+def _intervals(metric, pictures):
+  """Returns name -> bounds of the interval."""
+  found = bootstrap.intervals(metric.samples(pictures))
+  return {name: (x.low, x.high) for name, x in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -272,7 +278,7 @@ def test_simple_cider_is_that_of_all_captions():
   assert expected.value is not None
   assert expected.value > 1
   assert metric.result() == {"cider@simple": expected.value}
-  ((low, high),) = metric.intervals({0: "a", 1: "b", 2: "c"}).values()
+  ((low, high),) = _intervals(metric, {0: "a", 1: "b", 2: "c"}).values()
   assert low < expected.value < high
   # Of a group: its own documents.
   assert metric.result([2]) == {}
@@ -313,7 +319,7 @@ def test_unavailable_figures_have_a_reason_and_no_value(monkeypatch):
   assert metric.details([*metric.known().values()]) == {
     "unavailable": {"spice": "no jar"}
   }
-  assert list(metric.intervals({0: "a"})) == ["bleu_1"]
+  assert list(_intervals(metric, {0: "a"})) == ["bleu_1"]
   assert len(make_metrics("caption", CHEAP)) == len(METRICS["caption"])
 
 
@@ -354,6 +360,12 @@ def test_pope_has_figures_of_each_subset():
   }
   # No question of the subset has the answer yes.
   assert found["adversarial"]["recall"] is None
+  samples = metric.detail_samples({i: str(i) for i in range(5)})
+  assert list(samples) == [("pope", "random"), ("pope", "adversarial")]
+  values = bootstrap.intervals(samples["pope", "random"])
+  assert {name: x.value for name, x in values.items()} == {
+    name: found["random"][name] for name in reporting.POPE_FIGURES
+  }
   assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
@@ -372,6 +384,12 @@ def test_entailment_has_a_confusion_matrix():
     "examples": 2,
   }
   assert table["per_class"]["maybe"]["precision"] is None
+  samples = metric.detail_samples({i: str(i) for i in range(4)})
+  values = bootstrap.intervals(samples["confusion", "per_class", "yes"])
+  assert {name: x.value for name, x in values.items()} == {
+    name: table["per_class"]["yes"][name]
+    for name in ("precision", "recall", "f1")
+  }
 
 
 def test_intervals_draw_pictures_with_all_their_examples():
@@ -379,10 +397,10 @@ def test_intervals_draw_pictures_with_all_their_examples():
   for i in range(40):
     record = _record("vqa", answers={"a": 1.0} if i % 2 else {"b": 1.0})
     metric.update(record, "a", i)
-  ((low, high),) = metric.intervals({i: str(i) for i in range(40)}).values()
+  ((low, high),) = _intervals(metric, {i: str(i) for i in range(40)}).values()
   assert 0.25 < low < 0.5 < high < 0.75
   # Equal halves: pairs of examples of one picture never differ.
-  paired = metric.intervals({i: str(i // 2) for i in range(40)})
+  paired = _intervals(metric, {i: str(i // 2) for i in range(40)})
   assert paired == {"accuracy": (0.5, 0.5)}
 
 

@@ -41,6 +41,14 @@ _REPORT: dict[str, Any] = {
   "confusion": {
     "entailment": {"classes": ["yes", "no"], "counts": [[311, 2, 0], [1, 7, 4]]}
   },
+  "pope": {
+    "vqa": {
+      "popular": {
+        **{"examples": 9, "accuracy": 0.875, "precision": None, "recall": 0.5},
+        **{"f1": 0.25, "yes_ratio": 0.125, "intervals": {"f1": [0.125, 0.5]}},
+      }
+    }
+  },
 }
 _FILES = (
   *("metrics.jsonl", "evaluation.json", "calibration.json", "time.jsonl"),
@@ -112,6 +120,7 @@ def test_a_page_has_everything_and_escapes_it(run, capsys):
     "139.5",
     "spice: unavailable (Java is missing",
     "yes 311 2 0",
+    "popular 9 87.5 % 50.0 % 25.0 % [12.5, 50.0] 12.5 %",
     "test-7-beam",
     "missing: there is no predictions/test-7-greedy-mistakes.png",
     "vqa / temperature 1.234",

@@ -1,13 +1,13 @@
 """Differences of two evaluations on the same examples."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from narvl_jax.errors import UserError
-from narvl_jax.evaluation.reporting import Prediction
+from narvl_jax.evaluation.reporting import GROUPS, Prediction
 from narvl_jax.metrics import bootstrap
 from narvl_jax.metrics.captions import simple_cider
 
@@ -89,7 +89,7 @@ def _name(key: Sequence[Any]) -> str:
 
 
 def compare(
-  pairs: Pairs, *, level: float = 0.95, kinds: bool = False
+  pairs: Pairs, *, level: float = 0.95, by: Collection[str] = ()
 ) -> dict[str, Any]:
   """Computes the difference of each metric by a paired bootstrap.
 
@@ -98,7 +98,8 @@ def compare(
   Args:
     pairs: pairs of predictions, at least one.
     level: level of the intervals.
-    kinds: whether to add "kinds": kind -> examples and metrics.
+    by: keys of the predictions, of `GROUPS`: adds "kinds", "question_types" or
+      "sizes": group -> examples and metrics.
 
   Returns:
     Task -> `images` (number of pictures, None if unknown), `examples` and
@@ -116,13 +117,15 @@ def compare(
     images, groups = _groups(one)
     every = range(len(one))
     report[task] = {"images": images, **_entry(scores, groups, every, level)}
-    if kinds:
-      report[task]["kinds"] = {
-        kind: _entry(
-          scores, groups, [i for i in every if one[i]["kind"] == kind], level
-        )
-        for kind in sorted({x["kind"] for x in one} - {""})
-      }
+    for name, key in GROUPS.items():
+      of = [x.get(key, "") for x in one]
+      if key in by:
+        report[task][name] = {
+          group: _entry(
+            scores, groups, [i for i in every if of[i] == group], level
+          )
+          for group in sorted({*of} - {""})
+        }
   return report
 
 

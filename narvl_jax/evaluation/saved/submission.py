@@ -126,8 +126,7 @@ def choose(
 def check_complete(saved: Saved, predictions: Sequence[Prediction]) -> None:
   """Checks that each example of a data set is there exactly once.
 
-  The report has the number of examples. Bad records are not counted, but their
-  indices are missing, except at the end of the data set.
+  The report has the number of records; a bad one has no prediction.
 
   Args:
     saved: the evaluation, with its report.
@@ -158,7 +157,9 @@ def check_complete(saved: Saved, predictions: Sequence[Prediction]) -> None:
       f'"{saved.path}" has {len(indices):,} predictions of "{name}", its report'
       f" has {expected:,} examples; repeat narvl_jax.evaluate"
     )
-  missing = sorted(set(range(indices[-1] + 1)) - set(indices))
+  # Reports of earlier versions lack the number of records.
+  total = saved.report["datasets"][name].get("records", indices[-1] + 1)
+  missing = sorted(set(range(total)) - set(indices))
   if missing:
     raise UserError(
       f'{len(missing):,} examples of "{name}" have no prediction, such as'

@@ -99,7 +99,7 @@ def test_kinds_tasks_and_captions(tmp_path):
   texts = [["a red dog", "a cat"], ["a dog", "dog number 1"]]
   a = store(tmp_path / "a", one + captions(texts[0]))
   b = store(tmp_path / "b", other + captions(texts[1]))
-  found = significance(a, b, kinds=True)["tasks"]
+  found = significance(a, b, by=["kind"])["tasks"]
   kinds = found["vqa"]["kinds"]
   assert list(kinds) == ["colour", "count"]
   count = kinds["count"]["metrics"]["accuracy"]
@@ -112,6 +112,27 @@ def test_kinds_tasks_and_captions(tmp_path):
     assert cider[side] == pytest.approx(expected)
   only = significance(a, b, task="vqa")["tasks"]
   assert list(only) == ["vqa"]
+
+
+def test_question_types_and_sizes(tmp_path, capsys):
+  one = _scored([1, 1, 0], question_type="is there", size="small")
+  other = _scored([0, 1, 0], question_type="is there", size="small")
+  for system in (one, other):
+    system[2] |= {"question_type": "how many"}
+  a, b = store(tmp_path / "a", one), store(tmp_path / "b", other)
+  found = significance(a, b, by=["question_type", "size"])["tasks"]["vqa"]
+  types = found["question_types"]
+  assert {k: x["examples"] for k, x in types.items()} == {
+    "how many": 1,
+    "is there": 2,
+  }
+  difference = types["is there"]["metrics"]["accuracy"]["difference"]
+  assert difference == pytest.approx(0.5)
+  assert list(found["sizes"]) == ["small"]
+  assert "kinds" not in found
+  assert "\n  is there" in capsys.readouterr().out
+  with pytest.raises(UserError, match=r'--by="kinds" is unknown.*"kind"'):
+    significance(a, b, by=["kinds"])
 
 
 def test_examples_without_scores(tmp_path, capsys):

@@ -101,6 +101,12 @@ _THREE = [prediction(i) for i in range(3)]
     ("vqa", [_THREE[0], _THREE[2]], {}, "1 examples .* such as number 1"),
     (
       "vqa",
+      _THREE,
+      {"datasets": {"vqa": {"examples": 3, "records": 4}}},
+      "1 examples .* such as number 3: their records are bad",
+    ),
+    (
+      "vqa",
       [_THREE[0], prediction(1, id="100")],
       {},
       "1 ids are there more than once: 100$",
