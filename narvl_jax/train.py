@@ -4,8 +4,9 @@ python -m narvl_jax.train --config=configs/shapes.py --workdir=runs/shapes
 
 Every key of the config is a flag, such as
 --config.optimizer.learning_rate=3e-4. The same command resumes a stopped run.
-`--dry_run` prints shapes, parameters, their sharding and memory, and writes
-nothing; `--explain_sharding` prints only the sharding.
+`--dry_run` prints shapes, parameters, their sharding and the bytes of the
+state, and writes nothing; `--dry_run=compile` also compiles the update and
+prints its memory; `--explain_sharding` prints only the sharding.
 """
 
 import time
@@ -29,9 +30,7 @@ def define_flags() -> None:
   """Defines the flags of the command."""
   cli.define_config_flag()
   common_flags.workdir()
-  flags.DEFINE_bool(
-    "dry_run", False, "Print shapes, parameters and memory, then stop."
-  )
+  common_flags.dry_run()
   flags.DEFINE_bool(
     "explain_sharding",
     False,
@@ -89,6 +88,7 @@ def main(argv: Sequence[str]) -> None:
             workdir,
             guard,
             only_sharding=not settings.dry_run,
+            compiles=settings.dry_run == "compile",
           )
         else:
           training_run.train_guarded(settings.config, workdir, guard)

@@ -135,6 +135,28 @@ def rename(old: str, new: str) -> None:
   RENAMED[old] = new
 
 
+class _DryRunParser(flags.BooleanParser):
+  """True, False or "compile"."""
+
+  def parse(self, argument: Any) -> Any:
+    """Returns the value; raises ValueError if it is none of the three."""
+    return argument if argument == "compile" else super().parse(argument)
+
+
+def dry_run() -> None:
+  """Defines --dry_run, which is also --dry_run=compile."""
+  flag = flags.Flag(
+    parser=_DryRunParser(),
+    serializer=flags.ArgumentSerializer(),
+    name="dry_run",
+    default=False,
+    help_string="Print shapes, parameters and the bytes of the state, then"
+    " stop. --dry_run=compile also prints the memory of the compiled update.",
+    boolean=True,
+  )
+  flags.DEFINE_flag(flag)
+
+
 class _JsonParser(flags.ArgumentParser):
   """Parses a file name; "true", the value of a bare flag, is stdout."""
 

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.run_folder.metrics import format_bytes
@@ -79,8 +77,18 @@ def describe_model(setup: Setup, say: Announcer) -> None:
   say(describe_parallelism(setup))
 
 
-def dry_run(setup: Setup, ledger: Ledger, say: Announcer) -> None:
-  """Prints shapes, placement, memory and operations of the update."""
+def dry_run(
+  setup: Setup, ledger: Ledger, say: Announcer, compiles: bool
+) -> None:
+  """Prints shapes, sharding and operations of the update.
+
+  Args:
+    setup: the run.
+    ledger: measures the time of the compilation.
+    say: prints a line.
+    compiles: compile the update and print its memory. Otherwise it is only
+      traced, which finds most mistakes within seconds.
+  """
   show("batch:")
   rows = [
     (name, "x".join(map(str, spec.shape)), str(spec.dtype))
@@ -89,15 +97,14 @@ def dry_run(setup: Setup, ledger: Ledger, say: Announcer) -> None:
   show(format_columns(rows, left=3, rule=False, indent="  "))
   show(setup.parameter_table())
   show(setup.sharding_table())
-  say("compiling the step, which takes minutes for a large model")
-  with (
-    jax.set_mesh(setup.mesh),
-    ledger.stage("compile"),
-    progress.doing("compiling the step"),
-  ):
-    compiled = setup.compile_step()
-  memory: Any = compiled.memory_analysis()
-  arguments = format_bytes(memory.argument_size_in_bytes)
-  temporaries = format_bytes(memory.temp_size_in_bytes)
-  say(f"memory per device: arguments {arguments}, temporaries {temporaries}")
+  if compiles:
+    say("compiling the step, which takes minutes for a large model")
+    with ledger.stage("compile"), progress.doing("compiling the step"):
+      memory: Any = setup.compile_step().memory_analysis()
+    arguments = format_bytes(memory.argument_size_in_bytes)
+    temporaries = format_bytes(memory.temp_size_in_bytes)
+    say(f"memory per device: arguments {arguments}, temporaries {temporaries}")
+  else:
+    setup.trace_step()
+    say("--dry_run=compile prints the memory of the update")
   say(f"{setup.step_flops():.3g} FLOPs per step; dry run, nothing was written")

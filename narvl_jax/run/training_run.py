@@ -88,11 +88,13 @@ def print_plan(
   guard: Guard,
   *,
   only_sharding: bool = False,
+  compiles: bool = False,
 ) -> None:
   """Prints shapes, sharding and memory of a run; writes nothing.
 
   Args:
     only_sharding: print only where every parameter lies.
+    compiles: compile the update, to print the memory that it needs.
 
   Raises:
     UserError: see `train`.
@@ -105,7 +107,7 @@ def print_plan(
   if only_sharding:
     show(start.setup.sharding_table())
   else:
-    dry_run(start.setup, guard.ledger, say)
+    dry_run(start.setup, guard.ledger, say, compiles)
 
 
 def _start(

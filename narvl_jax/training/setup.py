@@ -56,6 +56,9 @@ from narvl_jax.training.train_step import (
   make_train_step,
 )
 
+# Arguments of `make_optimizer` that are keys of the config.
+_OF_OPTIMIZER = "weight_decay", "b1", "b2", "eps", "eps_placement", "clip_norm"
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -87,12 +90,16 @@ class Setup:
   train_step: Any
   teacher: Teacher | None = None
 
-  def compile_step(self) -> jax.stages.Compiled:
-    """Compiles the update for the shape of the batches."""
+  def trace_step(self) -> jax.stages.Traced:
+    """Traces the update for the shape of the batches."""
     given = () if self.teacher is None else (self.teacher.shapes,)
     with jax.set_mesh(self.mesh):
-      lowered = self.train_step.lower(*given, self.abstract_state, self.batch)
-      return lowered.compile()
+      return self.train_step.trace(*given, self.abstract_state, self.batch)
+
+  def compile_step(self) -> jax.stages.Compiled:
+    """Compiles the update for the shape of the batches."""
+    with jax.set_mesh(self.mesh):
+      return self.trace_step().lower().compile()
 
   @property
   def num_parameters(self) -> int:
@@ -180,8 +187,7 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
   shardings = state_shardings(abstract_state, boxed, mesh, config.mesh.rules)
   teacher = find_teacher(experiment, mesh)
   train_step = _make_step(experiment, teacher, optimizer, schedule, rules)
-  # The weights of a teacher are an argument: as constants they would be part
-  # of the program.
+  # As constants, the weights of a teacher would be part of the program.
   of_teacher = () if teacher is None else (teacher.shardings,)
   return Setup(
     experiment=experiment,
@@ -224,13 +230,8 @@ def _make_optimizer(
   return schedule, make_optimizer(
     schedule,
     rules,
-    weight_decay=optim.weight_decay,
-    b1=optim.b1,
-    b2=optim.b2,
-    eps=optim.eps,
-    eps_placement=optim.eps_placement,
-    clip_norm=optim.clip_norm,
     matrices=matrix_axes(boxed) if optim.name == "muon" else None,
+    **{name: optim[name] for name in _OF_OPTIMIZER},
   )
 
 
@@ -247,10 +248,8 @@ def _step_options(mesh: Mesh) -> dict[str, Any] | None:
 
 
 def _init_options() -> dict[str, Any] | None:
-  """Returns compiler options for the initialisation, which runs once.
-
-  On a CPU, optimising its random numbers takes longer than it saves.
-  """
+  """Returns compiler options of the initialisation, which runs once."""
+  # On a CPU, optimising its random numbers takes longer than it saves.
   if jax.default_backend() == "cpu":
     return {"xla_backend_optimization_level": 0}
   return None

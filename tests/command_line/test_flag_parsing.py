@@ -179,6 +179,19 @@ def test_forms(given, expected, define):
 
 
 @pytest.mark.parametrize(
+  ("given", "value"),
+  [("true", True), ("false", False), ("compile", "compile")],
+)
+def test_dry_run_may_compile(given, value, define):
+  define("train")
+  assert flags.FLAGS["dry_run"].boolean
+  flags.FLAGS["dry_run"].parse(given)
+  assert flags.FLAGS["dry_run"].value == value
+  with pytest.raises(flags.IllegalFlagValueError, match="Non-boolean"):
+    flags.FLAGS["dry_run"].parse("maybe")
+
+
+@pytest.mark.parametrize(
   ("name", "near"),
   [
     ("lr", ["config.optimizer.learning_rate"]),

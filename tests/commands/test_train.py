@@ -317,9 +317,14 @@ def test_a_removed_folder_is_not_created_again(
   assert not list(tmp_path.iterdir())
 
 
-def test_dry_run_writes_nothing(tmp_path, capsys):
+@pytest.mark.parametrize("compiles", [False, True])
+def test_dry_run_writes_nothing(tmp_path, capsys, compiles):
+  runner = Runner()
   with guard_lib.Guard(tmp_path / "run", Ledger()) as guard:
-    training_run.print_plan(_config(), tmp_path / "run", guard)
+    training_run.print_plan(
+      _config(), tmp_path / "run", guard, compiles=compiles
+    )
+  assert bool(runner.counter) == compiles
   assert not list(tmp_path.iterdir())
   output = capsys.readouterr().out
   for pattern in (
@@ -328,7 +333,9 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     r"  parameter +shape +count +lr +decay\n",
     r"params/embed_tokens +\d+x32 +vocab,embed +tensor,fsdp ",
     r"whole training state: [\d,]+ bytes a device\n",
-    r"memory per device: arguments [\d.]+ .?B, temporaries [\d.]+ .?B",
+    r"memory per device: arguments [\d.]+ .?B, temporaries [\d.]+ .?B"
+    if compiles
+    else r"--dry_run=compile prints the memory of the update",
     r"[\d.e+]+ FLOPs per step; dry run, nothing was written\n$",
   ):
     assert re.search(pattern, output), pattern

@@ -284,6 +284,7 @@ class TestEpsilon:
     state, mu, nu = optimizer.init(params), 0.0, 0.0
     for t, gradient in enumerate((0.2, -0.3, 0.1), 1):
       grads = {"kernel": jnp.full((2, 2), gradient)}
+      updates: Any
       updates, state = optimizer.update(grads, state, params)
       mu, nu = 0.9 * mu + 0.1 * gradient, 0.99 * nu + 0.01 * gradient**2
       root = np.sqrt(1 - 0.99**t)
