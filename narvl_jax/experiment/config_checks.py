@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -26,6 +26,7 @@ from narvl_jax.state.renames import parse_drops, parse_renames
 _SOURCE_KEYS = ("source", "task", "options")
 _EVALUATION_KEYS = (*_SOURCE_KEYS, "annotations", "partition")
 _TRAIN_KEYS = (*_SOURCE_KEYS, "weight", "split")
+_SECTION = (Mapping, ConfigDict)
 _TEXT_KEYS = ("source", "task", "split", "annotations", "partition")
 
 
@@ -38,7 +39,8 @@ def validate(config: Config, *, fit: bool = True) -> None:
   Raises:
     UserError: a key or value is invalid; the error names the nearest valid one.
   """
-  _check_tree(config, default_config(), "")
+  check_types(config, flags=True)
+  _check_keys(config, default_config())
   _check_sections(config)
   _check_values(config)
   _check_model(config)
@@ -53,8 +55,8 @@ def validate(config: Config, *, fit: bool = True) -> None:
     check_fit(config)
 
 
-def _check_tree(config: Any, schema: Config, prefix: str) -> None:
-  """Compares keys and types; empty sections of the schema accept any keys."""
+def _check_keys(config: Any, schema: Config, prefix: str = "") -> None:
+  """Compares keys; empty sections of the schema accept any keys."""
   for key in config:
     path = f"{prefix}{key}"
     if key not in schema:
@@ -62,22 +64,8 @@ def _check_tree(config: Any, schema: Config, prefix: str) -> None:
         f'unknown config key "{path}".'
         + did_you_mean(path, [f"{prefix}{name}" for name in schema])
       )
-    default = schema[key]
-    # Placeholders are None when read; their type is stored separately.
-    kind = schema.get_type(key)
-    value = config[key]
-    if isinstance(default, ConfigDict):
-      if not isinstance(value, ConfigDict):
-        raise UserError(f"{path}={value!r} is not a section of settings")
-      if len(default):
-        _check_tree(value, default, f"{path}.")
-    elif value is None and default is None:
-      continue
-    elif not _has_type(value, kind):
-      raise UserError(
-        f"{path}={value!r} is not of type {kind.__name__}"
-        f" (--config.{path}={default!r})"
-      )
+    if isinstance(config[key], ConfigDict) and len(schema[key]):
+      _check_keys(config[key], schema[key], f"{path}.")
   for key in schema:
     if key not in config:
       raise UserError(
@@ -85,17 +73,17 @@ def _check_tree(config: Any, schema: Config, prefix: str) -> None:
       )
 
 
-def check_stored(
-  values: Mapping[str, Any], schema: Any = None, prefix: str = ""
+def check_types(
+  values: Any, schema: Any = None, prefix: str = "", *, flags: bool = False
 ) -> None:
-  """Checks the types in a stored config, before it is used as one.
+  """Checks the types in a config, or in JSON that should be one.
 
   Unknown keys, such as those of other versions, are ignored.
 
   Args:
-    values: JSON as from `narvl_jax.experiment.config.to_json`.
     schema: section of the default config; None: all of it.
     prefix: prefix of the section's keys.
+    flags: name the flag of a wrong value.
 
   Raises:
     UserError: naming the key and the value.
@@ -104,23 +92,23 @@ def check_stored(
   for key, value in values.items():
     if key not in schema:
       continue
+    # Placeholders are None when read; their type is stored separately.
     path, default, kind = f"{prefix}{key}", schema[key], schema.get_type(key)
     shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
     if not isinstance(default, ConfigDict):
       unset = value is None and default is None
       if not unset and not _has_type(value, kind):
-        raise UserError(f"{path}={shown} is not of type {kind.__name__}")
+        flag = f" (--config.{path}={default!r})" if flags else ""
+        raise UserError(f"{path}={shown} is not of type {kind.__name__}{flag}")
       continue
-    # Empty sections of the schema contain sections of any name.
-    inner = [value] if len(default) else [value, *_values_of(value)]
-    if not all(isinstance(x, Mapping) for x in inner):
+    inner = [value]
+    if not len(default) and isinstance(value, _SECTION):
+      # Empty sections of the schema contain sections of any name.
+      inner += value.values()
+    if not all(isinstance(x, _SECTION) for x in inner):
       raise UserError(f"{path}={shown} is not a section of settings")
     if len(default):
-      check_stored(value, default, f"{path}.")
-
-
-def _values_of(value: Any) -> Iterable[Any]:
-  return value.values() if isinstance(value, Mapping) else ()
+      check_types(value, default, f"{path}.", flags=flags)
 
 
 def _has_type(value: Any, kind: type) -> bool:

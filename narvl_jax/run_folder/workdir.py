@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 
 from narvl_jax.errors import UserError, list_few
 from narvl_jax.experiment.config import from_json, to_json
-from narvl_jax.experiment.config_checks import check_stored
+from narvl_jax.experiment.config_checks import check_types
 from narvl_jax.experiment.config_table import may_change
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
@@ -155,7 +155,7 @@ def read_config(workdir: pathlib.Path) -> Any:
   path = workdir / CONFIG_FILE
   values = _read(path, _how_to_restore(workdir))
   try:
-    check_stored(values)
+    check_types(values)
   except UserError as error:
     raise UserError(
       f"{path} cannot be used: {error}; use another --workdir"

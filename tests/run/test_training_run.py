@@ -35,7 +35,7 @@ def test_everything_happens_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(owner, name, counted)
 
-  count(config_checks, "_check_tree", lambda config, schema, prefix: prefix)
+  count(config_checks, "_check_keys", lambda config, schema, prefix="": prefix)
   count(config_checks, "check_fit")
   count(Mixture, "__init__")
   count(init_from, "_plan")
