@@ -113,14 +113,14 @@ class Normalizer(NamedTuple):
     return Pair.sum(logits, -self.shift) + Pair.of(-self.log_mass)
 
 
-def normalizer(logits: jax.Array, axis: int = -1) -> Normalizer:
-  """Returns the normalizer of float32 logits along an axis.
+def normalizer(logits: jax.Array) -> Normalizer:
+  """Returns the normalizer of float32 logits along the last axis.
 
   NaN or +inf among the logits make `log_mass` NaN.
   """
-  shift = jnp.max(logits, axis=axis)
-  mass = jnp.exp(logits - jnp.expand_dims(zero_if_none(shift), axis))
-  return Normalizer(shift, jnp.log(jnp.sum(mass, axis=axis)))
+  shift = jnp.max(logits, axis=-1)
+  mass = jnp.exp(logits - zero_if_none(shift)[..., None])
+  return Normalizer(shift, jnp.log(jnp.sum(mass, axis=-1)))
 
 
 def zero_if_none(shift: jax.Array) -> jax.Array:
