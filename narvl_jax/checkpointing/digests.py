@@ -7,6 +7,7 @@ The first line is the digest of the rest.
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from narvl_jax.checkpointing.record import (
   ITEM,
   CheckpointRecord,
   RenamedCheckpoint,
+  digest,
   to_json,
 )
 from narvl_jax.files import side_files
@@ -29,6 +31,8 @@ from narvl_jax.files.regular import is_regular, open_regular, read_regular
 # Damage of a path that must not be opened.
 NOT_REGULAR = "is not a regular file"
 _NAME = re.compile(r"digests\.(\d{1,9})-of-(\d{1,9})\.txt")
+# As `record.digest`.
+_HASH = functools.partial(hashlib.blake2b, digest_size=16)
 # Folder in which Orbax stores the data of one process.
 _OF_PROCESS = re.compile(r"/ocdbt\.process_(\d+)/")
 
@@ -83,7 +87,7 @@ def replace_record(folder: pathlib.Path, record: CheckpointRecord) -> None:
   with atomically(folder / name) as temporary:
     temporary.write_bytes(data)
   if listing is not None:
-    bodies[listing]["files"][name] = [len(data), _digest_bytes(data)]
+    bodies[listing]["files"][name] = [len(data), digest(data)]
     _write(listing, bodies[listing])
 
 
@@ -181,13 +185,13 @@ def _check_file(path: pathlib.Path, size: int, digest: str) -> str:
 def _write(path: pathlib.Path, values: dict[str, Any]) -> None:
   body = json.dumps(values, indent=0) + "\n"
   with atomically(path) as temporary:
-    temporary.write_text(_digest_bytes(body.encode()) + "\n" + body)
+    temporary.write_text(digest(body.encode()) + "\n" + body)
 
 
 def _parse(data: bytes) -> dict[str, Any] | None:
   """Returns the step and the files of digests; None if they were changed."""
   first, _, body = data.partition(b"\n")
-  if first.decode("latin-1") != _digest_bytes(body):
+  if first.decode("latin-1") != digest(body):
     return None
   values = side_files.parse_object(body)
   if values is None or not isinstance(values.get("step"), str):
@@ -234,12 +238,4 @@ def _owner(name: str, hosts: int) -> int:
 
 def _digest_file(path: pathlib.Path) -> str:
   with open_regular(path) as file:
-    return hashlib.file_digest(file, _hash).hexdigest()
-
-
-def _digest_bytes(data: bytes) -> str:
-  return _hash(data).hexdigest()
-
-
-def _hash(data: bytes = b"") -> Any:
-  return hashlib.blake2b(data, digest_size=16)
+    return hashlib.file_digest(file, _HASH).hexdigest()

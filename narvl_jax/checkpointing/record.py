@@ -107,7 +107,7 @@ def item_of(name: str) -> str:
 def to_json(record: CheckpointRecord) -> dict[str, str]:
   """Returns the content of the file: the record as text, and its digest."""
   text = json.dumps(record._asdict())
-  return {"digest": _digest(text), "text": text}
+  return {"digest": digest(text.encode()), "text": text}
 
 
 def read_record(folder: pathlib.Path) -> CheckpointRecord:
@@ -128,9 +128,8 @@ def read_record(folder: pathlib.Path) -> CheckpointRecord:
     written = json.loads(data)
     text = written["text"]
     # The bytes are compared: another spelling of the values is a change.
-    if (
-      json.dumps(written).encode() != data or _digest(text) != written["digest"]
-    ):
+    same = json.dumps(written).encode() == data
+    if not same or digest(text.encode()) != written["digest"]:
       raise ValueError("it is not what was written")
     record = _from_json(json.loads(text))
   # Damaged JSON may contain values of any type, nested to any depth.
@@ -200,5 +199,6 @@ def describe_shape(shape: Iterable[int]) -> str:
   return "x".join(map(str, shape)) or "a number"
 
 
-def _digest(text: str) -> str:
-  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def digest(data: bytes) -> str:
+  """Returns 32 hexadecimal digits that identify bytes."""
+  return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,10 +1,11 @@
 """Captions by picture, without the pictures."""
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from narvl_jax.data.batches.bad_records import read_good
@@ -22,21 +23,26 @@ def coco_captions(path: str | os.PathLike[str]) -> dict[int | str, list[str]]:
     UserError: the file cannot be read, or has other content than
       {"annotations": [{"image_id", "caption"}]}.
   """
-  try:
-    content = json.loads(read_regular(path, _MOST_BYTES))
+  form = 'COCO captions {"annotations": [{"image_id": 1, "caption": "a dog"}]}'
+  with json_file(path, form) as content:
     annotations = content["annotations"]
     pairs = [(entry["image_id"], entry["caption"]) for entry in annotations]
     if not all(isinstance(caption, str) for _, caption in pairs):
       raise ValueError("a caption is not a text")
+  return _by_picture(pairs)
+
+
+@contextlib.contextmanager
+def json_file(path: str | os.PathLike[str], form: str) -> Iterator[Any]:
+  """Yields the content of a JSON file; errors name its `form`."""
+  try:
+    yield json.loads(read_regular(path, _MOST_BYTES))
   except OSError as error:
     raise UserError(f'"{path}": {error.strerror or error}') from error
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
-      f'"{path}" is not a file of COCO captions'
-      ' {"annotations": [{"image_id": 1, "caption": "a dog"}]}'
-      f" ({type(error).__name__}: {error})"
+      f'"{path}" is not a file of {form} ({type(error).__name__}: {error})'
     ) from error
-  return _by_picture(pairs)
 
 
 def source_captions(

@@ -6,6 +6,7 @@ fills the memory. Only regular files up to a limit are opened here.
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import pathlib
@@ -46,6 +47,12 @@ def read_regular(
   """Returns the bytes of a regular file; raises as `open_regular` does."""
   with open_regular(path, max_bytes) as file:
     return file.read(max_bytes)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+  """Returns the SHA-256 of a file in hexadecimal."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_regular(path: str | os.PathLike[str]) -> bool:

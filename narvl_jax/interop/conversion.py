@@ -11,12 +11,13 @@ import ml_dtypes
 import numpy as np
 
 from narvl_jax.errors import UserError
+from narvl_jax.files.regular import sha256_of
 from narvl_jax.interop.adapt import Adaptation, Options, adapt
 from narvl_jax.interop.key_map import IGNORED, TABLE_KEY, TIED_KEYS, key_map
 from narvl_jax.interop.names import Renamed, official_names
 from narvl_jax.interop.official import untied, variables_from_official
 from narvl_jax.interop.settings import settings_of, size_of
-from narvl_jax.interop.source_file import SourceFile, file_hash, open_source
+from narvl_jax.interop.source_file import SourceFile, open_source
 from narvl_jax.interop.tensors import PathLike, Tensor
 from narvl_jax.models import ModelConfig, model_config
 
@@ -77,7 +78,7 @@ def convert_official(
     "source": {
       "file": str(source.path),
       "bytes": source.path.stat().st_size,
-      "sha256": file_hash(source.path),
+      "sha256": sha256_of(source.path),
       "weights": "moving averages" if ema else "model",
       "format": "Hugging Face" if renamed.hugging_face else "official",
       "model": "OFA" if of_ofa else "NARVL",

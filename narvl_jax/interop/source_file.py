@@ -1,7 +1,6 @@
 """The formats of official weights."""
 
 import dataclasses
-import hashlib
 import math
 import os
 import pathlib
@@ -141,9 +140,3 @@ def setting(settings: dict[str, Any] | None, name: str) -> Any:
     if value is not None:
       return value
   return None
-
-
-def file_hash(path: PathLike) -> str:
-  """Returns the SHA-256 of a file (hex)."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()

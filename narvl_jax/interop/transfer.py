@@ -15,11 +15,11 @@ from narvl_jax.experiment.config import (
   evaluation_source,
   train_source,
 )
+from narvl_jax.files.regular import sha256_of
 from narvl_jax.interop import run_folder
 from narvl_jax.interop.adapt import Options, with_config
 from narvl_jax.interop.conversion import Conversion, convert_official
 from narvl_jax.interop.export import save_official
-from narvl_jax.interop.source_file import file_hash
 from narvl_jax.interop.tensors import PathLike
 from narvl_jax.models import ModelConfig, make_model
 from narvl_jax.terminal import progress
@@ -136,7 +136,7 @@ def export_official(
     raise run_folder.cannot_write(target, error) from error
   report: dict[str, Any] = {
     "step": step,
-    "sha256": file_hash(target),
+    "sha256": sha256_of(target),
     "made": made,
   }
   if check:

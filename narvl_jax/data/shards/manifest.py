@@ -1,7 +1,6 @@
 """`manifest.json`: contents of a folder of shards, and their verification."""
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from narvl_jax.data.shards.records import SCHEMA_VERSION
 from narvl_jax.data.sources import MANIFEST
 from narvl_jax.errors import UserError
 from narvl_jax.files.disk import write_json
+from narvl_jax.files.regular import sha256_of as sha256_of
 
 _AGAIN = "; convert the data again with python -m narvl_jax.convert_data"
 
@@ -117,12 +117,6 @@ def quick_fault(folder: pathlib.Path, shard: Shard) -> str:
   if count != shard.records:
     return f"{shard.file}: damaged: {count} records of {shard.records}"
   return ""
-
-
-def sha256_of(path: pathlib.Path) -> str:
-  """Returns the SHA-256 of a file in hexadecimal."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(folder: pathlib.Path, *, num_threads: int = 1) -> list[str]:

@@ -9,22 +9,19 @@ A file is the JSON of one of
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from narvl_jax.data import sources
 from narvl_jax.data.answer_text import annotator_scores
-from narvl_jax.data.captions import coco_captions
+from narvl_jax.data.captions import coco_captions, json_file
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources import fields
 from narvl_jax.data.sources.base import RecordSource
 from narvl_jax.errors import UserError
-from narvl_jax.files.regular import read_regular
 from narvl_jax.terminal import progress
 
-_MOST_BYTES = 4 << 30
 # Id of a record -> fields of `Record` that the annotations replace.
 Annotations = Mapping[str, Mapping[str, Any]]
 
@@ -53,21 +50,15 @@ def load_annotations(path: str | os.PathLike[str], task: str) -> Annotations:
       f'"{path}" annotates a data set of {task}; only vqa and caption have'
       ' annotations: leave them out (annotations="")'
     )
-  try:
-    content = json.loads(read_regular(path, _MOST_BYTES))
+  form = (
+    "annotations of VQA v2"
+    ' {"annotations": [{"question_id": 1, "answers": [{"answer": "yes"}]}]}'
+    ' nor of A-OKVQA [{"question_id": "a", "direct_answers": ["yes"]}]'
+  )
+  with json_file(path, form) as content:
     if isinstance(content, list):
       return {str(x["question_id"]): _a_okvqa(x) for x in content}
     return {str(x["question_id"]): _vqa(x) for x in content["annotations"]}
-  except OSError as error:
-    raise UserError(f'"{path}": {error.strerror or error}') from error
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(
-      f'"{path}" is not a file of annotations of VQA v2'
-      ' {"annotations": [{"question_id": 1, "answers": [{"answer": "yes"}]}]}'
-      " nor of A-OKVQA"
-      ' [{"question_id": "a", "direct_answers": ["yes"]}]'
-      f" ({type(error).__name__}: {error})"
-    ) from error
 
 
 def _vqa(entry: Mapping[str, Any]) -> dict[str, Any]:
