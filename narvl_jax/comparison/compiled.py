@@ -1,4 +1,4 @@
-"""Times of the compiler's estimate for one chip of an absent TPU."""
+"""Estimates of the compiler for one chip of an absent TPU."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,15 +25,15 @@ def estimate(
   """Compiles the programs of a case for one chip, and estimates their times.
 
   Args:
-    case: its variables are shapes.
+    case: the task; its variables are shapes.
     batch_size: examples at a time.
-    topology: from `get_topology`.
+    topology: result of `get_topology`.
 
   Returns:
     By label: "encoder_ms", "decoder_ms", "passes", "tokens_per_pass",
     "decoder_ratio" and "whole_ratio" to `BASELINE`, and "decoder_bytes" of
-    HBM. A search runs its loop for as many passes as the longest answer of the
-    task takes, and every way is counted with that answer.
+    HBM. Every decoding is estimated for the longest answer of the task, so
+    a search has as many passes as this answer needs.
   """
   chip = topology.chip
   mesh = Mesh(np.array(topology.devices[:1]), ("chip",))

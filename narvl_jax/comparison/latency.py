@@ -110,7 +110,7 @@ def measure(
         decode[label].run, encoded[program.encoder], batch, program.lengths
       )
       passes[label][i] = out.get("steps", 1)
-      # With eos, of the best answers.
+      # Lengths of the best answers, with eos.
       tokens[label][i] = 1 + np.asarray(out["lengths"])[:, 0].mean()
   results = {}
   base = programs[BASELINE]

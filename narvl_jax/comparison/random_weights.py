@@ -46,17 +46,17 @@ def make_case(
 ) -> Case:
   """Returns the case of a task; the models share tables, two the encoder.
 
-  The third has one decoder layer and as many layers in all; its encoder is
-  deeper (Kasai et al. 2021, arXiv 2006.10369).
+  The third model has one decoder layer and the same number of layers; its
+  encoder is deeper (Kasai et al. 2021, arXiv 2006.10369).
 
   Args:
     size: named size of the model.
     task: its task.
     load: sizes of the problem.
-    beam_size: of all models.
+    beam_size: hypotheses of all models.
     wanted: ways to decode; all if empty.
     uncached: add greedy search without a cache.
-    dtype: of the activations.
+    dtype: dtype of the activations.
     shapes_only: the variables are shapes, to compile for absent devices.
 
   Raises:

@@ -26,8 +26,7 @@ def format_report(report: Mapping[str, Any]) -> str:
   """Returns a table for each task and batch size.
 
   "decoder x" and "whole x" are times over those of `BASELINE`; "tokens a pass"
-  counts eos. The interval of
-  a difference is that of 95 % by a paired bootstrap.
+  counts eos. Differences have 95 % intervals of a paired bootstrap.
   """
   facts = {**report["environment"], "dtype": report["dtype"]}
   parts = [

@@ -63,7 +63,7 @@ class EntailmentTable(Metric):
   def detail_samples(
     self, pictures: Mapping[int, str]
   ) -> dict[tuple[str, ...], dict[str, bootstrap.Sample]]:
-    """Returns those of precision, recall and F1 of each label."""
+    """Returns the samples of precision, recall and F1 of each label."""
     known = self.known()
     groups = [pictures[i] for i in known]
     found = {}

@@ -166,7 +166,7 @@ class Metric(abc.ABC):
   def samples(
     self, pictures: Mapping[int, str], positions: Iterable[int] | None = None
   ) -> dict[str, bootstrap.Sample]:
-    """Returns what the confidence interval of each figure is made of.
+    """Returns the statistics for the confidence interval of each figure.
 
     Args:
       pictures: position of each example -> identity of its picture.
@@ -192,8 +192,8 @@ class Metric(abc.ABC):
       pictures: see `samples`.
 
     Returns:
-      Keys of the entry that holds the figures, the key of the report first ->
-      name -> sample.
+      Keys of the entry with the figures, that of the report first -> name ->
+      sample.
     """
     del pictures
     return {}

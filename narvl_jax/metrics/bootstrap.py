@@ -75,9 +75,9 @@ class Sample(NamedTuple):
   """Statistics of a figure's examples.
 
   Attributes:
-    statistics: [examples, k], of which the figure takes the sums.
+    statistics: [examples, k], whose sums are the input of the figure.
     groups: picture of each example.
-    figure: from sums to the figure.
+    figure: function from sums to the figure.
   """
 
   statistics: np.ndarray
@@ -94,8 +94,8 @@ def intervals(
 ) -> dict[K, Interval]:
   """Returns the intervals of several figures, which share their draws.
 
-  Pictures of all figures are drawn together. A figure of a part of the examples
-  takes those of a draw that belong to it.
+  Pictures of all figures are drawn together. A figure of some examples uses
+  those of them that are drawn.
 
   Args:
     figures: key -> its examples.

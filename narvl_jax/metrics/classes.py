@@ -136,8 +136,8 @@ def binary_samples(
 
   Args:
     predictions: see `binary_statistics`.
-    targets: likewise.
-    positive: likewise.
+    targets: see `binary_statistics`.
+    positive: see `binary_statistics`.
     groups: picture of each example.
   """
   statistics = binary_statistics(predictions, targets, positive)
