@@ -142,9 +142,9 @@ def main(argv: Sequence[str]) -> None:
         seed=values.seed,
       ),
       ema=values.ema,
-      vocabulary=values.vocabulary,
-      num_codes=values.num_codes,
-      num_bins=values.num_bins,
+      vocabulary=transfer.VocabularyFiles(
+        values.vocabulary, values.num_codes, values.num_bins
+      ),
       config=values.config,
       check=values.check,
     )

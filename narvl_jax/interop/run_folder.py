@@ -1,6 +1,7 @@
 """Writes converted weights as a run folder; reads weights from one."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator
@@ -81,19 +82,26 @@ def check_size(made: Conversion, config: Any) -> None:
   )
 
 
-def find_vocabulary(
-  made: Conversion,
-  folder: PathLike | None,
-  num_codes: int | None,
-  num_bins: int | None,
-) -> tuple[Vocabulary | None, dict[str, Any]]:
-  """Reads the vocabulary of converted weights.
+@dataclasses.dataclass(frozen=True)
+class VocabularyFiles:
+  """The vocabulary of weights to convert.
 
-  Args:
+  Attributes:
     folder: folder of the official or the Hugging Face files; None looks beside
       the weights.
     num_codes: image codes; None: as in the settings of the file, or 8192.
     num_bins: coordinate bins; None: as in the settings of the file, or 1000.
+  """
+
+  folder: PathLike | None = None
+  num_codes: int | None = None
+  num_bins: int | None = None
+
+
+def find_vocabulary(
+  made: Conversion, given: VocabularyFiles
+) -> tuple[Vocabulary | None, dict[str, Any]]:
+  """Reads the vocabulary of converted weights.
 
   Returns:
     The vocabulary (None if no folder was named and no files were found) and
@@ -103,9 +111,10 @@ def find_vocabulary(
     UserError: the files are missing, or do not belong to the weights.
   """
   counts = {
-    "num_codes": num_codes or _count(made, "code_dict_size", _NUM_CODES),
-    "num_bins": num_bins or _count(made, "num_bins", _NUM_BINS),
+    "num_codes": given.num_codes or _count(made, "code_dict_size", _NUM_CODES),
+    "num_bins": given.num_bins or _count(made, "num_bins", _NUM_BINS),
   }
+  folder = given.folder
   place = pathlib.Path(folder or made.source.path.parent)
   if folder is not None and not place.is_dir():
     raise UserError(f"--vocabulary={folder}: there is no such folder")

@@ -20,6 +20,7 @@ from narvl_jax.interop import run_folder
 from narvl_jax.interop.adapt import Options, with_config
 from narvl_jax.interop.conversion import Conversion, convert_official
 from narvl_jax.interop.export import save_official
+from narvl_jax.interop.run_folder import VocabularyFiles
 from narvl_jax.interop.tensors import PathLike
 from narvl_jax.models import ModelConfig, make_model
 from narvl_jax.terminal import progress
@@ -37,9 +38,7 @@ def import_official(
   *,
   options: Options | None = None,
   ema: bool = False,
-  vocabulary: PathLike | None = None,
-  num_codes: int | None = None,
-  num_bins: int | None = None,
+  vocabulary: VocabularyFiles | None = None,
   config: Any = None,
   check: bool = False,
 ) -> dict[str, Any]:
@@ -50,10 +49,7 @@ def import_official(
     target: the run folder, new or empty.
     options: new and resized tensors.
     ema: use the moving averages of the file.
-    vocabulary: folder with the files of the vocabulary; that of the weights if
-      None.
-    num_codes: image codes of the vocabulary; those of the file if None.
-    num_bins: coordinate bins of the vocabulary; those of the file if None.
+    vocabulary: where its files are, and its special tokens.
     config: config of the run; if None, all tasks with synthetic scenes. Its
       model size must be that of the weights; its decoder and number of queries
       are used; other settings that the weights determine are overwritten.
@@ -71,7 +67,7 @@ def import_official(
   if config is not None:
     run_folder.check_size(made, config)
   words, section = run_folder.find_vocabulary(
-    made, vocabulary, num_codes, num_bins
+    made, vocabulary or VocabularyFiles()
   )
   settings = run_config(made, section, config)
   report = made.report

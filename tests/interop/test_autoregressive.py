@@ -23,6 +23,7 @@ from narvl_jax.interop import (
 )
 from narvl_jax.interop.export import _unused_tensors
 from narvl_jax.interop.key_map import IGNORED, TABLE_KEY, TIED_KEYS
+from narvl_jax.interop.run_folder import VocabularyFiles
 from narvl_jax.interop.settings import QUERY_KEY, settings_of, size_of
 from narvl_jax.interop.torch_file import read_torch
 from narvl_jax.models import Autoregressive, model_config
@@ -182,7 +183,10 @@ def test_run_folder(
   config.model.num_queries = 7
   config.data.max_text_length = 8
   transfer.import_official(
-    ofa, tmp_path / "run", vocabulary=words, config=config, **COUNTS
+    ofa,
+    tmp_path / "run",
+    vocabulary=VocabularyFiles(words, **COUNTS),
+    config=config,
   )
   experiment, variables, _ = load_run(tmp_path / "run")
   assert isinstance(experiment.model, Autoregressive)
@@ -207,9 +211,7 @@ def test_vocabulary_that_does_not_fit(
       ofa,
       tmp_path / "run",
       options=AS_IT_IS,
-      vocabulary=words,
-      num_codes=2,
-      num_bins=5,
+      vocabulary=VocabularyFiles(words, 2, 5),
     )
   assert not (tmp_path / "run").exists()
 

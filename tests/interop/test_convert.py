@@ -18,7 +18,7 @@ from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.interop import official_from_variables, transfer
-from narvl_jax.interop.run_folder import read_run
+from narvl_jax.interop.run_folder import VocabularyFiles, read_run
 from narvl_jax.interop.torch_file import read_torch
 from narvl_jax.interop.torch_write import write_torch
 from narvl_jax.run_folder.workdir import save_experiment
@@ -36,7 +36,10 @@ def test_run_folder(
 ) -> None:
   run = tmp_path / "run"
   report = transfer.import_official(
-    official, run, vocabulary=words, config=fitting_config(), **COUNTS
+    official,
+    run,
+    vocabulary=VocabularyFiles(words, **COUNTS),
+    config=fitting_config(),
   )
   assert json.loads((run / "report.json").read_text()) == json.loads(
     json.dumps(report)
@@ -73,7 +76,10 @@ def test_side_file_of_the_weights_that_a_run_began_with(
 ) -> None:
   first, run = tmp_path / "first", tmp_path / "run"
   transfer.import_official(
-    official, first, vocabulary=words, config=fitting_config(), **COUNTS
+    official,
+    first,
+    vocabulary=VocabularyFiles(words, **COUNTS),
+    config=fitting_config(),
   )
   experiment, variables, _ = load_run(first)
   experiment.config.init_from = str(first)
@@ -203,6 +209,7 @@ def test_flags_of_the_other_direction(
       convert.main([])
 
 
+@pytest.mark.slow
 def test_memory(tmp_path: pathlib.Path) -> None:
   """A larger file adds little more than its size to the peak."""
   script = textwrap.dedent("""

@@ -7,6 +7,7 @@ import pytest
 
 from narvl_jax.errors import UserError
 from narvl_jax.interop import Options, transfer
+from narvl_jax.interop.run_folder import VocabularyFiles
 from tests.interop.states import COUNTS, fitting_config
 
 
@@ -18,14 +19,18 @@ def test_vocabulary_that_does_not_fit(
     UserError, match="has 51 ids with 2 codes and 5 bins, the weights have 50"
   ):
     transfer.import_official(
-      official, run, vocabulary=words, num_codes=2, num_bins=5
+      official, run, vocabulary=VocabularyFiles(words, 2, 5)
     )
   with pytest.raises(
     UserError, match=r"contains neither dict.txt, .* nor vocab"
   ):
-    transfer.import_official(official, run, vocabulary=tmp_path)
+    transfer.import_official(
+      official, run, vocabulary=VocabularyFiles(tmp_path)
+    )
   with pytest.raises(UserError, match=r"^--vocabulary=\S+none: there is no su"):
-    transfer.import_official(official, run, vocabulary=tmp_path / "none")
+    transfer.import_official(
+      official, run, vocabulary=VocabularyFiles(tmp_path / "none")
+    )
   for name, text, message in (
     ("encoder.json", "{", r"encoder.json is not JSON.*set --vocabulary$"),
     ("encoder.json", '{"<s>": 1}', r"vocab.json and no .*set --vocabulary=FOL"),
@@ -34,11 +39,13 @@ def test_vocabulary_that_does_not_fit(
     before = (words / name).read_text()
     (words / name).write_text(text)
     with pytest.raises(UserError, match=message):
-      transfer.import_official(official, run, vocabulary=words, **COUNTS)
+      transfer.import_official(
+        official, run, vocabulary=VocabularyFiles(words, **COUNTS)
+      )
     (words / name).write_text(before)
   with pytest.raises(UserError, match=r"num_bins is -1; .* set --num_bins$"):
     transfer.import_official(
-      official, run, vocabulary=words, num_codes=2, num_bins=-1
+      official, run, vocabulary=VocabularyFiles(words, 2, -1)
     )
   assert not run.exists()
 
