@@ -44,12 +44,9 @@ def test_micro_batches_give_the_losses_of_the_whole(one_device):
   _assert_equal(runs.losses(run, STEPS), one_device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  ("average", "shape"),
-  [
-    ("examples", ALL_AXES),
-    pytest.param("labels", (2, 1, 1), marks=pytest.mark.slow),
-  ],
+  ("average", "shape"), [("examples", ALL_AXES), ("labels", (2, 1, 1))]
 )
 def test_autoregressive_twin(average, shape):
   """Micro-batches whose labels differ in number, on a mesh."""

@@ -24,7 +24,7 @@ from tests.support import runs
 
 # The axis of each spans two hosts of two devices.
 SHAPES = ((4, 1, 1), (1, 4, 1), (1, 1, 4))
-STEPS = 20
+STEPS = 15
 
 
 def losses(shape: tuple[int, int, int], steps: int) -> list[float]:

@@ -111,8 +111,8 @@ def test_restores_at_many_steps_with_workers(
 ) -> None:
   # Each number of workers divides some of the steps and not others; the test
   # above restores at all of them.
-  for start in range(0, STEPS, 3):
-    hosts = {9: 2, 18: 4}.get(start % 30, 1)
+  for start in range(0, STEPS, 5):
+    hosts = {15: 2, 30: 4}.get(start, 1)
     rest = _read(model_tasks, start, STEPS, hosts, num_workers=2)
     _assert_equal(rest, whole[start:])
 
