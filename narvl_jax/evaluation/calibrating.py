@@ -12,7 +12,9 @@ from narvl_jax.metrics.calibration import (
   Reliability,
   abstention,
   apply_temperature,
+  chance_error,
   fit_temperature,
+  is_better,
   reliability,
 )
 from narvl_jax.terminal.tables import format_columns
@@ -50,6 +52,8 @@ def fit(probabilities: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
     correct: [examples] in [0, 1].
   """
   temperature = fit_temperature(probabilities, correct)
+  if not is_better(probabilities, correct, temperature):
+    temperature = 1.0
   after = apply_temperature(probabilities, temperature)
   thresholds = {}
   for accuracy in _ACCURACIES:
@@ -60,6 +64,7 @@ def fit(probabilities: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
     "examples": len(correct),
     "ece_before": reliability(probabilities, correct).error,
     "ece_after": reliability(after, correct).error,
+    "ece_by_chance": chance_error(after),
     "thresholds": thresholds,
   }
 
@@ -68,7 +73,10 @@ def format_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
   """Returns a table of the entries: errors, and coverage at each accuracy."""
   wanted = [f"answered at {100 * x:.0f} %" for x in _ACCURACIES]
   rows = [
-    ("task", "examples", "temperature", "ECE before", "ECE after", *wanted)
+    (
+      *("task", "examples", "temperature", "ECE before", "ECE after"),
+      *("by chance", *wanted),
+    )
   ]
   for task, found in tasks.items():
     shown = [
@@ -82,6 +90,7 @@ def format_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
         f"{found['temperature']:.2f}",
         f"{100 * found['ece_before']:.1f} %",
         f"{100 * found['ece_after']:.1f} %",
+        f"{100 * found['ece_by_chance']:.1f} %",
         *shown,
       )
     )

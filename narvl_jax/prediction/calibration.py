@@ -19,9 +19,9 @@ class Calibration:
     step: checkpoint to which it belongs.
     decoding: name of the decoding, see `decodings.decoding_name`.
     split: data on which it was fitted.
-    tasks: task -> temperature, examples, ece_before, ece_after (expected
-      calibration errors in [0, 1]) and thresholds (wanted accuracy -> None if
-      it is not reached, or threshold, coverage and accuracy).
+    tasks: task -> temperature, examples, ece_before, ece_after, ece_by_chance
+      (expected calibration errors in [0, 1]) and thresholds (wanted accuracy ->
+      None if it is not reached, or threshold, coverage and accuracy).
   """
 
   step: int

@@ -39,6 +39,21 @@ def test_fit_recovers_the_temperature(task: str, key: str) -> None:
   assert "ECE before" in text
 
 
+def test_a_temperature_within_the_noise_stays_1() -> None:
+  rng = np.random.default_rng(3)
+  fitted, chance = 0, []
+  for _ in range(40):
+    raw = rng.uniform(0.5, 1, 1000)
+    found = calibrating.fit(raw, (rng.random(1000) < raw).astype(float))
+    fitted += found["temperature"] != 1
+    chance.append(found["ece_before"] / found["ece_by_chance"])
+    if found["temperature"] == 1:
+      assert found["ece_after"] == pytest.approx(found["ece_before"])
+  # The level of the test is 5 %.
+  assert fitted <= 6
+  assert np.mean(chance) == pytest.approx(1, abs=0.1)
+
+
 def test_an_accuracy_that_is_not_reached_has_no_threshold() -> None:
   found = calibrating.fit(np.array([0.9, 0.8]), np.array([0.0, 0.0]))
   assert found["thresholds"] == {"0.9": None, "0.95": None, "0.99": None}
