@@ -98,14 +98,21 @@ def _perfect(counts: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def utf8_java() -> Iterator[None]:
-  """Makes Java programs started within use UTF-8 in any locale."""
-  name = "JAVA_TOOL_OPTIONS"
-  before = os.environ.get(name)
-  os.environ[name] = f"{before or ''} -Dfile.encoding=UTF-8".strip()
+  """Lets programs start the `java` of this module, with UTF-8 in any locale.
+
+  Raises:
+    Unavailable: there is no Java.
+  """
+  folder, options = "PATH", "JAVA_TOOL_OPTIONS"
+  before = {name: os.environ.get(name) for name in (folder, options)}
+  paths = os.path.dirname(tokenizers.java()), before[folder]
+  os.environ[folder] = os.pathsep.join(filter(None, paths))
+  os.environ[options] = f"{before[options] or ''} -Dfile.encoding=UTF-8".strip()
   try:
     yield
   finally:
-    if before is None:
-      del os.environ[name]
-    else:
-      os.environ[name] = before
+    for name, value in before.items():
+      if value is None:
+        del os.environ[name]
+      else:
+        os.environ[name] = value
