@@ -23,8 +23,8 @@ later:
 | change | meaning |
 | --- | --- |
 | resume | A resumed run may have another value. |
-| report | No prediction of a trained model depends on it. Commands that read a \
-run report a difference from the checkpoint and continue. |
+| report | No prediction of a trained model depends on it. Commands that read \
+a run report a difference from the checkpoint and continue. |
 | (empty) | A run with another value is another run. |
 """
 _COLUMNS = ("key", "default", "valid", "meaning", "change")
