@@ -69,6 +69,31 @@ def test_rows_and_updates_in_place() -> None:
   assert (program.cycles, program.kernels) == (60, [])
 
 
+def test_an_array_under_another_name_is_read_as_a_whole() -> None:
+  """A fusion in a fusion that only reshapes; a product reads its result."""
+  text = """\
+HloModule jit_f, num_partitions=1
+
+%renamed (x: f32[8,128]) -> f32[1024] {
+  %x = f32[8,128]{1,0} parameter(0)
+  ROOT %b = f32[1024]{0} bitcast(%x)
+}
+
+%outer (y: f32[8,128]) -> f32[1024] {
+  %y = f32[8,128]{1,0} parameter(0)
+  %z = f32[1024]{0} fusion(%y), kind=kLoop, calls=%renamed
+  ROOT %e = f32[1024]{0} exponential(%z)
+}
+
+ENTRY %main (a: f32[8,128]) -> f32[1024] {
+  %a = f32[8,128]{1,0} parameter(0)
+  ROOT %f = f32[1024]{0} fusion(%a), kind=kLoop, calls=%outer
+}
+"""
+  (line,) = read_lines(parse(text))
+  assert line.hbm_bytes == 2 * 4 * 1024
+
+
 def test_bytes_in_vmem_do_not_count() -> None:
   text = "(f32[8,128]{1,0:T(8,128)S(1)}, bf16[4]{0:T(256)}, u32[])"
   assert hbm_bytes(text) == 4 * 2 + 4
