@@ -10,11 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import meta
 
-from narvl_jax.benchmarks.workloads import (
-  Workload,
-  make_batch,
-  make_experiment,
-)
+from narvl_jax.benchmarks.workloads import Workload, make_batch, make_experiment
 from narvl_jax.comparison.case import Case, Model, program_of
 from narvl_jax.comparison.latency import Batch, Network
 from narvl_jax.comparison.ways import AR, DEEP, NAR, choose, ways_of

@@ -90,10 +90,7 @@ def make_steps(
 
 @functools.lru_cache(maxsize=32)
 def _make_steps(
-  model: nn.Module,
-  reader: Reader,
-  rules: tuple[Any, ...],
-  rows_at_once: int,
+  model: nn.Module, reader: Reader, rules: tuple[Any, ...], rows_at_once: int
 ) -> Steps:
   def encode(
     variables: Any, image: jax.Array, text: jax.Array, image_mask: jax.Array
