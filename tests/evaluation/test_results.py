@@ -306,7 +306,7 @@ def test_files_in_the_place_of_results_are_set_aside(tmp_path, kind, caplog):
   results.make_way(tmp_path)
   moved = names[:1] if kind == "folder" else names
   assert caplog.messages == [
-    f"{tmp_path / name} cannot be used: it is no"
+    f"{tmp_path / name} cannot be used: it is not a"
     f" {'file' if '.' in name else 'folder'}; set aside as {name}.damaged"
     for name in moved
   ]
