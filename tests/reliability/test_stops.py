@@ -162,7 +162,7 @@ def test_killed_stuck_and_without_its_folder(tmp_path):
   # Without the folder there is nothing to resume from.
   (line,) = process.errors.splitlines()
   assert line.startswith("error: ")
-  assert " gone" in line
+  assert " no longer exist" in line
   assert [x["event"] for x in events] == ["end", "restart", "end"]
   killed, restart, stuck = events
   for event in (killed, restart):
