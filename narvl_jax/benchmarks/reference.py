@@ -146,6 +146,10 @@ def _measure(
     show(f"  {operation}, {name}: first call {seconds:.1f} s")
   found = timing.measure(working, rounds=rounds, calls=1)
   base = found[_OURS]
+  for name, x in found.items():
+    show(
+      f"  {operation}, {name}: {1e3 * np.median(x.cpu_seconds):.0f} ms of CPU"
+    )
   return {
     name: {
       "milliseconds": timing.spread(1e3 * x.seconds),

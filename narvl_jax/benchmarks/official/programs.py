@@ -140,9 +140,10 @@ def our_update(
   mesh = mesh_from_config(experiment.config.mesh, jax.devices()[:1])
   setup = build_setup(experiment, mesh)
   size, length = labels.shape
+  width = experiment.label_length
   rows = {
     **{name: batch[name] for name in ("image", "text", "image_mask")},
-    "labels": labels,
+    "labels": np.pad(labels, ((0, 0), (0, width - length))),
     "label_length": np.full(size, length, np.int32),
     "confidence": np.ones(size, np.float32),
     "task": np.full(size, TASKS.index(task), np.int32),
