@@ -158,7 +158,7 @@ def test_stacks_without_a_disk(tmp_path, capfd):
 
 def test_stacks_do_not_recreate_a_removed_folder(tmp_path, capfd):
   assert write_stacks(tmp_path / "run", 0, "why") == "stderr"
-  assert "in test_stacks_do_not_make_a_folder" in capfd.readouterr().err
+  assert "in test_stacks_do_not_recreate" in capfd.readouterr().err
   assert not list(tmp_path.iterdir())
 
 
