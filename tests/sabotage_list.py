@@ -362,4 +362,28 @@ SABOTAGES = (
     "tests/prediction/test_box_confidence.py"
     "::test_equals_the_sum_over_all_boxes",
   ),
+  Sabotage(
+    "the kernel attends to masked keys",
+    "narvl_jax/kernels/attention.py",
+    "logits = jnp.where(valid, logits, _LOWEST)",
+    "del valid",
+    "tests/kernels/test_attention.py"
+    "::test_kernel_is_plain_attention[2-13-13-2-16]",
+  ),
+  Sabotage(
+    "the gradient of the bias is that of the last example",
+    "narvl_jax/kernels/attention.py",
+    "d_bias_sum[head, rows] += d_logits",
+    "d_bias_sum[head, rows] = d_logits",
+    "tests/kernels/test_attention.py"
+    "::test_kernel_is_plain_attention[2-13-13-2-16]",
+  ),
+  Sabotage(
+    "rows of the image's bias are shifted the wrong way",
+    "narvl_jax/kernels/relative_bias.py",
+    "part = rows_ref[0][:, start : start + split]",
+    "part = rows_ref[0][:, row * width : row * width + split]",
+    "tests/kernels/test_relative_bias.py"
+    "::test_kernel_adds_what_slices_add[grid0-5-float32]",
+  ),
 )

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from narvl_jax.errors import UserError, did_you_mean
-from narvl_jax.parallel.constraints import platform
+from narvl_jax.parallel.constraints import device_kind, platform
 
 REMAT_POLICIES = ("none", "dots", "full")
 BATCH_NORM_MODES = ("frozen", "batch")
@@ -52,7 +52,8 @@ class ModelConfig:
       products with weights), "full" (each layer from its input).
     attention: how the encoder computes attention: "xla" with all weights in
       memory, "blocks" with some queries at a time, "pallas" by the kernel for
-      TPU, "cudnn" by that for GPU; "auto" is "pallas" on TPU, else "xla".
+      TPU, "cudnn" by that for GPU; "auto" is "pallas" on TPU from v5 on,
+      otherwise "xla".
     scan_unroll: layers in one iteration of the layer scan.
     init_stddev: standard deviation of the linear maps at initialisation. With
       the reference's 0.02 a narrow model starts with uniform attention and
@@ -176,7 +177,9 @@ class ModelConfig:
     """`attention`, with "auto" resolved for the platform of the program."""
     if self.attention != "auto":
       return self.attention
-    return "pallas" if platform() == "tpu" else "xla"
+    # The VMEM of older chips is too small for the kernel.
+    old = device_kind() in ("TPU v2", "TPU v3", "TPU v4")
+    return "pallas" if platform() == "tpu" and not old else "xla"
 
   @property
   def padded_vocab_size(self) -> int:

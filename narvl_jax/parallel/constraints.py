@@ -96,6 +96,12 @@ def platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+  """Returns the kind of device the program will run on, as "TPU v5 lite"."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (device or jax.devices()[0]).device_kind
+
+
 def on_shards(
   function: Callable[..., jax.Array],
   inputs: Sequence[tuple[str | None, ...]],

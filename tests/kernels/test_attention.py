@@ -1,5 +1,6 @@
 """Attention kernels and biases against plain attention."""
 
+import dataclasses
 import importlib.util
 from typing import Any
 
@@ -18,9 +19,11 @@ from narvl_jax.models.attention import (
   attend_in_blocks,
   attend_to,
 )
+from narvl_jax.models.sizes import ATTENTIONS
 from narvl_jax.parallel import activation_rules, make_mesh
 from narvl_jax.parallel.constraints import per_device
 from narvl_jax.parallel.rules import DEFAULT_RULES
+from tests.models.small import CONFIG
 
 
 def arrays(
@@ -209,6 +212,17 @@ def test_on_a_mesh(method: str) -> None:
   assert_close(found, wanted, 1e-5)
 
 
+def test_method_follows_the_devices() -> None:
+  assert CONFIG.attention_method == "xla"
+  for name in ATTENTIONS[1:]:
+    config = dataclasses.replace(CONFIG, attention=name, dtype=jnp.bfloat16)
+    assert config.attention_method == name
+  if importlib.util.find_spec("libtpu") is not None:
+    mesh = make_mesh(devices=get_topology("v4:2x2x1").devices[:1])
+    with jax.set_mesh(mesh):
+      assert CONFIG.attention_method == "xla"
+
+
 # Programs for a TPU are cached, but without one they cannot be read again.
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
@@ -229,6 +243,7 @@ def test_kernels_compile_for_tpu(chip: str) -> None:
     (inputs, mask, weight),
   )
   with jax.set_mesh(mesh):
+    assert CONFIG.attention_method == "pallas"
     text = str(jax.jit(gradients).lower(*shapes).compile().as_text())
   assert text.count('custom_call_target="tpu_custom_call"') == 2
   # No array of all examples and pairs.
