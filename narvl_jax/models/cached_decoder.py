@@ -15,9 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from narvl_jax.kernels.attend import LOWEST, KeyValue
 from narvl_jax.models.attention import (
-  LOWEST,
-  KeyValue,
   LayerNorm,
   PositionBias,
   Projection,

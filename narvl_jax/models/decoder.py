@@ -4,9 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from narvl_jax.kernels.attend import LOWEST
 from narvl_jax.models import positions
 from narvl_jax.models.attention import (
-  LOWEST,
   PositionBias,
   layer_norm,
   normal_init,

@@ -19,13 +19,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from narvl_jax.kernels.attend import LOWEST, KeyValue, attend_to
 from narvl_jax.models.attention import (
-  LOWEST,
-  KeyValue,
   LayerNorm,
   PositionBias,
   Projection,
-  attend_to,
   attention_scale,
 )
 from narvl_jax.models.encoder import EncoderOutput

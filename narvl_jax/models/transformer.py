@@ -7,12 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from narvl_jax.kernels.attend import Attend, KeyValue, attend_by, attend_to
 from narvl_jax.models.attention import (
-  Attend,
   Attention,
-  KeyValue,
-  attend_by,
-  attend_to,
   layer_norm,
   normal_init,
   zeros_init,

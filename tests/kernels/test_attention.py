@@ -12,7 +12,7 @@ import pytest
 
 from narvl_jax.ahead_of_time.topology import get_topology
 from narvl_jax.kernels import attention as kernels
-from narvl_jax.models.attention import (
+from narvl_jax.kernels.attend import (
   KeyValue,
   attend_by,
   attend_cudnn,
