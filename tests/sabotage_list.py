@@ -355,6 +355,14 @@ SABOTAGES = (
     "::test_answer_has_the_sum_over_all_its_alignments",
   ),
   Sabotage(
+    "a request alone is compiled otherwise than in a batch",
+    "narvl_jax/decoding/steps.py",
+    "if count == 1:",
+    "if False:",
+    "tests/prediction/test_batch_invariance.py"
+    "::test_any_batch_size_gives_the_numbers_of_one[3-beam-constrained]",
+  ),
+  Sabotage(
     "the probability of overlap uses another IoU than 0.5",
     "narvl_jax/prediction/box_confidence.py",
     "good = 3 * np.outer(common_x, common_y) >= both",
