@@ -16,7 +16,12 @@ from narvl_jax.state.parameters import ParameterRule, flatten
 from narvl_jax.state.train_state import make_first_state, state_shardings
 from narvl_jax.training.optimizer import make_optimizer, matrix_axes
 
-SETTINGS = {"weight_decay": 0.0, "b1": 0.9, "b2": 0.99, "eps": 1e-8}
+SETTINGS: dict[str, Any] = {
+  "weight_decay": 0.0,
+  "b1": 0.9,
+  "b2": 0.99,
+  "eps": 1e-8,
+}
 # Heads of width 3 and 2 layers, so that no two axes are equally long.
 MODEL = {"width": 12, "mlp_width": 20, "num_heads": 4, "vocab_size": 40}
 
