@@ -16,7 +16,8 @@ AdamW's constants. The batch is that of a pod, 8 examples a chip on 256 chips,
 and the learning rate was not tuned for it.
 
 Training was not measured. docs/performance.md lists memory and operations, as
-compiled; attention weights that pass through memory cost the most.
+compiled. The statistics of BatchNorm are frozen: start from official weights
+(`--config.init_from=FOLDER`) or set `--config.model.batch_norm=batch`.
 """
 
 from ml_collections import ConfigDict
