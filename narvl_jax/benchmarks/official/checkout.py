@@ -16,6 +16,7 @@ import importlib.util
 import pathlib
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -58,6 +59,8 @@ def build(
   Raises:
     UserError: the folder is no checkout of NARVL.
   """
+  # The official code is older than an argument that PyTorch asks for.
+  warnings.filterwarnings("ignore", "torch.meshgrid")
   with _importing(pathlib.Path(checkout)):
     nat = importlib.import_module("narvl_official.ofa_nat")
     dictionary = importlib.import_module("fairseq.data.dictionary").Dictionary()
