@@ -139,7 +139,7 @@ def memory(
   for number in workers:
     batches = load.batches(number, threads=load.num_threads, prefetch=2)
     steps = max(1, examples // load.batch_size)
-    # The buffers are full by then.
+    # Buffers are full after these steps.
     first = min(steps, 8 * max(number, 1))
     points = set(np.linspace(first, steps, _POINTS).astype(int).tolist())
     table = []

@@ -1,4 +1,4 @@
-"""What the two benchmarks of the loss share: flags, labels, report.
+"""Flags, labels and report of the two benchmarks of the loss.
 
 `sizes` is a dataclass with batch, num_queries, labels, vocab_size and dtype;
 its other fields are in `_TEXTS`.

@@ -1,4 +1,4 @@
-"""What benchmarks share: interleaved timing, peak memory, tables."""
+"""Interleaved timing, peak memory and tables for benchmarks."""
 
 import dataclasses
 import os

@@ -69,7 +69,7 @@ def run(
     trains: whether unfinished runs are trained.
 
   Raises:
-    UserError: a folder holds something else, or a file cannot be read.
+    UserError: a folder contains something else, or a file cannot be read.
   """
   for name, study in studies.items():
     twins = Twins(name, study, runs, labels, trains)
@@ -108,7 +108,7 @@ def _chosen(flag: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
 def _seeds(texts: Sequence[str]) -> list[int]:
   for text in texts:
     if not text.isdecimal():
-      raise UserError(f'--seeds: "{text}" is no seed; such as --seeds=0,1')
+      raise UserError(f'--seeds: "{text}" is not a seed; such as --seeds=0,1')
   if not texts:
     raise UserError("--seeds is empty; such as --seeds=0,1")
   return sorted({int(text) for text in texts})

@@ -61,7 +61,7 @@ def _module(name: str) -> Any:
   except ModuleNotFoundError as error:
     raise UserError(
       f"there is no module configs.{name}: {error}; start the command in the"
-      ' folder of the repository, which holds "configs"'
+      ' folder of the repository, which contains "configs"'
     ) from error
 
 
@@ -136,7 +136,7 @@ class Twins:
       Whether the run is finished.
 
     Raises:
-      UserError: its folder holds something else.
+      UserError: its folder contains something else.
     """
     if kind == "distilled":
       if not self.prepare("ar", seed):

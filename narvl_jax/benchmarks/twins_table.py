@@ -79,7 +79,7 @@ def _parse(text: str, path: pathlib.Path) -> dict[Key, Row]:
       rows[key_of(row)] = row
     except (ValueError, KeyError, TypeError) as error:
       raise UserError(
-        f'line {number} of "{path}" is no result of twins: {error!r}; remove'
+        f'line {number} of "{path}" is not a result of twins: {error!r}; remove'
         " the line, or choose another --results"
       ) from error
   return rows

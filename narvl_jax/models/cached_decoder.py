@@ -93,7 +93,7 @@ def start_cache(
   hypotheses: int,
   length_limit: int,
 ) -> Cache:
-  """Returns a cache that holds the prompt, which is read in one pass.
+  """Returns a cache of the prompt, which is read in one pass.
 
   Args:
     config: the architecture.
@@ -183,7 +183,7 @@ def extend(
   Args:
     config: the architecture.
     params: parameters of the decoder, from `split_layers`.
-    cache: holds the prompt and t generated tokens of every hypothesis.
+    cache: the prompt and t generated tokens of every hypothesis.
     embedding: the tied table [v, e].
     tokens: int32 [b, k, l].
     t: int32, generated tokens in the cache.

@@ -19,13 +19,13 @@ Grid = tuple[int, int]
 
 
 def positions_side(rows: int) -> int | None:
-  """Returns the grid side of a position table, None if it is no such table."""
+  """Returns the grid side of a position table, None if it is another array."""
   side = math.isqrt(max(rows - 1, 0))
   return side if side and side**2 + 1 == rows else None
 
 
 def distances_side(rows: int) -> int | None:
-  """Returns the grid side of a relative table, None if it is no such table."""
+  """Returns the grid side of a relative table, None if it is another array."""
   double = math.isqrt(max(rows - _EXTRA_BUCKETS, 0))
   if double % 2 == 0 or double**2 + _EXTRA_BUCKETS != rows:
     return None
@@ -45,9 +45,9 @@ def resize_positions(
     new: at most m rows and columns.
 
   Returns:
-    [m ** 2 + 1, D]. On the grid `new` it holds the stretched entries of `old`.
-    Elsewhere it holds the entries of `table` where that has them, otherwise
-    those of `fresh`.
+    [m ** 2 + 1, D]. On the grid `new` it contains the stretched entries of
+    `old`, elsewhere those of `table` where that has them, otherwise those of
+    `fresh`.
   """
   n, m = positions_side(table.shape[0]), positions_side(fresh.shape[0])
   assert n is not None

@@ -75,7 +75,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns the function (state, batch) -> (new state, metrics).
 
-  The batch holds the arrays of `batch_spec`. With accumulation, its rows are
+  The batch has the arrays of `batch_spec`. With accumulation, its rows are
   split into micro-batches whose gradients are weighted by the number of labels
   or examples, so the update equals that of the whole batch. BatchNorm uses the
   statistics of each micro-batch and updates the running ones in sequence.

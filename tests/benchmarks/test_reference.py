@@ -102,7 +102,9 @@ def test_only_what_the_model_needs_is_imported(
 
 
 def test_folder_that_is_no_checkout(tmp_path: pathlib.Path) -> None:
-  with pytest.raises(UserError, match=r"no checkout of NARVL: .*ofa_nat\.py"):
+  with pytest.raises(
+    UserError, match=r"not a checkout of NARVL: .*ofa_nat\.py"
+  ):
     checkout.build(str(tmp_path), "tiny", queries=5, vocab_size=9, dropout=0.1)
 
 

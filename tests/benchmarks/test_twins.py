@@ -343,7 +343,7 @@ def test_results_file(tmp_path):
   assert list(twins_table.read_rows(path).values()) == [first, second]
   with path.open("a") as file:
     file.write('{"data": "d"}\n')
-  with pytest.raises(UserError, match=r'line 3 of ".*" is no result.*kind'):
+  with pytest.raises(UserError, match=r'line 3 of ".*" is not a result.*kind'):
     twins_table.read_rows(path)
 
 
@@ -364,7 +364,7 @@ def test_unknown_names(flag, texts, message):
 @pytest.mark.parametrize(
   ("texts", "message"),
   [
-    (["0", "-1"], r'--seeds: "-1" is no seed; such as --seeds=0,1'),
+    (["0", "-1"], r'--seeds: "-1" is not a seed; such as --seeds=0,1'),
     ([], r"--seeds is empty"),
   ],
 )

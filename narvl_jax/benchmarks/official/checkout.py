@@ -57,7 +57,7 @@ def build(
     dropout: of the scripts.
 
   Raises:
-    UserError: the folder is no checkout of NARVL.
+    UserError: the folder is not a checkout of NARVL.
   """
   # The official code is older than an argument that PyTorch asks for.
   warnings.filterwarnings("ignore", "torch.meshgrid")
@@ -96,7 +96,7 @@ def _importing(root: pathlib.Path) -> Iterator[None]:
   for part in (_MODEL, _FAIRSEQ):
     if not (root / part).exists():
       raise UserError(
-        f'"{root}" is no checkout of NARVL: there is no {part} (--official;'
+        f'"{root}" is not a checkout of NARVL: it has no {part} (--official;'
         " clone https://github.com/amazon-science/NARVL)"
       )
   same: Callable[..., Any] = lambda *names: lambda defined: defined  # noqa: E731

@@ -106,12 +106,6 @@ def prepare_image(
   return np.asarray(picture)
 
 
-def normalize(image: np.ndarray) -> np.ndarray:
-  """Returns uint8 pixels as float32 in [-1, 1], same shape."""
-  scaled = image.astype(np.float32) / np.float32(255)
-  return (scaled - np.float32(0.5)) / np.float32(0.5)
-
-
 def _color(
   picture: Image.Image, brightness: float, contrast: float, saturation: float
 ) -> Image.Image:
