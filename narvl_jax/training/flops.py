@@ -1,7 +1,7 @@
 """Floating-point operations of a step, and the peak rate of devices.
 
 Only matrix products and convolutions count, with two operations per
-multiply-add. Products that implement the lookup of position biases do not.
+multiply-add.
 """
 
 from typing import Any

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from narvl_jax.checkpointing.record import stored_steps
 from tests.programs import worker
 from tests.support import runs
 from tests.support.processes import Process, start, start_together
@@ -184,7 +185,7 @@ def test_the_number_of_processes_may_change(tmp_path):
         hosts[0].wait_for(r"step +2/16")
         os.kill(hosts[-1].running.pid, signal.SIGTERM)
         assert _wait(hosts) == [0] * count, hosts[0].errors
-        (step,) = [int(p.name) for p in (run / "checkpoints").iterdir()][-1:]
+        step = stored_steps(run / "checkpoints")[-1]
         assert f"\nSIGTERM: stopped at step {step}; " in hosts[0].output
       else:
         assert _wait(hosts) == [0] * count, hosts[0].errors
