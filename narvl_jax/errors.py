@@ -51,6 +51,20 @@ def check_lists(**values: object) -> None:
       )
 
 
+def check_fractions(**numbers: float | None) -> None:
+  """Raises `UserError` for a number outside of [0, 1].
+
+  Args:
+    **numbers: flag -> its value; None is not checked.
+  """
+  for flag, value in numbers.items():
+    if value is not None and not 0 <= value <= 1:
+      raise UserError(
+        f"--{flag}={value:g} is not in [0, 1]; nearest valid:"
+        f" --{flag}={1 if value > 1 else 0}"
+      )
+
+
 def check_counts(*, least: int = 1, **numbers: int | None) -> None:
   """Raises `UserError` for a number that is too low.
 

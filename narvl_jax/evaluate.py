@@ -34,6 +34,7 @@ from narvl_jax.command_line.json_output import check_json_path, write_report
 from narvl_jax.errors import (
   UserError,
   check_counts,
+  check_fractions,
   check_lists,
   did_you_mean,
 )
@@ -86,6 +87,7 @@ class Options:
     check_lists(tasks=self.tasks)
     check_counts(batch_size=self.batch_size)
     check_counts(least=0, max_examples=self.max_examples)
+    check_fractions(max_bad_fraction=self.max_bad_fraction)
 
 
 def evaluate(
@@ -142,7 +144,11 @@ def evaluate(
     tasks=options.tasks,
     options=metric_options,
   )
-  report |= {"metrics": options.metrics, "cider_df": options.cider_df}
+  report |= {
+    "metrics": options.metrics,
+    "cider_df": options.cider_df,
+    "annotations": options.annotations,
+  }
   seconds = time.monotonic() - start
   # First: stdout may be closed or full, and what was computed must be kept.
   paths = results.write_results(

@@ -23,7 +23,7 @@ from absl import flags
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_report
-from narvl_jax.errors import UserError
+from narvl_jax.errors import check_fractions
 from narvl_jax.files.paths import check_file
 from narvl_jax.prediction import decoding_flags
 from narvl_jax.prediction.calibration import read_temperatures
@@ -53,12 +53,7 @@ class Options:
   min_probability: float | None = None
 
   def __post_init__(self) -> None:
-    least = self.min_probability
-    if least is not None and not 0 <= least <= 1:
-      raise UserError(
-        f"--min_probability={least:g} is not in [0, 1]; nearest:"
-        f" --min_probability={min(max(least, 0), 1)}"
-      )
+    check_fractions(min_probability=self.min_probability)
 
 
 def predict(

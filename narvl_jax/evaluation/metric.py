@@ -198,8 +198,14 @@ class Metric(abc.ABC):
     del pictures
     return {}
 
-  def miss(self, position: int) -> None:
-    """Adds an example without a prediction, whose record is bad."""
+  def miss(self, position: int, others: Iterable[int]) -> None:
+    """Adds an example without a prediction, whose record is bad.
+
+    Args:
+      position: of the bad record.
+      others: positions of the examples of its data set.
+    """
+    del others
     self.measured[position] = None
 
   def _add(self, measured: dict[int, Any]) -> None:
@@ -222,9 +228,9 @@ class MeanMetric(Metric):
       for name in self.names
     }
 
-  def miss(self, position: int) -> None:
-    """Counts a bad record as wrong, if the other examples have ground truth."""
-    scored = any(x is not None for x in self.measured.values())
+  def miss(self, position: int, others: Iterable[int]) -> None:
+    """Counts a bad record as wrong, if other examples have ground truth."""
+    scored = any(self.measured.get(i) is not None for i in others)
     self.measured[position] = dict.fromkeys(self.names, 0.0) if scored else None
 
   def statistics(

@@ -70,7 +70,8 @@ def file_name(report: Report) -> str:
   """Returns the stem of the files of an evaluation.
 
   It is `SPLIT-STEP-DECODING`, followed by the limit and the tasks if not all
-  examples or tasks were evaluated, and by "all" with all metrics.
+  examples or tasks were evaluated, by "all" with all metrics, and by
+  "cider_df" and "annotations" with other references.
   """
   parts = [report["split"], report["step"], report.get("decoding_name")]
   if report.get("max_examples"):
@@ -78,6 +79,7 @@ def file_name(report: Report) -> str:
   parts += report.get("only_tasks") or []
   if report.get("metrics") == "all":
     parts.append("all")
+  parts += [key for key in ("cider_df", "annotations") if report.get(key)]
   # The data name their splits, which need not be valid file names.
   name = "-".join(map(str, parts))
   return urllib.parse.quote(name, safe="", errors="backslashreplace")

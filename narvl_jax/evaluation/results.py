@@ -142,6 +142,9 @@ def _is_main(config: Any, report: reporting.Report) -> bool:
     and report["decoding_name"] == "greedy"
     and report["max_examples"] == (settings.max_examples or None)
     and report["only_tasks"] is None
+    # Other references, whose figures have another scale.
+    and not report.get("cider_df")
+    and not report.get("annotations")
   )
 
 

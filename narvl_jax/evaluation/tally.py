@@ -115,10 +115,11 @@ class Tally:
 
     Bad records count as wrong in the means of their task and data set.
     """
-    for position, (task, _) in self.bad.items():
-      for metric in self.metrics[task]:
-        metric.miss(position)
     tasks = self._group(self.predictions, "task")
+    for position, (task, name) in self.bad.items():
+      others = self._group(tasks.get(task, []), "dataset").get(name, [])
+      for metric in self.metrics[task]:
+        metric.miss(position, others)
     report: Report = {
       "split": split,
       "step": step,

@@ -134,7 +134,7 @@ KEYS: dict[str, Setting] = {
   ),
   "vocabulary.num_bins": Setting(1000, "Coordinate tokens for boxes.", 0),
   "vocabulary.num_codes": Setting(0, "Image code tokens of official files.", 0),
-  "tasks": Setting({}, "Settings of each task of the run; see data/README.md."),
+  "tasks": Setting({}, "Settings of each task of the run; see docs/data.md."),
   "data.image_size": Setting(
     (480, 480), "(height, width) of images in pixels."
   ),

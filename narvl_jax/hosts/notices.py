@@ -289,6 +289,8 @@ class Notices:
         return
 
   def _leave_unanswered(self, why: str) -> None:
+    if not self._ending.acquire(blocking=False):
+      return  # Another thread ends the process, with its own message.
     with contextlib.suppress(OSError):
       show(
         f"{host_name(0)}, the coordinator, does not answer: {why}",

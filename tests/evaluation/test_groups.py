@@ -10,6 +10,7 @@ from tests.evaluation.test_evaluator import (
   _known_records,
   _oracle,
   _record,
+  _tally,
 )
 
 serve = test_evaluator.serve
@@ -46,6 +47,21 @@ def test_bad_records_count_as_wrong(serve):
   text = reporting.format_table(report)
   assert "2 bad records count as wrong" in text
   assert "3 / 4" in text
+
+
+def test_bad_records_of_data_without_labels_do_not_count():
+  tally = _tally(range(4))
+  for position in (2, 3):
+    tally.predictions[position]["dataset"] = "unlabelled"
+    for metric in tally.metrics["vqa"]:
+      metric.measured[position] = None
+  before = _tally(range(2)).report(split="test", step=1)
+  tally.bad = {4: ("vqa", "unlabelled")}
+  report = tally.report(split="test", step=1)
+  assert report["tasks"]["vqa"] == before["tasks"]["vqa"]
+  entry = report["datasets"]["unlabelled"]
+  assert "accuracy" not in entry
+  assert (entry["examples"], entry["records"]) == (2, 3)
 
 
 def test_every_figure_has_an_interval(serve):

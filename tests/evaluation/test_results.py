@@ -222,6 +222,11 @@ def test_only_the_evaluation_of_the_config_is_the_main_one(
     found[name] = report
     assert [path.stem for path in paths[:3]] == [name] * 3
     assert len(paths) == (4 if change == {} else 3)
+  for change in ({"cider_df": "coco.json"}, {"annotations": "vqa.json"}):
+    report = main | change
+    paths = results.write_results(experiment, tmp_path, report, [], best=True)
+    assert len(paths) == 3
+    found[f"test-7-greedy-{next(iter(change))}"] = report
   written = json.loads((tmp_path / "evaluation.json").read_text())
   assert written == found["test-7-greedy"]
   assert {

@@ -75,7 +75,7 @@ def test_the_cost_does_not_grow_with_the_hosts() -> None:
 def _notices(store: Any, host: int, left: list[tuple[int, int]]) -> Any:
   return Notices(
     store,
-    cluster_lib.Cluster("127.0.0.1:1", 2, host, heartbeat_timeout=0.05),
+    cluster_lib.Cluster("127.0.0.1:1", 2, host, heartbeat_timeout=0.5),
     terminal=io.StringIO(),
     poll_seconds=0.01,
     leave=lambda code: left.append((host, code)),

@@ -101,10 +101,11 @@ def test_kernel_in_bfloat16() -> None:
   case = arrays(2, 140, 140, 2, 64, jnp.bfloat16)
   _, found = value_and_gradients(pallas, *case)
   _, wanted = value_and_gradients(attend_to, *case)
-  assert_close(found, wanted, 0.02)
-  # Nearer to the exact result than attention with weights in bfloat16.
   exact = jax.tree.map(lambda x: x.astype(jnp.float32), case)
   _, exact = value_and_gradients(attend_to, exact[0], case[1], exact[2])
+  rounded = [x.astype(jnp.bfloat16) for x in exact]
+  assert_close(found, rounded, 0.02)
+  # No farther from the exact result than attention with bfloat16 weights.
 
   def error(results: Any) -> float:
     return sum(

@@ -58,6 +58,21 @@ def test_pairs():
   assert (same.value, same.low, same.high, same.p_value) == (0, 0, 0, 1)
 
 
+@pytest.mark.parametrize(("count", "least"), [(1, 1), (2, 0.5), (5, 1 / 16)])
+def test_few_pictures_show_no_difference(count, least):
+  """The exact test by signs of n pictures reaches 2^(1 - n) at best."""
+  right, wrong = (
+    bootstrap.with_counts(np.concatenate([x, np.ones(50)]))
+    for x in (np.ones(count), np.zeros(count))
+  )
+  found = bootstrap.paired_difference(right, wrong, range(count + 50))
+  assert found.p_value >= least
+  alone = bootstrap.paired_difference(
+    right[:count], wrong[:count], range(count)
+  )
+  assert (alone.value, alone.p_value) == (1, least)
+
+
 def test_the_p_value_is_uniform_without_a_difference():
   rng = np.random.default_rng(1)
   found = [

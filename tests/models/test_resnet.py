@@ -47,10 +47,14 @@ def test_only_the_program_of_a_cpu_is_unrolled(
   loops = [p.as_text().count("stablehlo.while") for p in programs]
   assert loops == [0, 2 * 2]  # Two stages, forward and backward.
   # A product for a kernel of one pixel. Besides the stem, which has no gradient
-  # by the picture, five different blocks: one convolution forward, two
-  # backward, none a second time.
-  for program in programs:
-    assert program.as_text().count("stablehlo.convolution") == 2 + 3 * 5
+  # by the picture: one convolution forward, two backward, none a second time in
+  # each of five different blocks. Only some versions of jax write equal blocks
+  # of the unrolled program once.
+  unrolled, scanned = (
+    program.as_text().count("stablehlo.convolution") for program in programs
+  )
+  assert scanned == 2 + 3 * 5
+  assert unrolled in (2 + 3 * 5, 2 + 3 * 7)
   a, b = (p.compile()(_variables()["params"]) for p in programs)
   assert jax.tree.structure(a) == jax.tree.structure(b)
   jax.tree.map(

@@ -58,11 +58,12 @@ def _prediction(line: bytes, where: str) -> Prediction:
     values = json.loads(line)
   except (ValueError, RecursionError) as error:
     raise UserError(f"{where} is not JSON ({error}); {_ADVICE}") from error
-  missing = [key for key in _KEYS if key not in values]
-  if not isinstance(values, dict) or missing:
+  found = values if isinstance(values, dict) else {}
+  missing = [key for key in _KEYS if key not in found]
+  if missing:
     raise UserError(
       f"{where} is not a prediction with its example: it lacks"
-      f" {', '.join(missing) or 'all keys'}; {_ADVICE}"
+      f" {', '.join(missing)}; {_ADVICE}"
     )
   return values
 

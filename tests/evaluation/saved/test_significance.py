@@ -184,6 +184,8 @@ def test_the_newest_evaluations_that_belong_together(tmp_path):
   [
     ("", "has no predictions; give a file"),
     ("{", "line 1 is not JSON"),
+    ("5", "line 1 is not a prediction .* lacks id, task, kind"),
+    ("null", "line 1 is not a prediction .* lacks id, task, kind"),
     ('{"id": "1"}', "line 1 is not a prediction .* lacks task, kind"),
     ("[]", "line 1 is not a prediction"),
   ],
