@@ -111,6 +111,14 @@ def test_a_coordinator_that_never_answers_ends_the_others() -> None:
   assert "host 0 (?), the coordinator, does not answer: nothing for" in line
 
 
+def test_a_process_that_is_ending_prints_no_second_message() -> None:
+  left: list[tuple[int, int]] = []
+  other = _notices(Store(), 1, left)
+  other._ending.acquire()
+  other._leave_unanswered("nothing for 9 s")
+  assert (other._terminal.getvalue(), left) == ("", [])
+
+
 def test_jax_does_not_abort_before(monkeypatch: pytest.MonkeyPatch) -> None:
   given: dict[str, Any] = {}
   monkeypatch.setattr(distributed, "_host_names", [])
