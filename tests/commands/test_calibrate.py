@@ -106,7 +106,7 @@ def test_an_answer_below_the_threshold_is_withheld(tmp_path):
   assert "overlay" not in box
   assert not list((workdir / "predictions").glob("overlay*"))
   with pytest.raises(
-    UserError, match=r"=1\.5 is not in \[0, 1\]; nearest:.*=1"
+    UserError, match=r"=1\.5 is not in \[0, 1\]; nearest valid:.*=1"
   ):
     predict(workdir, Request(**request), PredictOptions(min_probability=1.5))
 
