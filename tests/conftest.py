@@ -52,6 +52,11 @@ import jax
 import pytest
 from absl import flags
 
+from tests.stores.fixtures import gcs as gcs
+from tests.stores.fixtures import gcs_server as gcs_server
+from tests.stores.fixtures import s3 as s3
+from tests.stores.fixtures import s3_server as s3_server
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 # Every compiled program uses memory maps. Linux allows 65,530 per process and
