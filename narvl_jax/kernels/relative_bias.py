@@ -40,8 +40,9 @@ def add_relative(
     [H, S, S].
   """
   height, width, split, aligned = _sizes(bias, rows, text)
-  # Its columns start at full lanes of the sequence.
-  padded = jnp.pad(text, ((0, 0), (0, 0), (split - aligned, 0)))
+  # Its columns start at full lanes of the sequence. A block is never empty.
+  no_text = int(text.shape[1] == 0)
+  padded = jnp.pad(text, ((0, 0), (0, no_text), (split - aligned, no_text)))
 
   def kernel(
     bias_ref: Any, rows_ref: Any, text_ref: Any, out_ref: Any, total: Any
@@ -52,8 +53,9 @@ def add_relative(
       start = (height - 1 - row) * width
       part = rows_ref[0][:, start : start + split]
       total[here] = total[here] + part.astype(jnp.float32)
-    here = pl.ds(split, text.shape[1]), pl.ds(aligned, padded.shape[2])
-    total[here] = total[here] + text_ref[0].astype(jnp.float32)
+    if text.shape[1]:
+      here = pl.ds(split, text.shape[1]), pl.ds(aligned, padded.shape[2])
+      total[here] = total[here] + text_ref[0].astype(jnp.float32)
     out_ref[0] = total[...].astype(out_ref.dtype)
 
   return _call(

@@ -15,7 +15,9 @@ from tests.models.small import CONFIG
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("grid", "text"), [((2, 3), 5), ((13, 11), 7)])
+@pytest.mark.parametrize(
+  ("grid", "text"), [((2, 3), 5), ((2, 3), 0), ((13, 11), 7)]
+)
 def test_kernel_adds_what_slices_add(
   grid: tuple[int, int], text: int, dtype: Any
 ) -> None:
