@@ -60,7 +60,7 @@ setuptools.setup(
     ],
     # The data set of the config easy_vqa.
     "easy-vqa": ["easy-vqa==1.0"],
-    # Paths gs://... and s3://...
+    # Run folders and data in buckets, gs://BUCKET/... and s3://BUCKET/....
     "gcs": ["gcsfs>=2026.9"],
     "s3": ["s3fs>=2026.9"],
     # The plot of `narvl_jax.compare`.

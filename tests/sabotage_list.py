@@ -291,8 +291,8 @@ SABOTAGES = (
   Sabotage(
     "damaged lines are thrown away",
     "narvl_jax/files/side_files.py",
-    'file.write(b"".join(text + b"\\n" for text in damaged))',
-    'file.write(b"")',
+    'append(aside, b"".join(text + b"\\n" for text in damaged), sync=True)',
+    'append(aside, b"", sync=True)',
     "tests/files/test_side_files.py::test_damaged_lines_are_kept_elsewhere",
   ),
   Sabotage(

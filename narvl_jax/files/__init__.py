@@ -1,5 +1,7 @@
 """Functions with which all modules read, write and check files.
 
+Files are local or in an object store (gs://, s3://).
+
 | module | what it does |
 | --- | --- |
 | `disk` | writes files atomically |
@@ -8,5 +10,7 @@
 | `side_files` | JSON files whose damage must not end a run |
 | `leftovers` | temporary files: their names, and removing old ones |
 | `paths` | checks the paths in flags |
+| `stores` | makes paths of what users name, local or in a store |
+| `store_path` | files in a store, with the methods of `pathlib.Path` |
 | `processes` | identifies the process that wrote a file |
 """

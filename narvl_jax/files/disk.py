@@ -3,12 +3,14 @@
 import contextlib
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 from narvl_jax.errors import UserError
 from narvl_jax.files import leftovers
 from narvl_jax.files.disk_errors import reason_of
+from narvl_jax.files.stores import StoreError, is_remote
 from narvl_jax.terminal.text import readable_json
 
 
@@ -18,11 +20,16 @@ def atomically(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
   If the body fails, `path` is unchanged. A device or a pipe, which must not be
   replaced, is yielded itself. The parent folder must exist; it is not created,
-  since the user may have renamed it.
+  since the user may have renamed it. In a store, the files of a folder are
+  replaced one by one.
 
   Raises:
     OSError: it cannot be written.
   """
+  if is_remote(path):
+    with _put_at_end(path) as temporary:
+      yield temporary
+    return
   if is_stream(path):
     yield path
     return
@@ -47,6 +54,17 @@ def atomically(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
+def _put_at_end(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a temporary local file, or folder, that is put into a store."""
+  from narvl_jax.files.store_path import StorePath
+
+  with tempfile.TemporaryDirectory(prefix="narvl_jax_") as folder:
+    temporary = pathlib.Path(folder) / path.name
+    yield temporary
+    StorePath(path).put(temporary)
+
+
+@contextlib.contextmanager
 def replacing(
   path: pathlib.Path, *, inside: pathlib.Path | None = None
 ) -> Iterator[pathlib.Path]:
@@ -68,6 +86,8 @@ def replacing(
       yield temporary
   except OSError as error:
     reason = reason_of(error.errno, path) if error.errno else str(error)
+    if isinstance(error, StoreError):
+      reason = str(error.strerror)
     raise UserError(f'cannot write "{path}": {reason}') from error
 
 
@@ -94,8 +114,43 @@ def write_json(
   write_text(path, readable_json(value, indent=indent) + "\n", inside=inside)
 
 
+def append(path: pathlib.Path, data: bytes, *, sync: bool = False) -> None:
+  """Appends to a file; in a store, the whole object is written again.
+
+  Args:
+    sync: whether a local file is flushed to the disk.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  if is_remote(path):
+    with contextlib.suppress(FileNotFoundError):
+      data = path.read_bytes() + data
+    path.write_bytes(data)
+    return
+  with path.open("ab") as file:
+    file.write(data)
+    file.flush()
+    if sync:
+      os.fsync(file.fileno())
+
+
+def files_below(folder: pathlib.Path) -> list[str]:
+  """Returns the names of the files below a folder, relative to it."""
+  if is_remote(folder):
+    found = folder.rglob("*")
+    return [x.relative_to(folder).as_posix() for x in found]
+  names = []
+  for place, _, files in os.walk(folder):
+    below = pathlib.Path(place).relative_to(folder).as_posix()
+    names += [name if below == "." else f"{below}/{name}" for name in files]
+  return names
+
+
 def is_stream(path: pathlib.Path) -> bool:
   """Returns whether a path is a device or a pipe, such as /dev/stdout."""
+  if is_remote(path):
+    return False
   if path.absolute().parts[:3] == ("/", "dev", "shm"):
     return False
   special = path.absolute().parts[:2] in (("/", "dev"), ("/", "proc"))

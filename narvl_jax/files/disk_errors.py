@@ -7,6 +7,8 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+from narvl_jax.files.stores import StoreError, as_path, is_remote
+
 # Errors of a device or a mount, wherever they occur.
 _DISK_ERRORS = {
   errno.ENOSPC: "make room",
@@ -40,8 +42,10 @@ def explain_disk(
     folder: the run folder, in which missing files and permissions count too;
       None if there is none.
   """
-  run = None if folder is None else pathlib.Path(folder)
+  run = None if folder is None else as_path(folder)
   for link in errors_of(error):
+    if isinstance(link, StoreError):
+      return f"{link.filename} cannot be written or read: {link.strerror}"
     number, path = _number_and_path(link)
     advice = _DISK_ERRORS.get(number)
     if run is not None and path is not None:
@@ -69,7 +73,10 @@ def _number_and_path(error: BaseException) -> tuple[int, pathlib.Path | None]:
     return next((n for n in _DISK_ERRORS if os.strerror(n) in text), 0), None
   name = error.filename
   known = isinstance(name, (str, bytes))
-  return error.errno, pathlib.Path(os.fsdecode(name)) if known else None
+  if not known:
+    return error.errno, None
+  name = os.fsdecode(name)
+  return error.errno, as_path(name) if is_remote(name) else pathlib.Path(name)
 
 
 def _describe(
@@ -96,7 +103,7 @@ def reason_of(number: int, path: pathlib.Path | None = None) -> str:
   text = os.strerror(number)
   advice = _DISK_ERRORS.get(number)
   with contextlib.suppress(OSError):
-    if path is not None and number in _DISK_ERRORS:
+    if path is not None and not is_remote(path) and number in _DISK_ERRORS:
       place = free_place(path)
       free = f"{shutil.disk_usage(place).free:,} bytes are free"
       inodes = _free_inodes(place) if number == errno.ENOSPC else None

@@ -14,6 +14,7 @@ import shutil
 import time
 
 from narvl_jax.files.processes import machine, process_start
+from narvl_jax.files.stores import is_remote
 
 # Age after which files of other machines, whose processes cannot be checked,
 # are removed. Clocks of a network file system may differ.
@@ -49,8 +50,11 @@ def temporary_path(path: pathlib.Path) -> pathlib.Path:
 def remove_beside(path: pathlib.Path) -> None:
   """Removes temporary files of dead processes in the folder of a file.
 
-  Old names are kept, since they may be files of the user. Never raises.
+  Old names are kept, since they may be files of the user. Never raises. There
+  are none in a store, which writes an object at once.
   """
+  if is_remote(path):
+    return
   folder = os.path.abspath(path.parent)
   if folder in _searched:
     return
@@ -63,6 +67,8 @@ def remove_below(folder: pathlib.Path) -> None:
 
   Skips numbered folders, which are checkpoints. Never raises.
   """
+  if is_remote(folder):
+    return
   for place, names, _ in os.walk(folder):
     _remove_in(pathlib.Path(place), _NAME, _OLD_NAME)
     names[:] = [x for x in names if not x.isdigit() and not x.startswith(".")]
@@ -77,11 +83,22 @@ def _remove_in(folder: pathlib.Path, *patterns: re.Pattern[str]) -> None:
 
 def remove(path: pathlib.Path) -> None:
   """Removes a file or a folder; never raises."""
+  if is_remote(path):
+    _remove_stored(path)
+    return
   if path.is_dir() and not path.is_symlink():
     shutil.rmtree(path, ignore_errors=True)
     return
   with contextlib.suppress(OSError):
     path.unlink()
+
+
+def _remove_stored(path: pathlib.Path) -> None:
+  from narvl_jax.files.store_path import StorePath
+
+  with contextlib.suppress(OSError):
+    StorePath(path).unlink(missing_ok=True)
+    StorePath(path).rmtree(missing_ok=True)
 
 
 def _is_dead(path: pathlib.Path) -> bool:

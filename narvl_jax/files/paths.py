@@ -12,6 +12,12 @@ from narvl_jax.errors import UserError
 from narvl_jax.files import leftovers
 from narvl_jax.files.disk import is_stream
 from narvl_jax.files.disk_errors import errors_of, free_place, reason_of
+from narvl_jax.files.stores import (
+  StoreError,
+  as_path,
+  check_address,
+  is_remote,
+)
 
 # Flags of all commands that contain a path.
 PATH_FLAGS = (
@@ -45,8 +51,12 @@ def check_possible(flag: str, value: str) -> None:
     flag: its name in messages, such as `--to`.
 
   Raises:
-    UserError: a name in it is too long, or its links form a cycle.
+    UserError: a name in it is too long, or its links form a cycle; it is in an
+      unknown store.
   """
+  check_address(f"{flag}=", value)
+  if is_remote(value):
+    return
   number = 0
   try:
     os.stat(value)
@@ -71,7 +81,7 @@ def check_folder(flag: str, value: str | os.PathLike[str]) -> None:
     UserError: it is a file or below one, or cannot be written.
   """
   check_possible(flag, os.fspath(value))
-  _check_folder(flag, f"{flag}={value}", pathlib.Path(value).absolute())
+  _check_folder(flag, f"{flag}={value}", as_path(value).absolute())
 
 
 def check_file(flag: str, value: str | os.PathLike[str]) -> None:
@@ -81,7 +91,7 @@ def check_file(flag: str, value: str | os.PathLike[str]) -> None:
     UserError: it is a folder, or its folder cannot be written.
   """
   check_possible(flag, os.fspath(value))
-  path = pathlib.Path(value)
+  path = as_path(value)
   if path.is_dir():
     raise UserError(f"{flag}={value} is a folder; give a file in it")
   if not is_stream(path):
@@ -90,6 +100,9 @@ def check_file(flag: str, value: str | os.PathLike[str]) -> None:
 
 
 def _check_folder(flag: str, shown: str, folder: pathlib.Path) -> None:
+  if is_remote(folder):
+    _check_store(flag, shown, folder)
+    return
   place = folder
   while not os.path.lexists(place):
     place = place.parent
@@ -111,19 +124,41 @@ def _check_folder(flag: str, shown: str, folder: pathlib.Path) -> None:
     raise UserError(f"{shown} cannot be written: {reason}; use another {flag}")
 
 
+def _check_store(flag: str, shown: str, folder: pathlib.Path) -> None:
+  probe = folder / ".probe"
+  try:
+    if folder.is_file():
+      raise UserError(f"{shown} is a file, not a folder")
+    probe.write_bytes(b"")
+    probe.unlink(missing_ok=True)
+  except StoreError as error:
+    raise UserError(f"{shown}: {error.strerror}") from error
+  except FileNotFoundError as error:
+    raise UserError(
+      f"{shown}: there is no bucket {folder.parts[2]}; create it, or use"
+      f" another {flag}"
+    ) from error
+
+
 def explain_path(error: BaseException) -> str | None:
   """Returns one line for an error at a path of the user, otherwise None."""
   for link in errors_of(error):
     if not isinstance(link, OSError) or not isinstance(link.filename, str):
       continue
-    path = pathlib.Path(os.path.abspath(link.filename))
+    path = _absolute(link.filename)
     for flag, value in _given():
-      given = pathlib.Path(os.path.abspath(value))
+      given = _absolute(value)
       if path != given and not {path, given} & {*path.parents, *given.parents}:
         continue
       where = "" if path == given else f' at "{_short(str(path))}"'
       return f'{flag}"{_short(value)}": {link.strerror}{where}'
   return None
+
+
+def _absolute(text: str) -> pathlib.Path:
+  if is_remote(text):
+    return as_path(text)
+  return pathlib.Path(os.path.abspath(text))
 
 
 def _given() -> Iterator[tuple[str, str]]:

@@ -13,6 +13,8 @@ import pathlib
 import stat
 from collections.abc import Iterator
 
+from narvl_jax.files.stores import as_path, is_remote
+
 # Far more than any config, record or vocabulary.
 MAX_TEXT_BYTES = 256 << 20
 
@@ -31,9 +33,13 @@ def open_regular(
     UnusableFile: it is a folder, a pipe, a device or a socket, or too large.
     OSError: there is no such file, or it cannot be opened.
   """
-  path = pathlib.Path(path)
+  path = as_path(path)
   # Before it is opened: opening some devices has side effects.
   _check(path, path.stat(), max_bytes)
+  if is_remote(path):
+    with path.open("rb") as file:
+      yield file
+    return
   # Checked again without blocking: it may be replaced by a pipe in between.
   number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
   with open(number, "rb") as file:
@@ -51,14 +57,14 @@ def read_regular(
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
   """Returns the SHA-256 of a file in hexadecimal."""
-  with open(path, "rb") as file:
+  with as_path(path).open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_regular(path: str | os.PathLike[str]) -> bool:
   """Returns whether a path is a regular file or a link to one."""
   try:
-    return stat.S_ISREG(os.stat(path).st_mode)
+    return stat.S_ISREG(as_path(path).stat().st_mode)
   except OSError:
     return False
 

@@ -12,7 +12,8 @@ import stat
 from collections.abc import Callable
 from typing import Any
 
-from narvl_jax.files.disk import atomically
+from narvl_jax.files.disk import append, atomically
+from narvl_jax.files.stores import is_remote
 from narvl_jax.terminal.text import warn
 
 _SUFFIX = ".damaged"
@@ -42,7 +43,7 @@ def make_way(path: pathlib.Path, *, folder: bool = False) -> None:
 def _set_aside(path: pathlib.Path, why: str) -> None:
   target = path.with_name(path.name + _SUFFIX)
   number = 1
-  while os.path.lexists(target):
+  while target.is_symlink() or target.exists():
     target = path.with_name(f"{path.name}{_SUFFIX}.{number}")
     number += 1
   with contextlib.suppress(FileNotFoundError):
@@ -117,10 +118,7 @@ def repair_lines(
     # Lines are removed only after they are in the other file.
     aside = path.with_name(path.name + _SUFFIX)
     make_way(aside)
-    with aside.open("ab") as file:
-      file.write(b"".join(text + b"\n" for text in damaged))
-      file.flush()
-      os.fsync(file.fileno())
+    append(aside, b"".join(text + b"\n" for text in damaged), sync=True)
     _write_lines(path, [text for _, text in good])
     warn(
       f"{path} has {len(damaged)} damaged line{'s' * (len(damaged) > 1)}; set"
@@ -159,13 +157,16 @@ def append_line(path: pathlib.Path, value: dict[str, Any]) -> None:
     OSError: it cannot be written.
   """
   make_way(path)
-  with path.open("ab") as file:
-    # After a line that was cut short.
-    start = b"\n" if file.tell() and not _ends_line(path) else b""
-    file.write(start + json.dumps(value).encode() + b"\n")
+  # After a line that was cut short.
+  start = b"" if _ends_line(path) else b"\n"
+  append(path, start + json.dumps(value).encode() + b"\n")
 
 
 def _ends_line(path: pathlib.Path) -> bool:
+  """Returns whether a file ends with a line, is empty or does not exist."""
+  if is_remote(path) or not path.exists() or not path.stat().st_size:
+    # An object is written at once.
+    return True
   with path.open("rb") as file:
     file.seek(-1, os.SEEK_END)
     return file.read() == b"\n"

@@ -1,0 +1,347 @@
+"""Files in object stores, with the methods of `pathlib.Path`."""
+
+# The methods do what those of `pathlib.Path` do.
+# ruff: noqa: D102
+
+import contextlib
+import datetime
+import errno
+import fnmatch
+import io
+import logging
+import os
+import pathlib
+import stat
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Self
+
+import fsspec
+import fsspec.config
+from etils.epath.gpath import PosixGPath
+
+from narvl_jax.files.stores import PACKAGES, StoreError
+
+# Without it, a folder that Orbax has written is no checkpoint.
+COMMIT_FILE = "commit_success.txt"
+
+# Packages whose errors are errors of a store.
+_PACKAGES = ("gcsfs", "google", "aiohttp", "s3fs", "botocore", "aiobotocore")
+_PACKAGES += ("requests", "urllib3", "ssl", "asyncio", "concurrent")
+_LOG_IN = {
+  "gs": "gcloud auth application-default login, or set"
+  " GOOGLE_APPLICATION_CREDENTIALS",
+  "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+}
+_BLOCK_BYTES = 16 << 20
+
+for _scheme in PACKAGES:
+  # Another process may have changed what was listed.
+  _settings = fsspec.config.conf.setdefault(_scheme, {})
+  _settings.setdefault("use_listings_cache", False)
+# They log errors which they raise as well.
+for _name in ("gcsfs", "s3fs"):
+  logging.getLogger(_name).setLevel(logging.CRITICAL)
+
+
+class Stored(NamedTuple):
+  """An object, and what changes with each write of it."""
+
+  data: bytes
+  version: str
+
+
+class StorePath(PosixGPath):
+  """A file or folder in a store; a folder is what names have in common.
+
+  Objects are written at once, so readers see the old or the new one. There are
+  no links, no appending and no renaming (`rename` copies). Unlike etils', its
+  errors are `OSError`, and `exists` does not return False if the store fails.
+  """
+
+  @property
+  def scheme(self) -> str:
+    """The store: "gs" or "s3"."""
+    return str(self).partition("://")[0]
+
+  @property
+  def key(self) -> tuple[str, str]:
+    """The bucket, and the name in it."""
+    bucket, _, name = str(self).partition("://")[2].partition("/")
+    return bucket, name
+
+  @property
+  def system(self) -> Any:
+    """The file system of fsspec, one per process and store."""
+    return fsspec.filesystem(self.scheme)
+
+  def _info(self) -> dict[str, Any] | None:
+    with _explained(self):
+      try:
+        return self.system.info(str(self))
+      except FileNotFoundError:
+        return None
+
+  def exists(self) -> bool:
+    return self._info() is not None
+
+  def is_dir(self) -> bool:
+    info = self._info()
+    return info is not None and info["type"] == "directory"
+
+  def is_file(self) -> bool:
+    info = self._info()
+    return info is not None and info["type"] == "file"
+
+  def is_symlink(self) -> bool:
+    return False
+
+  def resolve(self, strict: bool = False) -> Self:
+    del strict
+    return self
+
+  absolute = expanduser = resolve
+
+  def stat(self, *, follow_symlinks: bool = True) -> Any:
+    del follow_symlinks
+    info = self._info()
+    if info is None:
+      raise _missing(self)
+    folder = info["type"] == "directory"
+    kind = stat.S_IFDIR if folder else stat.S_IFREG
+    changed = info.get("mtime") or info.get("LastModified") or 0
+    if isinstance(changed, datetime.datetime):
+      changed = changed.timestamp()
+    size = int(info.get("size") or 0)
+    return os.stat_result((kind | 0o644, 0, 0, 1, 0, 0, size, 0, changed, 0))
+
+  lstat = stat
+
+  def iterdir(self) -> Iterator[Self]:
+    with _explained(self):
+      names = self.system.ls(str(self), detail=False)
+    for name in names:
+      if name.rstrip("/") != "/".join(self.key):
+        yield self._new(f"{self.scheme}://{name}")
+
+  def glob(self, pattern: str) -> Iterator[Self]:
+    if "/" in pattern:
+      raise NotImplementedError(pattern)
+    with contextlib.suppress(FileNotFoundError):
+      for path in self.iterdir():
+        if fnmatch.fnmatchcase(path.name, pattern):
+          yield path
+
+  def rglob(self, pattern: str) -> Iterator[Self]:
+    for path in self.files():
+      if fnmatch.fnmatchcase(path.name, pattern):
+        yield path
+
+  def files(self) -> list[Self]:
+    """Returns the files below this folder; none if it does not exist."""
+    with _explained(self):
+      names = self.system.find(str(self))
+    return [self._new(f"{self.scheme}://{name}") for name in names]
+
+  def open(self, mode: str = "r", **options: Any) -> Any:
+    """Opens the file; writes are visible only after `close`."""
+    with _explained(self):
+      if "r" not in mode:
+        return super().open(mode, **options)
+      raw = _Raw(self, self.system.open(str(self), "rb", _BLOCK_BYTES))
+    file = io.BufferedReader(raw, _BLOCK_BYTES)
+    return file if "b" in mode else io.TextIOWrapper(file, encoding="utf-8")
+
+  def read_bytes(self) -> bytes:
+    with _explained(self):
+      return self.system.cat_file(str(self))
+
+  def read_text(
+    self, encoding: str | None = None, errors: str | None = None
+  ) -> str:
+    return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
+
+  def write_bytes(self, data: bytes) -> int:
+    with _explained(self):
+      self.system.pipe_file(str(self), bytes(data))
+    return len(data)
+
+  def write_text(self, data: str, *_: Any, **__: Any) -> int:
+    return self.write_bytes(data.encode())
+
+  def put(self, local: pathlib.Path) -> None:
+    """Writes the contents of a local file, or of the files of a folder."""
+    files = [x for x in local.rglob("*") if x.is_file()]
+    for file in files if local.is_dir() else [local]:
+      target = self / file.relative_to(local)
+      with _explained(target):
+        self.system.put_file(str(file), str(target))
+
+  def get(self, local: pathlib.Path) -> None:
+    """Reads the file into a local one."""
+    with _explained(self):
+      self.system.get_file(str(self), str(local))
+
+  def mkdir(self, *_: Any, **__: Any) -> None:
+    """Does nothing: a store has no folders."""
+
+  rmdir = mkdir
+
+  def unlink(self, missing_ok: bool = False) -> None:
+    with _explained(self):
+      try:
+        self.system.rm_file(str(self))
+      except FileNotFoundError:
+        if not missing_ok:
+          raise
+
+  def rmtree(self, missing_ok: bool = False) -> None:
+    """Removes a folder; first what makes it a checkpoint."""
+    files = self.files()
+    if not files and not missing_ok:
+      raise _missing(self)
+    for file in files:
+      if file.name == COMMIT_FILE:
+        file.unlink(missing_ok=True)
+    with _explained(self), contextlib.suppress(FileNotFoundError):
+      self.system.rm([str(x) for x in files if x.name != COMMIT_FILE])
+
+  def rename(self, target: str | os.PathLike[str]) -> Self:
+    """Copies a file or folder, then removes it."""
+    new = self._new(os.fspath(target))
+    if self.is_file():
+      with _explained(self):
+        self.system.cp_file(str(self), str(new))
+      self.unlink()
+      return new
+    for file in self.files():
+      with _explained(file):
+        self.system.cp_file(str(file), str(new / file.relative_to(self)))
+    self.rmtree()
+    return new
+
+  replace = rename
+
+  def read_stored(self) -> Stored | None:
+    """Returns the object, and the version to `write_if`; None if missing."""
+    info = self._info()
+    if info is None:
+      return None
+    try:
+      # Read after its version: then a write in between makes `write_if` fail.
+      version = str(info.get("generation") or info["ETag"])
+      return Stored(self.read_bytes(), version)
+    except FileNotFoundError:
+      return None
+
+  def write_if(self, data: bytes, version: str | None) -> bool:
+    """Writes the object unless another process has written it.
+
+    Args:
+      version: of the object that is replaced; None: there must be none.
+
+    Returns:
+      Whether it was written.
+    """
+    bucket, name = self.key
+    with _explained(self):
+      try:
+        if self.scheme == "gs":
+          self.system.call(
+            "POST",
+            self.system.base.replace("/storage/", "/upload/storage/")
+            + "b/{}/o",
+            bucket,
+            uploadType="media",
+            name=name,
+            ifGenerationMatch=version or "0",
+            data=data,
+            headers={"Content-Type": "application/octet-stream"},
+          )
+        else:
+          condition = {"IfNoneMatch": "*"}
+          if version is not None:
+            condition = {"IfMatch": version}
+          self.system.call_s3(
+            "put_object", Bucket=bucket, Key=name, Body=data, **condition
+          )
+        return True
+      except FileNotFoundError:
+        if version is None:
+          raise
+      except OSError as error:
+        if not _is_condition(error):
+          raise
+    # A repeated request may fail because the first one was carried out.
+    found = self.read_stored()
+    return found is not None and found.data == data
+
+
+class _Raw(io.RawIOBase):
+  """A file of fsspec whose errors are `OSError`."""
+
+  def __init__(self, path: StorePath, file: Any) -> None:
+    self._path, self._file = path, file
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    return self._file.seek(offset, whence)
+
+  def tell(self) -> int:
+    return self._file.tell()
+
+  def readinto(self, buffer: Any) -> int:
+    with _explained(self._path):
+      return self._file.readinto(buffer)
+
+  def close(self) -> None:
+    self._file.close()
+    super().close()
+
+
+@contextlib.contextmanager
+def _explained(path: StorePath) -> Iterator[None]:
+  """Raises errors of libraries as `OSError` with a path and one line."""
+  try:
+    yield
+  except FileExistsError:
+    raise
+  except FileNotFoundError as error:
+    raise _missing(path) from error
+  except Exception as error:
+    if isinstance(error, OSError) and error.filename == str(path):
+      raise
+    package = type(error).__module__.partition(".")[0]
+    if not isinstance(error, OSError) and package not in _PACKAGES:
+      raise
+    raise StoreError(_reason(path, error), str(path)) from error
+
+
+def _reason(path: StorePath, error: BaseException) -> str:
+  """Returns an error of a store in one line, with advice."""
+  text = " ".join(str(error).split())[:300] or type(error).__name__
+  code = str(getattr(error, "code", None) or "")
+  kind = type(error).__name__
+  if code == "401" or "Credential" in kind or "Credentials" in text:
+    login = _LOG_IN[path.scheme]
+    return f"no valid credentials for {path.scheme}:// ({text}); {login}"
+  if isinstance(error, PermissionError) or text.startswith("Forbidden"):
+    return f"no permission ({text})"
+  return f"the store failed ({text}); run the same command again later"
+
+
+def _missing(path: StorePath) -> FileNotFoundError:
+  return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+
+def _is_condition(error: OSError) -> bool:
+  """Returns whether a conditional write failed because of its condition."""
+  response = getattr(error.__cause__, "response", None) or {}
+  code = response.get("Error", {}).get("Code", "")
+  return isinstance(error, FileExistsError) or code in (
+    *("PreconditionFailed", "ConditionalRequestConflict", "412", "409"),
+  )
