@@ -15,6 +15,7 @@ from narvl_jax.inspection.charts import line_chart
 from narvl_jax.inspection.markup import Markup, element
 from narvl_jax.prediction import calibration
 from narvl_jax.run_folder import restarts, times, workdir
+from narvl_jax.run_folder.goodput import goodput
 from narvl_jax.run_folder.metrics import METRICS_FILE
 from narvl_jax.terminal.activity import format_duration
 from narvl_jax.terminal.text import brief
@@ -197,30 +198,40 @@ def _calibration(folder: pathlib.Path) -> Markup:
 
 
 def _time(folder: pathlib.Path) -> Markup:
-  records = times.history(folder)
+  records = times.processes(folder)
   if not records:
     raise _Missing(
       f"missing: there is no {times.TIMES_FILE}; `train` writes it"
     )
+  found = goodput(records)
+  causes = {"useful updates": found.useful, **found.lost}
   total: dict[str, float] = {}
   for record in records:
     for stage, seconds in record["seconds"].items():
       total[stage] = total.get(stage, 0.0) + seconds
   whole = sum(total.values())
-  rows = [
-    (name, format_duration(value), f"{100 * value / (whole or 1):.1f} %")
-    for name, value in sorted(total.items(), key=lambda x: -x[1])
-  ]
   note = (
-    f"{format_duration(whole)} in {len(records)} processes; those that were"
-    " killed have left no record"
+    f"{found}. {format_duration(whole)} in {len(records)} processes; a process"
+    " that was killed is recorded by the next start"
   )
   return markup.join(
     [
       element("p", note, class_="faint"),
-      markup.table(rows, ("stage", "time", "share")),
+      _shares(causes, "wall time"),
+      _shares(total, "stage"),
     ]
   )
+
+
+def _shares(seconds: Mapping[str, float], name: str) -> Markup:
+  """Returns a table of times and shares, the longest first."""
+  whole = sum(seconds.values()) or 1.0
+  rows = [
+    (name, format_duration(value), f"{100 * value / whole:.1f} %")
+    for name, value in sorted(seconds.items(), key=lambda x: -x[1])
+    if value
+  ]
+  return markup.table(rows, (name, "time", "share"))
 
 
 def _slowest(folder: pathlib.Path) -> Markup:

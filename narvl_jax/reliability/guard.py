@@ -23,7 +23,8 @@ from narvl_jax.reliability.explain import (
 from narvl_jax.reliability.interrupt import StopRequest
 from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.run_folder import restarts, times
-from narvl_jax.run_folder.lock import RENEW_SECONDS, LockLost, RunLock
+from narvl_jax.run_folder.goodput import Goodput, goodput
+from narvl_jax.run_folder.lock import RENEW_SECONDS, LockLost, RunLock, now
 from narvl_jax.run_folder.workdir import is_run
 from narvl_jax.terminal.text import show
 
@@ -60,6 +61,8 @@ class Guard:
     self._notices: Notices | None = None
     self._lock: RunLock | None = None
     self._since: str | None = None
+    # Times of the earlier processes, once they were read.
+    self._earlier: list[dict[str, Any]] | None = None
     self._watchdog: watchdog.Watchdog | None = None
     self._renewed = 0.0
     self._renewing = threading.Lock()
@@ -142,6 +145,15 @@ class Guard:
     ):
       say(f"restart: {restarts.describe(record)}")
 
+  def goodput(self) -> Goodput:
+    """Returns the goodput of all processes of the run up to now."""
+    if self._earlier is None:
+      self._earlier = []
+      with contextlib.suppress(OSError):
+        self._earlier = times.history(self._workdir)
+    account = {"time": now(), **self.ledger.account()}
+    return goodput([*self._earlier, account])
+
   def stopped(self, step: int) -> NoReturn:
     """Ends a run after a stop request; the state of `step` is on disk."""
     number = self.stop.signal_number or signal.SIGTERM
@@ -187,7 +199,7 @@ class Guard:
   def _release(self, lock: RunLock) -> None:
     """Records the time if the folder contains a run, and unlocks it."""
     if is_run(self._workdir):
-      times.record(self._workdir, self.ledger.seconds())
+      times.record(self._workdir, self.ledger.account())
     lock.release()
 
   def check_folder(self) -> None:
@@ -210,7 +222,7 @@ class Guard:
       return
     status = self.ledger.status
     try:
-      lock.renew(status.stage, status.step)
+      lock.renew(status.stage, status.step, self.ledger.account())
     except LockLost as error:
       # Not the error itself: its frames would keep the state alive.
       self._lock, self._lost = None, str(error)

@@ -1,12 +1,22 @@
 """The time of a run, divided among its stages."""
 
+import collections
 import contextlib
 import math
+import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from narvl_jax.run_folder.goodput import STALL
 from narvl_jax.terminal.tables import format_columns
+
+# An update that takes longer than both is a stall from there on: a multiple of
+# the median of the last updates, and seconds.
+_STALL_FACTOR = 10.0
+_STALL_SECONDS = 5.0
+_RECENT_UPDATES = 50
 
 
 class RunStatus(NamedTuple):
@@ -28,7 +38,8 @@ class Ledger:
   """Divides the time since its start among stages, without gap or overlap.
 
   The time of an inner stage does not count for the outer one. Time outside of
-  every stage is "other", so the shares add up to 100 %.
+  every stage is "other", so the shares add up to 100 %. The part of an update
+  that is far longer than usual is "stall". Thread-safe.
   """
 
   OTHER = "other"
@@ -49,9 +60,12 @@ class Ledger:
     self._seconds: dict[str, float] = {"import": now - self.start}
     self._stack = [self.OTHER]
     self._mark = now
-    self._step = 0
+    self._step = self._from_step = self._updates = 0
+    self._update_seconds = collections.deque[float](maxlen=_RECENT_UPDATES)
+    self._update_start = 0.0
     self._moves = 0
     self._broken: str | None = None
+    self._guard = threading.Lock()
 
   def elapsed(self) -> float:
     """Returns the seconds since the start."""
@@ -80,6 +94,13 @@ class Ledger:
     self._moves += 1
     if step is not None:
       self._step = step
+      self._updates += 1
+      self._end_update()
+
+  def resume(self, step: int) -> None:
+    """Records that updates begin after `step`."""
+    self._step = self._from_step = step
+    self._moves += 1
 
   @property
   def status(self) -> RunStatus:
@@ -89,8 +110,27 @@ class Ledger:
 
   def seconds(self) -> dict[str, float]:
     """Returns the seconds of every stage so far."""
-    self._charge()
-    return dict(self._seconds)
+    with self._guard:
+      seconds = dict(self._seconds)
+      now, stage = self._clock(), self._stack[-1]
+      seconds[stage] = seconds.get(stage, 0.0) + now - self._mark
+      self._move_stall(seconds)
+    return seconds
+
+  def account(self) -> dict[str, Any]:
+    """Returns what `time.jsonl` records of a process.
+
+    Returns:
+      "from_step", the step that was resumed, "step", "updates", which repeated
+      ones exceed, and "seconds" of every stage.
+    """
+    seconds = {name: round(x, 3) for name, x in self.seconds().items()}
+    return {
+      "from_step": self._from_step,
+      "step": self._step,
+      "updates": self._updates,
+      "seconds": seconds,
+    }
 
   def table(self) -> str:
     """Returns a line per stage with seconds and share; shares sum to 100.0."""
@@ -105,10 +145,31 @@ class Ledger:
     return format_columns(rows, rule=False, indent="  ")
 
   def _charge(self) -> None:
-    now = self._clock()
-    name = self._stack[-1]
-    self._seconds[name] = self._seconds.get(name, 0.0) + now - self._mark
-    self._mark = now
+    with self._guard:
+      now, name = self._clock(), self._stack[-1]
+      self._seconds[name] = self._seconds.get(name, 0.0) + now - self._mark
+      self._mark = now
+
+  def _end_update(self) -> None:
+    self._charge()
+    with self._guard:
+      spent = self._seconds.get("step", 0.0) - self._update_start
+      self._move_stall(self._seconds)
+      # The first call is the start of an update, not yet the end of one.
+      if self._updates > 1:
+        self._update_seconds.append(spent)
+      self._update_start = self._seconds.get("step", 0.0)
+
+  def _move_stall(self, seconds: dict[str, float]) -> None:
+    """Moves the part of the update that is longer than usual to "stall"."""
+    if not self._update_seconds:
+      return
+    usual = _STALL_FACTOR * statistics.median(self._update_seconds)
+    spent = seconds.get("step", 0.0) - self._update_start
+    stall = spent - max(usual, _STALL_SECONDS)
+    if stall > 0:
+      seconds["step"] -= stall
+      seconds[STALL] = seconds.get(STALL, 0.0) + stall
 
 
 def _rounded_shares(values: Sequence[float]) -> list[int]:

@@ -8,6 +8,7 @@ import jax
 from narvl_jax.experiment.experiment import relative_evaluation
 from narvl_jax.run.eta import Eta
 from narvl_jax.run.run import Run
+from narvl_jax.run_folder.goodput import STALL
 from narvl_jax.run_folder.metrics import mean_metrics
 from narvl_jax.terminal.activity import Activity, format_duration
 from narvl_jax.terminal.progress import doing
@@ -86,6 +87,7 @@ class Progress:
       {
         **{f"train/{name}": value for name, value in values.items()},
         **{f"data/{name}": value for name, value in counters.items()},
+        **self._run.guard.goodput().metrics(),
       },
     )
     self._report_saved()
@@ -96,7 +98,7 @@ class Progress:
     seconds, elapsed = self._ledger.seconds(), self._ledger.elapsed()
     spent = {
       name: seconds.get(name, 0.0) - self._last_seconds.get(name, 0.0)
-      for name in ("step", "data wait", "evaluation", "checkpoint")
+      for name in ("step", STALL, "data wait", "evaluation", "checkpoint")
     }
     pauses = {name: spent.pop(name) for name in ("evaluation", "checkpoint")}
     passed = elapsed - self._last_elapsed - sum(pauses.values())

@@ -77,6 +77,7 @@ def train_guarded(
     report = _run(start, workdir, resumes, guard, say)
   for line in summary(workdir):
     say(line)
+  say(f"since the first start: {guard.goodput()}")
   say("done; where the time went:")
   show(guard.ledger.table())
   return report
@@ -150,7 +151,7 @@ def _run(
       state, step, stored = restore_or_init(
         setup, checkpoints, say, start.weights
       )
-      ledger.progress(step)
+      ledger.resume(step)
       writer = SilentMetrics()
       if distributed.is_first():
         if resumes:

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from narvl_jax.errors import UserError
@@ -94,8 +94,13 @@ class RunLock:
         on_dead(held)
         return
 
-  def renew(self, stage: str, step: int) -> None:
+  def renew(
+    self, stage: str, step: int, account: Mapping[str, Any] | None = None
+  ) -> None:
     """Writes a sign of life; errors of the disk are ignored.
+
+    Args:
+      account: time spent so far, see `times.record`.
 
     Raises:
       LockLost: the lock no longer exists, or belongs to another run.
@@ -112,7 +117,7 @@ class RunLock:
               " sign of life; stop one of them"
             )
           file.seek(0)
-          file.write(self._text(stage, step))
+          file.write(self._text(stage, step, account))
       except FileNotFoundError as error:
         raise LockLost(
           f"--workdir={self._workdir} or its {LOCK_FILE} no longer"
@@ -130,8 +135,11 @@ class RunLock:
           self._path.unlink()
       self._held = False
 
-  def _text(self, stage: str, step: int) -> bytes:
+  def _text(
+    self, stage: str, step: int, account: Mapping[str, Any] | None = None
+  ) -> bytes:
     values = {**self._contents, "time": now(), "phase": stage, "step": step}
+    values |= account or {}
     return json.dumps(values).ljust(_SIZE - 1).encode() + b"\n"
 
   def _create(self, stage: str) -> bool:
@@ -249,10 +257,29 @@ class RunLock:
     )
 
 
+def holder(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the valid values of the lock of a run folder; None without one.
+
+  They are those of `RunLock.renew`: "host", "pid", "since", "time", "phase",
+  "step" and the account of the time.
+
+  Raises:
+    OSError: the file cannot be read.
+  """
+  path = workdir / LOCK_FILE
+  try:
+    return _parse(path.read_bytes()) if path.is_file() else None
+  except FileNotFoundError:
+    return None
+
+
 def _parse(text: bytes) -> dict[str, Any]:
   """Returns the valid values of a lock."""
   held = side_files.parse_object(text) or {}
-  kinds = {"pid": int, "step": int}
+  kinds = {
+    **dict.fromkeys(("pid", "step", "from_step", "updates"), int),
+    "seconds": dict,
+  }
   return {
     name: value
     for name, value in held.items()
@@ -260,7 +287,7 @@ def _parse(text: bytes) -> dict[str, Any]:
   }
 
 
-def _is_short(value: int | str) -> bool:
+def _is_short(value: int | str | dict[str, Any]) -> bool:
   """Returns whether a value is short enough to be genuine."""
   if isinstance(value, int):
     return 0 <= value < 1 << 63

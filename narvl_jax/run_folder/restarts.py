@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from narvl_jax.files import side_files
+from narvl_jax.run_folder import times
 from narvl_jax.run_folder.lock import now
 from narvl_jax.run_folder.metrics import METRICS_FILE
 from narvl_jax.terminal.activity import format_duration
@@ -63,7 +64,10 @@ def record_end(
 
 
 def record_death(workdir: pathlib.Path, held: Mapping[str, Any]) -> None:
-  """Appends that a run was killed, from the contents of its lock."""
+  """Appends that a run was killed, and its time, from its lock."""
+  if times.is_record(held):
+    account = {x: held[x] for x in times.KEYS if x in held}
+    times.record(workdir, account, held["time"])
   record_end(
     workdir,
     "ended unexpectedly: killed, or the machine lost",

@@ -1,43 +1,73 @@
-"""The time that a run spent in each stage: `time.jsonl`, a line per start."""
+"""The time that a run spent in each stage: `time.jsonl`, a line per process."""
 
 import contextlib
+import datetime
 import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from narvl_jax.files import side_files
-from narvl_jax.run_folder.lock import now
+from narvl_jax.run_folder.lock import holder, now
 
 TIMES_FILE = "time.jsonl"
+_COUNTS = ("from_step", "step", "updates")
+KEYS = (*_COUNTS, "seconds")
 
 
-def record(workdir: pathlib.Path, seconds: Mapping[str, float]) -> None:
-  """Appends the seconds of every stage; disk errors are ignored."""
-  rounded = {name: round(value, 3) for name, value in seconds.items()}
+def record(
+  workdir: pathlib.Path, account: Mapping[str, Any], moment: str | None = None
+) -> None:
+  """Appends the account of a process; disk errors are ignored.
+
+  Args:
+    account: see `Ledger.account`.
+    moment: when the process ended; now if None.
+  """
   with contextlib.suppress(OSError):
-    line = {"time": now(), "seconds": rounded}
+    line = {"time": moment or now(), **account}
     side_files.append_line(workdir / TIMES_FILE, line)
 
 
 def history(workdir: pathlib.Path) -> list[dict[str, Any]]:
   """Returns the records in order, without damaged ones.
 
-  Each has "time", when that process ended, and "seconds" by stage. Processes
-  that were killed have none.
+  Each has "time", when that process ended or gave its last sign of life, and
+  "seconds" by stage; those of newer versions also "from_step", "step" and
+  "updates" (`Ledger.account`).
 
   Raises:
     OSError: the file cannot be read.
   """
-  return side_files.read_lines(workdir / TIMES_FILE, _is_record)
+  return side_files.read_lines(workdir / TIMES_FILE, is_record)
 
 
-def _is_record(line: Mapping[str, Any]) -> bool:
+def processes(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the history and the process that holds the lock, if any.
+
+  Raises:
+    OSError: a file cannot be read.
+  """
+  held = holder(workdir)
+  current = [] if held is None or not is_record(held) else [held]
+  return history(workdir) + current
+
+
+def is_record(line: Mapping[str, Any]) -> bool:
+  """Returns whether a record has valid values."""
+  try:
+    moment = datetime.datetime.fromisoformat(line["time"])
+  except (KeyError, TypeError, ValueError):
+    return False
   seconds = line.get("seconds")
+  counts = [line[name] for name in _COUNTS if name in line]
   return (
-    isinstance(line.get("time"), str)
+    moment.tzinfo is not None
     and isinstance(seconds, dict)
     and all(
-      type(x) in (int, float) and math.isfinite(x) for x in seconds.values()
+      type(x) in (int, float) and math.isfinite(x) and x >= 0
+      for x in seconds.values()
     )
+    and len(counts) in (0, len(_COUNTS))
+    and all(type(x) is int and x >= 0 for x in counts)
   )

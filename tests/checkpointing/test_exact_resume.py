@@ -40,7 +40,7 @@ def _metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     {
       name: value
       for name, value in json.loads(line).items()
-      if "examples_per_second" not in name and name != "train/data_wait"
+      if not small_run.depends_on_clock(name)
     }
     for line in text.splitlines()
   ]

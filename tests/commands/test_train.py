@@ -31,6 +31,7 @@ from narvl_jax.reliability import guard as guard_lib
 from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.run import training_run
 from narvl_jax.run_folder import times
+from tests.support.small_run import depends_on_clock
 from tests.support.terminal import masked
 from tests.support.tiny import tiny_config
 
@@ -160,7 +161,7 @@ def _metrics(outcome: Outcome) -> list[dict[str, Any]]:
   lines = _lines(outcome.metrics)
   for line in lines:
     for name in list(line):
-      if "examples_per_second" in name or name == "train/data_wait":
+      if depends_on_clock(name):
         del line[name]
   return lines
 

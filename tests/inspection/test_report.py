@@ -90,8 +90,13 @@ def run(tmp_path: pathlib.Path) -> pathlib.Path:
   Image.new("RGB", (5, 4)).save(folder / "predictions" / f"{name}.png")
   calibration = {"vqa": {"temperature": 1.2345, "split": pages.HOSTILE}}
   (folder / "calibration.json").write_text(json.dumps(calibration))
-  times.record(folder, {"init": 30.0, "step": 90.0})
-  times.record(folder, {"step": 80.0})
+  counts = {"from_step": 0, "step": 15, "updates": 15}
+  seconds = {"init": 30.0, "step": 90.0}
+  moment = "2026-01-01T00:02:00+00:00"
+  times.record(folder, {**counts, "seconds": seconds}, moment)
+  counts = {"from_step": 10, "step": 20, "updates": 10}
+  moment = "2026-01-01T00:05:00+00:00"
+  times.record(folder, {**counts, "seconds": {"step": 80.0}}, moment)
   restarts.record_end(
     folder, pages.HOSTILE, code=1, stage="step", step=17, since=None
   )
@@ -126,6 +131,8 @@ def test_a_page_has_everything_and_escapes_it(run, capsys):
     "vqa / temperature 1.234",
     "in 2 processes",
     "step 2m50s 85.0 %",
+    "goodput 46.7 % of 5m00s; lost: between processes 33.3 %, lost work 10.0 %",
+    "lost work 30s 10.0 %",
     "until step 20 2 s 25.0 %",
     "median 0.1 s",
     "restarts 1,",

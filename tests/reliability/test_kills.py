@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from narvl_jax.run.bad_numbers import load_bundle
+from narvl_jax.run_folder import times
+from narvl_jax.run_folder.goodput import goodput
 from tests.support.processes import Process, start, start_together
 
 STEPS, EVERY = 80, 4
@@ -116,6 +118,13 @@ def test_ten_kills(tmp_path):
   last = start(tmp_path, _tiny(killed, STEPS), devices=1, name="last")
   assert last.wait() == 0, last.errors
   _assert_same_end(whole, killed, STEPS)
+  # Killed processes are recorded from their last sign of life.
+  processes = times.history(killed)
+  assert 2 <= len(processes) <= KILLS + 1
+  spent = goodput(processes)
+  assert 0 < spent.useful < spent.wall
+  assert spent.lost["between processes"] > 0
+  assert 0 < goodput(times.history(whole)).share < 1
 
 
 def _two(folder: pathlib.Path, command: list[str]) -> list[Process]:

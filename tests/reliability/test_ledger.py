@@ -1,6 +1,7 @@
 """The ledger of a run's time, on a clock that the tests turn."""
 
 import re
+import threading
 
 import pytest
 
@@ -93,3 +94,77 @@ def test_table_ends_in_other_and_total():
     "  other   1.0 s   25.0 %",
     "  total   4.0 s  100.0 %",
   ]
+
+
+def _updates(ledger: Ledger, clock: Clock, count: int, seconds: float) -> None:
+  first = ledger.status.step
+  for step in range(first + 1, first + count + 1):
+    with ledger.stage("step"):
+      ledger.progress(step)
+      clock.now += seconds
+
+
+def test_an_update_that_takes_far_longer_than_usual_is_a_stall():
+  clock = Clock(0.0)
+  ledger = Ledger(clock=clock)
+  _updates(ledger, clock, 5, 1.0)
+  _updates(ledger, clock, 1, 60.0)
+  # Ten times the usual second; it counts while the update still lasts.
+  seconds = {"import": 0.0, "other": 0.0, "step": 15.0, "stall": 50.0}
+  assert ledger.seconds() == seconds
+  _updates(ledger, clock, 3, 1.0)
+  assert ledger.seconds()["step"] == 18.0
+  assert ledger.seconds()["stall"] == 50.0
+
+
+def test_short_updates_and_the_first_one_are_no_stalls():
+  clock = Clock(0.0)
+  ledger = Ledger(clock=clock)
+  _updates(ledger, clock, 1, 400.0)
+  _updates(ledger, clock, 9, 0.01)
+  _updates(ledger, clock, 1, 4.0)
+  with ledger.stage("evaluation"):
+    clock.now += 100.0
+  _updates(ledger, clock, 1, 0.01)
+  assert "stall" not in ledger.seconds()
+
+
+def test_account_counts_updates_that_a_rollback_repeats():
+  clock = Clock(0.0)
+  ledger = Ledger(clock=clock)
+  ledger.resume(10)
+  _updates(ledger, clock, 5, 1.0)
+  ledger.progress()
+  ledger._step = 12
+  _updates(ledger, clock, 2, 1.0)
+  assert ledger.account() == {
+    "from_step": 10,
+    "step": 14,
+    "updates": 7,
+    "seconds": {"import": 0.0, "other": 0.0, "step": 7.0},
+  }
+
+
+def test_seconds_may_be_read_by_another_thread():
+  ledger = Ledger()
+  stop = threading.Event()
+  failures = []
+
+  def read() -> None:
+    while not stop.is_set():
+      try:
+        ledger.account()
+      except RuntimeError as error:
+        failures.append(error)
+
+  reader = threading.Thread(target=read)
+  reader.start()
+  for step in range(500):
+    with ledger.stage(f"stage {step % 7}"):
+      ledger.progress(step)
+  stop.set()
+  reader.join()
+  assert not failures
+  assert sum(ledger.seconds().values()) == pytest.approx(
+    ledger.elapsed(), abs=0.1
+  )

@@ -15,6 +15,7 @@ from narvl_jax.reliability.interrupt import EvaluationStopped, StopRequest
 from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.run.loop import Loop
 from narvl_jax.run.run import Run
+from narvl_jax.run_folder.goodput import CAUSES, Goodput
 from narvl_jax.run_folder.metrics import MetricsWriter
 from tests.support.tiny import tiny_config
 
@@ -140,7 +141,10 @@ class FakeRun:
     state: Any = SimpleNamespace(step=first)
     with StopRequest() as stop, MetricsWriter(self.workdir) as writer:
       guard: Any = SimpleNamespace(
-        ledger=self.ledger, stop=stop, check_folder=self._check_folder
+        ledger=self.ledger,
+        stop=stop,
+        check_folder=self._check_folder,
+        goodput=lambda: Goodput(3.0, dict.fromkeys(CAUSES, 0.0) | {"other": 1}),
       )
       run = Run(
         setup,

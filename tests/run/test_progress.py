@@ -137,6 +137,8 @@ def test_speed_follows_the_ledger(tmp_path, monkeypatch):
   assert line["train/examples_per_second_per_device"] == pytest.approx(1)
   assert line["train/data_wait"] == pytest.approx(0.25)
   assert line["train/mfu"] == pytest.approx(1 / 8)
+  assert line["goodput/useful"] == 0.75
+  assert line["goodput/other"] == 0.25
 
 
 def test_the_bar_follows_the_run(tmp_path, monkeypatch):

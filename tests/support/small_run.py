@@ -217,3 +217,12 @@ def assert_equal(a: TrainState, b: TrainState) -> None:
     jax.tree.leaves_with_path(a), others, strict=True
   ):
     np.testing.assert_array_equal(leaf, other, err_msg=str(path))
+
+
+def depends_on_clock(metric: str) -> bool:
+  """Returns whether a value of `metrics.jsonl` differs in equal runs."""
+  return (
+    "examples_per_second" in metric
+    or metric == "train/data_wait"
+    or metric.startswith("goodput/")
+  )

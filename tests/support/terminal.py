@@ -10,6 +10,7 @@ _MASKS = (
   (r"ETA \S+", "ETA TIME"),
   (r"loss \S+", "loss N"),
   (r"[\d.]+ ex/s", "N ex/s"),
+  (r"goodput [\d.]+ .*", "goodput N"),
   (r"  data wait \d+ %", ""),
   # Padding depends on the number of digits.
   (r" +\d+\.\d( ± \d+\.\d)? %", "  N %"),
