@@ -191,6 +191,7 @@ def _check_values(config: Config) -> None:
       )
   _check_decoder(config)
   _check_start(config)
+  _check_profile(config)
 
 
 def _check_model(config: Config) -> None:
@@ -241,6 +242,16 @@ def _check_start(config: Config) -> None:
         f"{key}={config[key]!r} is of use only with weights to start from:"
         f" --config.init_from=FOLDER, or --config.{key}='()'"
       )
+
+
+def _check_profile(config: Config) -> None:
+  """Raises UserError if traces would overlap."""
+  every, steps = config.profile.every, config.profile.steps
+  if 0 < every < steps:
+    raise UserError(
+      f"profile.every={every} is below profile.steps={steps}, so traces would"
+      f" overlap: --config.profile.every={steps}"
+    )
 
 
 def _check_decoder(config: Config) -> None:

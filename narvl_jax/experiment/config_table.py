@@ -341,6 +341,26 @@ KEYS: dict[str, Setting] = {
   ),
   "watchdog.checkpoint": _seconds(1800.0, "in saving"),
   "watchdog.other": _seconds(1800.0, "elsewhere"),
+  "profile.steps": Setting(
+    0, "Updates of a trace by jax.profiler; 0: none.", 0, change="resume"
+  ),
+  "profile.start_step": Setting(
+    10,
+    "First update of the first trace, counted from the start of the process.",
+    1,
+    change="resume",
+  ),
+  "profile.every": Setting(
+    0,
+    "Updates from the start of a trace to the next; 0: only one trace.",
+    0,
+    change="resume",
+  ),
+  "profile.dir": Setting(
+    "",
+    "Folder of the traces; empty: traces in the run folder.",
+    change="resume",
+  ),
   "mesh.data": Setting(
     -1, "Size of the data axis; -1: all remaining devices.", change="resume"
   ),

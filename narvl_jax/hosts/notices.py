@@ -1,4 +1,4 @@
-"""Notices between running hosts: failures, and the step to stop at.
+"""Notices between running hosts: failures, and steps to stop or trace at.
 
 A thread polls the key-value store of jax's coordination service once a second,
 so notices cost the training loop nothing.
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self, TextIO
 
+from narvl_jax.hosts.agreement import StopAgreement, TraceAgreement
 from narvl_jax.hosts.cluster import Cluster
 from narvl_jax.hosts.distributed import HostsLost, host_name
 from narvl_jax.hosts.liveness import Liveness
@@ -25,66 +26,9 @@ _FAREWELL_SECONDS = 5.0
 _LONG_FAREWELL_SECONDS = 60.0
 # Seconds after which a host ends that cannot inform the others.
 _TELLING_SECONDS = 15.0
-# A host may be in the middle of an evaluation.
-_AGREEMENT_SECONDS = 1800.0
 _MAX_UNANSWERED = 5
 # A host is lost after at least so many polls.
 _SHORTEST_LOSS = 5.0
-
-
-class StopAgreement:
-  """Makes all hosts stop after the same piece of work.
-
-  A piece is the work between two calls of `due`: a step, or a batch of an
-  evaluation, in the same order on all hosts. Hosts run ahead of each other.
-  After a stop request each host publishes the piece it has begun and begins no
-  other before all have done so; all then stop after the latest of them.
-  """
-
-  def __init__(self) -> None:
-    self._lock = threading.Lock()
-    self._begun = 0
-    self._requested = False
-    self._last: int | None = None
-    self._agreed = threading.Event()
-
-  def begin(self) -> None:
-    """Marks the start of the first piece of work."""
-    with self._lock:
-      self._begun = 1
-
-  def due(self, timeout: float = _AGREEMENT_SECONDS) -> bool:
-    """Returns whether all hosts stop here; otherwise the next piece may begin.
-
-    Raises:
-      HostsLost: the others did not publish their progress in time.
-    """
-    with self._lock:
-      done = self._begun
-      if not self._requested:
-        self._begun += 1
-        return False
-    if not self._agreed.wait(timeout):
-      raise HostsLost(
-        f"stop requested: not all hosts reported within {timeout:g} s how far"
-        " they are"
-      )
-    assert self._last is not None
-    with self._lock:
-      if done < self._last:
-        self._begun += 1
-    return done >= self._last
-
-  def request(self) -> int | None:
-    """Requests a stop; returns the piece begun last, None before the first."""
-    with self._lock:
-      self._requested = self._begun > 0
-      return self._begun or None
-
-  def agree(self, last: int) -> None:
-    """Sets the piece of work after which all stop."""
-    self._last = last
-    self._agreed.set()
 
 
 class Notices:
@@ -94,6 +38,7 @@ class Notices:
     host: index of this host.
     stop_signal: signal number of a stop request to any host, None before.
     agreement: used by the training loop.
+    trace: where the hosts start the trace that one of them requests.
     stage: returns the stage of this host; set by the caller.
   """
 
@@ -132,6 +77,7 @@ class Notices:
     self._ended = threading.Event()
     self.stop_signal: int | None = None
     self.agreement = StopAgreement()
+    self.trace = TraceAgreement(cluster.num_processes)
     self.stage: Callable[[], str] = lambda: ""
     self._explain = explain
     self._liveness = Liveness(
@@ -207,6 +153,8 @@ class Notices:
     steps = [int(v) for key, v in found.items() if key.startswith("step/")]
     if len(steps) == self._count:
       self.agreement.agree(max(steps))
+    for key, value in self.trace.exchange(found, self.host).items():
+      self._publish(key, value)
 
   def _follow(self, host: int, value: str) -> None:
     """Ends this process because another one ends."""

@@ -22,6 +22,7 @@ from narvl_jax.reliability.explain import (
 )
 from narvl_jax.reliability.interrupt import StopRequest
 from narvl_jax.reliability.ledger import Ledger
+from narvl_jax.reliability.trace_request import TraceRequest
 from narvl_jax.run_folder import restarts, times
 from narvl_jax.run_folder.goodput import Goodput, goodput
 from narvl_jax.run_folder.lock import RENEW_SECONDS, LockLost, RunLock, now
@@ -37,6 +38,7 @@ class Guard:
 
   Attributes:
     stop: Ctrl-C and SIGTERM.
+    trace: requests for a trace.
     busy: returns whether a checkpoint is being written; set by the caller.
   """
 
@@ -55,6 +57,7 @@ class Guard:
     """
     self.ledger = ledger
     self.stop = StopRequest()
+    self.trace = TraceRequest(workdir)
     self.busy: Callable[[], bool] = lambda: False
     self._workdir = workdir
     self._leave = leave
@@ -78,6 +81,7 @@ class Guard:
         *describe_failure(error, self._workdir)
       )
     self.stop.__enter__()
+    self.trace.__enter__()
     return self
 
   def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
@@ -87,6 +91,7 @@ class Guard:
       self.end(*describe_failure(error, self._workdir))
     elif (lock := self._lock) is not None:
       self._release(lock)
+    self.trace.__exit__()
     # The exit code is decided; a launcher's SIGTERM must not change it.
     self.stop.close(ignore=error is not None and self._leave is not None)
 
@@ -95,6 +100,7 @@ class Guard:
     self._notices = self.stop.notices = notices
     if notices is not None:
       notices.stage = lambda: self.ledger.status.stage
+      self.trace.agreement = notices.trace
 
   def watch(self, budgets: Mapping[str, float]) -> None:
     """Starts the watchdog with the budgets of `config.watchdog`."""
@@ -228,7 +234,7 @@ class Guard:
       self._lock, self._lost = None, str(error)
 
   def _renew(self) -> None:
-    """Renews the lock every `RENEW_SECONDS`; called by the watchdog."""
+    """Renews the lock and looks for requests, every `RENEW_SECONDS`."""
     if self._lock is None or time.monotonic() < self._renewed + RENEW_SECONDS:
       return
     self._renewed = time.monotonic()
@@ -244,6 +250,8 @@ class Guard:
       if self._lost:
         error = LockLost(self._lost)
         self._end_process(*describe_failure(error, self._workdir))
+        return
+      self.trace.look()
     finally:
       self._renewing.release()
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from narvl_jax.run_folder.goodput import STALL
 from narvl_jax.terminal.tables import format_columns
 
@@ -73,13 +75,14 @@ class Ledger:
 
   @contextlib.contextmanager
   def stage(self, name: str) -> Iterator[None]:
-    """Charges the time of the block to `name`."""
+    """Charges the time of the block to `name`, its name in a trace too."""
     self._charge()
     self._stack.append(name)
     self._moves += 1
     self._broken = None
     try:
-      yield
+      with jax.profiler.TraceAnnotation(name):
+        yield
     except BaseException:
       # The failed stage stays the status until another one begins.
       self._broken = self._broken or name

@@ -88,9 +88,9 @@ class DevicePrefetcher:
     names: tuple[str, ...],
     batch_size: int | None,
   ) -> None:
-    # Ctrl-C belongs to the main thread. Worker processes inherit the mask;
-    # otherwise the signal would end them during their imports.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # These belong to the main thread. Worker processes inherit the mask;
+    # otherwise a signal would end them during their imports.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
     try:
       for batch in batches:
         chosen = {name: batch[name] for name in names}

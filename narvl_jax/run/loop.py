@@ -15,6 +15,7 @@ from narvl_jax.run.bad_numbers import BundleWriter, Health, give_up, what_is_bad
 from narvl_jax.run.batches import DeviceBatches
 from narvl_jax.run.progress import Progress
 from narvl_jax.run.run import EVALUATION_DUE, Evaluate, Run
+from narvl_jax.run.traces import Traces
 from narvl_jax.state.train_state import TrainState
 from narvl_jax.training.train_step import Metrics
 
@@ -60,6 +61,12 @@ class Loop:
     self._progress = Progress(
       self.run, self.batches.counters, self.health.counts
     )
+    self._traces = Traces(
+      config.profile,
+      self.run.workdir,
+      self.run.guard.trace,
+      self._ledger,
+    )
     # Positions of the batches at which the mixture weights change.
     self._changes = share_changes(
       [entry.get("weight", 1.0) for entry in config.data.train.values()]
@@ -81,7 +88,7 @@ class Loop:
     self._restore_health(stored, step)
     self._progress.start(step)
     self._stop.begin()
-    with self._progress.shown(step):
+    with self._progress.shown(step), self._traces:
       return self._train(state)
 
   def _train(self, state: TrainState) -> TrainState:
@@ -116,11 +123,14 @@ class Loop:
   ) -> TrainState:
     """Dispatches the next update to the devices."""
     position = self.batches.position
-    batch = self._next_batch(pending)
-    with self._ledger.stage("step"):
-      self._ledger.progress(step)
-      state, metrics = self.train_step(state, batch)
+    self._traces.before(step, pending[-1].metrics if pending else ())
+    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+      batch = self._next_batch(pending)
+      with self._ledger.stage("step"):
+        self._ledger.progress(step)
+        state, metrics = self.train_step(state, batch)
     pending.append(_Update(step, position, batch, metrics))
+    self._traces.after(step, metrics)
     return state
 
   def _next_batch(self, pending: collections.deque[_Update]) -> Any:

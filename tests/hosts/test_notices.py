@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from narvl_jax.hosts import notices as notices_lib
+from narvl_jax.hosts.agreement import StopAgreement
 from narvl_jax.hosts.cluster import Cluster
 from narvl_jax.hosts.distributed import HostsLost
-from narvl_jax.hosts.notices import Notices, StopAgreement
+from narvl_jax.hosts.notices import Notices
 
 
 class Store:
@@ -135,6 +136,33 @@ def test_hosts_that_wait_for_each_other_do_not_hang(seed):
     own.__exit__()
   assert len(set(ended.values())) == 1
   assert len(ended) == 3
+
+
+@pytest.mark.parametrize("asking", [(0,), (2,), (0, 1)])
+def test_all_trace_the_same_updates(asking):
+  """Twice, as hosts run ahead of each other."""
+  _, notices, _ = _hosts(3)
+  due: list[list[Any]] = [[], [], []]
+  for host, ahead in enumerate((5, 7, 6)):
+    due[host] += [notices[host].trace.due() for _ in range(ahead)]
+  for updates, last in ((4, 10), (9, 20)):
+    for host in asking:
+      notices[host].trace.request(updates)
+    _poll(notices)
+    for host, seen in enumerate(due):
+      seen += [notices[host].trace.due() for _ in range(last - len(seen))]
+  assert due[0] == due[1] == due[2]
+  assert {x: i for i, x in enumerate(due[0]) if x} == {4: 7, 9: 10}
+
+
+def test_a_trace_waits_for_the_progress_of_all():
+  _, notices, _ = _hosts(2)
+  notices[0].trace.request(3)
+  notices[0].poll()
+  notices[0].poll()
+  agreement = notices[0].trace._round[1]
+  with pytest.raises(HostsLost, match="trace requested: not all hosts"):
+    agreement.due(timeout=0)
 
 
 def test_a_failure_ends_all_with_its_code():

@@ -19,7 +19,7 @@ from absl import flags
 from narvl_jax import train as train_command
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.command_line import cli
-from narvl_jax.hosts.notices import StopAgreement
+from narvl_jax.hosts.agreement import StopAgreement
 from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.run import training_run
 from narvl_jax.run.batches import DeviceBatches

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from narvl_jax.hosts.notices import StopAgreement
+from narvl_jax.hosts.agreement import StopAgreement
 from narvl_jax.reliability.interrupt import (
   StopRequest,
   Terminated,

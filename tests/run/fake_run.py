@@ -13,6 +13,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.experiment.datasets import DataSets
 from narvl_jax.reliability.interrupt import EvaluationStopped, StopRequest
 from narvl_jax.reliability.ledger import Ledger
+from narvl_jax.reliability.trace_request import TraceRequest
 from narvl_jax.run.loop import Loop
 from narvl_jax.run.run import Run
 from narvl_jax.run_folder.goodput import CAUSES, Goodput
@@ -113,6 +114,7 @@ class FakeRun:
     self.stop_in_evaluation = False
     self.robbed = False
     self.ledger = Ledger()
+    self.trace = TraceRequest(workdir)
     self.checkpoints = FakeCheckpoints(workdir, self.log)
     self.batches = FakeBatches(self.log)
 
@@ -143,6 +145,7 @@ class FakeRun:
       guard: Any = SimpleNamespace(
         ledger=self.ledger,
         stop=stop,
+        trace=self.trace,
         check_folder=self._check_folder,
         goodput=lambda: Goodput(3.0, dict.fromkeys(CAUSES, 0.0) | {"other": 1}),
       )
