@@ -24,6 +24,7 @@ COMMANDS = (
   "predict",
   "inspect",
   "report",
+  "status",
   "calibrate",
   "checkpoints",
   "check_data",

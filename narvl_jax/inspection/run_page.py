@@ -14,9 +14,8 @@ from narvl_jax.inspection import evaluations, markup
 from narvl_jax.inspection.charts import line_chart
 from narvl_jax.inspection.markup import Markup, element
 from narvl_jax.prediction import calibration
-from narvl_jax.run_folder import restarts, times, workdir
+from narvl_jax.run_folder import METRICS_FILE, restarts, times, workdir
 from narvl_jax.run_folder.goodput import goodput
-from narvl_jax.run_folder.metrics import METRICS_FILE
 from narvl_jax.terminal.activity import format_duration
 from narvl_jax.terminal.text import brief
 

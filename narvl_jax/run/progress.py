@@ -1,15 +1,16 @@
 """The progress line that a run prints every few steps."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
+import numpy as np
 
 from narvl_jax.experiment.experiment import relative_evaluation
 from narvl_jax.run.eta import Eta
 from narvl_jax.run.run import Run
 from narvl_jax.run_folder.goodput import STALL
-from narvl_jax.run_folder.metrics import mean_metrics
 from narvl_jax.terminal.activity import Activity, format_duration
 from narvl_jax.terminal.progress import doing
 from narvl_jax.terminal.text import show
@@ -81,6 +82,9 @@ class Progress:
     count = len(self._steps)
     self._steps = []
     values |= {**self._speed(count), **self._health()}
+    left = self._eta.seconds_left(self._step)
+    if left is not None:
+      values["seconds_left"] = left
     counters = self._counters(self._position + 1)
     self._run.writer.write(
       self._step,
@@ -140,7 +144,7 @@ class Progress:
     ]
     if "mfu" in values:
       parts.append(f"MFU {100 * values['mfu']:.0f}%")
-    left = self._eta.seconds_left(self._step)
+    left = values.get("seconds_left")
     at_least = self._eta.is_lower_bound(self._step)
     self._bar.expect(left, at_least=at_least)
     if left is not None:
@@ -157,6 +161,28 @@ class Progress:
       if count
     ]
     return "  ".join(parts)
+
+
+def mean_metrics(steps: Iterable[Mapping[str, jax.Array]]) -> dict[str, float]:
+  """Averages the metrics of several steps.
+
+  NaN values of `nll/TASK` (no example in the batch) and skipped updates do not
+  count, unless all updates were skipped. `learning_rate` is that of the last
+  step.
+  """
+  fetched: list[dict[str, Any]] = jax.device_get(list(steps))
+  kept = [step for step in fetched if not step["skipped"]] or fetched
+  means = {}
+  for name in fetched[0]:
+    values = np.array([step[name] for step in kept], np.float64)
+    if name.startswith("nll/"):
+      values = values[~np.isnan(values)]
+      if not len(values):
+        continue
+    means[name] = float(values.mean())
+  means["learning_rate"] = float(fetched[-1]["learning_rate"])
+  del means["examples"], means["skipped"]
+  return means
 
 
 def _short(value: float) -> str:

@@ -1,1 +1,5 @@
-"""The files of a run: lock, config, metrics, restarts."""
+"""The folder of a run: its config, metrics, lock and history."""
+
+CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS_FOLDER = "checkpoints"

@@ -234,7 +234,7 @@ class RunLock:
       current = self._read()
       if current is None:
         return False
-      if near and not _is_running(held):
+      if near and not is_running(held):
         return True
       if current != found:
         held = _parse(current)
@@ -308,6 +308,7 @@ def _last_sign(held: dict[str, Any]) -> str:
   )
 
 
-def _is_running(held: dict[str, Any]) -> bool:
+def is_running(held: Mapping[str, Any]) -> bool:
+  """Returns whether the holder of a lock runs on this machine."""
   start = process_start(held.get("pid", 0))
   return start is not None and start == held.get("process_start")

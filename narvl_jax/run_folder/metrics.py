@@ -4,17 +4,13 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
-
-import jax
-import numpy as np
 
 from narvl_jax.files import side_files
 from narvl_jax.files.disk import atomically
+from narvl_jax.run_folder import METRICS_FILE
 from narvl_jax.run_folder.tensorboard import Board
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
@@ -151,28 +147,6 @@ def _is_line(line: Mapping[str, Any]) -> bool:
 
 def _encode(line: Mapping[str, Any]) -> bytes:
   return json.dumps(line).encode() + b"\n"
-
-
-def mean_metrics(steps: Iterable[Mapping[str, jax.Array]]) -> dict[str, float]:
-  """Averages the metrics of several steps.
-
-  NaN values of `nll/TASK` (no example in the batch) and skipped updates do not
-  count, unless all updates were skipped. `learning_rate` is that of the last
-  step.
-  """
-  fetched: list[dict[str, Any]] = jax.device_get(list(steps))
-  kept = [step for step in fetched if not step["skipped"]] or fetched
-  means = {}
-  for name in fetched[0]:
-    values = np.array([step[name] for step in kept], np.float64)
-    if name.startswith("nll/"):
-      values = values[~np.isnan(values)]
-      if not len(values):
-        continue
-    means[name] = float(values.mean())
-  means["learning_rate"] = float(fetched[-1]["learning_rate"])
-  del means["examples"], means["skipped"]
-  return means
 
 
 def format_bytes(count: float) -> str:

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from narvl_jax.files import side_files
-from narvl_jax.run_folder import times
+from narvl_jax.run_folder import METRICS_FILE, times
 from narvl_jax.run_folder.lock import now
-from narvl_jax.run_folder.metrics import METRICS_FILE
 from narvl_jax.terminal.activity import format_duration
 
 RESTARTS_FILE = "restarts.jsonl"

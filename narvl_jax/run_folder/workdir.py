@@ -26,8 +26,8 @@ from narvl_jax.files import paths as user_paths
 from narvl_jax.files import side_files
 from narvl_jax.files.disk import write_json, write_text
 from narvl_jax.files.regular import read_regular
+from narvl_jax.run_folder import CONFIG_FILE
 
-CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
 SHARDING_FILE = "sharding.txt"
 RESTORE_COMMAND = "python -m narvl_jax.checkpoints restore_config"

@@ -24,6 +24,7 @@ COMMANDS = (
   *("benchmarks.loss_head", "benchmarks.query_ctc", "benchmarks.twins"),
   "benchmarks.reference",
   *("significance", "submission", "document_frequencies", "inspect", "report"),
+  "status",
 )
 # Old name -> new name, by command.
 _RENAMED = {

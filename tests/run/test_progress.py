@@ -5,11 +5,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.run import progress as progress_lib
+from narvl_jax.run.progress import mean_metrics
 from narvl_jax.terminal.activity import Activity
 from tests.run.fake_run import FakeRun, lines_of
 
@@ -158,3 +160,33 @@ def test_the_bar_follows_the_run(tmp_path, monkeypatch):
   assert settings == {"done": 2, "only_live": True}
   assert activity.done == 10
   assert activity.progress().endswith(" left")
+
+
+def _step(**values: float) -> dict:
+  base = {"examples": 8.0, "learning_rate": 0.1, "skipped": 0.0}
+  return {name: jnp.float32(x) for name, x in {**base, **values}.items()}
+
+
+def test_means_over_steps():
+  steps = [
+    _step(loss=1.0, learning_rate=0.1, **{"nll/vqa": math.nan}),
+    _step(loss=2.0, learning_rate=0.2, **{"nll/vqa": 4.0}),
+    _step(loss=6.0, learning_rate=0.3, **{"nll/vqa": 6.0}),
+  ]
+  means = mean_metrics(steps)
+  assert means == {
+    "loss": 3.0,
+    "learning_rate": pytest.approx(0.3),
+    "nll/vqa": 5.0,
+  }
+
+
+def test_task_that_no_step_had_is_left_out():
+  assert "nll/vqa" not in mean_metrics([_step(**{"nll/vqa": math.nan})])
+
+
+def test_updates_that_were_left_out_do_not_count():
+  bad = _step(loss=math.nan, skipped=1.0, learning_rate=0.2)
+  means = mean_metrics([_step(loss=1.0), bad])
+  assert means == {"loss": 1.0, "learning_rate": pytest.approx(0.2)}
+  assert math.isnan(mean_metrics([bad, bad])["loss"])

@@ -15,11 +15,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from narvl_jax.run_folder import metrics
-from narvl_jax.run_folder.metrics import (
-  MetricsWriter,
-  format_bytes,
-  mean_metrics,
-)
+from narvl_jax.run_folder.metrics import MetricsWriter, format_bytes
 from narvl_jax.terminal.activity import format_duration
 from tests.conftest import ROOT
 
@@ -190,11 +186,6 @@ def test_tensorboard_has_the_same_values(tmp_path):
   assert _scalars(tmp_path) == [("train/loss", 2, 1.5), ("train/loss", 4, 0.25)]
 
 
-def _step(**values: float) -> dict:
-  base = {"examples": 8.0, "learning_rate": 0.1, "skipped": 0.0}
-  return {name: jnp.float32(x) for name, x in {**base, **values}.items()}
-
-
 def test_torch_is_not_imported_for_it(tmp_path):
   """It takes seconds and memory of every run where it is installed."""
   (tmp_path / "torch.py").write_text("raise SystemExit('imported torch')\n")
@@ -218,31 +209,6 @@ def test_torch_is_not_imported_for_it(tmp_path):
   assert done.stderr.endswith("imported torch\n")
   assert "Traceback" not in done.stderr
   assert list((tmp_path / "board").iterdir())
-
-
-def test_means_over_steps():
-  steps = [
-    _step(loss=1.0, learning_rate=0.1, **{"nll/vqa": math.nan}),
-    _step(loss=2.0, learning_rate=0.2, **{"nll/vqa": 4.0}),
-    _step(loss=6.0, learning_rate=0.3, **{"nll/vqa": 6.0}),
-  ]
-  means = mean_metrics(steps)
-  assert means == {
-    "loss": 3.0,
-    "learning_rate": pytest.approx(0.3),
-    "nll/vqa": 5.0,
-  }
-
-
-def test_task_that_no_step_had_is_left_out():
-  assert "nll/vqa" not in mean_metrics([_step(**{"nll/vqa": math.nan})])
-
-
-def test_updates_that_were_left_out_do_not_count():
-  bad = _step(loss=math.nan, skipped=1.0, learning_rate=0.2)
-  means = mean_metrics([_step(loss=1.0), bad])
-  assert means == {"loss": 1.0, "learning_rate": pytest.approx(0.2)}
-  assert math.isnan(mean_metrics([bad, bad])["loss"])
 
 
 @pytest.mark.parametrize(
