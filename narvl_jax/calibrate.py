@@ -10,7 +10,6 @@ decoding.
 """
 
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from narvl_jax.command_line import flags as common_flags
 from narvl_jax.errors import UserError, check_counts
 from narvl_jax.files import side_files
 from narvl_jax.files.paths import check_folder
+from narvl_jax.files.stores import as_path
 from narvl_jax.prediction import decoding_flags
 from narvl_jax.prediction.calibration import Calibration
 from narvl_jax.terminal.text import show
@@ -78,10 +78,10 @@ def calibrate(
   tasks = {task: calibrating.fit(*of) for task, of in measured.items()}
   calibration = Calibration(step, name, split, tasks)
   path = calibration.write(workdir)
-  plot = pathlib.Path(workdir) / _PLOT
+  plot = as_path(workdir) / _PLOT
   side_files.make_way(plot)
   picture = calibrating.draw(measured, calibration.temperatures)
-  results.write_image(plot, picture, inside=pathlib.Path(workdir))
+  results.write_image(plot, picture, inside=as_path(workdir))
   show(f"{split}, step {step}, {name}\n")
   show(calibrating.format_tasks(tasks))
   show(f"\nwrote {path}\nwrote {plot}")

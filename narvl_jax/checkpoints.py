@@ -13,7 +13,6 @@ array by array, the newest checkpoints of two runs or the two of --checkpoint.
 checkpoint; the old file becomes config.json.old.
 """
 
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -21,6 +20,7 @@ from absl import flags
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.files.stores import as_path
 from narvl_jax.terminal.text import show
 
 _COMMANDS = ("list", "verify", "diff", "restore_config")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
   if flags.FLAGS.workdir:
     places.insert(0, flags.FLAGS.workdir)
   _check(command, places, chosen)
-  workdirs = [pathlib.Path(place) for place in places]
+  workdirs = [as_path(place) for place in places]
   match command:
     case "list":
       text = overview.list_checkpoints(workdirs[0])

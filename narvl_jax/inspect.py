@@ -22,6 +22,7 @@ from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.files.disk import write_text
 from narvl_jax.files.paths import check_folder
+from narvl_jax.files.stores import as_path
 from narvl_jax.prediction.request import Request
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import escape, show
@@ -62,7 +63,7 @@ def inspect(
 
   request.check()
   check_folder("--to", to)
-  folder, workdir = pathlib.Path(to), pathlib.Path(workdir)
+  folder, workdir = as_path(to), as_path(workdir)
   record = request.read(workdir_lib.read_config(workdir))
   experiment, variables, step = load_run(workdir, checkpoint)
   with progress.doing("compiling the model and answering"):

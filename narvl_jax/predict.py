@@ -25,6 +25,7 @@ from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_report
 from narvl_jax.errors import check_fractions
 from narvl_jax.files.paths import check_file
+from narvl_jax.files.stores import as_path
 from narvl_jax.prediction import decoding_flags
 from narvl_jax.prediction.calibration import read_temperatures
 from narvl_jax.prediction.request import Request
@@ -89,7 +90,7 @@ def predict(
   # Mistakes are reported before the weights are read.
   if options.overlay is not None:
     check_file("--overlay", options.overlay)
-  workdir = pathlib.Path(workdir)
+  workdir = as_path(workdir)
   folder = workdir / results.PREDICTIONS_FOLDER
   config = workdir_lib.read_config(workdir)
   results.make_way(workdir)

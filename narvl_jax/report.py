@@ -19,6 +19,7 @@ from narvl_jax.command_line import flags as common_flags
 from narvl_jax.errors import UserError
 from narvl_jax.files.disk import write_text
 from narvl_jax.files.paths import check_file
+from narvl_jax.files.stores import as_path
 from narvl_jax.terminal.text import show
 
 _FILE = "report.html"
@@ -43,13 +44,13 @@ def report(
   from narvl_jax.inspection.run_page import run_page
   from narvl_jax.run_folder import workdir as workdir_lib
 
-  folder = pathlib.Path(workdir)
+  folder = as_path(workdir)
   if not workdir_lib.is_run(folder):
     raise UserError(
       f'"{folder}" has no run: there is no {workdir_lib.CONFIG_FILE}; give'
       " the folder that was the --workdir of `train`"
     )
-  path = folder / _FILE if to is None else pathlib.Path(to)
+  path = folder / _FILE if to is None else as_path(to)
   check_file("--to", path)
   write_text(path, run_page(folder))
   show(f"wrote {path}")

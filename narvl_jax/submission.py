@@ -16,7 +16,6 @@ examples.
 """
 
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +28,7 @@ from narvl_jax.errors import UserError
 from narvl_jax.evaluation.saved import submission as formats
 from narvl_jax.evaluation.saved.files import open_saved
 from narvl_jax.files.disk import write_json
+from narvl_jax.files.stores import as_path
 from narvl_jax.terminal.text import show
 
 
@@ -61,7 +61,7 @@ def submission(
     )
   else:
     formats.check_complete(saved, chosen)
-  write_json(pathlib.Path(to), formats.submission(chosen, form), indent=None)
+  write_json(as_path(to), formats.submission(chosen, form), indent=None)
   show(
     f'{len(chosen):,} predictions of "{chosen[0]["dataset"]}" in {to}, format'
     f' {form}; the first id is "{chosen[0]["id"]}"'

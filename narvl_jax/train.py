@@ -15,7 +15,6 @@ _START = time.monotonic()
 
 # The start-up time includes the imports.
 # ruff: noqa: E402
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -23,6 +22,7 @@ from absl import flags
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.errors import UserError
+from narvl_jax.files.stores import as_path
 from narvl_jax.hosts import cluster as cluster_lib
 
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
   from narvl_jax.run_folder import workdir as workdir_lib
 
   settings = flags.FLAGS
-  workdir = pathlib.Path(settings.workdir)
+  workdir = as_path(settings.workdir)
   ledger = Ledger(start=_START)
   only_prints = settings.dry_run or settings.explain_sharding
   quiet_failed_saves()

@@ -24,6 +24,7 @@ from narvl_jax.checkpointing.record import CheckpointRecord, name_leaves
 from narvl_jax.checkpointing.record_checks import check_arrays
 from narvl_jax.checkpointing.retention import ranked
 from narvl_jax.errors import UserError
+from narvl_jax.files.stores import as_path
 from narvl_jax.hosts import distributed
 from narvl_jax.state.train_state import TrainState, averaged_variables
 
@@ -52,7 +53,7 @@ class StoredCheckpoints:
     from narvl_jax.checkpointing import orbax_manager
 
     self._orbax = orbax_manager
-    self._workdir = pathlib.Path(workdir).resolve()
+    self._workdir = as_path(workdir).resolve()
     self._folder = self._workdir / FOLDER
     self._manager = self._open_patiently()
     self._scores = {step: self._read_score(step) for step in self.steps()}

@@ -1,7 +1,6 @@
 """Loads what a run folder contains: its experiment and its weights."""
 
 import os
-import pathlib
 import sys
 from typing import Any
 
@@ -17,6 +16,7 @@ from narvl_jax.experiment.config_checks import check_fit
 from narvl_jax.experiment.datasets import DataSets
 from narvl_jax.experiment.experiment import Experiment, build
 from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER, make_vocabulary
+from narvl_jax.files.stores import as_path
 from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.state.parameters import assign_rules, flatten, split_frozen
 from narvl_jax.terminal import progress
@@ -40,7 +40,7 @@ def build_in(
   Raises:
     UserError: the vocabulary, or a file that the config names, is invalid.
   """
-  folder = pathlib.Path(workdir)
+  folder = as_path(workdir)
   if workdir_lib.is_run(folder):
     vocabulary = Vocabulary.load(folder / VOCABULARY_FOLDER)
   else:
@@ -54,7 +54,7 @@ def open_run(workdir: str | os.PathLike[str]) -> Experiment:
   Raises:
     UserError: there is no run, or its files are damaged.
   """
-  folder = pathlib.Path(workdir)
+  folder = as_path(workdir)
   config = workdir_lib.read_config(folder)
   check_fit(config)
   return build_in(config, folder)
@@ -80,7 +80,7 @@ def load_run(
   Raises:
     UserError: there is no run or no such checkpoint.
   """
-  folder = pathlib.Path(workdir)
+  folder = as_path(workdir)
   config = workdir_lib.read_config(folder)
 
   def read(

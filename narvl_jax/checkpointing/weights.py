@@ -1,7 +1,6 @@
 """Weights in the folder of another run: finding and reading them."""
 
 import contextlib
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from narvl_jax.checkpointing.integrity import DamagedCheckpoint
 from narvl_jax.checkpointing.record_checks import check_config
 from narvl_jax.checkpointing.writing import FOLDER, Checkpoints
 from narvl_jax.errors import UserError
+from narvl_jax.files.stores import as_path
 from narvl_jax.run_folder.workdir import is_run, read_config
 from narvl_jax.state.parameters import flatten
 
@@ -27,7 +27,7 @@ def opened(path: str, key: str) -> Iterator[tuple[Checkpoints, int]]:
   Raises:
     UserError: there is no checkpoint, or the `with` body read a damaged one.
   """
-  place, named, flag = pathlib.Path(path), f'{key}="{path}"', f"--config.{key}"
+  place, named, flag = as_path(path), f'{key}="{path}"', f"--config.{key}"
   if place.is_file():
     raise UserError(
       f"{named} is a file; convert it first: python -m"

@@ -32,6 +32,7 @@ from narvl_jax.checkpointing.retention import Retention
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import to_json
 from narvl_jax.files.disk_errors import explain_disk
+from narvl_jax.files.stores import as_path
 from narvl_jax.hosts import distributed
 from narvl_jax.state.train_state import TrainState
 
@@ -87,7 +88,7 @@ class Checkpoints(StoredCheckpoints):
       self._retention = Retention(keep_last, keep_best, keep_every)
       # A resumed run looks for an intact one itself.
       self._advises = False
-      self._held = HeldFolder(pathlib.Path(workdir).resolve() / FOLDER)
+      self._held = HeldFolder(as_path(workdir).resolve() / FOLDER)
     super().__init__(workdir)
     if self._retention is not None:
       self._remove_deleted()

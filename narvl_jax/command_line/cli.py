@@ -25,7 +25,11 @@ from narvl_jax.command_line.messages import (
 from narvl_jax.errors import USER_ERROR_CODE, UserError
 from narvl_jax.files import paths as user_paths
 from narvl_jax.files.disk_errors import explain_disk
+from narvl_jax.files.spool import sync_all
 from narvl_jax.terminal.text import WarningFormatter, naming, show, show_error
+
+# Time limit for a store to take logs and metrics at the end.
+_LAST_COPY_SECONDS = 20.0
 
 
 def define_config_flag(name: str = "config") -> flags.FlagHolder[Any]:
@@ -50,6 +54,7 @@ def leave(code: int) -> NoReturn:
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):
       stream.flush()
+  sync_all(_LAST_COPY_SECONDS)
   os._exit(code)
 
 

@@ -1,7 +1,6 @@
 """The output of `--json`: a file, or nothing but JSON on stdout."""
 
 import contextlib
-import pathlib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
@@ -10,6 +9,7 @@ from narvl_jax.command_line.flags import STDOUT
 from narvl_jax.errors import UserError
 from narvl_jax.files.disk import write_json
 from narvl_jax.files.paths import check_file, check_possible
+from narvl_jax.files.stores import as_path
 from narvl_jax.terminal.text import naming, readable_json
 
 # The real stdout while sys.stdout is redirected to stderr.
@@ -51,7 +51,7 @@ def check_output_file(flag: str, path: str) -> None:
     UserError: the path is a folder, or its folder is missing or read-only.
   """
   check_possible(f"--{flag}", path)
-  target = pathlib.Path(path)
+  target = as_path(path)
   if target.is_dir():
     raise UserError(f'--{flag}="{path}" is a folder; give a file in it')
   if not target.parent.is_dir():
@@ -74,4 +74,4 @@ def write_report(
       out.write(readable_json(report, out.encoding, indent) + "\n")
       out.flush()
   else:
-    write_json(pathlib.Path(path), report, indent=indent)
+    write_json(as_path(path), report, indent=indent)

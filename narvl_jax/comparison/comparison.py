@@ -26,6 +26,7 @@ from narvl_jax.comparison.options import Options
 from narvl_jax.comparison.plot import check_can_draw, draw_lengths
 from narvl_jax.comparison.ways import NAR
 from narvl_jax.files.disk import write_json
+from narvl_jax.files.stores import as_path
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import show
 
@@ -101,7 +102,7 @@ class _Comparison:
     """Writes the results so far and returns the files."""
     if self._options.to is None:
       return []
-    folder = pathlib.Path(self._options.to)
+    folder = as_path(self._options.to)
     files = [folder / JSON_FILE]
     write_json(files[0], self.result)
     if "lengths" in self.result:

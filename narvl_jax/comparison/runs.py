@@ -1,7 +1,6 @@
 """Comparison of two trained runs: checks and batches."""
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.config import to_json
 from narvl_jax.experiment.datasets import load_dataset
 from narvl_jax.experiment.experiment import Experiment
+from narvl_jax.files.stores import as_path
 from narvl_jax.parallel import activation_rules
 from narvl_jax.prediction.answer_list import with_answers
 from narvl_jax.prediction.readers import (
@@ -73,7 +73,7 @@ def open_runs(
       prompts differ.
   """
   for flag, path in (("nar", nar), ("ar", ar)):
-    if not workdir_lib.is_run(pathlib.Path(path)):
+    if not workdir_lib.is_run(as_path(path)):
       raise UserError(
         f'"{path}" has no run (--{flag}=RUN, a folder of narvl_jax.train)'
       )

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from narvl_jax.data.shards.writer import Job, write_shard
 from narvl_jax.data.sources.subset import Subset
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.experiment import Experiment
+from narvl_jax.files.stores import as_path
 from narvl_jax.hosts import distributed
 from narvl_jax.parallel import make_mesh, replicated
 from narvl_jax.prediction.decodings import (
@@ -68,7 +68,7 @@ class Labeller:
     Raises:
       UserError: there is no such run or checkpoint.
     """
-    self.workdir = pathlib.Path(workdir)
+    self.workdir = as_path(workdir)
     if not workdir_lib.is_run(self.workdir):
       raise UserError(
         f"--teacher={workdir} has no run: there is no"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from narvl_jax.files.disk import write_text
+from narvl_jax.files.stores import as_path
 from narvl_jax.terminal.tables import format_columns
 from narvl_jax.terminal.text import brief, readable_json
 
@@ -180,7 +181,7 @@ def write_predictions(
 ) -> None:
   """Writes one JSON object per line, atomically."""
   lines = (readable_json(prediction) + "\n" for prediction in predictions)
-  write_text(pathlib.Path(path), "".join(lines), inside=inside)
+  write_text(as_path(path), "".join(lines), inside=inside)
 
 
 def format_answer(answer: str | Sequence[float] | None) -> str:

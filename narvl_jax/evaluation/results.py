@@ -22,6 +22,7 @@ from narvl_jax.evaluation.saved.files import (
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.files import side_files
 from narvl_jax.files.disk import replacing, write_json
+from narvl_jax.files.stores import as_path
 from narvl_jax.terminal.text import warn
 
 _PANELS_PER_TASK = 10
@@ -71,7 +72,7 @@ def write_results(
   Returns:
     The files, each written atomically.
   """
-  folder = pathlib.Path(workdir)
+  folder = as_path(workdir)
   name = reporting.file_name(report)
   place = folder / PREDICTIONS_FOLDER
   paths = [
@@ -254,7 +255,7 @@ def write_image(
   inside: pathlib.Path | None = None,
 ) -> pathlib.Path:
   """Writes a PNG, atomically."""
-  path = pathlib.Path(path)
+  path = as_path(path)
   with replacing(path, inside=inside) as temporary:
     picture.save(temporary, format="PNG")
   return path

@@ -16,7 +16,8 @@ from narvl_jax.files.disk import append, atomically
 from narvl_jax.files.stores import is_remote
 from narvl_jax.terminal.text import warn
 
-_SUFFIX = ".damaged"
+# Appended to the name of a file that is set aside.
+DAMAGED = ".damaged"
 
 
 def make_way(path: pathlib.Path, *, folder: bool = False) -> None:
@@ -41,10 +42,10 @@ def make_way(path: pathlib.Path, *, folder: bool = False) -> None:
 
 
 def _set_aside(path: pathlib.Path, why: str) -> None:
-  target = path.with_name(path.name + _SUFFIX)
+  target = path.with_name(path.name + DAMAGED)
   number = 1
   while target.is_symlink() or target.exists():
-    target = path.with_name(f"{path.name}{_SUFFIX}.{number}")
+    target = path.with_name(f"{path.name}{DAMAGED}.{number}")
     number += 1
   with contextlib.suppress(FileNotFoundError):
     # Another host may have moved it.
@@ -116,7 +117,7 @@ def repair_lines(
   good = [(value, text) for value, text in lines if value is not None]
   if damaged:
     # Lines are removed only after they are in the other file.
-    aside = path.with_name(path.name + _SUFFIX)
+    aside = path.with_name(path.name + DAMAGED)
     make_way(aside)
     append(aside, b"".join(text + b"\n" for text in damaged), sync=True)
     _write_lines(path, [text for _, text in good])

@@ -124,12 +124,11 @@ class StorePath(PosixGPath):
         yield self._new(f"{self.scheme}://{name}")
 
   def glob(self, pattern: str) -> Iterator[Self]:
-    if "/" in pattern:
-      raise NotImplementedError(pattern)
+    first, _, rest = pattern.partition("/")
     with contextlib.suppress(FileNotFoundError):
       for path in self.iterdir():
-        if fnmatch.fnmatchcase(path.name, pattern):
-          yield path
+        if fnmatch.fnmatchcase(path.name, first):
+          yield from path.glob(rest) if rest else (path,)
 
   def rglob(self, pattern: str) -> Iterator[Self]:
     for path in self.files():

@@ -7,6 +7,7 @@ from typing import Any
 
 from narvl_jax.files import side_files
 from narvl_jax.files.disk import write_json
+from narvl_jax.files.stores import as_path
 
 FILE = "calibration.json"
 
@@ -36,9 +37,9 @@ class Calibration:
 
   def write(self, workdir: str | os.PathLike[str]) -> pathlib.Path:
     """Writes the file into a run folder, atomically."""
-    path = pathlib.Path(workdir) / FILE
+    path = as_path(workdir) / FILE
     side_files.make_way(path)
-    write_json(path, dataclasses.asdict(self), inside=pathlib.Path(workdir))
+    write_json(path, dataclasses.asdict(self), inside=as_path(workdir))
     return path
 
 
@@ -53,7 +54,7 @@ def read_temperatures(
     Task -> temperature, and the reason why the file of the run does not fit, as
     a sentence; {} and "" if there is none.
   """
-  path = pathlib.Path(workdir) / FILE
+  path = as_path(workdir) / FILE
   content = side_files.read_object(path, _is_valid)
   if content is None:
     return {}, ""

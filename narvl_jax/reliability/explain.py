@@ -99,7 +99,11 @@ def _holds_results(folder: pathlib.Path) -> bool:
   """Returns whether a folder has checkpoints or shards to resume from."""
   patterns = ("checkpoints/[0-9]*", "*/checkpoints/[0-9]*", f"*/{PROGRESS}/*")
   finished = f"*/{MANIFEST}"
-  return any(
-    next(folder.glob(pattern), None) is not None
-    for pattern in (*patterns, finished)
-  )
+  try:
+    return any(
+      next(folder.glob(pattern), None) is not None
+      for pattern in (*patterns, finished)
+    )
+  except OSError:
+    # A store that fails.
+    return True

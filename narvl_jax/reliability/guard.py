@@ -25,7 +25,12 @@ from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.reliability.trace_request import TraceRequest
 from narvl_jax.run_folder import restarts, times
 from narvl_jax.run_folder.goodput import Goodput, goodput
-from narvl_jax.run_folder.lock import RENEW_SECONDS, LockLost, RunLock, now
+from narvl_jax.run_folder.lock import (
+  LockLost,
+  RunLock,
+  now,
+  renew_seconds,
+)
 from narvl_jax.run_folder.workdir import is_run
 from narvl_jax.terminal.text import show
 
@@ -204,8 +209,9 @@ class Guard:
 
   def _release(self, lock: RunLock) -> None:
     """Records the time if the folder contains a run, and unlocks it."""
-    if is_run(self._workdir):
-      times.record(self._workdir, self.ledger.account())
+    with contextlib.suppress(OSError):
+      if is_run(self._workdir):
+        times.record(self._workdir, self.ledger.account())
     lock.release()
 
   def check_folder(self) -> None:
@@ -234,10 +240,21 @@ class Guard:
       self._lock, self._lost = None, str(error)
 
   def _renew(self) -> None:
-    """Renews the lock and looks for requests, every `RENEW_SECONDS`."""
-    if self._lock is None or time.monotonic() < self._renewed + RENEW_SECONDS:
+    """Renews the lock and looks for requests, every `renew_seconds`."""
+    lock = self._lock
+    if lock is None:
+      return
+    every = renew_seconds(self._workdir)
+    if time.monotonic() < self._renewed + every:
       return
     self._renewed = time.monotonic()
+    if lock.in_store:
+      # A store that is slow must not stop the watchdog.
+      threading.Thread(target=self._renew_now, daemon=True).start()
+    else:
+      self._renew_now()
+
+  def _renew_now(self) -> None:
     if not self._renewing.acquire(blocking=False):
       # The main thread renews it. If its disk hangs, the watchdog continues.
       return

@@ -15,6 +15,8 @@ from absl import logging
 from narvl_jax.command_line.cli import Stopped, leave
 from narvl_jax.errors import UserError
 from narvl_jax.files import side_files
+from narvl_jax.files.spool import Spool
+from narvl_jax.files.stores import StoreError
 from narvl_jax.hosts import distributed
 from narvl_jax.hosts.cluster import Cluster
 from narvl_jax.hosts.notices import Notices
@@ -161,13 +163,18 @@ def _output(
   _log_to(sys.stderr)
 
 
-def _open_log(process_id: int, folder: pathlib.Path | None) -> TextIO:
+@contextlib.contextmanager
+def _open_log(process_id: int, folder: pathlib.Path | None) -> Iterator[TextIO]:
   if folder is None:
-    return open(os.devnull, "w", encoding="utf-8")
-  path = folder / f"host_{process_id:03d}.log"
+    with open(os.devnull, "w", encoding="utf-8") as log:
+      yield log
+    return
+  name = f"host_{process_id:03d}.log"
   try:
     side_files.make_way(folder, folder=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    spool = Spool(folder, [name])
+    spool.folder.mkdir(parents=True, exist_ok=True)
+    path = spool.folder / name
     side_files.make_way(path)
     log = path.open("a", encoding="utf-8", errors="backslashreplace")
   except OSError as error:
@@ -177,7 +184,12 @@ def _open_log(process_id: int, folder: pathlib.Path | None) -> TextIO:
     ) from error
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
   show(escape(f"--- {now} {' '.join(sys.argv)}"), file=log)
-  return log
+  try:
+    with log:
+      yield log
+  finally:
+    with contextlib.suppress(StoreError):
+      spool.close()
 
 
 def _duplicate(stack: contextlib.ExitStack, number: int, stream: Any) -> TextIO:

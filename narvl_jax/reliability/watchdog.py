@@ -1,15 +1,18 @@
 """Ends a run that makes no progress, and writes the stacks of its threads."""
 
+import contextlib
 import datetime
 import faulthandler
 import os
 import pathlib
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TextIO
 
+from narvl_jax.files.stores import is_remote
 from narvl_jax.reliability.ledger import Ledger
 
 STACKS_FOLDER = "stacks"
@@ -18,6 +21,8 @@ HANG_CODE = 75
 LOOK_SECONDS = 2.0
 # Delay of a check after which C code ends the process instead.
 _GRACE_SECONDS = 60.0
+# Time limit for a store to take the stacks.
+_PUT_SECONDS = 20.0
 # Stages of the ledger whose budget has another name.
 _NAMES = {"init": "start", "import": "start", "data wait": "data_wait"}
 
@@ -138,14 +143,41 @@ def write_stacks(workdir: pathlib.Path, host: int, why: str) -> str:
   moment = datetime.datetime.now(datetime.UTC)
   name = f"host_{host:03d}_{moment:%Y%m%dT%H%M%S}.txt"
   path = workdir / STACKS_FOLDER / name
+  if is_remote(path):
+    return _put_stacks(path, why)
   try:
     # A removed run folder is not created again.
     path.parent.mkdir(exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-      file.write(f"{why}\nprocess {os.getpid()}: {' '.join(sys.argv)}\n\n")
-      file.flush()
-      faulthandler.dump_traceback(file, all_threads=True)
+      _dump(file, why)
   except OSError:
     faulthandler.dump_traceback(2, all_threads=True)
     return "stderr"
   return str(path)
+
+
+def _dump(file: TextIO, why: str) -> None:
+  file.write(f"{why}\nprocess {os.getpid()}: {' '.join(sys.argv)}\n\n")
+  file.flush()
+  faulthandler.dump_traceback(file, all_threads=True)
+
+
+def _put_stacks(path: pathlib.Path, why: str) -> str:
+  """Writes the stacks to a store, which may be what hangs."""
+  with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+    _dump(file, why)
+    file.seek(0)
+    text = file.read()
+  written: list[str] = []
+
+  def put() -> None:
+    with contextlib.suppress(OSError):
+      path.write_text(text)
+      written.append(str(path))
+
+  thread = threading.Thread(target=put, daemon=True)
+  thread.start()
+  thread.join(_PUT_SECONDS)
+  if not written:
+    print(text, file=sys.stderr, flush=True)
+  return written[0] if written else "stderr"

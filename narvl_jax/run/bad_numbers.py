@@ -31,6 +31,7 @@ from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.experiment.config import Config
 from narvl_jax.files.disk import atomically, write_json
 from narvl_jax.files.regular import read_regular
+from narvl_jax.files.stores import as_path
 from narvl_jax.hosts import distributed
 from narvl_jax.parallel import local_rows
 from narvl_jax.parallel.batches import local_values
@@ -156,7 +157,7 @@ class BundleWriter:
     mesh: Mesh,
     examples: Callable[[int], Sequence[tuple[str, int]]],
   ) -> None:
-    self._folder = pathlib.Path(workdir) / FOLDER
+    self._folder = as_path(workdir) / FOLDER
     self._config = config
     self._mesh = mesh
     self._examples = examples
@@ -236,7 +237,7 @@ def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
   Raises:
     UserError: it cannot be read, or the rows of a host are missing.
   """
-  folder = pathlib.Path(folder)
+  folder = as_path(folder)
   try:
     info = json.loads(read_regular(folder / _INFO_FILE).decode("utf-8"))
   except (OSError, ValueError, RecursionError) as error:

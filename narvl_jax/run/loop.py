@@ -265,7 +265,7 @@ class Loop:
         self._checkpoints.wait()
         self.run.guard.check_folder()
       # A checkpoint is never ahead of the metrics on disk.
-      self._writer.flush()
+      self._writer.sync()
       stored = {
         **self.health.to_json(),
         "data_position": self.batches.position,

@@ -2,8 +2,6 @@
 
 import contextlib
 import datetime
-import errno
-import fcntl
 import json
 import operator
 import os
@@ -12,24 +10,27 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from narvl_jax.errors import UserError
 from narvl_jax.files import side_files
+from narvl_jax.files.claims import claim
 from narvl_jax.files.processes import machine, process_start
-from narvl_jax.files.regular import open_regular
+from narvl_jax.files.stores import is_remote
 
 LOCK_FILE = "lock.json"
 RENEW_SECONDS = 5.0
 # Seconds without a sign of life after which a run is dead. The waiting process
 # measures them, since the clocks of two machines may differ.
 _STALE_SECONDS = 20.0
+# In a store, a sign of life is several requests, repeated if they fail.
+_STORE_RENEW_SECONDS = 15.0
+_STORE_STALE_SECONDS = 90.0
 # Constant, so that a sign of life needs no room on a full disk.
 _SIZE = 1024
 # Characters of a value in a lock; longer ones are damaged.
 _LONGEST_TEXT = 300
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class LockLost(UserError):
@@ -41,19 +42,29 @@ def now() -> str:
   return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
+def renew_seconds(workdir: pathlib.Path) -> float:
+  """Returns the time between two signs of life of a run."""
+  return _STORE_RENEW_SECONDS if is_remote(workdir) else RENEW_SECONDS
+
+
 class RunLock:
   """`WORKDIR/lock.json`, which names the live run of a folder and its status.
 
   It is created atomically, so only one of two runs gets it. A run removes it at
-  its end; after a killed run, the next run takes it over.
+  at its end; after a killed run, the next run takes it over.
+
+  Attributes:
+    in_store: whether the folder is in an object store.
   """
 
   def __init__(
-    self, workdir: pathlib.Path, *, stale_seconds: float = _STALE_SECONDS
+    self, workdir: pathlib.Path, *, stale_seconds: float | None = None
   ) -> None:
     self._workdir = workdir
-    self._path = workdir / LOCK_FILE
-    self._stale_seconds = stale_seconds
+    self.in_store = is_remote(workdir)
+    self._claim = claim(workdir / LOCK_FILE, 16 * _SIZE)
+    usual = _STORE_STALE_SECONDS if self.in_store else _STALE_SECONDS
+    self._stale_seconds = usual if stale_seconds is None else stale_seconds
     self._guard = threading.Lock()
     self._held = False
     self._contents: dict[str, Any] = {
@@ -82,7 +93,7 @@ class RunLock:
     """
     self._contents["since"] = now()
     while not self._create(stage):
-      found = self._read()
+      found = self._claim.read()
       if found is None:
         continue
       held = _parse(found)
@@ -109,15 +120,13 @@ class RunLock:
       if not self._held:
         return
       try:
-        with self._path.open("r+b") as file:
-          if not self._is_own(file.read()):
-            raise LockLost(
-              f"--workdir={self._workdir} was taken over by the run of"
-              f" {_who(_parse(self._read() or b''))}, since this one gave no"
-              " sign of life; stop one of them"
-            )
-          file.seek(0)
-          file.write(self._text(stage, step, account))
+        text = self._text(stage, step, account)
+        if not self._claim.renew(text, self._is_own):
+          raise LockLost(
+            f"--workdir={self._workdir} was taken over by the run of"
+            f" {_who(_parse(self._claim.read() or b''))}, since this one gave"
+            " no sign of life; stop one of them"
+          )
       except FileNotFoundError as error:
         raise LockLost(
           f"--workdir={self._workdir} or its {LOCK_FILE} no longer"
@@ -130,9 +139,9 @@ class RunLock:
   def release(self) -> None:
     """Removes the lock if it still belongs to this run."""
     with self._guard:
-      with contextlib.suppress(OSError), self._alone():
-        if self._held and self._is_own(self._read() or b""):
-          self._path.unlink()
+      with contextlib.suppress(OSError):
+        if self._held:
+          self._claim.remove(self._is_own)
       self._held = False
 
   def _text(
@@ -143,57 +152,14 @@ class RunLock:
     return json.dumps(values).ljust(_SIZE - 1).encode() + b"\n"
 
   def _create(self, stage: str) -> bool:
-    """Creates the lock atomically; returns False if there is one."""
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    with self._alone(), self._new_file(stage) as own:
-      side_files.make_way(self._path)
-      try:
-        os.link(own, self._path)
-      except FileExistsError:
-        return False
-      except OSError as error:
-        if error.errno not in _NO_LINKS:
-          raise
-        # Some mounted buckets do not support links.
-        if self._path.exists():
-          return False
-        own.replace(self._path)
-      self._held = True
-      return True
+    """Creates the lock; returns False if there is one."""
+    self._held = self._claim.create(self._text(stage, 0))
+    return self._held
 
   def _take_over(self, found: bytes, stage: str) -> bool:
-    """Replaces the lock of a dead run, if that is unchanged."""
-    with self._alone(), self._new_file(stage) as own:
-      if self._read() != found:
-        # Another run was faster.
-        return False
-      own.replace(self._path)
-      self._held = True
-      return True
-
-  @contextlib.contextmanager
-  def _new_file(self, stage: str) -> Iterator[pathlib.Path]:
-    """Yields a temporary file with the contents of this lock."""
-    own = self._path.with_name(f".{LOCK_FILE}.{self._contents['id']}")
-    try:
-      own.write_bytes(self._text(stage, 0))
-      yield own
-    finally:
-      own.unlink(missing_ok=True)
-
-  @contextlib.contextmanager
-  def _alone(self) -> Iterator[None]:
-    """Excludes other processes that change the lock.
-
-    Where the file system has no `flock`, `renew` notices a second run.
-    """
-    folder = os.open(self._path.parent, os.O_RDONLY)
-    try:
-      with contextlib.suppress(OSError):
-        fcntl.flock(folder, fcntl.LOCK_EX)
-      yield
-    finally:
-      os.close(folder)
+    """Replaces the lock of a dead run, unless another run was faster."""
+    self._held = self._claim.replace(found, self._text(stage, 0))
+    return self._held
 
   def _is_own(self, text: bytes) -> bool:
     """Returns whether a possibly damaged lock belongs to this run."""
@@ -205,15 +171,6 @@ class RunLock:
     # A damaged bit changes one character; another id differs in most.
     same = sum(map(operator.eq, found, own))
     return same > len(own) // 2
-
-  def _read(self) -> bytes | None:
-    try:
-      side_files.make_way(self._path)
-      # Another file in its place may be huge.
-      with open_regular(self._path) as file:
-        return file.read(16 * _SIZE)
-    except FileNotFoundError:
-      return None
 
   def _is_dead(
     self, found: bytes, held: dict[str, Any], say: Callable[[str], Any]
@@ -231,7 +188,7 @@ class RunLock:
     reported = False
     deadline = time.monotonic() + self._stale_seconds
     while True:
-      current = self._read()
+      current = self._claim.read()
       if current is None:
         return False
       if near and not is_running(held):

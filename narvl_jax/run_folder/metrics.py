@@ -3,12 +3,13 @@
 import json
 import math
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
 
 from narvl_jax.files import side_files
 from narvl_jax.files.disk import atomically
+from narvl_jax.files.spool import Spool
+from narvl_jax.files.stores import as_path
 from narvl_jax.run_folder import METRICS_FILE
 from narvl_jax.run_folder.tensorboard import Board
 
@@ -32,7 +33,9 @@ class MetricsWriter:
     Raises:
       OSError: a file cannot be written.
     """
-    self._workdir = pathlib.Path(workdir)
+    names = (METRICS_FILE, METRICS_FILE + side_files.DAMAGED)
+    self._spool = Spool(as_path(workdir), names)
+    self._workdir = self._spool.folder
     self._open(resumed_step)
 
   def _open(self, resumed_step: int) -> None:
@@ -71,7 +74,7 @@ class MetricsWriter:
 
   def go_back(self, step: int) -> None:
     """Removes the lines after a step; they will be written again."""
-    self.close()
+    self._close_files()
     self._open(step)
 
   def flush(self) -> None:
@@ -115,8 +118,21 @@ class MetricsWriter:
     finally:
       self._open_end()
 
+  def sync(self) -> None:
+    """Flushes, and waits until the files of a run in a store are there.
+
+    Raises:
+      OSError: for example, the disk is full.
+    """
+    self.flush()
+    self._spool.sync()
+
   def close(self) -> None:
     """Flushes and closes the files."""
+    self._close_files()
+    self._spool.close()
+
+  def _close_files(self) -> None:
     self.flush()
     self._file.close()
     self._board.close()
@@ -138,6 +154,9 @@ class SilentMetrics:
     """Does nothing."""
 
   def flush(self) -> None:
+    """Does nothing."""
+
+  def sync(self) -> None:
     """Does nothing."""
 
 

@@ -27,11 +27,11 @@ from narvl_jax.run_folder import (
 from narvl_jax.run_folder.goodput import goodput
 from narvl_jax.terminal.activity import format_duration
 
-# Signs of life of these ages, in seconds, decide by the clock of this machine;
-# in between, and from the future, the lock is watched for a new one.
-_ALIVE_AGE = 2 * lock.RENEW_SECONDS
+# Signs of life of at most so many intervals, or at least so many seconds,
+# decide by the clock of this machine; in between, and from the future, the lock
+# is watched for a new one.
+_ALIVE_RENEWALS = 2
 _DEAD_AGE = 60.0
-_WATCH_SECONDS = lock.RENEW_SECONDS + 1.0
 # Lines of metrics that are searched for the last report and evaluation.
 _LAST_LINES = 5000
 # Groups of metrics that are not a split of the data.
@@ -161,12 +161,13 @@ def _is_alive(
   if here and held.get("machine") == here:
     return lock.is_running(held)
   age = _age(held, clock)
-  if age is not None and 0 <= age <= _ALIVE_AGE:
+  every = lock.renew_seconds(folder)
+  if age is not None and 0 <= age <= _ALIVE_RENEWALS * every:
     return True
   if age is not None and age >= _DEAD_AGE:
     return False
   # The clocks may differ, but the lock of a live run changes.
-  for _ in range(round(_WATCH_SECONDS)):
+  for _ in range(round(every) + 1):
     pause(1.0)
     current = _try(lambda: lock.holder(folder), None)
     if current is not None and current.get("time") != held.get("time"):

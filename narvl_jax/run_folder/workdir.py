@@ -26,6 +26,7 @@ from narvl_jax.files import paths as user_paths
 from narvl_jax.files import side_files
 from narvl_jax.files.disk import write_json, write_text
 from narvl_jax.files.regular import read_regular
+from narvl_jax.files.stores import as_path
 from narvl_jax.run_folder import CONFIG_FILE
 
 ENVIRONMENT_FILE = "environment.json"
@@ -123,7 +124,7 @@ def save_experiment(
   workdir: str | os.PathLike[str], experiment: Experiment
 ) -> None:
   """Writes vocabulary and config, which make a folder a run folder."""
-  folder = pathlib.Path(workdir)
+  folder = as_path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
   experiment.vocabulary.save(folder / VOCABULARY_FOLDER)
   # Last, since a folder with a config is a run.

@@ -7,7 +7,6 @@ start and are not part of the student's checkpoints.
 """
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from narvl_jax.checkpointing.writing import restore_target
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
+from narvl_jax.files.stores import as_path
 from narvl_jax.models import EncoderDecoder
 from narvl_jax.parallel import tree_shardings
 from narvl_jax.run_folder import workdir as workdir_lib
@@ -98,7 +98,7 @@ def find_teacher(experiment: Experiment, mesh: Mesh) -> Teacher | None:
   if not path or not config.distillation.weight:
     return None
   with opened(path, _KEY) as (_, step):
-    folder = pathlib.Path(path)
+    folder = as_path(path)
     for name in (workdir_lib.CONFIG_FILE, VOCABULARY_FOLDER):
       if not (folder / name).exists():
         raise UserError(

@@ -14,7 +14,6 @@ resized here but by `narvl_jax.convert --stretch_images`.
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable
 
 import jax
@@ -27,6 +26,7 @@ from narvl_jax.experiment import experiment as experiment_lib
 from narvl_jax.experiment.config import Config
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
+from narvl_jax.files.stores import as_path
 from narvl_jax.models import ModelConfig, resizing
 from narvl_jax.models.resizing import Grid
 from narvl_jax.run_folder import workdir as workdir_lib
@@ -87,7 +87,7 @@ def read_origin(path: str, *, parallel: bool) -> Origin:
   Raises:
     UserError: its config or its vocabulary is damaged.
   """
-  folder = pathlib.Path(path)
+  folder = as_path(path)
   words = folder / VOCABULARY_FOLDER
   is_run = workdir_lib.is_run(folder)
   return Origin(

@@ -312,7 +312,7 @@ def test_a_removed_folder_is_not_created_again(
     return run.evaluate(*args, **settings)
 
   monkeypatch.setattr(training_run, "evaluate_tasks", evaluate)
-  monkeypatch.setattr(guard_lib, "RENEW_SECONDS", 1e6)
+  monkeypatch.setattr(guard_lib, "renew_seconds", lambda workdir: 1e6)
   with pytest.raises(UserError, match=r"run or its lock.json no longer exists"):
     training_run.train(_config(), workdir)
   assert not list(tmp_path.iterdir())

@@ -67,7 +67,8 @@ def _start_sharding(run: pathlib.Path) -> None:
 
 
 def _start_logs(run: pathlib.Path) -> None:
-  hosts._open_log(0, run / "logs").close()
+  with hosts._open_log(0, run / "logs"):
+    pass
   assert (run / "logs" / "host_000.log").read_text().startswith("--- ")
 
 

@@ -83,6 +83,7 @@ def test_a_file_is_written_listed_and_removed(run: pathlib.Path) -> None:
   assert (run / "a" / "x.txt").stat().st_size == 7
   assert [x.name for x in run.iterdir()] == ["a"]
   assert disk.files_below(run) == ["a/x.txt"]
+  assert list(run.glob("?/x*")) == [run / "a" / "x.txt"]
   assert (run / "a").rename(run / "b") == run / "b"
   assert disk.files_below(run) == ["b/x.txt"]
   leftovers.remove(run / "b")

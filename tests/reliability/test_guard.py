@@ -37,7 +37,7 @@ def _guard(workdir: pathlib.Path, **settings: Any) -> Guard:
 @pytest.fixture
 def fast(monkeypatch):
   monkeypatch.setattr(guard_lib.watchdog, "LOOK_SECONDS", 0.02)
-  monkeypatch.setattr(guard_lib, "RENEW_SECONDS", 0.0)
+  monkeypatch.setattr(guard_lib, "renew_seconds", lambda workdir: 0.0)
 
 
 class Left:

@@ -260,7 +260,8 @@ def test_a_single_process_outlives_a_full_disk(tmp_path):
 def test_without_a_log_a_single_process_ends(tmp_path):
   (tmp_path / "file").write_text("")
   tee = hosts._Tee(
-    _closed(), open_log=lambda: hosts._open_log(0, tmp_path / "file" / "logs")
+    _closed(),
+    open_log=lambda: hosts._open_log(0, tmp_path / "file" / "logs").__enter__(),
   )
   with pytest.raises(BrokenPipeError):
     print("words", file=tee, flush=True)

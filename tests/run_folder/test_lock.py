@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from narvl_jax.errors import UserError
+from narvl_jax.files.claims import LocalClaim
 from narvl_jax.run_folder import lock as run_lock
 from narvl_jax.run_folder.lock import LOCK_FILE, LockLost, RunLock
 
@@ -213,15 +214,15 @@ def test_of_many_that_found_the_same_dead_run_one_takes_over(
 ):
   _foreign(tmp_path)
   found = (tmp_path / LOCK_FILE).read_bytes()
-  read = RunLock._read
+  read = LocalClaim.read
 
-  def slow(lock: RunLock) -> bytes | None:
-    text = read(lock)
+  def slow(claim: LocalClaim) -> bytes | None:
+    text = read(claim)
     # All have read before the first one writes, unless they wait.
     time.sleep(0.1)
     return text
 
-  monkeypatch.setattr(RunLock, "_read", slow)
+  monkeypatch.setattr(LocalClaim, "read", slow)
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
     locks = [RunLock(tmp_path) for _ in range(4)]
     taken = [pool.submit(x._take_over, found, "init") for x in locks]

@@ -15,7 +15,6 @@ The order of ids is that of the reference model:
 import functools
 import hashlib
 import json
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from narvl_jax.data.answer_text import checked_text
 from narvl_jax.data.vocabulary import files, training
 from narvl_jax.errors import UserError
 from narvl_jax.files.disk import write_text
+from narvl_jax.files.stores import as_path
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 MASK = "<mask>"
@@ -265,7 +265,7 @@ class Vocabulary:
 
   def save(self, folder: files.PathLike) -> None:
     """Writes `tokenizer.json` and `vocabulary.json` into `folder`."""
-    path = pathlib.Path(folder)
+    path = as_path(folder)
     path.mkdir(parents=True, exist_ok=True)
     content = {
       "format": _FORMAT,
@@ -286,7 +286,7 @@ class Vocabulary:
     Raises:
       UserError: a file is missing or was changed.
     """
-    path = pathlib.Path(folder)
+    path = as_path(folder)
     advice = "restore it from a copy of the run"
     content = files.read_json_object(path / _SYMBOLS_FILE, advice)
     text = files.read_text(path / _TOKENIZER_FILE, advice)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from narvl_jax.errors import UserError, list_few
 from narvl_jax.evaluation.reporting import Prediction, Report
 from narvl_jax.files.regular import open_regular, read_regular
+from narvl_jax.files.stores import as_path
 
 # Evaluation of the best checkpoint with the settings of the config.
 MAIN_FILE = "evaluation.json"
@@ -76,7 +77,7 @@ def open_saved(path: str | os.PathLike[str]) -> Saved:
   Raises:
     UserError: the report cannot be read.
   """
-  path = pathlib.Path(path)
+  path = as_path(path)
   folder = path.absolute().parent.parent / EVALUATIONS_FOLDER
   report = folder / f"{path.stem}.json"
   if not report.is_file():
@@ -141,7 +142,7 @@ def newest_pair(
 
 
 def _candidates(path: str | os.PathLike[str], split: str) -> list[Saved]:
-  folder = pathlib.Path(path)
+  folder = as_path(path)
   found = [open_saved(folder)]
   if folder.is_dir():
     found = [
