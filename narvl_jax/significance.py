@@ -5,9 +5,9 @@ r"""Tests whether two evaluations differ by more than chance.
     b/predictions/test-2000-beam.jsonl [--task=vqa] [--level=0.99]
 
 A and B are run folders or files of predictions that `narvl_jax.evaluate` wrote.
-In a folder, the newest evaluation with the split and decoding of the other one
-is used. The examples that both predicted are resampled together (paired
-bootstrap).
+In a folder, the evaluation with the most examples that has the split and
+decoding of the other one is used. The examples that both predicted are
+resampled together (paired bootstrap).
 """
 
 import os
@@ -22,7 +22,7 @@ from narvl_jax.command_line.json_output import check_json_path, write_report
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.evaluation.reporting import GROUPS
 from narvl_jax.evaluation.saved import paired
-from narvl_jax.evaluation.saved.files import newest_pair
+from narvl_jax.evaluation.saved.files import find_pair
 from narvl_jax.metrics.bootstrap import DRAWS
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.tables import format_columns
@@ -65,7 +65,7 @@ def significance(
       raise UserError(
         f'--by="{name}" is unknown.{did_you_mean(name, GROUPS.values())}'
       )
-  chosen = newest_pair(first, second, split)
+  chosen = find_pair(first, second, split)
   systems = [_of_task(x.predictions(), task, x.path) for x in chosen]
   pairs = paired.match(*systems)
   with progress.doing("resampling"):

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import textwrap
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ Prediction = dict[str, Any]
 
 # Key of the report -> key of the predictions by which it groups a task.
 GROUPS = {"kinds": "kind", "question_types": "question_type", "sizes": "size"}
+# Columns of the lines below a table.
+_WIDTH = 100
 POPE_FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 
@@ -106,17 +109,16 @@ def format_metrics(
   """
   rows = []
   for task, metrics in report["tasks"].items():
-    tail = (notes or {}).get(task) if metrics else "no ground truth"
-    tails = [tail, *_why_unavailable(report.get("unavailable", {}).get(task))]
+    note = (notes or {}).get(task) if metrics else "no ground truth"
     bounds = report.get("intervals", {}).get(task, {})
-    rows.append((task, scored(report, task), metrics, bounds, tails))
+    rows.append((task, scored(report, task), metrics, bounds, note))
     if not kinds:
       continue
     for key in ("kinds", "sizes"):
       for group, entry in report.get(key, {}).get(task, {}).items():
         bounds = entry.get("intervals", {})
         rest = {x: entry[x] for x in metrics if x in entry}
-        rows.append((f"  {brief(group)}", entry["examples"], rest, bounds, []))
+        rows.append((f"  {brief(group)}", entry["examples"], rest, bounds, ""))
   names = list(dict.fromkeys(name for row in rows for name in row[2]))
   cells = [("task", "examples", *names)]
   for label, count, metrics, bounds, _ in rows:
@@ -127,9 +129,21 @@ def format_metrics(
       for name in names
     ]
     cells.append((label, str(count), *shown))
-  found = ["; ".join(filter(None, tails)) for *_, tails in rows]
-  shown = [f"({note})" if note else "" for note in found]
-  return format_columns(cells, indent=indent, notes=shown)
+  shown = [f"({note})" if note else "" for *_, note in rows]
+  lines = [format_columns(cells, indent=indent, notes=shown)]
+  for task, reasons in report.get("unavailable", {}).items():
+    lines += [
+      textwrap.fill(
+        f"{task}: {line}",
+        _WIDTH,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+      )
+      for line in _why_unavailable(reasons)
+    ]
+  return "\n".join(lines)
 
 
 def _format_value(
@@ -141,10 +155,10 @@ def _format_value(
   return text if name.startswith("cider") else f"{text} %"
 
 
-def _why_unavailable(reasons: Mapping[str, str] | None) -> list[str]:
-  """Returns a note for each reason for which figures are unavailable."""
+def _why_unavailable(reasons: Mapping[str, str]) -> list[str]:
+  """Returns a line for each reason for which figures are unavailable."""
   names: dict[str, list[str]] = {}
-  for name, reason in (reasons or {}).items():
+  for name, reason in reasons.items():
     names.setdefault(reason, []).append(name)
   return [f"{', '.join(x)} unavailable: {why}" for why, x in names.items()]
 

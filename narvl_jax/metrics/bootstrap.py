@@ -5,11 +5,15 @@ their examples. A figure is a function of sums over examples, such as a mean or
 a corpus BLEU, so that all draws cost one matrix product.
 
 Percentile method: B. Efron, R. Tibshirani, An Introduction to the Bootstrap,
-1993, chapter 13.
+1993, chapter 13. Where all examples are right, or all are wrong, every draw
+equals the sample, and the interval is that of E. B. Wilson (JASA 22, 1927,
+209-212) for a share of independent pictures.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -54,7 +58,7 @@ def interval(
   draws: int = DRAWS,
   seed: int = _SEED,
 ) -> Interval:
-  """Returns the percentile interval of a figure.
+  """Returns the percentile interval of a figure, or Wilson's at 0 and 1.
 
   Args:
     statistics: [examples, k], whose sums are the input of the figure.
@@ -122,10 +126,14 @@ def intervals(
   sums = np.concatenate(parts, -1)
   values = compute(sums.sum(0))
   drawn = _drawn(sums, compute, draws, seed)
-  return {
-    name: Interval(float(values[i]), *_percentiles(drawn[:, i], level))
-    for i, name in enumerate(figures)
-  }
+  found = {}
+  for i, (name, sample) in enumerate(figures.items()):
+    value, bounds = float(values[i]), _percentiles(drawn[:, i], level)
+    if value in (0, 1) and bounds == (value, value):
+      count = int(np.sum(~np.isnan(sample.figure(parts[i]))))
+      bounds = _wilson(value, count, level)
+    found[name] = Interval(value, *bounds)
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +223,16 @@ def _drawn(
     # Not `@`: the threads of its library cost more than they save.
     results.append(figure(np.einsum("dp,pk->dk", times, sums)))
   return np.concatenate(results)
+
+
+def _wilson(share: float, count: int, level: float) -> tuple[float, float]:
+  """Returns the bounds of a share of `count` independent pictures."""
+  z = NormalDist().inv_cdf((1 + level) / 2)
+  scale = 1 + z**2 / count
+  center = (share + z**2 / (2 * count)) / scale
+  variance = share * (1 - share) / count + z**2 / (4 * count**2)
+  half = z * math.sqrt(variance) / scale
+  return max(center - half, 0.0), min(center + half, 1.0)
 
 
 def _percentiles(drawn: np.ndarray, level: float) -> tuple[float, float]:

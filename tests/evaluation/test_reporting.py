@@ -51,15 +51,19 @@ def test_intervals_sizes_cider_and_unavailable_figures_are_shown():
     "kinds": {},
     "sizes": {"grounding": {"small": {"acc@0.5": 0.25, "examples": 4}}},
     "intervals": {"caption": {"cider": [1.3, 1.5]}},
-    "unavailable": {"caption": {"meteor": "no Java", "spice": "no Java"}},
+    "unavailable": {
+      "caption": {"meteor": "no Java", "spice": "no Java", "rouge": "no " * 40}
+    },
   }
   assert reporting.format_metrics(report).splitlines() == [
     "task       examples         cider  bleu_4  acc@0.5",
     "-" * 50,
-    "caption           1  139.5 ± 10.0  25.0 %"
-    "  (meteor, spice unavailable: no Java)",
+    "caption           1  139.5 ± 10.0  25.0 %",
     "grounding         8                         50.0 %",
     "  small           4                         25.0 %",
+    "caption: meteor, spice unavailable: no Java",
+    "caption: rouge unavailable:" + 24 * " no",
+    "  no" + 15 * " no",
   ]
 
 

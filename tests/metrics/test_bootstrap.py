@@ -92,7 +92,22 @@ def test_a_figure_without_examples_in_a_draw():
   statistics = np.zeros((30, 2))
   statistics[0] = [1, 1]
   found = bootstrap.interval(statistics, range(30))
-  assert (found.value, found.low, found.high) == (1, 1, 1)
+  # One picture shows little.
+  assert (found.value, found.high) == (1, 1)
+  assert found.low == pytest.approx(0.2065, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_equal_shares_have_the_interval_of_wilson(value):
+  """Wilson's bound of 50 of 50 is 0.9287 at a level of 95 %."""
+  statistics = bootstrap.with_counts(np.full(100, value))
+  # Two examples of each picture.
+  found = bootstrap.interval(statistics, [i // 2 for i in range(100)])
+  bounds = (0.9287, 1) if value else (0, 1 - 0.9287)
+  assert (found.low, found.high) == pytest.approx(bounds, abs=1e-4)
+  # Other equal values are not shares.
+  many = bootstrap.interval(bootstrap.with_counts(np.full(9, 3.0)), range(9))
+  assert (many.low, many.high) == (3, 3)
 
 
 def test_mistakes():

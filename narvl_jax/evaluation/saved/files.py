@@ -4,12 +4,14 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from narvl_jax.errors import UserError, list_few
 from narvl_jax.evaluation.reporting import Prediction, Report
 from narvl_jax.files.regular import open_regular, read_regular
 from narvl_jax.files.stores import as_path
+from narvl_jax.terminal.text import brief
 
 # Evaluation of the best checkpoint with the settings of the config.
 MAIN_FILE = "evaluation.json"
@@ -18,6 +20,30 @@ PREDICTIONS_FOLDER = "predictions"
 
 _KEYS = ("id", "task", "kind", "prediction", "target", "dataset", "index")
 _KEYS += ("scores", "answers")
+
+
+def _is_text(value: Any) -> bool:
+  return isinstance(value, str)
+
+
+def _are_scores(value: Any) -> bool:
+  return value is None or (
+    isinstance(value, dict)
+    and all(isinstance(x, int | float) for x in value.values())
+  )
+
+
+# Key of a prediction -> check of its value, and what the value should be.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+  **dict.fromkeys(
+    ("id", "task", "kind", "dataset", "image", "question_type", "size"),
+    (_is_text, "a text"),
+  ),
+  **dict.fromkeys(
+    ("scores", "answers"), (_are_scores, "an object with numbers")
+  ),
+  "index": (lambda x: isinstance(x, int), "a whole number"),
+}
 _ADVICE = "give a file predictions/NAME.jsonl of narvl_jax.evaluate"
 
 
@@ -34,6 +60,11 @@ class Saved:
   path: pathlib.Path
   report: Report | None = None
   time: float = 0.0
+
+  @property
+  def examples(self) -> int:
+    """Number of predictions; 0 for a file outside of a run folder."""
+    return sum(self.report["counts"].values()) if self.report else 0
 
   def predictions(self) -> list[Prediction]:
     """Reads the predictions.
@@ -66,6 +97,12 @@ def _prediction(line: bytes, where: str) -> Prediction:
       f"{where} is not a prediction with its example: it lacks"
       f" {', '.join(missing)}; {_ADVICE}"
     )
+  for key, (is_valid, kind) in _VALUES.items():
+    if key in values and not is_valid(values[key]):
+      raise UserError(
+        f'{where}: "{key}" is {brief(repr(values[key]))}, not {kind}; repeat'
+        " narvl_jax.evaluate"
+      )
   return values
 
 
@@ -102,15 +139,16 @@ def _read_report(path: pathlib.Path) -> Report:
   return report
 
 
-def newest_pair(
+def find_pair(
   first: str | os.PathLike[str],
   second: str | os.PathLike[str],
   split: str = "",
 ) -> tuple[Saved, Saved]:
   """Returns two evaluations that belong together.
 
-  In a run folder this is the newest one with the split and the decoding of the
-  other. Two files are used as given, even with different decodings.
+  In a run folder this is the one with the most examples that has the split and
+  the decoding of the other, and the newest of several. Two files are used as
+  given, even with different decodings.
 
   Args:
     first: a run folder or a file of predictions.
@@ -129,7 +167,15 @@ def newest_pair(
       f" {_list(one)} against {_list(other)}; evaluate one as the other, or"
       " name two files predictions/NAME.jsonl"
     )
-  found = max(pairs, key=lambda pair: sorted(x.time for x in pair))
+  # A run is compared with itself by two of its evaluations.
+  pairs = [x for x in pairs if x[0].path != x[1].path] or pairs
+  found = max(
+    pairs,
+    key=lambda pair: (
+      min(x.examples for x in pair),
+      sorted(x.time for x in pair),
+    ),
+  )
   if os.path.realpath(found[0].path) == os.path.realpath(found[1].path):
     raise UserError(f'both are the same evaluation, "{found[0].path}"')
   splits = [x.report["split"] for x in found if x.report]

@@ -22,6 +22,10 @@ def _scored(scores, **changes):
   ]
 
 
+def _damaged(**changes):
+  return json.dumps(prediction() | changes)
+
+
 def test_the_table_and_the_json(tmp_path):
   rng = np.random.default_rng(0)
   hard = rng.random(200)
@@ -179,6 +183,21 @@ def test_the_newest_evaluations_that_belong_together(tmp_path):
     significance(a, tmp_path)
 
 
+def test_the_evaluation_with_the_most_examples(tmp_path, capsys):
+  a, b = tmp_path / "a", tmp_path / "b"
+  for run in (a, b):
+    store(run, _scored([1] * 9), time=1)
+    store(run, _scored([1] * 4), time=2, max_examples=4)
+  assert significance(a, b)["common"] == 9
+  store(b, _scored([1] * 9), time=3, step=8)
+  assert "B: " in capsys.readouterr().out
+  assert significance(a, b)["second"].endswith("test-8-greedy.jsonl")
+  # One run has two evaluations to compare.
+  found = significance(a, a)
+  assert found["first"] != found["second"]
+  assert found["common"] == 4
+
+
 @pytest.mark.parametrize(
   ("content", "message"),
   [
@@ -188,6 +207,12 @@ def test_the_newest_evaluations_that_belong_together(tmp_path):
     ("null", "line 1 is not a prediction .* lacks id, task, kind"),
     ('{"id": "1"}', "line 1 is not a prediction .* lacks task, kind"),
     ("[]", "line 1 is not a prediction"),
+    (_damaged(id=["1"]), r"""line 1: "id" is \['1'\], not a text; repeat"""),
+    (_damaged(scores={"accuracy": "1"}), '"scores" is .* object with numbers'),
+    (_damaged(scores=[1.0]), '"scores" is .* not an object with numbers'),
+    (_damaged(answers="red"), '"answers" is .* not an object with numbers'),
+    (_damaged(index="5"), '"index" is .* not a whole number'),
+    (_damaged(image=5), '"image" is 5, not a text'),
   ],
 )
 def test_damaged_files(tmp_path, content, message):
