@@ -26,6 +26,7 @@ from narvl_jax.command_line.json_output import (
   check_output_file,
   write_report,
 )
+from narvl_jax.data.example import TASKS
 from narvl_jax.data.pictures.files import EXIF_ORIENTATIONS
 from narvl_jax.errors import USER_ERROR_CODE, UserError
 from narvl_jax.terminal.text import show
@@ -34,7 +35,7 @@ from narvl_jax.terminal.text import show
 def define_flags() -> None:
   """Defines the flags of the command."""
   cli.define_config_flag()
-  flags.DEFINE_string("task", "", "Task of the records.")
+  common_flags.choice("task", "", TASKS, "Task of the records.")
   common_flags.split("Split to read.")
   flags.DEFINE_string("vocabulary", "", "Folder with vocabulary files.")
   flags.DEFINE_integer(

@@ -58,17 +58,18 @@ def define_flags() -> None:
   _define_number("num_codes", None, "Image codes of the vocabulary.")
   _define_number("num_bins", None, "Coordinate bins of the vocabulary.")
   flags.DEFINE_bool("ema", False, "Convert the moving averages of the file.")
-  flags.DEFINE_string(
+  common_flags.choice(
     "decoder",
     None,
+    ("parallel", "autoregressive"),
     "Model for weights of OFA: parallel, a NARVL (the default), or"
     " autoregressive, unchanged.",
   )
   _define_number(
     "num_queries", None, "Queries: those of the file are kept, cut, extended."
   )
-  flags.DEFINE_string(
-    "blank_row", "noise", "Initial row of the blank: noise, mean or unk."
+  common_flags.choice(
+    "blank_row", "noise", ("noise", "mean", "unk"), "Initial row of the blank."
   )
   flags.DEFINE_list(
     "stretch_images",

@@ -16,6 +16,7 @@ from absl import flags
 
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
+from narvl_jax.data.example import TASKS
 from narvl_jax.data.pictures.files import EXIF_ORIENTATIONS
 from narvl_jax.data.shards import conversion, manifest
 from narvl_jax.data.sources import parse_options
@@ -28,7 +29,7 @@ from narvl_jax.terminal.text import show
 def define_flags() -> None:
   """Defines the flags of the command."""
   common_flags.to("Folder for the shards.", "")
-  flags.DEFINE_string("task", "", "caption, vqa, grounding or entailment.")
+  common_flags.choice("task", "", TASKS, "Task of the records.")
   common_flags.split("Split of the source.")
   flags.DEFINE_string(
     "options",

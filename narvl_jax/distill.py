@@ -25,6 +25,7 @@ from absl import flags
 
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
+from narvl_jax.data.example import TASKS
 from narvl_jax.data.shards.formats import FORMATS
 from narvl_jax.data.sources import parse_options
 from narvl_jax.errors import UserError
@@ -43,7 +44,9 @@ def define_flags() -> None:
     "datasets", [], "Entries of the teacher's data.train; default: all."
   )
   common_flags.split("Split; default: that of the entry.")
-  flags.DEFINE_string("task", "", "Task of a data set that is not an entry.")
+  common_flags.choice(
+    "task", "", TASKS, "Task of a data set that is not an entry."
+  )
   flags.DEFINE_string("options", "{}", "Options of its source as JSON.")
   flags.DEFINE_string(
     "name", "", "Its name; default: that of the file or folder."

@@ -1,7 +1,9 @@
 """Errors that a user can correct, reported as one line."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+import numbers as numbers_abc
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 # Longest part of a name that is compared with options.
 _LONGEST = 200
@@ -57,6 +59,7 @@ def check_fractions(**numbers: float | None) -> None:
   Args:
     **numbers: flag -> its value; None is not checked.
   """
+  _check_types(numbers, numbers_abc.Real, "a number")
   for flag, value in numbers.items():
     if value is not None and not 0 <= value <= 1:
       raise UserError(
@@ -72,8 +75,22 @@ def check_counts(*, least: int = 1, **numbers: int | None) -> None:
     least: lowest valid number.
     **numbers: flag -> its value; None is not checked.
   """
+  _check_types(numbers, numbers_abc.Integral, "a whole number")
   for flag, value in numbers.items():
     if value is not None and value < least:
       raise UserError(
         f"--{flag}={value} is below {least}; nearest valid: --{flag}={least}"
       )
+
+
+def _check_types(numbers: Mapping[str, Any], kind: Any, name: str) -> None:
+  """Raises `UserError` for an argument of the wrong type.
+
+  Flags have the right type, so this is a mistake in a call from Python.
+  """
+  for argument, value in numbers.items():
+    if value is not None and not isinstance(value, kind):
+      text = f"{argument}={value!r} is {type(value).__name__}, not {name}"
+      if isinstance(value, str):
+        text += f"; nearest valid: {argument}={value}"
+      raise UserError(text)

@@ -16,6 +16,7 @@ from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.data import sources
 from narvl_jax.data.answers import ANSWERS_SETTING, collect_answers
+from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
 from narvl_jax.files.disk import write_text
 from narvl_jax.files.paths import check_file
@@ -25,7 +26,7 @@ from narvl_jax.terminal.text import show
 def define_flags() -> None:
   """Defines the flags of the command."""
   common_flags.to("File to write, *.txt.", "")
-  flags.DEFINE_string("task", "", "Task of the records.")
+  common_flags.choice("task", "", TASKS, "Task of the records.")
   common_flags.split("Split to read.")
   flags.DEFINE_integer(
     "max_answers", 0, "Keep only the most frequent; 0: all.", lower_bound=0

@@ -22,6 +22,7 @@ from narvl_jax.command_line.json_output import (
   write_report,
 )
 from narvl_jax.errors import list_few
+from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.files.disk import write_text
 from narvl_jax.parallel.mesh import describe
 from narvl_jax.terminal import progress
@@ -208,8 +209,16 @@ def format_report(check: Check) -> str:
     )
   lines.append(_utilisation_line(check, compute, least))
   if compute:
-    lines += ["", format_parts(program.lines, chip)]
+    chunked = _has_chunks(setup.experiment)
+    lines += ["", format_parts(program.lines, chip, chunked=chunked)]
   return "\n".join(lines)
+
+
+def _has_chunks(experiment: Experiment) -> bool:
+  """Returns whether the loss computes its logits in chunks of classes."""
+  chunk = experiment.config.loss.chunk_size
+  classes = experiment.model_config.vocab_size
+  return not experiment.autoregressive and 0 < chunk < classes
 
 
 def _of_kernels(kernels: Sequence[Line], chip: Chip) -> str:

@@ -81,7 +81,7 @@ _PARTS = (
   (
     "loss head",
     r"query_ctc|jvp\(",
-    "larger chunks of classes (loss.chunk_size)",
+    "fewer classes a chip (mesh.tensor)",
   ),
   (
     "optimizer and metrics",
@@ -155,8 +155,16 @@ def _pass_of(op_name: str) -> str:
   return "backward" if "transpose(" in op_name else "forward"
 
 
-def format_parts(lines: Sequence[Line], chip: Chip) -> str:
-  """Returns a table of the parts, and advice on the three largest."""
+def format_parts(
+  lines: Sequence[Line], chip: Chip, *, chunked: bool = False
+) -> str:
+  """Returns a table of the parts, and advice on the three largest.
+
+  Args:
+    lines: instructions of the program.
+    chip: runs the program.
+    chunked: whether the loss computes the logits in chunks of the classes.
+  """
   parts = split(lines, chip)
   total = sum(part.seconds for part in parts) or 1.0
   head = ("by part", "ms", "%", "forward", "recomputed", "backward")
@@ -174,16 +182,19 @@ def format_parts(lines: Sequence[Line], chip: Chip) -> str:
     )
     for part in parts
   ]
-  return "\n".join([format_columns(rows), *_largest(parts[:3], chip)])
+  return "\n".join([format_columns(rows), *_largest(parts[:3], chip, chunked)])
 
 
-def _largest(parts: Sequence[Part], chip: Chip) -> Iterator[str]:
+def _largest(parts: Sequence[Part], chip: Chip, chunked: bool) -> Iterator[str]:
   for part in parts:
     line = part.largest
     assert line is not None
+    advice = part.advice
+    if part.name == "loss head" and chunked:
+      advice += ", or larger chunks of them (loss.chunk_size)"
     shape = re.sub(r"\{[^}]*\}", "", line.type)[:60]
     yield (
-      f"{part.name}: {part.advice}; its largest instruction: {line.count} x"
+      f"{part.name}: {advice}; its largest instruction: {line.count} x"
       f" {line.name} {shape}, {1e3 * line.seconds(chip):.2f} ms,"
       f" {line.hbm_bytes / 1e9:.2f} GB"
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from narvl_jax.command_line.cli import LIBTPU_WITHOUT_TPU
 from narvl_jax.errors import UserError, did_you_mean
 
 _GB = 10**9
@@ -200,13 +201,9 @@ def _prepare() -> None:
   """Keeps libtpu from searching for a TPU and from writing logs."""
   os.environ.update(
     {
-      # Without a query to the metadata server.
-      "TPU_SKIP_MDS_QUERY": "1",
-      "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-      "TPU_WORKER_HOSTNAMES": "localhost",
+      **LIBTPU_WITHOUT_TPU,
       # Several compilations may run at once.
       "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-      "TPU_LOG_DIR": "disabled",
     }
   )
   jax.config.update("jax_platforms", "cpu")

@@ -28,6 +28,8 @@ from narvl_jax.terminal import progress
 from narvl_jax.terminal.tables import format_columns
 from narvl_jax.terminal.text import show
 
+_NO_FOLDER = "it is a file, not a folder"
+
 
 def list_checkpoints(workdir: pathlib.Path) -> str:
   """Returns a table of the checkpoints of a run.
@@ -75,13 +77,18 @@ def verify(workdir: pathlib.Path, step: str | int | None = None) -> str:
   steps = stored_steps(folder) if step is None else [_step(folder, step)]
   lines, damaged = [], []
   for number in steps:
+    place = folder / str(number)
+    if place.is_file():
+      damaged.append(str(number))
+      lines.append(f"{number}: DAMAGED\n  {_NO_FOLDER}")
+      continue
     with progress.doing(f"reading the checkpoint of step {number}"):
-      damage = _examine(folder / str(number))
-    if not (folder / str(number)).is_dir():
+      damage = _examine(place)
+    if not place.is_dir():
       lines.append(f"{number}: removed meanwhile by the training run")
       continue
     if damage is None:
-      digests = has_digests(folder / str(number))
+      digests = has_digests(place)
       how = "every file" if digests else "every array; it has no digests"
       lines.append(f"{number}: intact ({how})")
       continue
@@ -208,6 +215,10 @@ def _examine(place: pathlib.Path) -> Damage | None:
 
 
 def _intact(place: pathlib.Path) -> CheckpointRecord:
+  if place.is_file():
+    raise UserError(
+      f"{place} is damaged: {_NO_FOLDER}; compare another one: --checkpoint"
+    )
   damage = _examine(place)
   if not place.is_dir():
     raise UserError(

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import glob
 import multiprocessing
 import os
 import signal
@@ -40,6 +41,15 @@ def define_config_flag(name: str = "config") -> flags.FlagHolder[Any]:
     "Experiment: the NAME of a config, or FILE.py; ARG is passed to"
     " get_config.",
   )
+
+
+# Settings of libtpu: no query to the metadata server, no logs.
+LIBTPU_WITHOUT_TPU = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_LOG_DIR": "disabled",
+}
 
 
 class Stopped(SystemExit):
@@ -119,6 +129,7 @@ def run(
       fail(text)
 
   _open_closed_streams()
+  _quiet_libtpu()
   logging.get_absl_handler().setFormatter(WarningFormatter())
   # A traceback may quote the content of a file.
   sys.excepthook = show_error
@@ -177,6 +188,18 @@ def _open_closed_streams() -> None:
       mode = "w" if number else "r"
       stream = os.fdopen(number, mode, closefd=False)
       setattr(sys, name, stream)
+
+
+def _quiet_libtpu() -> None:
+  """Keeps libtpu from printing that a machine without a TPU has none.
+
+  It is installed to compile for a TPU (`narvl_jax[aot]`). Variables that are
+  set, and machines with device files of a TPU, are left alone.
+  """
+  if any(glob.glob(x) for x in ("/dev/accel*", "/dev/vfio/[0-9]*")):
+    return
+  for name, value in LIBTPU_WITHOUT_TPU.items():
+    os.environ.setdefault(name, value)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

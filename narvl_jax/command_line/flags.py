@@ -15,6 +15,7 @@
 `rename` keeps an old name valid; its use prints a note.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from absl import flags
@@ -121,6 +122,26 @@ def max_bad_fraction(text: str = "", default: float | None = None) -> None:
     f"Share of records that may be bad and skipped{text}.",
     lower_bound=0,
     upper_bound=1,
+  )
+
+
+class _ChoiceParser(flags.ArgumentParser):
+  """Accepts any text; --help shows the valid ones.
+
+  The command itself rejects other texts, with a better message than absl's.
+  """
+
+  def __init__(self, values: Iterable[str]) -> None:
+    self.enum_values = tuple(values)
+
+
+def choice(
+  name: str, default: str | None, values: Iterable[str], text: str
+) -> None:
+  """Defines a flag whose values --help lists and the command checks."""
+  parser = _ChoiceParser(values)
+  flags.DEFINE(
+    parser, name, default, text, serializer=flags.ArgumentSerializer()
   )
 
 

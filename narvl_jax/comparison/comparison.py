@@ -28,7 +28,7 @@ from narvl_jax.comparison.ways import NAR
 from narvl_jax.files.disk import write_json
 from narvl_jax.files.stores import as_path
 from narvl_jax.terminal import progress
-from narvl_jax.terminal.text import show
+from narvl_jax.terminal.text import format_count, show
 
 JSON_FILE, PLOT_FILE = "comparison.json", "latency.png"
 
@@ -178,8 +178,9 @@ class _Comparison:
 
   def _add_latency(self, entry: dict[str, Any], case: Case) -> None:
     rounds = self._options.rounds
+    counted = format_count(rounds, "round")
     for size in self._options.batch_sizes:
-      with self._stage(case.task, f"times at batch {size}, {rounds} rounds"):
+      with self._stage(case.task, f"times at batch {size}, {counted}"):
         times = latency.measure(
           case.encoders,
           case.programs,

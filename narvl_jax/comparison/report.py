@@ -6,6 +6,7 @@ from typing import Any
 from narvl_jax.benchmarks.timing import format_megabytes, format_values
 from narvl_jax.comparison.ways import BASELINE
 from narvl_jax.terminal.tables import format_columns
+from narvl_jax.terminal.text import format_count
 
 _HEADING = (
   "",
@@ -20,6 +21,18 @@ _HEADING = (
   "decoder x",
   "whole x",
 )
+
+
+_LEGEND = (
+  "ms: medians of {rounds}, the 95th percentile in brackets",
+  "passes: runs of the decoder for a batch; tokens a pass: with eos",
+  "temp MB: temporary memory of the decoder",
+)
+_LEGEND_OF_ESTIMATES = (
+  "ms: estimates of the compiler; decoder GB: read and written",
+  "passes: runs of the decoder for a batch; tokens a pass: with eos",
+)
+_RATIOS = f"decoder x, whole x: time over that of {BASELINE}"
 
 
 def format_report(report: Mapping[str, Any]) -> str:
@@ -42,9 +55,25 @@ def format_report(report: Mapping[str, Any]) -> str:
     for size in sizes:
       parts += ["", _title(task, entry, size), "", table(entry, size)]
     parts += _reasons(entry)
+  if report["tasks"]:
+    parts += ["", *_legend(report)]
   if report.get("lengths"):
     parts += ["", _lengths(report["lengths"])]
   return "\n".join(parts)
+
+
+def _legend(report: Mapping[str, Any]) -> list[str]:
+  """Returns what the columns of the tables mean."""
+  if report.get("topology"):
+    return [*_LEGEND_OF_ESTIMATES, _RATIOS]
+  lines = [
+    f"minus {BASELINE}: difference on the same examples, in points, with its"
+    " 95 % interval"
+  ]
+  if report["latency"]:
+    rounds = format_count(report["rounds"], "round")
+    lines += [line.format(rounds=rounds) for line in (*_LEGEND, _RATIOS)]
+  return lines
 
 
 def _title(task: str, entry: Mapping[str, Any], size: int | None) -> str:

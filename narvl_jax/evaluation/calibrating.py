@@ -103,22 +103,27 @@ def draw(
 ) -> Image.Image:
   """Returns reliability diagrams, before and after, a row a task.
 
+  A task with the temperature 1, which changes nothing, has one diagram.
+
   Args:
     measured: see `by_task`.
     temperatures: temperatures of the same tasks.
   """
   cell = _SIDE + 2 * _MARGIN
-  size = (2 * cell, max(len(measured), 1) * cell)
+  columns = 1 if all(temperatures[task] == 1 for task in measured) else 2
+  size = (columns * cell, max(len(measured), 1) * cell)
   picture = Image.new("RGB", size, (255, 255, 255))
   pen = ImageDraw.Draw(picture)
   for row, (task, (raw, correct)) in enumerate(measured.items()):
     temperature = temperatures[task]
-    versions = {
-      "before": raw,
-      f"after (temperature {temperature:.2f})": apply_temperature(
-        raw, temperature
-      ),
-    }
+    if temperature == 1:
+      versions = {"temperature 1": raw}
+    else:
+      after = apply_temperature(raw, temperature)
+      versions = {
+        "before": raw,
+        f"after (temperature {temperature:.2f})": after,
+      }
     for column, (name, values) in enumerate(versions.items()):
       corner = column * cell + _MARGIN, row * cell + _MARGIN
       found = reliability(values, correct)

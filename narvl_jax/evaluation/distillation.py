@@ -17,6 +17,7 @@ from narvl_jax.data.sources import MANIFEST
 from narvl_jax.errors import (
   UserError,
   check_counts,
+  check_fractions,
   check_lists,
   did_you_mean,
 )
@@ -77,6 +78,7 @@ class Options:
     check_lists(datasets=self.datasets)
     check_counts(batch_size=self.batch_size, shard_size=self.shard_size)
     check_counts(least=0, max_examples=self.max_examples)
+    check_fractions(max_bad_fraction=self.max_bad_fraction)
 
 
 # Name of a data set -> its job and what identifies it.

@@ -24,7 +24,7 @@ from narvl_jax.models import model_config
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import show
 
-# Ids of a learnt vocabulary besides coordinates; records to learn from.
+# Ids of a learned vocabulary besides coordinates; records to learn from.
 _LEARNT_IDS = 4000
 _LEARNT_RECORDS = 4000
 
@@ -178,7 +178,7 @@ def find_vocabulary(
     folder: folder with official files, a Hugging Face pair or the vocabulary
       of a run; may be empty.
     config: config that describes the vocabulary if there is no folder; if
-      None, a vocabulary is learnt.
+      None, a vocabulary is learned.
     entries: sources to learn from.
 
   Raises:
@@ -189,7 +189,7 @@ def find_vocabulary(
   if config is not None:
     kind = config.vocabulary.source
     how = (
-      "learnt from data.train" if kind == "train" else config.vocabulary.path
+      "learned from data.train" if kind == "train" else config.vocabulary.path
     )
     return make_vocabulary(config), how
   bins = entries[0].config.vocabulary.num_bins
@@ -207,7 +207,7 @@ def find_vocabulary(
     vocabulary = Vocabulary.train(
       texts or [" "], _LEARNT_IDS + bins, num_bins=bins
     )
-  how = "learnt from these texts; lengths differ with the official one"
+  how = "learned from these texts; lengths differ with the official one"
   return vocabulary, how + " (--vocabulary=FOLDER)"
 
 

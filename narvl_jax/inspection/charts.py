@@ -58,6 +58,13 @@ def line_chart(
         stroke_dasharray=dash,
       )
     )
+    if len(points) == 1:
+      # A line of one point would be invisible.
+      center = {
+        "cx": f"{across(points[0][0]):.1f}",
+        "cy": f"{up(points[0][1]):.1f}",
+      }
+      parts.append(element("circle", r=3, fill=colour, **center))
     last = _number(points[-1][1])
     swatch = element("span", "\u25a0 ", style=f"color: {colour}")
     legend.append(element("span", swatch, f"{name} {last}", class_="key"))

@@ -61,7 +61,7 @@ def _queries(trace: Trace) -> Markup:
 
   def looks(query: Query) -> object:
     if query.word is None:
-      return ""
+      return element("div", "blank", class_="faint")
     drawn = heat_map(image, query.attention, _SIDE)
     alt = f"attention to the picture: {100 * query.looks:.0f} %"
     return markup.join(

@@ -4,6 +4,8 @@ from typing import Any
 
 from absl import flags
 
+from narvl_jax.command_line import flags as common_flags
+
 # Shown by --help of the command as its own flags.
 flags.disclaim_key_flags()
 
@@ -21,12 +23,12 @@ SETTINGS = (
 
 def define_flags(default: str = "greedy") -> None:
   """Defines --decoding and its settings."""
-  flags.DEFINE_string(
+  common_flags.choice(
     "decoding",
     default,
-    f"greedy, beam, candidates, or {REFERENCE}: for an autoregressive model, as"
-    " the official code decodes each task; parallel models are decoded"
-    " greedily.",
+    ("greedy", "beam", "candidates", REFERENCE),
+    f"{REFERENCE}: an autoregressive model as the official code decodes each"
+    " task, a parallel one greedily.",
   )
   flags.DEFINE_bool(
     "constrained",

@@ -8,7 +8,7 @@ from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.run_folder.metrics import format_bytes
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.tables import format_columns
-from narvl_jax.terminal.text import escape, show
+from narvl_jax.terminal.text import escape, format_count, show
 from narvl_jax.training.setup import Setup, describe_parallelism
 
 
@@ -27,11 +27,17 @@ def describe_source(
   source: Sequence[Any], task: str, name: str, used: int, steps: int
 ) -> str:
   """Returns the size of a source and the part that a run uses."""
-  size = "endless" if is_endless(source) else f"{len(source):,} examples"
+  size = (
+    "endless" if is_endless(source) else format_count(len(source), "example")
+  )
   text = f"source {name} for {task}: {size}; {steps} steps use {used:,}"
   if is_endless(source):
     return text
-  return f"{text}, {used / len(source):.2f} epochs"
+  return f"{text}, {_epochs(used / len(source))} epochs"
+
+
+def _epochs(number: float) -> str:
+  return f"{number:.2f}" if number < 100 else f"{number:,.0f}"
 
 
 def used_table(
@@ -40,7 +46,7 @@ def used_table(
   """Returns a table of the examples that training has used of each source."""
   rows = []
   for source, task, _, name in mixture:
-    epochs = f"{counters[f'{name}/epochs']:.2f}"
+    epochs = _epochs(counters[f"{name}/epochs"])
     rows.append(
       (
         escape(name),

@@ -1,5 +1,6 @@
 """Checks the data of a run before anything is written."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,14 +84,16 @@ def check_targets(
 
   Bad records are ignored here; training skips and counts them.
 
+  A target with more than `data.max_label_length` labels is a bad record; one
+  that needs more queries than there are contributes no gradient.
+
   Returns:
     A sentence for every source with targets that are too long.
 
   Raises:
-    UserError: every target of a task is too long, or no record is good.
+    UserError: every target of a task is too long, more targets are than
+      `data.max_bad_fraction` allows, or no record is good.
   """
-  config = experiment.config
-  limit = config.data.max_label_length
   # Every target can be written token by token.
   queries = None
   if not experiment.autoregressive:
@@ -100,22 +103,57 @@ def check_targets(
     encoded = encode_first(source, experiment.tasks[task], name)
     if queries is not None:
       check_num_queries({task: encoded}, queries)
-      needed = [required_queries(example.label_ids) for example in encoded]
-      too_long = sum(number > queries for number in needed)
-      if too_long:
-        notes.append(
-          f"{too_long} of {len(encoded)} targets of {name} need more than"
-          f" {queries} queries and contribute no gradient:"
-          f" --config.model.num_queries={max(needed)}"
-        )
-    over = min(len(x.label_ids) for x in encoded) - experiment.label_length
-    if over > 0:
-      raise UserError(
-        f"data.max_label_length={limit} is shorter than every target of"
-        f' "{name}", which has {limit + over} or more labels:'
-        f" --config.data.max_label_length={limit + over}"
+    notes += _check_lengths(experiment, encoded, name)
+    fits = [x for x in encoded if len(x.label_ids) <= experiment.label_length]
+    needed = [required_queries(example.label_ids) for example in fits]
+    too_long = sum(number > (queries or number) for number in needed)
+    if too_long:
+      notes.append(
+        f"{too_long} of {len(encoded)} targets of {name} need more than"
+        f" {queries} queries and contribute no gradient:"
+        f" --config.model.num_queries={max(needed)}"
       )
   return notes
+
+
+def _check_lengths(
+  experiment: Experiment, encoded: Sequence[Encoded], name: str
+) -> list[str]:
+  """Returns a note about targets with too many labels, if there are any.
+
+  Raises:
+    UserError: they are all targets, or more than may be bad.
+  """
+  data = experiment.config.data
+  over = [len(x.label_ids) - experiment.label_length for x in encoded]
+  # In an autoregressive model eos is a label that the limit does not count.
+  limit, longest = data.max_label_length, data.max_label_length + max(over)
+  if min(over) > 0:
+    raise UserError(
+      f"data.max_label_length={limit} is shorter than every target of"
+      f' "{name}", which has {limit + min(over)} or more labels:'
+      f" --config.data.max_label_length={limit + min(over)}"
+    )
+  count = sum(number > 0 for number in over)
+  if not count:
+    return []
+  text = (
+    f"{count} of {len(encoded)} targets of {name} have more than"
+    f" data.max_label_length={limit} labels and are bad records:"
+    f" --config.data.max_label_length={longest}"
+  )
+  if not experiment.autoregressive:
+    needed = max(required_queries(x.label_ids) for x in encoded)
+    if needed > experiment.model_config.num_queries:
+      text += f" --config.model.num_queries={needed}"
+  # More than a few, which by chance are among the first.
+  expected = data.max_bad_fraction * len(encoded)
+  if count > expected + 3 * math.sqrt(expected):
+    raise UserError(
+      f"{text}; at most data.max_bad_fraction={data.max_bad_fraction:g} of the"
+      " records may be bad"
+    )
+  return [text]
 
 
 def check_answers(

@@ -23,8 +23,8 @@ class Eta:
   The speed of training is the median of the last intervals, so a single slow
   one does not count. An evaluation or checkpoint is expected to take as long as
   the last one; before the first one it counts as 0 s, and the estimate is a
-  lower bound. The first evaluation also compiles, so the estimate is too long
-  until the second one.
+  lower bound. The first evaluation also compiles, so until the second one the
+  estimate is an upper bound.
 
   Attributes:
     eval_every: steps between evaluations; 0 for none.
@@ -43,6 +43,7 @@ class Eta:
     self._step_seconds = collections.deque[float](maxlen=_RECENT)
     # Seconds of the last one; None before the first.
     self._evaluation: float | None = None
+    self._evaluations = 0
     self._checkpoint: float | None = None
 
   def add(
@@ -71,6 +72,7 @@ class Eta:
     if evaluation:
       count = count_due(first, last, self.eval_every)
       self._evaluation = evaluation / max(count, 1)
+      self._evaluations += max(count, 1)
     count = self._saves(first, last)
     if checkpoint or count:
       self._checkpoint = checkpoint / max(count, 1)
@@ -97,6 +99,11 @@ class Eta:
       (evaluations and self._evaluation is None)
       or (saves and self._checkpoint is None)
     )
+
+  def is_upper_bound(self, step: int) -> bool:
+    """Returns whether evaluations are due and only the first was measured."""
+    evaluations, _ = self._due(step)
+    return bool(evaluations) and self._evaluations == 1
 
   def _due(self, step: int) -> tuple[float, int]:
     """Returns the number of evaluations and saves still due."""

@@ -145,10 +145,12 @@ class Progress:
     if "mfu" in values:
       parts.append(f"MFU {100 * values['mfu']:.0f}%")
     left = values.get("seconds_left")
-    at_least = self._eta.is_lower_bound(self._step)
+    at_most = self._eta.is_upper_bound(self._step)
+    at_least = self._eta.is_lower_bound(self._step) and not at_most
     self._bar.expect(left, at_least=at_least)
-    if left is not None:
-      parts.append(f"ETA {'>' * at_least}{format_duration(left)}")
+    if left is not None and self._step < steps:
+      sign = "<" if at_most else ">" * at_least
+      parts.append(f"ETA {sign}{format_duration(left)}")
     if values["data_wait"] >= _NOTED_WAIT:
       parts.append(f"data wait {100 * values['data_wait']:.0f} %")
     if values["infeasible_fraction"]:

@@ -10,6 +10,7 @@ from narvl_jax.files import side_files
 from narvl_jax.run_folder import METRICS_FILE, times
 from narvl_jax.run_folder.lock import now
 from narvl_jax.terminal.activity import format_duration
+from narvl_jax.terminal.text import format_count
 
 RESTARTS_FILE = "restarts.jsonl"
 
@@ -186,10 +187,14 @@ def describe(record: Mapping[str, Any]) -> str:
   phase, step = record.get("phase"), record.get("step")
   where = "" if phase is None else f' in phase "{phase}"'
   where += "" if step is None else f" at step {step}"
+  lost = f"{format_duration(record['lost_seconds'])} of work"
+  steps = (step or 0) - record["from_step"]
+  if steps > 0:
+    lost += f" ({format_count(steps, 'step')})"
   text = (
-    f"{record['how']}{where}; {format_duration(record['lost_seconds'])} of work"
-    f" lost, down for {format_duration(record['down_seconds'])}, resumed from"
-    f" step {record['from_step']}"
+    f"{record['how']}{where}; {lost} lost, down for"
+    f" {format_duration(record['down_seconds'])}, resumed from step"
+    f" {record['from_step']}"
   )
   return "; ".join([text, *record["damaged"]])
 

@@ -104,7 +104,7 @@ def check_folder(workdir: pathlib.Path) -> None:
 def diff(
   old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, tuple[str, str]]:
-  """Returns {dotted key: (old value, new value)} of the leaves that differ."""
+  """Returns {dotted key: (old, new)} of the leaves that differ, as texts."""
   found = {}
   for key in {**old, **new}:
     before, after = old.get(key), new.get(key)
@@ -112,12 +112,25 @@ def diff(
     if isinstance(before, Mapping) and isinstance(after, Mapping):
       found |= diff(before, after, f"{path}.")
     elif key not in old:
-      found[path] = ("(absent)", json.dumps(after))
+      found[path] = ("(absent)", _as_typed(after))
     elif key not in new:
-      found[path] = (json.dumps(before), "(absent)")
+      found[path] = (_as_typed(before), "(absent)")
     elif before != after:
-      found[path] = (json.dumps(before), json.dumps(after))
+      found[path] = (_as_typed(before), _as_typed(after))
   return found
+
+
+def _as_typed(value: Any) -> str:
+  """Returns a value as in --config.KEY=VALUE, as far as it can be typed."""
+  match value:
+    case None:
+      return "(unset)"
+    case "" | Mapping():
+      return json.dumps(value)
+    case list():
+      return str(tuple(value))
+    case _:
+      return str(value)
 
 
 def save_experiment(

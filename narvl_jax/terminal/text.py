@@ -54,6 +54,11 @@ def brief(text: str, longest: int = 60) -> str:
   return escape(text)
 
 
+def format_count(count: int, unit: str) -> str:
+  """Returns "1 round" or "1,000 rounds"."""
+  return f"{count:,} {unit}" + "s" * (count != 1)
+
+
 def show(text: str, file: TextIO | None = None) -> None:
   """Prints lines; characters that cannot be printed become escapes.
 

@@ -186,3 +186,10 @@ def test_table_of_parts() -> None:
   text = sources.format_parts([line(ffn, 3.0), line("", 1.0)], _CHIP)
   assert "encoder FFN     3.00  75.0     3.00" in text
   assert "largest instruction: 2 x f.1 f32[8], 3.00 ms, 2.00 GB" in text
+  head = [line("query_ctc", 3.0)]
+  whole, chunked = (
+    sources.format_parts(head, _CHIP, chunked=chunked)
+    for chunked in (False, True)
+  )
+  assert "loss.chunk_size" in chunked
+  assert "loss.chunk_size" not in whole

@@ -399,3 +399,21 @@ def test_warnings_begin_with_what_they_are():
     "warning: of a library",
     "error: failed",
   ]
+
+
+def test_libtpu_is_quiet_without_a_tpu(monkeypatch):
+  found = {"/dev/accel*": [], "/dev/vfio/[0-9]*": []}
+  monkeypatch.setattr(cli.glob, "glob", found.__getitem__)
+  monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v4-8")
+  others = cli.LIBTPU_WITHOUT_TPU.keys() - {"TPU_ACCELERATOR_TYPE"}
+  for name in others:
+    monkeypatch.delenv(name, raising=False)
+  found["/dev/accel*"] = ["/dev/accel0"]
+  cli._quiet_libtpu()
+  assert not others & os.environ.keys()
+  found["/dev/accel*"] = []
+  cli._quiet_libtpu()
+  assert os.environ["TPU_ACCELERATOR_TYPE"] == "v4-8"
+  for name in others:
+    assert os.environ[name] == cli.LIBTPU_WITHOUT_TPU[name]
+    monkeypatch.delenv(name)

@@ -230,7 +230,7 @@ def test_vocabularies(tmp_path: pathlib.Path) -> None:
   entry = data_check.open_spec("shapes", "vqa", "")
   entry = dataclasses.replace(entry, source=[entry.source[i] for i in range(9)])
   learnt, how = data_check.find_vocabulary("", None, [entry])
-  assert "learnt from these texts" in how
+  assert "learned from these texts" in how
   assert learnt.unk_id not in learnt.encode(" what color")
   learnt.save(tmp_path)
   loaded, how = data_check.find_vocabulary(str(tmp_path), None, [entry])

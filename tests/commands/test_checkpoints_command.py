@@ -79,6 +79,18 @@ def test_verify(run, capsys):
   assert f"1: DAMAGED\n  file {name} was changed\n  array " in printed
 
 
+def test_a_file_in_the_place_of_a_checkpoint_is_damage(run, capsys):
+  place = run / "checkpoints" / "2"
+  shutil.rmtree(place)
+  place.write_text("")
+  with pytest.raises(UserError, match=r"^1 of 3 read in .*: checkpoint 2; "):
+    overview.verify(run)
+  printed = capsys.readouterr().out
+  assert "\n2: DAMAGED\n  it is a file, not a folder\n3: intact" in printed
+  with pytest.raises(UserError, match="2 is damaged: it is a file, not a fo"):
+    overview.diff(place, place.with_name("3"))
+
+
 def test_a_damaged_one_ends_the_command_with_code_2(run):
   _damage(run, 1)
   done = subprocess.run(

@@ -97,6 +97,12 @@ def test_runs_are_compared(pair, tmp_path, capsys):
   out = capsys.readouterr().out
   assert "NAR constrained" in out
   assert re.search(r"minus NAR greedy .*\n-+\nAR greedy .* [+-][\d.]+ \[", out)
+  for line in (
+    "minus NAR greedy: difference on the same examples, in points",
+    "ms: medians of 2 rounds, the 95th percentile in brackets",
+    "decoder x, whole x: time over that of NAR greedy",
+  ):
+    assert f"\n{line}" in out
   # It takes minutes, and reports its stages.
   for what in ("answers of AR greedy", "times at batch 2, 2 rounds"):
     assert f"s] entailment: {what}\n" in out

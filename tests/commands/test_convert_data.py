@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import pathlib
 from typing import Any
 
@@ -163,6 +164,8 @@ def test_too_many_bad_records_stop(tmp_path: pathlib.Path) -> None:
   with pytest.raises(UserError, match=message):
     convert(folder, str(path), max_bad_fraction=0.05, **options)
   assert not (folder / "manifest.json").exists()
+  with pytest.raises(UserError, match="--max_bad_fraction=nan is not in"):
+    convert(folder, str(path), max_bad_fraction=math.nan, **options)
   done = convert(folder, str(path), max_bad_fraction=0.1, **options)
   assert (done.records, len(done.bad_records)) == (18, 2)
 

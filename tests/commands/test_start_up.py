@@ -43,5 +43,4 @@ def test_help_of_convert_lists_every_blank_row():
     text=True,
     check=True,
   )
-  first, second, last = BLANK_ROWS
-  assert f"{first}, {second} or {last}" in result.stdout
+  assert f"--blank_row={'|'.join(BLANK_ROWS)}\n" in result.stdout

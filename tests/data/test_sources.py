@@ -68,7 +68,7 @@ def test_compressed_files_are_to_be_unpacked(
   tmp_path: pathlib.Path, suffix: str, command: str
 ) -> None:
   path = tmp_path / f"vqa.tsv{suffix}"
-  path.write_bytes(b"\x1f\x8b")
+  path.write_bytes(b"")
   message = (
     rf"vqa.tsv{suffix}\" is compressed; records are read in any order, so"
     rf" unpack it first: {command} {path}, and give {path.with_suffix('')}$"
@@ -77,6 +77,9 @@ def test_compressed_files_are_to_be_unpacked(
     sources.open_source(str(path), task="vqa")
   with pytest.raises(UserError, match=message):
     sources.load_source("ofa_tsv", task="vqa", split="train", path=str(path))
+  pattern = str(tmp_path / "*")
+  with pytest.raises(UserError, match=message):
+    sources.load_source("ofa_tsv", task="vqa", split="train", path=pattern)
 
 
 def test_a_split_that_changes_nothing() -> None:

@@ -54,6 +54,20 @@ def test_a_temperature_within_the_noise_stays_1() -> None:
   assert np.mean(chance) == pytest.approx(1, abs=0.1)
 
 
+def test_a_temperature_of_1_has_one_diagram() -> None:
+  measured = {
+    task: (np.array([0.9, 0.8]), np.array([1.0, 0.0])) for task in "ab"
+  }
+  whole, one = (
+    calibrating.draw(measured, {"a": temperature, "b": 1.0})
+    for temperature in (2.0, 1.0)
+  )
+  assert (one.width, one.height) == (whole.width // 2, whole.height)
+  # The right half of the second row is empty.
+  half = whole.crop((one.width, whole.height // 2, whole.width, whole.height))
+  assert half.getcolors() == [(half.width * half.height, (255, 255, 255))]
+
+
 def test_an_accuracy_that_is_not_reached_has_no_threshold() -> None:
   found = calibrating.fit(np.array([0.9, 0.8]), np.array([0.0, 0.0]))
   assert found["thresholds"] == {"0.9": None, "0.95": None, "0.99": None}

@@ -203,6 +203,27 @@ def test_targets_that_are_too_long_are_reported():
   )
 
 
+def test_targets_with_too_many_labels_are_bad_before_compilation():
+  config: Any = shapes.get_config()
+  config.data.max_label_length = 8
+  config.model.num_queries = 8
+  built = create(config)
+  with pytest.raises(
+    UserError,
+    match=r"\d+ of 64 targets of caption have more than data.max_label_length=8"
+    r" labels and are bad records: --config.data.max_label_length=14"
+    r" --config.model.num_queries=14; at most data.max_bad_fraction=0.01 of",
+  ):
+    run_data.check_targets(built, _mixture(config))
+  config.data.max_bad_fraction = 0.9
+  notes = run_data.check_targets(create(config), _mixture(config))
+  # Those that are bad are not reported as without gradient, too.
+  (note,) = notes
+  assert note.endswith(
+    "--config.data.max_label_length=14 --config.model.num_queries=14"
+  )
+
+
 def test_what_is_evaluated_later_is_opened_at_once():
   config = tiny_config()
   run_data.check_evaluation(DataSets(config))

@@ -212,6 +212,8 @@ def test_charts_of_any_values(values):
   )
   assert "title" in text
   assert "empty" not in text
+  # A line of one point would be invisible.
+  assert ("<circle" in str(drawn)) == (len(values) == 1)
   shown = drawn.partition('points="')[2].partition('"')[0].replace(",", " ")
   places = np.array(shown.split(), float)
   assert np.isfinite(places).all()

@@ -23,6 +23,9 @@ def test_a_source_is_described_by_the_part_in_use():
   assert describe_source([None] * 2000, "vqa", "easy", 5000, 20) == (
     "source easy for vqa: 2,000 examples; 20 steps use 5,000, 2.50 epochs"
   )
+  assert describe_source([None], "vqa", "one", 4000, 9).endswith(
+    "1 example; 9 steps use 4,000, 4,000 epochs"
+  )
   assert describe_source(_Endless(), "vqa", "drawn", 1280, 20) == (
     "source drawn for vqa: endless; 20 steps use 1,280"
   )

@@ -158,6 +158,20 @@ def test_unmeasured_work_makes_it_a_lower_bound():
   assert run.eta.is_lower_bound(60)
 
 
+def test_the_first_evaluation_makes_it_an_upper_bound():
+  """It also compiles, so the others are expected to be faster."""
+  run = PlayedRun(eval_every=20, evaluation=300.0, save=1.0)
+  run.play(0, 20, 1.0)
+  assert not run.eta.is_upper_bound(20)
+  run.eta.add(20, 30, training=10.0, evaluation=300.0, checkpoint=1.0)
+  assert run.eta.is_upper_bound(30)
+  run.eta.add(30, 50, training=10.0, evaluation=5.0, checkpoint=1.0)
+  assert not run.eta.is_upper_bound(50)
+  left = run.eta.seconds_left(50)
+  assert left is not None
+  assert left < 100
+
+
 def test_only_due_work_makes_it_a_lower_bound():
   run = PlayedRun(checkpoint_every=20, save=1.0)
   run.play(0, 20, 1.0)

@@ -62,8 +62,8 @@ def test_work_since_the_checkpoint_is_lost(tmp_path):
     "damaged": [],
   }
   assert failures.describe(record) == (
-    'failed: MemoryError in phase "step" at step 40; 4m10s of work lost, down'
-    " for 5m00s, resumed from step 30"
+    'failed: MemoryError in phase "step" at step 40; 4m10s of work (10 steps)'
+    " lost, down for 5m00s, resumed from step 30"
   )
 
 
@@ -123,8 +123,8 @@ def test_a_run_that_was_killed_is_known_from_its_lock(tmp_path):
   (record,) = failures.record_restart(tmp_path, step=10, saved=_epoch(60))
   assert failures.describe(record) == (
     "ended unexpectedly: killed, or the machine lost in phase"
-    ' "checkpoint" at step 12; 30s of work lost, down for 15m10s, resumed from'
-    " step 10"
+    ' "checkpoint" at step 12; 30s of work (2 steps) lost, down for 15m10s,'
+    " resumed from step 10"
   )
 
 

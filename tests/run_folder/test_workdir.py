@@ -97,11 +97,13 @@ def test_long_differences_are_cut(run):
 
 def test_difference_names_absent_facts():
   assert workdir_lib.diff(
-    {"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "e": "x"}, "d": [2]}
+    {"a": {"b": 1, "c": 2, "f": None}, "d": [1]},
+    {"a": {"b": 1, "e": "x", "f": ""}, "d": [2, 3]},
   ) == {
     "a.c": ("2", "(absent)"),
-    "a.e": ("(absent)", '"x"'),
-    "d": ("[1]", "[2]"),
+    "a.e": ("(absent)", "x"),
+    "a.f": ("(unset)", '""'),
+    "d": ("(1,)", "(2, 3)"),
   }
 
 

@@ -232,7 +232,7 @@ def _text_lines(
   answers = figures["answers"]
   lines += _answers_read(figures["answers_read"])
   if answers["of"]:
-    lines += ["", f"best answers   {answers['different']:,} different"]
+    lines += ["", f"best answers   {answers['different']:,}, the most common:"]
     for answer, count in answers["most_common"].items():
       lines.append(f"  {count / answers['of']:6.1%} {brief(answer)}")
   if figures["kinds"]:

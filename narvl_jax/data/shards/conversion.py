@@ -30,7 +30,7 @@ from narvl_jax.data.shards.writer import (
   write_error,
 )
 from narvl_jax.data.sources import open_source
-from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.errors import UserError, check_fractions, did_you_mean
 from narvl_jax.files.disk import write_json
 from narvl_jax.terminal.activity import Activity
 from narvl_jax.terminal.progress import doing
@@ -136,9 +136,11 @@ def convert(
     write: writes shards instead of `write_all`.
 
   Raises:
-    UserError: too many records are bad, the folder contains something else or
-      is in use by another conversion, or it cannot be written.
+    UserError: `max_bad_fraction` is not in [0, 1], too many records are bad,
+      the folder contains something else or is in use by another conversion, or
+      it cannot be written.
   """
+  check_fractions(max_bad_fraction=max_bad_fraction)
   folder = pathlib.Path(job.folder)
   done = finished_manifest(folder, job, origin)
   if done is not None:

@@ -9,13 +9,15 @@ from typing import Any
 
 from narvl_jax.errors import UserError, did_you_mean
 
-_UNPACK = {
-  ".gz": "gunzip -k",
-  ".bz2": "bunzip2 -k",
-  ".xz": "unxz -k",
-  ".zst": "unzstd",
-  ".zip": "unzip",
+# Suffix -> place and content of a mark in such files, command that unpacks.
+_COMPRESSED = {
+  ".gz": (0, b"\x1f\x8b", "gunzip -k"),
+  ".bz2": (4, b"1AY&SY", "bunzip2 -k"),
+  ".xz": (0, b"\xfd7zXZ\0", "unxz -k"),
+  ".zst": (0, b"\x28\xb5\x2f\xfd", "unzstd"),
+  ".zip": (0, b"PK\x03\x04", "unzip"),
 }
+START_BYTES = 10
 PathOption = str | Sequence[str] | Mapping[str, Any] | None
 
 
@@ -72,12 +74,27 @@ def cache_folder() -> pathlib.Path:
 def check_uncompressed(name: str) -> None:
   """Raises `UserError` for the name of a compressed file."""
   path = pathlib.Path(name)
-  command = _UNPACK.get(path.suffix)
-  if command is not None:
+  if path.suffix in _COMPRESSED:
+    *_, command = _COMPRESSED[path.suffix]
     raise UserError(
       f'"{name}" is compressed; records are read in any order, so unpack it'
       f" first: {command} {name}, and give {path.with_suffix('')}"
     )
+
+
+def check_start(path: str | os.PathLike[str], start: bytes) -> None:
+  """Raises `UserError` if a file starts like a compressed one.
+
+  Args:
+    path: name of the file.
+    start: its first `START_BYTES`.
+  """
+  for suffix, (place, mark, command) in _COMPRESSED.items():
+    if start[place:].startswith(mark):
+      raise UserError(
+        f'"{path}" is compressed ({suffix}); rename it to {path}{suffix} and'
+        f" unpack it first: {command} {path}{suffix}"
+      )
 
 
 def _expand(name: str, split: str, source: str) -> list[pathlib.Path]:
@@ -97,6 +114,8 @@ def _expand(name: str, split: str, source: str) -> list[pathlib.Path]:
     return [path]
   found = sorted(glob.glob(str(path)))
   if found:
+    for file in found:
+      check_uncompressed(file)
     return [pathlib.Path(file) for file in found]
   raise UserError(
     f'{source}: there is no file "{name}" (split "{split}").{_near(path)}'

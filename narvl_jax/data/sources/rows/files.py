@@ -17,6 +17,7 @@ import numpy as np
 
 from narvl_jax.data.sources.base import checked_index, find_part
 from narvl_jax.data.sources.content import content_digest
+from narvl_jax.data.sources.files import START_BYTES, check_start
 from narvl_jax.data.sources.rows import index as row_index
 from narvl_jax.errors import UserError
 from narvl_jax.terminal.text import warn
@@ -24,7 +25,6 @@ from narvl_jax.terminal.text import warn
 # No text file has longer rows.
 MAX_ROW_BYTES = 1 << 28
 _SEARCH_BYTES = 1 << 22
-_GZIP = b"\x1f\x8b"
 # Files whose oddities this process has reported.
 _reported: set[tuple[str, tuple[int, int, int]]] = set()
 
@@ -136,10 +136,7 @@ class RowFile(Sequence[bytes]):
       raise UserError(f'"{self.path}" is not a file; check options.path')
     fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-      if os.pread(fd, 2, 0) == _GZIP:
-        raise UserError(
-          f'"{self.path}" is compressed; unpack it first (gunzip -k)'
-        )
+      check_start(self.path, os.pread(fd, START_BYTES, 0))
       status = os.fstat(fd)
       if self._identity is None:
         self._identity = row_index.identity(status)

@@ -1,11 +1,16 @@
 """Rows of files: any contents, changed files, processes and threads."""
 
+import bz2
+import gzip
+import io
 import logging
+import lzma
 import multiprocessing
 import os
 import pathlib
 import pickle
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -181,9 +186,23 @@ def test_no_text_file(path: pathlib.Path) -> None:
   with pytest.raises(UserError, match="is not a file"):
     RowFile(path)
   path.unlink()
-  path.write_bytes(b"\x1f\x8b\x08\0\0")
-  with pytest.raises(UserError, match="is compressed; unpack it"):
-    RowFile(path)
+  packed = io.BytesIO()
+  with zipfile.ZipFile(packed, "w") as archive:
+    archive.writestr("a", "b")
+  for content, suffix, command in (
+    (gzip.compress(b"a"), ".gz", "gunzip -k"),
+    (bz2.compress(b"a"), ".bz2", "bunzip2 -k"),
+    (lzma.compress(b"a"), ".xz", "unxz -k"),
+    (b"\x28\xb5\x2f\xfd\0\0", ".zst", "unzstd"),
+    (packed.getvalue(), ".zip", "unzip"),
+  ):
+    path.write_bytes(content)
+    with pytest.raises(
+      UserError,
+      match=rf"is compressed \({suffix}\); rename it to .*{suffix} and unpack"
+      rf" it first: {command} .*rows.tsv{suffix}$",
+    ):
+      RowFile(path)
   path.write_bytes(b"")
   with pytest.raises(UserError, match=r'rows.tsv" has no rows'):
     RowFile(path)
