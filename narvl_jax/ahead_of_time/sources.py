@@ -79,14 +79,29 @@ _PARTS = (
     "keys and values of the encoder's output take most of its operations",
   ),
   (
+    "metrics",
+    r"/metrics/|\(metrics\)",
+    "the norm of the gradient reads it once more",
+  ),
+  (
     "loss head",
-    r"query_ctc|jvp\(",
+    r"loss_head|query_ctc|jvp\(",
     "fewer classes a chip (mesh.tensor)",
   ),
   (
-    "optimizer and metrics",
-    r".",
+    "moving averages",
+    r"/ema/",
+    "shard parameters (mesh.fsdp), or do without (optimizer.ema_decay=0)",
+  ),
+  (
+    "optimizer",
+    r"/optimizer/",
     "group parameters of one shape, or shard them (mesh.fsdp)",
+  ),
+  (
+    "other",
+    r".",
+    "look at the names of its largest instructions",
   ),
   (
     "unnamed copies",

@@ -71,7 +71,8 @@ class QueryCtcLoss:
     del step
     aux, batch_stats = _apply(model, variables, batch, key)
     states, table = aux["decoder_out"], variables["params"]["embed_tokens"]
-    loss, metrics = self.of_logits(self.logits(states, table), batch)
+    with jax.named_scope("loss_head"):
+      loss, metrics = self.of_logits(self.logits(states, table), batch)
     return loss, metrics, batch_stats
 
   def logits(
@@ -145,9 +146,11 @@ class DistillationLoss:
     del step
     aux, batch_stats = _apply(model, variables, batch, key)
     states, table = aux["decoder_out"], variables["params"]["embed_tokens"]
-    logits = self.labels.logits(states, table)
-    loss, metrics = self.labels.of_logits(logits, batch)
-    distillation = self._distillation(logits, states, table, batch)
+    with jax.named_scope("loss_head"):
+      logits = self.labels.logits(states, table)
+      loss, metrics = self.labels.of_logits(logits, batch)
+    with jax.named_scope("distillation"):
+      distillation = self._distillation(logits, states, table, batch)
     loss = (1.0 - self.weight) * loss + self.weight * distillation
     metrics |= jax.lax.stop_gradient(
       {"loss": loss, "distillation": distillation}
@@ -227,30 +230,31 @@ class AutoregressiveLoss:
     """See the docstring of the module."""
     tokens, places = forced_input(batch, self.prompted, self.pad_id)
     aux, batch_stats = _apply(model, variables, batch, key, tokens)
-    # Only states that predict a label are projected to the vocabulary.
-    states = predicting_states(aux["decoder_out"], places)
-    table = variables["params"]["embed_tokens"]
-    drop_worst = self.drop_worst
-    if drop_worst:
-      drop_worst = jnp.where(step >= self.drop_worst_after, drop_worst, 0.0)
-    allowed = self._allowed(batch, len(table))
-    outside = _outside(batch, allowed)
-    loss, metrics = label_smoothed_cross_entropy(
-      project(states, table),
-      batch["labels"],
-      batch["label_length"],
-      vocab_size=self.vocab_size,
-      label_smoothing=self.label_smoothing,
-      confidence=batch["confidence"],
-      example_mask=batch["valid"] & ~outside,
-      allowed=allowed,
-      drop_worst=drop_worst,
-      average=self.average,
-    )
-    examples = jnp.sum(batch["valid"], dtype=jnp.float32)
-    lost = jnp.sum(batch["valid"] & outside, dtype=jnp.float32)
-    metrics["examples"] = examples
-    metrics["infeasible_fraction"] = lost / jnp.maximum(examples, 1.0)
+    with jax.named_scope("loss_head"):
+      # Only states that predict a label are projected to the vocabulary.
+      states = predicting_states(aux["decoder_out"], places)
+      table = variables["params"]["embed_tokens"]
+      drop_worst = self.drop_worst
+      if drop_worst:
+        drop_worst = jnp.where(step >= self.drop_worst_after, drop_worst, 0.0)
+      allowed = self._allowed(batch, len(table))
+      outside = _outside(batch, allowed)
+      loss, metrics = label_smoothed_cross_entropy(
+        project(states, table),
+        batch["labels"],
+        batch["label_length"],
+        vocab_size=self.vocab_size,
+        label_smoothing=self.label_smoothing,
+        confidence=batch["confidence"],
+        example_mask=batch["valid"] & ~outside,
+        allowed=allowed,
+        drop_worst=drop_worst,
+        average=self.average,
+      )
+      examples = jnp.sum(batch["valid"], dtype=jnp.float32)
+      lost = jnp.sum(batch["valid"] & outside, dtype=jnp.float32)
+      metrics["examples"] = examples
+      metrics["infeasible_fraction"] = lost / jnp.maximum(examples, 1.0)
     return loss, metrics, batch_stats
 
   def _allowed(self, batch: Batch, classes: int) -> jax.Array | None:

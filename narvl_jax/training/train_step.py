@@ -1,7 +1,7 @@
 """The update: forward pass, loss, gradient, optimizer, moving averages."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -105,29 +105,34 @@ def make_train_step(
     gradient, batch_stats, metrics = _gradient(
       loss_of, config.accumulation_steps, trained, state.batch_stats, batch, key
     )
-    updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
-    metrics["grad_norm"] = optax.tree.norm(gradient)
-    metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+    with jax.named_scope("optimizer"):
+      updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
+    with jax.named_scope("metrics"):
+      metrics["grad_norm"] = optax.tree.norm(gradient)
+      metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
 
-    trained = _if(finite, optax.apply_updates(trained, updates), trained)
-    batch_stats = _if(finite, batch_stats, state.batch_stats)
+    with jax.named_scope("optimizer"):
+      trained = _if(finite, optax.apply_updates(trained, updates), trained)
+      batch_stats = _if(finite, batch_stats, state.batch_stats)
+      opt_state = _if(finite, opt_state, state.opt_state)
     ema = state.ema
     if ema is not None:
-      decay = ema_decay_at(state.step, config.ema_decay, config.ema_warmup)
-      averages = jax.tree.map(
-        lambda old, new: old + (1.0 - decay) * (new - old),
-        ema,
-        {"params": trained, "batch_stats": batch_stats},
-      )
-      ema = _if(finite, averages, ema)
+      with jax.named_scope("ema"):
+        decay = ema_decay_at(state.step, config.ema_decay, config.ema_warmup)
+        averages = jax.tree.map(
+          lambda old, new: old + (1.0 - decay) * (new - old),
+          ema,
+          {"params": trained, "batch_stats": batch_stats},
+        )
+        ema = _if(finite, averages, ema)
     new_state = dataclasses.replace(
       state,
       step=state.step + 1,
       params=merge(trained, frozen),
       batch_stats=batch_stats,
-      opt_state=_if(finite, opt_state, state.opt_state),
+      opt_state=opt_state,
       ema=ema,
     )
     return new_state, metrics
@@ -161,11 +166,19 @@ def _forward(
     model, variables, batch, key, step
   )
   nll = metrics.pop("nll_per_example")
-  for index, name in enumerate(config.task_names):
+  with jax.named_scope("metrics"):
+    _add_tasks(metrics, config.task_names, nll, batch)
+  return loss, (batch_stats, metrics)
+
+
+def _add_tasks(
+  metrics: Metrics, names: Sequence[str], nll: jax.Array, batch: Batch
+) -> None:
+  """Adds the sum of the nll and the number of examples of every task."""
+  for index, name in enumerate(names):
     here = (batch["task"] == index) & batch["valid"]
     metrics[f"sum/{name}"] = jnp.sum(jnp.where(here, nll, 0.0))
     metrics[f"count/{name}"] = jnp.sum(here.astype(jnp.float32))
-  return loss, (batch_stats, metrics)
 
 
 def _gradient(

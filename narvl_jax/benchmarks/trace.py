@@ -1,0 +1,98 @@
+"""Time of a traced update on a CPU, by part of the model.
+
+  python -m narvl_jax.benchmarks.trace --from=RUN/traces/step_10 \
+    --hlo=FOLDER/train_step.optimised.txt [--json=PATH]
+
+Traces of a CPU name operations of the compiled program, which
+`--config.debug.dump_hlo=FOLDER` writes. For TPUs and GPUs use xprof.
+"""
+
+import collections
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from jax.profiler import ProfileData
+
+from narvl_jax.ahead_of_time import hlo
+from narvl_jax.ahead_of_time.costs import op_name
+from narvl_jax.ahead_of_time.sources import part_of
+from narvl_jax.command_line import cli
+from narvl_jax.command_line import flags as common_flags
+from narvl_jax.command_line.json_output import check_json_path, write_report
+from narvl_jax.errors import UserError
+from narvl_jax.terminal.tables import format_columns
+
+# Operations that run others, whose time would count twice.
+_CONTAINERS = ("while", "call", "conditional", "async-start", "async-done")
+
+
+def seconds_by_part(trace: bytes, program: str) -> dict[str, float]:
+  """Returns the CPU time of each part of the model, the largest first.
+
+  Args:
+    trace: content of a file `.xplane.pb`.
+    program: text of the compiled program, as `Compiled.as_text()` returns.
+  """
+  instructions = {
+    i.name: i
+    for computation in hlo.parse(program).computations.values()
+    for i in computation
+  }
+  seconds: collections.Counter[str] = collections.Counter()
+  for plane in ProfileData.from_serialized_xspace(trace).planes:
+    for line in plane.lines:
+      for event in line.events:
+        i = instructions.get(str(dict(event.stats).get("hlo_op")))
+        if i is not None and i.opcode not in _CONTAINERS:
+          seconds[part_of(op_name(i))] += 1e-9 * event.duration_ns
+  return dict(seconds.most_common())
+
+
+def format_report(report: dict[str, Any]) -> str:
+  """Returns the report as a table."""
+  total = sum(report["seconds"].values())
+  rows = [("part", "ms", "%")]
+  rows += [
+    (name, f"{1e3 * x:.1f}", f"{100 * x / total:.1f}")
+    for name, x in report["seconds"].items()
+  ]
+  return format_columns([*rows, ("all", f"{1e3 * total:.1f}", "100.0")])
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("from", None, "Folder of a trace.")
+  flags.DEFINE_string("hlo", None, "The optimised program of the update.")
+  common_flags.json()
+  flags.mark_flags_as_required(["from", "hlo"])
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry point."""
+  del argv
+  settings = flags.FLAGS
+  check_json_path(settings.json)
+  folder = settings["from"].value
+  found = sorted(pathlib.Path(folder).rglob("*.xplane.pb"))
+  if not found:
+    raise UserError(
+      f"--from={folder} has no trace (*.xplane.pb); make one with"
+      " --config.profile.steps=5"
+    )
+  program = pathlib.Path(settings.hlo).read_text(encoding="utf-8")
+  seconds = seconds_by_part(found[0].read_bytes(), program)
+  if not seconds:
+    raise UserError(
+      f"--from={folder} has no operation of --hlo={settings.hlo}; give the"
+      " program of the same run, on a CPU"
+    )
+  report = {"trace": str(found[0]), "seconds": seconds}
+  print(format_report(report), flush=True)
+  write_report(settings.json, report)
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)
