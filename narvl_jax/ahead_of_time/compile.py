@@ -145,7 +145,9 @@ def check_train_step(config: Any, topology: Topology) -> Check:
 def check_predict_step(train: Check) -> Check:
   """Compiles the predict step of the same run for the same chips."""
   setup = train.setup
-  return _check(setup, train.topology, lambda: _compile_predict_step(setup))
+  return _check(
+    setup, train.topology, lambda: lower_predict_step(setup).compile()
+  )
 
 
 def predict_batch_size(setup: Setup) -> int:
@@ -154,8 +156,8 @@ def predict_batch_size(setup: Setup) -> int:
   return -(-setup.experiment.config.evaluation.batch_size // parts) * parts
 
 
-def _compile_predict_step(setup: Setup) -> jax.stages.Compiled:
-  """Compiles with the weights sharded as in training."""
+def lower_predict_step(setup: Setup) -> jax.stages.Lowered:
+  """Lowers the predict step, with the weights sharded as in training."""
   experiment, mesh = setup.experiment, setup.mesh
   config = experiment.config
   # All tasks share the program, unless the decoder reads prompts of some.
@@ -194,7 +196,7 @@ def _compile_predict_step(setup: Setup) -> jax.stages.Compiled:
 
   variables = cast_parameters(model.config, variables)
   with jax.set_mesh(mesh):
-    return jax.jit(predict).lower(variables, batch).compile()
+    return jax.jit(predict).lower(variables, batch)
 
 
 def _check(

@@ -1,6 +1,6 @@
 """Time of a traced update on a CPU, by part of the model.
 
-  python -m narvl_jax.benchmarks.trace --from=RUN/traces/step_10 \
+  python -m narvl_jax.benchmarks.trace --from=RUN/traces/step_10
     --hlo=FOLDER/train_step.optimised.txt [--json=PATH]
 
 Traces of a CPU name operations of the compiled program, which
@@ -8,7 +8,6 @@ Traces of a CPU name operations of the compiled program, which
 """
 
 import collections
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_report
 from narvl_jax.errors import UserError
+from narvl_jax.files.stores import as_path
 from narvl_jax.terminal.tables import format_columns
 
 # Operations that run others, whose time would count twice.
@@ -74,14 +74,14 @@ def main(argv: Sequence[str]) -> None:
   del argv
   settings = flags.FLAGS
   check_json_path(settings.json)
-  folder = settings["from"].value
-  found = sorted(pathlib.Path(folder).rglob("*.xplane.pb"))
+  folder: Any = settings["from"].value
+  found = sorted(as_path(folder).rglob("*.xplane.pb"))
   if not found:
     raise UserError(
       f"--from={folder} has no trace (*.xplane.pb); make one with"
       " --config.profile.steps=5"
     )
-  program = pathlib.Path(settings.hlo).read_text(encoding="utf-8")
+  program = as_path(str(settings.hlo)).read_text(encoding="utf-8")
   seconds = seconds_by_part(found[0].read_bytes(), program)
   if not seconds:
     raise UserError(

@@ -361,6 +361,12 @@ KEYS: dict[str, Setting] = {
     "Folder of the traces; empty: traces in the run folder.",
     change="resume",
   ),
+  "debug.dump_hlo": Setting(
+    "",
+    "Folder for the programs of the update and of a prediction, as StableHLO"
+    " and optimised; empty: none.",
+    change="resume",
+  ),
   "mesh.data": Setting(
     -1, "Size of the data axis; -1: all remaining devices.", change="resume"
   ),

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import jax
 
+from narvl_jax.files.stores import as_path
 from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.reliability.trace_request import TraceRequest
 from narvl_jax.terminal.text import show
@@ -45,7 +46,7 @@ class Traces:
     """
     self._settings = settings
     folder = settings.dir
-    self._folder = type(workdir)(folder) if folder else workdir / FOLDER
+    self._folder = as_path(folder) if folder else workdir / FOLDER
     self._request = request
     self._ledger = ledger
     self._say = say

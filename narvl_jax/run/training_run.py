@@ -16,6 +16,7 @@ from narvl_jax.evaluation.results import make_way, write_results
 from narvl_jax.evaluation.score import flat_metrics, score_of
 from narvl_jax.experiment.config_checks import validate
 from narvl_jax.experiment.datasets import DataSets, set_epoch
+from narvl_jax.files.paths import check_folder
 from narvl_jax.hosts import distributed
 from narvl_jax.reliability.guard import Guard, check_unchanged
 from narvl_jax.reliability.interrupt import EvaluationStopped
@@ -24,6 +25,7 @@ from narvl_jax.run.announce import Announcer, dry_run, used_table
 from narvl_jax.run.bad_numbers import BundleWriter
 from narvl_jax.run.batches import DeviceBatches, batch_opener
 from narvl_jax.run.data_checks import untrained_tasks
+from narvl_jax.run.dump import dump_programs
 from narvl_jax.run.loop import Loop
 from narvl_jax.run.run import EVALUATION_DUE, Run
 from narvl_jax.run.start import (
@@ -115,6 +117,10 @@ def _start(
   config: Any, workdir: pathlib.Path, say: Announcer
 ) -> tuple[Start, bool]:
   """Returns the checked start, and whether the folder contains the run."""
+  for key in ("profile.dir", "debug.dump_hlo"):
+    section, _, name = key.partition(".")
+    if folder := config[section][name]:
+      check_folder(f"--config.{key}", folder)
   datasets = DataSets(config)
   set_epoch(datasets)
   counts = distributed.gather_json(int(config.train.epoch_examples))
@@ -208,6 +214,9 @@ def _train(
     with guard.ledger.stage("compile"), progress.doing("compiling the step"):
       train_step = setup.compile_step()
     say(f"compiled in {guard.ledger.seconds()['compile']:.1f} s")
+    if run.config.debug.dump_hlo:
+      with guard.ledger.stage("compile"):
+        dump_programs(setup, train_step, run.config.debug.dump_hlo, say)
     if setup.teacher is not None:
       train_step = functools.partial(train_step, setup.teacher.read())
     # Gloo, on CPUs, gives a host half a minute for its first collective.

@@ -22,7 +22,7 @@ COMMANDS = (
   *("calibrate", "compile_check", "checkpoints", "check_data", "convert_data"),
   *("list_answers", "benchmarks.data", "benchmarks.checkpoints"),
   *("benchmarks.loss_head", "benchmarks.query_ctc", "benchmarks.twins"),
-  "benchmarks.reference",
+  *("benchmarks.reference", "benchmarks.trace"),
   *("significance", "submission", "document_frequencies", "inspect", "report"),
   "status",
 )
