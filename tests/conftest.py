@@ -54,6 +54,7 @@ from absl import flags
 
 from tests.stores.fixtures import gcs as gcs
 from tests.stores.fixtures import gcs_server as gcs_server
+from tests.stores.fixtures import no_waiting as no_waiting
 from tests.stores.fixtures import s3 as s3
 from tests.stores.fixtures import s3_server as s3_server
 

@@ -68,17 +68,16 @@ SABOTAGES = (
   ),
   Sabotage(
     "any name behind a tilde is a home folder",
-    "narvl_jax/data/sources/files.py",
-    'os.path.expanduser(name) if name == "~" or name.startswith("~/")'
-    " else name",
-    "os.path.expanduser(name)",
+    "narvl_jax/files/stores.py",
+    'at_home = name == "~" or name.startswith("~/")',
+    'at_home = name.startswith("~")',
     "tests/data/sources/test_jsonl.py"
     "::test_only_a_leading_tilde_is_the_home_folder",
   ),
   Sabotage(
     "an index of rows belongs to a size and a time only",
     "narvl_jax/data/sources/rows/index.py",
-    "if header.content != content_digest(fd, header.size):",
+    "if header.content != opened.digest():",
     "if False:",
     "tests/data/sources/rows/test_index.py"
     "::test_index_of_a_file_with_the_same_size_and_time[False]",
@@ -86,7 +85,7 @@ SABOTAGES = (
   Sabotage(
     "a file in use may change behind its size and time",
     "narvl_jax/data/sources/rows/files.py",
-    "if content_digest(fd, status.st_size) != self._content:",
+    "if file.digest() != self._content:",
     "if False:",
     "tests/data/sources/rows/test_files.py"
     "::test_file_in_use_that_keeps_its_size_and_time",

@@ -14,5 +14,8 @@ Files are local or in an object store (gs://, s3://).
 | `spool` | files that grow, which a store cannot append to |
 | `stores` | makes paths of what users name, local or in a store |
 | `store_path` | files in a store, with the methods of `pathlib.Path` |
+| `store_errors` | errors of stores, in one line with advice |
+| `store_cache` | local copies of files in stores, limited in size |
+| `s3` | reads one version of an object in S3 |
 | `processes` | identifies the process that wrote a file |
 """

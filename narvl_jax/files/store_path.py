@@ -5,7 +5,6 @@
 
 import contextlib
 import datetime
-import errno
 import fnmatch
 import io
 import logging
@@ -19,19 +18,13 @@ import fsspec
 import fsspec.config
 from etils.epath.gpath import PosixGPath
 
-from narvl_jax.files.stores import PACKAGES, StoreError
+from narvl_jax.files import s3
+from narvl_jax.files.store_errors import explained, missing
+from narvl_jax.files.stores import PACKAGES
 
 # Without it, a folder that Orbax has written is no checkpoint.
 COMMIT_FILE = "commit_success.txt"
 
-# Packages whose errors are errors of a store.
-_PACKAGES = ("gcsfs", "google", "aiohttp", "s3fs", "botocore", "aiobotocore")
-_PACKAGES += ("requests", "urllib3", "ssl", "asyncio", "concurrent")
-_LOG_IN = {
-  "gs": "gcloud auth application-default login, or set"
-  " GOOGLE_APPLICATION_CREDENTIALS",
-  "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-}
 _BLOCK_BYTES = 16 << 20
 
 for _scheme in PACKAGES:
@@ -47,6 +40,13 @@ class Stored(NamedTuple):
   """An object, and what changes with each write of it."""
 
   data: bytes
+  version: str
+
+
+class State(NamedTuple):
+  """What changes with each write of a file: bytes; generation or ETag."""
+
+  size: int
   version: str
 
 
@@ -75,7 +75,7 @@ class StorePath(PosixGPath):
     return fsspec.filesystem(self.scheme)
 
   def _info(self) -> dict[str, Any] | None:
-    with _explained(self):
+    with explained(self):
       try:
         return self.system.info(str(self))
       except FileNotFoundError:
@@ -105,7 +105,7 @@ class StorePath(PosixGPath):
     del follow_symlinks
     info = self._info()
     if info is None:
-      raise _missing(self)
+      raise missing(self)
     folder = info["type"] == "directory"
     kind = stat.S_IFDIR if folder else stat.S_IFREG
     changed = info.get("mtime") or info.get("LastModified") or 0
@@ -117,7 +117,7 @@ class StorePath(PosixGPath):
   lstat = stat
 
   def iterdir(self) -> Iterator[Self]:
-    with _explained(self):
+    with explained(self):
       names = self.system.ls(str(self), detail=False)
     for name in names:
       if name.rstrip("/") != "/".join(self.key):
@@ -137,13 +137,13 @@ class StorePath(PosixGPath):
 
   def files(self) -> list[Self]:
     """Returns the files below this folder; none if it does not exist."""
-    with _explained(self):
+    with explained(self):
       names = self.system.find(str(self))
     return [self._new(f"{self.scheme}://{name}") for name in names]
 
   def open(self, mode: str = "r", **options: Any) -> Any:
     """Opens the file; writes are visible only after `close`."""
-    with _explained(self):
+    with explained(self):
       if "r" not in mode:
         return super().open(mode, **options)
       raw = _Raw(self, self.system.open(str(self), "rb", _BLOCK_BYTES))
@@ -151,7 +151,7 @@ class StorePath(PosixGPath):
     return file if "b" in mode else io.TextIOWrapper(file, encoding="utf-8")
 
   def read_bytes(self) -> bytes:
-    with _explained(self):
+    with explained(self):
       return self.system.cat_file(str(self))
 
   def read_text(
@@ -160,7 +160,7 @@ class StorePath(PosixGPath):
     return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
 
   def write_bytes(self, data: bytes) -> int:
-    with _explained(self):
+    with explained(self):
       self.system.pipe_file(str(self), bytes(data))
     return len(data)
 
@@ -172,12 +172,12 @@ class StorePath(PosixGPath):
     files = [x for x in local.rglob("*") if x.is_file()]
     for file in files if local.is_dir() else [local]:
       target = self / file.relative_to(local)
-      with _explained(target):
+      with explained(target):
         self.system.put_file(str(file), str(target))
 
   def get(self, local: pathlib.Path) -> None:
     """Reads the file into a local one."""
-    with _explained(self):
+    with explained(self):
       self.system.get_file(str(self), str(local))
 
   def mkdir(self, *_: Any, **__: Any) -> None:
@@ -186,7 +186,7 @@ class StorePath(PosixGPath):
   rmdir = mkdir
 
   def unlink(self, missing_ok: bool = False) -> None:
-    with _explained(self):
+    with explained(self):
       try:
         self.system.rm_file(str(self))
       except FileNotFoundError:
@@ -197,23 +197,23 @@ class StorePath(PosixGPath):
     """Removes a folder; first what makes it a checkpoint."""
     files = self.files()
     if not files and not missing_ok:
-      raise _missing(self)
+      raise missing(self)
     for file in files:
       if file.name == COMMIT_FILE:
         file.unlink(missing_ok=True)
-    with _explained(self), contextlib.suppress(FileNotFoundError):
+    with explained(self), contextlib.suppress(FileNotFoundError):
       self.system.rm([str(x) for x in files if x.name != COMMIT_FILE])
 
   def rename(self, target: str | os.PathLike[str]) -> Self:
     """Copies a file or folder, then removes it."""
     new = self._new(os.fspath(target))
     if self.is_file():
-      with _explained(self):
+      with explained(self):
         self.system.cp_file(str(self), str(new))
       self.unlink()
       return new
     for file in self.files():
-      with _explained(file):
+      with explained(file):
         self.system.cp_file(str(file), str(new / file.relative_to(self)))
     self.rmtree()
     return new
@@ -232,6 +232,33 @@ class StorePath(PosixGPath):
     except FileNotFoundError:
       return None
 
+  def state(self) -> State:
+    """Returns what changes with the file; raises `FileNotFoundError`."""
+    with explained(self):
+      if self.scheme == "gs":
+        # Unlike `info`, it does not also look for a folder.
+        info = self.system.call("GET", "b/{}/o/{}", *self.key, json_out=True)
+        return State(int(info["size"]), str(info["generation"]))
+      info = self.system.info(str(self))
+      if info["type"] != "file":
+        raise missing(self)
+      return State(int(info["size"]), info["ETag"])
+
+  def read_range(self, start: int, stop: int, state: State) -> bytes:
+    """Returns the bytes [start, stop) of the file.
+
+    Raises:
+      FileNotFoundError: the file has another state, or none.
+    """
+    if stop <= start:
+      return b""
+    with explained(self):
+      if self.scheme == "gs":
+        return self.system.cat_file(
+          str(self), start=start, end=stop, generation=state.version
+        )
+      return s3.read_range(self, start, stop, state.version)
+
   def write_if(self, data: bytes, version: str | None) -> bool:
     """Writes the object unless another process has written it.
 
@@ -242,7 +269,7 @@ class StorePath(PosixGPath):
       Whether it was written.
     """
     bucket, name = self.key
-    with _explained(self):
+    with explained(self):
       try:
         if self.scheme == "gs":
           self.system.call(
@@ -294,47 +321,12 @@ class _Raw(io.RawIOBase):
     return self._file.tell()
 
   def readinto(self, buffer: Any) -> int:
-    with _explained(self._path):
+    with explained(self._path):
       return self._file.readinto(buffer)
 
   def close(self) -> None:
     self._file.close()
     super().close()
-
-
-@contextlib.contextmanager
-def _explained(path: StorePath) -> Iterator[None]:
-  """Raises errors of libraries as `OSError` with a path and one line."""
-  try:
-    yield
-  except FileExistsError:
-    raise
-  except FileNotFoundError as error:
-    raise _missing(path) from error
-  except Exception as error:
-    if isinstance(error, OSError) and error.filename == str(path):
-      raise
-    package = type(error).__module__.partition(".")[0]
-    if not isinstance(error, OSError) and package not in _PACKAGES:
-      raise
-    raise StoreError(_reason(path, error), str(path)) from error
-
-
-def _reason(path: StorePath, error: BaseException) -> str:
-  """Returns an error of a store in one line, with advice."""
-  text = " ".join(str(error).split())[:300] or type(error).__name__
-  code = str(getattr(error, "code", None) or "")
-  kind = type(error).__name__
-  if code == "401" or "Credential" in kind or "Credentials" in text:
-    login = _LOG_IN[path.scheme]
-    return f"no valid credentials for {path.scheme}:// ({text}); {login}"
-  if isinstance(error, PermissionError) or text.startswith("Forbidden"):
-    return f"no permission ({text})"
-  return f"the store failed ({text}); run the same command again later"
-
-
-def _missing(path: StorePath) -> FileNotFoundError:
-  return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def _is_condition(error: OSError) -> bool:

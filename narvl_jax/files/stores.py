@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import os
 import pathlib
+import posixpath
 import re
 from typing import cast
 
@@ -48,6 +49,39 @@ def as_path(path: str | os.PathLike[str]) -> pathlib.Path:
     return cast(pathlib.Path, StorePath(text))
   check_address("", text)
   return pathlib.Path(text)
+
+
+def bucket_of(path: pathlib.Path) -> pathlib.Path:
+  """Returns the bucket of a path in a store."""
+  scheme, _, place = str(path).partition("://")
+  return as_path(f"{scheme}://{place.partition('/')[0]}")
+
+
+def with_home(name: str) -> pathlib.Path:
+  """Returns a path as `as_path` does; "~" and "~/..." start at the home folder.
+
+  "~someone" is an ordinary name, because that home depends on the machine.
+  """
+  at_home = name == "~" or name.startswith("~/")
+  return as_path(os.path.expanduser(name) if at_home else name)
+
+
+def beside(folder: pathlib.Path, name: str) -> pathlib.Path:
+  """Returns the path that a file in `folder` names; see `with_home`."""
+  path = with_home(name)
+  if is_remote(path) or path.is_absolute():
+    return path
+  if not is_remote(folder):
+    return folder / path
+  # A store does not know "..".
+  scheme, _, place = str(folder).partition("://")
+  return as_path(f"{scheme}://{posixpath.normpath(f'{place}/{name}')}")
+
+
+def cache_folder() -> pathlib.Path:
+  """Returns the folder of this user's cached files."""
+  cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return with_home(cache) / "narvl_jax"
 
 
 def check_address(flag: str, text: str) -> None:

@@ -1,5 +1,6 @@
 """Fixtures `gcs` and `s3`: a store with the environment that leads to it."""
 
+import asyncio
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -71,3 +72,10 @@ def _forget_file_systems() -> None:
     if importlib.util.find_spec(_NEEDED[scheme][0]):
       fsspec.get_filesystem_class(scheme).clear_instance_cache()
   backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Repeats failed requests at once."""
+  sleep = asyncio.sleep
+  monkeypatch.setattr(asyncio, "sleep", lambda seconds, *_: sleep(0))

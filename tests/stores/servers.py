@@ -110,7 +110,8 @@ def _gcs() -> Iterator[int]:
         if _holds_condition(self.path, body, files):
           server.Router(self).handle(self.command)
         else:
-          self.send_response(http.HTTPStatus.PRECONDITION_FAILED)
+          condition = "ifGenerationMatch" in self.path
+          self.send_response(412 if condition else 404)
           self.send_header("Content-Length", "0")
           self.end_headers()
       self.rfile = connection
@@ -124,17 +125,18 @@ def _gcs() -> Iterator[int]:
     ("127.0.0.1", 0), functools.partial(Handler, files)
   )
   made.daemon_threads = True
+  made.socket.listen(256)
   with _in_thread(made):
     yield made.server_address[1]
 
 
 def _holds_condition(path: str, body: bytes, files: Any) -> bool:
-  """Returns whether `ifGenerationMatch` of a request, if any, is true."""
+  """Returns whether an object has the generation of a request, if any."""
   from gcp_storage_emulator.exceptions import NotFound
 
   parts = urllib.parse.urlsplit(path)
   query = urllib.parse.parse_qs(parts.query)
-  wanted = query.get("ifGenerationMatch")
+  wanted = query.get("ifGenerationMatch") or query.get("generation")
   if wanted is None or "upload_id" in query:
     return True
   bucket, _, name = parts.path.split("/b/", 1)[1].partition("/o")

@@ -16,7 +16,9 @@ from PIL import Image, TiffImagePlugin, WebPImagePlugin
 
 from narvl_jax.data.pictures import depth
 from narvl_jax.errors import UserError
+from narvl_jax.files import store_cache
 from narvl_jax.files.regular import read_regular
+from narvl_jax.files.stores import as_path, is_remote
 
 # Pillow's names. The JPEG decoder also opens MPO (phones and stereo cameras).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -88,7 +90,10 @@ def read_image_file(
       or is too large.
   """
   try:
-    return read_regular(path, MAX_BYTES)
+    place = as_path(path)
+    if is_remote(place):
+      return store_cache.read_bytes(place, MAX_BYTES)
+    return read_regular(place, MAX_BYTES)
   except (OSError, ValueError) as e:
     reason = getattr(e, "strerror", None) or str(e)
     raise UserError(

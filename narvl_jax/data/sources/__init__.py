@@ -3,13 +3,13 @@
 import importlib
 import inspect
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from narvl_jax.data.example import Record
 from narvl_jax.data.sources.files import check_uncompressed
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.files.stores import as_path
 
 # name: module and class, imported on demand.
 SOURCES = {
@@ -80,7 +80,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
   """
   if spec.startswith("tfds:"):
     return "tfds", {"name": spec.removeprefix("tfds:")}
-  path = pathlib.Path(spec)
+  path = as_path(spec)
   check_uncompressed(spec)
   if path.suffix in _SOURCE_OF_SUFFIX:
     return _SOURCE_OF_SUFFIX[path.suffix], {"path": spec}

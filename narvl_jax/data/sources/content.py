@@ -7,7 +7,7 @@ the file included. A change between two blocks that moves nothing is missed.
 """
 
 import hashlib
-import os
+from collections.abc import Callable
 
 DIGEST_BYTES = 16
 WHOLE_BYTES = 1 << 24
@@ -18,8 +18,12 @@ SAMPLE_BYTES = 1 << 16
 CONTENT_MARK = ":"
 
 
-def content_digest(fd: int, size: int) -> bytes:
-  """Returns 16 bytes that identify the content of an open file."""
+def content_digest(read: Callable[[int, int], bytes], size: int) -> bytes:
+  """Returns 16 bytes that identify the content of a file.
+
+  Args:
+    read: position, number of bytes -> the bytes, fewer at the end of the file.
+  """
   digest = hashlib.blake2b(str(size).encode(), digest_size=DIGEST_BYTES)
   if size <= WHOLE_BYTES:
     places = range(0, size, SAMPLE_BYTES)
@@ -27,9 +31,5 @@ def content_digest(fd: int, size: int) -> bytes:
     last = size - SAMPLE_BYTES
     places = [i * last // (SAMPLES - 1) for i in range(SAMPLES)]
   for place in places:
-    end = min(place + SAMPLE_BYTES, size)
-    # A network drive may return less at a time.
-    while place < end and (part := os.pread(fd, end - place, place)):
-      digest.update(part)
-      place += len(part)
+    digest.update(read(place, min(SAMPLE_BYTES, size - place)))
   return digest.digest()

@@ -2,12 +2,20 @@
 
 import difflib
 import glob
+import itertools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.files.stores import (
+  StoreError,
+  bucket_of,
+  check_address,
+  is_remote,
+  with_home,
+)
 
 # Suffix -> place and content of a mark in such files, command that unpacks.
 _COMPRESSED = {
@@ -18,6 +26,8 @@ _COMPRESSED = {
   ".zip": (0, b"PK\x03\x04", "unzip"),
 }
 START_BYTES = 10
+# Names of a folder among which a similar one is sought.
+_MOST_NAMES = 10_000
 PathOption = str | Sequence[str] | Mapping[str, Any] | None
 
 
@@ -55,30 +65,14 @@ def resolve(path: PathOption, split: str, *, source: str) -> list[pathlib.Path]:
   return files
 
 
-def with_home(name: str) -> pathlib.Path:
-  """Returns a path; "~" and "~/..." start at the home folder.
-
-  "~someone" is an ordinary name, because that home depends on the machine.
-  """
-  return pathlib.Path(
-    os.path.expanduser(name) if name == "~" or name.startswith("~/") else name
-  )
-
-
-def cache_folder() -> pathlib.Path:
-  """Returns the folder of this user's cached indices."""
-  cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return with_home(cache) / "narvl_jax"
-
-
 def check_uncompressed(name: str) -> None:
   """Raises `UserError` for the name of a compressed file."""
-  path = pathlib.Path(name)
+  path = pathlib.PurePath(name)
   if path.suffix in _COMPRESSED:
     *_, command = _COMPRESSED[path.suffix]
     raise UserError(
       f'"{name}" is compressed; records are read in any order, so unpack it'
-      f" first: {command} {name}, and give {path.with_suffix('')}"
+      f" first: {command} {name}, and give {name.removesuffix(path.suffix)}"
     )
 
 
@@ -98,36 +92,53 @@ def check_start(path: str | os.PathLike[str], start: bytes) -> None:
 
 
 def _expand(name: str, split: str, source: str) -> list[pathlib.Path]:
-  if "://" in name:
-    raise UserError(
-      f'{source}: options.path "{name}" is an address; it must be a file of'
-      " this machine: copy or mount it first"
-    )
-  path = with_home(name)
-  if path.is_dir():
-    raise UserError(
-      f'{source}: options.path "{name}" is a folder; it must be a file, or a'
-      f" pattern such as {name.rstrip('/')}/*"
-    )
-  if path.exists():
-    check_uncompressed(name)
-    return [path]
-  found = sorted(glob.glob(str(path)))
-  if found:
+  try:
+    check_address(f"{source}: options.path ", name)
+    path = with_home(name)
+    if path.is_dir():
+      raise UserError(
+        f'{source}: options.path "{name}" is a folder; it must be a file, or a'
+        f" pattern such as {name.rstrip('/')}/*"
+      )
+    if path.exists():
+      check_uncompressed(name)
+      return [path]
+    found = _matching(path)
     for file in found:
-      check_uncompressed(file)
-    return [pathlib.Path(file) for file in found]
-  raise UserError(
-    f'{source}: there is no file "{name}" (split "{split}").{_near(path)}'
-  )
+      check_uncompressed(str(file))
+    if found:
+      return found
+    raise UserError(
+      f'{source}: there is no file "{name}" (split "{split}").{_near(path)}'
+    )
+  except StoreError as error:
+    raise UserError(
+      f'{source}: options.path "{name}": {error.strerror}'
+    ) from error
+
+
+def _matching(path: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the files that a pattern matches, sorted by name."""
+  if not is_remote(path):
+    return [pathlib.Path(file) for file in sorted(glob.glob(str(path)))]
+  base = path
+  while glob.has_magic(str(base)):
+    base = base.parent
+  return sorted(base.glob(path.relative_to(base).as_posix()))
 
 
 def _near(path: pathlib.Path) -> str:
   """Returns a sentence with similar names, or with the folder's content."""
   folder = path.parent
   if not folder.is_dir():
+    if is_remote(folder) and not bucket_of(folder).is_dir():
+      return f' There is no bucket "{bucket_of(folder)}".'
     return f' There is no folder "{folder}" either.'
-  names = sorted(file.name for file in folder.iterdir() if file.is_file())
+  names = sorted(
+    file.name
+    for file in itertools.islice(folder.iterdir(), _MOST_NAMES)
+    if is_remote(file) or file.is_file()
+  )
   near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
   if near:
     return " Did you mean " + " or ".join(f'"{name}"' for name in near) + "?"

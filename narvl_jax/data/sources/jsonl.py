@@ -13,10 +13,11 @@ import numpy as np
 
 from narvl_jax.data.example import TASKS, Record
 from narvl_jax.data.pictures import images
-from narvl_jax.data.sources import fields, files
+from narvl_jax.data.sources import fields
 from narvl_jax.data.sources.rows.files import RowFile, text
 from narvl_jax.data.sources.rows.source import RowSource
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.files.stores import beside
 
 KEYS = ("image", "task", "prompt", "target", "id", "premise", "objects", "kind")
 # The task of a row that names none or cannot be read. Every source of the file
@@ -133,7 +134,7 @@ def _read_image(folder: pathlib.Path, name: str) -> bytes:
   if not name:
     raise UserError('the row has no "image"; name a picture file')
   return images.read_image_file(
-    folder / files.with_home(name),
+    beside(folder, name),
     "names are relative to the folder of the .jsonl file",
   )
 

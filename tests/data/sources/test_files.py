@@ -46,7 +46,7 @@ def test_home(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("", r"x: options.path is ''; it must name a file"),
     ((), r"x: options.path is \(\)"),
     ((3,), r"x: options.path is \(3,\)"),
-    ("gs://b/f.tsv", r'"gs://b/f.tsv" is an address.*copy or mount'),
+    ("http://b/f.tsv", r'"http://b/f.tsv": http:// cannot be read'),
     ("FOLDER", r'FOLDER" is a folder; .* such as .*FOLDER/\*'),
     (
       "FOLDER/a_{split}.tvs",

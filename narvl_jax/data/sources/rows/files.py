@@ -7,26 +7,26 @@ files again in the other process.
 import itertools
 import os
 import pathlib
-import stat
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from narvl_jax.data.sources.base import checked_index, find_part
-from narvl_jax.data.sources.content import content_digest
 from narvl_jax.data.sources.files import START_BYTES, check_start
 from narvl_jax.data.sources.rows import index as row_index
+from narvl_jax.data.sources.rows.opened import (
+  Identity,
+  OpenedFile,
+  open_file,
+)
 from narvl_jax.errors import UserError
+from narvl_jax.files.stores import as_path
 from narvl_jax.terminal.text import warn
 
 # No text file has longer rows.
 MAX_ROW_BYTES = 1 << 28
-_SEARCH_BYTES = 1 << 22
 # Files whose oddities this process has reported.
-_reported: set[tuple[str, tuple[int, int, int]]] = set()
+_reported: set[tuple[str, Identity]] = set()
 
 
 class RowFile(Sequence[bytes]):
@@ -45,11 +45,11 @@ class RowFile(Sequence[bytes]):
     Raises:
       UserError: the file cannot be read, is not a plain text file or is empty.
     """
-    self.path = pathlib.Path(path)
+    self.path = as_path(path)
     self._index_dir = index_dir
     self._lock = threading.Lock()
-    self._fd = -1
-    self._identity: tuple[int, int, int] | None = None
+    self._file: OpenedFile | None = None
+    self._identity: Identity | None = None
     self._content: bytes | None = None
     try:
       self._open()
@@ -65,7 +65,7 @@ class RowFile(Sequence[bytes]):
       warn(f'"{self.path}": {"; ".join(self.notes)}')
 
   def __len__(self) -> int:
-    return len(self._starts()) - 1
+    return len(self._opened().starts) - 1
 
   def __getitem__(self, index: Any) -> Any:
     """Returns a row.
@@ -75,7 +75,7 @@ class RowFile(Sequence[bytes]):
       UserError: the file changed since it was opened, or the row is too long
         or contains NUL bytes.
     """
-    starts = self._starts()
+    starts = self._opened().starts
     number = checked_index(index, len(starts) - 1, "row")
     start = int(starts[number])
     length = int(starts[number + 1]) - 1 - start
@@ -84,9 +84,7 @@ class RowFile(Sequence[bytes]):
         f"the row has {length:,} bytes, the limit is {MAX_ROW_BYTES:,}; is this"
         " a text file with newlines?"
       )
-    row = _read_at(self._fd, start, length)
-    # After reading, so that every earlier change is noticed.
-    self._check(self._fd)
+    row = self._read(start, length)
     if len(row) < length:
       raise UserError(f'"{self.path}" is cut off within this row')
     if b"\0" in row:
@@ -104,74 +102,80 @@ class RowFile(Sequence[bytes]):
 
   def contains(self, word: bytes) -> bool:
     """Returns whether a word occurs in the file, without splitting rows."""
-    self._starts()
-    start, kept = 0, b""
-    while block := os.pread(self._fd, _SEARCH_BYTES, start):
+    self._opened()
+    assert self._file is not None
+    kept = b""
+    for block in self._file.blocks():
       if word in kept + block:
         return True
-      start += len(block)
       # The word may span two blocks.
       kept = (kept + block)[-(len(word) - 1) :] if len(word) > 1 else b""
     return False
 
   def __getstate__(self) -> dict[str, Any]:
     state = dict(self.__dict__)
-    for name in ("_lock", "_fd", "_index", "_close"):
+    for name in ("_lock", "_index"):
       state.pop(name, None)
-    return state
+    return {**state, "_file": None}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
-    self.__dict__.update(state, _lock=threading.Lock(), _fd=-1)
+    self.__dict__.update(state, _lock=threading.Lock())
 
-  def _starts(self) -> np.ndarray:
-    if self._fd < 0:
+  def _opened(self) -> row_index.Index:
+    if self._file is None:
       with self._lock:
-        if self._fd < 0:
+        if self._file is None:
           self._open()
-    return self._index.starts
+    return self._index
 
   def _open(self) -> None:
-    # Opening a pipe waits for a writer.
-    if not stat.S_ISREG(os.stat(self.path).st_mode):
-      raise UserError(f'"{self.path}" is not a file; check options.path')
-    fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+    file = open_file(self.path)
     try:
-      check_start(self.path, os.pread(fd, START_BYTES, 0))
-      status = os.fstat(fd)
+      check_start(self.path, file.read(0, START_BYTES))
       if self._identity is None:
-        self._identity = row_index.identity(status)
-      # Changes with every write, even if mtime is set back. Hosts may see
-      # different values of it.
-      self._ctime_ns = status.st_ctime_ns
-      self._check(fd)
-      self._index = row_index.open_index(fd, self.path, self._index_dir)
+        self._identity = file.identity()
+      # Hosts may see different values of it.
+      self._changed_ns = file.changed_ns()
+      self._check(file)
+      self._index = row_index.open_index(file, self.path, self._index_dir)
       if self._content is None:
         self._content = self._index.content
       if self._content != self._index.content:
-        raise self._changed(status)
+        raise self._changed(file.identity())
     except BaseException:
-      os.close(fd)
+      file.close()
       raise
-    self._close = weakref.finalize(self, os.close, fd)
     # Last, because other threads test it.
-    self._fd = fd
+    self._file = file
 
-  def _check(self, fd: int) -> None:
-    status = os.fstat(fd)
-    if row_index.identity(status) != self._identity:
-      raise self._changed(status)
-    if status.st_ctime_ns != self._ctime_ns:
+  def _read(self, start: int, length: int) -> bytes:
+    file = self._file
+    assert file is not None
+    try:
+      row = file.read(start, length)
+    except FileNotFoundError as e:
+      raise self._changed(None) from e
+    # After reading, so that every earlier change is noticed.
+    self._check(file)
+    return row
+
+  def _check(self, file: OpenedFile) -> None:
+    identity = file.identity()
+    if identity != self._identity:
+      raise self._changed(identity)
+    changed = file.changed_ns()
+    if changed != self._changed_ns:
       # Name or permissions changed, or `cp -p` overwrote the file.
-      if content_digest(fd, status.st_size) != self._content:
-        raise self._changed(status)
-      self._ctime_ns = status.st_ctime_ns
+      if file.digest() != self._content:
+        raise self._changed(identity)
+      self._changed_ns = changed
 
-  def _changed(self, status: os.stat_result) -> UserError:
+  def _changed(self, now: Identity | None) -> UserError:
     assert self._identity is not None
+    size = "replaced" if now is None else f"{now[0]:,}"
     return UserError(
       f'"{self.path}" changed while it is in use ({self._identity[0]:,} bytes'
-      f" when opened, now {status.st_size:,}); restart, and leave the file"
-      " alone"
+      f" when opened, now {size}); restart, and leave the file alone"
     )
 
 
@@ -217,16 +221,6 @@ def text(field: bytes, name: str) -> str:
       f"the {name} is not UTF-8 at byte {e.start + 1}:"
       f" {field[e.start : e.start + 4]!r}; save the file as UTF-8"
     ) from e
-
-
-def _read_at(fd: int, start: int, length: int) -> bytes:
-  row = os.pread(fd, length, start)
-  # A signal or a network drive may return less at a time.
-  while len(row) < length and (
-    more := os.pread(fd, length - len(row), start + len(row))
-  ):
-    row += more
-  return row
 
 
 def _cannot_read(path: pathlib.Path, error: OSError) -> str:

@@ -1,14 +1,17 @@
 """The positions of the rows of a text file: found once, kept in an index.
 
 The index of `FILE` is `FILE.rows.idx`, or a file in a cache folder if the
-folder of `FILE` is read-only. It is renamed into place, so several processes
-may build it at once. An index that is damaged, or that was made for another
-size, modification time or content (`content.py`), is built again.
+folder of `FILE` is read-only. That of a file in a store is in the cache folder,
+with a copy beside the file for other machines. It is renamed into place, so
+several processes may build it at once. An index that is damaged, or that was
+made for another size, modification time or content (`content.py`), is built
+again.
 
 Layout, little-endian: a header (`_HEADER`), then rows + 1 int64 `starts`. Row i
 is the bytes [starts[i], starts[i + 1] - 1) of the file, without its newline.
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -20,16 +23,21 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from narvl_jax.data.sources.content import DIGEST_BYTES, content_digest
-from narvl_jax.data.sources.files import cache_folder, with_home
+from narvl_jax.data.sources.content import DIGEST_BYTES
+from narvl_jax.data.sources.rows.opened import OpenedFile
 from narvl_jax.errors import UserError
 from narvl_jax.files import side_files
 from narvl_jax.files.disk import atomically
+from narvl_jax.files.stores import (
+  StoreError,
+  cache_folder,
+  is_remote,
+  with_home,
+)
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import warn
 
 SUFFIX = ".rows.idx"
-BLOCK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _MAGIC = b"NARVLROW"
 _VERSION = 2
@@ -52,52 +60,78 @@ class Index(NamedTuple):
   content: bytes
 
 
-def identity(status: os.stat_result) -> tuple[int, int, int]:
-  """Returns size, mtime in ns and inode: they change when a file does."""
-  return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def open_index(fd: int, path: pathlib.Path, index_dir: str = "") -> Index:
+def open_index(
+  file: OpenedFile, path: pathlib.Path, index_dir: str = ""
+) -> Index:
   """Reads the index of an open file, or builds it.
 
   Args:
     index_dir: folder of the index; by default that of the file or, if it is
-      not writable, `$XDG_CACHE_HOME/narvl_jax`.
+      not writable or in a store, `$XDG_CACHE_HOME/narvl_jax`.
 
   Raises:
     UserError: `index_dir` is not writable, or the file changed meanwhile.
+    OSError: the file cannot be read.
   """
-  status = os.fstat(fd)
   places = _places(path, index_dir)
   for place in places:
-    index = _load(place, fd, status)
+    index = _load(place, file)
     if index is not None:
       return index
+  shared = path.with_name(path.name + SUFFIX) if is_remote(path) else None
+  if shared is not None:
+    with contextlib.suppress(OSError):
+      _fetch(shared, places[0])
+      index = _load(places[0], file)
+      if index is not None:
+        return index
   for place in places:
     try:
-      return _build_at(place, fd, path)
+      index = _build_at(place, file, path)
+    except StoreError:
+      raise
     except OSError as e:
       if index_dir:
         raise UserError(
           f'options.index_dir "{index_dir}" is not writable: {e.strerror}; name'
           " another folder"
         ) from e
+      continue
+    if shared is not None:
+      # The bucket may be read-only.
+      with contextlib.suppress(OSError):
+        shared.write_bytes(place.read_bytes())
+    return index
   warn(
     f'the index of the rows of "{path}" can be kept nowhere and is built in'
     " every process; set options.index_dir to a folder that is writable"
   )
-  with tempfile.TemporaryFile() as file:
-    return _read(file, _build(fd, path, file))
+  with tempfile.TemporaryFile() as out:
+    return _read(out, _build(file, path, out))
+
+
+def _fetch(shared: pathlib.Path, place: pathlib.Path) -> None:
+  data = shared.read_bytes()
+  place.parent.mkdir(parents=True, exist_ok=True)
+  with atomically(place) as temporary:
+    temporary.write_bytes(data)
 
 
 def _places(path: pathlib.Path, index_dir: str) -> list[pathlib.Path]:
   absolute = path.absolute()
   # Distinguishes files of the same name in different folders.
-  digest = hashlib.sha256(os.fsencode(absolute)).hexdigest()[:16]
+  digest = hashlib.sha256(os.fsencode(str(absolute))).hexdigest()[:16]
   name = f"{path.name}.{digest}{SUFFIX}"
   if index_dir:
+    if is_remote(index_dir):
+      raise UserError(
+        f'options.index_dir "{index_dir}" must be a folder of this machine'
+      )
     return [with_home(index_dir) / name]
-  return [absolute.with_name(absolute.name + SUFFIX), cache_folder() / name]
+  cached = cache_folder() / name
+  if is_remote(path):
+    return [cached]
+  return [absolute.with_name(absolute.name + SUFFIX), cached]
 
 
 class _Header(NamedTuple):
@@ -128,7 +162,7 @@ class _Header(NamedTuple):
     return tuple(notes)
 
 
-def _load(place: pathlib.Path, fd: int, status: os.stat_result) -> Index | None:
+def _load(place: pathlib.Path, opened: OpenedFile) -> Index | None:
   """Returns the index at a place if it is intact and of this file."""
   if not place.is_file():  # Opening a pipe would block.
     return None
@@ -141,9 +175,9 @@ def _load(place: pathlib.Path, fd: int, status: os.stat_result) -> Index | None:
       header = _Header(*fields)
       if (magic, version) != (_MAGIC, _VERSION) or crc != zlib.crc32(head[:-4]):
         return None
-      if header[:2] != (status.st_size, status.st_mtime_ns):
+      if header[:2] != opened.identity()[:2]:
         return None
-      if header.content != content_digest(fd, header.size):
+      if header.content != opened.digest():
         return None
       return _read(file, header)
   except (OSError, ValueError):
@@ -174,47 +208,49 @@ def _checksum(file: IO[bytes]) -> int:
   return crc
 
 
-def _build_at(place: pathlib.Path, fd: int, path: pathlib.Path) -> Index:
+def _build_at(
+  place: pathlib.Path, opened: OpenedFile, path: pathlib.Path
+) -> Index:
   place.parent.mkdir(parents=True, exist_ok=True)
   side_files.make_way(place)
   with atomically(place) as temporary, open(temporary, "w+b") as file:
-    header = _build(fd, path, file)
+    header = _build(opened, path, file)
     # Others may share the folder.
-    os.fchmod(file.fileno(), os.fstat(fd).st_mode & 0o666 | 0o600)
+    os.fchmod(file.fileno(), opened.mode() & 0o666 | 0o600)
     return _read(file, header)
 
 
-def _build(fd: int, path: pathlib.Path, out: IO[bytes]) -> _Header:
+def _build(opened: OpenedFile, path: pathlib.Path, out: IO[bytes]) -> _Header:
   """Writes header and starts with memory that does not grow with the file."""
-  status = os.fstat(fd)
-  size = status.st_size
-  bom = os.pread(fd, len(_BOM), 0) == _BOM
+  identity = opened.identity()
+  size = identity[0]
+  bom = opened.read(0, len(_BOM)) == _BOM
   out.seek(_HEADER.size)
   out.write(struct.pack("<q", len(_BOM) if bom else 0))
   crlf = newlines = 0
   text = f"finding the rows of {path.name}"
   with progress.doing(text, size, "bytes") as finding:
-    for starts, returns, got in _scan(fd):
+    for starts, returns, got in _scan(opened):
       out.write(starts.astype("<i8", copy=False).tobytes())
       newlines += len(starts)
       crlf += returns
       finding.advance(got)
-  no_newline = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+  no_newline = size > 0 and opened.read(size - 1, 1) != b"\n"
   if no_newline:
     # Position of the row after a newline that is missing.
     out.write(struct.pack("<q", size + 1))
   rows = newlines + no_newline
   out.flush()
-  kept = _without_blank(fd, out.fileno(), rows)
+  kept = _without_blank(opened, out.fileno(), rows)
   out.truncate(_HEADER.size + 8 * (kept + 1))
-  content = content_digest(fd, size)
-  if identity(os.fstat(fd)) != identity(status):
+  content = opened.digest()
+  if opened.identity() != identity:
     raise UserError(
       f'"{path}" changed while its rows were counted; wait until it is written'
     )
   header = _Header(
     size=size,
-    mtime_ns=status.st_mtime_ns,
+    mtime_ns=identity[1],
     rows=kept,
     crlf=crlf,
     bom=bom,
@@ -229,28 +265,25 @@ def _build(fd: int, path: pathlib.Path, out: IO[bytes]) -> _Header:
   return header
 
 
-def _without_blank(fd: int, starts_fd: int, rows: int) -> int:
+def _without_blank(opened: OpenedFile, starts_fd: int, rows: int) -> int:
   """Returns the number of rows without the empty ones at the end."""
   while rows:
     pair = os.pread(starts_fd, 16, _HEADER.size + 8 * (rows - 1))
     start, end = struct.unpack("<2q", pair)
     length = end - 1 - start
-    if length > 1 or (length == 1 and os.pread(fd, 1, start) != b"\r"):
+    if length > 1 or (length == 1 and opened.read(start, 1) != b"\r"):
       break
     rows -= 1
   return rows
 
 
-def _scan(fd: int) -> Iterator[tuple[np.ndarray, int, int]]:
+def _scan(opened: OpenedFile) -> Iterator[tuple[np.ndarray, int, int]]:
   """Yields (int64 starts after newlines, number of CRLFs, bytes) of blocks."""
-  block = bytearray(BLOCK_BYTES)
   first = last = 0
-  with open(fd, "rb", closefd=False) as file:
-    file.seek(0)
-    while got := file.readinto(block):
-      data = np.frombuffer(block, np.uint8, got)
-      ends = np.flatnonzero(data == ord("\n"))
-      # CR and LF may lie in different blocks.
-      before = np.where(ends > 0, data[ends - 1], last)
-      yield ends + (first + 1), int((before == ord("\r")).sum()), got
-      first, last = first + got, data[-1]
+  for block in opened.blocks():
+    data = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(data == ord("\n"))
+    # CR and LF may lie in different blocks.
+    before = np.where(ends > 0, data[ends - 1], last)
+    yield ends + (first + 1), int((before == ord("\r")).sum()), len(block)
+    first, last = first + len(block), data[-1]

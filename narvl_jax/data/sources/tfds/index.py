@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from narvl_jax.data.sources.files import cache_folder, with_home
 from narvl_jax.files import side_files
 from narvl_jax.files.disk import atomically
+from narvl_jax.files.stores import cache_folder, with_home
 
 _CHUNK = 256
 

@@ -7,8 +7,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants, read_only_builder, registered
 
-from narvl_jax.data.sources.files import with_home
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.files.stores import with_home
 
 _NAME = re.compile(r"(\w+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?")
 _INFO = "dataset_info.json"

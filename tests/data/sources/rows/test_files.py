@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from narvl_jax.data.sources.rows import index as row_index
+from narvl_jax.data.sources.rows import opened
 from narvl_jax.data.sources.rows.files import RowFile, RowFiles, text
 from narvl_jax.errors import UserError
 from tests.data.sources.rows.row_files import index_of, rewrite
@@ -53,7 +53,7 @@ def test_rows_are_those_of_split(
 ) -> None:
   path.write_bytes(data)
   index_of(path).unlink(missing_ok=True)
-  monkeypatch.setattr(row_index, "BLOCK_BYTES", block_bytes)
+  monkeypatch.setattr(opened, "BLOCK_BYTES", block_bytes)
   if not expected(data):
     with pytest.raises(UserError, match="has no rows"):
       RowFile(path)
@@ -158,9 +158,7 @@ def test_contains(
   word: bytes,
   block_bytes: int,
 ) -> None:
-  monkeypatch.setattr(
-    "narvl_jax.data.sources.rows.files._SEARCH_BYTES", block_bytes
-  )
+  monkeypatch.setattr(opened, "BLOCK_BYTES", block_bytes)
   path.write_bytes(b"x" + data)
   index_of(path).unlink(missing_ok=True)
   assert RowFile(path).contains(word) == (word in data)
@@ -255,7 +253,8 @@ def test_threads(path: pathlib.Path) -> None:
 def test_files_are_closed(path: pathlib.Path) -> None:
   path.write_bytes(b"a\n")
   rows = RowFile(path)
-  fd = rows._fd
+  assert isinstance(rows._file, opened._LocalFile)
+  fd = rows._file._fd
   del rows
   with pytest.raises(OSError, match="Bad file descriptor"):
     os.fstat(fd)

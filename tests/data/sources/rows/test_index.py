@@ -15,6 +15,7 @@ import pytest
 
 from narvl_jax.data.sources import content
 from narvl_jax.data.sources.rows import index as row_index
+from narvl_jax.data.sources.rows import opened
 from narvl_jax.data.sources.rows.files import RowFile
 from narvl_jax.errors import UserError
 from tests.data.sources.rows.row_files import index_of, rewrite
@@ -135,8 +136,7 @@ def test_large_index_is_mapped(
 
 
 def _digest(path: pathlib.Path) -> bytes:
-  with open(path, "rb") as file:
-    return content.content_digest(file.fileno(), path.stat().st_size)
+  return opened.open_file(path).digest()
 
 
 @pytest.mark.parametrize("replaced", [False, True])
@@ -242,10 +242,10 @@ def test_memory_does_not_depend_on_the_file(path: pathlib.Path) -> None:
   block = 1 << 16
   path.write_bytes(b"x" * (40 * block) + b"\n")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(row_index, "BLOCK_BYTES", block)
+    patch.setattr(opened, "BLOCK_BYTES", block)
     tracemalloc.start()
     try:
-      index = row_index._scan(os.open(path, os.O_RDONLY))
+      index = row_index._scan(opened.open_file(path))
       assert sum(len(starts) for starts, *_ in index) == 1
       assert tracemalloc.get_traced_memory()[1] < 8 * block
     finally:
