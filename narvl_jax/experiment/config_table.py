@@ -332,6 +332,20 @@ KEYS: dict[str, Setting] = {
     choices=tuple(RULES),
     change="report",
   ),
+  "tracking.trackers": Setting(
+    ("jsonl", "tensorboard"),
+    "Where metrics go: tensorboard, wandb, trackio; metrics.jsonl is always"
+    " written.",
+    change="resume",
+  ),
+  "tracking.project": Setting(
+    "narvl_jax", "Project in wandb and trackio.", change="resume"
+  ),
+  "tracking.name": Setting(
+    "",
+    "Name of the run in wandb and trackio; empty: that of its folder.",
+    change="resume",
+  ),
   "watchdog.start": _seconds(3600.0, "in reading, connecting and restoring"),
   "watchdog.compile": _seconds(3600.0, "in compiling"),
   "watchdog.step": _seconds(900.0, "in an update"),

@@ -40,6 +40,7 @@ from narvl_jax.run.start import (
 from narvl_jax.run_folder import workdir as workdir_lib
 from narvl_jax.run_folder.metrics import MetricsWriter, SilentMetrics
 from narvl_jax.run_folder.restarts import summary
+from narvl_jax.run_folder.trackers import check_trackers
 from narvl_jax.state.train_state import TrainState, evaluation_variables
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import show
@@ -73,6 +74,7 @@ def train_guarded(
   with guard.ledger.stage("init"):
     say(f"run folder {workdir}")
     validate(config)
+    check_trackers(config)
     guard.watch(config.watchdog)
     start, resumes = _start(config, workdir, say)
   with jax.set_mesh(start.setup.mesh):
@@ -106,6 +108,7 @@ def print_plan(
   with guard.ledger.stage("init"):
     say(f"run folder {workdir}")
     validate(config)
+    check_trackers(config)
     start, _ = _start(config, workdir, say)
   if only_sharding:
     show(start.setup.sharding_table())
@@ -165,7 +168,7 @@ def _run(
             step, say, saved=stored.get("time"), damaged=checkpoints.set_aside
           )
         workdir_lib.write_environment(workdir, step)
-        writer = stack.enter_context(MetricsWriter(workdir, step))
+        writer = stack.enter_context(MetricsWriter(workdir, step, config))
 
     run = Run(setup, start.mixture, checkpoints, writer, guard, say)
     if stored.get(EVALUATION_DUE):
@@ -290,4 +293,7 @@ def _final_evaluation(
   if distributed.is_first():
     for path in write_results(run.experiment, run.workdir, report, predictions):
       show(f"wrote {path}")
+      if path.suffix == ".png":
+        name = "mistakes" if "mistakes" in path.stem else "samples"
+        run.writer.write_image(run.config.train.steps, name, path)
   return report

@@ -1,8 +1,10 @@
-"""Metrics of a run in `metrics.jsonl` and TensorBoard."""
+"""Metrics of a run in `metrics.jsonl` and its trackers."""
 
 import json
 import math
 import os
+import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -11,17 +13,20 @@ from narvl_jax.files.disk import atomically
 from narvl_jax.files.spool import Spool
 from narvl_jax.files.stores import as_path
 from narvl_jax.run_folder import METRICS_FILE
-from narvl_jax.run_folder.tensorboard import Board
+from narvl_jax.run_folder.trackers import open_trackers
 
 
 class MetricsWriter:
-  """Writes one JSON object per step to `metrics.jsonl`, and to TensorBoard.
+  """Writes one JSON object per step to `metrics.jsonl`, and to the trackers.
 
-  All values of a step end up in one line.
+  All values of a step end up in one line, with the Unix time of the first.
   """
 
   def __init__(
-    self, workdir: str | os.PathLike[str], resumed_step: int = 0
+    self,
+    workdir: str | os.PathLike[str],
+    resumed_step: int = 0,
+    config: Mapping[str, Any] | None = None,
   ) -> None:
     """Opens the files of a run; damaged lines are set aside.
 
@@ -29,6 +34,7 @@ class MetricsWriter:
       workdir: the run folder; must exist.
       resumed_step: lines after this step are removed; they will be written
         again.
+      config: names the trackers; None: TensorBoard.
 
     Raises:
       OSError: a file cannot be written.
@@ -37,6 +43,9 @@ class MetricsWriter:
     self._spool = Spool(as_path(workdir), names)
     self._workdir = self._spool.folder
     self._open(resumed_step)
+    self._trackers = open_trackers(
+      as_path(workdir), self._workdir, resumed_step, config
+    )
 
   def _open(self, resumed_step: int) -> None:
     self._path = self._workdir / METRICS_FILE
@@ -53,7 +62,6 @@ class MetricsWriter:
       self._values = {k: v for k, v in lines[-1].items() if k != "step"}
     self._changed = False
     self._open_end()
-    self._board = Board(self._workdir / "tensorboard", resumed_step + 1)
 
   def _open_end(self) -> None:
     self._file = self._path.open("ab")
@@ -65,17 +73,20 @@ class MetricsWriter:
     if step != self._step:
       self.flush()
       self._step, self._values, self._is_written = step, {}, False
-    for name, value in values.items():
-      finite = math.isfinite(value)
-      self._values[name] = float(value) if finite else None
-      if finite:
-        self._board.add_scalar(name, float(value), step)
+    self._values.setdefault("time", round(time.time(), 3))
+    finite = {k: float(v) for k, v in values.items() if math.isfinite(v)}
+    self._values |= {name: finite.get(name) for name in values}
+    for tracker in self._trackers:
+      tracker.write(step, finite)
     self._changed = True
 
   def go_back(self, step: int) -> None:
     """Removes the lines after a step; they will be written again."""
-    self._close_files()
+    self.flush()
+    self._file.close()
     self._open(step)
+    for tracker in self._trackers:
+      tracker.go_back(step)
 
   def flush(self) -> None:
     """Writes the line of the current step.
@@ -90,7 +101,8 @@ class MetricsWriter:
       self._replace_last(line)
     else:
       self._append(line)
-    self._board.flush()
+    for tracker in self._trackers:
+      tracker.flush()
     self._changed = False
 
   def _append(self, line: bytes) -> None:
@@ -118,6 +130,11 @@ class MetricsWriter:
     finally:
       self._open_end()
 
+  def write_image(self, step: int, name: str, path: pathlib.Path) -> None:
+    """Adds a picture of a step to the trackers that show pictures."""
+    for tracker in self._trackers:
+      tracker.write_image(step, name, path)
+
   def sync(self) -> None:
     """Flushes, and waits until the files of a run in a store are there.
 
@@ -127,21 +144,19 @@ class MetricsWriter:
     self.flush()
     self._spool.sync()
 
-  def close(self) -> None:
-    """Flushes and closes the files."""
-    self._close_files()
-    self._spool.close()
-
-  def _close_files(self) -> None:
+  def close(self, failed: bool = False) -> None:
+    """Flushes and closes the files; `failed`: the run has not finished."""
     self.flush()
     self._file.close()
-    self._board.close()
+    for tracker in self._trackers:
+      tracker.close(failed)
+    self._spool.close()
 
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_: object) -> None:
-    self.close()
+  def __exit__(self, kind: object, *_: object) -> None:
+    self.close(failed=kind is not None)
 
 
 class SilentMetrics:
@@ -151,6 +166,9 @@ class SilentMetrics:
     """Does nothing."""
 
   def go_back(self, step: int) -> None:
+    """Does nothing."""
+
+  def write_image(self, step: int, name: str, path: pathlib.Path) -> None:
     """Does nothing."""
 
   def flush(self) -> None:

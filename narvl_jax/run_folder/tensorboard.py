@@ -4,7 +4,7 @@ import contextlib
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from narvl_jax.files import side_files
@@ -38,24 +38,37 @@ class Board:
     side_files.make_way(folder, folder=True)
     folder.mkdir(exist_ok=True)
     self._event = messages.Event
+    self._start = messages.SessionLog(status=messages.SessionLog.START)
     self._scalar = summary.scalar
-    self._writer = EventsWriter(str(folder / "events"))
-    start = messages.SessionLog(status=messages.SessionLog.START)
-    self._writer.write_event(messages.Event(step=first_step, session_log=start))
+    self._new_file = lambda: EventsWriter(str(folder / "events"))
+    self._open(first_step)
 
-  def add_scalar(self, name: str, value: float, step: int) -> None:
-    """Adds a point."""
+  def _open(self, first_step: int) -> None:
+    self._writer = self._new_file()
     self._writer.write_event(
-      self._event(
-        wall_time=time.time(), step=step, summary=self._scalar(name, value)
-      )
+      self._event(step=first_step, session_log=self._start)
     )
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Adds points."""
+    for name, value in values.items():
+      summary = self._scalar(name, value)
+      event = self._event(wall_time=time.time(), step=step, summary=summary)
+      self._writer.write_event(event)
+
+  def write_image(self, step: int, name: str, path: pathlib.Path) -> None:
+    """Does nothing: the pictures are in the run folder."""
+
+  def go_back(self, step: int) -> None:
+    """Begins a file that hides the points after `step`."""
+    self._writer.close()
+    self._open(step + 1)
 
   def flush(self) -> None:
     """Writes buffered points to disk."""
     self._writer.flush()
 
-  def close(self) -> None:
+  def close(self, failed: bool = False) -> None:
     """Flushes and closes the file."""
     self._writer.close()
 

@@ -22,7 +22,10 @@ from tests.conftest import ROOT
 
 def _lines(workdir: pathlib.Path) -> list[dict]:
   text = (workdir / "metrics.jsonl").read_text()
-  return [json.loads(line) for line in text.splitlines()]
+  lines = [json.loads(line) for line in text.splitlines()]
+  for line in lines:
+    line.pop("time", None)
+  return lines
 
 
 def test_one_line_per_step(tmp_path):
@@ -36,6 +39,17 @@ def test_one_line_per_step(tmp_path):
     {"step": 3, "loss": 1.5, "accuracy": 0.5},
     {"step": 4, "loss": 1.0},
   ]
+
+
+def test_lines_have_the_time_of_their_first_value(tmp_path, monkeypatch):
+  times = iter([10.0, 20.5, 30.0])
+  monkeypatch.setattr(metrics.time, "time", lambda: next(times))
+  with MetricsWriter(tmp_path, config={"tracking": {"trackers": ()}}) as writer:
+    writer.write(1, {"loss": 2.0})
+    writer.write(1, {"accuracy": 0.5})
+  text = (tmp_path / "metrics.jsonl").read_text()
+  assert text == '{"step": 1, "time": 10.0, "loss": 2.0, "accuracy": 0.5}\n'
+  assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_flushed_line_includes_later_values(tmp_path):
@@ -193,7 +207,7 @@ def test_torch_is_not_imported_for_it(tmp_path):
     "import pathlib, sys\n"
     "from narvl_jax.run_folder.tensorboard import Board\n"
     "board = Board(pathlib.Path('board'), 1)\n"
-    "board.add_scalar('loss', 1.5, 1)\n"
+    "board.write(1, {'loss': 1.5})\n"
     "board.close()\n"
     "assert 'tensorboardX' in sys.modules and 'torch' not in sys.modules\n"
     "import torch\n"

@@ -223,6 +223,6 @@ def depends_on_clock(metric: str) -> bool:
   """Returns whether a value of `metrics.jsonl` differs in equal runs."""
   return (
     "examples_per_second" in metric
-    or metric in ("train/data_wait", "train/seconds_left")
+    or metric in ("time", "train/data_wait", "train/seconds_left")
     or metric.startswith("goodput/")
   )
