@@ -99,8 +99,9 @@ KEYS: dict[str, Setting] = {
   ),
   "model.attention": _model(
     str,
-    "How the encoder attends: xla, blocks (less memory), pallas (kernel for"
-    " TPU), cudnn (GPU, not run yet); auto: pallas on TPU, otherwise xla.",
+    "How the encoder attends: xla, heads (one at a time), blocks (of queries,"
+    " less memory), pallas (kernel for TPU), cudnn (GPU, not run yet); auto:"
+    " pallas on TPU, heads on CPU, otherwise xla.",
     ATTENTIONS,
   ),
   "model.scan_unroll": _model(int, "Layers per iteration of the layer scan."),

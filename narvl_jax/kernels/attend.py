@@ -1,5 +1,6 @@
 """Ways to compute attention with an additive bias."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,10 @@ from narvl_jax.parallel.constraints import on_shards, platform
 LOWEST = float(np.finfo(np.float32).min)
 # The same where the logits are sums of bfloat16 products.
 _FAR_BELOW = -3e4
+# So many weights fit into the cache of a CPU.
+_FEW_WEIGHTS = 2**20
+# Logical axes of queries, keys and values.
+_HEADS = ("batch", None, "act_heads", None)
 
 
 def add_bias(logits: jax.Array, bias: jax.Array) -> jax.Array:
@@ -71,11 +76,65 @@ def attend_by(
   """Returns what `attend_to` does, by a method of docs/attention_kernel.md."""
   ways = {
     "xla": attend_to,
+    "heads": attend_by_heads,
     "blocks": attend_in_blocks,
     "pallas": attend_fused,
     "cudnn": attend_cudnn,
   }
   return ways[method](bias, key_mask)
+
+
+def attend_by_heads(
+  bias: Any,
+  key_mask: jax.Array | None,
+  make_bias: Callable[..., jax.Array] = lambda bias: bias,
+) -> Attend:
+  """Attends with one head at a time, so that its weights stay in the cache.
+
+  The backward pass computes the weights again.
+
+  Args:
+    bias: array, or tree of arrays, of which `make_bias` makes the bias. Each is
+      [G, H, ...].
+    key_mask: as for `attend_to`.
+    make_bias: bias [G, H, Q, K] of some heads, from their part of `bias`.
+  """
+  leaves, tree = jax.tree.flatten(bias)
+
+  def kernel(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *leaves: Any
+  ) -> jax.Array:
+    if q[:, :, :, 0].size * k.shape[1] <= _FEW_WEIGHTS:
+      whole = make_bias(tree.unflatten(leaves))
+      return attend_to(whole, mask)(q, KeyValue(k, v))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def attend_head(head: Any) -> jax.Array:
+      (q, k, v), leaves = head
+      own = tree.unflatten([x[None, None] for x in leaves])
+      logits = jnp.einsum("bqd,bkd->bqk", q, k).astype(jnp.float32)
+      logits += make_bias(own)[0].astype(jnp.float32)
+      logits = jnp.where(mask[:, None], logits, LOWEST)
+      largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+      weights = jnp.exp(logits - largest)
+      # Divides the smaller array.
+      out = jnp.einsum("bqk,bkd->bqd", weights.astype(v.dtype), v)
+      total = weights.sum(-1, keepdims=True)
+      return (out.astype(jnp.float32) / total).astype(v.dtype)
+
+    heads = [x.transpose(2, 0, 1, 3) for x in (q, k, v)]
+    out = jax.lax.map(attend_head, (heads, [x[0] for x in leaves]))
+    return out.transpose(1, 2, 0, 3)
+
+  def attend(q: jax.Array, own: KeyValue) -> jax.Array:
+    mask = key_mask
+    if mask is None:
+      mask = jnp.ones(own.key.shape[:2], bool)
+    per_head = [("batch", "act_heads", *[None] * (x.ndim - 2)) for x in leaves]
+    names = (*[_HEADS] * 3, ("batch", None), *per_head)
+    return on_shards(kernel, names, 0)(q, *own, mask, *leaves)
+
+  return attend
 
 
 def attend_in_blocks(
@@ -166,9 +225,8 @@ def _by_shards(
     mask = key_mask
     if mask is None:
       mask = jnp.ones(own.key.shape[:2], bool)
-    heads = ("batch", None, "act_heads", None)
     pairs = ("batch", "act_heads", None, None)
-    names = (heads, heads, heads, pairs, ("batch", None))
+    names = (*[_HEADS] * 3, pairs, ("batch", None))
     return on_shards(kernel, names, 0)(q, *own, bias, mask)
 
   return attend

@@ -1,5 +1,6 @@
 """ResNet v1.5 without its last stage: the image encoder of the reference."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -137,6 +138,26 @@ class Bottleneck(nn.Module):
     return constrain(nn.relu(x + h), "batch", None, None, None), None
 
 
+def _max_pool(x: jax.Array) -> jax.Array:
+  """Takes maxima of 3 x 3 pixels at stride 2; x [B, H, W, C] is not negative.
+
+  XLA's operation for windows, and its gradient, are slow on a CPU.
+  """
+  if platform() != "cpu":
+    padding: Any = [(1, 1), (1, 1)]  # Flax annotates it as str only.
+    return nn.max_pool(x, (3, 3), (2, 2), padding)
+  for axis in (1, 2):
+    size = x.shape[axis]
+    end = (size - 1) // 2 * 2 + 1
+    padding = [(1, 1) if i == axis else (0, 0) for i in range(4)]
+    padded = jnp.pad(x, padding)
+    parts = [
+      jax.lax.slice_in_dim(padded, i, i + end, 2, axis) for i in range(3)
+    ]
+    x = functools.reduce(jnp.maximum, parts)
+  return x
+
+
 class ResNet(nn.Module):
   """Stem and three bottleneck stages with total stride 16."""
 
@@ -160,8 +181,7 @@ class ResNet(nn.Module):
     )
     x = Conv(cfg, cfg.resnet_width, 7, 2, name="conv1")(image.astype(cfg.dtype))
     x = nn.relu(BatchNorm(cfg, name="bn1")(x, train))
-    padding: Any = [(1, 1), (1, 1)]  # Flax annotates it as str only.
-    x = nn.max_pool(x, (3, 3), (2, 2), padding)
+    x = _max_pool(x)
     for stage, blocks in enumerate(cfg.resnet_blocks):
       features = cfg.resnet_width * 2**stage
       stride = 1 if stage == 0 else 2

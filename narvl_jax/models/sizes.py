@@ -13,7 +13,7 @@ REMAT_POLICIES = ("none", "dots", "full")
 BATCH_NORM_MODES = ("frozen", "batch")
 IMAGE_ENCODERS = ("resnet", "conv")
 DECODERS = ("parallel", "autoregressive")
-ATTENTIONS = ("auto", "xla", "blocks", "pallas", "cudnn")
+ATTENTIONS = ("auto", "xla", "heads", "blocks", "pallas", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +51,9 @@ class ModelConfig:
     remat: what the backward pass recomputes: "none", "dots" (all but matrix
       products with weights), "full" (each layer from its input).
     attention: how the encoder computes attention: "xla" with all weights in
-      memory, "blocks" with some queries at a time, "pallas" by the kernel for
-      TPU, "cudnn" by that for GPU; "auto" is "pallas" on TPU from v5 on,
-      otherwise "xla".
+      memory, "heads" with one head at a time, "blocks" with some queries at a
+      time, "pallas" by the kernel for TPU, "cudnn" by that for GPU; "auto" is
+      "pallas" on TPU from v5 on, "heads" on CPU, otherwise "xla".
     scan_unroll: layers in one iteration of the layer scan.
     init_stddev: standard deviation of the linear maps at initialisation. With
       the reference's 0.02 a narrow model starts with uniform attention and
@@ -179,7 +179,8 @@ class ModelConfig:
       return self.attention
     # The VMEM of older chips is too small for the kernel.
     old = device_kind() in ("TPU v2", "TPU v3", "TPU v4")
-    return "pallas" if platform() == "tpu" and not old else "xla"
+    methods = {"cpu": "heads", "tpu": "xla" if old else "pallas"}
+    return methods.get(platform(), "xla")
 
   @property
   def padded_vocab_size(self) -> int:

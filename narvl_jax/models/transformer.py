@@ -7,7 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from narvl_jax.kernels.attend import Attend, KeyValue, attend_by, attend_to
+from narvl_jax.kernels.attend import (
+  Attend,
+  KeyValue,
+  attend_by,
+  attend_by_heads,
+  attend_to,
+)
 from narvl_jax.models.attention import (
   Attention,
   layer_norm,
@@ -108,9 +114,23 @@ class EncoderLayer(nn.Module):
       per_device(per_layer[name].astype(bias.dtype), None, "heads")
       for name in ("image_table", "token_table")
     )
-    bias = add_relative(bias, image, text, self.grid, cfg)
+    mask = shared["key_mask"]
+    if cfg.attention_method == "heads":
+      attend = attend_by_heads(
+        (bias, image.swapaxes(1, 2), text.swapaxes(1, 2)),
+        mask,
+        lambda parts: add_relative(
+          parts[0],
+          parts[1].swapaxes(1, 2),
+          parts[2].swapaxes(1, 2),
+          self.grid,
+          cfg,
+        ),
+      )
+    else:
+      bias = add_relative(bias, image, text, self.grid, cfg)
+      attend = attend_by(cfg.attention_method, bias, mask)
     h = layer_norm(cfg, "self_attn_layer_norm")(x)
-    attend = attend_by(cfg.attention_method, bias, shared["key_mask"])
     h = Attention(cfg, name="self_attn")(h, None, attend)
     x = x + branch(layer_norm(cfg, "attn_ln")(h), rate)
     h = layer_norm(cfg, "final_layer_norm")(x)

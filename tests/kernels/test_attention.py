@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from narvl_jax.ahead_of_time.topology import get_topology
+from narvl_jax.kernels import attend
 from narvl_jax.kernels import attention as kernels
 from narvl_jax.kernels.attend import (
   KeyValue,
   attend_by,
+  attend_by_heads,
   attend_cudnn,
   attend_in_blocks,
   attend_to,
@@ -141,7 +143,7 @@ def test_rows_and_biases_beyond_one_block(
 
 def test_without_a_mask() -> None:
   inputs, _, weight = arrays(2, 9, 9, 2, 64, jnp.float32)
-  for method in ("pallas", "blocks", "xla"):
+  for method in ("pallas", "blocks", "heads", "xla"):
     found = value_and_gradients(
       lambda bias, mask, m=method: attend_by(m, bias, mask),
       inputs,
@@ -163,7 +165,24 @@ def test_blocks_of_queries_are_plain_attention() -> None:
   assert_close(found, wanted, 1e-5)
 
 
-def test_blocks_of_queries_need_less_memory() -> None:
+def test_single_heads_are_plain_attention(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  monkeypatch.setattr(attend, "_FEW_WEIGHTS", 0)
+  case = arrays(3, 21, 19, 2, 16, jnp.float32)
+  _, found = value_and_gradients(attend_by_heads, *case)
+  _, wanted = value_and_gradients(attend_to, *case)
+  assert_close(found, wanted, 1e-5)
+
+
+@pytest.mark.parametrize(
+  ("method", "settings"),
+  [(attend_in_blocks, {"block": 32}), (attend_by_heads, {})],
+)
+def test_parts_of_the_weights_need_less_memory(
+  method: Any, settings: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(attend, "_FEW_WEIGHTS", 0)
   inputs, mask, _ = arrays(4, 256, 256, 4, 16, jnp.float32)
 
   def temporaries(attend: Any) -> int:
@@ -176,9 +195,9 @@ def test_blocks_of_queries_need_less_memory() -> None:
     return compiled.memory_analysis().temp_size_in_bytes
 
   plain = temporaries(attend_to)
-  blocks = temporaries(lambda bias, mask: attend_in_blocks(bias, mask, 32))
+  parts = temporaries(lambda bias, mask: method(bias, mask, **settings))
   assert plain > 4 * 4 * 4 * 256 * 256
-  assert blocks < plain / 2
+  assert parts < plain / 2
 
 
 def test_arguments_of_cudnn_are_plain_attention() -> None:
@@ -195,12 +214,13 @@ def test_arguments_of_cudnn_are_plain_attention() -> None:
   assert_close(found, wanted, 0.02)
 
 
-@pytest.mark.parametrize("method", ["pallas", "blocks"])
-def test_on_a_mesh(method: str) -> None:
+@pytest.mark.parametrize("method", ["pallas", "blocks", "heads"])
+def test_on_a_mesh(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(attend, "_FEW_WEIGHTS", 0)
   inputs, mask, weight = arrays(8, 12, 12, 4, 32, jnp.float32)
   _, wanted = value_and_gradients(attend_to, inputs, mask, weight)
 
-  def attend(bias: jax.Array, mask: jax.Array | None) -> Any:
+  def attend_with(bias: jax.Array, mask: jax.Array | None) -> Any:
     bias = per_device(bias[0], "act_heads", None, None)
     assert bias.shape == (4, 4, 12, 12)
     return attend_by(method, bias, mask)
@@ -209,12 +229,12 @@ def test_on_a_mesh(method: str) -> None:
     jax.set_mesh(make_mesh(2, 2, 2)),
     nn.logical_axis_rules(activation_rules(DEFAULT_RULES)),
   ):
-    _, found = value_and_gradients(attend, inputs, mask, weight)
+    _, found = value_and_gradients(attend_with, inputs, mask, weight)
   assert_close(found, wanted, 1e-5)
 
 
 def test_method_follows_the_devices() -> None:
-  assert CONFIG.attention_method == "xla"
+  assert CONFIG.attention_method == "heads"
   for name in ATTENTIONS[1:]:
     config = dataclasses.replace(CONFIG, attention=name, dtype=jnp.bfloat16)
     assert config.attention_method == name

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from narvl_jax.kernels import attend
 from narvl_jax.kernels import relative_bias as kernels
 from narvl_jax.models import relative_bias
 from tests.models import small
@@ -58,9 +59,12 @@ def test_long_sequences_do_not_fit() -> None:
   assert not kernels.fits(jax.ShapeDtypeStruct((2900, 2900), jnp.bfloat16))  # pyright: ignore
 
 
-@pytest.mark.parametrize("method", ["pallas", "blocks"])
-def test_models_have_the_same_gradients(method: str) -> None:
-  value, wanted = small.gradient()
+@pytest.mark.parametrize("method", ["pallas", "blocks", "heads"])
+def test_models_have_the_same_gradients(
+  method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(attend, "_FEW_WEIGHTS", 0)
+  value, wanted = small.gradient(dataclasses.replace(CONFIG, attention="xla"))
   config = dataclasses.replace(CONFIG, attention=method)
   again, found = small.gradient(config)
   assert again == pytest.approx(value, rel=1e-5)

@@ -83,3 +83,22 @@ def test_variance_of_values_with_a_large_mean() -> None:
   out = norm.apply(variables, x, True, mutable=["batch_stats"])[0]
   np.testing.assert_allclose(out[..., :2], expected[..., :2], atol=1e-3)
   assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("size", [(8, 7), (1, 2)])
+def test_maxima_of_windows_are_the_same_on_each_platform(
+  size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  x = jax.nn.relu(jax.random.normal(jax.random.key(0), (2, *size, 3)))
+
+  def run(platform: str) -> Any:
+    monkeypatch.setattr(resnet, "platform", lambda: platform)
+
+    def loss(x: jax.Array) -> Any:
+      out = resnet._max_pool(jax.nn.relu(x))
+      return jnp.vdot(out, jnp.cos(jnp.arange(out.size))), out
+
+    return jax.value_and_grad(loss, has_aux=True)(x)
+
+  for a, b in zip(*map(jax.tree.leaves, map(run, ("cpu", "tpu"))), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6)
