@@ -1,13 +1,18 @@
 """Ahead-of-time compilation of a run for absent chips."""
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from narvl_jax.ahead_of_time.memory import (
+  Memory,
+  memory_of,
+  needed_bytes,
+  too_large,
+)
 from narvl_jax.ahead_of_time.program import Program, read_program
 from narvl_jax.ahead_of_time.topology import Topology
 from narvl_jax.decoding import (
@@ -25,37 +30,6 @@ from narvl_jax.parallel import (
 )
 from narvl_jax.prediction.readers import answer_lengths, make_reader
 from narvl_jax.training.setup import Setup, build_setup
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# Error messages of the compiler for programs that are too large.
-_TOO_LARGE = (
-  re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE),
-  re.compile(
-    r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
-  ),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-  """Bytes on one chip.
-
-  Attributes:
-    arguments: state and batch.
-    temporaries: temporary memory of a step.
-    total: both, the program's code, and results that alias no argument.
-    limit: memory of the chip.
-  """
-
-  arguments: int
-  temporaries: int
-  total: int
-  limit: int
-
-  @property
-  def fits(self) -> bool:
-    """Whether the step can run."""
-    return self.total <= self.limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,68 +183,9 @@ def _check(
     needed = needed_bytes(str(error))
     if needed is None:
       raise
-    memory = _too_large(setup, *needed)
+    memory = too_large(setup, *needed)
     return Check(setup, topology, memory, None, time.monotonic() - start)
   seconds = time.monotonic() - start
-  analysis = compiled.memory_analysis()
-  arguments = analysis.argument_size_in_bytes
-  temporaries = analysis.temp_size_in_bytes
-  extra = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-  extra += analysis.generated_code_size_in_bytes
-  memory = Memory(
-    arguments, temporaries, arguments + temporaries + extra, limit
-  )
+  memory = memory_of(compiled, limit)
   text = compiled.as_text()
   return Check(setup, topology, memory, read_program(text), seconds, text)
-
-
-def needed_bytes(message: str) -> tuple[int, int] | None:
-  """Returns (needed, available) bytes from an error of XLA, None if other."""
-  if "RESOURCE_EXHAUSTED" not in message:
-    return None
-  for pattern in _TOO_LARGE:
-    found = pattern.search(message)
-    if found:
-      used, unit, limit, limit_unit = found.groups()
-      return (
-        int(float(used) * _UNITS[unit.upper()]),
-        int(float(limit) * _UNITS[limit_unit.upper()]),
-      )
-  return None
-
-
-def _too_large(setup: Setup, needed: int, limit: int) -> Memory:
-  """Returns the memory of a failed compilation."""
-  rows = jax.tree.leaves(setup.batch)
-  per_device = sum(x.size * x.dtype.itemsize for x in rows)
-  per_device //= data_parallel_size(setup.mesh)
-  arguments = setup.state_bytes_per_device + per_device
-  if setup.teacher is not None:
-    arguments += setup.teacher.bytes_per_device
-  # One form of the message has only the temporaries.
-  total = max(needed, arguments)
-  return Memory(arguments, total - arguments, total, limit)
-
-
-def advice(setup: Setup, memory: Memory) -> list[str]:
-  """Returns flags that reduce memory, those that cost least speed first."""
-  config, mesh = setup.experiment.config, setup.mesh
-  flags = []
-  if setup.experiment.model_config.remat != "full":
-    flags.append("--config.model.remat=full")
-  parts = data_parallel_size(mesh)
-  fsdp, size = mesh.shape["fsdp"], mesh.size // mesh.shape["tensor"]
-  if memory.arguments > memory.limit // 4 and fsdp < size:
-    flags.append(f"--config.mesh.fsdp={min(2 * fsdp, size)}")
-  steps = config.train.accumulation_steps
-  rows = config.train.batch_size // parts // steps
-  room = (memory.limit - memory.arguments) / max(memory.temporaries, 1)
-  fewer = min(int(0.9 * room * rows), rows - 1)
-  if fewer >= 1:
-    flags.append(f"--config.train.batch_size={fewer * parts * steps}")
-  # The fewest micro-batches whose rows fit.
-  for factor in range(2, rows + 1):
-    if rows % factor == 0 and rows // factor <= max(fewer, 1):
-      flags.append(f"--config.train.accumulation_steps={factor * steps}")
-      break
-  return flags

@@ -7,12 +7,12 @@ from typing import Any
 
 from narvl_jax.ahead_of_time.compile import (
   Check,
-  advice,
   check_predict_step,
   check_train_step,
   predict_batch_size,
 )
 from narvl_jax.ahead_of_time.costs import KERNEL_PEAK, Line
+from narvl_jax.ahead_of_time.memory import advice
 from narvl_jax.ahead_of_time.sources import Part, format_parts, split
 from narvl_jax.ahead_of_time.topology import Chip, get_topology
 from narvl_jax.command_line.flags import STDOUT
@@ -246,7 +246,9 @@ def _memory_lines(check: Check) -> list[str]:
   if not memory.fits:
     over = memory.total - memory.limit
     flags_ = advice(check.setup, memory) or ["a larger --topology"]
-    lines.append(f"DOES NOT FIT   by {_gib(over)}; try {' or '.join(flags_)}")
+    lines.append(
+      f"DOES NOT FIT   by {_gib(over)}; try {', then '.join(flags_)}"
+    )
   return lines
 
 

@@ -27,6 +27,7 @@ from narvl_jax.run.batches import DeviceBatches, batch_opener
 from narvl_jax.run.data_checks import untrained_tasks
 from narvl_jax.run.dump import dump_programs
 from narvl_jax.run.loop import Loop
+from narvl_jax.run.out_of_memory import explained
 from narvl_jax.run.run import EVALUATION_DUE, Run
 from narvl_jax.run.start import (
   Start,
@@ -148,6 +149,7 @@ def _run(
   setup, ledger = start.setup, guard.ledger
   config = setup.experiment.config
   with contextlib.ExitStack() as stack:
+    stack.enter_context(explained(setup, workdir, ledger))
     with ledger.stage("init"):
       if distributed.is_first():
         guard.lock_folder(say)
@@ -215,7 +217,7 @@ def _train(
   ) as batches:
     say("compiling the step, which takes minutes for a large model")
     with guard.ledger.stage("compile"), progress.doing("compiling the step"):
-      train_step = setup.compile_step()
+      train_step = compiled = setup.compile_step()
     say(f"compiled in {guard.ledger.seconds()['compile']:.1f} s")
     if run.config.debug.dump_hlo:
       with guard.ledger.stage("compile"):
@@ -242,7 +244,8 @@ def _train(
         run.workdir, run.config, setup.mesh, batches.examples
       ),
     )
-    state = loop.train(state, stored)
+    with explained(setup, run.workdir, guard.ledger, compiled):
+      state = loop.train(state, stored)
     say("training used:")
     show(used_table(run.mixture.entries, batches.counters(batches.position)))
     if any(loop.health.counts().values()):

@@ -14,6 +14,7 @@ import pytest
 
 from narvl_jax import compile_check
 from narvl_jax.ahead_of_time import compile as aot
+from narvl_jax.ahead_of_time import memory as memory_lib
 from narvl_jax.ahead_of_time import report
 from narvl_jax.ahead_of_time.costs import Line
 from narvl_jax.ahead_of_time.hlo import Array
@@ -219,13 +220,13 @@ def test_folder_that_does_not_exist():
   ],
 )
 def test_messages_of_the_compiler(message: str, needed: tuple[float, float]):
-  found = aot.needed_bytes(message)
+  found = memory_lib.needed_bytes(message)
   assert found == tuple(int(gib * 2**30) for gib in needed)
 
 
 def test_other_messages_of_the_compiler():
-  assert aot.needed_bytes("INTERNAL: Used 20.50G of 15.75G hbm") is None
-  assert aot.needed_bytes("RESOURCE_EXHAUSTED: out of patience") is None
+  assert memory_lib.needed_bytes("INTERNAL: Used 20.50G of 15.75G hbm") is None
+  assert memory_lib.needed_bytes("RESOURCE_EXHAUSTED: out of patience") is None
 
 
 def _cpu_topology() -> Topology:
@@ -265,10 +266,11 @@ def test_step_that_does_not_fit(monkeypatch: pytest.MonkeyPatch):
   seconds = found["estimated_seconds"]
   assert seconds == dict.fromkeys(("compute", "communication", "kernels"))
   text = report.format_report(check)
-  assert "DOES NOT FIT   by 4.25 GiB; try --config.model.remat=full or" in text
   # 8 rows a device took 20 GiB: 5 of them take less than 15.75 GiB.
-  assert "--config.train.batch_size=40" in text
-  assert "--config.train.accumulation_steps=2" in text
+  assert (
+    "DOES NOT FIT   by 4.25 GiB; try --config.train.accumulation_steps=2, then"
+    " --config.model.remat=full, then --config.data.image_size='(32,32)'"
+  ) in text
   assert "mesh.fsdp" not in text
 
 
@@ -282,8 +284,8 @@ def test_state_that_does_not_fit(monkeypatch: pytest.MonkeyPatch):
   # What is known of the arguments is more than what the compiler said.
   assert check.memory.temporaries == 0
   assert check.memory.limit == 4096
-  flags_ = aot.advice(check.setup, check.memory)
-  assert flags_[0] == "--config.mesh.fsdp=4"
+  flags_ = memory_lib.advice(check.setup, check.memory)
+  assert "--config.mesh.fsdp=4" in flags_
 
 
 def test_other_failures_of_the_compiler_pass(monkeypatch: pytest.MonkeyPatch):
