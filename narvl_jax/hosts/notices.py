@@ -15,6 +15,7 @@ from typing import Any, Self, TextIO
 from narvl_jax.hosts.agreement import StopAgreement, TraceAgreement
 from narvl_jax.hosts.cluster import Cluster
 from narvl_jax.hosts.distributed import HostsLost, host_name
+from narvl_jax.hosts.host_times import HostTimes
 from narvl_jax.hosts.liveness import Liveness
 from narvl_jax.terminal.text import escape, show
 
@@ -39,6 +40,7 @@ class Notices:
     stop_signal: signal number of a stop request to any host, None before.
     agreement: used by the training loop.
     trace: where the hosts start the trace that one of them requests.
+    times: seconds of the updates of all hosts.
     stage: returns the stage of this host; set by the caller.
   """
 
@@ -78,6 +80,7 @@ class Notices:
     self.stop_signal: int | None = None
     self.agreement = StopAgreement()
     self.trace = TraceAgreement(cluster.num_processes)
+    self.times = HostTimes(cluster.num_processes)
     self.stage: Callable[[], str] = lambda: ""
     self._explain = explain
     self._liveness = Liveness(
@@ -155,6 +158,10 @@ class Notices:
       self.agreement.agree(max(steps))
     for key, value in self.trace.exchange(found, self.host).items():
       self._publish(key, value)
+    for key, value in self.times.exchange(found, self.host).items():
+      self._client.key_value_set(
+        f"{_PREFIX}/{key}", value, allow_overwrite=True
+      )
 
   def _follow(self, host: int, value: str) -> None:
     """Ends this process because another one ends."""

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Self
 from narvl_jax.checkpointing.writing import FOLDER as CHECKPOINTS
 from narvl_jax.errors import UserError
 from narvl_jax.files import leftovers
+from narvl_jax.hosts.host_times import HostTimes
 from narvl_jax.hosts.notices import Notices
 from narvl_jax.reliability import watchdog
 from narvl_jax.reliability.explain import (
@@ -44,6 +45,7 @@ class Guard:
   Attributes:
     stop: Ctrl-C and SIGTERM.
     trace: requests for a trace.
+    times: seconds of the updates of all hosts; None for one process.
     busy: returns whether a checkpoint is being written; set by the caller.
   """
 
@@ -63,6 +65,7 @@ class Guard:
     self.ledger = ledger
     self.stop = StopRequest()
     self.trace = TraceRequest(workdir)
+    self.times: HostTimes | None = None
     self.busy: Callable[[], bool] = lambda: False
     self._workdir = workdir
     self._leave = leave
@@ -106,6 +109,7 @@ class Guard:
     if notices is not None:
       notices.stage = lambda: self.ledger.status.stage
       self.trace.agreement = notices.trace
+      self.times = notices.times
 
   def watch(self, budgets: Mapping[str, float]) -> None:
     """Starts the watchdog with the budgets of `config.watchdog`."""

@@ -128,7 +128,8 @@ class Loop:
       batch = self._next_batch(pending)
       with self._ledger.stage("step"):
         self._ledger.progress(step)
-        state, metrics = self.train_step(state, batch)
+        with self._progress.dispatching():
+          state, metrics = self.train_step(state, batch)
     pending.append(_Update(step, position, batch, metrics))
     self._traces.after(step, metrics)
     return state

@@ -1,6 +1,7 @@
 """The progress line that a run prints every few steps."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 
 from narvl_jax.experiment.experiment import relative_evaluation
+from narvl_jax.hosts.host_times import Comparison
 from narvl_jax.run.eta import Eta
 from narvl_jax.run.run import Run
 from narvl_jax.run_folder.goodput import STALL
@@ -42,6 +44,7 @@ class Progress:
       final_evaluation=relative_evaluation(run.experiment),
     )
     self._saved = run.checkpoints.progress
+    self._updates, self._dispatch_seconds = 0, 0.0
     self._bar = Activity("training", self._config.steps, "steps")
     peak = peak_flops(run.setup.mesh.devices.flat[0])
     # Counting traces the model, so it is done only where the peak is known.
@@ -63,6 +66,14 @@ class Progress:
     self._steps: list[Mapping[str, jax.Array]] = []
     self._last_seconds = self._ledger.seconds()
     self._last_elapsed = self._ledger.elapsed()
+
+  @contextlib.contextmanager
+  def dispatching(self) -> Iterator[None]:
+    """Measures the time in which this host hands an update to its devices."""
+    start = time.monotonic()
+    yield
+    self._updates += 1
+    self._dispatch_seconds += time.monotonic() - start
 
   def add(
     self, step: int, position: int, metrics: Mapping[str, jax.Array]
@@ -86,17 +97,44 @@ class Progress:
     if left is not None:
       values["seconds_left"] = left
     counters = self._counters(self._position + 1)
+    slowest = self._compare_hosts()
     self._run.writer.write(
       self._step,
       {
         **{f"train/{name}": value for name, value in values.items()},
         **{f"data/{name}": value for name, value in counters.items()},
         **self._run.guard.goodput().metrics(),
+        **{
+          name: value
+          for comparison in slowest
+          for name, value in comparison.metrics().items()
+        },
       },
     )
     self._report_saved()
     bad = sum(n for name, n in counters.items() if name.endswith("/bad"))
     show(self._line(values, int(bad)))
+    for comparison in slowest:
+      if comparison.noted:
+        show(f"{self._stamp()} {comparison}")
+
+  def _compare_hosts(self) -> list[Comparison]:
+    """Returns how the hosts differ; empty if that is not known, or one host.
+
+    Updates end together on all hosts, because devices wait for each other. So
+    what makes the others wait is compared: the time before the dispatch.
+    """
+    times = self._run.guard.times
+    if times is None:
+      return []
+    seconds = self._ledger.seconds()
+    wait = seconds.get("data wait", 0.0)
+    times.record(
+      self._updates,
+      seconds.get("step", 0.0) + wait,
+      {"data wait": wait, "dispatch": self._dispatch_seconds},
+    )
+    return times.compare()
 
   def _speed(self, count: int) -> dict[str, float]:
     seconds, elapsed = self._ledger.seconds(), self._ledger.elapsed()

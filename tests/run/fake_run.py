@@ -11,6 +11,7 @@ import numpy as np
 
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.datasets import DataSets
+from narvl_jax.hosts.host_times import HostTimes
 from narvl_jax.reliability.interrupt import EvaluationStopped, StopRequest
 from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.reliability.trace_request import TraceRequest
@@ -115,6 +116,7 @@ class FakeRun:
     self.robbed = False
     self.ledger = Ledger()
     self.trace = TraceRequest(workdir)
+    self.times: HostTimes | None = None
     self.checkpoints = FakeCheckpoints(workdir, self.log)
     self.batches = FakeBatches(self.log)
 
@@ -146,6 +148,7 @@ class FakeRun:
         ledger=self.ledger,
         stop=stop,
         trace=self.trace,
+        times=self.times,
         check_folder=self._check_folder,
         goodput=lambda: Goodput(3.0, dict.fromkeys(CAUSES, 0.0) | {"other": 1}),
       )

@@ -1,6 +1,7 @@
 """The lines and the bar that a run prints, and the metrics it writes."""
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from narvl_jax.hosts.host_times import HostTimes
 from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.run import progress as progress_lib
 from narvl_jax.run.progress import mean_metrics
@@ -189,3 +191,28 @@ def test_updates_that_were_left_out_do_not_count():
   means = mean_metrics([_step(loss=1.0), bad])
   assert means == {"loss": 1.0, "learning_rate": pytest.approx(0.2)}
   assert math.isnan(mean_metrics([bad, bad])["loss"])
+
+
+def test_the_slowest_host_is_named_at_a_report(tmp_path, capsys):
+  run = FakeRun(tmp_path)
+  run.times = HostTimes(2)
+  exchange = run.times.exchange
+
+  def poll(updates: int) -> None:
+    other = {"updates": updates, "update": updates, "data wait": 0.9 * updates}
+    found = {"times/1": json.dumps({**other, "dispatch": 0.0})}
+    exchange({**found, **exchange({}, 0)}, 0)
+
+  def train_step(state: Any, batch: int) -> Any:
+    if state.step in (4, 6):
+      poll(state.step)
+    return before(state, batch)
+
+  before, run.train_step = run.train_step, train_step
+  run.run()
+  lines = [x for x in capsys.readouterr().out.splitlines() if "slowest" in x]
+  # Once: nothing is new at the last report.
+  assert len(lines) == 1
+  assert "] slowest host: host 1 (?), data wait 0.9 s an update" in lines[0]
+  written = [line.get("hosts/data_wait_slowest") for line in lines_of(tmp_path)]
+  assert written == [None, pytest.approx(0.9), None]
