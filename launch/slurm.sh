@@ -7,7 +7,7 @@
 # Example:
 #   launch/slurm.sh --nodes=4 --processes_per_node=8 --gpus_per_node=8 \
 #     --time=24:00:00 --requeue -- \
-#     --config=configs/shapes.py --workdir=/shared/runs/shapes
+#     --config=configs/shapes.py --workdir=gs://my-bucket/runs/shapes
 set -euo pipefail
 # shellcheck source=launch/lib/common.sh
 . "$(dirname "$0")/lib/common.sh"

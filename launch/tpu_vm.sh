@@ -7,7 +7,7 @@
 # Example:
 #   launch/tpu_vm.sh --name=narvl --zone=us-west4-a --project=my-project \
 #     --accelerator_type=v5litepod-16 --version=v2-alpha-tpuv5-lite -- \
-#     --config=configs/shapes.py --workdir=/mnt/shared/runs/shapes
+#     --config=configs/shapes.py --workdir=gs://my-bucket/runs/shapes
 set -euo pipefail
 # shellcheck source=launch/lib/common.sh
 . "$(dirname "$0")/lib/common.sh"
@@ -20,6 +20,7 @@ flag project required "Google Cloud project."
 flag accelerator_type required "Type and size, such as v5litepod-16."
 flag version required "Runtime version, such as v2-alpha-tpuv5-lite."
 switch spot "Cheaper; may be preempted at any time."
+flag extras gcs "Extras of narvl_jax to install: gcs, s3, wandb, trackio."
 flag setup_command "" "Runs on every host before training: mount a folder."
 switch delete "Delete the TPU VM at the end, also after a failure or a stop."
 common_flags launch_logs/tpu_vm

@@ -7,7 +7,7 @@
 #   launch/xpk.sh --cluster=my-cluster --workload=narvl --zone=us-west4-a \
 #     --project=my-project --tpu_type=v5litepod-256 --num_slices=2 \
 #     --docker_image=gcr.io/my-project/narvl_jax:latest -- \
-#     --config=configs/shapes.py --workdir=/mnt/shared/runs/shapes
+#     --config=configs/shapes.py --workdir=gs://my-bucket/runs/shapes
 set -euo pipefail
 # shellcheck source=launch/lib/common.sh
 . "$(dirname "$0")/lib/common.sh"
@@ -20,6 +20,7 @@ flag tpu_type required "Type and size of a slice, such as v5litepod-256."
 number num_slices 1 "Number of slices of that type."
 flag docker_image "" "Image that has narvl_jax and jax for TPU."
 flag base_docker_image "" "Or: image with Python, to which xpk adds the code."
+flag extras gcs "Extras of narvl_jax for --base_docker_image."
 number wait_seconds 86400 "Seconds to wait until the pods run."
 number poll_seconds 10 "Seconds between checks while waiting."
 common_flags launch_logs/xpk
@@ -72,12 +73,14 @@ new_workload() {
   command="exec python -m narvl_jax.train $(quote "${TRAIN_ARGS[@]}")"
   if [[ -n ${FLAG[base_docker_image]} ]]; then
     image=("--base-docker-image=${FLAG[base_docker_image]}" --script-dir=.)
-    command="python -m pip install --quiet -e . 'jax[tpu]' && $command"
+    command="python -m pip install --quiet -e\
+ $(quoted ".[tpu,${FLAG[extras]}]") && $command"
   fi
   make_secret
+  note_credentials
   run mkdir -p "${FLAG[log_dir]}"
-  # Without a value: xpk reads it from its own environment.
-  run_line "echo NARVL_CLUSTER_SECRET >$(quote "${FLAG[log_dir]}/environment")"
+  # Without values: xpk reads them from its own environment.
+  run_line "printf '%s\\n' $(passed_on) >$(quote "${FLAG[log_dir]}/environment")"
   # xpk retries after 42 and 127 to 255; failed training ends with 1.
   run xpk workload create "${PLACE[@]}" "--workload=$WORKLOAD" \
     "--tpu-type=${FLAG[tpu_type]}" "--num-slices=${FLAG[num_slices]}" \

@@ -170,6 +170,30 @@ END
   fi
 }
 
+# Variables that the hosts of a cloud get too, if they are set here.
+PASSED_ON=(NARVL_CLUSTER_SECRET JAX_COMPILATION_CACHE_DIR HF_TOKEN
+  WANDB_API_KEY WANDB_BASE_URL WANDB_ENTITY WANDB_MODE
+  TRACKIO_SPACE_ID TRACKIO_SERVER_URL TRACKIO_WRITE_TOKEN
+  AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN
+  AWS_REGION AWS_DEFAULT_REGION AWS_ENDPOINT_URL GOOGLE_CLOUD_PROJECT)
+
+passed_on() {  # Their names, in one line.
+  local name names=
+  for name in "${PASSED_ON[@]}"; do
+    if [[ $name == NARVL_CLUSTER_SECRET || -n ${!name-} ]]; then
+      names+=" $name"
+    fi
+  done
+  echo "${names# }"
+}
+
+note_credentials() {
+  if [[ -n ${GOOGLE_APPLICATION_CREDENTIALS-} ]]; then
+    stage "note: GOOGLE_APPLICATION_CREDENTIALS names a file of this machine" \
+      "and is not passed on; the hosts use their service account"
+  fi
+}
+
 # ---- Running commands ----
 
 say() { printf '[%5ds] %s\n' "$SECONDS" "$*"; }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs on every host of a TPU pod; the launch scripts call it over ssh.
 #
-#   remote.sh install          a virtual environment with narvl_jax and libtpu
+#   remote.sh install EXTRAS   a virtual environment with narvl_jax and libtpu
 #   remote.sh run ARGUMENTS    trains; shows the output, ends with its exit code
 #   remote.sh stop SECONDS     TERM, wait for the save, KILL
 #   remote.sh reset SECONDS    stop, then remove the state of the attempt
@@ -15,13 +15,13 @@ attempt=$state/attempt  # supervisor, pid, exit_code
 cd "$(dirname "$0")/../.."
 remote=launch/lib/remote.sh
 
-install() {
+install() {  # EXTRAS of setup.py, such as gcs,wandb
   # Images of TPU VMs may have Python 3.10; uv finds a newer one or fetches it.
   # Its exit code 2 often means a network failure, not a mistake of the user.
   python3 -m pip install --quiet --user uv &&
     python3 -m uv venv --quiet --allow-existing --python '>=3.11' .venv &&
     python3 -m uv pip install --quiet --python .venv/bin/python \
-      -e . 'jax[tpu]' || exit 1
+      -e ".[tpu${1:+,$1}]" || exit 1
 }
 
 run() {  # ARGUMENTS of narvl_jax.train
@@ -50,9 +50,9 @@ show() {  # What training prints, until it ends.
 supervise() {  # ARGUMENTS of narvl_jax.train
   local code=0
   # In a file, since command lines are visible to others.
-  if [[ -e cluster_secret ]]; then
-    NARVL_CLUSTER_SECRET=$(<cluster_secret)
-    export NARVL_CLUSTER_SECRET
+  if [[ -e launch_environment ]]; then
+    # shellcheck source=/dev/null
+    . ./launch_environment
   fi
   echo $$ >"$attempt/supervisor"
   .venv/bin/python -m narvl_jax.train "$@" >>"$state/train.log" 2>&1 &

@@ -8,6 +8,7 @@
 
 NEED_GCLOUD="install the Google Cloud CLI: https://cloud.google.com/sdk/docs/install"
 REMOTE=narvl_jax/launch/lib/remote.sh
+ENVIRONMENT=launch_environment  # The variables of `PASSED_ON`, for remote.sh.
 LOGS_DUE=  # Not empty from the start of training until its logs are here.
 
 tpu_attempt() {
@@ -42,14 +43,16 @@ copy_code() {
   stage "copy the code to all hosts"
   run mkdir -p "${FLAG[log_dir]}"
   make_secret
-  # Both files contain the secret.
-  run_line "(umask 077 && printf %s \"\$NARVL_CLUSTER_SECRET\"\
- >$(quote "${FLAG[log_dir]}/cluster_secret") && : >$(quote "$archive"))" ||
+  note_credentials
+  # Both files contain secrets, and the command line only their names.
+  run_line "(umask 077 && for name in $(passed_on); do\
+ printf 'export %s=%q\\n' \"\$name\" \"\${!name}\"; done\
+ >$(quote "${FLAG[log_dir]}/$ENVIRONMENT") && : >$(quote "$archive"))" ||
     return 1
   run tar --exclude=./.git --exclude=./runs --exclude=./launch_logs \
     --exclude="./${FLAG[log_dir]}" --exclude='./.venv*' \
     --exclude=__pycache__ --exclude='*.egg-info' --exclude='./.*_cache' \
-    -czf "$archive" . -C "${FLAG[log_dir]}" cluster_secret || return 1
+    -czf "$archive" . -C "${FLAG[log_dir]}" "$ENVIRONMENT" || return 1
   run "${GCLOUD[@]}" scp "$archive" "$NAME:narvl_jax.tar.gz" \
     "${PLACE[@]}" "${ALL[@]}" --quiet &&
     on_all_hosts "rm -rf narvl_jax/narvl_jax && mkdir -p narvl_jax &&\
@@ -58,7 +61,7 @@ copy_code() {
 
 install() {
   stage "install narvl_jax and jax for TPU on all hosts"
-  on_all_hosts "bash $REMOTE install"
+  on_all_hosts "bash $REMOTE install $(quote "${FLAG[extras]}")"
 }
 
 set_up() {
@@ -70,9 +73,9 @@ set_up() {
 train() {
   local code=0 folder=${FLAG[log_dir]}/attempt-$ATTEMPT
   stage "train on all hosts, attempt $ATTEMPT"
-  if [[ ! " ${TRAIN_ARGS[*]} " =~ --workdir[=\ ]/ ]]; then
+  if [[ ! " ${TRAIN_ARGS[*]} " =~ --workdir[=\ ](/|gs:|s3:) ]]; then
     stage "note: --workdir is relative, so each host has its own; a pod of" \
-      "several hosts needs an absolute path that all of them share"
+      "several hosts needs a folder that all of them share: gs://BUCKET/RUN"
   fi
   run mkdir -p "$folder"
   TRAINING=yes LOGS_DUE=yes

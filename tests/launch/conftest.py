@@ -121,6 +121,11 @@ class Launcher:
     """Returns (who, secret) of each process that trained."""
     return self._lines("secrets.jsonl")
 
+  def passed(self) -> list[dict[str, str]]:
+    """Returns the environment of each process that trained."""
+    path = self.folder / "passed.jsonl"
+    return [json.loads(x) for x in path.read_text("utf-8").splitlines()]
+
   def wait_for(self, *events: list[str]) -> None:
     """Waits until the stand-ins reported these events."""
     wait_until(lambda: all(event in self.events() for event in events))

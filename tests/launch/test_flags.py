@@ -287,6 +287,23 @@ def test_missing_programs(
   assert advice in error
 
 
+def test_the_image():
+  dockerfile = ROOT / "launch" / "Dockerfile"
+  text = dockerfile.read_text("utf-8")
+  sources = re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE)
+  copied = {name for line in sources for name in line.split()}
+  ignored = (ROOT / "launch" / "Dockerfile.dockerignore").read_text("utf-8")
+  assert copied == set(re.findall(r"^!(\S+)$", ignored, re.MULTILINE))
+  assert all((ROOT / name).exists() for name in copied)
+  hadolint = shutil.which("hadolint", path=pathlib.Path(sys.executable).parent)
+  if hadolint is None:
+    pytest.skip("hadolint is absent")
+  result = subprocess.run(
+    [hadolint, dockerfile], capture_output=True, text=True, check=False
+  )
+  assert result.returncode == 0, result.stdout
+
+
 def test_shellcheck():
   # Beside Python, also where its environment is not activated.
   here = pathlib.Path(sys.executable).parent

@@ -48,15 +48,17 @@ def test_all_processes_get_it_and_nobody_else(
   holders = [
     path
     for path in _files(launcher.folder)
-    if path.name != "secrets.jsonl" and secret.encode() in path.read_bytes()
+    if path.name not in _RECORDS and secret.encode() in path.read_bytes()
   ]
-  assert {path.name for path in holders} <= {"cluster_secret"}
+  assert {path.name for path in holders} <= {"launch_environment"}
   archives = list(launcher.root.glob("logs/*.tar.gz"))
   assert bool(holders) == bool(archives) == (script in _TPU_SCRIPTS)
   for path in (*holders, *archives):
     assert path.stat().st_mode & 0o077 == 0, path
 
 
+# What the stand-ins were given.
+_RECORDS = ("secrets.jsonl", "passed.jsonl")
 _TPU_SCRIPTS = ("tpu_vm.sh", "queued_resource.sh")
 
 
@@ -78,3 +80,43 @@ def test_xpk_receives_the_name_only(launcher: Launcher) -> None:
   assert launcher.log("environment") == "NARVL_CLUSTER_SECRET\n"
   (call,) = (x for x in launcher.calls("xpk") if "create" in x)
   assert "--env-file=logs/environment" in call
+
+
+_KEYS = {
+  "WANDB_API_KEY": "key of 'wandb'",
+  "HF_TOKEN": "token $HOME \\ of hugging face",
+  "AWS_SECRET_ACCESS_KEY": "secret/+=of aws",
+  "JAX_COMPILATION_CACHE_DIR": "gs://my-bucket/cache",
+}
+
+
+@pytest.mark.parametrize("script", _SCRIPTS)
+def test_keys_are_passed_on_and_never_shown(
+  launcher: Launcher, script: str
+) -> None:
+  launcher.environment |= _KEYS
+  _, printed = _launch(launcher, script)
+  for given in launcher.passed():
+    assert {name: given.get(name) for name in _KEYS} == _KEYS
+  texts = [
+    path.read_bytes()
+    for path in _files(launcher.folder)
+    if path.name not in (*_RECORDS, "launch_environment")
+  ]
+  for value in list(_KEYS.values())[:3]:
+    assert value not in printed
+    assert not any(value.encode() in text for text in texts)
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "xpk.sh"])
+def test_a_dry_run_shows_names_only(launcher: Launcher, script: str) -> None:
+  key = "/home/me/key.json"
+  launcher.environment |= _KEYS | {"GOOGLE_APPLICATION_CREDENTIALS": key}
+  result = launcher.run(script, *_SCRIPTS[script], "--dry_run")
+  assert result.returncode == 0, result.stderr
+  for name, value in _KEYS.items():
+    assert name in result.stdout
+    assert value not in result.stdout
+  assert "is not passed on; the hosts use their service account" in (
+    result.stdout
+  )

@@ -74,7 +74,7 @@ def test_the_code_is_copied_without_runs_and_logs(launcher: Launcher):
   launcher.run("tpu_vm.sh", *TPU)
   copy = launcher.folder / "hosts" / "w-0" / "narvl_jax"
   assert {path.name for path in copy.iterdir()} == {
-    *("launch", "narvl_jax", ".venv", "cluster_secret")
+    *("launch", "narvl_jax", ".venv", "launch_environment")
   }
   assert not (copy / ".venv" / "large").exists()
   assert [path.name for path in stale.iterdir()] == ["train.py"]
