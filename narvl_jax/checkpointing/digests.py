@@ -25,8 +25,9 @@ from narvl_jax.checkpointing.record import (
   to_json,
 )
 from narvl_jax.files import side_files
-from narvl_jax.files.disk import atomically
+from narvl_jax.files.disk import atomically, files_below
 from narvl_jax.files.regular import is_regular, open_regular, read_regular
+from narvl_jax.files.stores import is_remote
 
 # Damage of a path that must not be opened.
 NOT_REGULAR = "is not a regular file"
@@ -34,6 +35,8 @@ _NAME = re.compile(r"digests\.(\d{1,9})-of-(\d{1,9})\.txt")
 # As `record.digest`.
 _HASH = functools.partial(hashlib.blake2b, digest_size=16)
 # Folder in which Orbax stores the data of one process.
+# Threads that read objects of a store, mostly waiting.
+_STORE_THREADS = 16
 _OF_PROCESS = re.compile(r"/ocdbt\.process_(\d+)/")
 
 
@@ -60,13 +63,18 @@ def write_digests(folder: pathlib.Path, host: int = 0, hosts: int = 1) -> None:
     folder: folder of the checkpoint, named after the step.
     hosts: number of hosts; all must call this.
   """
-  found = {
-    name: [(folder / name).stat().st_size, _digest_file(folder / name)]
-    for name in _files(folder)
-    if _owner(name, hosts) == host
-  }
+  names = [name for name in _files(folder) if _owner(name, hosts) == host]
+  # A store is read in parallel; a disk is left to the training run.
+  threads = _STORE_THREADS if is_remote(folder) else 1
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    entries = pool.map(lambda name: _entry(folder / name), names)
+    found = dict(zip(names, entries, strict=True))
   path = folder / f"digests.{host}-of-{hosts}.txt"
   _write(path, {"step": folder.name, "files": found})
+
+
+def _entry(path: pathlib.Path) -> list[Any]:
+  return [path.stat().st_size, _digest_file(path)]
 
 
 def replace_record(folder: pathlib.Path, record: CheckpointRecord) -> None:
@@ -142,7 +150,9 @@ def check_files(
     problems.append([f"{folder.name}/", str(RenamedCheckpoint(digests.step))])
   names = set(_files(folder))
   # Reading a pipe or a device would not end.
-  present = {name for name in names if is_regular(folder / name)}
+  present = names
+  if not is_remote(folder):
+    present = {name for name in names if is_regular(folder / name)}
   problems += [[name, NOT_REGULAR] for name in sorted(names - present)]
   # Only complete digests show that a file is foreign.
   new = set()
@@ -163,7 +173,8 @@ def check_files(
 
   own = sorted(digests.files.keys() & present)[host::hosts]
   # hashlib releases the GIL.
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  threads = _STORE_THREADS if is_remote(folder) else os.cpu_count()
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
     found = pool.map(lambda x: _check_file(folder / x, *digests.files[x]), own)
     problems += [[x, what] for x, what in zip(own, found, strict=True) if what]
   return problems
@@ -221,11 +232,8 @@ def _digests_by_size(
 
 def _files(folder: pathlib.Path) -> list[str]:
   """Returns the files below a checkpoint's folder, without the digests."""
-  names = []
-  for place, _, files in os.walk(folder):
-    below = pathlib.Path(place).relative_to(folder).as_posix()
-    names += [name if below == "." else f"{below}/{name}" for name in files]
   # Names with a dot are temporary files of digests.
+  names = files_below(folder)
   return [x for x in names if not x.startswith((".digests.", "digests."))]
 
 

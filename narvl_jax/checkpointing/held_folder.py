@@ -4,10 +4,37 @@ import os
 import pathlib
 
 from narvl_jax.files.disk_errors import errors_of
+from narvl_jax.files.stores import is_remote
 
 
 class FolderLostError(Exception):
   """The folder was renamed or removed while it was written to."""
+
+
+class HeldStore:
+  """A folder in a store, which cannot be renamed; see `HeldFolder`.
+
+  Attributes:
+    path: where to write.
+    in_place: True.
+  """
+
+  in_place = True
+
+  def __init__(self, folder: pathlib.Path) -> None:
+    self.path = folder
+
+  def check_in_place(self) -> None:
+    """Does nothing."""
+
+  def name_files(self, error: BaseException) -> None:
+    """Does nothing: errors name the folder itself."""
+
+  def cut_off(self) -> None:
+    """Does nothing: without its last object, no checkpoint counts."""
+
+  def close(self) -> None:
+    """Does nothing."""
 
 
 class HeldFolder:
@@ -72,3 +99,8 @@ class HeldFolder:
     number, self._number = self._number, -1
     if number >= 0:
       os.close(number)
+
+
+def hold(folder: pathlib.Path) -> HeldFolder | HeldStore:
+  """Opens the folder that checkpoints are written to."""
+  return HeldStore(folder) if is_remote(folder) else HeldFolder(folder)

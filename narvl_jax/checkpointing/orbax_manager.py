@@ -13,8 +13,11 @@ from absl import flags
 from absl import logging as absl_logging
 from orbax.checkpoint import multihost as _defines_the_flag
 from orbax.checkpoint import type_handlers
+from orbax.checkpoint._src.path import gcs_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from narvl_jax.checkpointing import record as record_lib
+from narvl_jax.files.stores import as_path, is_remote
 
 del _defines_the_flag
 
@@ -64,6 +67,8 @@ def open_manager(
   flags.FLAGS["experimental_orbax_use_distributed_barrier"].value = True
   _silence_errors()
   _let_writers_end()
+  if is_remote(folder):
+    _know_stores()
   arrays = functools.partial(_ArrayHandler, note_error)
   return ocp.CheckpointManager(
     folder,
@@ -84,6 +89,28 @@ def open_manager(
       record_lib.ITEM: ocp.JsonCheckpointHandler(filename=record_lib.FILE),
     },
   )
+
+
+@functools.cache
+def _know_stores() -> None:
+  """Makes Orbax treat s3:// as gs://, and ask a bucket for nothing else.
+
+  Of a store that cannot rename it knows gs:// only. It would also ask for the
+  kind of the bucket, which writers of objects need not be allowed to; gcsfs
+  handles both kinds.
+  """
+  modules: Any = (gcs_utils, tensorstore_utils)
+  paths, arrays = modules
+  normalize = arrays._normalize_path
+
+  def address(path: str) -> str:
+    return path if is_remote(path) else normalize(path)
+
+  paths._GCS_PATH_PREFIX = ("gs://", "s3://")
+  paths.is_hierarchical_namespace_enabled = lambda path: False
+  paths.get_kvstore_for_gcs = lambda path: record_lib.kvstore(as_path(path))
+  arrays._normalize_path = address
+  arrays._use_gcs_driver = is_remote
 
 
 class _Watched:

@@ -16,12 +16,14 @@ from narvl_jax.checkpointing.record import (
   CheckpointRecord,
   RenamedCheckpoint,
   describe_shape,
+  is_stored,
   read_leaf,
   read_record,
   stored_steps,
 )
 from narvl_jax.checkpointing.retention import Retention
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.files.disk import size_and_time
 from narvl_jax.run_folder.metrics import format_bytes
 from narvl_jax.run_folder.workdir import CONFIG_FILE
 from narvl_jax.terminal import progress
@@ -45,8 +47,8 @@ def list_checkpoints(workdir: pathlib.Path) -> str:
   for step, record in records.items():
     place = folder / str(step)
     try:
-      saved = datetime.datetime.fromtimestamp(place.stat().st_mtime)
-      size = sum(x.stat().st_size for x in place.rglob("*") if x.is_file())
+      size, changed = size_and_time(place)
+      saved = datetime.datetime.fromtimestamp(changed)
     except FileNotFoundError:
       # The run is training and has removed it.
       continue
@@ -84,7 +86,7 @@ def verify(workdir: pathlib.Path, step: str | int | None = None) -> str:
       continue
     with progress.doing(f"reading the checkpoint of step {number}"):
       damage = _examine(place)
-    if not place.is_dir():
+    if not is_stored(place):
       lines.append(f"{number}: removed meanwhile by the training run")
       continue
     if damage is None:
@@ -209,7 +211,7 @@ def _examine(place: pathlib.Path) -> Damage | None:
   try:
     return examine(place)
   except OSError:
-    if place.is_dir():
+    if is_stored(place):
       raise
     return None
 
@@ -220,7 +222,7 @@ def _intact(place: pathlib.Path) -> CheckpointRecord:
       f"{place} is damaged: {_NO_FOLDER}; compare another one: --checkpoint"
     )
   damage = _examine(place)
-  if not place.is_dir():
+  if not is_stored(place):
     raise UserError(
       f"{place} was removed meanwhile by the run that is training there;"
       " compare another one: --checkpoint"

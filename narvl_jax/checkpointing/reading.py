@@ -135,10 +135,10 @@ class StoredCheckpoints:
     try:
       found = examine(place, jax.process_index(), jax.process_count(), _gather)
     except OSError as error:
-      if place.is_dir():
+      if record_lib.is_stored(place):
         raise
       raise self._removed(step) from error
-    if found is not None and not place.is_dir():
+    if found is not None and not record_lib.is_stored(place):
       raise self._removed(step)
     return found
 
@@ -213,7 +213,7 @@ class StoredCheckpoints:
       with large_blocks_returned():
         found = dict(self._manager.restore(step, args=args))
     except Exception as error:
-      if not (self._folder / str(step)).is_dir():
+      if not record_lib.is_stored(self._folder / str(step)):
         raise self._removed(step) from error
       # Without digests only the arrays were verified.
       if has_digests(self._folder / str(step)):
@@ -244,7 +244,7 @@ class StoredCheckpoints:
 
   def _rejection(self, step: int, damage: Damage) -> UserError:
     """Returns the error of a damaged checkpoint; it names an intact one."""
-    if not (self._folder / str(step)).is_dir():
+    if not record_lib.is_stored(self._folder / str(step)):
       return self._removed(step)
     if not self._advises:
       return DamagedCheckpoint(step, damage)

@@ -6,8 +6,10 @@ averages, if any) and `record`. The record is JSON, so reading it needs neither
 a model nor a device.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -17,6 +19,7 @@ import jax
 import numpy as np
 
 from narvl_jax.files.regular import read_regular
+from narvl_jax.files.stores import COMMIT_FILE, StoreError, is_remote
 
 ITEM = "record"
 FILE = "record.json"
@@ -82,8 +85,29 @@ def stored_steps(folder: pathlib.Path) -> list[int]:
   for _ in range(_LISTINGS):
     names = [path.name for path in folder.glob("*")]
     if steps := sorted(int(name) for name in names if _STEP.fullmatch(name)):
-      return steps
+      return [step for step in steps if is_stored(folder / str(step))]
   return []
+
+
+def is_stored(place: pathlib.Path) -> bool:
+  """Returns whether there is a checkpoint in a folder named after a step.
+
+  On a disk, the folder has another name until everything is written. A store
+  cannot rename, so there Orbax writes one object last.
+  """
+  if is_remote(place):
+    return (place / COMMIT_FILE).exists()
+  return place.is_dir()
+
+
+def unfinished(folder: pathlib.Path, step: int) -> list[pathlib.Path]:
+  """Returns the folders in which a checkpoint was begun but not finished."""
+  if is_remote(folder):
+    place = folder / str(step)
+    with contextlib.suppress(StoreError):
+      return [place] if place.is_dir() and not is_stored(place) else []
+    return []
+  return list(folder.glob(f"{step}.orbax-checkpoint-tmp*"))
 
 
 def name_leaves(items: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,13 +209,31 @@ def read_leaf(folder: pathlib.Path, name: str) -> np.ndarray:
     "driver": "zarr",
     "kvstore": {
       "driver": "ocdbt",
-      "base": {"driver": "file", "path": f"{folder / item}/"},
+      "base": kvstore(folder / item),
       "path": f"{stored}/",
     },
   }
   # A new context: the files may have changed since they were cached.
   store = ts.open(spec, open=True, read=True, context=ts.Context()).result()
   return np.asarray(store.read().result())
+
+
+def kvstore(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the specification of a folder for TensorStore."""
+  if not is_remote(folder):
+    return {"driver": "file", "path": f"{folder}/"}
+  scheme, _, place = str(folder).partition("://")
+  bucket, _, name = place.partition("/")
+  spec = {"bucket": bucket, "path": name}
+  if scheme == "gs":
+    driver = os.environ.get("TENSORSTORE_GCS_BACKEND", "gcs")
+    return {"driver": driver, **spec}
+  # What s3fs reads by itself.
+  server = os.environ.get("AWS_ENDPOINT_URL_S3")
+  if server := server or os.environ.get("AWS_ENDPOINT_URL"):
+    region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
+    spec |= {"endpoint": server, "aws_region": region}
+  return {"driver": "s3", **spec}
 
 
 def describe_shape(shape: Iterable[int]) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pathlib
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ import jax
 from narvl_jax.checkpointing import record as record_lib
 from narvl_jax.checkpointing.checksums import device_checksums, text
 from narvl_jax.checkpointing.digests import replace_record, write_digests
-from narvl_jax.checkpointing.held_folder import HeldFolder
+from narvl_jax.checkpointing.held_folder import HeldFolder, HeldStore, hold
 from narvl_jax.checkpointing.host_memory import return_free_memory
 from narvl_jax.checkpointing.integrity import Damage
 from narvl_jax.checkpointing.reading import (
@@ -31,8 +30,9 @@ from narvl_jax.checkpointing.record import (
 from narvl_jax.checkpointing.retention import Retention
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import to_json
+from narvl_jax.files import leftovers
 from narvl_jax.files.disk_errors import explain_disk
-from narvl_jax.files.stores import as_path
+from narvl_jax.files.stores import StoreError, as_path
 from narvl_jax.hosts import distributed
 from narvl_jax.state.train_state import TrainState
 
@@ -83,12 +83,12 @@ class Checkpoints(StoredCheckpoints):
     self._failed = False
     self.set_aside: list[str] = []
     self._retention: Retention | None = None
-    self._held: HeldFolder | None = None
+    self._held: HeldFolder | HeldStore | None = None
     if keep_last is not None:
       self._retention = Retention(keep_last, keep_best, keep_every)
       # A resumed run looks for an intact one itself.
       self._advises = False
-      self._held = HeldFolder(as_path(workdir).resolve() / FOLDER)
+      self._held = hold(as_path(workdir).resolve() / FOLDER)
     super().__init__(workdir)
     if self._retention is not None:
       self._remove_deleted()
@@ -214,7 +214,7 @@ class Checkpoints(StoredCheckpoints):
   def _remove_deleted(self) -> None:
     """Removes checkpoints that are no longer kept, also of a killed run."""
     if distributed.is_first():
-      shutil.rmtree(self._folder / self._orbax.DELETED, ignore_errors=True)
+      leftovers.remove(self._folder / self._orbax.DELETED)
 
   def _note_error(self, error: BaseException) -> None:
     self._error = error
@@ -242,7 +242,9 @@ class Checkpoints(StoredCheckpoints):
     assert self._held is not None
     self._held.name_files(error)
     # The manager already lists the failed step.
-    saved = record_lib.stored_steps(self._held.path)
+    saved = []
+    with contextlib.suppress(StoreError):
+      saved = record_lib.stored_steps(self._held.path)
     what = f"the checkpoint of step {step} could not be saved"
     # Before the removal, so that it reports how full the disk was.
     reason = explain_disk(error, self._workdir)
@@ -264,8 +266,8 @@ class Checkpoints(StoredCheckpoints):
   def _remove_parts(self, step: int) -> None:
     """Removes the files of a failed save, including those written later."""
     for _ in range(_REMOVALS):
-      for part in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-        shutil.rmtree(part, ignore_errors=True)
+      for part in record_lib.unfinished(self._folder, step):
+        leftovers.remove(part)
       time.sleep(_REMOVAL_SECONDS)
 
   @property

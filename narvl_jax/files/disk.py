@@ -147,6 +147,21 @@ def files_below(folder: pathlib.Path) -> list[str]:
   return names
 
 
+def size_and_time(folder: pathlib.Path) -> tuple[int, float]:
+  """Returns the bytes in a folder, and the Unix time of its last change.
+
+  Raises:
+    FileNotFoundError: there is no such folder.
+  """
+  if is_remote(folder):
+    from narvl_jax.files.store_path import StorePath
+
+    return StorePath(folder).size_and_time()
+  changed = folder.stat().st_mtime
+  files = (x for x in folder.rglob("*") if x.is_file())
+  return sum(x.stat().st_size for x in files), changed
+
+
 def is_stream(path: pathlib.Path) -> bool:
   """Returns whether a path is a device or a pipe, such as /dev/stdout."""
   if is_remote(path):

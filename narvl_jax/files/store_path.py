@@ -20,10 +20,7 @@ from etils.epath.gpath import PosixGPath
 
 from narvl_jax.files import s3
 from narvl_jax.files.store_errors import explained, missing
-from narvl_jax.files.stores import PACKAGES
-
-# Without it, a folder that Orbax has written is no checkpoint.
-COMMIT_FILE = "commit_success.txt"
+from narvl_jax.files.stores import COMMIT_FILE, PACKAGES
 
 _BLOCK_BYTES = 16 << 20
 
@@ -108,10 +105,8 @@ class StorePath(PosixGPath):
       raise missing(self)
     folder = info["type"] == "directory"
     kind = stat.S_IFDIR if folder else stat.S_IFREG
-    changed = info.get("mtime") or info.get("LastModified") or 0
-    if isinstance(changed, datetime.datetime):
-      changed = changed.timestamp()
     size = int(info.get("size") or 0)
+    changed = _changed(info)
     return os.stat_result((kind | 0o644, 0, 0, 1, 0, 0, size, 0, changed, 0))
 
   lstat = stat
@@ -140,6 +135,14 @@ class StorePath(PosixGPath):
     with explained(self):
       names = self.system.find(str(self))
     return [self._new(f"{self.scheme}://{name}") for name in names]
+
+  def size_and_time(self) -> tuple[int, float]:
+    """See `disk.size_and_time`."""
+    with explained(self):
+      found = self.system.find(str(self), detail=True).values()
+    if not found:
+      raise missing(self)
+    return sum(int(x["size"] or 0) for x in found), max(map(_changed, found))
 
   def open(self, mode: str = "r", **options: Any) -> Any:
     """Opens the file; writes are visible only after `close`."""
@@ -222,15 +225,11 @@ class StorePath(PosixGPath):
 
   def read_stored(self) -> Stored | None:
     """Returns the object, and the version to `write_if`; None if missing."""
-    info = self._info()
-    if info is None:
-      return None
-    try:
+    with contextlib.suppress(FileNotFoundError):
       # Read after its version: then a write in between makes `write_if` fail.
-      version = str(info.get("generation") or info["ETag"])
+      version = self.state().version
       return Stored(self.read_bytes(), version)
-    except FileNotFoundError:
-      return None
+    return None
 
   def state(self) -> State:
     """Returns what changes with the file; raises `FileNotFoundError`."""
@@ -327,6 +326,14 @@ class _Raw(io.RawIOBase):
   def close(self) -> None:
     self._file.close()
     super().close()
+
+
+def _changed(info: dict[str, Any]) -> float:
+  """Returns the Unix time of the last change; 0 for a folder."""
+  changed = info.get("mtime") or info.get("LastModified") or 0
+  if isinstance(changed, datetime.datetime):
+    return changed.timestamp()
+  return float(changed)
 
 
 def _is_condition(error: OSError) -> bool:

@@ -12,6 +12,8 @@ from narvl_jax.errors import UserError, did_you_mean
 
 # Scheme -> the package that reads it, which is also the name of the extra.
 PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+# Without it, a folder that Orbax has written into a store is no checkpoint.
+COMMIT_FILE = "commit_success.txt"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from narvl_jax.files import side_files
 from narvl_jax.files.processes import machine
-from narvl_jax.files.stores import is_remote
+from narvl_jax.files.stores import COMMIT_FILE, is_remote
 from narvl_jax.hosts.cluster import LOG_FOLDER
 from narvl_jax.run_folder import (
   CHECKPOINTS_FOLDER,
@@ -220,11 +220,8 @@ def _checkpoint(
     if path.name.isdecimal()
   }
   for step, path in sorted(places.items(), reverse=True):
-    if is_remote(path):
-      from narvl_jax.files.store_path import COMMIT_FILE
-
-      if not (path / COMMIT_FILE).exists():
-        continue
+    if is_remote(path) and not (path / COMMIT_FILE).exists():
+      continue
     record = path / "record" / "record.json"
     age = _try(lambda file=record: clock() - file.stat().st_mtime, None)
     return {"step": step, "age": age}

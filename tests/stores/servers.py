@@ -92,6 +92,7 @@ def _gcs() -> Iterator[int]:
   # It warns of every answer that is a text.
   logging.getLogger(server.__name__).setLevel(logging.CRITICAL)
   logging.getLogger("api.object").setLevel(logging.CRITICAL)
+  logging.getLogger(storage.__name__).setLevel(logging.CRITICAL)
   if not isinstance(server._read_data, functools.partial):
     server._read_data = functools.partial(_read_data, server._read_data)
   files = storage.Storage(use_memory_fs=True)
@@ -118,6 +119,12 @@ def _gcs() -> Iterator[int]:
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _handle
 
+    def end_headers(self) -> None:
+      if self.command == "GET" and "alt=media" in self.path:
+        # TensorStore needs it.
+        self.send_header("x-goog-generation", _generation(self.path, files))
+      super().end_headers()
+
     def log_message(self, format: str, *args: Any) -> None:
       del format, args
 
@@ -132,21 +139,26 @@ def _gcs() -> Iterator[int]:
 
 def _holds_condition(path: str, body: bytes, files: Any) -> bool:
   """Returns whether an object has the generation of a request, if any."""
+  query = urllib.parse.parse_qs(urllib.parse.urlsplit(path).query)
+  wanted = query.get("ifGenerationMatch") or query.get("generation")
+  if wanted is None or "upload_id" in query:
+    return True
+  return _generation(path, files, body) == wanted[0]
+
+
+def _generation(path: str, files: Any, body: bytes = b"") -> str:
+  """Returns the generation of the object that a request names."""
   from gcp_storage_emulator.exceptions import NotFound
 
   parts = urllib.parse.urlsplit(path)
   query = urllib.parse.parse_qs(parts.query)
-  wanted = query.get("ifGenerationMatch") or query.get("generation")
-  if wanted is None or "upload_id" in query:
-    return True
   bucket, _, name = parts.path.split("/b/", 1)[1].partition("/o")
   name = urllib.parse.unquote(name.strip("/")) or query.get("name", [""])[0]
   name = name or _parts(body)["meta"]["name"]
   try:
-    found = files.get_file_obj(bucket, name)["generation"]
+    return str(files.get_file_obj(bucket, name)["generation"])
   except NotFound:
-    found = "0"
-  return str(found) == wanted[0]
+    return "0"
 
 
 def _read_data(read: Any, handler: Any, query: Any) -> Any:
