@@ -168,10 +168,13 @@ _gather.defvjp(_gather_forward, _gather_backward)
 def _resolve(
   names: tuple[str | None, ...], shape: tuple[int, ...]
 ) -> tuple[tuple[str, ...], ...] | None:
-  """Returns the mesh axes of every dimension, None outside of a mesh."""
+  """Returns the mesh axes of every dimension.
+
+  None outside of a mesh, and in `on_shards`, whose arrays are parts already.
+  """
   mesh: Any = jax.sharding.get_abstract_mesh()
   rules: Any = nn.get_logical_axis_rules()
-  if mesh.empty or not rules or mesh.size == 1:
+  if mesh.empty or not rules or mesh.size == 1 or mesh.are_all_axes_manual:
     return None
   known = {name for name, _ in rules}
   # A name without a rule is not split.
