@@ -80,12 +80,14 @@ new_workload() {
   note_credentials
   run mkdir -p "${FLAG[log_dir]}"
   # Without values: xpk reads them from its own environment.
-  run_line "printf '%s\\n' $(passed_on) >$(quote "${FLAG[log_dir]}/environment")"
-  # xpk retries after 42 and 127 to 255; failed training ends with 1.
+  run_line "printf '%s\\n' $(passed_on) NARVL_STOPPED_CODE=75\
+ >$(quote "${FLAG[log_dir]}/environment")"
+  # xpk retries after 42 and 127 to 255; failed training ends with 1, a run that
+  # is stuck or preempted with 75.
   run xpk workload create "${PLACE[@]}" "--workload=$WORKLOAD" \
     "--tpu-type=${FLAG[tpu_type]}" "--num-slices=${FLAG[num_slices]}" \
     "${image[@]}" "--max-restarts=${FLAG[retries]}" \
-    --restart-on-exit-codes=1 "--env-file=${FLAG[log_dir]}/environment" \
+    --restart-on-exit-codes=1,75 "--env-file=${FLAG[log_dir]}/environment" \
     "--termination-grace-period-seconds=${FLAG[grace_seconds]}" \
     "--command=$command"
 }

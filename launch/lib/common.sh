@@ -20,6 +20,7 @@ declare -A FLAG=() FLAG_HELP=() FLAG_KIND=()
 FLAG_NAMES=()
 TRAIN_ARGS=()
 ATTEMPT=1
+MOST_DELAY=600  # Seconds; a preempted run may need many attempts.
 CHILD=     # The command that runs now; also the id of its process group.
 TRAINING=  # Not empty while training may be alive.
 
@@ -36,7 +37,7 @@ switch() { flag "$1" false "$2" switch; }
 common_flags() {  # DEFAULT_LOG_DIR
   flag log_dir "$1/$(date +%Y%m%d-%H%M%S)" "Folder for the logs of all hosts."
   number retries 3 "Number of retries of a failed attempt."
-  number backoff_seconds 10 "Wait before the first retry; doubles each time."
+  number backoff_seconds 10 "Wait before the first retry; doubles, up to 600."
   number grace_seconds 300 "On stop: seconds from TERM to KILL, for the save."
   switch dry_run "Print the commands, run nothing."
   switch help "Print this text."
@@ -268,7 +269,9 @@ with_retries() {  # COMMAND OR FUNCTION
     say "attempt $ATTEMPT failed with exit code $code;" \
       "retry $ATTEMPT of ${FLAG[retries]} in $delay s"
     pause "$delay"
-    delay=$((delay * 2))
+    if ((delay < MOST_DELAY)); then
+      delay=$((delay * 2 < MOST_DELAY ? delay * 2 : MOST_DELAY))
+    fi
   done
 }
 

@@ -11,7 +11,7 @@
 set -euo pipefail
 
 state=$HOME/narvl_jax_state
-attempt=$state/attempt  # supervisor, pid, exit_code
+attempt=$state/attempt  # supervisor, pid, stopped, exit_code
 cd "$(dirname "$0")/../.."
 remote=launch/lib/remote.sh
 
@@ -54,11 +54,14 @@ supervise() {  # ARGUMENTS of narvl_jax.train
     # shellcheck source=/dev/null
     . ./launch_environment
   fi
+  # The end of a preempted host is no success: the launcher starts it again.
+  export NARVL_STOPPED_CODE=75
   echo $$ >"$attempt/supervisor"
   .venv/bin/python -m narvl_jax.train "$@" >>"$state/train.log" 2>&1 &
   echo $! >"$attempt/pid.new"
   mv "$attempt/pid.new" "$attempt/pid"
   wait $! || code=$?
+  if [[ $code == 75 && -e $attempt/stopped ]]; then code=0; fi
   echo "$code" >"$attempt/exit_code"
 }
 
@@ -66,6 +69,7 @@ stop() {  # SECONDS
   local pid deadline=$((SECONDS + $1))
   [[ -e $attempt/pid && ! -e $attempt/exit_code ]] || return 0
   pid=$(<"$attempt/pid")
+  touch "$attempt/stopped"
   kill -TERM "$pid" 2>/dev/null || return 0
   while kill -0 "$pid" 2>/dev/null && ((SECONDS < deadline)); do
     sleep 0.2

@@ -1,6 +1,7 @@
 """Exit code and last line of a command that failed."""
 
 import logging
+import os
 import pathlib
 import shlex
 import signal
@@ -22,6 +23,17 @@ _LONGEST_ERROR = 200
 
 
 HOW_TO_RESUME = "run the same command again to resume"
+_STOPPED_CODE = "NARVL_STOPPED_CODE"
+
+
+def stopped_code() -> int:
+  """Returns the exit code after SIGTERM and a save.
+
+  It is 0 unless a launcher sets NARVL_STOPPED_CODE, since its cluster would
+  take a preempted run for a finished one.
+  """
+  text = os.environ.get(_STOPPED_CODE, "")
+  return int(text) % 256 if text.isdecimal() else 0
 
 
 def how_to_resume() -> str:

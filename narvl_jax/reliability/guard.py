@@ -20,6 +20,7 @@ from narvl_jax.reliability.explain import (
   HOW_TO_RESUME,
   describe_failure,
   how_to_resume,
+  stopped_code,
 )
 from narvl_jax.reliability.interrupt import StopRequest
 from narvl_jax.reliability.ledger import Ledger
@@ -177,7 +178,7 @@ class Guard:
     why = f"{signal.Signals(number).name}: stopped"
     show(f"{why} at step {step}; {how_to_resume()}")
     self.end(code, why)
-    sys.exit(code)
+    sys.exit(code or stopped_code())
 
   def end(self, code: int, message: str) -> None:
     """Records once that the run ends unfinished; thread-safe.

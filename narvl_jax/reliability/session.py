@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TextIO
 import jax
 from absl import logging
 
-from narvl_jax.command_line.cli import Stopped, leave
+from narvl_jax.command_line import cli
 from narvl_jax.errors import UserError
 from narvl_jax.files import side_files
 from narvl_jax.files.spool import Spool
@@ -21,6 +21,7 @@ from narvl_jax.hosts import distributed
 from narvl_jax.hosts.cluster import Cluster
 from narvl_jax.hosts.notices import Notices
 from narvl_jax.reliability import interrupt
+from narvl_jax.reliability.explain import stopped_code
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import escape, show
 
@@ -117,9 +118,14 @@ def outliving_terminal(folder: pathlib.Path | None) -> Iterator[None]:
 def end(error: BaseException, code: int, message: str) -> NoReturn:
   """Prints `message` on stderr and raises `SystemExit` with the code."""
   show(message, file=sys.stderr)
-  raise (
-    Stopped(code) if isinstance(error, KeyboardInterrupt) else SystemExit(code)
-  )
+  if isinstance(error, KeyboardInterrupt):
+    raise cli.Stopped(code or stopped_code())
+  raise SystemExit(code)
+
+
+def leave(code: int) -> NoReturn:
+  """Ends the process at once; 0 means that a stop request was followed."""
+  cli.leave(code or stopped_code())
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def train() -> None:
       time.sleep(0.2)
       record("events.jsonl", [who, "saved"])
       print("saved", flush=True)
-      sys.exit(0)
+      sys.exit(int(os.environ.get("NARVL_STOPPED_CODE", "0")))
 
   signal.signal(signal.SIGTERM, on_term)
   record("events.jsonl", [who, "start"])
@@ -216,7 +216,7 @@ def xpk() -> None:
   if "create" in ARGUMENTS:
     record("secrets.jsonl", ["xpk", os.environ.get("NARVL_CLUSTER_SECRET")])
     with open(f"{HERE}/checkout/logs/environment", encoding="utf-8") as file:
-      names = file.read().split()
+      names = [name for name in file.read().split() if "=" not in name]
     record("passed.jsonl", {name: os.environ[name] for name in names})
   if "delete" in ARGUMENTS:
     open(f"{HERE}/deleted", "w").close()

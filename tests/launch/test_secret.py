@@ -77,7 +77,9 @@ def test_each_launch_has_its_own(launcher: Launcher) -> None:
 
 def test_xpk_receives_the_name_only(launcher: Launcher) -> None:
   _launch(launcher, "xpk.sh")
-  assert launcher.log("environment") == "NARVL_CLUSTER_SECRET\n"
+  assert launcher.log("environment") == (
+    "NARVL_CLUSTER_SECRET\nNARVL_STOPPED_CODE=75\n"
+  )
   (call,) = (x for x in launcher.calls("xpk") if "create" in x)
   assert "--env-file=logs/environment" in call
 

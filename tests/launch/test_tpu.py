@@ -1,5 +1,6 @@
 """TPU VMs and queued resources; each host is a folder, ssh runs in it."""
 
+import os
 import signal
 
 import pytest
@@ -154,6 +155,20 @@ def test_a_failure_is_retried_from_the_start(launcher: Launcher):
   assert "attempt 1 failed with exit code 1" in result.stdout
   assert "exit code 1" in launcher.log("attempt-1/stream.log")
   assert (launcher.root / "logs/attempt-2/narvl-worker-1.log").exists()
+
+
+def test_a_preempted_run_is_resumed(launcher: Launcher):
+  launcher.plan({"if": "narvl_jax.train", "hang": True, "times": 2}, *READY)
+  process = launcher.start("tpu_vm.sh", *TPU, "--spot")
+  launcher.wait_for(["w-0", "start"], ["w-1", "start"])
+  for host in ("w-0", "w-1"):
+    state = launcher.folder / "hosts" / host / "narvl_jax_state"
+    os.kill(int((state / "attempt" / "pid").read_text()), signal.SIGTERM)
+  result = launcher.end(process)
+  assert result.returncode == 0, result.stdout
+  assert "[w-0] training ended with exit code 75" in result.stdout
+  own = [event for name, event in launcher.events() if name == "w-0"]
+  assert own == ["start", "TERM", "saved", "start"]
 
 
 def test_failures_of_each_step_are_retried(launcher: Launcher):

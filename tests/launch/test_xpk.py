@@ -39,7 +39,7 @@ def test_a_workload_is_created_and_followed(launcher: Launcher):
   assert {
     "--num-slices=2",
     "--max-restarts=5",
-    "--restart-on-exit-codes=1",
+    "--restart-on-exit-codes=1,75",
     "--termination-grace-period-seconds=300",
   } <= set(create)
   # The shell of the pod becomes Python, so that TERM reaches it.

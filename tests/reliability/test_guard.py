@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
+from narvl_jax.command_line.cli import Stopped
 from narvl_jax.errors import UserError
 from narvl_jax.reliability import guard as guard_lib
+from narvl_jax.reliability import session
 from narvl_jax.reliability.guard import Guard, check_unchanged
+from narvl_jax.reliability.interrupt import Terminated
 from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.reliability.watchdog import HANG_CODE
 from narvl_jax.run_folder import restarts as failures
@@ -119,6 +122,35 @@ def test_a_run_with_a_stop_request(tmp_path, capsys, number, code):
   end = _end(tmp_path)
   assert (end["how"], end["code"], end["step"]) == (f"{name}: stopped", code, 7)
   assert not (tmp_path / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize(
+  ("text", "code"), [("75", 75), ("0", 0), ("", 0), ("much", 0)]
+)
+def test_a_launcher_chooses_the_code_of_a_stop(
+  tmp_path, monkeypatch, text, code
+):
+  monkeypatch.setenv("NARVL_STOPPED_CODE", text)
+
+  def stop() -> None:
+    with _guard(tmp_path) as guard:
+      guard.lock_folder(print)
+      guard.stopped(7)
+
+  with pytest.raises(SystemExit) as exit_:
+    stop()
+  assert exit_.value.code == code
+  # The record is that of a success.
+  assert _end(tmp_path)["code"] == 0
+  error = Terminated()
+  with pytest.raises(Stopped) as exit_:
+    session.end(error, 0, "SIGTERM: stopped")
+  assert exit_.value.code == code
+  left = []
+  monkeypatch.setattr(session.cli, "leave", left.append)
+  for number in (0, 2):
+    session.leave(number)
+  assert left == [code, 2]
 
 
 def test_an_end_is_written_once(tmp_path):
