@@ -149,9 +149,10 @@ def test_help_has_the_common_flags_in_the_same_order(
 
 COMMANDS = [
   block
+  for page in ("pods.md", "spot_run.md")
   for block in re.findall(
     r"```sh\n(launch/.*?)```",
-    (ROOT / "docs" / "pods.md").read_text("utf-8"),
+    (ROOT / "docs" / page).read_text("utf-8"),
     re.DOTALL,
   )
   if "NAME.sh" not in block
