@@ -146,8 +146,8 @@ SABOTAGES = (
   Sabotage(
     "dropout does not depend on the step",
     "narvl_jax/training/train_step.py",
-    "key = jax.random.fold_in(jax.random.key(config.seed), state.step)",
-    "key = jax.random.key(config.seed)",
+    "key = jax.random.fold_in(key, state.step)",
+    "key = jax.random.fold_in(key, 0)",
     "tests/training/test_train_step.py::test_dropout_depends_on_the_step_only",
   ),
   Sabotage(

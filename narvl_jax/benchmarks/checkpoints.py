@@ -20,6 +20,7 @@ Results are in docs/performance.md.
 
 import collections
 import concurrent.futures
+import functools
 import multiprocessing
 import os
 import pathlib
@@ -55,7 +56,7 @@ class _Run:
   def __init__(self, setup: Setup, checkpoints: Checkpoints) -> None:
     self._setup = setup
     self._checkpoints = checkpoints
-    self._update = setup.compile_step()
+    self._update = functools.partial(setup.compile_step(), setup.read_inputs())
     self._batch = shard_batch(_batch(setup), setup.mesh)
     self._state: TrainState = setup.init(jax.random.key(0))
     checkpoints.prepare(self._state)

@@ -222,8 +222,7 @@ def _train(
     if run.config.debug.dump_hlo:
       with guard.ledger.stage("compile"):
         dump_programs(setup, train_step, run.config.debug.dump_hlo, say)
-    if setup.teacher is not None:
-      train_step = functools.partial(train_step, setup.teacher.read())
+    train_step = functools.partial(train_step, setup.read_inputs())
     # Gloo, on CPUs, gives a host half a minute for its first collective.
     distributed.barrier("step compiled")
 

@@ -19,12 +19,12 @@ _MUON_RMS = 0.2
 
 
 def make_schedule(
-  *, learning_rate: float, schedule: str, warmup_steps: int, steps: int
+  *, learning_rate: Any, schedule: str, warmup_steps: int, steps: int
 ) -> optax.Schedule:
   """Builds the schedule: linear warm-up from 0, then decay to 0 or none.
 
   Args:
-    learning_rate: peak, reached at `warmup_steps`.
+    learning_rate: peak, reached at `warmup_steps`; a number or a traced one.
     schedule: one of `config_table.KEYS["optimizer.schedule"].choices`.
     warmup_steps: length of the warm-up, counted in `steps`.
     steps: length of the run.

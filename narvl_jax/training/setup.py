@@ -1,22 +1,15 @@
 """Shapes, shardings and jitted functions of a run, before any array exists."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import optax
 from flax.linen import meta
 from jax.sharding import Mesh
 
-from narvl_jax.data.example import TASKS
 from narvl_jax.experiment.experiment import Experiment
 from narvl_jax.parallel import (
-  BATCH_AXES,
-  VOCAB_AXIS,
-  WIDTH_AXIS,
-  activation_rules,
   batch_sharding,
   check_batch_size,
   data_parallel_size,
@@ -24,7 +17,6 @@ from narvl_jax.parallel import (
   replicated,
   sharding_table,
 )
-from narvl_jax.query_ctc import MeshAxes
 from narvl_jax.state.parameters import ParameterRule, assign_rules, flatten
 from narvl_jax.state.train_state import (
   TrainState,
@@ -34,30 +26,20 @@ from narvl_jax.state.train_state import (
   state_shardings,
 )
 from narvl_jax.terminal.tables import format_columns
-from narvl_jax.training.constrained import answer_constraints
 from narvl_jax.training.flops import UPDATE_FACTOR, forward_flops
-from narvl_jax.training.objective import (
-  AutoregressiveLoss,
-  DistillationLoss,
-  Objective,
-  QueryCtcLoss,
-)
-from narvl_jax.training.optimizer import (
-  make_optimizer,
-  make_schedule,
-  matrix_axes,
+from narvl_jax.training.run_inputs import (
+  RunInputs,
+  input_shapes,
+  input_shardings,
+  read_inputs,
 )
 from narvl_jax.training.teacher import Teacher, find_teacher
 from narvl_jax.training.train_step import (
   Batch,
   Metrics,
-  StepConfig,
   batch_spec,
-  make_train_step,
 )
-
-# Arguments of `make_optimizer` that are keys of the config.
-_OF_OPTIMIZER = "weight_decay", "b1", "b2", "eps", "eps_placement", "clip_norm"
+from narvl_jax.training.update import make_update, optimizer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,38 +50,45 @@ class Setup:
     experiment: config, vocabulary, tasks and model.
     mesh: the devices.
     rules: optimizer rule of every parameter.
-    schedule: step -> learning rate.
     abstract_state: shapes of the state.
     shardings: shardings of the state.
     batch: shapes of a batch.
     init: jitted, key -> state.
-    train_step: jitted, (state, batch) -> (state, metrics); the state is
-      donated. With a teacher, its variables come first: (variables, state,
-      batch).
+    program: jitted update, (inputs, state, batch) -> (state, metrics); the
+      state is donated. `read_inputs` returns the inputs.
     teacher: for distillation; None for none.
   """
 
   experiment: Experiment
   mesh: Mesh
   rules: dict[str, ParameterRule]
-  schedule: optax.Schedule
   abstract_state: TrainState
   shardings: TrainState
   batch: dict[str, jax.ShapeDtypeStruct]
   init: Any
-  train_step: Any
+  program: Any
   teacher: Teacher | None = None
 
   def trace_step(self) -> jax.stages.Traced:
     """Traces the update for the shape of the batches."""
-    given = () if self.teacher is None else (self.teacher.shapes,)
+    inputs = input_shapes(self.teacher)
     with jax.set_mesh(self.mesh):
-      return self.train_step.trace(*given, self.abstract_state, self.batch)
+      return self.program.trace(inputs, self.abstract_state, self.batch)
 
   def compile_step(self) -> jax.stages.Compiled:
     """Compiles the update for the shape of the batches."""
     with jax.set_mesh(self.mesh):
       return self.trace_step().lower().compile()
+
+  def read_inputs(self) -> RunInputs:
+    """Returns the first argument of `program`; reads a teacher's weights."""
+    return read_inputs(self.experiment.config, self.teacher, self.mesh)
+
+  def train_step(
+    self, state: TrainState, batch: Batch
+  ) -> tuple[TrainState, Metrics]:
+    """Makes one update; see `program`."""
+    return self.program(self.read_inputs(), state, batch)
 
   @property
   def num_parameters(self) -> int:
@@ -172,7 +161,13 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
   boxed = experiment.abstract_variables(mesh)
   paths = list(flatten(meta.unbox(boxed)["params"]))
   rules = assign_rules(config.optimizer.rules, paths)
-  schedule, optimizer = _make_optimizer(config, boxed["params"], rules)
+
+  def optimizer_at(
+    learning_rate: Any,
+  ) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    return optimizer_of(config, learning_rate, boxed["params"], rules)
+
+  _, optimizer = optimizer_at(config.optimizer.learning_rate)
   first_state = make_first_state(
     optimizer, rules, ema=config.optimizer.ema_decay > 0
   )
@@ -186,14 +181,11 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
   abstract_state = jax.eval_shape(first_state, meta.unbox(boxed))
   shardings = state_shardings(abstract_state, boxed, mesh, config.mesh.rules)
   teacher = find_teacher(experiment, mesh)
-  train_step = _make_step(experiment, teacher, optimizer, schedule, rules)
-  # As constants, the weights of a teacher would be part of the program.
-  of_teacher = () if teacher is None else (teacher.shardings,)
+  train_step = make_update(experiment, teacher, optimizer_at, rules)
   return Setup(
     experiment=experiment,
     mesh=mesh,
     rules=rules,
-    schedule=schedule,
     abstract_state=abstract_state,
     shardings=shardings,
     batch=batch_spec(
@@ -205,33 +197,18 @@ def build_setup(experiment: Experiment, mesh: Mesh) -> Setup:
     init=jax.jit(
       init, out_shardings=shardings, compiler_options=_init_options()
     ),
-    train_step=jax.jit(
+    program=jax.jit(
       train_step,
-      donate_argnums=len(of_teacher),
-      in_shardings=(*of_teacher, shardings, batch_sharding(mesh)),
+      donate_argnums=1,
+      in_shardings=(
+        input_shardings(teacher, mesh),
+        shardings,
+        batch_sharding(mesh),
+      ),
       out_shardings=(shardings, replicated(mesh)),
       compiler_options=_step_options(mesh),
     ),
     teacher=teacher,
-  )
-
-
-def _make_optimizer(
-  config: Any, boxed: Any, rules: dict[str, ParameterRule]
-) -> tuple[optax.Schedule, optax.GradientTransformation]:
-  """Returns schedule and optimizer of a config for boxed parameters."""
-  optim = config.optimizer
-  schedule = make_schedule(
-    learning_rate=optim.learning_rate,
-    schedule=optim.schedule,
-    warmup_steps=optim.warmup_steps,
-    steps=config.train.steps,
-  )
-  return schedule, make_optimizer(
-    schedule,
-    rules,
-    matrices=matrix_axes(boxed) if optim.name == "muon" else None,
-    **{name: optim[name] for name in _OF_OPTIMIZER},
   )
 
 
@@ -253,86 +230,6 @@ def _init_options() -> dict[str, Any] | None:
   if jax.default_backend() == "cpu":
     return {"xla_backend_optimization_level": 0}
   return None
-
-
-def _make_step(
-  experiment: Experiment,
-  teacher: Teacher | None,
-  optimizer: optax.GradientTransformation,
-  schedule: optax.Schedule,
-  rules: dict[str, ParameterRule],
-) -> Callable[..., tuple[TrainState, Metrics]]:
-  """Returns the update of a config, see `Setup.train_step`."""
-  config = experiment.config
-  of_labels = make_objective(experiment)
-
-  def update(
-    objective: Objective, state: TrainState, batch: Batch
-  ) -> tuple[TrainState, Metrics]:
-    settings = StepConfig(
-      seed=config.seed,
-      task_names=TASKS,
-      objective=objective,
-      accumulation_steps=config.train.accumulation_steps,
-      ema_decay=config.optimizer.ema_decay,
-      ema_warmup=config.optimizer.ema_warmup,
-    )
-    train_step = make_train_step(
-      experiment.model, optimizer, schedule, rules, settings
-    )
-    # Gives the modules' logical axes of activations a meaning.
-    with nn.logical_axis_rules(activation_rules(config.mesh.rules)):
-      return train_step(state, batch)
-
-  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    return update(of_labels, state, batch)
-
-  def student_step(
-    variables: Any, state: TrainState, batch: Batch
-  ) -> tuple[TrainState, Metrics]:
-    assert isinstance(of_labels, QueryCtcLoss)
-    assert teacher is not None
-    objective = DistillationLoss(
-      of_labels,
-      teacher,
-      variables,
-      weight=config.distillation.weight,
-      temperature=config.distillation.temperature,
-    )
-    return update(objective, state, batch)
-
-  return train_step if teacher is None else student_step
-
-
-def make_objective(
-  experiment: Experiment,
-) -> QueryCtcLoss | AutoregressiveLoss:
-  """Returns the loss of the labels, without a teacher.
-
-  Raises:
-    UserError: see `answer_constraints`.
-  """
-  loss, vocabulary = experiment.config.loss, experiment.vocabulary
-  if not experiment.autoregressive:
-    return QueryCtcLoss(
-      blank_id=vocabulary.blank_id,
-      vocab_size=vocabulary.size,
-      label_smoothing=loss.label_smoothing,
-      confidence_mode=loss.confidence,
-      chunk_size=loss.chunk_size,
-      axes=MeshAxes(batch=BATCH_AXES, vocab=VOCAB_AXIS, width=WIDTH_AXIS),
-    )
-  return AutoregressiveLoss(
-    vocab_size=experiment.model_config.vocab_size,
-    pad_id=vocabulary.pad_id,
-    eos_id=vocabulary.eos_id,
-    prompted=experiment.prompted,
-    constraints=answer_constraints(experiment),
-    label_smoothing=loss.label_smoothing,
-    drop_worst=loss.drop_worst,
-    drop_worst_after=loss.drop_worst_after,
-    average=loss.average,
-  )
 
 
 def describe_parallelism(setup: Setup) -> str:

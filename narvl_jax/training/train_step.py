@@ -26,7 +26,6 @@ class StepConfig:
   """Static settings of an update.
 
   Attributes:
-    seed: seed of dropout.
     task_names: names by task index.
     objective: the loss.
     accumulation_steps: micro-batches in an update.
@@ -34,7 +33,6 @@ class StepConfig:
     ema_warmup: see `ema_decay_at`.
   """
 
-  seed: int
   task_names: tuple[str, ...]
   objective: Objective
   accumulation_steps: int = 1
@@ -72,10 +70,11 @@ def make_train_step(
   schedule: optax.Schedule,
   rules: Mapping[str, ParameterRule],
   config: StepConfig,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """Returns the function (state, batch) -> (new state, metrics).
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
+  """Returns the function (state, batch, key) -> (new state, metrics).
 
-  The batch has the arrays of `batch_spec`. With accumulation, its rows are
+  The key, with the step, seeds dropout. The batch has the arrays of
+  `batch_spec`. With accumulation, its rows are
   split into micro-batches whose gradients are weighted by the number of labels
   or examples, so the update equals that of the whole batch. BatchNorm uses the
   statistics of each micro-batch and updates the running ones in sequence.
@@ -89,9 +88,11 @@ def make_train_step(
   and those of the objective.
   """
 
-  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+  def train_step(
+    state: TrainState, batch: Batch, key: jax.Array
+  ) -> tuple[TrainState, Metrics]:
     trained, frozen = split_frozen(state.params, rules)
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    key = jax.random.fold_in(key, state.step)
 
     def loss_of(
       trained: Params, batch_stats: Params, batch: Batch, key: jax.Array

@@ -239,14 +239,13 @@ def test_three_updates(recorded: Recorded) -> None:
     clip_norm=1.0,
   )
   settings = StepConfig(
-    seed=0,
     task_names=("all",),
     objective=QueryCtcLoss(BLANK, CONFIG.vocab_size, 0.1, "temper"),
   )
   update = jax.jit(make_train_step(MODEL, optimizer, schedule, rules, settings))
   state = make_first_state(optimizer, rules, ema=False)(variables)
   for _, loss, norm, rate, _ in recorded.about["train_steps"]["rows"]:
-    state, metrics = update(state, batch)
+    state, metrics = update(state, batch, jax.random.key(0))
     assert metrics["loss"] == pytest.approx(loss, abs=1e-4)
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert metrics["learning_rate"] == pytest.approx(rate)

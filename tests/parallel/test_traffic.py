@@ -2,8 +2,6 @@
 
 import functools
 
-import jax
-
 from narvl_jax.ahead_of_time.program import Collective, read_program
 from narvl_jax.state.parameters import flatten
 from tests.support import runs
@@ -14,10 +12,7 @@ SHAPE = {"data": 2, "fsdp": 2, "tensor": 2}
 @functools.cache
 def collectives() -> tuple[Collective, ...]:
   run = runs.setup((2, 2, 2))
-  with jax.set_mesh(run.mesh):
-    step = run.train_step.lower(run.abstract_state, run.batch)
-    text = step.compile().as_text()
-  return read_program(text).collectives
+  return read_program(run.compile_step().as_text()).collectives
 
 
 def test_only_weights_and_sums_are_communicated():

@@ -1,5 +1,6 @@
 """A program for several processes; `--mode` selects what it does."""
 
+import functools
 import json
 import os
 import pathlib
@@ -35,7 +36,7 @@ def losses(shape: tuple[int, int, int], steps: int) -> list[float]:
   found = []
   with jax.set_mesh(run.mesh):
     state = run.init(jax.random.key(0))
-    step = run.compile_step()
+    step = functools.partial(run.compile_step(), run.read_inputs())
     distributed.barrier("compiled")
     for index in range(steps):
       whole = runs.host_batch(index)

@@ -100,7 +100,7 @@ def host_batch(index: int) -> dict[str, np.ndarray]:
 def losses(run: Setup, steps: int) -> np.ndarray:
   """Trains on `host_batch(0)`, `host_batch(1)`, ...: float64 [steps]."""
   with jax.set_mesh(run.mesh):
-    step = run.train_step.lower(run.abstract_state, run.batch).compile()
+    step = functools.partial(run.compile_step(), run.read_inputs())
   state = run.init(jax.random.key(0))
   found = []
   for index in range(steps):

@@ -100,8 +100,7 @@ def mixture() -> Mixture:
 def compiled(real: bool = False, devices: int = 2) -> jax.stages.Compiled:
   """Returns the update."""
   run = setup(real, devices)
-  with jax.set_mesh(run.mesh):
-    return run.train_step.lower(run.abstract_state, run.batch).compile()
+  return run.compile_step()
 
 
 class CachedSetup(Setup):
@@ -178,13 +177,14 @@ def by_hand(
   run = setup(real)
   state = run.init(jax.random.key(run.experiment.config.seed))
   states = [jax.device_get(state)]
+  inputs = run.read_inputs()
   for position in positions:
     if position is None:
       state = passed_over(state)
     else:
       batch = host_batches(STEPS + 4)[position]
       chosen = {name: batch[name] for name in run.batch}
-      state, _ = compiled(real)(state, shard_batch(chosen, run.mesh))
+      state, _ = compiled(real)(inputs, state, shard_batch(chosen, run.mesh))
     states.append(jax.device_get(state))
   return states
 

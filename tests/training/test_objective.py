@@ -124,7 +124,6 @@ def test_micro_batches_give_the_gradient_of_the_whole() -> None:
   updated = []
   for steps in (1, 2):
     config = StepConfig(
-      seed=0,
       task_names=TASKS,
       objective=autoregressive_loss(label_smoothing=0.1),
       accumulation_steps=steps,
@@ -145,7 +144,7 @@ def test_micro_batches_give_the_gradient_of_the_whole() -> None:
       opt_state=optimizer.init(params),
       ema=None,
     )
-    state, metrics = jax.jit(step)(state, batch())
+    state, metrics = jax.jit(step)(state, batch(), jax.random.key(0))
     updated.append(params["embed_tokens"] - state.params["embed_tokens"])
     assert float(metrics["examples"]) == B - 1
   assert np.linalg.norm(updated[0]) > 0.01

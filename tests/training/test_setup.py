@@ -54,7 +54,7 @@ def test_a_start_traces_the_model_once_to_initialise_and_once_to_train(
     setup.sharding_table()
     setup.init.trace(jax.random.key(0))
     assert len(traces) == 1
-    setup.train_step.trace(setup.abstract_state, setup.batch)
+    setup.trace_step()
   assert len(traces) == 2
 
 

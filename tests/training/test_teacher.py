@@ -81,21 +81,19 @@ def test_a_step_with_a_teacher(folder: pathlib.Path) -> None:
   stored = load_run(folder)[1]
   for name, value in flatten(stored).items():
     np.testing.assert_array_equal(flatten(variables)[name], value)
-  with jax.set_mesh(run.mesh):
-    lowered = run.train_step.lower(
-      teacher.shapes, run.abstract_state, run.batch
-    )
-    compiled = lowered.compile()
+  compiled = run.compile_step()
   # Arguments, not constants of the program.
-  size = compiled.memory_analysis().argument_size_in_bytes
+  memory: Any = compiled.memory_analysis()
+  size = memory.argument_size_in_bytes
   assert size >= run.state_bytes_per_device + teacher.bytes_per_device
-  step = functools.partial(compiled, variables)
+  inputs = run.read_inputs()
+  step = functools.partial(compiled, inputs)
   state = run.init(jax.random.key(0))
   _, metrics = step(state, batch_of(run))
   assert np.isfinite(metrics["loss"])
   assert float(metrics["distillation"]) > 0
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(variables))
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(inputs))
   alone = build_setup(student(""), make_mesh(1))
   assert run.step_flops() > 1.3 * alone.step_flops()
 
@@ -116,9 +114,7 @@ def test_no_weight_is_no_teacher(folder: pathlib.Path) -> None:
     experiment = student(teacher, distillation__weight=0.0)
     run = build_setup(experiment, make_mesh(1))
     assert run.teacher is None
-    with jax.set_mesh(run.mesh):
-      lowered = run.train_step.lower(run.abstract_state, run.batch)
-    programs.append(lowered.as_text())
+    programs.append(run.trace_step().lower().as_text())
   assert programs[0] == programs[1]
 
 
