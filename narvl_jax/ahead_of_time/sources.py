@@ -31,6 +31,11 @@ _PARTS = (
     "recompute more in the backward pass (model.remat), so that less is saved",
   ),
   (
+    "image stem",
+    r"/encoder/stem/",
+    "fewer pixels (data.image_size), or larger patches (model.patch_size)",
+  ),
+  (
     "encoder attention",
     r"/encoder/.*self_attn/"
     r"(bqhd,|bhqk,|softmax|exp|sub|add|div|reduce|convert|select|stop|max"

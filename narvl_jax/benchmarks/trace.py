@@ -8,7 +8,7 @@ Traces of a CPU name operations of the compiled program, which
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -35,19 +35,43 @@ def seconds_by_part(trace: bytes, program: str) -> dict[str, float]:
     trace: content of a file `.xplane.pb`.
     program: text of the compiled program, as `Compiled.as_text()` returns.
   """
-  instructions = {
-    i.name: i
-    for computation in hlo.parse(program).computations.values()
-    for i in computation
-  }
+  names = _operations(hlo.parse(program))
   seconds: collections.Counter[str] = collections.Counter()
   for plane in ProfileData.from_serialized_xspace(trace).planes:
     for line in plane.lines:
       for event in line.events:
-        i = instructions.get(str(dict(event.stats).get("hlo_op")))
-        if i is not None and i.opcode not in _CONTAINERS:
-          seconds[part_of(op_name(i))] += 1e-9 * event.duration_ns
+        name = names.get(str(dict(event.stats).get("hlo_op")))
+        if name is not None:
+          seconds[part_of(name)] += 1e-9 * event.duration_ns
   return dict(seconds.most_common())
+
+
+def _operations(module: hlo.Module) -> dict[str, str]:
+  """Returns the operation of the JAX program for each instruction.
+
+  XLA drops the names of some fusions, such as gradients of convolutions. They
+  get the name of what they contain, or of what reads them.
+  """
+  names = {}
+  for instructions in module.computations.values():
+    # The first one: instructions come before those that read them.
+    reader: dict[str, str] = {}
+    for i in reversed(instructions):
+      name = op_name(i) or next(filter(None, _within(module, i)), "")
+      names[i.name] = name = name or reader.get(i.name, "")
+      if name:
+        reader |= dict.fromkeys(i.operands, name)
+  return {
+    i.name: names[i.name]
+    for instructions in module.computations.values()
+    for i in instructions
+    if i.opcode not in _CONTAINERS
+  }
+
+
+def _within(module: hlo.Module, i: hlo.Instruction) -> Iterator[str]:
+  for called in i.called("calls"):
+    yield from map(op_name, reversed(module.computations[called]))
 
 
 def format_report(report: dict[str, Any]) -> str:

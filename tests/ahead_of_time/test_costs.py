@@ -149,6 +149,7 @@ def test_kernels_take_their_cost_estimate() -> None:
       "ResNet BatchNorm",
     ),
     ("jit(s)/jvp(NARVL)/encoder/layers/ffn/ffn_layernorm/mul", None),
+    ("jit(s)/jvp(NARVL)/encoder/stem/conv1/conv_general_dilated", "image stem"),
     ("jit(s)/jvp(NARVL)/NARVL.decode/decoder/layers/ffn/dot", "decoder"),
     ("jit(train_step)/transpose(jvp())/dot_general", "loss head"),
     ("jit(train_step)/jvp(loss_head)/jvp()/while/body/add", "loss head"),
