@@ -43,7 +43,7 @@ def traced(
   folder = tmp_path_factory.mktemp("run")
   traces = Traces(settings, folder, TraceRequest(folder), Ledger())
   traces.before(1, ())
-  _, metrics = step(state, batch)
+  _, metrics = step(setup.read_inputs(), state, batch)
   traces.after(1, metrics)
   return folder / "traces" / "step_1", step.as_text() or ""
 

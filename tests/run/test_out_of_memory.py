@@ -127,7 +127,8 @@ def test_a_folder_that_cannot_be_written_hides_nothing(tmp_path):
 def test_an_update_that_needs_terabytes(tmp_path, monkeypatch):
   """The error is that of the allocator, and the arrays have names."""
 
-  def too_much(state: Any, batch: Any) -> Any:
+  def too_much(inputs: Any, state: Any, batch: Any) -> Any:
+    del inputs
     x = jnp.arange(1 << 20, dtype=jnp.float32)
     with jax.named_scope("encoder"):
       large = jnp.sin(x[:, None] * x[None, :]) @ jnp.ones((1 << 20, 1 << 20))
@@ -135,9 +136,10 @@ def test_an_update_that_needs_terabytes(tmp_path, monkeypatch):
 
   setup = small_run.setup(devices=1)
   with jax.set_mesh(setup.mesh):
-    compiled = (
-      jax.jit(too_much).lower(setup.abstract_state, setup.batch).compile()
+    lowered = jax.jit(too_much).lower(
+      setup.read_inputs(), setup.abstract_state, setup.batch
     )
+    compiled = lowered.compile()
   monkeypatch.setattr(
     small_run.CachedSetup, "compile_step", lambda self: compiled
   )
