@@ -172,11 +172,15 @@ def _losses(run: pathlib.Path) -> list[float]:
 def test_the_number_of_processes_may_change(tmp_path):
   """Stopped by TERM to one of two, resumes as one process; and the reverse."""
   settings = (f"{_TINY}:16", "--config.train.eval_every=8")
+  # Of one run only: it changes no number.
+  traced = "--config.profile.steps=2", "--config.profile.start_step=1"
   folders = [tmp_path / "two_then_one", tmp_path / "one_then_two"]
   for run, counts in zip(folders, ((2, 1), (1, 2)), strict=True):
     for count in counts:
       arguments = ["-m", "narvl_jax.train", f"--workdir={run}", *settings]
       folder = tmp_path / f"{run.name}{count}"
+      if run is folders[0] and count == 2:
+        arguments += traced
       if count == 1:
         hosts = [start(folder, arguments, devices=2)]
       else:
@@ -190,6 +194,8 @@ def test_the_number_of_processes_may_change(tmp_path):
       else:
         assert _wait(hosts) == [0] * count, hosts[0].errors
         assert f"resumed from the checkpoint of step {step}" in hosts[0].output
+  files = (folders[0] / "traces" / "step_1").rglob("*.xplane.pb")
+  assert {path.name.split(".")[0] for path in files} == {"host_000", "host_001"}
   losses = [_losses(run) for run in folders]
   assert len(losses[0]) == 16
   np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)

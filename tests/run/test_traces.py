@@ -3,14 +3,23 @@
 import pathlib
 import signal
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import pytest
 from jax.profiler import ProfileData
 
+from narvl_jax.errors import UserError
+from narvl_jax.experiment.config_checks import validate
+from narvl_jax.experiment.config_table import KEYS, may_change
+from narvl_jax.files.stores import as_path
+from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.reliability.trace_request import TraceRequest
-from tests.run.fake_run import FakeRun
+from narvl_jax.run.traces import Traces
+from tests.run.fake_run import FakeRun, lines_of
+from tests.support import small_run
+from tests.support.tiny import tiny_config
 
 
 def _traced(run: FakeRun, capsys: Any) -> list[str]:
@@ -172,3 +181,51 @@ def test_a_request_is_served_once(tmp_path):
   request.agreement.request(7)
   assert request.due() == 7
   assert request.due() is None
+
+
+def test_a_traced_run_computes_the_same(tmp_path, capsys):
+  settings: dict[str, Any] = {"train__steps": 3, "train__checkpoint_every": 3}
+  plain = small_run.train(tmp_path / "plain", **settings)
+  settings |= {"profile__steps": 2, "profile__start_step": 1}
+  traced = small_run.train(tmp_path / "traced", **settings)
+  assert "trace of updates 1 to 2: " in capsys.readouterr().out
+  small_run.assert_equal(plain, traced)
+  assert lines_of(tmp_path / "plain") != []
+  losses = [
+    [line["train/loss"] for line in lines_of(tmp_path / name)]
+    for name in ("plain", "traced")
+  ]
+  assert losses[0] == losses[1]
+
+
+def test_a_resumed_run_may_be_traced():
+  keys = [key for key in KEYS if key.startswith(("profile.", "debug."))]
+  assert len(keys) == 5
+  assert all(may_change(key, "resume") for key in keys)
+
+
+def test_traces_must_not_overlap():
+  config = tiny_config()
+  config.profile.update({"steps": 10, "every": 5})
+  with pytest.raises(UserError, match=r"overlap: --config.profile.every=10"):
+    validate(config)
+
+
+@pytest.mark.usefixtures("fake_profiler")
+def test_a_run_in_a_bucket(gcs, capsys):
+  """Asked by a file there, it writes its trace there."""
+  folder = as_path(f"{gcs.make_bucket()}/run")
+  request = TraceRequest(folder)
+  settings = SimpleNamespace(steps=1, start_step=99, every=0, dir="")
+  traces = Traces(settings, folder, request, Ledger())
+  (folder / "TRACE").write_text("2")
+  request.look()
+  assert not (folder / "TRACE").exists()
+  for step in (1, 2, 3):
+    traces.before(step, ())
+    traces.after(step, ())
+  assert f"trace of updates 1 to 2: {folder}/traces/step_1;" in (
+    capsys.readouterr().out
+  )
+  name = "traces/step_1/plugins/profile/step_1/host_000.xplane.pb"
+  assert (folder / name).exists()
