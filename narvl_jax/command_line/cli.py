@@ -20,6 +20,7 @@ from narvl_jax.command_line.messages import (
   check_config_files,
   config_file_message,
   flag_message,
+  memory_message,
   unexpected_argument,
   unknown_key,
 )
@@ -124,6 +125,7 @@ def run(
       sys.exit(1)
     except Exception as error:
       text = explain_disk(error) or user_paths.explain_path(error)
+      text = text or memory_message(error)
       if text is None:
         raise
       fail(text)

@@ -211,6 +211,21 @@ def unexpected_argument(argument: str, argv: Sequence[str]) -> str:
   return text
 
 
+def memory_message(error: Exception) -> str | None:
+  """Returns a message if a device has too little memory, otherwise None."""
+  text = str(error)
+  # Not by its class: commands that need no jax do not import it.
+  if type(error).__name__ != "JaxRuntimeError":
+    return None
+  if not text.startswith("RESOURCE_EXHAUSTED"):
+    return None
+  fewer = "a smaller --batch_size or " if "batch_size" in flags.FLAGS else ""
+  return (
+    f"out of memory ({text.splitlines()[0].rstrip('.')}); use {fewer}devices"
+    " with more memory"
+  )
+
+
 def _end_of_traceback(text: str) -> str:
   """Returns the last lines of a traceback: the error, without indent."""
   lines = text.strip().splitlines()

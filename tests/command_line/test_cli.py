@@ -10,6 +10,8 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
@@ -80,7 +82,7 @@ _CASES: dict[str, tuple[list[str], str, str]] = {
   "unknown section": (
     ["--config=good.py", "--workdir=run", "--config.trian.steps=3"],
     'unknown config key "trian.steps": no "trian".',
-    'Did you mean "train"?',
+    'Did you mean "train"',
   ),
   "key of a value": (
     ["--config=good.py", "--workdir=run", "--config.seed.value=3"],
@@ -297,6 +299,20 @@ def test_unknown_path(path, message):
   config = ConfigDict({"train": {"steps": 6}, "empty": {}})
   found = cli_messages.unknown_path(config, path)
   assert found == message or (found or "").startswith(str(message))
+
+
+def test_a_command_that_runs_out_of_memory(monkeypatch):
+  with pytest.raises(jax.errors.JaxRuntimeError) as raised:
+    jax.block_until_ready(jnp.zeros(1 << 45, jnp.float32))
+  found = cli_messages.memory_message(raised.value)
+  size = "RESOURCE_EXHAUSTED: Out of memory allocating 140737488355328 bytes"
+  assert found == f"out of memory ({size}); use devices with more memory"
+  monkeypatch.setattr(cli_messages.flags, "FLAGS", {"batch_size"})
+  found = cli_messages.memory_message(raised.value)
+  assert f"({size}); use a smaller --batch_size or devices" in str(found)
+  assert cli_messages.memory_message(ValueError("RESOURCE_EXHAUSTED")) is None
+  other = jax.errors.JaxRuntimeError("INTERNAL: a bug")
+  assert cli_messages.memory_message(other) is None
 
 
 def test_fail_puts_a_message_in_one_line(capsys):
