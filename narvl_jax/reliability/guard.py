@@ -98,8 +98,8 @@ class Guard:
       self._watchdog.__exit__()
     if error is not None and not isinstance(error, SystemExit):
       self.end(*describe_failure(error, self._workdir))
-    elif (lock := self._lock) is not None:
-      self._release(lock)
+    else:
+      self._release()
     self.trace.__exit__()
     # The exit code is decided; a launcher's SIGTERM must not change it.
     self.stop.close(ignore=error is not None and self._leave is not None)
@@ -196,9 +196,7 @@ class Guard:
     deadline = time.monotonic() + _SAVE_SECONDS
     while code == 0 and self.busy() and time.monotonic() < deadline:
       time.sleep(0.1)
-    # Another thread may set it to None.
-    lock = self._lock
-    if lock is None:
+    if self._lock is None:
       return
     status = self.ledger.status
     restarts.record_end(
@@ -210,10 +208,15 @@ class Guard:
       step=status.step,
       since=self._since,
     )
-    self._release(lock)
+    self._release()
 
-  def _release(self, lock: RunLock) -> None:
-    """Records the time if the folder contains a run, and unlocks it."""
+  def _release(self) -> None:
+    """Records the time if the folder contains a run, and unlocks it; once."""
+    with self._ending:
+      # Another thread may set it to None.
+      lock, self._lock = self._lock, None
+    if lock is None:
+      return
     with contextlib.suppress(OSError):
       if is_run(self._workdir):
         times.record(self._workdir, self.ledger.account())

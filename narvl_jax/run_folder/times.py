@@ -12,6 +12,7 @@ from narvl_jax.run_folder.lock import holder, now
 
 TIMES_FILE = "time.jsonl"
 _COUNTS = ("from_step", "step", "updates")
+_SAME_START = 0.5  # Seconds between the starts of records of one process.
 KEYS = (*_COUNTS, "seconds")
 
 
@@ -39,7 +40,20 @@ def history(workdir: pathlib.Path) -> list[dict[str, Any]]:
   Raises:
     OSError: the file cannot be read.
   """
-  return side_files.read_lines(workdir / TIMES_FILE, is_record)
+  records = side_files.read_lines(workdir / TIMES_FILE, is_record)
+  # Earlier versions recorded a process that was stopped twice.
+  following = [*map(_start, records[1:]), math.inf]
+  return [
+    record
+    for record, start in zip(records, following, strict=False)
+    if abs(_start(record) - start) > _SAME_START
+  ]
+
+
+def _start(record: Mapping[str, Any]) -> float:
+  """Returns the Unix time at which a process began."""
+  end = datetime.datetime.fromisoformat(record["time"]).timestamp()
+  return end - sum(record["seconds"].values())
 
 
 def processes(workdir: pathlib.Path) -> list[dict[str, Any]]:

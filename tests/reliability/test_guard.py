@@ -22,6 +22,7 @@ from narvl_jax.reliability.interrupt import Terminated
 from narvl_jax.reliability.ledger import Ledger
 from narvl_jax.reliability.watchdog import HANG_CODE
 from narvl_jax.run_folder import restarts as failures
+from narvl_jax.run_folder import times
 from narvl_jax.run_folder.lock import LOCK_FILE, LockLost
 from narvl_jax.run_folder.workdir import CONFIG_FILE
 
@@ -102,6 +103,8 @@ def test_a_run_without_the_lock_writes_nothing(tmp_path):
   ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)]
 )
 def test_a_run_with_a_stop_request(tmp_path, capsys, number, code):
+  (tmp_path / CONFIG_FILE).touch()
+
   def stop() -> None:
     with _guard(tmp_path) as guard:
       guard.lock_folder(print)
@@ -122,6 +125,7 @@ def test_a_run_with_a_stop_request(tmp_path, capsys, number, code):
   end = _end(tmp_path)
   assert (end["how"], end["code"], end["step"]) == (f"{name}: stopped", code, 7)
   assert not (tmp_path / LOCK_FILE).exists()
+  assert len(times.history(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(

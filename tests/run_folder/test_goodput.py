@@ -99,6 +99,16 @@ def test_records_of_earlier_versions_count_as_kept():
   assert str(goodput([])) == "goodput 0.0 % of 0s"
 
 
+def test_a_process_that_was_recorded_twice_counts_once(tmp_path):
+  path = tmp_path / times.TIMES_FILE
+  first = _process(100.0, 0, 40, step=100.0)
+  again = _process(100.1, 0, 40, step=100.0, other=0.1)
+  after = _process(300.0, 40, 80, step=100.0)
+  lines = [json.dumps(x) for x in (first, again, after)]
+  path.write_text("\n".join(lines))
+  assert times.history(tmp_path) == [again, after]
+
+
 def test_a_killed_process_is_recorded_from_its_lock(tmp_path):
   account = {
     **{"from_step": 0, "step": 12, "updates": 12},
