@@ -8,8 +8,14 @@ import jax.numpy as jnp
 
 from narvl_jax.kernels.attend import Attend, KeyValue
 from narvl_jax.kernels.layer_norm import normalize
+from narvl_jax.kernels.product import product
 from narvl_jax.models.sizes import ModelConfig
-from narvl_jax.parallel.constraints import constrain, gathered, per_device
+from narvl_jax.parallel.constraints import (
+  constrain,
+  gathered,
+  per_device,
+  platform,
+)
 
 # Standard deviation of linear maps and tables at initialisation.
 INIT_STDDEV = 0.02
@@ -76,7 +82,11 @@ class Projection(nn.Module):
     bias = self.param("bias", zeros_init(None, "heads", "head_width"), shape)
     names = ("embed", None, "heads", "head_width")
     kernel = gathered(kernel, cfg.dtype, *names, scatter=x.ndim > 2)
-    y = jnp.einsum("...e,enhd->...nhd", x.astype(cfg.dtype), kernel)
+    y = x.astype(cfg.dtype)
+    if platform() == "cpu":  # As in `product`.
+      y = y.reshape(-1, x.shape[-1])
+    y = jnp.einsum("...e,enhd->...nhd", y, kernel)
+    y = y.reshape(*x.shape[:-1], *shape)
     y += bias.astype(cfg.dtype)
     return tuple(y[..., i, :, :] for i in range(self.num))
 
@@ -156,6 +166,8 @@ class Attention(nn.Module):
       out *= gain
     # Heads and their widths as one axis: for a sum over two axes XLA
     # transposes the kernel on a CPU, which costs more than the product.
-    out = out.reshape(*out.shape[:2], -1) @ kernel.reshape(-1, cfg.width)
+    out = product(
+      out.reshape(*out.shape[:2], -1), kernel.reshape(-1, cfg.width)
+    )
     out = constrain(out, "batch", None, "act_embed")
     return out + out_bias.astype(cfg.dtype)

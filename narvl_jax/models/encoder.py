@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from narvl_jax.errors import UserError
+from narvl_jax.kernels.product import product
 from narvl_jax.models import positions
 from narvl_jax.models.attention import (
   PositionBias,
@@ -175,7 +176,7 @@ class Encoder(nn.Module):
       "type_embedding", normal_init(None, "embed"), (2, cfg.width)
     )
     types = gathered(types, cfg.dtype, None, "embed", scatter=False)
-    x = features @ gathered(kernel, cfg.dtype, "conv_out", "embed")
+    x = product(features, gathered(kernel, cfg.dtype, "conv_out", "embed"))
     x += bias.astype(cfg.dtype)
     if cfg.entangle_positions:
       x += image_pos

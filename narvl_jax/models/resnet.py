@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from narvl_jax.kernels.product import product
 from narvl_jax.models.attention import ones_init, zeros_init
 from narvl_jax.models.sizes import ModelConfig
 from narvl_jax.parallel.constraints import constrain, gathered, platform
@@ -98,7 +99,7 @@ class Conv(nn.Module):
     kernel = gathered(kernel, x.dtype, *_AXES)
     if self.size == 1:
       # The kernel's gradient as a convolution is slow on CPUs.
-      x = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+      x = product(x[:, :: self.stride, :: self.stride], kernel[0, 0])
     else:
       x = jax.lax.conv_general_dilated(
         x,

@@ -14,6 +14,7 @@ from narvl_jax.kernels.attend import (
   attend_by_heads,
   attend_to,
 )
+from narvl_jax.kernels.product import product
 from narvl_jax.models.attention import (
   Attention,
   layer_norm,
@@ -47,13 +48,13 @@ class FeedForward(nn.Module):
     )
     b2 = self.param("fc2_bias", zeros_init("norm"), (cfg.width,))
     w1 = gathered(w1, cfg.dtype, "embed", "mlp")
-    h = x.astype(cfg.dtype) @ w1 + b1.astype(cfg.dtype)
+    h = product(x.astype(cfg.dtype), w1) + b1.astype(cfg.dtype)
     h = constrain(h, "batch", None, "act_mlp")
     # In bfloat16 the error function would lose most of its digits.
     h = jax.nn.gelu(h.astype(jnp.float32), approximate=False)
     h = layer_norm(cfg, "ffn_layernorm", "mlp")(h.astype(cfg.dtype))
     w2 = gathered(w2, cfg.dtype, "mlp", "embed")
-    h = constrain(h @ w2, "batch", None, "act_embed")
+    h = constrain(product(h, w2), "batch", None, "act_embed")
     return h + b2.astype(cfg.dtype)
 
 
