@@ -23,6 +23,7 @@ from absl import flags
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.errors import UserError
+from narvl_jax.files.stores import as_path
 from narvl_jax.terminal.text import show
 
 _OFFICIAL_SUFFIXES = (".pt", ".pth")
@@ -109,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
   if suffix in _OTHER_SUFFIXES:
     raise UserError(
       f"--to={target}: official files are of torch and end in .pt; nearest"
-      f" valid: --to={pathlib.Path(target).with_suffix('.pt')}"
+      f" valid: --to={as_path(target).with_suffix('.pt')}"
     )
   to_file = suffix in _OFFICIAL_SUFFIXES
   for name in _IMPORT_FLAGS if to_file else _EXPORT_FLAGS:

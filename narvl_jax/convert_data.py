@@ -22,6 +22,7 @@ from narvl_jax.data.shards import conversion, manifest
 from narvl_jax.data.sources import parse_options
 from narvl_jax.errors import UserError
 from narvl_jax.files.paths import check_folder
+from narvl_jax.files.stores import as_path
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import show
 
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
   if flags.FLAGS.to:
     _convert(spec)
   if flags.FLAGS.verify:
-    _verify(pathlib.Path(flags.FLAGS.to or spec))
+    _verify(as_path(flags.FLAGS.to or spec))
 
 
 def _convert(spec: str) -> None:

@@ -18,7 +18,6 @@ After an interruption, the same command writes the missing shards. Several hosts
 (--coordinator_address and so on) share the work and the folder.
 """
 
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -29,6 +28,7 @@ from narvl_jax.data.example import TASKS
 from narvl_jax.data.shards.formats import FORMATS
 from narvl_jax.data.sources import parse_options
 from narvl_jax.errors import UserError
+from narvl_jax.files.stores import as_path
 from narvl_jax.hosts import cluster as cluster_lib
 from narvl_jax.prediction import decoding_flags
 from narvl_jax.terminal.text import show
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
   from narvl_jax.run_folder import workdir as workdir_lib
 
   values = flags.FLAGS
-  folder = pathlib.Path(values.to)
+  folder = as_path(values.to)
   options = Options(
     teacher=values.teacher,
     to=values.to,

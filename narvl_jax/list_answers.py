@@ -6,7 +6,6 @@ SPEC is a data set as for `narvl_jax.check_data`: a file `*.tsv` or `*.jsonl`, a
 folder of ArrayRecord shards, `tfds:NAME` or the name of a source.
 """
 
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +19,7 @@ from narvl_jax.data.example import TASKS
 from narvl_jax.errors import UserError
 from narvl_jax.files.disk import write_text
 from narvl_jax.files.paths import check_file
+from narvl_jax.files.stores import as_path, is_remote
 from narvl_jax.terminal.text import show
 
 
@@ -39,10 +39,10 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   """Entry point."""
   options = flags.FLAGS
-  target = pathlib.Path(options.to)
+  target = as_path(options.to)
   if target.suffix != ".txt":
     raise UserError(f'--to="{options.to}" must be a file *.txt')
-  if not target.parent.is_dir():
+  if not is_remote(target) and not target.parent.is_dir():
     raise UserError(f'--to="{target}" is in no folder; create it first')
   check_file("--to", target)
   note = sources.unused_split(argv[1], options.split)

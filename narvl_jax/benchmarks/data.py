@@ -3,6 +3,7 @@
   python -m narvl_jax.benchmarks.data [--config=FILE] [--json=PATH]
   python -m narvl_jax.benchmarks.data --first_batch --rows=100000
   python -m narvl_jax.benchmarks.data --memory
+  python -m narvl_jax.benchmarks.data --store=gs://BUCKET/FOLDER
 
 Without a config it reads a generated OFA TSV file of 640 x 480 JPEG pictures.
 "bare Pillow" only opens, converts and resizes the same pictures from memory.
@@ -13,7 +14,9 @@ Rates are per second of CPU time of all processes, which other programs disturb
 less. `ratio` is the rate over that of the bare loop in the same round.
 --first_batch times a fresh process until its first batch, and the index of
 rows against reading alone. --memory measures resident memory over
---max_examples examples. Results are in docs/performance.md.
+--max_examples examples. --store copies the file to a store, and compares the
+wall time of batches from there with that of the local file, for several numbers
+of threads. Results are in docs/performance.md.
 """
 
 import dataclasses
@@ -29,7 +32,11 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from narvl_jax.benchmarks import data_load, data_startup, timing
+from narvl_jax.benchmarks import (
+  data_load,
+  data_startup,
+  timing,
+)
 from narvl_jax.command_line import cli
 from narvl_jax.command_line import flags as common_flags
 from narvl_jax.command_line.json_output import check_json_path, write_report
@@ -198,6 +205,10 @@ def define_flags() -> None:
   flags.DEFINE_integer("height", 480, "Of generated pictures.", lower_bound=8)
   flags.DEFINE_integer("image_size", 480, "Pixels a side.", lower_bound=1)
   flags.DEFINE_string("folder", None, "Keeps generated files.")
+  flags.DEFINE_string("store", None, "Compare with a copy in this folder.")
+  flags.DEFINE_multi_integer(
+    "num_threads", [8, 32], "Of --store.", lower_bound=1
+  )
   flags.DEFINE_boolean("first_batch", False, "Time the first batch.")
   flags.DEFINE_boolean("memory", False, "Measure resident memory.")
   common_flags.max_examples(
@@ -232,7 +243,19 @@ def main(argv: Sequence[str]) -> None:
       )
     else:
       load = data_load.config_load(settings.config)
-    if settings.first_batch:
+    if settings.store:
+      if path is None:
+        cli.fail("--store is for the generated file; leave --config out")
+      report = data_startup.against_store(
+        path,
+        settings.store,
+        load,
+        rows=settings.rows,
+        rounds=settings.rounds,
+        threads=settings.num_threads,
+      )
+      text = data_startup.format_store(report)
+    elif settings.first_batch:
       report = data_startup.first_batch(load, path, rounds=settings.rounds)
       text = data_startup.format_first_batch(report)
     elif settings.memory:

@@ -21,6 +21,7 @@ from narvl_jax.data.tasks import Task, make_task, vocabulary_texts
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.experiment.datasets import load_mixture
 from narvl_jax.files.disk import replacing
+from narvl_jax.files.stores import is_remote
 
 _VOCABULARY_RECORDS = 256
 _IDLE_SECONDS = 0.1
@@ -107,13 +108,16 @@ def config_load(config: Any) -> Load:
 
 
 def open_tsv(path: pathlib.Path) -> OfaTsvSource:
-  """Opens a generated file, with its index of rows beside it."""
+  """Opens a generated file, with its index of rows beside it.
+
+  The index of a file in a store is in the cache of the user.
+  """
   source = load_source(
     "ofa_tsv",
     task="vqa",
     split="train",
     path=str(path),
-    index_dir=str(path.parent / "index"),
+    index_dir="" if is_remote(path) else str(path.parent / "index"),
   )
   assert isinstance(source, OfaTsvSource)
   return source

@@ -1,6 +1,7 @@
-"""Times the first batch of training data and measures their memory."""
+"""Times the first batch, and reading from a store; measures memory."""
 
 import concurrent.futures
+import dataclasses
 import multiprocessing
 import os
 import pathlib
@@ -14,11 +15,13 @@ import numpy as np
 
 from narvl_jax.benchmarks import data_load, timing
 from narvl_jax.data.sources.rows.files import RowFile
+from narvl_jax.files.stores import as_path
 from narvl_jax.terminal.tables import format_columns
 
 _BLOCK = 1 << 23
 # Rows of the memory table; the first follows the first batches.
 _POINTS = 10
+LOCAL, STORE = "local", "store"
 
 
 def first_batch(
@@ -175,3 +178,87 @@ def format_memory(report: dict[str, Any]) -> str:
       )
     parts.append(f"memory with {number} workers\n{format_columns(rows)}")
   return "\n\n".join(parts)
+
+
+def against_store(
+  path: pathlib.Path,
+  folder: str,
+  local: data_load.Load,
+  *,
+  rows: int,
+  rounds: int,
+  threads: Sequence[int],
+) -> dict[str, Any]:
+  """Copies a file to a store, and measures batches of both by wall time.
+
+  Args:
+    path: file of `write_vqa_tsv`.
+    folder: where it is copied, such as gs://BUCKET/FOLDER.
+    local: the file, as a training run reads it.
+    rows: examples of a turn.
+    rounds: turns of each candidate.
+    threads: numbers of threads to try, each with both files.
+
+  Returns:
+    The content of `--json`.
+  """
+  copy: Any = as_path(folder) / path.name
+  copy.put(path)
+  entry = local.entries[0]._replace(source=data_load.open_tsv(copy))
+  loads = {LOCAL: local, STORE: dataclasses.replace(local, entries=[entry])}
+  candidates = {
+    f"{place}, {number} threads": (place, number)
+    for number in threads
+    for place in loads
+  }
+  wall = {name: np.zeros(rounds) for name in candidates}
+  for i, name, (place, number) in timing.turns(candidates, rounds):
+    wall[name][i] = _seconds(loads[place], rows, number)
+  return {
+    "benchmark": "data, store",
+    "sizes": {
+      "rows": rows,
+      "image_size": "x".join(map(str, local.image_size)),
+      "batch": local.batch_size,
+    },
+    "rounds": rounds,
+    "environment": timing.environment(),
+    "results": {
+      name: {
+        "per_second": timing.spread(1 / wall[name]),
+        "ratio": timing.spread(wall[f"{LOCAL}, {number} threads"] / wall[name]),
+      }
+      for name, (_, number) in candidates.items()
+    },
+  }
+
+
+def _seconds(load: data_load.Load, rows: int, threads: int) -> float:
+  """Returns the wall time of an example."""
+  batches = load.batches(0, threads=threads, prefetch=threads)
+  try:
+    # What is made ahead before the clock starts does not count.
+    for _ in range(threads):
+      next(batches)
+    count = -(-rows // load.batch_size)
+    start = time.perf_counter()
+    for _ in range(count):
+      next(batches)
+    return (time.perf_counter() - start) / (count * load.batch_size)
+  finally:
+    batches.close()
+
+
+def format_store(report: dict[str, Any]) -> str:
+  """Returns the report as text."""
+  rows = [["", "pictures/s, median (min..max)", "rate / local"]]
+  rows += [
+    [
+      name,
+      timing.format_spread(result["per_second"], 1),
+      timing.format_spread(result["ratio"], 2),
+    ]
+    for name, result in report["results"].items()
+  ]
+  facts = timing.format_facts("data, store", report)
+  return "\n".join([*facts, "", format_columns(rows)])

@@ -14,6 +14,7 @@ from narvl_jax.data.example import Record
 from narvl_jax.data.renamed import run_renamed
 from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
+from narvl_jax.files.stores import as_path
 
 # The setting that names the file of a list.
 ANSWERS_SETTING = "--config.tasks.vqa.answers"
@@ -33,7 +34,7 @@ def load_answers(path: str | os.PathLike[str]) -> list[str]:
   Raises:
     UserError: the file cannot be read, or has an empty or a repeated entry.
   """
-  path = pathlib.Path(path)
+  path = as_path(path)
   readers = {".json": _read_json, ".pkl": _read_pickle, ".txt": _read_lines}
   if path.suffix not in readers:
     raise UserError(

@@ -24,6 +24,7 @@ from narvl_jax.errors import (
 from narvl_jax.evaluation.labelling import Labeller
 from narvl_jax.experiment.config import to_json
 from narvl_jax.files.paths import check_folder
+from narvl_jax.files.stores import as_path
 from narvl_jax.hosts import distributed
 from narvl_jax.hosts.cluster import LOG_FOLDER
 from narvl_jax.terminal.activity import Activity
@@ -103,7 +104,7 @@ def distill(options: Options) -> list[DistilledSet]:
     batch_size=options.batch_size,
   )
   chosen = _chosen(model.config, options)
-  folder = pathlib.Path(options.to)
+  folder = as_path(options.to)
   _check_folder(folder)
   jobs: Jobs = {}
   for key, data in chosen.items():

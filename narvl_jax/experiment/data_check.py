@@ -20,6 +20,7 @@ from narvl_jax.experiment.config import Config, default_config
 from narvl_jax.experiment.config_checks import validate
 from narvl_jax.experiment.vocabulary import make_vocabulary
 from narvl_jax.files.disk import replacing
+from narvl_jax.files.stores import as_path
 from narvl_jax.models import model_config
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import show
@@ -185,7 +186,7 @@ def find_vocabulary(
     UserError: files of the vocabulary are missing or damaged.
   """
   if folder:
-    return _read_vocabulary(pathlib.Path(folder)), folder
+    return _read_vocabulary(as_path(folder)), folder
   if config is not None:
     kind = config.vocabulary.source
     how = (
@@ -254,7 +255,7 @@ def _check_and_show(
   settings = dataclasses.asdict(task.settings)
   show(check_report.format_figures(title, figures, settings))
   if options.png:
-    path = pathlib.Path(options.png)
+    path = as_path(options.png)
     if several:
       path = path.with_name(f"{path.stem}_{entry.name}{path.suffix or '.png'}")
     picture = draw_samples(

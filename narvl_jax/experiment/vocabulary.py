@@ -1,6 +1,5 @@
 """The vocabulary of a run: read from files, or trained on its data."""
 
-import pathlib
 from collections.abc import Iterator, Sequence
 
 from narvl_jax.data.batches.bad_records import BadRecord
@@ -12,6 +11,7 @@ from narvl_jax.data.vocabulary.vocabulary import OFFICIAL_FIXED_IDS, Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import Config
 from narvl_jax.experiment.datasets import DataSets
+from narvl_jax.files.stores import as_path
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.activity import Activity
 
@@ -42,7 +42,7 @@ def make_vocabulary(
       texts = _texts(config, entries, training)
       return Vocabulary.train(texts, settings.size, **counts)
   check_vocabulary_files(config)
-  folder = pathlib.Path(settings.path)
+  folder = as_path(settings.path)
   paths = [folder / name for name in _FILES[settings.source]]
   if settings.source == "run":
     return Vocabulary.load(*paths)
@@ -56,7 +56,7 @@ def check_vocabulary_files(config: Config) -> None:
     UserError: `vocabulary.path` lacks a file that `vocabulary.source` needs.
   """
   settings = config.vocabulary
-  folder = pathlib.Path(settings.path)
+  folder = as_path(settings.path)
   needed = _FILES[settings.source]
   for name in needed:
     if (folder / name).exists():

@@ -23,7 +23,7 @@ from narvl_jax.files.stores import (
 PATH_FLAGS = (
   *("workdir", "to", "from", "teacher", "nar", "ar", "runs", "results"),
   *("folder", "vocabulary", "answers", "image", "overlay", "hlo", "json"),
-  *("png", "cider_df", "annotations", "official"),
+  *("png", "cider_df", "annotations", "official", "store"),
 )
 # If these are empty, nothing is written.
 _MAY_BE_EMPTY = ("png", "json")

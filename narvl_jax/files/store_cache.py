@@ -50,6 +50,24 @@ def limit_bytes() -> int:
     ) from e
 
 
+def check_room(what: str, size: int) -> None:
+  """Raises UserError if files of `size` bytes exceed the limit of copies."""
+  if size > limit_bytes():
+    raise UserError(
+      f"{what} have {size / 1e9:,.1f} GB, which are copied to this machine; set"
+      f" {VARIABLE} to more, or read TSV files, which are not copied"
+    )
+
+
+def file_state(path: pathlib.Path) -> tuple[int, int | str]:
+  """Returns size and time of change, or in a store the version, of a file."""
+  if is_remote(path):
+    size, version = _state(path)
+    return size, version
+  status = path.stat()
+  return status.st_size, status.st_mtime_ns
+
+
 def local_copy(path: str | os.PathLike[str]) -> pathlib.Path:
   """Returns a local file with the content of a file; a local file itself.
 

@@ -29,7 +29,7 @@ for _scheme in PACKAGES:
   _settings = fsspec.config.conf.setdefault(_scheme, {})
   _settings.setdefault("use_listings_cache", False)
 # They log errors which they raise as well.
-for _name in ("gcsfs", "s3fs"):
+for _name in ("gcsfs", "s3fs", "google.auth._default"):
   logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 

@@ -64,7 +64,7 @@ def convert_official(
   """
   options = options or Options()
   source = open_source(path, ema=ema)
-  with _naming(source.path):
+  with _naming(source.origin):
     renamed = official_names(source.state)
     state, changes, of_ofa = adapt(untied(renamed.state), options)
     settings = settings_of(state)
@@ -76,7 +76,7 @@ def convert_official(
     variables = variables_from_official(state, config, dtype=dtype)
   report = {
     "source": {
-      "file": str(source.path),
+      "file": str(source.origin),
       "bytes": source.path.stat().st_size,
       "sha256": sha256_of(source.path),
       "weights": "moving averages" if ema else "model",

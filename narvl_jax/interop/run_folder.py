@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +20,8 @@ from narvl_jax.experiment.config_checks import validate
 from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
 from narvl_jax.files.disk import atomically, write_json
 from narvl_jax.files.paths import check_file, check_folder
+from narvl_jax.files.store_cache import local_copy
+from narvl_jax.files.stores import as_path
 from narvl_jax.interop.conversion import Conversion
 from narvl_jax.interop.source_file import setting
 from narvl_jax.interop.tensors import PathLike, State, check_bytes
@@ -46,7 +46,7 @@ _MAX_ANCESTORS = 20
 
 def check_target(folder: PathLike) -> None:
   """Raises UserError unless a folder is new or empty, and writable."""
-  path = pathlib.Path(folder)
+  path = as_path(folder)
   check_folder("--to", folder)
   if path.is_dir() and any(path.iterdir()):
     raise UserError(f"--to={folder} is not empty; use a folder that is new")
@@ -54,8 +54,8 @@ def check_target(folder: PathLike) -> None:
 
 def check_file_target(file: PathLike) -> None:
   """Raises UserError if an official file exists or cannot be written."""
-  path = pathlib.Path(file)
-  if os.path.lexists(path):
+  path = as_path(file)
+  if path.is_symlink() or path.exists():
     raise UserError(f"--to={file} exists; name a new file")
   check_file("--to", file)
 
@@ -76,7 +76,7 @@ def check_size(made: Conversion, config: Any) -> None:
   width = model_config(size).width
   raise UserError(
     f"--config is of size {size} (D={width}), but"
-    f" --from={made.source.path} of size {made.size} (D={made.config.width});"
+    f" --from={made.source.origin} of size {made.size} (D={made.config.width});"
     f" set --config.model.size={made.size}, for a recipe"
     f" --config=FILE.py:size={made.size}"
   )
@@ -115,7 +115,7 @@ def find_vocabulary(
     "num_bins": given.num_bins or _count(made, "num_bins", _NUM_BINS),
   }
   folder = given.folder
-  place = pathlib.Path(folder or made.source.path.parent)
+  place = as_path(folder or made.source.origin.parent)
   if folder is not None and not place.is_dir():
     raise UserError(f"--vocabulary={folder}: there is no such folder")
   paths = {
@@ -156,7 +156,7 @@ def _count(made: Conversion, name: str, default: int) -> int:
   if type(value) is not int or not 0 <= value <= made.config.vocab_size:
     shown = f"{value:,}" if type(value) is int else type(value).__name__
     raise UserError(
-      f"--from={made.source.path} has {name}={shown}, but its weights have"
+      f"--from={made.source.origin} has {name}={shown}, but its weights have"
       f" {made.config.vocab_size:,} ids; set --num_codes and --num_bins"
     )
   return value
@@ -198,7 +198,7 @@ def write_run(
   if vocabulary is not None:
     architecture = experiment_lib.resolve_model_config(config, vocabulary)
     _check_same(architecture, made.config)
-  target = pathlib.Path(folder)
+  target = as_path(folder)
   with atomically(target) as part:
     try:
       part.mkdir(parents=True)
@@ -257,7 +257,7 @@ def read_run(
   Raises:
     UserError: there is no such run or checkpoint.
   """
-  path = pathlib.Path(folder)
+  path = as_path(folder)
   if not (path / FOLDER).is_dir():
     raise UserError(
       f"--from={folder} is no run: it has no folder {FOLDER} (an official file"
@@ -296,10 +296,10 @@ def read_side(folder: PathLike) -> tuple[State, dict[str, Any]]:
   It is in the folder of the converted weights that the run, or one of its
   ancestors, started from.
   """
-  path = pathlib.Path(folder)
+  path = as_path(folder)
   for _ in range(_MAX_ANCESTORS):
     if (path / SIDE_FILE).is_file():
-      content = read_torch(path / SIDE_FILE)
+      content = read_torch(local_copy(path / SIDE_FILE))
       check_bytes(content["unused"])
       return content["unused"], content["settings"]
     if not workdir_lib.is_run(path):
@@ -307,5 +307,5 @@ def read_side(folder: PathLike) -> tuple[State, dict[str, Any]]:
     start = workdir_lib.read_config(path).init_from
     if not start:
       break
-    path = pathlib.Path(start)
+    path = as_path(start)
   return {}, {}

@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from narvl_jax.errors import UserError
+from narvl_jax.files.store_cache import local_copy
+from narvl_jax.files.stores import as_path, is_remote
 from narvl_jax.interop.safetensors_file import read_safetensors
 from narvl_jax.interop.tensors import PathLike, Tensor, check_bytes
 from narvl_jax.interop.torch_file import read_torch
+from narvl_jax.terminal.progress import doing
 
 # Files of a Hugging Face folder, in order of preference.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -26,11 +29,13 @@ class SourceFile:
   Attributes:
     state: key in the file -> tensor.
     settings: "cfg" and "args" of fairseq, None without them.
+    origin: the file that was named, of which `path` may be a local copy.
   """
 
   path: pathlib.Path
   state: dict[str, Tensor]
   settings: dict[str, Any] | None
+  origin: pathlib.Path
 
 
 def open_source(path: PathLike, *, ema: bool = False) -> SourceFile:
@@ -43,8 +48,9 @@ def open_source(path: PathLike, *, ema: bool = False) -> SourceFile:
   Raises:
     UserError: there is no such file, it is damaged, or it has no weights.
   """
-  file = pathlib.Path(path)
-  if os.path.isdir(file):
+  file = as_path(path)
+  # Unlike `is_dir`, it returns False for names that cannot exist.
+  if file.is_dir() if is_remote(file) else os.path.isdir(file):
     found = [file / name for name in _WEIGHTS if (file / name).is_file()]
     if not found:
       hint = ""
@@ -54,6 +60,20 @@ def open_source(path: PathLike, *, ema: bool = False) -> SourceFile:
         f"--from={path} is a folder without {' and '.join(_WEIGHTS)}{hint}"
       )
     file = found[0]
+  if not is_remote(file):
+    return _read(file, file, path, ema)
+  copy = _copied(file)
+  try:
+    return _read(copy, file, path, ema)
+  except UserError as error:
+    # Users do not know the copy.
+    raise UserError(str(error).replace(str(copy), str(file))) from error
+
+
+def _read(
+  file: pathlib.Path, origin: pathlib.Path, path: PathLike, ema: bool
+) -> SourceFile:
+  """Reads a file; `path` is what the user named."""
   settings = None
   if file.suffix == ".safetensors":
     content: Any = read_safetensors(file)
@@ -86,7 +106,20 @@ def open_source(path: PathLike, *, ema: bool = False) -> SourceFile:
       f" {size:,}; official files share only the table of tokens"
     )
   check_bytes(content)
-  return SourceFile(file, dict(content), settings)
+  return SourceFile(file, dict(content), settings, origin)
+
+
+def _copied(path: pathlib.Path) -> pathlib.Path:
+  """Returns a local copy of a file in a store, whose tensors are mapped."""
+  try:
+    with doing(f"copying {path}"):
+      return local_copy(path)
+  except FileNotFoundError as error:
+    raise UserError(f"--from={path}: there is no such file") from error
+  except OSError as error:
+    raise UserError(
+      f"--from={path} cannot be read: {error.strerror}"
+    ) from error
 
 
 def _state_dict(

@@ -1,6 +1,5 @@
 """Files in the format of `torch.save`, written without torch."""
 
-import pathlib
 import struct
 import types
 import zipfile
@@ -11,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from narvl_jax.files.disk import atomically
+from narvl_jax.files.stores import as_path
 from narvl_jax.interop.tensors import PathLike, Tensor
 
 _STORAGES = {
@@ -37,7 +37,7 @@ def write_torch(path: PathLike, content: Mapping[str, Any]) -> None:
   Raises:
     TypeError: a value of another type.
   """
-  target = pathlib.Path(path)
+  target = as_path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
   pickler = _Pickler()
   pickled = pickler.dump(content)

@@ -26,6 +26,7 @@ import numpy as np
 
 from narvl_jax.errors import UserError
 from narvl_jax.files.disk import replacing
+from narvl_jax.files.stores import as_path
 
 _LONGEST = 4
 _SIGMA = 6.0
@@ -80,7 +81,7 @@ class DocumentFrequencies:
       "tokenizer": self.tokenizer,
     }
     with (
-      replacing(pathlib.Path(path)) as temporary,
+      replacing(as_path(path)) as temporary,
       _open(temporary, str(path), "w") as file,
     ):
       file.write(json.dumps(header) + "\n")
@@ -95,7 +96,7 @@ class DocumentFrequencies:
       UserError: it is missing, or not such a file.
     """
     try:
-      with _open(pathlib.Path(path), str(path), "r") as file:
+      with _open(as_path(path), str(path), "r") as file:
         header = json.loads(file.readline())
         if header["format"] != _FORMAT:
           raise ValueError("an unknown format")

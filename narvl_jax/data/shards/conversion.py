@@ -1,15 +1,14 @@
 """Converts any source to a folder of shards; parallel and resumable.
 
 Shard k of n begins with record k * count // n, so its bytes do not depend on
-the number of processes. A shard is written to the folder `.convert`, read back,
-and moved to its place; a note in `.convert` marks it as done. The manifest is
+the number of processes. A shard is written to a temporary file, read back, and
+moved to its place; a note in `.convert` marks it as done. The manifest is
 written last. A repeated command keeps the shards whose notes and hashes match.
 """
 
 import contextlib
 import math
 import pathlib
-import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +30,9 @@ from narvl_jax.data.shards.writer import (
 )
 from narvl_jax.data.sources import open_source
 from narvl_jax.errors import UserError, check_fractions, did_you_mean
+from narvl_jax.files import leftovers
 from narvl_jax.files.disk import write_json
+from narvl_jax.files.stores import as_path
 from narvl_jax.terminal.activity import Activity
 from narvl_jax.terminal.progress import doing
 from narvl_jax.terminal.text import show
@@ -141,7 +142,7 @@ def convert(
       it cannot be written.
   """
   check_fractions(max_bad_fraction=max_bad_fraction)
-  folder = pathlib.Path(job.folder)
+  folder = as_path(job.folder)
   done = finished_manifest(folder, job, origin)
   if done is not None:
     log(f"{folder} is complete: {done.records} records")
@@ -177,7 +178,7 @@ def convert(
       f"{turned} pictures have an EXIF orientation, which --image_size removes:"
       f" {_ORIENTATION_NOTES[job.exif_orientation]}"
     )
-  shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+  leftovers.remove(folder / PROGRESS)
   return manifest
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import fcntl
 import json
 import pathlib
-import shutil
 from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
@@ -23,8 +22,9 @@ from narvl_jax.data.shards.writer import PROGRESS, Job
 from narvl_jax.data.sources import MANIFEST
 from narvl_jax.data.sources.content import CONTENT_MARK
 from narvl_jax.errors import UserError, list_few
-from narvl_jax.files import side_files
+from narvl_jax.files import leftovers, side_files
 from narvl_jax.files.disk import write_json
+from narvl_jax.files.stores import is_remote
 
 
 def settings_of(job: Job, origin: dict[str, Any]) -> dict[str, Any]:
@@ -126,14 +126,7 @@ def progress_folder(
   """Locks the folder, checks the settings and removes partial files."""
   progress = folder / PROGRESS
   progress.mkdir(parents=True, exist_ok=True)
-  with open(progress / "lock", "w") as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise UserError(
-        f'another conversion is writing to "{folder}"; wait for it, or set --to'
-        " to another folder"
-      ) from e
+  with _alone(folder, progress):
     path = progress / "settings.json"
     settings = settings_of(job, origin)
     stored = side_files.read_object(path)
@@ -144,9 +137,30 @@ def progress_folder(
       write_json(path, settings, inside=progress)
     else:
       check_settings(folder, stored, settings)
+    # Of earlier versions.
     for file in progress.glob("*.tmp"):
       file.unlink(missing_ok=True)
     yield progress
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path, progress: pathlib.Path) -> Iterator[None]:
+  """Raises UserError if another process converts to the folder.
+
+  Two processes that write to a store write the same objects.
+  """
+  if is_remote(folder):
+    yield
+    return
+  with open(progress / "lock", "w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise UserError(
+        f'another conversion is writing to "{folder}"; wait for it, or set --to'
+        " to another folder"
+      ) from e
+    yield
 
 
 @contextlib.contextmanager
@@ -163,9 +177,11 @@ def nothing_left_over(
   except BaseException:
     if not shared and not any(progress.glob("[0-9]*.json")):
       folder = progress.parent
-      for file in folder.glob(f"*{FORMATS[job.format].suffix}"):
-        file.unlink(missing_ok=True)
-      shutil.rmtree(progress, ignore_errors=True)
+      suffix = FORMATS[job.format].suffix
+      for pattern in (f"*{suffix}", f".*{suffix}.*.tmp"):
+        for file in folder.glob(pattern):
+          file.unlink(missing_ok=True)
+      leftovers.remove(progress)
       with contextlib.suppress(OSError):
         folder.rmdir()
     raise
@@ -182,7 +198,9 @@ def kept_notes(
       shard = Shard(**note["shard"])
       path = folder / shard.file
       same = path.stat().st_size == shard.bytes
-      return note if same and sha256_of(path) == shard.sha256 else None
+      # A store keeps its own checksums.
+      same = same and (is_remote(path) or sha256_of(path) == shard.sha256)
+      return note if same else None
     except (OSError, ValueError, KeyError, TypeError):
       return None  # Missing or damaged: the shard is written again.
 

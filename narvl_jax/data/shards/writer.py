@@ -24,6 +24,8 @@ from narvl_jax.data.shards.formats import FORMATS, ShardFormat
 from narvl_jax.data.shards.manifest import Shard, sha256_of
 from narvl_jax.data.sources import MANIFEST, open_source
 from narvl_jax.errors import UserError
+from narvl_jax.files.disk import atomically
+from narvl_jax.files.stores import as_path
 from narvl_jax.terminal.text import warn
 
 PROGRESS = ".convert"
@@ -183,26 +185,21 @@ def write_shard(
   Raises:
     UserError: the shard cannot be written, or differs when it is read back.
   """
-  folder = pathlib.Path(job.folder)
+  folder = as_path(job.folder)
   file = job.file(number)
-  temporary = folder / PROGRESS / f"{file}.{os.getpid()}.tmp"
   bad: list[dict[str, Any]] = []
   records = RecordReader(source, job.name, job.count, among=job.indices(number))
   try:
-    count, digest, turned = _write(records, job, number, temporary, bad)
-    if _digest(temporary, FORMATS[job.format]) != (count, digest):
-      raise OSError("what was read back differs from what was written")
-    with open(temporary, "rb") as written:
-      os.fsync(written.fileno())
-    shard = Shard(file, count, temporary.stat().st_size, sha256_of(temporary))
-    os.replace(temporary, folder / file)
+    with atomically(folder / file) as temporary:
+      count, digest, turned = _write(records, job, number, temporary, bad)
+      if _digest(temporary, FORMATS[job.format]) != (count, digest):
+        raise OSError("what was read back differs from what was written")
+      size = temporary.stat().st_size
+      shard = Shard(file, count, size, sha256_of(temporary))
   except (OSError, RuntimeError) as e:  # The library raises RuntimeError.
     if e is records.defect:
       raise
     raise write_error(folder / file, e) from e
-  finally:
-    with contextlib.suppress(OSError):
-      temporary.unlink(missing_ok=True)
   note = {"shard": dataclasses.asdict(shard), "bad": bad}
   return {**note, "turned": turned} if turned else note
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import pathlib
+import threading
 from typing import Any
 
 from array_record.python import array_record_data_source
@@ -15,12 +16,15 @@ from narvl_jax.data.shards.formats import FORMATS
 from narvl_jax.data.shards.manifest import (
   Manifest,
   Shard,
-  quick_fault,
+  quick_faults,
   read_manifest,
 )
 from narvl_jax.data.sources import MANIFEST, files
 from narvl_jax.data.sources.base import RecordSource, find_part
 from narvl_jax.errors import UserError, list_few
+from narvl_jax.files import store_cache
+from narvl_jax.files.store_cache import local_copy
+from narvl_jax.files.stores import is_remote, with_home
 
 _SUFFIX = FORMATS["array_record"].suffix
 
@@ -74,18 +78,16 @@ class ArrayRecordSource(RecordSource):
     self._names = [str(folder / shard.file) for folder, shard in shards]
     self._fingerprint = [shard.sha256 for _, shard in shards]
     self._ends = list(itertools.accumulate(s.records for _, s in shards))
-    whole: list[Any] = [
-      _Instruction(name, 0, shard.records, shard.records)
-      for name, (_, shard) in zip(self._names, shards, strict=True)
-    ]
-    self._data = array_record_data_source.ArrayRecordDataSource(whole)
+    self._shards = [_OpenedShard(*part) for part in shards]
+    _check_cache(shards)
 
   def __len__(self) -> int:
     return self._ends[-1]
 
   def _read(self, number: int) -> Record:
+    shard, place = find_part(self._ends, number)
     try:
-      data = self._data[number]
+      data = self._shards[shard].read(place)
     except RuntimeError as e:  # Damaged data.
       raise UserError(
         f"the stored record cannot be read ({e}); check the folder with"
@@ -107,6 +109,40 @@ class ArrayRecordSource(RecordSource):
     return hashlib.sha256("".join(self._fingerprint).encode()).hexdigest()
 
 
+class _OpenedShard:
+  """A shard that is opened when it is first read.
+
+  The library reads local files, so a shard in a store is copied first.
+  """
+
+  def __init__(self, folder: pathlib.Path, shard: Shard) -> None:
+    self._path, self._records = folder / shard.file, shard.records
+    self._data: Any = None
+    self._lock = threading.Lock()
+
+  def read(self, number: int) -> bytes:
+    if self._data is None:
+      with self._lock:
+        if self._data is None:
+          # Opens the copy at once, which may be removed later.
+          data = self._open()
+          found = data[number]
+          self._data = data
+          return found
+    return self._data[number]
+
+  def _open(self) -> Any:
+    name = str(local_copy(self._path))
+    whole: Any = [_Instruction(name, 0, self._records, self._records)]
+    return array_record_data_source.ArrayRecordDataSource(whole)
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {**self.__dict__, "_data": None, "_lock": None}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state, _lock=threading.Lock())
+
+
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
   """A whole shard in the library's form, which avoids opening it."""
@@ -117,12 +153,20 @@ class _Instruction:
   examples_in_shard: int
 
 
+def _check_cache(shards: list[tuple[pathlib.Path, Shard]]) -> None:
+  """Raises UserError if the cache is too small for the shards in a store."""
+  remote = [(folder, x.bytes) for folder, x in shards if is_remote(folder)]
+  if remote:
+    store_cache.check_room(
+      f'array_record: the shards of "{remote[0][0]}"',
+      sum(size for _, size in remote),
+    )
+
+
 def _manifest_names(path: Any) -> Any:
   """Returns `path` with the manifest of each folder instead of the folder."""
   if isinstance(path, str):
-    return (
-      path if path.endswith(MANIFEST) else str(pathlib.Path(path) / MANIFEST)
-    )
+    return path if path.endswith(MANIFEST) else str(with_home(path) / MANIFEST)
   if path is not None and hasattr(path, "items"):
     return {key: _manifest_names(value) for key, value in path.items()}
   if isinstance(path, (tuple, list)):
@@ -148,7 +192,7 @@ def _check_contents(
       f'array_record: "{folder}" contains other files, such as {other[0]}; read'
       f' them with the source ofa_tsv and path="{folder}/*.tsv"'
     )
-  faults = [fault for s in manifest.shards if (fault := quick_fault(folder, s))]
+  faults = quick_faults(folder, manifest)
   if faults:
     raise UserError(
       f'array_record: the folder "{folder}" is damaged: {list_few(faults, 1)};'

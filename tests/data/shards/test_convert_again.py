@@ -82,8 +82,7 @@ def test_interrupted_command_prints_how_to_resume(
     text=True,
     start_new_session=True,
   )
-  progress = tmp_path / "out" / ".convert"
-  while not list(progress.glob("*.tmp")):
+  while not list((tmp_path / "out").glob(".*.tmp")):
     time.sleep(0.05)
     assert process.poll() is None
   os.killpg(process.pid, signal.SIGINT)

@@ -16,7 +16,7 @@ from narvl_jax.data.sources.rows.files import RowFile
 from narvl_jax.errors import UserError
 from narvl_jax.files import store_cache
 from narvl_jax.files.stores import as_path
-from tests.data.sources import tsv_files
+from tests.data.sources import tfds_sets, tsv_files
 from tests.stores.servers import Store
 
 # A request for content, not for the state of a file.
@@ -208,3 +208,26 @@ def test_worker_processes_open_the_store_themselves(
     assert images == [tsv_files.picture(1), tsv_files.picture(2)]
   for worker in workers:
     worker.join()
+
+
+def test_a_data_set_of_tfds(gcs: Store, tmp_path: pathlib.Path) -> None:
+  tfds_sets.build(tmp_path / "sets")
+  bucket, name = as_path(gcs.make_bucket()), "coco_captions/2014"
+  folder: Any = bucket / "tfds" / name
+  folder.put(tmp_path / "sets" / name)
+
+  def opened(place: Any, name: str = name) -> Any:
+    return load_source(
+      "tfds", task="caption", split="train", name=name, data_dir=str(place)
+    )
+
+  local, source = opened(tmp_path / "sets"), opened(bucket / "tfds")
+  assert list(source) == list(local)
+  assert list(pickle.loads(pickle.dumps(source))) == list(local)
+  assert source.fingerprint() != local.fingerprint()
+  with pytest.raises(UserError, match=r'"ref_coco" is not prepared in "gs://'):
+    opened(bucket / "tfds", "ref_coco")
+  for file in folder.rglob("*train.array_record*"):
+    file.unlink()
+  with pytest.raises(UserError, match=r'the file "gs://.*train.*" is missing'):
+    opened(bucket / "tfds")

@@ -1,17 +1,25 @@
 """Opens data sets that TFDS has prepared on this machine."""
 
+import contextlib
+import dataclasses
 import pathlib
 import re
+from collections.abc import Iterator
+from concurrent import futures
 from typing import Any
 
 import tensorflow_datasets as tfds
+from array_record.python import array_record_data_source
 from tensorflow_datasets.core import constants, read_only_builder, registered
 
 from narvl_jax.errors import UserError, did_you_mean
-from narvl_jax.files.stores import with_home
+from narvl_jax.files import store_cache
+from narvl_jax.files.stores import StoreError, as_path, is_remote, with_home
+from narvl_jax.terminal import progress
 
 _NAME = re.compile(r"(\w+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?")
 _INFO = "dataset_info.json"
+_STORE_THREADS = 16
 
 
 def open_builder(name: str, data_dir: str) -> Any:
@@ -20,11 +28,12 @@ def open_builder(name: str, data_dir: str) -> Any:
   Raises:
     UserError: it is not prepared, or its file format has no random access.
   """
-  if (with_home(name) / _INFO).exists():
-    folder = str(with_home(name))
-    builder = read_only_builder.builder_from_directory(folder)
-  else:
-    builder = _find(name, data_dir)
+  with _errors_of(name), _errors_of(data_dir):
+    if (with_home(name) / _INFO).exists():
+      folder = str(with_home(name))
+      builder = read_only_builder.builder_from_directory(folder)
+    else:
+      builder = _find(name, data_dir)
   found = builder.info.file_format
   if found != tfds.core.FileFormat.ARRAY_RECORD:
     value = getattr(found, "value", found)
@@ -34,6 +43,22 @@ def open_builder(name: str, data_dir: str) -> Any:
       f" {_how_to_prepare(name, 'FOLDER')}, and set options.data_dir to FOLDER"
     )
   return builder
+
+
+@contextlib.contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+  """Turns errors of the store with the data sets, if any, into a UserError."""
+  if not is_remote(name):
+    yield
+    return
+  # Imports fsspec.
+  from narvl_jax.files.store_errors import explained
+
+  try:
+    with explained(as_path(name)):
+      yield
+  except StoreError as error:
+    raise UserError(f'tfds: "{name}": {error.strerror}') from error
 
 
 def _find(name: str, data_dir: str) -> Any:
@@ -96,7 +121,8 @@ def data_source(builder: Any, split: str) -> Any:
   try:
     info = builder.info.splits[split]
     count = info.num_examples
-    files = [pathlib.Path(str(i.filename)) for i in info.file_instructions]
+    parts = list(info.file_instructions)
+    files = [as_path(str(part.filename)) for part in parts]
   except Exception as e:  # TFDS raises errors of many types.
     base = re.split(r"[\[+]", split)[0]
     hint = did_you_mean(base, names) if base not in names else ""
@@ -104,16 +130,45 @@ def data_source(builder: Any, split: str) -> Any:
       f'tfds: {builder.info.full_name} has no split "{split}".{hint} A part'
       " is such as train[:50%]. Set --split, or data.train.NAME.split"
     ) from e
-  for file in files:
-    if not file.exists():
-      raise UserError(
-        f'tfds: the file "{file}" is missing; prepare the data set again'
-      )
+  try:
+    copies = _copied(files)
+  except FileNotFoundError as e:
+    raise UserError(
+      f'tfds: the file "{e.filename}" is missing; prepare the data set again'
+    ) from e
   if not count:
     raise UserError(
       f'tfds: the split "{split}" of {builder.info.full_name} is empty;'
       " set split"
     )
+  if copies != files:
+    local: Any = [
+      dataclasses.replace(part, filename=str(copy))
+      for part, copy in zip(parts, copies, strict=True)
+    ]
+    return array_record_data_source.ArrayRecordDataSource(local)
   return builder.as_data_source(
     split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
   )
+
+
+def _copied(files: list[pathlib.Path]) -> list[pathlib.Path]:
+  """Returns the files, or local copies of those in a store.
+
+  Raises:
+    FileNotFoundError: one is missing.
+    UserError: they are larger than the cache.
+  """
+  if not any(map(is_remote, files)):
+    for file in files:
+      file.stat()
+    return files
+  store_cache.check_room(
+    f'tfds: the files of "{files[0].parent}"',
+    sum(file.stat().st_size for file in files),
+  )
+  with (
+    progress.doing(f"copying {files[0].parent}"),
+    futures.ThreadPoolExecutor(_STORE_THREADS) as pool,
+  ):
+    return list(pool.map(store_cache.local_copy, files))

@@ -10,7 +10,6 @@ from fields of `Record` to its features; docs/data.md lists the fields.
 import collections
 import hashlib
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +36,8 @@ from narvl_jax.data.sources.tfds.layouts import (
   needed_fields,
 )
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.files.store_cache import file_state
+from narvl_jax.files.stores import as_path
 
 
 class TfdsSource(RecordSource):
@@ -242,10 +243,7 @@ def _files_key(builder: Any, split: str) -> str:
   """Returns a hash of the split and of its files."""
   stats = []
   for part in builder.info.splits[split].file_instructions:
-    file = pathlib.Path(str(part.filename))
-    status = file.stat()
-    stats.append(
-      [file.name, part.skip, part.take, status.st_size, status.st_mtime_ns]
-    )
+    file = as_path(str(part.filename))
+    stats.append([file.name, part.skip, part.take, *file_state(file)])
   key = json.dumps([builder.info.full_name, str(builder.data_dir), stats])
   return hashlib.sha256(key.encode()).hexdigest()
