@@ -295,6 +295,37 @@ SABOTAGES = (
     "tests/files/test_side_files.py::test_damaged_lines_are_kept_elsewhere",
   ),
   Sabotage(
+    "a tracking service without network ends the run",
+    "narvl_jax/run_folder/services.py",
+    "except Exception as error:",
+    "except ValueError as error:",
+    "tests/run_folder/test_trackers.py"
+    "::test_a_service_that_fails_is_one_warning[log]",
+  ),
+  Sabotage(
+    "steps that a resumed run repeats are tracked twice",
+    "narvl_jax/run_folder/services.py",
+    "if step < self._step:",
+    "if False:",
+    "tests/run_folder/test_trackers.py"
+    "::test_a_resumed_run_continues_its_tracked_run",
+  ),
+  Sabotage(
+    "work that a kill has lost counts as useful",
+    "narvl_jax/run_folder/goodput.py",
+    "reached = first if reached is None else min(first, reached)",
+    "reached = None",
+    "tests/run_folder/test_goodput.py"
+    "::test_updates_after_the_checkpoint_and_the_time_between_are_lost",
+  ),
+  Sabotage(
+    "the time of a stopped process is recorded twice",
+    "narvl_jax/reliability/guard.py",
+    "lock, self._lock = self._lock, None",
+    "lock = self._lock",
+    "tests/reliability/test_guard.py::test_a_run_with_a_stop_request",
+  ),
+  Sabotage(
     "records are not looked at before they are used",
     "narvl_jax/run_folder/restarts.py",
     "if needed is None or not needed <= record.keys():",

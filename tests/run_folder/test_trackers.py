@@ -26,7 +26,7 @@ def _config(*names: str, **settings: str) -> Any:
 
 
 def _train(workdir: pathlib.Path, config: Any) -> None:
-  """Writes what a run does that is killed after step 6 and resumed from 4."""
+  """Writes what a run does that is killed after step 8 and resumed from 4."""
   image = workdir / "samples.png"
   PIL.Image.new("RGB", (4, 3)).save(image)
   writer = MetricsWriter(workdir, 0, config)
@@ -35,24 +35,30 @@ def _train(workdir: pathlib.Path, config: Any) -> None:
   # The evaluation belongs to the same step.
   writer.write(4, {"validation/vqa/accuracy": 0.5})
   writer.flush()
-  writer.write(6, {"train/loss": 0.2})
+  for step in (6, 8):
+    writer.write(step, {"train/loss": 1.0 / step})
   writer.flush()
   writer.close(failed=True)
   with MetricsWriter(workdir, 4, config) as writer:
     for step in (6, 8):
-      writer.write(step, {"train/loss": 1.0 / step})
-    # What is due is sent, even if it was not sent before the restart.
+      writer.write(step, {"train/loss": 9.0})
+      writer.write(step, {f"validation/{step}/accuracy": 0.75})
+    writer.write(10, {"train/loss": 0.1})
     writer.go_back(6)
-    writer.write(8, {"train/loss": 9.0})
-    writer.write_image(8, "samples", image)
+    for step in (8, 10):
+      writer.write(step, {"train/loss": 9.0})
+    writer.write_image(10, "samples", image)
 
 
 _EXPECTED = [
   (2, "train/loss", 0.5),
   (4, "train/loss", 0.25),
   (4, "validation/vqa/accuracy", 0.5),
-  (6, "train/loss", 0.2),
+  (6, "train/loss", 1 / 6),
   (8, "train/loss", 0.125),
+  # The kill came before this evaluation.
+  (8, "validation/8/accuracy", 0.75),
+  (10, "train/loss", 0.1),
 ]
 
 
@@ -98,12 +104,12 @@ def test_a_resumed_run_continues_its_tracked_run(tmp_path, fake, capsys):
   (first, name), (second, _) = fake.opened
   assert first == second
   assert name == "tiny"
-  assert fake.sent == [*_EXPECTED, (8, "samples", (4, 3))]
+  assert fake.sent == [*_EXPECTED, (10, "samples", (4, 3))]
   assert fake.closed == [True, False]
   assert f"wandb tracks the run: memory {first}\n" in capsys.readouterr().out
   stored = json.loads((tmp_path / "trackers.json").read_text())
   assert stored == {
-    "wandb": {"id": first, "step": 8, "sent": ["samples", "train/loss"]}
+    "wandb": {"id": first, "step": 10, "sent": ["samples", "train/loss"]}
   }
 
 
@@ -209,7 +215,7 @@ def test_wandb_offline(tmp_path, monkeypatch, wandb):
         if name != "step" and not name.startswith("_")
       ]
   samples = [row for row in rows if row[1].startswith("samples")]
-  assert {row[0] for row in samples} == {8}, rows
+  assert {row[0] for row in samples} == {10}, rows
   assert sorted(row for row in rows if row not in samples) == _EXPECTED
   assert {"model", "train"} <= configs
 
