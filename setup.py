@@ -71,8 +71,8 @@ setuptools.setup(
     # The comparison with PyTorch's CTC loss in tests and benchmarks.
     "parity": ["torch==2.13.0"],
     # Trackers of metrics.
-    "wandb": ["wandb>=0.20,<1"],
-    "trackio": ["trackio>=0.20,<1"],
+    "wandb": ["wandb>=0.31,<1"],
+    "trackio": ["trackio>=0.43,<1"],
     "cuda": ["jax[cuda12]>=0.10,<0.13"],
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     # Compiles for TPUs on machines that have none.

@@ -29,8 +29,8 @@ _MOST_RUNS = 1000
 _LONGEST_ERROR = 300
 _PIPE_WIDTH = 100
 _THREADS = 16
-# Metrics of an evaluation that are shown; --json has all.
-_SHOWN_METRICS = 2
+# Tasks of an evaluation whose first metric is shown; --json has all.
+_SHOWN_TASKS = 3
 
 
 def status(folders: Sequence[str]) -> list[Overview]:
@@ -97,11 +97,12 @@ def _checkpoint(run: Overview) -> str:
 def _evaluation(run: Overview) -> str:
   if run.evaluation is None:
     return ""
-  parts = [
-    f"{name} {_digits(value)}"
-    for name, value in run.evaluation["metrics"].items()
-  ]
-  return f"{run.evaluation['step']}: {', '.join(parts[:_SHOWN_METRICS])}"
+  first: dict[str, str] = {}
+  for name, value in run.evaluation["metrics"].items():
+    split_and_task = "/".join(name.split("/")[:2])
+    first.setdefault(split_and_task, f"{name} {_digits(value)}")
+  parts = list(first.values())[:_SHOWN_TASKS]
+  return f"{run.evaluation['step']}: {', '.join(parts)}"
 
 
 def define_flags() -> None:

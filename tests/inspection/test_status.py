@@ -24,7 +24,10 @@ _RUN = Overview(
   checkpoint={"step": 40, "age": 33.0},
   evaluation={
     "step": 20,
-    "metrics": {"validation/vqa/accuracy": 0.25, "b/c/d": 1.0, "e/f/g": 2.0},
+    "metrics": {
+      **{"validation/vqa/accuracy": 0.25, "validation/vqa/other": 1.0},
+      **{"b/c/d": 1.0, "e/f/g": 2.0, "h/i/j": 3.0},
+    },
   },
   restarts=2,
   errors={"host_001": "error: no \x1b[31m text"},
