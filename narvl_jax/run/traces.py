@@ -73,19 +73,8 @@ class Traces:
     if not updates or self._left or self._failed:
       return
     self._wait(pending)
-    options = jax.profiler.ProfileOptions()
-    # Calls of Python functions would slow the update and fill the trace.
-    options.python_tracer_level = 0
-    options.session_id = f"step_{step}"
-    try:
-      with self._ledger.stage(_STAGE):
-        # Not in the run folder, which may be a bucket.
-        self._temporary = tempfile.TemporaryDirectory(prefix="narvl_jax_trace_")
-        jax.profiler.start_trace(self._temporary.name, profiler_options=options)
-    except Exception as error:
-      self._fail(error)
-    else:
-      self._left, self._first = updates, step
+    with self._ledger.stage(_STAGE):
+      self._start(step, updates)
 
   def after(self, step: int, pending: Any) -> None:
     """Ends the trace if `step`, with the arrays `pending`, is its last one."""
@@ -95,13 +84,15 @@ class Traces:
     self._left -= 1
     if not self._left:
       self._wait(pending)
-      self._end()
+      with self._ledger.stage(_STAGE):
+        self._end()
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_: object) -> None:
     """Ends a trace that the end of the loop cuts short."""
+    # No stage of the ledger: it would hide the stage of an error.
     if self._left:
       self._left = 0
       self._end()
@@ -118,11 +109,23 @@ class Traces:
     with self._ledger.stage("step"):
       jax.block_until_ready(arrays)
 
+  def _start(self, step: int, updates: int) -> None:
+    try:
+      options = jax.profiler.ProfileOptions()
+      # Calls of Python functions would slow the update and fill the trace.
+      options.python_tracer_level = 0
+      # Not in the run folder, which may be a bucket.
+      self._temporary = tempfile.TemporaryDirectory(prefix="narvl_jax_trace_")
+      jax.profiler.start_trace(self._temporary.name, profiler_options=options)
+    except Exception as error:
+      self._fail(error)
+    else:
+      self._left, self._first = updates, step
+
   def _end(self) -> None:
     try:
-      with self._ledger.stage(_STAGE):
-        jax.profiler.stop_trace()
-        folder = self._write()
+      jax.profiler.stop_trace()
+      folder = self._write()
     except Exception as error:
       self._fail(error)
       return

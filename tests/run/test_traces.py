@@ -146,6 +146,23 @@ def test_an_error_of_the_profiler_is_reported_once(
 
 
 @pytest.mark.usefixtures("fake_profiler")
+def test_an_error_in_a_trace_keeps_its_stage(tmp_path, capsys):
+  run = _run(tmp_path, steps=5, start_step=1)
+  before = run.train_step
+
+  def train_step(state: Any, batch: int) -> Any:
+    if state.step == 3:
+      raise MemoryError
+    return before(state, batch)
+
+  run.train_step = train_step
+  with pytest.raises(MemoryError):
+    run.run()
+  assert run.ledger.status[:2] == ("step", 4)
+  assert "trace of updates 1 to 3: " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("fake_profiler")
 def test_a_folder_that_cannot_be_written_ends_no_run(tmp_path, capsys):
   (tmp_path / "traces").write_text("a file")
   assert _run(tmp_path, steps=1).run().step == 10
