@@ -8,6 +8,7 @@ Traces of a CPU name operations of the compiled program, which
 """
 
 import collections
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ def seconds_by_part(trace: bytes, program: str) -> dict[str, float]:
   """
   names = _operations(hlo.parse(program))
   seconds: collections.Counter[str] = collections.Counter()
+  # jax's type of the statistics lacks a module (Python 3.13).
+  warnings.filterwarnings("ignore", "builtin type", DeprecationWarning)
   for plane in ProfileData.from_serialized_xspace(trace).planes:
     for line in plane.lines:
       for event in line.events:
