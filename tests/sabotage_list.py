@@ -75,6 +75,22 @@ SABOTAGES = (
     "::test_only_a_leading_tilde_is_the_home_folder",
   ),
   Sabotage(
+    "an object is read without its generation",
+    "narvl_jax/files/store_path.py",
+    "str(self), start=start, end=stop, generation=state.version",
+    "str(self), start=start, end=stop",
+    "tests/data/sources/test_stores.py"
+    "::test_an_index_belongs_to_one_version[gcs]",
+  ),
+  Sabotage(
+    "the oldest copies of files in stores are kept",
+    "narvl_jax/files/store_cache.py",
+    "for _, size, path in sorted(copies):",
+    "for _, size, path in sorted(copies, reverse=True):",
+    "tests/data/shards/test_stores.py"
+    "::test_the_cache_removes_what_was_not_used[gcs]",
+  ),
+  Sabotage(
     "an index of rows belongs to a size and a time only",
     "narvl_jax/data/sources/rows/index.py",
     "if header.content != opened.digest():",

@@ -21,7 +21,7 @@ from narvl_jax.experiment.vocabulary import VOCABULARY_FOLDER
 from narvl_jax.files.disk import atomically, write_json
 from narvl_jax.files.paths import check_file, check_folder
 from narvl_jax.files.store_cache import local_copy
-from narvl_jax.files.stores import as_path
+from narvl_jax.files.stores import as_path, is_remote
 from narvl_jax.interop.conversion import Conversion
 from narvl_jax.interop.source_file import setting
 from narvl_jax.interop.tensors import PathLike, State, check_bytes
@@ -199,7 +199,11 @@ def write_run(
     architecture = experiment_lib.resolve_model_config(config, vocabulary)
     _check_same(architecture, made.config)
   target = as_path(folder)
-  with atomically(target) as part:
+  # Nothing can be renamed in a store, where the config is written last.
+  place = (
+    contextlib.nullcontext(target) if is_remote(target) else atomically(target)
+  )
+  with place as part:
     try:
       part.mkdir(parents=True)
     except OSError as error:

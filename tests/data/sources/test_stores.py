@@ -8,16 +8,28 @@ import re
 import shutil
 from typing import Any
 
+import numpy as np
 import pytest
 
-from narvl_jax.data.batches.bad_records import BadRecord, RecordReader
+from narvl_jax.data import tasks
+from narvl_jax.data.answers import load_answers
+from narvl_jax.data.batches.bad_records import (
+  BadRecord,
+  BadRecords,
+  RecordReader,
+)
+from narvl_jax.data.batches.entry import MixtureEntry
 from narvl_jax.data.sources import load_source, open_source
+from narvl_jax.data.sources.annotations import load_annotations
 from narvl_jax.data.sources.rows.files import RowFile
+from narvl_jax.data.vocabulary.vocabulary import Vocabulary
 from narvl_jax.errors import UserError
 from narvl_jax.files import store_cache
 from narvl_jax.files.stores import as_path
+from narvl_jax.metrics.cider import DocumentFrequencies
 from tests.data.sources import tfds_sets, tsv_files
 from tests.stores.servers import Store
+from tests.support.batches import train_batches
 
 # A request for content, not for the state of a file.
 _CONTENT = re.compile(r"GET (/download.*/o/|/bucket-\d+/)rows.tsv(\?|$)")
@@ -182,6 +194,60 @@ def test_a_store_that_fails_ends_the_start(
   store.faults.fail("rows.tsv", 503, times=1000)
   with pytest.raises(UserError, match=r"the store failed.*the same command"):
     load_source("ofa_tsv", task="vqa", split="train", path=str(path))
+
+
+def test_a_store_without_permission(
+  bucket: Any, store: Store, no_waiting: None
+) -> None:
+  store.faults.fail("", 403, times=1000)
+  with pytest.raises(UserError, match=r'x.jsonl": no permission'):
+    load_source("jsonl", task="vqa", split="train", path=f"{bucket}/x.jsonl")
+
+
+def test_a_store_without_credentials(gcs: Store, no_waiting: None) -> None:
+  path = f"{gcs.make_bucket()}/x.jsonl"
+  gcs.faults.fail("", 401, times=1000)
+  with pytest.raises(UserError, match=r"no valid credentials for gs.*gcloud"):
+    load_source("jsonl", task="vqa", split="train", path=path)
+
+
+def test_lists_and_tables(bucket: Any) -> None:
+  (bucket / "answers.txt").write_text("yes\nno\n")
+  assert load_answers(f"{bucket}/answers.txt") == ["yes", "no"]
+  with pytest.raises(UserError, match=r'"(gs|s3)://.*none.json": No such file'):
+    load_answers(f"{bucket}/none.json")
+  frequencies = DocumentFrequencies.of([["a dog"], ["a cat"]], "simple")
+  frequencies.save(f"{bucket}/df.tsv.gz")
+  assert DocumentFrequencies.load(f"{bucket}/df.tsv.gz") == frequencies
+  caption = {"annotations": [{"image_id": 1, "caption": "a dog"}]}
+  (bucket / "coco.json").write_text(json.dumps(caption))
+  assert load_annotations(f"{bucket}/coco.json", "caption")["1"]["people"] == (
+    "a dog",
+  )
+
+
+def test_batches_of_worker_processes(gcs: Store) -> None:
+  source: Any = open_source(
+    _write_jsonl(as_path(gcs.make_bucket())), task="caption"
+  )
+  vocabulary = Vocabulary.train(["a dog"], 300)
+  entry = MixtureEntry(source, "caption", 1.0, "own")
+  made = [
+    train_batches(
+      [entry], {"caption": tasks.make_task("caption", vocabulary)}, 0,
+      batch_size=3, seed=0, image_size=(8, 8), max_text_length=40,
+      max_label_length=10, num_workers=workers,
+      bad_records=BadRecords(max_fraction=0.5),
+    )
+    for workers in (0, 1)
+  ]  # fmt: skip
+  try:
+    for _ in range(3):
+      here, there = (next(batches) for batches in made)
+      assert all(np.array_equal(here[key], there[key]) for key in here)
+  finally:
+    for batches in made:
+      batches.close()
 
 
 def _image(source: Any, queue: Any) -> None:
