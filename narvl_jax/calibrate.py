@@ -98,6 +98,7 @@ def define_flags() -> None:
   )
   common_flags.batch_size("Batch size; evaluation.batch_size by default.")
   decoding_flags.define_flags()
+  common_flags.compilation_cache()
   flags.mark_flag_as_required("workdir")
 
 

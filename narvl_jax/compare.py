@@ -59,6 +59,7 @@ def define_flags() -> None:
   flags.DEFINE_bool("no_quality", False, "Do not score the answers.")
   flags.DEFINE_bool("no_latency", False, "Do not time anything.")
   common_flags.to("Folder for the results.")
+  common_flags.compilation_cache()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -63,6 +63,7 @@ def define_flags() -> None:
   common_flags.answers("the teacher's")
   decoding_flags.define_flags(default="reference")
   cluster_lib.define_flags()
+  common_flags.compilation_cache()
   flags.mark_flags_as_required(["teacher", "to"])
 
 

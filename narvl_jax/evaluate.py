@@ -231,6 +231,7 @@ def define_flags() -> None:
   )
   decoding_flags.define_flags()
   common_flags.json()
+  common_flags.compilation_cache()
   flags.mark_flag_as_required("workdir")
 
 

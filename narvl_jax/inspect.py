@@ -96,6 +96,7 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "target", "", "Answer whose alignment is shown; the truth by default."
   )
+  common_flags.compilation_cache()
   flags.mark_flags_as_required(["workdir", "to"])
 
 

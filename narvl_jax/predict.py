@@ -146,6 +146,7 @@ def define_flags() -> None:
   common_flags.json()
   decoding_flags.define_flags()
   common_flags.answers()
+  common_flags.compilation_cache()
   flags.mark_flag_as_required("workdir")
 
 

@@ -37,6 +37,7 @@ def define_flags() -> None:
     "Print the sharding of every parameter and bytes per device, then stop.",
   )
   cluster_lib.define_flags()
+  common_flags.compilation_cache()
   flags.mark_flags_as_required(["config", "workdir"])
   flags.declare_key_flag("config")  # Shown by --help.
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
+from narvl_jax.command_line import compilation_cache
 from narvl_jax.command_line.config_names import resolve_names
 from narvl_jax.command_line.flag_parsing import normalise, print_help
 from narvl_jax.command_line.json_output import reserved_stdout
@@ -106,7 +107,9 @@ def run(
         raise UserError(
           f"{positional_name or 'an argument'} is missing; see --help"
         )
-      # Not all commands have --json.
+      # Not all commands have these flags.
+      if "compilation_cache" in flags.FLAGS:
+        compilation_cache.enable(flags.FLAGS["compilation_cache"].value)
       json = flags.FLAGS["json"].value if "json" in flags.FLAGS else None
       with reserved_stdout(json):
         try:

@@ -11,6 +11,7 @@
 | records of a shard            | `--shard_size=N`                         |
 | processes, threads            | `--num_workers=N`, `--num_threads=N`     |
 | output for programs           | `--json` (stdout) or `--json=FILE`       |
+| compiled programs on disk     | `--compilation_cache=FOLDER` or `off`    |
 
 `rename` keeps an old name valid; its use prints a note.
 """
@@ -36,6 +37,17 @@ def workdir(text: str = "Folder of the run.") -> None:
 def checkpoint(text: str = "") -> None:
   """Defines --checkpoint."""
   flags.DEFINE_string("checkpoint", "best", f"{text}best, last or a step.")
+
+
+def compilation_cache() -> None:
+  """Defines --compilation_cache, which `cli.run` reads."""
+  flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Folder for compiled programs, which the next start reuses, or off;"
+    " $JAX_COMPILATION_CACHE_DIR by default, otherwise one in the user's cache"
+    " folder.",
+  )
 
 
 def to(text: str, default: str | None = None) -> None:

@@ -24,6 +24,7 @@ PATH_FLAGS = (
   *("workdir", "to", "from", "teacher", "nar", "ar", "runs", "results"),
   *("folder", "vocabulary", "answers", "image", "overlay", "hlo", "json"),
   *("png", "cider_df", "annotations", "official", "store"),
+  "compilation_cache",
 )
 # If these are empty, nothing is written.
 _MAY_BE_EMPTY = ("png", "json")
