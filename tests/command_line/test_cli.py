@@ -107,7 +107,7 @@ _CASES: dict[str, tuple[list[str], str, str]] = {
   "file with an unknown key": (
     ["--config=unknown_key.py", "--workdir=run"],
     'unknown config key "trian".',
-    'Did you mean "train"?',
+    'Did you mean "train"',
   ),
   "file that sets a key that is not there": (
     ["--config=locked_key.py", "--workdir=run"],
