@@ -8,14 +8,11 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
-from optax import contrib
 from optax.contrib import MuonDimensionNumbers
 
 from narvl_jax.experiment.config_checks import check_schedule
 from narvl_jax.state.parameters import ParameterRule, flatten
-
-# Muon's updates times this have the size of AdamW's (arXiv 2502.16982).
-_MUON_RMS = 0.2
+from narvl_jax.training.muon import muon
 
 
 def make_schedule(
@@ -109,20 +106,7 @@ def make_optimizer(
   if eps_placement == "official":
     direction = _with_official_eps(direction, b1, b2, eps)
   if matrices is not None:
-
-    def axes_of(params: Any) -> Any:
-      axes = {path: matrices.get(path) for path in flatten(params)}
-      return flax.traverse_util.unflatten_dict(axes, sep="/")
-
-    # Muon scales by minus its learning rate; the schedule is applied last.
-    direction = contrib.muon(
-      -1.0,
-      eps=eps,
-      adam_b1=b1,
-      adam_b2=b2,
-      consistent_rms=_MUON_RMS,
-      muon_weight_dimension_numbers=axes_of,
-    )
+    direction = muon(matrices, eps=eps, b1=b1, b2=b2)
   return optax.chain(
     clip,
     direction,
@@ -160,13 +144,14 @@ def matrix_axes(boxed: Any) -> dict[str, MuonDimensionNumbers]:
   """Finds the matrices among parameters by their logical axis names.
 
   Axes named "layers" or None stack matrices; all heads together are one axis.
-  The last axis is the output. Embedding tables do not count as matrices.
+  The last axis is the output. Embedding tables do not count as matrices. Muon
+  treats a matrix as its transpose; the side that `fsdp` splits comes first.
 
   Args:
     boxed: nested parameters (shapes) with their axis names.
 
   Returns:
-    path -> input and output axes.
+    path -> axes of both sides.
   """
   found = {}
   for path, names in flatten(nn.get_partition_spec(boxed)).items():
@@ -175,7 +160,10 @@ def matrix_axes(boxed: Any) -> dict[str, MuonDimensionNumbers]:
     output = heads if named[-1:] == heads[-1:] else named[-1:]
     inputs = [i for i in named if i not in output]
     if inputs and "vocab" not in names:
-      found[path] = MuonDimensionNumbers(tuple(inputs), tuple(output))
+      sides = [tuple(inputs), tuple(output)]
+      if names[output[-1]] in ("embed", "conv_out"):
+        sides.reverse()
+      found[path] = MuonDimensionNumbers(*sides)
   return found
 
 

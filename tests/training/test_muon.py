@@ -7,13 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax import contrib
 
+from narvl_jax.ahead_of_time.program import read_program
 from narvl_jax.checkpointing.writing import Checkpoints, restore_target
 from narvl_jax.models import NARVL, model_config
 from narvl_jax.models.shapes import abstract_variables
-from narvl_jax.parallel import make_mesh
+from narvl_jax.parallel import DEFAULT_RULES, make_mesh, tree_shardings
 from narvl_jax.state.parameters import ParameterRule, flatten
 from narvl_jax.state.train_state import make_first_state, state_shardings
+from narvl_jax.training.muon import muon
 from narvl_jax.training.optimizer import make_optimizer, matrix_axes
 
 SETTINGS: dict[str, Any] = {
@@ -44,10 +47,10 @@ def test_matrices_are_the_kernels(boxed):
   [
     # [layers, D, 3, H, d]: each of query, key and value is a matrix.
     ("encoder/layers/self_attn/qkv/kernel", (1,), (3, 4)),
-    ("encoder/layers/self_attn/out_kernel", (1, 2), (3,)),
+    ("encoder/layers/self_attn/out_kernel", (3,), (1, 2)),
     ("decoder/layers/ffn/fc1_kernel", (1,), (2,)),
     ("decoder/cross_position_bias/key/kernel", (0,), (2, 3)),
-    ("encoder/image_proj_kernel", (0,), (1,)),
+    ("encoder/image_proj_kernel", (1,), (0,)),
   ],
 )
 def test_axes_of_matrices(boxed, path, inputs, outputs):
@@ -59,8 +62,8 @@ def test_axes_of_convolutions(boxed):
   for path, (inputs, outputs) in matrix_axes(boxed).items():
     if "conv" in path:
       last = len(shapes[path].names) - 1
-      assert inputs == (last - 3, last - 2, last - 1)
-      assert outputs == (last,)
+      assert inputs == (last,)
+      assert outputs == (last - 3, last - 2, last - 1)
 
 
 def _updated(rules: dict[str, ParameterRule], learning_rate: float = 0.1):
@@ -103,6 +106,67 @@ def test_the_rest_is_left_to_adam():
   np.testing.assert_allclose(size, size.mean(), rtol=1e-3)
   assert 0.05 <= size.mean() < 0.1
   assert (np.sign(change["table"]) == -np.sign(gradient["table"])).all()
+
+
+def test_matrices_are_divided_over_the_devices():
+  """Equal to `optax.contrib.muon`, with an eighth of its products a device."""
+  projection = ("layers", "embed", None, "heads", "head_width")
+  convolution = ("conv_height", "conv_width", "conv_in", "conv_out")
+  specs: Any = {
+    # Eight matrices of one shape, from parameters split along either side.
+    "qkv": ((1, 16, 3, 2, 12), projection),
+    "out": ((2, 2, 12, 16), ("layers", "heads", "head_width", "embed")),
+    "fc1": ((3, 16, 24), ("layers", "embed", "mlp")),
+    # Fewer than devices.
+    "conv": ((1, 1, 4, 32), convolution),
+    "table": ((40, 16), ("vocab", "embed")),
+  }
+  boxed: Any = {
+    name: nn.LogicallyPartitioned(jnp.zeros(shape), names)
+    for name, (shape, names) in specs.items()
+  }
+  axes = matrix_axes(boxed)
+  settings: Any = {"eps": 1e-8, "b1": 0.9, "b2": 0.99}
+  own = muon(axes, **settings)
+
+  def axes_of(params: Any) -> Any:
+    return {name: axes.get(name) for name in params}
+
+  plain = contrib.muon(
+    -1.0,
+    eps=1e-8,
+    adam_b1=0.9,
+    adam_b2=0.99,
+    consistent_rms=0.2,
+    muon_weight_dimension_numbers=axes_of,
+  )
+  mesh = make_mesh(2, 4)
+  used = {name for _, names in specs.values() for name in names}
+  rules = [rule for rule in DEFAULT_RULES if rule[0] in used]
+  shardings = tree_shardings(boxed, mesh, rules)
+  rng = np.random.default_rng(0)
+  gradient: Any = {
+    name: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    for name, (shape, _) in specs.items()
+  }
+  state, first = plain.init(gradient), own.init(gradient)
+  assert jax.tree.structure(first) == jax.tree.structure(state)
+  expected: Any = plain.update(gradient, state, gradient)[0]
+
+  def update(gradient: Any) -> Any:
+    return own.update(gradient, own.init(gradient), gradient)[0]
+
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(gradient, shardings)
+    step = jax.jit(update, in_shardings=(shardings,), out_shardings=shardings)
+    program = step.lower(placed).compile()
+    changes = program(placed)
+  for name, change in changes.items():
+    np.testing.assert_allclose(change, expected[name], atol=1e-5, err_msg=name)
+  # 5 steps of A = X X^T, A A and the product with X: one matrix a device of
+  # those of 16 x 24, and of that of 4 x 32.
+  one = sum(5 * (4 * a * a * b + 2 * a**3) for a, b in ((16, 24), (4, 32)))
+  assert read_program(program.as_text()).flops == one
 
 
 def test_its_state_comes_back_from_a_checkpoint(tmp_path):
