@@ -161,6 +161,9 @@ class Loop:
       while len(pending) > ahead:
         update = pending.popleft()
         metrics = update.metrics
+        # Raises the error of an update that failed, such as one without enough
+        # memory. On a CPU jax aborts if results of it are read.
+        jax.block_until_ready(metrics)
         loss, skipped = jax.device_get((metrics["loss"], metrics["skipped"]))
         self._follow_shares(update.position)
         if not skipped:
