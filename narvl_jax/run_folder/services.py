@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ TRACKERS_FILE = "trackers.json"
 # A run must not wait for long where there is no network.
 _TIMEOUT_SECONDS = 60
 _LONGEST_REASON = 200
+# Between two writes of the last step into a store, which take requests.
+_STORE_SECONDS = 30.0
 
 
 class _Client(Protocol):
@@ -114,7 +117,7 @@ class Service:
     self._file = workdir / TRACKERS_FILE
     self._client: _Client | None = None
     self._id = uuid.uuid4().hex[:8]
-    self._step = -1
+    self._step, self._saved = -1, 0.0
     # Names of the values of that step that were sent.
     self._sent: set[str] = set()
     self._attempt(lambda: self._open(workdir, config))
@@ -161,18 +164,24 @@ class Service:
 
   def flush(self) -> None:
     """Records the last step that was sent; threads of the service send it."""
-    if self._client is not None:
-      self._attempt(self._save)
+    wait = _STORE_SECONDS if is_remote(self._file) else 0.0
+    if self._client is not None and time.monotonic() >= self._saved + wait:
+      # After a kill, some steps would be sent twice.
+      with contextlib.suppress(OSError):
+        self._save()
 
   def close(self, failed: bool) -> None:
     """Waits up to a minute until everything is sent."""
-    self.flush()
-    client, self._client = self._client, None
+    client = self._client
     if client is not None:
+      with contextlib.suppress(OSError):
+        self._save()
       with contextlib.redirect_stdout(io.StringIO()):
         self._attempt(lambda: client.close(failed))
+      self._client = None
 
   def _save(self) -> None:
+    self._saved = time.monotonic()
     everything = side_files.read_object(self._file) or {}
     own = {"id": self._id, "step": self._step, "sent": sorted(self._sent)}
     if everything.get(self._service) != own:

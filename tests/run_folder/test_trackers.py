@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 
 from narvl_jax.errors import UserError
+from narvl_jax.files.stores import as_path
 from narvl_jax.run_folder import services, trackers
 from narvl_jax.run_folder.metrics import MetricsWriter
 from tests.support.tiny import tiny_config
@@ -111,6 +112,21 @@ def test_a_resumed_run_continues_its_tracked_run(tmp_path, fake, capsys):
   assert stored == {
     "wandb": {"id": first, "step": 10, "sent": ["samples", "train/loss"]}
   }
+
+
+def test_a_store_is_written_rarely(fake, gcs, monkeypatch):
+  folder = as_path(f"{gcs.make_bucket()}/run")
+  writes = []
+  monkeypatch.setattr(
+    services, "write_json", lambda path, value: writes.append(value["wandb"])
+  )
+  with MetricsWriter(folder, 0, _config("wandb")) as writer:
+    for step in (2, 4, 6):
+      writer.write(step, {"train/loss": 1.0})
+      writer.flush()
+  # At the start and at the end.
+  assert [x["step"] for x in writes] == [-1, 6]
+  assert len(fake.sent) == 3
 
 
 def test_an_evaluation_after_the_restart_belongs_to_its_step(tmp_path, fake):
