@@ -1,10 +1,11 @@
-"""Times the two heads of the loss, from decoder states to all gradients.
+"""Times the heads of the loss, from decoder states to all gradients.
 
   python -m narvl_jax.benchmarks.loss_head [--json=PATH]
 
 The plain head computes the logits [B, N, V] and their gradient. The chunked
-head computes them in chunks of classes, twice. Both compute the objective and
-the gradients of the states [B, N, D] and the table [V, D].
+head computes them in parts. `optax.ctc_loss` is the plain head with the loss of
+optax over all classes. All compute the objective, with label smoothing, and the
+gradients of the states [B, N, D] and the table [V, D].
 
 `ratio` is the time over that of the plain head in the same round; `cpu ms` the
 mean CPU time, which other programs disturb less; `temp` XLA's temporary
@@ -20,13 +21,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from narvl_jax.benchmarks import losses, timing
 from narvl_jax.command_line import cli
 from narvl_jax.models import project
 from narvl_jax.query_ctc import ChunkedLogits, query_ctc_objective
 
-_PLAIN, _CHUNKED = "plain", "chunked"
+_PLAIN, _CHUNKED, _OPTAX = "plain", "chunked", "optax.ctc_loss"
+_SMOOTHING = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,7 @@ class HeadSizes:
 
 
 def benchmark(sizes: HeadSizes, *, rounds: int) -> dict[str, Any]:
-  """Measures both heads.
+  """Measures all heads.
 
   Args:
     sizes: the problem.
@@ -58,12 +61,11 @@ def benchmark(sizes: HeadSizes, *, rounds: int) -> dict[str, Any]:
   """
   args = _inputs(sizes)
   compiled = {
-    name: _compile(sizes, chunk, args)
-    for name, chunk in ((_PLAIN, 0), (_CHUNKED, sizes.chunk_size))
+    name: _compile(sizes, name, args) for name in (_PLAIN, _CHUNKED, _OPTAX)
   }
   outputs, peaks = {}, {}
-  # The smaller one first: memory that the other releases may stay resident.
-  for name in (_CHUNKED, _PLAIN):
+  # The smallest one first: memory that the others release may stay resident.
+  for name in (_CHUNKED, _PLAIN, _OPTAX):
     step = compiled[name]
     peaks[name], outputs[name] = timing.peak_memory(
       lambda step=step: jax.device_get(step(*args))
@@ -89,7 +91,7 @@ def benchmark(sizes: HeadSizes, *, rounds: int) -> dict[str, Any]:
     outputs={name: outputs[name] for name in compiled},
     timings=timings,
     facts=facts,
-    versions={},
+    versions={"optax": optax.__version__},
   )
 
 
@@ -107,15 +109,17 @@ def _inputs(sizes: HeadSizes) -> tuple[jax.Array, ...]:
 
 
 def _compile(
-  sizes: HeadSizes, chunk_size: int, args: tuple[jax.Array, ...]
+  sizes: HeadSizes, name: str, args: tuple[jax.Array, ...]
 ) -> jax.stages.Compiled:
-  """Compiles the objective with label smoothing, and its gradients."""
+  """Compiles the objective of a head, and its gradients."""
 
   def objective(
     states: jax.Array, table: jax.Array, labels: jax.Array, lengths: jax.Array
   ) -> jax.Array:
-    if chunk_size:
-      logits = ChunkedLogits(states, table, chunk_size)
+    if name == _OPTAX:
+      return _plain_objective(project(states, table), labels)
+    if name == _CHUNKED:
+      logits = ChunkedLogits(states, table, sizes.chunk_size)
     else:
       logits = project(states, table)
     return query_ctc_objective(
@@ -123,11 +127,25 @@ def _compile(
       labels,
       lengths,
       blank_id=sizes.vocab_size - 1,
-      label_smoothing=0.1,
+      label_smoothing=_SMOOTHING,
     )[0]
 
   step = jax.jit(jax.value_and_grad(objective, argnums=(0, 1)))
   return step.lower(*args).compile()
+
+
+def _plain_objective(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Returns the objective by `optax.ctc_loss`; all labels count."""
+  nll = optax.ctc_loss(
+    logits,
+    jnp.zeros(logits.shape[:2]),
+    labels,
+    jnp.zeros(labels.shape),
+    blank_id=logits.shape[2] - 1,
+  )
+  smooth = jax.nn.log_softmax(logits).mean()
+  nll = nll.mean() / labels.shape[1]
+  return (1 - _SMOOTHING) * nll - _SMOOTHING * smooth
 
 
 def format_report(report: dict[str, Any]) -> str:
