@@ -1,5 +1,6 @@
 """The program of the ResNet on each platform, and its batch statistics."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -60,6 +61,26 @@ def test_only_the_program_of_a_cpu_is_unrolled(
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3), a, b
   )
+
+
+def test_half_precision_is_as_far_from_float32_in_both_programs(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """At random weights rounding noise is as large as the gradient itself."""
+  config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
+
+  def gradients(platform: str) -> np.ndarray:
+    program = _program(monkeypatch, platform).compile()
+    found, _ = program(_variables()["params"])
+    return np.concatenate([x.ravel() for x in jax.tree.leaves(found)])
+
+  exact = gradients("cpu")
+  monkeypatch.setattr(f"{__name__}.CONFIG", config)
+  errors = [
+    np.linalg.norm(gradients(platform) - exact) / np.linalg.norm(exact)
+    for platform in ("cpu", "tpu")
+  ]
+  assert max(errors) < 1.2 * min(errors)
 
 
 def test_variance_of_values_with_a_large_mean() -> None:
