@@ -186,8 +186,8 @@ KEYS: dict[str, Setting] = {
   ),
   "loss.chunk_size": Setting(
     4096,
-    "Classes whose logits exist at a time; 0: all. A larger vocabulary is"
-    " computed twice, in chunks.",
+    "Classes whose gradient exists at a time; 0: all. With a larger vocabulary,"
+    " logits exist for a few examples at a time.",
     0,
   ),
   "loss.average": Setting(

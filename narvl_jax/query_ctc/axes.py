@@ -47,11 +47,13 @@ class Split:
     batch: mesh axes of the examples.
     vocab: mesh axis of the classes, None if every device has all classes.
     width: mesh axis of the columns of the table's gradient, None for none.
+    inside: whether `run` is already called in the program of one device.
   """
 
   batch: tuple[str, ...] = ()
   vocab: str | None = None
   width: str | None = None
+  inside: bool = False
 
   @property
   def rows(self) -> PartitionSpec:
@@ -84,7 +86,7 @@ class Split:
 
     A spec applies to all arrays of its argument.
     """
-    if not self.batch and self.vocab is None:
+    if self.inside or (not self.batch and self.vocab is None):
       return function(*args)
     # Replication over the other axes follows from the collectives. JAX's check
     # of it does not support loops that start from constants.

@@ -102,11 +102,11 @@ def _terms(
     queries and true classes, float32 [B]. The nll is zero for an infeasible
     target; both are NaN for an invalid one.
   """
-  terms, _ = _forward(head, blank_id, inputs, labels, label_lengths, temper)
+  terms, _ = forward(head, blank_id, inputs, labels, label_lengths, temper)
   return terms
 
 
-def _forward(
+def forward(
   head: Head,
   blank_id: int,
   inputs: Any,
@@ -114,6 +114,7 @@ def _forward(
   label_lengths: jax.Array,
   temper: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
+  """Returns the terms, see `_terms`, and what `gradient` needs."""
   is_good = is_target(labels, label_lengths, head.vocab_size, blank_id)
   # An invalid target is NaN, which the training step notices.
   temper = jnp.where(is_good, temper, jnp.nan)
@@ -149,15 +150,24 @@ def _backward(
   residuals: tuple[Any, ...],
   cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[Any, None, None, None]:
-  """Returns the gradient of the inputs.
+  """Returns the gradient of the inputs."""
+  del blank_id
+  inputs, *_ = residuals
+  found = gradient(head, residuals, cotangents)
+  return head.pull_back(inputs, found), None, None, None
+
+
+def gradient(
+  head: Head,
+  residuals: tuple[Any, ...],
+  cotangents: tuple[jax.Array, jax.Array],
+) -> LogitGradient:
+  """Returns the gradient of the logits.
 
   With c = temper and the posterior g of a class at a query:
   d nll / dz = c (softmax - g) and d mean / dz = c (1 / V - softmax) / N.
   """
-  del blank_id
-  inputs, normalizer, log_probs, occupancy, columns, first, temper, ok = (
-    residuals
-  )
+  _, normalizer, log_probs, occupancy, columns, first, temper, ok = residuals
   nll_bar, mean_bar = cotangents
   nll_bar = jnp.where(ok, nll_bar, 0.0)
   # A zero cotangent gives a zero gradient, even where values are NaN.
@@ -167,7 +177,7 @@ def _backward(
     return jnp.where(live.reshape(-1, *[1] * (x.ndim - 1)), x, 0.0)
 
   mean_bar = mean_bar / log_probs.shape[1]
-  gradient = LogitGradient(
+  return LogitGradient(
     normalizer=jax.tree.map(zero_unless_live, normalizer),
     scale=zero_unless_live(temper * (nll_bar - mean_bar)),
     offset=zero_unless_live(temper * mean_bar / head.vocab_size),
@@ -177,11 +187,10 @@ def _backward(
     taken=zero_unless_live((nll_bar * temper)[:, None, None] * occupancy),
     live=live,
   )
-  return head.pull_back(inputs, gradient), None, None, None
 
 
 ctc_terms = jax.custom_vjp(_terms, nondiff_argnums=(0, 1))
-ctc_terms.defvjp(_forward, _backward)
+ctc_terms.defvjp(forward, _backward)
 
 
 def _log_likelihood(

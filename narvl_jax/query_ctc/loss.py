@@ -5,8 +5,9 @@ in one pass. The loss is the negative log-likelihood of the target, summed over
 all its alignments with the queries. `compact.py` computes it.
 
 Both functions also take `ChunkedLogits`, that is decoder states and vocabulary
-table, and then never compute [B, N, V] as a whole. With `MeshAxes` the
-vocabulary may be split over the devices of a mesh.
+table, and then never compute [B, N, V] as a whole. The objective computes its
+gradient together with its value. With `MeshAxes` the vocabulary may be split
+over the devices of a mesh.
 """
 
 from typing import Any
@@ -16,7 +17,11 @@ import jax.numpy as jnp
 
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.query_ctc.axes import MeshAxes, split_of
-from narvl_jax.query_ctc.chunked import ChunkedHead, ChunkedLogits
+from narvl_jax.query_ctc.chunked import (
+  ChunkedHead,
+  ChunkedLogits,
+  weighted_terms,
+)
 from narvl_jax.query_ctc.compact import Head, ctc_terms
 from narvl_jax.query_ctc.dense import DenseHead
 from narvl_jax.query_ctc.targets import (
@@ -175,13 +180,28 @@ def query_ctc_objective(
   def mean(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(examples, 1.0)
 
-  nll, mean_log_prob = _terms(
-    logits, labels, label_lengths, temper, blank_id, size, axes
-  )
-  nll = nll / jnp.maximum(label_lengths, 1)
-  losses = _smooth(nll, mean_log_prob, label_smoothing)
   weight = jnp.where(mask, jax.lax.stop_gradient(weight), 0.0)
-  loss = mean(weight * losses)
+  per_label = jnp.maximum(label_lengths, 1)
+  if isinstance(logits, ChunkedLogits):
+    head, inputs = make_head(logits, size, axes)
+    assert isinstance(head, ChunkedHead)
+    share = weight / jnp.maximum(examples, 1.0)
+    weights = (
+      (1.0 - label_smoothing) * share / per_label,
+      -label_smoothing * share,
+    )
+    found: Any = weighted_terms(
+      head, blank_id, inputs, labels, label_lengths, temper, *weights
+    )
+    loss, nll, _ = found
+    nll = nll / per_label
+  else:
+    nll, mean_log_prob = _terms(
+      logits, labels, label_lengths, temper, blank_id, size, axes
+    )
+    nll = nll / per_label
+    losses = _smooth(nll, mean_log_prob, label_smoothing)
+    loss = mean(weight * losses)
   infeasible = ~feasible(labels, label_lengths, logits.shape[1])
   infeasible &= is_target(labels, label_lengths, size, blank_id)
   metrics = {

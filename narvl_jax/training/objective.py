@@ -47,8 +47,8 @@ class QueryCtcLoss:
     vocab_size: number of classes.
     label_smoothing: in [0, 1).
     confidence_mode: "weight" or "temper".
-    chunk_size: classes whose logits exist at a time, which are then computed
-      twice; 0, or at least the vocabulary, for all at once.
+    chunk_size: see `ChunkedLogits`; 0, or at least the vocabulary, for whole
+      logits.
     axes: mesh axes that split the batch and the vocabulary.
   """
 
