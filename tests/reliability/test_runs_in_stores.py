@@ -18,7 +18,7 @@ from narvl_jax.files.stores import as_path
 from narvl_jax.run_folder import restarts
 from narvl_jax.run_folder.lock import LOCK_FILE, RunLock
 from tests.stores.servers import Store
-from tests.support.processes import Process, start
+from tests.support.processes import Process, start, start_together
 
 STEPS, EVERY = 24, 4
 # Name of an array's upload, with the step.
@@ -138,7 +138,7 @@ def test_a_run_in_s3_and_its_readers(tmp_path, s3):
   assert report["step"] == STEPS
   command = ["-m", "narvl_jax.predict", *flags, "--task=vqa", "--example=0"]
   answer = _json(start(tmp_path, command, devices=1, name="predict"))
-  assert "prediction" in answer
+  assert answer["prompt"]
   assert (run / "predictions" / "example_vqa_0.png").is_file()
   command = ["-m", "narvl_jax.report", str(run)]
   process = start(tmp_path, command, devices=1, name="report")
@@ -174,3 +174,20 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path, gcs):
   message = "error: --workdir=gs://none-such/run: there is no bucket none-such"
   assert process.errors.startswith(message), os.linesep + process.errors
   assert len(process.errors.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_two_hosts_share_a_folder(tmp_path, gcs):
+  run = as_path(f"{gcs.make_bucket()}/runs/tiny")
+  hosts = start_together(tmp_path / "a", _train(run), devices=1)
+  hosts[0].wait_for(r"step +\d+/24 ")
+  hosts[0].running.send_signal(signal.SIGTERM)
+  assert [host.wait() for host in hosts] == [0, 0], hosts[0].errors
+  hosts = start_together(tmp_path / "b", _train(run), devices=1)
+  assert [host.wait() for host in hosts] == [0, 0], hosts[0].errors
+  assert "resumed from the checkpoint of step" in hosts[0].output
+  assert len(_losses(run)) == STEPS
+  assert "DAMAGED" not in overview.verify(run)
+  logs = [(run / "logs" / f"host_00{i}.log").read_text() for i in range(2)]
+  # A line for each start.
+  assert all(text.count("--- ") == 2 for text in logs)
