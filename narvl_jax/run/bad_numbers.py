@@ -251,7 +251,7 @@ def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
   batch: dict[str, np.ndarray] = {}
   missing = set(range(size))
   for path in sorted(folder.glob("host_*.npz")):
-    with np.load(path) as arrays:
+    with path.open("rb") as file, np.load(file) as arrays:
       rows = arrays["rows"]
       for name in set(arrays.files) - {"rows"}:
         values = arrays[name]

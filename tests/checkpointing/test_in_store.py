@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from narvl_jax.checkpointing import overview
+from narvl_jax.checkpointing import overview, weights
 from narvl_jax.checkpointing.chosen import choose_step
 from narvl_jax.checkpointing.integrity import DamagedCheckpoint
 from narvl_jax.checkpointing.record import read_leaf, stored_steps
@@ -88,6 +88,20 @@ def test_damage_is_found_and_set_aside(run):
     assert checkpoints.steps() == [1]
   assert stored_steps(run / "checkpoints") == [1]
   assert (run / "damaged" / "2" / COMMIT_FILE).is_file()
+
+
+def test_a_run_starts_from_its_weights(run):
+  _save(run, {1: 0.5, 2: None})
+  with weights.opened(str(run), "init_from") as (checkpoints, step):
+    assert step == 1
+    assert_equal(
+      checkpoints.shapes(1)["params"]["params"]["encoder"]["bias"].shape, (4,)
+    )
+  with (
+    pytest.raises(UserError, match=r"there is no such folder"),
+    weights.opened(f"{run}-absent", "init_from"),
+  ):
+    pass
 
 
 def test_a_score_is_replaced(run):

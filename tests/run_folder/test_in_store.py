@@ -5,6 +5,7 @@ import pathlib
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from narvl_jax.errors import UserError
@@ -12,6 +13,8 @@ from narvl_jax.files import spool as spool_lib
 from narvl_jax.files.spool import Spool
 from narvl_jax.files.stores import StoreError, as_path
 from narvl_jax.reliability import watchdog
+from narvl_jax.run import bad_numbers
+from narvl_jax.run.bad_numbers import load_bundle
 from narvl_jax.run_folder import restarts
 from narvl_jax.run_folder.lock import LOCK_FILE, LockLost, RunLock
 from narvl_jax.run_folder.metrics import METRICS_FILE, MetricsWriter
@@ -149,6 +152,15 @@ def test_a_store_that_fails_is_reported_at_a_checkpoint(store, run):
       writer.sync()
     store.faults.reset()
   assert _steps(run) == [1]
+
+
+def test_bad_updates_are_stored(run):
+  folder = run / "bad_numbers" / "step_0000001"
+  arrays = {"labels": np.arange(4)}
+  info = {"metrics": {"loss": "nan"}, "examples": [["vqa", 0]] * 4}
+  bad_numbers._write(folder, info, arrays, range(4))
+  bundle = load_bundle(folder)
+  np.testing.assert_array_equal(bundle.batch["labels"], arrays["labels"])
 
 
 def test_restarts_are_recorded(run):

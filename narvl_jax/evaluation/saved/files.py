@@ -159,7 +159,7 @@ def find_pair(
     UserError: there is no such pair, or both are the same file.
   """
   one, other = (_candidates(path, split) for path in (first, second))
-  free = not (os.path.isdir(first) or os.path.isdir(second))
+  free = not any(as_path(path).is_dir() for path in (first, second))
   pairs = [(x, y) for x in one for y in other if free or _fit(x, y)]
   if not pairs:
     raise UserError(
