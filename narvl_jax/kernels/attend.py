@@ -1,7 +1,7 @@
 """Ways to compute attention with an additive bias."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,35 +85,34 @@ def attend_by(
 
 
 def attend_by_heads(
-  bias: Any,
+  bias: jax.Array,
   key_mask: jax.Array | None,
-  make_bias: Callable[..., jax.Array] = lambda bias: bias,
+  more: Sequence[jax.Array] = (),
+  add: Callable[..., jax.Array] = lambda bias: bias,
 ) -> Attend:
   """Attends with one head at a time, so that its weights stay in the cache.
 
   The backward pass computes the weights again.
 
   Args:
-    bias: array, or tree of arrays, of which `make_bias` makes the bias. Each is
-      [G, H, ...].
+    bias: as for `attend_to`.
     key_mask: as for `attend_to`.
-    make_bias: bias [G, H, Q, K] of some heads, from their part of `bias`.
+    more: what further biases are made of, [G, H, ...] each.
+    add: adds them to the bias, or to logits, of some heads: arguments are that
+      array [..., H, Q, K] and the heads' part of `more`.
   """
-  leaves, tree = jax.tree.flatten(bias)
 
   def kernel(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *leaves: Any
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *biases: Any
   ) -> jax.Array:
     if q[:, :, :, 0].size * k.shape[1] <= _FEW_WEIGHTS:
-      whole = make_bias(tree.unflatten(leaves))
-      return attend_to(whole, mask)(q, KeyValue(k, v))
+      return attend_to(add(*biases), mask)(q, KeyValue(k, v))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend_head(head: Any) -> jax.Array:
-      (q, k, v), leaves = head
-      own = tree.unflatten([x[None, None] for x in leaves])
-      logits = jnp.einsum("bqd,bkd->bqk", q, k).astype(jnp.float32)
-      logits += make_bias(own)[0].astype(jnp.float32)
+      (q, k, v), (bias, *more) = head
+      logits = jnp.einsum("bqd,bkd->bqk", q, k).astype(jnp.float32) + bias
+      logits = add(logits[:, None], *(x[None, None] for x in more))[:, 0]
       logits = jnp.where(mask[:, None], logits, LOWEST)
       largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
       weights = jnp.exp(logits - largest)
@@ -123,16 +122,17 @@ def attend_by_heads(
       return (out.astype(jnp.float32) / total).astype(v.dtype)
 
     heads = [x.transpose(2, 0, 1, 3) for x in (q, k, v)]
-    out = jax.lax.map(attend_head, (heads, [x[0] for x in leaves]))
+    out = jax.lax.map(attend_head, (heads, [x[0] for x in biases]))
     return out.transpose(1, 2, 0, 3)
 
   def attend(q: jax.Array, own: KeyValue) -> jax.Array:
     mask = key_mask
     if mask is None:
       mask = jnp.ones(own.key.shape[:2], bool)
-    per_head = [("batch", "act_heads", *[None] * (x.ndim - 2)) for x in leaves]
+    biases = (bias, *more)
+    per_head = [("batch", "act_heads", *[None] * (x.ndim - 2)) for x in biases]
     names = (*[_HEADS] * 3, ("batch", None), *per_head)
-    return on_shards(kernel, names, 0)(q, *own, mask, *leaves)
+    return on_shards(kernel, names, 0)(q, *own, mask, *biases)
 
   return attend
 

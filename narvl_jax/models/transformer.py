@@ -118,14 +118,11 @@ class EncoderLayer(nn.Module):
     mask = shared["key_mask"]
     if cfg.attention_method == "heads":
       attend = attend_by_heads(
-        (bias, image.swapaxes(1, 2), text.swapaxes(1, 2)),
+        bias,
         mask,
-        lambda parts: add_relative(
-          parts[0],
-          parts[1].swapaxes(1, 2),
-          parts[2].swapaxes(1, 2),
-          self.grid,
-          cfg,
+        (image.swapaxes(1, 2), text.swapaxes(1, 2)),
+        lambda to, image, text: add_relative(
+          to, image.swapaxes(1, 2), text.swapaxes(1, 2), self.grid, cfg
         ),
       )
     else:
