@@ -158,8 +158,8 @@ def test_a_stopped_evaluation_is_repeated(tmp_path):
     run = Run(_setup(), nothing, checkpoints, writer, nothing, say)
     make_up_evaluation(run, evaluate, state)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-      {"step": 3, "train/loss": 0.5, "validation/vqa/accuracy": 0.9}
+    assert [json.loads(line) | {"time": 0} for line in lines] == [
+      {"step": 3, "time": 0, "train/loss": 0.5, "validation/vqa/accuracy": 0.9}
     ]
     assert checkpoints.best_step == 3
     assert checkpoints.steps() == [3]
