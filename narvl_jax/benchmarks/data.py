@@ -14,9 +14,9 @@ Rates are per second of CPU time of all processes, which other programs disturb
 less. `ratio` is the rate over that of the bare loop in the same round.
 --first_batch times a fresh process until its first batch, and the index of
 rows against reading alone. --memory measures resident memory over
---max_examples examples. --store copies the file to a store, and compares the
-wall time of batches from there with that of the local file, for several numbers
-of threads. Results are in docs/performance.md.
+--max_examples examples. --store copies the file to a store, and compares
+batches from there with those of the local file, for several numbers of threads.
+Results are in docs/performance.md.
 """
 
 import dataclasses

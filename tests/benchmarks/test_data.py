@@ -15,6 +15,7 @@ from PIL import Image
 
 from narvl_jax.benchmarks import data, data_files, data_load, data_startup
 from narvl_jax.data.pictures.images import prepare_image
+from tests.stores.servers import Store
 
 ROWS, WIDTH, HEIGHT = 12, 40, 30
 
@@ -109,6 +110,23 @@ def test_memory_with_and_without_workers(load: data_load.Load) -> None:
   text = data_startup.format_memory(report)
   assert "memory with 1 workers" in text
   assert "+0.0" in text
+
+
+def test_store_against_local(
+  load: data_load.Load,
+  path: pathlib.Path,
+  gcs: Store,
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  report = data_startup.against_store(
+    path, gcs.make_bucket(), load, rows=4, rounds=1, threads=[2]
+  )
+  local = report["results"]["local, 2 threads"]
+  assert local["ratio"]["median"] == 1
+  assert "store, 2 threads" in data_startup.format_store(report)
+  assert any(f"{path.name}?" in x for x in gcs.faults.requests)
 
 
 def test_cpu_time_of_workers_counts(load: data_load.Load) -> None:

@@ -55,7 +55,8 @@ def test_mistakes_name_the_file_in_the_store(
 ) -> None:
   with pytest.raises(UserError, match=r"--from=gs://.*x.pt: there is no such"):
     open_source(f"{bucket}/x.pt")
-  write_torch(tmp_path / "x.pt", [1])
+  content: Any = [1]
+  write_torch(tmp_path / "x.pt", content)
   (bucket / "x.pt").put(tmp_path / "x.pt")
   with pytest.raises(UserError, match=r"--from=gs://.*x.pt contains a list"):
     open_source(f"{bucket}/x.pt")
