@@ -304,6 +304,13 @@ SABOTAGES = (
     "tests/run_folder/test_metrics.py::test_flushed_line_includes_later_values",
   ),
   Sabotage(
+    "an object that another process has written is replaced",
+    "narvl_jax/files/store_path.py",
+    'ifGenerationMatch=version or "0",',
+    "ifGenerationMatch=None,",
+    "tests/run_folder/test_in_store.py::test_one_of_many_runs_has_the_folder",
+  ),
+  Sabotage(
     "damaged lines are thrown away",
     "narvl_jax/files/side_files.py",
     'append(aside, b"".join(text + b"\\n" for text in damaged), sync=True)',
