@@ -23,7 +23,9 @@ setuptools.setup(
   install_requires=[
     "absl-py>=2.1,<3",
     "array-record>=0.8,<0.9",
+    "etils[epath]>=1.12",
     "flax>=0.12,<0.13",
+    "fsspec>=2025.3",
     "grain>=0.2.14,<0.3",
     "jax>=0.10,<0.13",
     "ml-collections>=1.1,<2",
