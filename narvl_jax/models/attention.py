@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from narvl_jax.kernels.attend import Attend, KeyValue
 from narvl_jax.kernels.layer_norm import normalize
@@ -82,12 +83,16 @@ class Projection(nn.Module):
     bias = self.param("bias", zeros_init(None, "heads", "head_width"), shape)
     names = ("embed", None, "heads", "head_width")
     kernel = gathered(kernel, cfg.dtype, *names, scatter=x.ndim > 2)
-    y = x.astype(cfg.dtype)
+    y, bias = x.astype(cfg.dtype), bias.astype(cfg.dtype)
+    if platform() == "tpu":
+      # Heads lie side by side in memory, as the attention kernel reads them.
+      kernel, bias = (w.reshape(*w.shape[:-2], -1) for w in (kernel, bias))
+      flat = [y @ kernel[:, i] + bias[i] for i in range(self.num)]
+      return tuple(y.reshape(*y.shape[:-1], *shape[1:]) for y in flat)
     if platform() == "cpu":  # As in `product`.
       y = y.reshape(-1, x.shape[-1])
     y = jnp.einsum("...e,enhd->...nhd", y, kernel)
-    y = y.reshape(*x.shape[:-1], *shape)
-    y += bias.astype(cfg.dtype)
+    y = y.reshape(*x.shape[:-1], *shape) + bias
     return tuple(y[..., i, :, :] for i in range(self.num))
 
 
@@ -157,17 +162,15 @@ class Attention(nn.Module):
       (cfg.num_heads, cfg.head_width, cfg.width),
     )
     out_bias = self.param("out_bias", zeros_init("norm"), (cfg.width,))
-    kernel = gathered(kernel, cfg.dtype, "heads", "head_width", "embed")
-    # Scales the smaller array of the product.
-    gain = gain.astype(cfg.dtype)[:, None]
+    # Scales the smaller array of the product; the kernel where it is stored.
     if out.size > kernel.size:
-      kernel *= gain[..., None]
+      kernel *= gain[:, None, None]
     else:
-      out *= gain
+      out *= gain.astype(cfg.dtype)[:, None]
+    kernel = gathered(kernel, cfg.dtype, "heads", "head_width", "embed")
     # Heads and their widths as one axis: for a sum over two axes XLA
     # transposes the kernel on a CPU, which costs more than the product.
-    out = product(
-      out.reshape(*out.shape[:2], -1), kernel.reshape(-1, cfg.width)
-    )
+    out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
+    out = product(out, kernel.reshape(-1, cfg.width))
     out = constrain(out, "batch", None, "act_embed")
     return out + out_bias.astype(cfg.dtype)

@@ -13,7 +13,7 @@ from narvl_jax.models.decoder import CausalDecoder
 from narvl_jax.models.encoder import EncoderOutput
 from narvl_jax.models.encoder_decoder import EncoderDecoder
 from narvl_jax.models.sizes import ModelConfig
-from narvl_jax.parallel.constraints import constrain, gathered
+from narvl_jax.parallel.constraints import look_up
 
 BOS_ID = 0
 
@@ -65,10 +65,9 @@ class Autoregressive(EncoderDecoder):
     """Returns the decoder states [B, L, D], the input of `project`."""
     cfg = self.config
     check_decoder_length(cfg, decoder_input.shape[1])
-    table = gathered(
-      self.embed_tokens, cfg.dtype, "vocab", "embed", scatter=False
+    embedded = look_up(
+      self.embed_tokens, decoder_input, cfg.dtype, "vocab", "embed"
     )
-    embedded = constrain(table[decoder_input], "batch", None, "act_embed")
     mask = decoder_input != cfg.pad_id
     return self.decoder(encoded, embedded, mask, train)
 

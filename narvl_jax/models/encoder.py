@@ -23,7 +23,7 @@ from narvl_jax.models.transformer import (
   drop_path_rates,
   scan_layers,
 )
-from narvl_jax.parallel.constraints import constrain, gathered
+from narvl_jax.parallel.constraints import constrain, gathered, look_up
 
 
 class EncoderOutput(NamedTuple):
@@ -118,10 +118,9 @@ class Encoder(nn.Module):
     features = constrain(features, "batch", None, None, None)
     b, h, w, c = features.shape
     image_pos, text_pos = self._positions(h, w, text.shape[1])
-    embedding = gathered(embedding, cfg.dtype, "vocab", "embed", scatter=False)
     x = self._embed(
       features.reshape(b, h * w, c),
-      constrain(embedding[text], "batch", None, "act_embed"),
+      look_up(embedding, text, cfg.dtype, "vocab", "embed"),
       image_pos,
       text_pos,
       train,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from narvl_jax.kernels.linear_bias import add_to_rows
 from narvl_jax.kernels.product import product
 from narvl_jax.models.attention import ones_init, zeros_init
 from narvl_jax.models.sizes import ModelConfig
@@ -22,45 +23,6 @@ _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # The backward pass keeps these of a bottleneck and recomputes the rest, which
 # is cheaper than reading it from memory.
 _KEPT = jax.checkpoint_policies.save_only_these_names("conv", "statistics")
-
-
-class BatchNorm(nn.Module):
-  """Batch normalisation with PyTorch's running statistics.
-
-  Normalises with the biased variance and updates the running variance with
-  the unbiased one; Flax's layer uses the biased one for both. If the batch is
-  sharded, the statistics are those of the global batch. They are computed in
-  one pass, as moments about the running mean, so that a large mean does not
-  cancel the digits of the variance.
-  """
-
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """Normalises [B, H, W, C] over all axes but the last."""
-    channels = x.shape[-1]
-    scale = self.param("scale", ones_init("norm"), (channels,))
-    bias = self.param("bias", zeros_init("norm"), (channels,))
-    mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-    var = self.variable("batch_stats", "var", jnp.ones, (channels,))
-    if train and self.config.batch_norm == "batch":
-      shifted = x.astype(jnp.float32) - mean.value
-      first = checkpoint_name(shifted.mean((0, 1, 2)), "statistics")
-      second = jnp.square(shifted).mean((0, 1, 2))
-      second = checkpoint_name(second, "statistics")
-      batch_mean = mean.value + first
-      batch_var = jnp.maximum(second - jnp.square(first), 0.0)
-      if not self.is_initializing():
-        count = x.size // channels
-        unbiased = batch_var * (count / max(count - 1, 1))
-        mean.value += _MOMENTUM * (batch_mean - mean.value)
-        var.value += _MOMENTUM * (unbiased - var.value)
-    else:
-      batch_mean, batch_var = mean.value, var.value
-    factor = scale * jax.lax.rsqrt(batch_var + _EPSILON)
-    shift = bias - batch_mean * factor
-    return x * factor.astype(x.dtype) + shift.astype(x.dtype)
 
 
 class Conv(nn.Module):
@@ -87,8 +49,15 @@ class Conv(nn.Module):
   kernel_init: nn.initializers.Initializer = _conv_init
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, H, W, C] to [B, H / stride, W / stride, features]."""
+  def __call__(
+    self, x: jax.Array, factor: jax.Array | None = None
+  ) -> jax.Array:
+    """Maps [B, H, W, C] to [B, H / stride, W / stride, features].
+
+    Args:
+      x: the input.
+      factor: scales the kernel, float32 [features].
+    """
     init: Any = nn.with_logical_partitioning(self.kernel_init, _AXES)
     kernel = self.param(
       "kernel",
@@ -96,6 +65,8 @@ class Conv(nn.Module):
       (self.size, self.size, x.shape[-1], self.features),
     )
     padding = self.size // 2 if self.padding is None else self.padding
+    if factor is not None:
+      kernel *= factor
     kernel = gathered(kernel, x.dtype, *_AXES)
     if self.size == 1:
       # The kernel's gradient as a convolution is slow on CPUs.
@@ -115,6 +86,54 @@ class Conv(nn.Module):
     return x
 
 
+class BatchNorm(nn.Module):
+  """A convolution with batch normalisation by PyTorch's running statistics.
+
+  Normalises with the biased variance and updates the running variance with
+  the unbiased one; Flax's layer uses the biased one for both. If the batch is
+  sharded, the statistics are those of the global batch. They are computed in
+  one pass, as moments about the running mean, so that a large mean does not
+  cancel the digits of the variance.
+
+  Training with frozen statistics scales the kernel instead of its output. The
+  gradient of the scale is then a sum over the kernel, and the output need not
+  be kept.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, conv: Conv, x: jax.Array, train: bool) -> jax.Array:
+    """Returns the normalised convolution of x [B, H, W, C]."""
+    channels = conv.features
+    scale = self.param("scale", ones_init("norm"), (channels,))
+    bias = self.param("bias", zeros_init("norm"), (channels,))
+    mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+    var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+    if train and self.config.batch_norm == "frozen":
+      factor = scale * jax.lax.rsqrt(var.value + _EPSILON)
+      shift = bias - mean.value * factor
+      return add_to_rows(conv(x, factor), shift.astype(x.dtype))
+    x = conv(x)
+    if train:
+      shifted = x.astype(jnp.float32) - mean.value
+      first = checkpoint_name(shifted.mean((0, 1, 2)), "statistics")
+      second = jnp.square(shifted).mean((0, 1, 2))
+      second = checkpoint_name(second, "statistics")
+      batch_mean = mean.value + first
+      batch_var = jnp.maximum(second - jnp.square(first), 0.0)
+      if not self.is_initializing():
+        count = x.size // channels
+        unbiased = batch_var * (count / max(count - 1, 1))
+        mean.value += _MOMENTUM * (batch_mean - mean.value)
+        var.value += _MOMENTUM * (unbiased - var.value)
+    else:
+      batch_mean, batch_var = mean.value, var.value
+    factor = scale * jax.lax.rsqrt(batch_var + _EPSILON)
+    shift = bias - batch_mean * factor
+    return x * factor.astype(x.dtype) + shift.astype(x.dtype)
+
+
 class Bottleneck(nn.Module):
   """1x1, 3x3 (strided), 1x1 convolutions with a residual connection."""
 
@@ -125,18 +144,25 @@ class Bottleneck(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
-    """Maps [B, H, W, C] to [B, H / stride, W / stride, 4 * features]."""
+    """Maps [B, H, W, C] to [B, H / stride, W / stride, 4 * features].
+
+    The last ReLU is that of the next block, whose input is then all that the
+    backward pass needs of it.
+    """
     cfg, train, out = self.config, self.train, 4 * self.features
-    h = Conv(cfg, self.features, name="conv1")(x)
-    h = nn.relu(BatchNorm(cfg, name="bn1")(h, train))
-    h = Conv(cfg, self.features, 3, self.stride, name="conv2")(h)
-    h = nn.relu(BatchNorm(cfg, name="bn2")(h, train))
-    h = Conv(cfg, out, name="conv3")(h)
-    h = BatchNorm(cfg, name="bn3")(h, train)
+    x = nn.relu(x)
+
+    def conv(name: str, features: int, size: int = 1, stride: int = 1) -> Conv:
+      return Conv(cfg, features, size, stride, name=name)
+
+    h = BatchNorm(cfg, name="bn1")(conv("conv1", self.features), x, train)
+    middle = conv("conv2", self.features, 3, self.stride)
+    h = BatchNorm(cfg, name="bn2")(middle, nn.relu(h), train)
+    h = BatchNorm(cfg, name="bn3")(conv("conv3", out), nn.relu(h), train)
     if x.shape != h.shape:
-      x = Conv(cfg, out, 1, self.stride, name="downsample_conv")(x)
-      x = BatchNorm(cfg, name="downsample_bn")(x, train)
-    return constrain(nn.relu(x + h), "batch", None, None, None), None
+      down = conv("downsample_conv", out, 1, self.stride)
+      x = BatchNorm(cfg, name="downsample_bn")(down, x, train)
+    return constrain(x + h, "batch", None, None, None), None
 
 
 def _max_pool(x: jax.Array) -> jax.Array:
@@ -180,9 +206,9 @@ class ResNet(nn.Module):
       if unroll
       else nn.remat(Bottleneck, policy=_KEPT, prevent_cse=False)
     )
-    x = Conv(cfg, cfg.resnet_width, 7, 2, name="conv1")(image.astype(cfg.dtype))
-    x = nn.relu(BatchNorm(cfg, name="bn1")(x, train))
-    x = _max_pool(x)
+    stem = Conv(cfg, cfg.resnet_width, 7, 2, name="conv1")
+    x = BatchNorm(cfg, name="bn1")(stem, image.astype(cfg.dtype), train)
+    x = _max_pool(nn.relu(x))
     for stage, blocks in enumerate(cfg.resnet_blocks):
       features = cfg.resnet_width * 2**stage
       stride = 1 if stage == 0 else 2
@@ -198,4 +224,4 @@ class ResNet(nn.Module):
           metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x, _ = rest(cfg, features, 1, train, name=f"{name}_rest")(x, None)
-    return x
+    return nn.relu(x)

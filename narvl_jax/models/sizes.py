@@ -49,7 +49,8 @@ class ModelConfig:
     batch_norm: "batch" trains with the statistics of the global batch
       (reference), "frozen" with the running statistics.
     remat: what the backward pass recomputes: "none", "dots" (all but matrix
-      products with weights), "full" (each layer from its input).
+      products with weights), "full" (each layer from its input). Outputs of
+      attention and masks of dropout are always kept.
     attention: how the encoder computes attention: "xla" with all weights in
       memory, "heads" with one head at a time, "blocks" with some queries at a
       time, "pallas" by the kernel for TPU, "cudnn" by that for GPU; "auto" is

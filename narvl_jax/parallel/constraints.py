@@ -64,6 +64,34 @@ def gathered(
   )
 
 
+def look_up(
+  table: jax.Array, ids: jax.Array, dtype: Any, *names: str | None
+) -> jax.Array:
+  """Returns rows of a table that is split by columns over `fsdp`.
+
+  Each device looks up its columns for the batches of its `fsdp` group, and
+  receives the other columns of its own batch. Neither the table nor its
+  gradient is communicated within the group.
+
+  Args:
+    table: float32 [V, D], as it is stored.
+    ids: int32 [B, T].
+    dtype: dtype of the result.
+    *names: logical axes of the table.
+
+  Returns:
+    [B, T, D].
+  """
+  spec, table = _resolve(names, table.shape), table.astype(dtype)
+  if spec is None:
+    return table[ids]
+  rows = tuple(axis for axis in BATCH_AXES if axis not in spec[1])
+  ids = jax.lax.with_sharding_constraint(ids, partition_spec((rows, ())))
+  found = partition_spec((rows, (), spec[1]))
+  out = jax.lax.with_sharding_constraint(table[ids], found)
+  return constrain(out, "batch", None, None)
+
+
 def per_device(x: jax.Array, *names: str | None) -> jax.Array:
   """Repeats an array once for every part of the batch.
 

@@ -83,17 +83,48 @@ def test_half_precision_is_as_far_from_float32_in_both_programs(
   assert max(errors) < 1.2 * min(errors)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Same:
+  """A convolution that returns its input."""
+
+  features: int
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return x
+
+
+def test_frozen_statistics_scale_the_kernels() -> None:
+  """Equal to scaling the outputs, as evaluation does."""
+  config = dataclasses.replace(CONFIG, batch_norm="frozen")
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(
+    lambda x: jnp.asarray(x + rng.uniform(0.1, 0.3, x.shape), jnp.float32),
+    _variables(),
+  )
+  image = jnp.asarray(rng.normal(size=(2, 32, 32, 3)), jnp.float32)
+
+  def loss(params: Any, train: bool) -> Any:
+    out = ResNet(config).apply({**variables, "params": params}, image, train)
+    return jnp.vdot(out, jnp.sin(jnp.arange(out.size))) / out.size  # pyright: ignore
+
+  run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+  expected, found = (run(variables["params"], train) for train in (False, True))
+  for a, b in zip(*map(jax.tree.leaves, (expected, found)), strict=True):
+    np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5 * np.abs(a).max())
+
+
 def test_variance_of_values_with_a_large_mean() -> None:
   rng = np.random.default_rng(1)
   means, deviations = np.array([0.0, 30.0, -1e3, 1e4]), np.array([1, 1, 0.5, 2])
   x = (means + deviations * rng.normal(size=(4, 16, 16, 4))).astype(np.float32)
   norm = BatchNorm(CONFIG)
-  variables = nn.unbox(norm.init(jax.random.key(0), x, False))
+  same: Any = _Same(4)
+  variables = nn.unbox(norm.init(jax.random.key(0), same, x, False))
   expected = (x - x.mean((0, 1, 2), np.float64)) / x.std((0, 1, 2), np.float64)
   # With the running mean of a run, and of the first update.
   running = {**variables["batch_stats"], "mean": jnp.asarray(means * 1.01)}
   variables |= {"batch_stats": running}
-  out, new = norm.apply(variables, x, True, mutable=["batch_stats"])
+  out, new = norm.apply(variables, same, x, True, mutable=["batch_stats"])
   np.testing.assert_allclose(out, expected, atol=4e-3)
   np.testing.assert_allclose(
     np.asarray(new["batch_stats"]["var"]),
@@ -101,7 +132,7 @@ def test_variance_of_values_with_a_large_mean() -> None:
     rtol=1e-3,
   )
   running["mean"] = jnp.zeros(4)
-  out = norm.apply(variables, x, True, mutable=["batch_stats"])[0]
+  out = norm.apply(variables, same, x, True, mutable=["batch_stats"])[0]
   np.testing.assert_allclose(out[..., :2], expected[..., :2], atol=1e-3)
   assert np.isfinite(out).all()
 

@@ -17,7 +17,9 @@ def collectives() -> tuple[Collective, ...]:
 
 def test_only_weights_and_sums_are_communicated():
   moved = [
-    c for c in collectives() if c.kind not in ("all-gather", "all-reduce")
+    c
+    for c in collectives()
+    if c.kind not in ("all-gather", "all-reduce", "all-to-all")
   ]
   # Where `tensor` has no part in a weight, XLA lets it share the product that
   # is the gradient, and moves the parts to where they are stored.
@@ -27,6 +29,16 @@ def test_only_weights_and_sums_are_communicated():
     for array in collective.arrays:
       assert sorted(array.shape) in _parts_of_unsplit_weights(), collective
   assert len(moved) < 5
+
+
+def test_columns_of_looked_up_rows_are_exchanged():
+  """Instead of a gathered table, and of its gradient."""
+  exchanged = [c for c in collectives() if c.kind == "all-to-all"]
+  assert len(exchanged) == 2, exchanged
+  for collective in exchanged:
+    assert collective.axes(SHAPE) == ("fsdp",), collective
+    assert "encoder/sharding_constraint" in collective.op_name
+  assert sum("transpose(jvp" in c.op_name for c in exchanged) == 1
 
 
 @functools.cache
@@ -64,10 +76,15 @@ def test_weights_are_gathered_over_fsdp_and_nothing_else_is():
       )
     )
     # One layer of a stack at a time.
-    weights |= {whole, (1, *whole[1:])}
+    weights |= {whole, (1, *whole[1:]), whole[1:]}
   # XLA may transpose what it gathers.
   known = {tuple(sorted(shape)) for shape in weights}
-  gathered = [c for c in collectives() if c.kind == "all-gather"]
+  gathered = [
+    c
+    for c in collectives()
+    # But for the ids of tokens.
+    if c.kind == "all-gather" and c.arrays[0].dtype != "s32"
+  ]
   assert len(gathered) > 20
   for collective in gathered:
     assert collective.axes(SHAPE) == ("fsdp",), collective
