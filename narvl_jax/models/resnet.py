@@ -166,9 +166,10 @@ class Bottleneck(nn.Module):
 
 
 def _max_pool(x: jax.Array) -> jax.Array:
-  """Takes maxima of 3 x 3 pixels at stride 2; x [B, H, W, C] is not negative.
+  """Takes maxima of 3 x 3 pixels of x [B, H, W, C] at stride 2, before a ReLU.
 
-  XLA's operation for windows, and its gradient, are slow on a CPU.
+  XLA's operation for windows, and its gradient, are slow on a CPU, where zeros
+  are the padding.
   """
   if platform() != "cpu":
     padding: Any = [(1, 1), (1, 1)]  # Flax annotates it as str only.
@@ -208,7 +209,7 @@ class ResNet(nn.Module):
     )
     stem = Conv(cfg, cfg.resnet_width, 7, 2, name="conv1")
     x = BatchNorm(cfg, name="bn1")(stem, image.astype(cfg.dtype), train)
-    x = _max_pool(nn.relu(x))
+    x = _max_pool(x)
     for stage, blocks in enumerate(cfg.resnet_blocks):
       features = cfg.resnet_width * 2**stage
       stride = 1 if stage == 0 else 2
