@@ -145,13 +145,17 @@ def on_shards(
     output: index of the argument whose sharding the result has.
   """
 
+  def local(*arrays: jax.Array) -> jax.Array:
+    with nn.logical_axis_rules(()):  # Nothing is split any further.
+      return function(*arrays)
+
   def run(*arrays: jax.Array) -> jax.Array:
     found = [_resolve(n, x.shape) for n, x in zip(inputs, arrays, strict=True)]
     specs = tuple(partition_spec(spec) for spec in found if spec is not None)
     if not specs:
       return function(*arrays)
     return jax.shard_map(
-      function, in_specs=specs, out_specs=specs[output], check_vma=False
+      local, in_specs=specs, out_specs=specs[output], check_vma=False
     )(*arrays)
 
   return run
