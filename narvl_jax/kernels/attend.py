@@ -98,8 +98,8 @@ def attend_by_heads(
     bias: as for `attend_to`.
     key_mask: as for `attend_to`.
     more: what further biases are made of, [G, H, ...] each.
-    add: adds them to the bias of some heads: arguments are that bias
-      [G, H, Q, K] and the heads' part of `more`.
+    add: adds them to the bias, or to logits, of some heads: arguments are that
+      array [..., H, Q, K] and the heads' part of `more`.
   """
 
   def kernel(
@@ -111,9 +111,8 @@ def attend_by_heads(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend_head(head: Any) -> jax.Array:
       (q, k, v), (bias, *more) = head
-      # Added to the logits instead, the further biases took longer.
-      bias = add(bias[None, None], *(x[None, None] for x in more))[0]
       logits = jnp.einsum("bqd,bkd->bqk", q, k).astype(jnp.float32) + bias
+      logits = add(logits[:, None], *(x[None, None] for x in more))[:, 0]
       logits = jnp.where(mask[:, None], logits, LOWEST)
       largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
       weights = jnp.exp(logits - largest)
