@@ -257,7 +257,8 @@ def run_resnet(mode: str, train: bool) -> tuple[np.ndarray, Any, Any]:
 def test_batch_norm_modes() -> None:
   evaluation, *_ = run_resnet("batch", train=False)
   frozen, before, after = run_resnet("frozen", train=True)
-  np.testing.assert_allclose(frozen, evaluation, rtol=1e-6, atol=1e-6)
+  # Training scales the kernels, evaluation their outputs.
+  np.testing.assert_allclose(frozen, evaluation, rtol=1e-6, atol=3e-6)
   for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True):
     np.testing.assert_array_equal(a, b)
   batch, before, after = run_resnet("batch", train=True)
