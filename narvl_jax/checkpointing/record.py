@@ -97,7 +97,8 @@ def is_stored(place: pathlib.Path) -> bool:
   """
   if is_remote(place):
     return (place / COMMIT_FILE).exists()
-  return place.is_dir()
+  # A file in its place is damage, which readers report.
+  return place.exists()
 
 
 def unfinished(folder: pathlib.Path, step: int) -> list[pathlib.Path]:

@@ -182,7 +182,8 @@ def _check_values(config: Config) -> None:
     for key in path.split("."):
       value = value[key]
     if row.choices:
-      _one_of(path, value, row.choices)
+      for choice in value if isinstance(row.default, tuple) else (value,):
+        _one_of(path, choice, row.choices)
       continue
     near = row.nearest(value)
     if near is not None:

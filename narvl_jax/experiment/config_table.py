@@ -337,6 +337,7 @@ KEYS: dict[str, Setting] = {
     ("jsonl", "tensorboard"),
     "Where metrics go: tensorboard, wandb, trackio; metrics.jsonl is always"
     " written.",
+    choices=("jsonl", "tensorboard", "wandb", "trackio"),
     change="resume",
   ),
   "tracking.project": Setting(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self, TextIO
 
 from narvl_jax.files.stores import is_remote
 from narvl_jax.reliability.ledger import Ledger
+from narvl_jax.terminal.text import show
 
 STACKS_FOLDER = "stacks"
 # EX_TEMPFAIL: schedulers may try again.
@@ -179,5 +180,5 @@ def _put_stacks(path: pathlib.Path, why: str) -> str:
   thread.start()
   thread.join(_PUT_SECONDS)
   if not written:
-    print(text, file=sys.stderr, flush=True)
+    show(text, file=sys.stderr)
   return written[0] if written else "stderr"

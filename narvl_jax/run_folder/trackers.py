@@ -5,11 +5,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.errors import UserError
 from narvl_jax.run_folder.services import SERVICES, Service
 from narvl_jax.run_folder.tensorboard import Board
-
-_NAMES = ("jsonl", "tensorboard", *SERVICES)
 
 
 class Tracker(Protocol):
@@ -32,15 +30,14 @@ class Tracker(Protocol):
 
 
 def check_trackers(config: Any) -> None:
-  """Checks the keys of `config.tracking`.
+  """Checks that the trackers of a valid config can be used.
 
   Raises:
-    UserError: a tracker is unknown, or its package is not installed.
+    UserError: the package of a tracker is not installed, or a project is
+      missing.
   """
   for name in config.tracking.trackers:
     key = f'config.tracking.trackers: "{name}"'
-    if name not in _NAMES:
-      raise UserError(f"{key} is unknown.{did_you_mean(str(name), _NAMES)}")
     if name not in SERVICES:
       continue
     if importlib.util.find_spec(name) is None:

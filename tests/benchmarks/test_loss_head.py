@@ -10,7 +10,7 @@ from narvl_jax.benchmarks import loss_head, timing
 from narvl_jax.errors import UserError
 
 TINY = loss_head.HeadSizes(
-  batch=4, num_queries=6, labels=4, width=8, vocab_size=5000, chunk_size=300
+  batch=16, num_queries=6, labels=4, width=8, vocab_size=5000, chunk_size=300
 )
 
 
@@ -29,11 +29,11 @@ def test_heads_agree(report):
 
 def test_only_one_head_has_the_logits(report):
   size = report["logits_bytes"]
-  assert size == 4 * 6 * 5000 * 4
+  assert size == 16 * 6 * 5000 * 4
   plain, chunked, _ = report["results"].values()
   assert chunked["temp_bytes"] < 0.6 * size < plain["temp_bytes"]
   # The gradients of states and table, and the loss.
-  assert plain["output_bytes"] >= 4 * (4 * 6 * 8 + 5000 * 8 + 1)
+  assert plain["output_bytes"] >= 4 * (16 * 6 * 8 + 5000 * 8 + 1)
 
 
 def test_peak_is_that_of_the_run():

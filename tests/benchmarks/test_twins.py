@@ -174,8 +174,8 @@ def test_configs_of_twins_differ_only_in_what_is_compared(finished):
   assert base["seed"] == 3
   other = workdir_lib.to_json(trained["tiny_ar_3"])
   assert workdir_lib.diff(base, other) == {
-    "model.decoder": ("null", '"autoregressive"'),
-    "loss.average": ('"labels"', '"examples"'),
+    "model.decoder": ("(unset)", "autoregressive"),
+    "loss.average": ("labels", "examples"),
   }
   student = trained["tiny_distilled_3"]
   (found,) = distilled_sets(runs / "tiny_labels_3")

@@ -56,10 +56,10 @@ def test_the_same_config_is_used_without_a_word(run, capsys):
 @pytest.mark.parametrize(
   ("key", "value", "seen"),
   [
-    ("data.image_size", [64, 64], r"\[64, 64\] there and \[32, 32\] in the"),
+    ("data.image_size", [64, 64], r"\(64, 64\) there and \(32, 32\) in the"),
     ("optimizer.ema_decay", 0.9, "0.9 there and 0.0 in the"),
-    ("tasks.vqa.eos", False, "false there and true in the"),
-    ("evaluation.mask_specials", False, "false there and true in the"),
+    ("tasks.vqa.eos", False, "False there and True in the"),
+    ("evaluation.mask_specials", False, "False there and True in the"),
     ("model.num_queries", 9, "9 there and 8 in the"),
     ("data.max_text_length", 30, "30 there and 40 in the"),
     ("data.max_label_length", 30, "30 there and 20 in the"),
@@ -104,7 +104,7 @@ def test_settings_without_effect_on_answers_are_reported(run, capsys):
   (line,) = capsys.readouterr().err.splitlines()
   assert line == (
     f"note: {run / 'config.json'} differs from the config of the checkpoint of"
-    f' step {tiny_run.STEP}: data.evaluation.vqa.options.path is "/b" there'
+    f" step {tiny_run.STEP}: data.evaluation.vqa.options.path is /b there"
     " and (absent) in the checkpoint; evaluation.batch_size is 4 there and 16"
     " in the checkpoint"
   )

@@ -109,11 +109,13 @@ def _get(config: Config, path: str) -> Any:
 )
 def test_each_choice(path):
   config = tiny_config()
+  several = isinstance(KEYS[path].default, tuple)
   for choice in KEYS[path].choices:
-    _set(config, path, choice)
+    _set(config, path, (choice,) if several else choice)
     if path not in ("vocabulary.source", "loss.average"):
       validate(config)
-  _set(config, path, f"{KEYS[path].choices[-1]}x")
+  wrong = f"{KEYS[path].choices[-1]}x"
+  _set(config, path, (wrong,) if several else wrong)
   with pytest.raises(UserError, match=rf'^{path}: "\w+" is unknown\. Did you'):
     validate(config)
 
@@ -208,6 +210,11 @@ def test_rules_for_weights_that_none_names():
     ("optimizer.rules", "x", r"optimizer.rules='x' is not of type tuple"),
     ("model.width", "wide", r"model.width='wide' is not of type int"),
     ("mesh", 3, r"mesh=3 is not a section of settings"),
+    (
+      "tracking.trackers",
+      ("wandbb",),
+      r'tracking.trackers: "wandbb" is unknown. Did you mean "wandb"',
+    ),
     ("model.dtype", "float16", r'model.dtype: "float16" is unknown\. Did you'),
     (
       "vocabulary.source",

@@ -66,7 +66,9 @@ def test_stop(tmp_path):
   assert np.isnan(bundle.batch["confidence"]).nonzero()[0].tolist() == [ROW]
   run = small_run.setup()
   state = jax.device_put(states[6], run.shardings)
-  _, metrics = small_run.compiled()(state, shard_batch(bundle.batch, run.mesh))
+  _, metrics = small_run.compiled()(
+    run.read_inputs(), state, shard_batch(bundle.batch, run.mesh)
+  )
   assert np.isnan(metrics["loss"])
   assert metrics["nll/grounding"] == bundle.info["metrics"]["nll/grounding"]
 

@@ -254,6 +254,9 @@ def _image(source: Any, queue: Any) -> None:
   queue.put([source[i].image for i in range(2)])
 
 
+# jax has threads if a test before used it. The children do not use it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:os.fork")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_worker_processes_open_the_store_themselves(
   gcs: Store, method: str
