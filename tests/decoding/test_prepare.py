@@ -56,8 +56,10 @@ def test_programs_cast_no_weights(decoder: str) -> None:
   assert casts[0] > 20
   # Statistics of BatchNorm and affine maps of LayerNorm stay float32.
   assert casts[1] == 0
+  # Otherwise the compiler may leave out roundings in one of the programs.
+  exact = {"xla_allow_excess_precision": False}
   found, expected = (
-    program.compile()(tree, **BATCH)
+    program.compile(compiler_options=exact)(tree, **BATCH)
     for program, tree in zip(programs, (split_only, prepared), strict=True)
   )
   np.testing.assert_array_equal(found["ids"], expected["ids"])
