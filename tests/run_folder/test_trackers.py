@@ -145,12 +145,14 @@ def test_a_service_that_fails_is_one_warning(
   tmp_path, fake, where, monkeypatch, caplog
 ):
   monkeypatch.setattr(fake, "failing", where)
+  ended_by = None
   try:
     with MetricsWriter(tmp_path, 0, _config("wandb", "tensorboard")) as writer:
       for step in (2, 4, 6):
         writer.write(step, {"train/loss": 1.0})
   except ConnectionError as error:
-    pytest.fail(f"the run ended: {error}")
+    ended_by = error
+  assert ended_by is None
   assert [record.getMessage() for record in caplog.records] == [
     f"wandb failed (ConnectionError: no route to host in {where}); the run"
     " continues without it"
