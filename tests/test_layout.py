@@ -1,8 +1,10 @@
-"""Sizes of folders, files and functions."""
+"""Sizes of folders, files and functions; circles of imports."""
 
 import ast
+import graphlib
 import pathlib
 
+import grimp
 import pytest
 
 from tests.conftest import ROOT
@@ -51,3 +53,15 @@ def test_functions_are_short(folder: str):
         if lines > _MOST_FUNCTION_LINES:
           long[f"{_name(path)}::{node.name}"] = lines
   assert not long.keys() - _LONG_FUNCTIONS, long
+
+
+def test_no_files_import_each_other_in_a_circle():
+  """Imports within functions count."""
+  graph = grimp.build_graph("narvl_jax", cache_dir=None)
+  imports = {
+    name: graph.find_modules_directly_imported_by(name)
+    for name in graph.modules
+  }
+  # Raises CycleError, which names the files.
+  order = list(graphlib.TopologicalSorter(imports).static_order())
+  assert len(order) == len(graph.modules) > 300

@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from narvl_jax.files.regular import read_regular
-from narvl_jax.files.stores import COMMIT_FILE, StoreError, is_remote
+from narvl_jax.files.schemes import COMMIT_FILE, StoreError
+from narvl_jax.files.stores import is_remote
 
 ITEM = "record"
 FILE = "record.json"

@@ -32,7 +32,8 @@ from narvl_jax.errors import UserError
 from narvl_jax.experiment.config import to_json
 from narvl_jax.files import leftovers
 from narvl_jax.files.disk_errors import explain_disk
-from narvl_jax.files.stores import StoreError, as_path
+from narvl_jax.files.schemes import StoreError
+from narvl_jax.files.stores import as_path
 from narvl_jax.hosts import distributed
 from narvl_jax.state.train_state import TrainState
 
@@ -342,8 +343,7 @@ class _Completion(threading.Thread):
 
 def _unused(path: pathlib.Path) -> pathlib.Path:
   """Returns the path, with a number appended if it exists."""
-  number = 1
-  target = path
+  number, target = 1, path
   while target.exists():
     number += 1
     target = path.with_name(f"{path.name}.{number}")

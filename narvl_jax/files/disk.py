@@ -10,7 +10,8 @@ from typing import Any
 from narvl_jax.errors import UserError
 from narvl_jax.files import leftovers
 from narvl_jax.files.disk_errors import reason_of
-from narvl_jax.files.stores import StoreError, is_remote
+from narvl_jax.files.schemes import StoreError
+from narvl_jax.files.stores import is_remote
 from narvl_jax.terminal.text import readable_json
 
 

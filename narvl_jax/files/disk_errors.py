@@ -7,7 +7,8 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
-from narvl_jax.files.stores import StoreError, as_path, is_remote
+from narvl_jax.files.schemes import StoreError
+from narvl_jax.files.stores import as_path, is_remote
 
 # Errors of a device or a mount, wherever they occur.
 _DISK_ERRORS = {

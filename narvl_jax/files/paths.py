@@ -12,12 +12,8 @@ from narvl_jax.errors import UserError
 from narvl_jax.files import leftovers
 from narvl_jax.files.disk import is_stream
 from narvl_jax.files.disk_errors import errors_of, free_place, reason_of
-from narvl_jax.files.stores import (
-  StoreError,
-  as_path,
-  check_address,
-  is_remote,
-)
+from narvl_jax.files.schemes import StoreError
+from narvl_jax.files.stores import as_path, check_address, is_remote
 
 # Flags of all commands that contain a path.
 PATH_FLAGS = (

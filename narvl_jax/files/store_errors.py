@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from narvl_jax.files.stores import StoreError
+from narvl_jax.files.schemes import StoreError
 
 # Packages whose errors are errors of a store.
 _PACKAGES = ("gcsfs", "google", "aiohttp", "s3fs", "botocore", "aiobotocore")

@@ -19,8 +19,8 @@ import fsspec.config
 from etils.epath.gpath import PosixGPath
 
 from narvl_jax.files import s3
+from narvl_jax.files.schemes import COMMIT_FILE, PACKAGES
 from narvl_jax.files.store_errors import explained, missing
-from narvl_jax.files.stores import COMMIT_FILE, PACKAGES
 
 _BLOCK_BYTES = 16 << 20
 

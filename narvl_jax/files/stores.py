@@ -1,6 +1,5 @@
 """Paths of users: local ones, and those in object stores (gs://, s3://)."""
 
-import errno
 import importlib.util
 import os
 import pathlib
@@ -9,19 +8,9 @@ import re
 from typing import cast
 
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.files.schemes import PACKAGES
 
-# Scheme -> the package that reads it, which is also the name of the extra.
-PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
-# Without it, a folder that Orbax has written into a store is no checkpoint.
-COMMIT_FILE = "commit_success.txt"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-
-
-class StoreError(OSError):
-  """A store failed; `strerror` is one line with advice."""
-
-  def __init__(self, reason: str, path: str) -> None:
-    super().__init__(errno.EREMOTEIO, reason, path)
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

@@ -15,8 +15,8 @@ from absl import logging
 from narvl_jax.command_line import cli
 from narvl_jax.errors import UserError
 from narvl_jax.files import side_files
+from narvl_jax.files.schemes import StoreError
 from narvl_jax.files.spool import Spool
-from narvl_jax.files.stores import StoreError
 from narvl_jax.hosts import distributed
 from narvl_jax.hosts.cluster import Cluster
 from narvl_jax.hosts.notices import Notices

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from narvl_jax.files import side_files
 from narvl_jax.files.processes import machine
-from narvl_jax.files.stores import COMMIT_FILE, is_remote
+from narvl_jax.files.schemes import COMMIT_FILE
+from narvl_jax.files.stores import is_remote
 from narvl_jax.hosts.cluster import LOG_FOLDER
 from narvl_jax.run_folder import (
   CHECKPOINTS_FOLDER,

@@ -13,8 +13,9 @@ from narvl_jax.checkpointing.integrity import DamagedCheckpoint
 from narvl_jax.checkpointing.record import read_leaf, stored_steps
 from narvl_jax.checkpointing.writing import Checkpoints
 from narvl_jax.errors import UserError
+from narvl_jax.files.schemes import COMMIT_FILE
 from narvl_jax.files.store_path import StorePath
-from narvl_jax.files.stores import COMMIT_FILE, as_path
+from narvl_jax.files.stores import as_path
 from tests.stores.servers import Store
 from tests.support.saved import assert_equal, make_state, make_target
 

@@ -16,7 +16,8 @@ from narvl_jax.files.regular import (
   read_regular,
   sha256_of,
 )
-from narvl_jax.files.stores import StoreError, as_path, is_remote
+from narvl_jax.files.schemes import StoreError
+from narvl_jax.files.stores import as_path, is_remote
 from tests.stores.servers import Store
 
 

@@ -112,7 +112,7 @@ def test_keys_are_passed_on_and_never_shown(
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "xpk.sh"])
 def test_a_dry_run_shows_names_only(launcher: Launcher, script: str) -> None:
-  key = "/home/me/key.json"
+  key = "keys/key.json"
   launcher.environment |= _KEYS | {"GOOGLE_APPLICATION_CREDENTIALS": key}
   result = launcher.run(script, *_SCRIPTS[script], "--dry_run")
   assert result.returncode == 0, result.stderr

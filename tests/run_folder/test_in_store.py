@@ -10,8 +10,9 @@ import pytest
 
 from narvl_jax.errors import UserError
 from narvl_jax.files import spool as spool_lib
+from narvl_jax.files.schemes import StoreError
 from narvl_jax.files.spool import Spool
-from narvl_jax.files.stores import StoreError, as_path
+from narvl_jax.files.stores import as_path
 from narvl_jax.reliability import watchdog
 from narvl_jax.run import bad_numbers
 from narvl_jax.run.bad_numbers import load_bundle

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from narvl_jax.errors import UserError, did_you_mean
+from narvl_jax.files.schemes import StoreError
 from narvl_jax.files.stores import (
-  StoreError,
   bucket_of,
   check_address,
   is_remote,

@@ -28,12 +28,8 @@ from narvl_jax.data.sources.rows.opened import OpenedFile
 from narvl_jax.errors import UserError
 from narvl_jax.files import side_files
 from narvl_jax.files.disk import atomically
-from narvl_jax.files.stores import (
-  StoreError,
-  cache_folder,
-  is_remote,
-  with_home,
-)
+from narvl_jax.files.schemes import StoreError
+from narvl_jax.files.stores import cache_folder, is_remote, with_home
 from narvl_jax.terminal import progress
 from narvl_jax.terminal.text import warn
 

@@ -14,7 +14,8 @@ from tensorflow_datasets.core import constants, read_only_builder, registered
 
 from narvl_jax.errors import UserError, did_you_mean
 from narvl_jax.files import store_cache
-from narvl_jax.files.stores import StoreError, as_path, is_remote, with_home
+from narvl_jax.files.schemes import StoreError
+from narvl_jax.files.stores import as_path, is_remote, with_home
 from narvl_jax.terminal import progress
 
 _NAME = re.compile(r"(\w+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?")
